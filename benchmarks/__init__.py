@@ -1,0 +1,1 @@
+"""Bundle and workload to report."""

@@ -1,0 +1,1 @@
+"""Run folder or encoder to bundle."""

@@ -1,0 +1,382 @@
+"""The contract between the rooms: what a run folder and a bundle say about themselves. A leaf: imports only `errors`.
+
+A *run folder* (written by training) holds weights, a tokenizer and `encoder.json`, an `EncoderSpec`.
+A *bundle* (written by export) holds the same plus exported graphs and `manifest.json`, a `Manifest`.
+Both are JSON with one strict reader: a missing key, an unknown key or a value of the wrong type is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mirror_runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+ENCODER_FILE = "encoder.json"
+CANARIES_FILE = "canaries.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+TOKENS_PER_SLOT = 4
+"""A packed row of L tokens has L // 4 slots: as many texts as may share the row. The graph computes it from L."""
+
+T = TypeVar("T")
+
+
+class Pooling(str, Enum):
+    """How token vectors become one vector. Recorded with the weights, never guessed."""
+
+    MEAN = "mean"
+    """Mean of the text's own tokens (mask-weighted): what every current library calls mean."""
+    CLS = "cls"
+    """The first token's vector."""
+    MEAN_PADDED = "mean_padded"
+    """Mean over the text padded to `pad_to`: the published Mirror-BERT checkpoints' "mean". A different vector."""
+
+
+class Precision(str, Enum):
+    """The number format of the heavy matrix products."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class EngineName(str, Enum):
+    """A library that executes artifacts."""
+
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
+    FAKE = "fake"
+
+
+class Layout(str, Enum):
+    """How texts lie in a graph's inputs."""
+
+    PADDED = "padded"
+    """One text a row, filled up with padding."""
+    PACKED = "packed"
+    """Several texts a row, told apart by segment ids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Everything besides weights and tokenizer that decides a text's vector.
+
+    Attributes:
+        base_model: hub name or folder name the weights came from.
+        revision: its commit, or None for a local folder.
+        family: `model_type` of the Hugging Face configuration, such as "bert".
+        pooling: how token vectors become one vector.
+        normalize: whether the vector is scaled to unit L2 norm.
+        max_tokens: longest input in tokens, special tokens included.
+        dim: length of the vector.
+        pad_to: length that `mean_padded` pads to, in tokens; None for every other pooling.
+    """
+
+    base_model: str
+    revision: str | None
+    family: str
+    pooling: Pooling
+    normalize: bool
+    max_tokens: int
+    dim: int
+    pad_to: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 3:
+            raise BundleError(f"max_tokens is {self.max_tokens}: a text needs at least 3 ([CLS] token [SEP])")
+        if self.dim < 1:
+            raise BundleError(f"dim is {self.dim}: it must be positive")
+        if (self.pooling is Pooling.MEAN_PADDED) != (self.pad_to is not None):
+            raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: mean_padded alone needs it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a graph: a dimension is a number, or a name where it is free."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How an artifact's vectors compared with the reference when it was made, on ragged real text.
+
+    Attributes:
+        reference: what it was compared with, such as "PyTorch 2.13.0 fp32".
+        texts: how many texts.
+        texts_sha256: hash of the texts, joined by newlines.
+        min_cosine: the worst text's cosine similarity.
+        mean_cosine: mean over the texts.
+        max_abs_diff: largest difference of one component.
+        floor: the `min_cosine` below which the export fails.
+    """
+
+    reference: str
+    texts: int
+    texts_sha256: str
+    min_cosine: float
+    mean_cosine: float
+    max_abs_diff: float
+    floor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One way to run the encoder: a graph file, the engine and the precision that were proven together.
+
+    Attributes:
+        path: the graph, relative to the bundle.
+        engine: what runs it.
+        precision: what it runs in. One file may serve two precisions: OpenVINO lowers fp32 to bf16 by itself.
+        layout: padded or packed.
+        inputs: in the graph's order.
+        outputs: in the graph's order.
+        parity: measured with this engine at this precision.
+        toolchain: versions of what made and measured it.
+    """
+
+    path: str
+    engine: EngineName
+    precision: Precision
+    layout: Layout
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parity: Parity
+    toolchain: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A text and its reference vector: recomputed by `mirror verify` on the machine that serves."""
+
+    text: str
+    vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canaries:
+    """The content of `canaries.json`."""
+
+    canaries: tuple[Canary, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `manifest.json`, written last: a folder without it is not a bundle.
+
+    Attributes:
+        format_version: of this schema; `FORMAT_VERSION`.
+        created_by: the producer and its version.
+        encoder: what decides the vectors.
+        fingerprint: hash of weights, tokenizer and encoder: equal fingerprints mean one vector space.
+        files: sha256 of every file of the bundle but this one, by relative path.
+        artifacts: the ways to run it.
+    """
+
+    format_version: int
+    created_by: str
+    encoder: EncoderSpec
+    fingerprint: str
+    files: Mapping[str, str]
+    artifacts: tuple[Artifact, ...]
+
+
+def read_encoder(folder: Path) -> EncoderSpec:
+    """Read `encoder.json` of a run folder.
+
+    Raises:
+        BundleError: the file is missing or malformed.
+    """
+    return _read(EncoderSpec, folder / ENCODER_FILE, f"{folder} is not a run folder")
+
+
+def read_canaries(bundle: Path) -> tuple[Canary, ...]:
+    """Read the canary texts and reference vectors of a bundle.
+
+    Raises:
+        BundleError: the file is missing or malformed.
+    """
+    return _read(Canaries, bundle / CANARIES_FILE, f"{bundle} has no canaries").canaries
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read `manifest.json` of a bundle. Hashes are not checked here: `check_files` does.
+
+    Raises:
+        BundleError: the folder is no bundle, or its manifest is malformed or of another format version.
+    """
+    path = bundle / MANIFEST_FILE
+    text = _read_text(path, f"{bundle} is not a bundle")
+    data = _parse(text, path)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format_version {version!r}; this mirror_runtime reads {FORMAT_VERSION}. "
+            "Export the encoder again, or install the matching version"
+        )
+    manifest = from_json(Manifest, data, str(path))
+    for relative in (*manifest.files, *(a.path for a in manifest.artifacts)):
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise BundleError(f"{path} names {relative!r}, which lies outside the bundle")
+    return manifest
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a contract dataclass as indented JSON with a final newline."""
+    path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    """Hash a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_texts(texts: typing.Iterable[str]) -> str:
+    """Hash texts joined by newlines, as 64 hexadecimal digits."""
+    return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
+
+
+def fingerprint(spec: EncoderSpec, weights_sha256: str, tokenizer_sha256: str) -> str:
+    """Name a vector space: 16 hexadecimal digits over weights, tokenizer and what the spec says of the vector.
+
+    Where the weights came from (`base_model`, `revision`) does not count: the same weights give the same space.
+    """
+    vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
+    text = json.dumps([weights_sha256, tokenizer_sha256, vector], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare every file of a bundle with the manifest's sha256.
+
+    Raises:
+        BundleError: naming the files that are missing or differ.
+    """
+    missing = [name for name in manifest.files if not (bundle / name).is_file()]
+    if missing:
+        raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy it again or export it again")
+    changed = [name for name, digest in manifest.files.items() if sha256_file(bundle / name) != digest]
+    if changed:
+        raise BundleError(f"{bundle} is corrupted: {', '.join(changed)} differ from the manifest. Copy or export it again")
+
+
+def to_json(value: Any) -> Any:
+    """Turn contract dataclasses, enums, tuples and mappings into what `json.dumps` takes."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], data: Any, where: str) -> T:
+    """Read a contract dataclass from parsed JSON, strictly.
+
+    Args:
+        kind: the dataclass.
+        data: what `json.loads` gave.
+        where: a file name, for messages.
+
+    Raises:
+        BundleError: a key is missing or unknown, or a value has the wrong type.
+    """
+    return typing.cast(T, _value(kind, data, where))
+
+
+def _read(kind: type[T], path: Path, absent: str) -> T:
+    return from_json(kind, _parse(_read_text(path, absent), path), str(path))
+
+
+def _read_text(path: Path, absent: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BundleError(f"{absent}: {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds {type(data).__name__} where a JSON object is expected")
+    return data
+
+
+def _value(kind: Any, data: Any, where: str) -> Any:
+    """Convert `data` to the annotated type `kind`; `where` names the place for messages."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _object(typing.cast(type, kind), data, where)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        known = [member.value for member in kind]
+        if data not in known:
+            raise BundleError(f"{where} is {data!r}; known are {', '.join(map(str, known))}")
+        return kind(data)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if origin in (types.UnionType, typing.Union):
+        plain = next((arg for arg in args if _is_plain(data, arg)), None)
+        if plain is not None:
+            return data
+    elif _is_plain(data, kind):
+        return float(data) if kind is float else data
+    raise BundleError(f"{where} is {data!r}; expected {getattr(kind, '__name__', kind)}")
+
+
+def _object(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise BundleError(f"{where} is {data!r}; expected an object")
+    hints = typing.get_type_hints(kind)
+    missing, unknown = sorted(hints.keys() - data.keys()), sorted(data.keys() - hints.keys())
+    if missing or unknown:
+        raise BundleError(
+            f"{where}: "
+            + "; ".join(
+                part
+                for part in (
+                    missing and f"missing {', '.join(missing)}",
+                    unknown and f"unknown {', '.join(unknown)}",
+                )
+                if part
+            )
+        )
+    return kind(**{name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()})
+
+
+def _is_plain(data: Any, kind: Any) -> bool:
+    if kind is type(None):
+        return data is None
+    if isinstance(data, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(data, (int, float))
+    return kind in (str, int) and isinstance(data, kind)
