@@ -4,7 +4,7 @@
 bundle is loaded with is imported then.
 """
 
-from mirror_runtime.encoder import Encoded, Encoder, LongTexts
+from mirror_runtime.encoder import Encoded, Encoder, Stats
 from mirror_runtime.errors import (
     BundleError,
     EngineError,
@@ -15,6 +15,7 @@ from mirror_runtime.errors import (
     ServerError,
     TextError,
 )
+from mirror_runtime.tokens import LongTexts
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "MissingExtra",
     "ParityError",
     "ServerError",
+    "Stats",
     "TextError",
     "__version__",
 ]

@@ -276,7 +276,9 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
         raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy it again or export it again")
     changed = [name for name, digest in manifest.files.items() if sha256_file(bundle / name) != digest]
     if changed:
-        raise BundleError(f"{bundle} is corrupted: {', '.join(changed)} differ from the manifest. Copy or export it again")
+        raise BundleError(
+            f"{bundle} is corrupted: {', '.join(changed)} differ from the manifest. Copy or export it again"
+        )
 
 
 def to_json(value: Any) -> Any:

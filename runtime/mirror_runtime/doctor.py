@@ -1,0 +1,125 @@
+"""What this machine can run, and the traps that cost people afternoons."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
+
+PACKAGES = (
+    "numpy",
+    "tokenizers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tritonclient",
+    "nvidia-pytriton",
+)
+_SHM = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What `mirror doctor` found.
+
+    Attributes:
+        machine: facts, in the order to show them.
+        packages: installed version of each package of interest, or None.
+        abilities: what this machine can do, with the reason where it cannot.
+        problems: what is wrong, each with its cure; empty on a healthy machine.
+    """
+
+    machine: Mapping[str, str]
+    packages: Mapping[str, str | None]
+    abilities: Mapping[str, str]
+    problems: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine and the installed packages. Imports no engine."""
+    packages = {name: _version(name) for name in PACKAGES}
+    bf16 = sorted(BF16_FLAGS & cpu_flags())
+    glibc = platform.libc_ver()[1]
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}" + (f", glibc {glibc}" if glibc else ""),
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": f"{usable_cores()} usable",
+        "cpu features": ", ".join(
+            sorted(f for f in cpu_flags() if f.startswith(("amx", "avx512_", "avx2", "avx_vnni")))
+        ),
+        "memory": f"{memory_bytes() / 2**30:.1f} GiB",
+        "gpu": "an NVIDIA driver is present" if shutil.which("nvidia-smi") else "none seen",
+    }
+    return Diagnosis(
+        machine=machine,
+        packages=packages,
+        abilities={
+            "onnxruntime fp32": _needs(packages, "onnxruntime", "cpu", also="onnxruntime-gpu"),
+            "openvino fp32": _needs(packages, "openvino", "openvino"),
+            "openvino bf16": _needs(packages, "openvino", "openvino")
+            if bf16
+            else "no: the CPU lacks bf16 instructions",
+            "local tritonserver": triton_obstacle() or _needs(packages, "nvidia-pytriton", "triton"),
+            "triton client": _needs(packages, "tritonclient", "client"),
+        },
+        problems=tuple(_problems(packages)),
+    )
+
+
+def triton_obstacle() -> str:
+    """Say why the packaged tritonserver cannot run on this system; empty where it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"no: the wheel is for Linux x86-64, this is {platform.system()} {platform.machine()}; use the container"
+    library, glibc = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, glibc.split(".")[:2])) < (2, 35):
+        return (
+            f"no: the wheel needs glibc 2.35 or newer, not {library or 'another C library'} {glibc}; use the container"
+        )
+    return ""
+
+
+def _problems(packages: Mapping[str, str | None]) -> list[str]:
+    problems = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        )
+    numpy = packages["numpy"] or ""
+    if packages["nvidia-pytriton"] and not numpy.startswith("1."):
+        problems.append(f"nvidia-pytriton wants numpy below 2 and {numpy} is installed: pip install 'numpy<2'")
+    if not any(packages[name] for name in ("onnxruntime", "onnxruntime-gpu", "openvino")):
+        problems.append("no engine is installed: pip install 'mirror-runtime[openvino]' or 'mirror-runtime[cpu]'")
+    if _SHM.is_dir():
+        free = shutil.disk_usage(_SHM).free
+        if free < 64 * 2**20:
+            problems.append(
+                f"/dev/shm has {free >> 20} MiB free and Triton needs 64: enlarge it (docker: --shm-size=1g)"
+            )
+        left = sorted(p.name for p in _SHM.glob("mirror_*"))
+        if left:
+            problems.append(
+                f"/dev/shm holds {len(left)} regions of a Mirror server ({left[0]} …): remove them if none runs"
+            )
+    return problems
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _needs(packages: Mapping[str, str | None], package: str, extra: str, also: str | None = None) -> str:
+    if packages[package] or (also and packages[also]):
+        return "yes"
+    return f"no: pip install 'mirror-runtime[{extra}]'"

@@ -1,0 +1,43 @@
+"""What an engine is: the one seam between packed rows and the libraries that execute graphs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.packing import PackedRows
+
+
+class Engine(Protocol):
+    """Runs packed rows through one graph. Knows token ids only: no texts, no policies.
+
+    Attributes:
+        name: the library.
+        precision: what it runs in: exactly what was asked for.
+        streams: how many calls of `run` it serves at once; the caller keeps that many in flight.
+    """
+
+    name: EngineName
+    precision: Precision
+    streams: int
+
+    def run(self, rows: PackedRows) -> NDArray[np.float32]:
+        """Compute the pooled vectors of one batch. Safe to call from several threads.
+
+        Args:
+            rows: arrays [R, L].
+
+        Returns:
+            float32 [R, L // 4, dim]; empty slots are zeros. The caller owns the array.
+
+        Raises:
+            EngineError: the library failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the library's resources. The engine cannot run afterwards."""
+        ...

@@ -1,0 +1,115 @@
+"""Corpora on disk as streams of texts: text lines, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mirror_runtime.errors import InputError
+from mirror_runtime.extras import require
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a corpus.
+
+    Attributes:
+        text: what to encode; for JSON and Parquet whatever the file holds there, str or not.
+        position: how far the file has been read, in the unit of `Source.size`.
+    """
+
+    text: object
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A corpus file.
+
+    Attributes:
+        path: a `.txt` (one text a line, empty lines count), `.jsonl` (one object or string a line) or `.parquet` file.
+        column: the field or column that holds the text; unused for `.txt`.
+    """
+
+    path: Path
+    column: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.path.suffix not in SUFFIXES:
+            raise InputError(f"{self.path} is none of {', '.join(SUFFIXES)}: rename or convert it")
+        if not self.path.is_file():
+            raise InputError(f"{self.path} does not exist or is no file")
+
+    @property
+    def size(self) -> int:
+        """Bytes of a text file, rows of a Parquet file."""
+        if self.path.suffix == ".parquet":
+            return int(_parquet(self.path, self.column).metadata.num_rows)
+        return self.path.stat().st_size
+
+    def rows(self, skip: int = 0) -> Iterator[Row]:
+        """Stream the rows after the first `skip`, holding a few thousand in memory at most.
+
+        Raises:
+            InputError: naming the line that is not UTF-8 or not JSON, or the column that is missing.
+        """
+        if self.path.suffix == ".parquet":
+            return self._parquet_rows(skip)
+        return self._lines(skip)
+
+    def _lines(self, skip: int) -> Iterator[Row]:
+        as_json = self.path.suffix == ".jsonl"
+        position = 0
+        with self.path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                position += len(line)
+                if number <= skip:
+                    continue
+                try:
+                    text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{self.path}, line {number}: not UTF-8 ({error.reason}): convert the file"
+                    ) from None
+                yield Row(text=self._field(text, number) if as_json else text, position=position)
+
+    def _field(self, line: str, number: int) -> object:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.path}, line {number}: not JSON ({error.msg}): write one object a line") from None
+        if not isinstance(value, dict):
+            return value
+        if self.column not in value:
+            raise InputError(
+                f"{self.path}, line {number}: no field {self.column!r}, only {', '.join(map(repr, value)) or 'none'}. "
+                "Name the right one with --text-column"
+            )
+        return value[self.column]
+
+    def _parquet_rows(self, skip: int) -> Iterator[Row]:
+        file = _parquet(self.path, self.column)
+        values = (value for batch in file.iter_batches(4096, columns=[self.column]) for value in batch.column(0))
+        for position, value in enumerate(islice(values, skip, None), skip + 1):
+            yield Row(text=value.as_py(), position=position)
+
+
+def _parquet(path: Path, column: str) -> Any:
+    """Open a Parquet file that has the column."""
+    pyarrow, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a Parquet file: {error}") from error
+    if column not in file.schema_arrow.names:
+        raise InputError(
+            f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}. "
+            "Name the right one with --text-column"
+        )
+    return file

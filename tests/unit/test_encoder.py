@@ -1,0 +1,151 @@
+import logging
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from mirror_runtime import Encoder, EngineError, InputError, TextError
+from mirror_runtime.bundle import EngineName, Precision
+
+
+@pytest.fixture
+def encoder(make_bundle):
+    with Encoder.load(make_bundle(), engine="fake", streams=2) as encoder:
+        yield encoder
+
+
+def ragged(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(0, 30))) for i in range(n)]
+
+
+def test_order_is_kept_and_neighbours_do_not_matter(encoder):
+    texts = ragged(700)
+    together = encoder.encode(texts)
+    assert together.shape == (700, 8)
+    assert together.dtype == np.float32
+    for i in range(0, 700, 37):
+        np.testing.assert_array_equal(encoder.encode([texts[i]])[0], together[i])
+
+
+def test_windows_do_not_matter_and_generators_are_taken(encoder):
+    texts = ragged(500)
+    parts = list(encoder.encode_stream((t for t in texts), window=33))
+    assert [len(p.vectors) for p in parts] == [33] * 15 + [5]
+    np.testing.assert_array_equal(np.concatenate([p.vectors for p in parts]), encoder.encode(texts))
+
+
+def test_nothing_gives_an_empty_array(encoder):
+    assert encoder.encode([]).shape == (0, 8)
+    assert encoder.encode_detailed(iter(())).errors == {}
+
+
+@pytest.mark.parametrize("texts", ["one string", b"bytes"])
+def test_one_string_is_no_list_of_texts(encoder, texts):
+    with pytest.raises(InputError, match="pass a list"):
+        encoder.encode(texts)
+
+
+def test_a_bad_text_is_named_by_position_across_windows(encoder, monkeypatch):
+    monkeypatch.setattr("mirror_runtime.encoder.Encoder.encode_stream.__defaults__", (10,))
+    texts: list[object] = list(ragged(40))
+    texts[23] = None
+    with pytest.raises(TextError, match="text 23: is NoneType"):
+        encoder.encode(texts)
+    detailed = encoder.encode_detailed(texts)
+    assert list(detailed.errors) == [23]
+    assert not detailed.vectors[23].any()
+    good = [t for t in texts if t is not None]
+    np.testing.assert_array_equal(np.delete(detailed.vectors, 23, 0), encoder.encode(good))
+
+
+def test_truncation_is_counted_marked_and_logged(encoder, caplog):
+    with caplog.at_level(logging.WARNING):
+        detailed = encoder.encode_detailed(["short", "word " * 500])
+    assert detailed.truncated.tolist() == [False, True]
+    assert detailed.tokens.tolist() == [3, 502]
+    assert encoder.stats.truncated == 1
+    assert "1 of 2 texts are longer than 64 tokens" in caplog.text
+
+
+def test_chunks_are_averaged_and_normalised(make_bundle):
+    folder = make_bundle()
+    long = " ".join(f"word{i}" for i in range(60))
+    with Encoder.load(folder, engine="fake", long_texts="chunk") as encoder:
+        whole = encoder.encode(["a", long, "b"])
+        alone = encoder.encode(["a", "b"])
+        tokenized = encoder._tokenizer([long])
+    pieces = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
+    assert len(pieces) > 1
+    phase = np.arange(1, 9)
+    vectors = []
+    for piece in pieces:
+        key = ((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973
+        vector = np.sin(phase * (1.0 + key))
+        vectors.append(vector / np.linalg.norm(vector))
+    mean = np.mean(vectors, axis=0)
+    np.testing.assert_allclose(whole[1], mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_array_equal(whole[[0, 2]], alone)
+
+
+def test_threads_may_share_an_encoder(encoder):
+    texts = ragged(300)
+    expected = encoder.encode(texts)
+    results: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: results.__setitem__(i, encoder.encode(texts[i::4]))) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        np.testing.assert_array_equal(results[i], expected[i::4])
+
+
+def test_an_engine_failure_reaches_the_caller(encoder, monkeypatch):
+    def fail(rows):
+        raise EngineError("out of cheese")
+
+    monkeypatch.setattr(encoder.engine, "run", fail)
+    with pytest.raises(EngineError, match="out of cheese"):
+        encoder.encode(ragged(100))
+
+
+def test_a_caller_that_stops_early_leaves_nothing_running(encoder):
+    stream = encoder.encode_stream(ragged(5000), window=50)
+    next(stream)
+    stream.close()
+    assert encoder.encode(["still works"]).shape == (1, 8)
+
+
+def test_stats_add_up(encoder):
+    encoder.encode(ragged(256))
+    stats = encoder.stats
+    assert stats.texts == 256
+    assert stats.executions > 1
+    assert 0.8 < stats.tokens / stats.slots <= 1.0
+
+
+def test_warm_up_runs_every_shape(encoder, monkeypatch):
+    seen = []
+    run = encoder.engine.run
+    monkeypatch.setattr(encoder.engine, "run", lambda rows: (seen.append(rows.shape), run(rows))[1])
+    encoder.warm_up()
+    assert seen == list(encoder._ladder.shapes())
+
+
+def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artifact):
+    folder = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
+    with pytest.raises(EngineError, match="engine 'onnx' is unknown: choose auto, onnxruntime"):
+        Encoder.load(folder, engine="onnx")
+    with pytest.raises(EngineError, match="precision 'half' is unknown"):
+        Encoder.load(folder, precision="half")
+    with pytest.raises(EngineError, match="it has onnxruntime fp32"):
+        Encoder.load(folder, engine="openvino")
+    with pytest.raises(InputError, match="choose truncate, error, chunk"):
+        Encoder.load(folder, long_texts="cut")
+    with pytest.raises(EngineError, match="streams is 0"):
+        Encoder.load(folder, engine="fake", streams=0)

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mirror_runtime.packing import BLOCK, Ladder, pack
+
+LADDER = Ladder.up_to(256)
+
+
+def test_the_ladder_doubles_and_ends_at_the_limit():
+    assert Ladder.up_to(50).lengths == (64,)
+    assert Ladder.up_to(256).lengths == (64, 128, 256)
+    assert Ladder.up_to(384).lengths == (64, 128, 256, 384)
+    assert Ladder.up_to(500).lengths == (64, 128, 256, 512)
+    assert LADDER.row_counts(64) == (16, 4, 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 256), max_size=300),
+    streams=st.integers(1, 4),
+)
+def test_every_token_lands_once_in_its_own_segment(lengths, streams):
+    sizes = np.array(lengths, np.int64)
+    ids = np.arange(1, sizes.sum() + 1)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    batches = pack(ids, sizes, LADDER, streams=streams)
+    seen: list[int] = []
+    for batch in batches:
+        rows, length = batch.rows.shape
+        assert (rows, length) in LADDER.shapes()
+        assert length % BLOCK == 0
+        assert batch.tokens == np.count_nonzero(batch.rows.input_ids)
+        assert ((batch.rows.input_ids > 0) == (batch.rows.segment_ids > 0)).all()
+        for piece, slot in zip(batch.pieces, batch.slots, strict=True):
+            row, segment = divmod(int(slot), length // 4)
+            mine = batch.rows.segment_ids[row] == segment + 1
+            assert (batch.rows.input_ids[row][mine] == ids[starts[piece] : starts[piece + 1]]).all()
+            assert (batch.rows.position_ids[row][mine] == np.arange(sizes[piece])).all()
+            seen.append(int(piece))
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_ragged_short_texts_fill_the_rows():
+    sizes = np.random.default_rng(1).integers(5, 40, 4000)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=2)
+    slots = sum(batch.rows.input_ids.size for batch in batches)
+    assert sizes.sum() / slots > 0.97
+
+
+def test_one_short_text_gets_the_shortest_row():
+    (batch,) = pack(np.ones(9, np.int64), np.array([9]), LADDER)
+    assert batch.rows.shape == (1, 16)
+    (batch,) = pack(np.ones(40, np.int64), np.array([20, 20]), LADDER)
+    assert batch.rows.shape == (1, 48)
+
+
+def test_many_tiny_texts_respect_the_slots():
+    batches = pack(np.ones(200, np.int64), np.full(100, 2), LADDER)
+    assert sum(len(batch.pieces) for batch in batches) == 100
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+def test_the_last_batches_keep_all_streams_busy(streams):
+    sizes = np.full(16, 64)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=streams)
+    assert len(batches) >= streams
+    assert sum(batch.rows.shape[0] for batch in batches) <= 17

@@ -1,0 +1,47 @@
+import pytest
+
+from mirror_runtime import EngineError
+from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
+from mirror_runtime.selection import choose
+
+ORT32 = (EngineName.ONNXRUNTIME, Precision.FP32)
+OV32 = (EngineName.OPENVINO, Precision.FP32)
+OV16 = (EngineName.OPENVINO, Precision.BF16)
+
+
+@pytest.fixture
+def manifest(make_bundle, make_artifact):
+    return read_manifest(make_bundle(artifacts=tuple(make_artifact(*pair) for pair in (ORT32, OV32, OV16))))
+
+
+@pytest.mark.parametrize(
+    ("bf16", "openvino", "onnxruntime", "chosen"),
+    [(True, True, True, OV16), (False, True, True, ORT32), (True, False, True, ORT32), (False, True, False, OV32)],
+)
+def test_auto_follows_the_documented_rule(manifest, monkeypatch, bf16, openvino, onnxruntime, chosen):
+    have = {EngineName.OPENVINO: openvino, EngineName.ONNXRUNTIME: onnxruntime}
+    monkeypatch.setattr("mirror_runtime.selection.has_bf16", lambda: bf16)
+    monkeypatch.setattr("mirror_runtime.selection.installed", have.__getitem__)
+    engine, precision, artifact = choose(manifest, "auto", "auto")
+    assert (engine, precision) == chosen
+    assert artifact is not None
+    assert (artifact.engine, artifact.precision) == chosen
+
+
+def test_what_was_asked_for_is_chosen_even_where_it_will_fail(manifest, monkeypatch):
+    monkeypatch.setattr("mirror_runtime.selection.has_bf16", lambda: False)
+    assert choose(manifest, "openvino", "bf16")[:2] == OV16
+    assert choose(manifest, "openvino", "auto")[:2] == OV32
+    assert choose(manifest, "auto", "fp32")[:2] == ORT32
+
+
+def test_nothing_installed_is_said_with_the_cure(manifest, monkeypatch):
+    monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: False)
+    with pytest.raises(EngineError, match=r"pip install 'mirror-runtime\[openvino\]'"):
+        choose(manifest, "auto", "auto")
+
+
+def test_padded_artifacts_are_for_other_consumers(make_bundle, make_artifact):
+    manifest = read_manifest(make_bundle(artifacts=(make_artifact(*ORT32, Layout.PADDED),)))
+    with pytest.raises(EngineError, match="it has none"):
+        choose(manifest, "auto", "auto")
