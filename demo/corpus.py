@@ -18,7 +18,7 @@ _SHORTEST = 20  # characters: "Return self." and its like answer nothing
 
 
 def functions() -> dict[str, str]:
-    """Map each first sentence of the library's docstrings to the name it describes: the first where several share it."""
+    """Map first sentences of the library's docstrings to what they describe; where several share one, to the first."""
     found: dict[str, str] = {}
     for item in standard_library():
         if len(item.summary) >= _SHORTEST:
