@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -17,6 +19,24 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import PackedRows
 
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
+
+_COMPILING = threading.Lock()
+"""Held while models are compiled and tensors are made, by all engines of the process: when two threads make OpenVINO's
+first tensors at the same time, one waits for Python's lock and the other for a static's guard, for ever (2026.4.1)."""
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """An infer request and numpy views of its own input and output memory, which static shapes never move."""
+
+    request: Any
+    inputs: Mapping[str, NDArray[np.int64]]
+    output: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, request: Any, names: Sequence[str]) -> _Slot:
+        inputs = {name: request.get_input_tensor(i).data for i, name in enumerate(names)}
+        return cls(request=request, inputs=inputs, output=request.get_output_tensor(0).data)
 
 
 class OpenVinoEngine:
@@ -46,37 +66,38 @@ class OpenVinoEngine:
         self._cores = usable_cores()
         self.streams = streams or self._cores
         self._graph = graph
-        self._lock = threading.Lock()
-        self._requests: dict[tuple[int, int], SimpleQueue[Any]] = {}
+        self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         try:
             self._model = self._core.read_model(graph)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
-        # ONNX keeps the outputs' names; inputs are fed by position, which spares a name lookup a call.
         self._inputs = [tensor.get_any_name() for tensor in self._model.inputs]
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
-        pool = self._requests.get(rows.shape) or self._compile(rows.shape)
-        request = pool.get()
+        pool = self._slots.get(rows.shape) or self._compile(rows.shape)
+        slot = pool.get()
         try:
-            request.infer([getattr(rows, name) for name in self._inputs], share_inputs=True)
-            out: NDArray[np.float32] = request.get_output_tensor(0).data.copy()
+            for name, view in slot.inputs.items():
+                view[...] = getattr(rows, name)
+            # Not `infer`: it makes tensor objects at each call. Here they are views, made once under `_COMPILING`.
+            slot.request.start_async()
+            slot.request.wait()
+            return slot.output.copy()
         except RuntimeError as error:
             raise EngineError(f"openvino failed on rows {rows.shape}: {error}") from error
         finally:
-            pool.put(request)
-        return out
+            pool.put(slot)
 
     def close(self) -> None:
         """Release the compiled models."""
-        self._requests.clear()
+        self._slots.clear()
         del self._model
 
-    def _compile(self, shape: tuple[int, int]) -> SimpleQueue[Any]:
-        with self._lock:
-            if shape in self._requests:
-                return self._requests[shape]
+    def _compile(self, shape: tuple[int, int]) -> SimpleQueue[_Slot]:
+        with _COMPILING:
+            if shape in self._slots:
+                return self._slots[shape]
             alone = shape[0] == 1
             streams = 1 if alone else self.streams
             settings = {
@@ -96,8 +117,8 @@ class OpenVinoEngine:
                 raise EngineError(
                     f"openvino compiled {self._graph.name} for {ran} where {self.precision.value} was asked"
                 )
-            pool: SimpleQueue[Any] = SimpleQueue()
-            for _ in range(max(streams, self.streams)):
-                pool.put(compiled.create_infer_request())
-            self._requests[shape] = pool
+            pool: SimpleQueue[_Slot] = SimpleQueue()
+            for _ in range(self.streams):
+                pool.put(_Slot.of(compiled.create_infer_request(), self._inputs))
+            self._slots[shape] = pool
             return pool

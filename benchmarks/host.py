@@ -1,0 +1,59 @@
+"""What was measured on and with: machine, library versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks.results import Host, Source
+from mirror_runtime.host import cpu_flags, cpu_model, memory_bytes, usable_cores
+
+TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+"""CPU features that decide how fast matrix products run in fp32, bf16, fp16 and int8."""
+
+MEASURED_WITH = ("mirror-runtime", "numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
+
+
+def describe_host() -> Host:
+    """Describe this machine as this process sees it."""
+    flags = cpu_flags()
+    return Host(
+        cpu_model=cpu_model(),
+        cores_online=os.cpu_count() or 1,
+        cores_usable=usable_cores(),
+        cpu_flags=tuple(flag for flag in TELLING_FLAGS if flag in flags),
+        memory_bytes=memory_bytes(),
+        os=platform.platform(),
+        python=platform.python_version(),
+        load_1min_start=os.getloadavg()[0],
+    )
+
+
+def installed_versions(packages: Sequence[str] = MEASURED_WITH) -> dict[str, str]:
+    """Give the versions of those packages that are installed here."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_source(root: Path) -> Source:
+    """Name the commit of a clone and whether files differ from it; both None where git or the clone is absent."""
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return Source(commit=commit, dirty=bool(_git(root, "status", "--porcelain")))
+    except (OSError, subprocess.CalledProcessError):
+        return Source(commit=None, dirty=None)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=30
+    ).stdout.strip()

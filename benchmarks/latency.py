@@ -1,0 +1,76 @@
+"""Suite `latency`: one text at a time, in process, warm, at exact token lengths."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.progress import Progress
+
+from benchmarks.results import LatencyResult
+from benchmarks.session import Plan, Results, Runner, steps
+from benchmarks.summary import interleave, percentile
+from benchmarks.workload import bundle_tokenizer, texts_of_length
+from mirror_runtime.bundle import TOKENIZER_FILE
+from mirror_runtime.errors import MirrorError
+
+LENGTHS = (8, 16, 32, 64, 128)
+"""Tokens, special tokens included: those that the encoder's limit allows are measured."""
+
+TEXTS_A_LENGTH = 16
+"""Different texts that take turns, so that no call repeats the one before."""
+
+FULL_SAMPLES = 500
+QUICK_SAMPLES = 100
+WARM_CALLS = 3
+"""Untimed calls at the start of each turn: the other parties have just had the caches and cores."""
+
+
+def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:
+    """Measure every runner at every length; runners take turns within a length."""
+    spec = plan.manifest.encoder
+    tokenizer = bundle_tokenizer(plan.bundle / TOKENIZER_FILE, spec.max_tokens)
+    lengths = [length for length in LENGTHS if length <= spec.max_tokens]
+    calls = -(-(QUICK_SAMPLES if plan.quick else FULL_SAMPLES) // plan.rounds)
+    failed: set[str] = set()
+    with steps(progress, "latency", len(lengths) * len(runners) * plan.rounds) as done:
+        for length in lengths:
+            texts = texts_of_length(plan.workload.texts, tokenizer, length, count=TEXTS_A_LENGTH, seed=plan.seed)
+            samples: dict[str, list[float]] = {runner.point.name: [] for runner in runners}
+            for _, runner in interleave(runners, plan.rounds):
+                name = runner.point.name
+                if name not in failed:
+                    try:
+                        samples[name] += _turn(runner, texts, calls)
+                    except MirrorError as error:
+                        failed.add(name)
+                        results.fail("latency", name, error)
+                    else:
+                        results.latency[name, length] = _result(runner, length, samples[name])
+                done(f"{name}, {length} tokens")
+
+
+def _turn(runner: Runner, texts: Sequence[str], calls: int) -> list[float]:
+    """Time `calls` calls with one text each, in milliseconds."""
+    encode = runner.encoder.encode
+    for text in texts[:WARM_CALLS]:
+        encode([text])
+    samples = []
+    for call in range(calls):
+        one = [texts[call % len(texts)]]
+        began = time.perf_counter()
+        encode(one)
+        samples.append(1e3 * (time.perf_counter() - began))
+    return samples
+
+
+def _result(runner: Runner, tokens: int, samples: Sequence[float]) -> LatencyResult:
+    return LatencyResult(
+        point=runner.point,
+        streams=runner.encoder.engine.streams,
+        tokens=tokens,
+        samples_ms=tuple(samples),
+        p50_ms=percentile(samples, 50),
+        p90_ms=percentile(samples, 90),
+        p99_ms=percentile(samples, 99),
+    )

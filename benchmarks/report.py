@@ -1,0 +1,120 @@
+"""Results to a report folder: report.json, report.md and plots, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import render_markdown
+from benchmarks.plots import draw_plots
+from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Host, Report, Settings, Source, Subject
+from benchmarks.session import Plan, Results
+from mirror_runtime.bundle import write_json
+from mirror_runtime.errors import InputError
+from mirror_runtime.folders import whole_folder
+
+MARKDOWN_FILE = "report.md"
+
+
+def check_output(folder: Path) -> None:
+    """Refuse, before anything is measured, a folder that holds something other than a report.
+
+    Raises:
+        InputError: it does, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file: choose a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file():
+        raise InputError(f"--output {folder} is not empty and holds no report to replace: choose another folder")
+
+
+def build_report(
+    plan: Plan,
+    results: Results,
+    *,
+    host: Host,
+    versions: Mapping[str, str],
+    source: Source,
+    started: str,
+    wall_s: float,
+    partial: bool,
+) -> Report:
+    """Put the results so far into a report."""
+    spec = plan.manifest.encoder
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        partial=partial,
+        started=started,
+        wall_s=wall_s,
+        host=host,
+        versions=versions,
+        source=source,
+        subject=Subject(
+            name=plan.bundle.resolve().name,
+            fingerprint=plan.manifest.fingerprint,
+            base_model=spec.base_model,
+            max_tokens=spec.max_tokens,
+            dim=spec.dim,
+            flop_per_token=plan.flop_per_token,
+        ),
+        workload=plan.workload.info,
+        settings=Settings(suites=plan.suites, quick=plan.quick, rounds=plan.rounds, seed=plan.seed),
+        ceilings=tuple(results.ceilings.values()),
+        latency=tuple(sorted(results.latency.values(), key=lambda r: r.point.name)),
+        throughput=tuple(results.throughput.values()),
+        startup=tuple(results.startup.values()),
+        ours_beside_peers=tuple(results.ours_beside_peers.values()),
+        peers=tuple(results.peers.values()),
+        comparisons=tuple(results.comparisons.values()),
+        failures=tuple(results.failures),
+    )
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write the report's files; a report that was there is replaced when the new one is complete.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    check_output(folder)
+    with whole_folder(folder, overwrite=True) as partial:
+        plots = draw_plots(report, partial)
+        (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
+        write_json(report, partial / REPORT_FILE)
+
+
+def headline(report: Report, folder: Path) -> dict[str, Any]:
+    """Give the report's figures without samples, for the one JSON line that ends standard output."""
+    return {
+        "report": str(folder / REPORT_FILE),
+        "schema_version": report.schema_version,
+        "partial": report.partial,
+        "fingerprint": report.subject.fingerprint,
+        "cpu": report.host.cpu_model,
+        "cores_usable": report.host.cores_usable,
+        "ceilings": [
+            {"engine": c.engine.value, "precision": c.precision.value, "gflop_per_s": c.gflop_per_s}
+            for c in report.ceilings
+        ],
+        "latency": [
+            {"point": r.point.name, "tokens": r.tokens, "p50_ms": r.p50_ms, "p99_ms": r.p99_ms} for r in report.latency
+        ],
+        "throughput": [
+            {
+                "point": r.point.name,
+                "texts_per_s": r.texts_per_s,
+                "tokens_per_s": r.tokens_per_s,
+                "ceiling_share": r.ceiling_share,
+                "row_fill": r.row_fill,
+                "min_cosine": r.point.parity.min_cosine,
+            }
+            for r in report.throughput
+        ],
+        "startup": [{"party": r.party, "median_s": r.median_s} for r in report.startup],
+        "comparisons": [
+            {"ours": c.point.name, "peer": c.peer, "ratio": c.ratio, "min_cosine": c.min_cosine}
+            for c in report.comparisons
+        ],
+        "failures": len(report.failures),
+    }

@@ -1,0 +1,253 @@
+"""Measure a bundle: latency, throughput, startup, and other libraries on the same weights, with the ceiling first.
+
+    python benchmarks/run.py BUNDLE --suite latency throughput --output reports/mine
+
+Writes report.json, report.md and plots. The last line of standard output is one JSON object with the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.ceilings import EncoderShape, measure_ceilings, read_shape
+from benchmarks.host import describe_host, describe_source, installed_versions
+from benchmarks.latency import run_latency
+from benchmarks.peer_suite import PEERS, PeerPoint, prepare_peers, run_peers
+from benchmarks.report import MARKDOWN_FILE, build_report, check_output, headline, write_report
+from benchmarks.results import Suite
+from benchmarks.session import Plan, Results, Runner, loaded, select_points
+from benchmarks.startup import our_starters, run_startup
+from benchmarks.throughput import run_throughput
+from benchmarks.workload import bundle_tokenizer, load_workload
+from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
+from mirror_runtime.errors import BundleError, InputError, MirrorError
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL_ROUNDS = 5
+QUICK_ROUNDS = 3
+
+_LISTS: Mapping[str, tuple[str, ...]] = {
+    "--suite": tuple(suite.value for suite in Suite),
+    "--engine": tuple(engine.value for engine in EngineName),
+    "--precision": tuple(precision.value for precision in Precision),
+}
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
+    suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of the report; an older report there is replaced.")] = Path(
+        "reports/latest"
+    ),
+    texts: Annotated[
+        Path | None, typer.Option(help="Workload, one text a line. Default: docstrings of the standard library.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="At most 1,000 texts, few samples: under 2 minutes on 2 cores.")
+    ] = False,
+    engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
+    precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="How often parties take turns. Default: 5, or 3 with --quick. Startup: at least 5."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the workload's sample and the intervals.")] = 0,
+    peer_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Use this virtual environment for a peer instead of making one."),
+    ] = None,
+    env_dir: Annotated[
+        Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
+    ] = ROOT / ".venvs",
+) -> None:
+    """Measure BUNDLE and write a report."""
+    started, began = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
+    check_output(output)
+    given = _given_environments(peer_env or [])
+    host, versions, source = describe_host(), installed_versions(), describe_source(ROOT)
+    results = Results()
+    plan, shape = _plan(
+        bundle, suite or [Suite.LATENCY, Suite.THROUGHPUT], texts, engine or [], precision or [], quick, rounds, seed,
+        results,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    partial = False
+    try:
+        with _progress(console) as progress, _quiet():
+            _measure(plan, shape, given, env_dir, results, progress)
+    except KeyboardInterrupt:
+        partial = True
+    report = build_report(
+        plan,
+        results,
+        host=host,
+        versions=versions,
+        source=source,
+        started=started,
+        wall_s=time.perf_counter() - began,
+        partial=partial,
+    )
+    write_report(report, output)
+    for failure in report.failures:
+        console.print(f"not measured: {failure.suite}, {failure.party}: {failure.reason}", markup=False)
+    console.print(f"{'interrupted: partial report' if partial else 'report'} in {output / MARKDOWN_FILE}", markup=False)
+    sys.stdout.write(json.dumps(headline(report, output), allow_nan=False) + "\n")
+    if partial or not report.measured:
+        raise typer.Exit(130 if partial else 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 on success, 1 when nothing could be measured, 2 on a mistake of the caller's, 130 when interrupted.
+    """
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(run)
+    try:
+        app(args=spread(sys.argv[1:] if argv is None else argv), prog_name="benchmarks/run.py")
+    except SystemExit as done:
+        return int(done.code or 0)
+    except MirrorError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def spread(argv: Sequence[str]) -> list[str]:
+    """Repeat an option before each of its values, for `--suite latency throughput`, which typer does not know."""
+    spread_out: list[str] = []
+    option = ""
+    for argument in argv:
+        if option and argument in _LISTS[option] and spread_out[-1] != option:
+            spread_out.append(option)
+        elif argument.startswith("-") or (option and spread_out[-1] != option):
+            option = argument if argument in _LISTS else ""
+        spread_out.append(argument)
+    return spread_out
+
+
+def _plan(
+    bundle: Path,
+    suites: Sequence[Suite],
+    texts: Path | None,
+    engines: Sequence[EngineName],
+    precisions: Sequence[Precision],
+    quick: bool,
+    rounds: int | None,
+    seed: int,
+    results: Results,
+) -> tuple[Plan, EncoderShape | None]:
+    manifest = read_manifest(bundle)
+    points = select_points(manifest, engines, precisions)
+    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    try:
+        shape = read_shape(bundle)
+    except BundleError as error:
+        shape = None
+        results.fail("ceilings", "all", error)
+    plan = Plan(
+        bundle=bundle,
+        manifest=manifest,
+        points=points,
+        workload=load_workload(texts, tokenizer, quick=quick, seed=seed),
+        suites=tuple(dict.fromkeys(suites)),
+        quick=quick,
+        rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
+        seed=seed,
+        flop_per_token=None if shape is None else shape.flop_per_token,
+    )
+    return plan, shape
+
+
+def _measure(
+    plan: Plan,
+    shape: EncoderShape | None,
+    given: Mapping[str, Path],
+    environments: Path,
+    results: Results,
+    progress: Progress,
+) -> None:
+    wanted = set(plan.suites)
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
+        peers: list[PeerPoint] = []
+        if Suite.PEERS in wanted:
+            peers = prepare_peers(plan, given, environments, Path(scratch), results, progress)
+        if shape is not None and wanted & {Suite.THROUGHPUT, Suite.PEERS}:
+            measure_ceilings(plan, shape, results, progress)
+        if Suite.STARTUP in wanted:
+            starters = our_starters(plan, plan.points) + [peer.starter for peer in peers]
+            run_startup(plan, starters, results, progress)
+        if wanted - {Suite.STARTUP}:
+            with loaded(plan, results) as runners:
+                _measure_loaded(plan, runners, peers, results, progress)
+
+
+def _measure_loaded(
+    plan: Plan, runners: Sequence[Runner], peers: Sequence[PeerPoint], results: Results, progress: Progress
+) -> None:
+    if Suite.LATENCY in plan.suites:
+        try:
+            run_latency(plan, runners, results, progress)
+        except InputError as error:  # too few words for texts of exact lengths: the other suites do not need them
+            results.fail(Suite.LATENCY.value, "all", error)
+    if Suite.THROUGHPUT in plan.suites:
+        run_throughput(plan, runners, results, progress)
+    if Suite.PEERS in plan.suites:
+        run_peers(plan, runners, peers, results, progress)
+
+
+def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
+    known = [peer.name for peer in PEERS]
+    given = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if name not in known or not folder:
+            raise InputError(f"--peer-env {pair!r}: write NAME=DIR with NAME one of {', '.join(known)}")
+        given[name] = Path(folder)
+    return given
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:22}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[doing]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the encoder's warning about truncated texts, which the report counts once instead of every round."""
+    logger = logging.getLogger("mirror_runtime")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The texts to encode: a file's lines, or the first sentences of the standard library's docstrings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.results import WorkloadInfo
+from benchmarks.summary import percentile
+from mirror_runtime.bundle import sha256_texts
+from mirror_runtime.docstrings import standard_library
+from mirror_runtime.errors import InputError
+from mirror_runtime.tokens import LongTexts, Tokenizer
+
+FULL_TEXTS = 4000
+QUICK_TEXTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Texts and what there is to say about them."""
+
+    texts: tuple[str, ...]
+    info: WorkloadInfo
+
+
+def load_workload(path: Path | None, tokenizer: Tokenizer, *, quick: bool, seed: int) -> Workload:
+    """Read a workload from a file, or collect it from the standard library.
+
+    Args:
+        path: a UTF-8 file with one text a line (blank lines are left out), or None for docstring sentences.
+        tokenizer: the bundle's, with the policy truncate.
+        quick: take a seeded sample of at most 1,000 texts. Otherwise a file is used whole, and docstrings up to 4,000.
+        seed: of the sample and its order. A whole file keeps its own order.
+
+    Raises:
+        InputError: the file cannot be read or holds no text.
+    """
+    if path is None:
+        texts = docstring_sentences()
+        random.Random(seed).shuffle(texts)
+        texts = texts[: QUICK_TEXTS if quick else FULL_TEXTS]
+        source = "first sentences of the Python standard library's docstrings"
+    else:
+        texts = _read_lines(path)
+        source = path.name
+        if quick and len(texts) > QUICK_TEXTS:
+            texts = random.Random(seed).sample(texts, QUICK_TEXTS)
+            source += f", a sample of {QUICK_TEXTS} lines"
+    return Workload(texts=tuple(texts), info=_describe(texts, source, tokenizer))
+
+
+def docstring_sentences() -> list[str]:
+    """Collect the first sentences of the standard library's docstrings, sorted, without repeats.
+
+    Sentences of fewer than three words are left out.
+    """
+    summaries = {item.summary for item in standard_library()}
+    return sorted(summary for summary in summaries if len(summary.split()) >= 3)
+
+
+def texts_of_length(texts: Sequence[str], tokenizer: Tokenizer, tokens: int, *, count: int, seed: int) -> list[str]:
+    """Make different texts of exactly `tokens` tokens, special tokens included, from a workload's words.
+
+    Raises:
+        InputError: the workload's words do not give that many texts of the length.
+    """
+    words = sorted({word for text in texts for word in text.split()})
+    random.Random(seed).shuffle(words)
+    lengths = tokenizer(["", *words]).lengths
+    special, sizes = int(lengths[0]), lengths[1:] - lengths[0]
+    made: list[str] = []
+    chosen: list[str] = []
+    room = tokens - special
+    for word, size in zip(words * max(1, count), sizes.tolist() * max(1, count), strict=True):
+        if size == 0 or size > room:
+            continue
+        chosen.append(word)
+        room -= size
+        if room == 0:
+            made.append(" ".join(chosen))
+            chosen, room = [], tokens - special
+            if len(made) == count:
+                break
+    exact = [text for text, length in zip(made, tokenizer(made).tokens.tolist(), strict=True) if length == tokens]
+    if len(exact) < count:
+        raise InputError(
+            f"the workload's {len(words)} words give {len(exact)} texts of exactly {tokens} tokens where {count} are "
+            "needed: use a --texts file with more words"
+        )
+    return exact
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
+    texts = [text for line in lines if (text := line.rstrip("\r")).strip()]
+    if not texts:
+        raise InputError(f"--texts {path} holds no text: it needs one text a line")
+    return texts
+
+
+def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> WorkloadInfo:
+    tokenized = tokenizer(texts)
+    if tokenized.errors:
+        raise InputError(f"the workload ({source}) holds a bad text: {next(iter(tokenized.errors.values()))}")
+    lengths = [float(length) for length in tokenized.lengths]
+    return WorkloadInfo(
+        source=source,
+        texts=len(texts),
+        texts_sha256=sha256_texts(texts),
+        tokens_mean=sum(lengths) / len(lengths),
+        tokens_p50=percentile(lengths, 50),
+        tokens_p90=percentile(lengths, 90),
+        tokens_max=int(max(lengths)),
+        truncated=int(tokenized.truncated.sum()),
+    )
+
+
+def bundle_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
+    """Open a bundle's tokenizer the way its encoder does by default: long texts are truncated."""
+    return Tokenizer(path, max_tokens, LongTexts.TRUNCATE)

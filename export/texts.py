@@ -1,0 +1,81 @@
+"""The texts that a graph is proven with: ragged, real, the same on every run, and nasty where texts can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mirror_runtime.docstrings import standard_library
+from mirror_runtime.errors import InputError
+
+NASTY = (
+    "",
+    " ",
+    "\t\n",
+    ".",
+    "😀",
+    "👩‍👩‍👧‍👦 und 🇯🇵: naïve café, Ångström, œuvre",
+    "nul\x00inside and \x07 bell",
+    "東京タワーは高さ333メートルです。",
+    "Привет, мир! שלום עולם. مرحبا بالعالم",
+    "e\u0301 is é, and \ufeffa byte order mark",
+    "supercalifragilisticexpialidocious" * 20,
+    "[CLS] [SEP] [PAD] [MASK] are words here",
+    "word " * 20_000,
+)
+"""Empty, whitespace, emoji, NUL, several scripts, a word without end, special tokens spelt out, 100,000 characters."""
+
+CANARIES = (
+    "The house is warm.",
+    "",
+    "emoji 🤖 and 漢字",
+    "A man is playing a guitar on stage.",
+    "Someone on a stage plays an instrument with six strings.",
+    "delete a folder and everything in it",
+    "Return the absolute value of the argument.",
+    "word " * 40,
+)
+"""Short texts of several kinds and a longer one: their vectors are stored in the bundle."""
+
+
+def parity_texts(short: int = 1000, medium: int = 60, long: int = 16) -> tuple[str, ...]:
+    """Give first sentences and whole docstrings of this Python's standard library, and the nasty ones.
+
+    Args:
+        short: first sentences, spread evenly over the library.
+        medium: whole docstrings of 200 to 800 characters.
+        long: whole docstrings of more than 2,500 characters, longer than most encoders take.
+    """
+    documented = standard_library()
+    whole = list(dict.fromkeys(item.text for item in documented))
+    texts = [
+        *_spread(list(dict.fromkeys(item.summary for item in documented if item.summary)), short),
+        *_spread([text for text in whole if 200 <= len(text) <= 800], medium),
+        *_spread([text for text in whole if len(text) > 2500], long),
+        *NASTY,
+    ]
+    return tuple(dict.fromkeys(texts))
+
+
+def read_texts(path: Path) -> tuple[str, ...]:
+    """Read a UTF-8 file of one text a line; empty lines are left out.
+
+    Raises:
+        InputError: it cannot be read, is no UTF-8, or holds no text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}. Give --parity-texts a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 at byte {error.start}: convert it to UTF-8") from error
+    texts = tuple(line for line in content.split("\n") if line.strip())
+    if not texts:
+        raise InputError(f"{path} holds no text: give one text a line")
+    return texts
+
+
+def _spread(items: Sequence[str], count: int) -> list[str]:
+    """Take `count` items at even distances, or all where there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,89 @@
+"""Bundle to Triton model repository: `python export/to_triton.py BUNDLE --output REPO`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+from rich.console import Console
+
+from mirror_runtime.bundle import read_manifest
+from mirror_runtime.errors import MirrorError
+from mirror_runtime.tokens import LongTexts
+from mirror_runtime.triton.repository import (
+    MODEL_NAME,
+    ServingOptions,
+    container_command,
+    write_repository,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE")],
+    output: Annotated[Path, typer.Option(help="The model repository; REPO/embed is written.", metavar="REPO")],
+    engine: Annotated[str, typer.Option(help="auto, or an engine that the bundle holds, such as openvino.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, or a precision that the bundle holds, such as bf16.")] = "auto",
+    streams: Annotated[
+        int | None,
+        typer.Option(min=1, help="Executions side by side: 2 on 2 cores favours throughput, 1 favours one request."),
+    ] = None,
+    max_batch_size: Annotated[
+        int, typer.Option(min=1, help="Most texts an execution: with 256, eight requests of 32 texts share one.")
+    ] = 256,
+    long_texts: Annotated[
+        LongTexts, typer.Option(help="Texts over the encoder's max_tokens: cut, refused, or averaged over chunks.")
+    ] = LongTexts.TRUNCATE,
+    link: Annotated[
+        bool, typer.Option("--link", help="Share the bundle's files by hard links where the file system allows it.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace REPO/embed if it exists.")] = False,
+) -> None:
+    """Write a Triton model repository that serves a bundle, and print how to start Triton on it."""
+    options = ServingOptions(
+        engine=engine, precision=precision, streams=streams, long_texts=long_texts, max_batch_size=max_batch_size
+    )
+    folder = write_repository(bundle, output, options, link=link, overwrite=overwrite)
+    manifest = read_manifest(bundle)
+    command = container_command(output.resolve(), ROOT, engine=engine)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"wrote {folder}", markup=False)
+    console.print("serve it on this machine:       mirror serve BUNDLE", markup=False)
+    console.print(f"serve it in NVIDIA's container: {command}", markup=False)
+    report = {
+        "repository": str(output.resolve()),
+        "model": MODEL_NAME,
+        "dim": manifest.encoder.dim,
+        "fingerprint": manifest.fingerprint,
+        "max_batch_size": max_batch_size,
+        "container": command,
+    }
+    sys.stdout.flush()
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and give its exit status."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="to_triton.py")
+    except MirrorError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except SystemExit as ended:  # typer's way of returning, --help and usage errors included
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Folders that appear whole or not at all. A leaf: imports only `errors`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from mirror_runtime.errors import InputError
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give an empty folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
+
+    A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. Two
+    processes that write the same output at once are told apart by a lock, which goes with the process that holds it.
+
+    Args:
+        output: what will appear; its parents are made.
+        overwrite: replace a folder that is there already. It stays as it is until the new one is complete.
+
+    Raises:
+        InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
+    """
+    output = output.absolute()
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: give another --output")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"{output} is not empty: give another --output, or --overwrite to replace it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(output)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        lock = _lock(partial)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from error
+    try:
+        partial.chmod(0o777 & ~umask())  # mkdtemp makes it private; a model server may be another user
+        yield partial
+        (partial / _LOCK).unlink()
+        _publish(partial, output)
+    finally:
+        lock.close()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def umask() -> int:
+    """Give the permissions that this process withholds from new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _lock(folder: Path) -> TextIO:
+    lock = (folder / _LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def _remove_stale(output: Path) -> None:
+    """Remove what killed processes left; refuse where one is alive."""
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        try:
+            lock = _lock(left)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {output}: wait for it or choose another --output") from None
+        with lock:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Give the folder its name. A directory cannot be replaced in one step: the old one is set aside, then removed."""
+    if not output.exists():
+        os.rename(partial, output)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+    os.rename(output, aside / output.name)
+    os.rename(partial, output)
+    shutil.rmtree(aside)

@@ -1,0 +1,114 @@
+"""`python training/tune.py` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mirror_runtime.bundle import Pooling, read_encoder
+from training.reference import Reference
+from training.source import resolve
+from training.tune import main
+
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "tune.py"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    lines = [f"the cat no. {i} is playing the guitar by a river" for i in range(20)]
+    path.write_text("\n".join([*lines, lines[0], ""]), encoding="utf-8")
+    return path
+
+
+def arguments(base: Path, corpus: Path, output: Path, *more: str) -> list[str]:
+    return ["--base", str(base), "--corpus", str(corpus), "--output", str(output), "--batch-size", "8", *more]
+
+
+def test_a_run_by_path_writes_a_folder_and_ends_in_one_json_line(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+    options = arguments(tiny_bert, corpus, Path("runs/x"), "--pooling", "mean", "--seed", "7")
+    done = subprocess.run([sys.executable, SCRIPT, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert (line["output"], line["steps"], line["texts"], line["duplicates"]) == ("runs/x", 2, 20, 1)
+    assert "20 distinct lines (1 repeats and 0 empty lines left out), 2 steps on" in done.stderr.replace("\n", " ")
+    run = tmp_path / "runs" / "x"
+    spec = read_encoder(run)
+    assert (spec.base_model, spec.pooling, spec.normalize, spec.max_tokens) == ("tiny-bert", Pooling.MEAN, True, 64)
+    report = json.loads((run / "train.json").read_text(encoding="utf-8"))
+    assert report["settings"]["seed"] == 7
+    assert report["corpus"]["lines"] == 21
+    assert report["result"]["loss"] == line["loss"]
+    assert set(report["versions"]) >= {"python", "torch", "transformers"}
+    metrics = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [metric["step"] for metric in metrics] == [1, 2]
+    assert metrics[-1]["loss"] == line["loss"]
+    assert [path.name for path in run.parent.iterdir()] == ["x"]
+    vectors = Reference.load(resolve(str(run))).encode(["the cat", "a river"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+
+
+def test_a_run_can_be_tuned_again_and_keeps_its_pooling(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+    assert main(arguments(tiny_bert, corpus, tmp_path / "a", "--pooling", "mean_padded", "--max-tokens", "40")) == 0
+    assert main(arguments(tmp_path / "a", corpus, tmp_path / "b", "--max-tokens", "20", "--recipe", "word")) == 0
+    spec = read_encoder(tmp_path / "b")
+    assert (spec.pooling, spec.pad_to, spec.max_tokens) == (Pooling.MEAN_PADDED, 40, 40)
+    settings = json.loads((tmp_path / "b" / "train.json").read_text(encoding="utf-8"))["settings"]
+    assert (settings["temperature"], settings["epochs"], settings["max_tokens"]) == (0.2, 2, 20)
+
+
+def test_an_output_in_use_is_refused_and_replaced_on_demand(
+    tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    options = arguments(tiny_bert, corpus, output, "--pooling", "cls")
+    assert main(options) == 2
+    assert "is not empty: give another --output, or --overwrite" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["precious"]
+    assert main([*options, "--overwrite"]) == 0
+    assert not (output / "precious").exists()
+    assert read_encoder(output).pooling is Pooling.CLS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "does not record its pooling: say --pooling"),
+        (["--pooling", "mean", "--batch-size", "21"], "20 distinct lines, fewer than one batch of 21"),
+        (["--pooling", "mean", "--lr", "1e30"], "Lower --lr"),
+        (["--pooling", "mean", "--temperature", "0"], "--temperature is 0.0: it must be a positive number"),
+        (["--pooling", "mean", "--max-tokens", "65"], "--max-tokens is 65, but"),
+        (["--pooling", "mean_padded", "--max-tokens", "65"], "--max-tokens is 65, but"),
+        (["--pooling", "mean", "--base", "./absent"], "'./absent' does not exist"),
+        (["--pooling", "mean", "--corpus", "absent.txt"], "corpus absent.txt cannot be read"),
+        (["--pooling", "mean", "--revision", "v1"], "--revision v1 is for hub names"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(
+    tiny_bert: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_an_unknown_pooling_is_a_usage_error(
+    tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "max")) == 2
+    assert "mean_padded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
