@@ -78,7 +78,7 @@ def write_report(report: Report, folder: Path) -> None:
         InputError: the folder cannot be written.
     """
     check_output(folder)
-    with whole_folder(folder, overwrite=True) as partial:
+    with whole_folder(folder, overwrite=True, marker=REPORT_FILE) as partial:
         plots = draw_plots(report, partial)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
         write_json(report, partial / REPORT_FILE)

@@ -36,7 +36,8 @@ from benchmarks.startup import our_starters, run_startup
 from benchmarks.throughput import run_throughput
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
-from mirror_runtime.errors import BundleError, InputError, MirrorError
+from mirror_runtime.commandline import application, run_command
+from mirror_runtime.errors import BundleError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_ROUNDS = 5
@@ -118,29 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 when nothing could be measured, 2 on a mistake of the caller's, 130 when interrupted.
     """
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app(args=spread(sys.argv[1:] if argv is None else argv), prog_name="benchmarks/run.py")
-    except SystemExit as done:
-        return int(done.code or 0)
-    except MirrorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
-
-
-def spread(argv: Sequence[str]) -> list[str]:
-    """Repeat an option before each of its values, for `--suite latency throughput`, which typer does not know."""
-    spread_out: list[str] = []
-    option = ""
-    for argument in argv:
-        if option and argument in _LISTS[option] and spread_out[-1] != option:
-            spread_out.append(option)
-        elif argument.startswith("-") or (option and spread_out[-1] != option):
-            option = argument if argument in _LISTS else ""
-        spread_out.append(argument)
-    return spread_out
+    return run_command(application(run), argv, "benchmarks/run.py", lists=_LISTS)
 
 
 def _plan(

@@ -17,6 +17,9 @@ from mirror_runtime.tokens import LongTexts, Tokenizer
 FULL_TEXTS = 4000
 QUICK_TEXTS = 1000
 
+DRAWS_A_TOKEN = 20
+"""Random words tried for a token of a made text before giving up: most are drawn in vain when little room is left."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -68,19 +71,21 @@ def texts_of_length(texts: Sequence[str], tokenizer: Tokenizer, tokens: int, *, 
         InputError: the workload's words do not give that many texts of the length.
     """
     words = sorted({word for text in texts for word in text.split()})
-    random.Random(seed).shuffle(words)
     lengths = tokenizer(["", *words]).lengths
-    special, sizes = int(lengths[0]), lengths[1:] - lengths[0]
+    special, sizes = int(lengths[0]), (lengths[1:] - lengths[0]).tolist()
     made: list[str] = []
     chosen: list[str] = []
     room = tokens - special
-    for word, size in zip(words * max(1, count), sizes.tolist() * max(1, count), strict=True):
+    draw = random.Random(seed)
+    for _ in range(DRAWS_A_TOKEN * tokens * count):
+        at = draw.randrange(len(words))
+        word, size = words[at], sizes[at]
         if size == 0 or size > room:
             continue
         chosen.append(word)
         room -= size
         if room == 0:
-            made.append(" ".join(chosen))
+            made = list(dict.fromkeys((*made, " ".join(chosen))))
             chosen, room = [], tokens - special
             if len(made) == count:
                 break

@@ -29,6 +29,7 @@ from rich.table import Table
 from demo.corpus import QUESTIONS, functions
 from mirror_runtime import Encoder, MirrorError
 from mirror_runtime.bundle import Pooling
+from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.triton import Server
 from mirror_runtime.triton.distribution import find_distribution
@@ -177,16 +178,14 @@ def _answers(
     after: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
     """Print the functions nearest to each question, before and after tuning."""
-    functions_ = list(names.values())
-    table = Table("question", "before tuning", "after tuning", show_lines=True, title="ask in plain words")
+    described = list(names.values())
+    console.print("ask in plain words", style="bold")
     for i, question in enumerate(QUESTIONS):
-        cells = []
-        for corpus, questions in (before, after):
+        console.print(f"  {question}", style="cyan")
+        for when, (corpus, questions) in (("before", before), ("after", after)):
             scores = corpus @ questions[i]
-            best = np.argsort(-scores)[:TOP]
-            cells.append("\n".join(f"{scores[k]:.2f} {functions_[k]}" for k in best))
-        table.add_row(question, *cells)
-    console.print(table)
+            best = ", ".join(f"{described[k]} {scores[k]:.2f}" for k in np.argsort(-scores)[:TOP])
+            console.print(f"    {when:6} {best}", highlight=False, soft_wrap=True)
 
 
 def _parity(
@@ -259,16 +258,7 @@ def _seconds(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 on success, 2 when it cannot run as asked."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(demo)
-    try:
-        app(args=None if argv is None else list(argv), prog_name="demo")
-    except SystemExit as done:
-        return int(done.code or 0)
-    except MirrorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return run_command(application(demo), argv, "demo")
 
 
 if __name__ == "__main__":

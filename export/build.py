@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from export.graphs import EXTERNAL_DATA_BYTES, Graph, export_graphs
 from export.parity import Expected, prove_packed, prove_padded
 from export.texts import CANARIES, parity_texts
@@ -89,11 +91,12 @@ def build(request: Request, on_stage: Callable[[str], None] = lambda _: None) ->
     on_stage("load")
     source = resolve(request.encoder, revision=request.revision, pooling=request.pooling, max_tokens=request.max_tokens)
     reference = Reference.load(source)
-    with whole_folder(request.output, overwrite=request.overwrite) as folder:
+    with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:
         try:
             return _fill(folder, reference, pairs, request, on_stage)
-        except OSError as error:
-            raise InputError(f"{request.output} cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{request.output} cannot be written: {reason}") from error
 
 
 def _fill(
@@ -134,9 +137,7 @@ def _fill(
         (folder / "README.md").read_text(encoding="utf-8") + _card(spec, artifacts), encoding="utf-8"
     )
     files = {
-        path.relative_to(folder).as_posix(): sha256_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
     manifest = Manifest(
         format_version=FORMAT_VERSION,

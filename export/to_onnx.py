@@ -19,7 +19,7 @@ from rich.table import Table
 from export.build import Request, build
 from export.texts import read_texts
 from mirror_runtime.bundle import Manifest, Pooling, Precision
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.commandline import application, run_command
 
 
 def run(
@@ -34,7 +34,9 @@ def run(
     ],
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="fp32 is always proven. Default: bf16 too, on a CPU with avx512_bf16 or amx_bf16."),
+        typer.Option(
+            help="Such as --precision fp32 bf16. Default: fp32, and bf16 where the CPU has avx512_bf16 or amx_bf16."
+        ),
     ] = None,
     pooling: Annotated[
         Pooling | None, typer.Option(help="Needed for an encoder that records none; mean or cls.", show_default=False)
@@ -50,7 +52,7 @@ def run(
     ] = None,
     parity_texts: Annotated[
         Path | None,
-        typer.Option(help="Prove on these texts, one a line. Default: 1,058 built-in ones, 2 to thousands of tokens."),
+        typer.Option(help="Prove on these texts, one a line. Default: over 1,000 built-in ones, 2 to 20,000 tokens."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the bundle when the new one is proven.")
@@ -115,16 +117,8 @@ def _table(manifest: Manifest) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 on success, 2 on an error that the message explains."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app(args=None if argv is None else list(argv), prog_name="to_onnx.py")
-    except SystemExit as done:
-        return int(done.code or 0)
-    except MirrorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    precisions = {"--precision": {precision.value for precision in Precision}}
+    return run_command(application(run), argv, "to_onnx.py", lists=precisions)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.commandline import run_command
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton.repository import (
     MODEL_NAME,
@@ -59,7 +60,7 @@ def run(
     command = container_command(output.resolve(), ROOT, engine=engine)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"wrote {folder}", markup=False)
-    console.print("serve it on this machine:       mirror serve BUNDLE", markup=False)
+    console.print(f"serve it on this machine:       mirror serve {shlex.quote(str(bundle))}", markup=False)
     console.print(f"serve it in NVIDIA's container: {command}", markup=False)
     report = {
         "repository": str(output.resolve()),
@@ -75,14 +76,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status."""
-    try:
-        app(args=None if argv is None else list(argv), prog_name="to_triton.py")
-    except MirrorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except SystemExit as ended:  # typer's way of returning, --help and usage errors included
-        return ended.code if isinstance(ended.code, int) else 0
-    return 0
+    return run_command(app, argv, "to_triton.py")
 
 
 if __name__ == "__main__":

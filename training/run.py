@@ -118,7 +118,7 @@ def tune(job: Job, on_start: Callable[[Corpus, Hardware, int], None], on_step: C
         steps.append(step)
         on_step(step)
 
-    with whole_folder(job.output, overwrite=job.overwrite) as folder:
+    with whole_folder(job.output, overwrite=job.overwrite, marker=ENCODER_FILE) as folder:
         reference = Reference.load(source)
         on_start(corpus, hardware, steps_in(len(corpus.texts), config))
         train(reference, corpus.texts, config, hardware, record)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mirror_runtime.bundle import Pooling
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.commandline import run_command
 from training.corpus import Corpus
 from training.objective import Objective
 from training.recipe import RECIPES, Device, Recipe, TunePrecision
@@ -120,14 +120,7 @@ def _run(job: Job, console: Console) -> Summary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 where the input cannot be used."""
-    try:
-        typer.main.get_command(app).main(args=None if argv is None else list(argv), prog_name="tune.py")
-    except MirrorError as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
-        return 2
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
+    return run_command(app, argv, "tune.py")
 
 
 if __name__ == "__main__":

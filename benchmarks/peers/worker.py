@@ -69,7 +69,7 @@ class PeerWorker:
         except json.JSONDecodeError as error:
             raise PeerError(f"{op}: the peer answered {line[:200]!r}, which is not JSON") from error
         if not isinstance(answer, dict) or "error" in answer:
-            raise PeerError(f"{op}: {answer['error'] if isinstance(answer, dict) else answer!r}")
+            raise PeerError(f"{op}: {answer['error'] if isinstance(answer, dict) else repr(answer)}")
         return answer
 
     def close(self) -> None:

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.commandline import run_command
 from mirror_runtime.encoder import Encoder
-from mirror_runtime.errors import MirrorError
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton import command as triton_command
 
@@ -219,17 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 on success, 1 when a check failed, 2 on a mistake of the caller's, 130 when interrupted.
     """
-    try:
-        app(args=None if argv is None else list(argv), prog_name="mirror")
-    except SystemExit as done:
-        return int(done.code or 0)
-    except MirrorError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        return 130
-    return 0
+    return run_command(app, argv, "mirror")
 
 
 def _print_json(value: object) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from mirror_runtime.errors import ServerError
 from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
+from mirror_runtime.triton.distribution import check_platform
 
 PACKAGES = (
     "numpy",
@@ -67,23 +68,11 @@ def diagnose() -> Diagnosis:
             "openvino bf16": _needs(packages, "openvino", "openvino")
             if bf16
             else "no: the CPU lacks bf16 instructions",
-            "local tritonserver": triton_obstacle() or _needs(packages, "nvidia-pytriton", "triton"),
+            "local tritonserver": _local_server(packages),
             "triton client": _needs(packages, "tritonclient", "client"),
         },
         problems=tuple(_problems(packages)),
     )
-
-
-def triton_obstacle() -> str:
-    """Say why the packaged tritonserver cannot run on this system; empty where it can."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"no: the wheel is for Linux x86-64, this is {platform.system()} {platform.machine()}; use the container"
-    library, glibc = platform.libc_ver()
-    if library != "glibc" or tuple(map(int, glibc.split(".")[:2])) < (2, 35):
-        return (
-            f"no: the wheel needs glibc 2.35 or newer, not {library or 'another C library'} {glibc}; use the container"
-        )
-    return ""
 
 
 def _problems(packages: Mapping[str, str | None]) -> list[str]:
@@ -117,6 +106,14 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _local_server(packages: Mapping[str, str | None]) -> str:
+    try:
+        check_platform()
+    except ServerError as error:
+        return f"no: {error}"
+    return _needs(packages, "nvidia-pytriton", "triton")
 
 
 def _needs(packages: Mapping[str, str | None], package: str, extra: str, also: str | None = None) -> str:

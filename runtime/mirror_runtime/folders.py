@@ -9,15 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from mirror_runtime.errors import InputError
 
-_LOCK = ".lock"
-
 
 @contextmanager
-def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
     """Give an empty folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
 
     A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. Two
@@ -26,6 +23,7 @@ def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         output: what will appear; its parents are made.
         overwrite: replace a folder that is there already. It stays as it is until the new one is complete.
+        marker: a file that every such folder holds. A folder without it is something else, and is never replaced.
 
     Raises:
         InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
@@ -35,20 +33,24 @@ def whole_folder(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise InputError(f"{output} is a file: give another --output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"{output} is not empty: give another --output, or --overwrite to replace it")
+    if output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
+        raise InputError(
+            f"{output} holds something else (no {marker} in it) and is not replaced: give another --output"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(output)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        lock = _lock(partial)
+        with _alone_in(output.parent):
+            _remove_stale(output)
+            partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+            lock = _lock(partial)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from error
     try:
         partial.chmod(0o777 & ~umask())  # mkdtemp makes it private; a model server may be another user
         yield partial
-        (partial / _LOCK).unlink()
         _publish(partial, output)
     finally:
-        lock.close()
+        os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -59,14 +61,26 @@ def umask() -> int:
     return mask
 
 
-def _lock(folder: Path) -> TextIO:
-    lock = (folder / _LOCK).open("w")
+@contextmanager
+def _alone_in(parent: Path) -> Iterator[None]:
+    """Keep other processes from looking for stale folders while this one makes and locks its own."""
+    handle = os.open(parent, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int:
+    """Lock the folder itself, so that nothing of ours lies in it; gives the handle that holds the lock."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        lock.close()
+        os.close(handle)
         raise
-    return lock
+    return handle
 
 
 def _remove_stale(output: Path) -> None:
@@ -76,8 +90,8 @@ def _remove_stale(output: Path) -> None:
             lock = _lock(left)
         except BlockingIOError:
             raise InputError(f"another process is writing {output}: wait for it or choose another --output") from None
-        with lock:
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(left, ignore_errors=True)
+        os.close(lock)
 
 
 def _publish(partial: Path, output: Path) -> None:

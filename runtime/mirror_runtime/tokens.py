@@ -76,7 +76,7 @@ class Tokenizer:
 
     def __call__(self, texts: Sequence[object]) -> Tokenized:
         """Tokenise a window of texts. Never raises for a bad text: it is named in `errors`."""
-        errors = {i: error for i, text in enumerate(texts) if (error := _defect(i, text)) is not None}
+        errors = {i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
         encodings: list[Any] = self._tokenizer.encode_batch_fast([texts[i] for i in good], add_special_tokens=False)
         tokens = np.zeros(len(texts), np.int64)
@@ -118,8 +118,8 @@ class Tokenizer:
         )
 
 
-def _defect(index: int, text: object) -> TextError | None:
-    """Say what keeps a text from being tokenised, if anything."""
+def defect(index: int, text: object) -> TextError | None:
+    """Say what keeps a text from being encoded: it is no string, or holds a lone surrogate. None where all is well."""
     if not isinstance(text, str):
         return TextError(index, f"is {type(text).__name__}, not str: decode or convert it first")
     if not text.isascii():

@@ -70,6 +70,9 @@ def test_an_output_in_use_is_refused_and_replaced_on_demand(
     assert main(options) == 2
     assert "is not empty: give another --output, or --overwrite" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["precious"]
+    assert main([*options, "--overwrite"]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    (output / "encoder.json").write_text("what an earlier run left")
     assert main([*options, "--overwrite"]) == 0
     assert not (output / "precious").exists()
     assert read_encoder(output).pooling is Pooling.CLS

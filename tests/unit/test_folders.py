@@ -17,7 +17,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "run"
 
     def stop_half_way() -> None:
-        with whole_folder(output) as folder:
+        with whole_folder(output, marker="all") as folder:
             (folder / "half").write_text("x")
             assert not output.exists()
             raise Killed
@@ -25,7 +25,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         stop_half_way()
     assert list(output.parent.iterdir()) == []
-    with whole_folder(output) as folder:
+    with whole_folder(output, marker="all") as folder:
         (folder / "all").write_text("x")
     assert [path.name for path in output.parent.iterdir()] == ["run"]
     (tmp_path / "plain").mkdir()
@@ -35,11 +35,11 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_and_replaced_only_at_the_end(tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
-    with whole_folder(output) as folder:  # an empty folder is not in use
+    with whole_folder(output, marker="all") as folder:  # an empty folder is not in use
         (folder / "old").write_text("x")
-    with pytest.raises(InputError, match=r"not empty.*--overwrite"), whole_folder(output):
+    with pytest.raises(InputError, match=r"not empty.*--overwrite"), whole_folder(output, marker="all"):
         pass
-    with whole_folder(output, overwrite=True) as folder:
+    with whole_folder(output, overwrite=True, marker="old") as folder:
         (folder / "new").write_text("x")
         assert (output / "old").exists()
     assert [path.name for path in output.iterdir()] == ["new"]
@@ -48,12 +48,12 @@ def test_a_folder_in_use_is_refused_and_replaced_only_at_the_end(tmp_path: Path)
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"), whole_folder(tmp_path / "file"):
+    with pytest.raises(InputError, match="is a file"), whole_folder(tmp_path / "file", marker="all"):
         pass
-    with pytest.raises(InputError, match="cannot be written"), whole_folder(tmp_path / "file" / "run"):
+    with pytest.raises(InputError, match="cannot be written"), whole_folder(tmp_path / "file" / "run", marker="all"):
         pass
     if sys.platform == "linux":
-        with pytest.raises(InputError, match="cannot be written"), whole_folder(Path("/proc/run")):
+        with pytest.raises(InputError, match="cannot be written"), whole_folder(Path("/proc/run"), marker="all"):
             pass
 
 
@@ -61,20 +61,29 @@ def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_pa
     output = tmp_path / "run"
     code = (
         "import sys, time; from pathlib import Path; from mirror_runtime.folders import whole_folder\n"
-        f"with whole_folder(Path({str(output)!r})) as folder:\n"
+        f"with whole_folder(Path({str(output)!r}), marker='all') as folder:\n"
         "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "ready\n"
-        with pytest.raises(InputError, match="another process is writing"), whole_folder(output):
+        with pytest.raises(InputError, match="another process is writing"), whole_folder(output, marker="all"):
             pass
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not output.exists()
     assert len(list(tmp_path.iterdir())) == 1
-    with whole_folder(output) as folder:
+    with whole_folder(output, marker="all") as folder:
         (folder / "all").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert [path.name for path in output.iterdir()] == ["all"]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "home"
+    output.mkdir()
+    (output / "precious").write_text("x")
+    with pytest.raises(InputError, match="no all in it"), whole_folder(output, overwrite=True, marker="all"):
+        pass
+    assert [path.name for path in output.iterdir()] == ["precious"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.encoder import Encoded
 from mirror_runtime.errors import InputError, ServerError, TextError
+from mirror_runtime.tokens import defect
 from mirror_runtime.triton.grpc_transport import GrpcTransport
 from mirror_runtime.triton.http_transport import HttpTransport
 from mirror_runtime.triton.repository import MODEL_NAME
@@ -226,16 +227,10 @@ class Client:
 
 
 def _utf8(position: int, text: object, limit: int) -> bytes | TextError:
-    if not isinstance(text, str):
-        return TextError(position, f"is {type(text).__name__}, not str: decode or convert it first")
-    try:
-        raw = text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return TextError(
-            position,
-            f"holds a lone surrogate at character {error.start}, which is no Unicode text: "
-            "decode its bytes with errors='replace'",
-        )
+    wrong = defect(position, text)
+    if wrong is not None:
+        return wrong
+    raw = str(text).encode("utf-8")
     if len(raw) > limit:
         return TextError(position, f"is {len(raw)} bytes of UTF-8; one request carries {limit}: shorten it")
     return raw

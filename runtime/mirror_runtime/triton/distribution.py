@@ -45,7 +45,7 @@ def find_distribution() -> Distribution:
         ServerError: this machine cannot run the wheel's tritonserver; the message offers the container.
         MissingExtra: the wheel is not installed.
     """
-    _check_platform()
+    check_platform()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise MissingExtra("pytriton", "triton")
@@ -102,7 +102,12 @@ def _libpython_folder() -> list[str]:
     )
 
 
-def _check_platform() -> None:
+def check_platform() -> None:
+    """See that the wheel's server can run on this system.
+
+    Raises:
+        ServerError: it cannot; the message offers the container.
+    """
     machine = f"{platform.system()} {platform.machine()}"
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise ServerError(f"the tritonserver wheel runs on Linux x86-64; this is {machine}. {_use_container()}")

@@ -211,7 +211,7 @@ def container_command(repository: Path | str, source: Path | str, *, engine: str
     return (
         f"docker run --rm --shm-size=1g {ports} -e PIP_BREAK_SYSTEM_PACKAGES=1"
         f" -v {shlex.quote(f'{repository}:/models:ro')} -v {shlex.quote(f'{source}:/src:ro')}"
-        f" {CONTAINER_IMAGE} sh -c {shlex.quote(inside)}"
+        f' {CONTAINER_IMAGE} sh -c "{inside}"'
     )
 
 

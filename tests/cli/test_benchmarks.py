@@ -1,0 +1,143 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import read_report
+from benchmarks.run import main
+from benchmarks.throughput import Rounds
+from mirror_runtime.bundle import EngineName, Precision
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bundle(make_bundle, make_artifact) -> Path:
+    folder = make_bundle(artifacts=(make_artifact(EngineName.FAKE, Precision.FP32),))
+    (folder / "config.json").write_text('{"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}')
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"the quick brown fox number {i} {'jumps ' * (i % 9)}\n" for i in range(60)))
+    return path
+
+
+def last_json(out: str) -> dict[str, object]:
+    result: dict[str, object] = json.loads(out.splitlines()[-1])
+    return result
+
+
+def test_a_run_writes_a_report_and_ends_in_one_json_line(bundle, texts, tmp_path, capsys):
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "latency", "throughput", "--quick", "--rounds", "2", "--texts", str(texts)]
+    assert main([*arguments, "--output", str(output)]) == 0
+    line = last_json(capsys.readouterr().out)
+    report = read_report(output)
+    assert not report.partial
+    assert line["report"] == str(output / "report.json")
+    assert [result.tokens for result in report.latency] == [8, 16, 32, 64]  # the bundle's limit is 64
+    assert all(len(result.samples_ms) == 100 for result in report.latency)
+    (rate,) = report.throughput
+    assert len(rate.samples_s) == 2
+    assert (rate.texts, rate.tokens) == (60, round(report.workload.tokens_mean * 60))
+    assert 0 < rate.row_fill <= 1
+    assert rate.ceiling_share is None
+    assert [failure.reason for failure in report.failures] == ["no ceiling is measured for fake fp32"]
+    assert (output / "report.md").is_file()
+
+
+def test_startup_is_measured_in_fresh_processes(bundle, texts, tmp_path):
+    output = tmp_path / "out"
+    assert (
+        main([str(bundle), "--suite", "startup", "--rounds", "1", "--texts", str(texts), "--output", str(output)]) == 0
+    )
+    (result,) = read_report(output).startup
+    assert result.party == "mirror_runtime fake fp32"
+    assert len(result.samples_s) == 5
+
+
+def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp_path, monkeypatch, capsys):
+    run, calls = Rounds.run, []
+
+    def interrupted(self: Rounds) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(Rounds, "run", interrupted)
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "throughput", "--rounds", "9", "--texts", str(texts), "--output", str(output)]
+    assert main(arguments) == 130
+    report = read_report(output)
+    assert report.partial
+    assert len(report.throughput[0].samples_s) == 2
+    assert "**Partial" in (output / "report.md").read_text()
+    assert last_json(capsys.readouterr().out)["partial"] is True
+
+
+def test_a_real_ctrl_c_does_the_same(bundle, texts, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "benchmarks/run.py", str(bundle), "--suite", "throughput", "--rounds", "100000"]
+    process = subprocess.Popen(
+        [*command, "--texts", str(texts), "--output", str(output)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    threads = Path(f"/proc/{process.pid}/task")
+    while time.monotonic() < deadline and len(list(threads.iterdir())) < 3:
+        time.sleep(0.2)  # the encoder's thread beside the progress bar's: rounds are running
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert read_report(output).partial
+    assert last_json(out)["partial"] is True
+
+
+def test_an_engine_that_is_not_in_the_library_is_a_failed_point(make_bundle, make_artifact, texts, tmp_path, capsys):
+    bundle = make_bundle(
+        artifacts=(make_artifact(EngineName.TENSORRT, Precision.FP16), make_artifact(EngineName.FAKE, Precision.FP32))
+    )
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "throughput", "--rounds", "1", "--texts", str(texts), "--output", str(output)]
+    assert main(arguments) == 0
+    report = read_report(output)
+    assert "tensorrt fp16" in {failure.party for failure in report.failures if failure.suite == "load"}
+    assert [result.point.name for result in report.throughput] == ["fake fp32"]
+    assert main([*arguments, "--engine", "tensorrt"]) == 1  # nothing could be measured, and that is said
+    assert last_json(capsys.readouterr().out)["throughput"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{absent}"], "is not a bundle"),
+        (["{bundle}", "--engine", "openvino"], "nothing matches --engine"),
+        (["{bundle}", "--texts", "{absent}"], "cannot be read"),
+        (["{bundle}", "--output", "{bundle}"], "holds no report to replace"),
+        (["{bundle}", "--peer-env", "nobody=x"], "NAME=DIR"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(bundle, tmp_path, arguments, message):
+    names = {"bundle": bundle, "absent": tmp_path / "absent"}
+    command = [sys.executable, "benchmarks/run.py", *(argument.format(**names) for argument in arguments)]
+    if "--output" not in arguments:
+        command += ["--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()

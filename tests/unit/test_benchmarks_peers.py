@@ -1,0 +1,236 @@
+import hashlib
+import io
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from benchmarks import peer_suite
+from benchmarks.peer_suite import PeerPoint, PeerSpec, prepare_peers, run_peers
+from benchmarks.peers.environment import INCOMPLETE, STAMP, make_environment
+from benchmarks.peers.worker import PeerError, PeerWorker
+from benchmarks.session import Plan, Results, loaded, select_points
+from benchmarks.startup import READY, Starter, time_to_ready
+from benchmarks.workload import bundle_tokenizer, load_workload
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
+from mirror_runtime.errors import EngineError
+
+# Speaks the protocol without a library: bigger batches are faster, but for 128; its vectors come from a file.
+FAKE_PEER = """
+import json, os, shutil, sys, pathlib
+here = pathlib.Path(__file__).parent
+for line in sys.stdin:
+    request = json.loads(line)
+    with (here / "calls").open("a") as log:
+        log.write(request["op"] + " " + str(request.get("batch_size", "")) + "\\n")
+    if request["op"] == "export":
+        folder = pathlib.Path(request["output"], "openvino")
+        folder.mkdir(parents=True)
+        (folder / "openvino_model.xml").write_text("")
+        answer = {"seconds": 1.0}
+    elif request["op"] == "load":
+        if request["backend"] == "onnx":
+            answer = {"error": "OSError: no such backend here"}
+        else:
+            n = len(json.load(open(request["texts"])))
+            answer = {"load_seconds": 2.0, "versions": {"fake": "1"}, "precision": "float32", "threads": None}
+    elif request["op"] == "encode":
+        size = request["batch_size"]
+        answer = {"seconds": 10.0 if size == 128 else 64.0 / size, "texts": request["limit"] or n}
+    elif request["op"] == "dump":
+        shutil.copy(here / "vectors.npy", request["output"])
+        answer = {"texts": n}
+    elif request["op"] == "die":
+        sys.stderr.write("out of luck\\n")
+        sys.exit(3)
+    elif request["op"] == "babble":
+        answer = None
+    sys.stdout.write((json.dumps(answer) if answer else "not json") + "\\n")
+    sys.stdout.flush()
+"""
+
+SPEC = PeerSpec(
+    name="fake",
+    title="fake",
+    backends=("torch", "onnx", "openvino"),
+    exports={"openvino": "openvino/openvino_model.xml"},
+    startup="",
+)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    (folder / "fake_peer.py").write_text(FAKE_PEER)
+    monkeypatch.setattr(peer_suite, "FOLDER", folder)
+    monkeypatch.setattr(peer_suite, "PEERS", (SPEC,))
+    monkeypatch.setattr(peer_suite, "SETTLE_S", 0.0)
+    return folder / "fake_peer.py"
+
+
+@pytest.fixture
+def worker(script, tmp_path):
+    with PeerWorker((sys.executable, str(script)), tmp_path / "log") as worker:
+        yield worker
+
+
+@pytest.fixture
+def plan(make_bundle, make_artifact, tmp_path) -> Plan:
+    bundle = make_bundle(artifacts=(make_artifact(EngineName.FAKE, Precision.FP32),))
+    manifest = read_manifest(bundle)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one text\nand another one\nthe third\n", encoding="utf-8")
+    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    return Plan(
+        bundle=bundle,
+        manifest=manifest,
+        points=select_points(manifest, (), ()),
+        workload=load_workload(texts, tokenizer, quick=False, seed=0),
+        suites=(),
+        quick=True,
+        rounds=2,
+        seed=0,
+        flop_per_token=None,
+    )
+
+
+@pytest.fixture
+def progress() -> Progress:
+    return Progress(TextColumn(""), console=Console(file=io.StringIO()))
+
+
+def test_answers_come_in_turn(worker):
+    assert worker.ask("encode", batch_size=32, limit=5) == {"seconds": 2.0, "texts": 5}
+    assert worker.ask("encode", batch_size=64, limit=7) == {"seconds": 1.0, "texts": 7}
+
+
+def test_an_error_is_raised_and_the_peer_goes_on(worker):
+    with pytest.raises(PeerError, match="load: OSError: no such backend here"):
+        worker.ask("load", backend="onnx", texts="")
+    assert worker.ask("encode", batch_size=32, limit=5)["seconds"] == 2.0
+
+
+def test_a_dead_peer_is_reported_with_its_last_words(worker):
+    with pytest.raises(PeerError, match="ended with status 3: out of luck"):
+        worker.ask("die")
+    with pytest.raises(PeerError, match="ended with status 3"):
+        worker.ask("encode", batch_size=1, limit=1)
+
+
+def test_an_answer_that_is_no_json_is_refused(worker):
+    with pytest.raises(PeerError, match="not JSON"):
+        worker.ask("babble")
+
+
+def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
+    script = Path(peer_suite.__file__).parent / "peers" / "sentence_transformers_peer.py"
+    with PeerWorker((sys.executable, "-I", str(script)), tmp_path / "log") as worker:
+        with pytest.raises(PeerError, match="FileNotFoundError"):
+            worker.ask("load", model="absent", backend="torch", texts=str(tmp_path / "absent.json"))
+        with pytest.raises(PeerError, match="AttributeError"):
+            worker.ask("encode", batch_size=1, limit=None)  # nothing is loaded
+
+
+def test_the_suite_sweeps_takes_turns_compares_and_names_what_failed(plan, script, progress, tmp_path):
+    environment = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    results = Results()
+    before = sorted(plan.bundle.rglob("*"))
+    points = prepare_peers(plan, {"fake": environment}, tmp_path / "unused", tmp_path, results, progress)
+    assert [(point.backend, point.model == plan.bundle.resolve()) for point in points] == [
+        ("torch", True),
+        ("onnx", True),
+        ("openvino", False),  # was exported into a copy
+    ]
+    assert sorted(plan.bundle.rglob("*")) == before
+    with Encoder.load(plan.bundle, engine="fake") as encoder:
+        vectors = encoder.encode(plan.workload.texts)
+    vectors[2] = -vectors[2]
+    np.save(script.parent / "vectors.npy", vectors)
+    with loaded(plan, results) as runners:
+        run_peers(plan, runners, points, results, progress)
+
+    assert [(failure.party, failure.reason) for failure in results.failures] == [
+        ("fake onnx", "load: OSError: no such backend here")
+    ]
+    torch = results.peers["fake torch"]
+    assert [tried.batch_size for tried in torch.sweep] == [8, 16, 32, 64, 128]
+    assert (torch.batch_size, torch.samples_s, torch.texts_per_s) == (64, (1.0, 1.0), 3.0)
+    assert len(results.ours_beside_peers["fake fp32"].samples_s) == plan.rounds
+    comparison = results.comparisons["fake fp32", "fake openvino"]
+    ours = results.ours_beside_peers["fake fp32"].samples_s
+    assert comparison.ratio == pytest.approx(1.0 / np.median(ours))
+    assert comparison.min_cosine == pytest.approx(-1.0)
+    assert comparison.mean_cosine == pytest.approx(1 / 3)
+
+
+def test_vectors_of_another_shape_are_no_comparison(plan, script, progress, tmp_path):
+    np.save(script.parent / "vectors.npy", np.zeros((2, 8), np.float32))
+    point = PeerPoint(spec=SPEC, backend="torch", python=Path(sys.executable), model=plan.bundle)
+    results = Results()
+    with loaded(plan, results) as runners:
+        run_peers(plan, runners, [point], results, progress)
+    assert "shape (2, 8) where (3, 8)" in results.failures[0].reason
+    assert not results.peers
+    assert results.ours_beside_peers
+
+
+def test_an_environment_that_is_none_is_a_failure_of_that_peer(plan, script, progress, tmp_path):
+    results = Results()
+    assert prepare_peers(plan, {"fake": tmp_path / "absent"}, tmp_path, tmp_path, results, progress) == []
+    assert "no virtual environment" in results.failures[0].reason
+
+
+def test_an_environment_is_made_once_and_anew_when_requirements_change(tmp_path, monkeypatch):
+    requirements, folder = tmp_path / "r.txt", tmp_path / "env"
+    said: list[str] = []
+    requirements.write_text("# nothing\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    python = make_environment(requirements, folder, said.append)
+    assert python.is_file()
+    digest = hashlib.sha256(requirements.read_bytes() + platform.python_version().encode()).hexdigest()
+    assert (folder / STAMP).read_text() == digest
+    said.clear()
+    assert make_environment(requirements, folder, said.append) == python
+    assert said == []
+    requirements.write_text("a-package-that-no-index-has==1\n")
+    with pytest.raises(PeerError, match="a-package-that-no-index-has"):
+        make_environment(requirements, folder, said.append)
+    assert (folder / STAMP).read_text() == INCOMPLETE
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path):
+    requirements = tmp_path / "r.txt"
+    requirements.write_text("")
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "thesis.txt").write_text("")
+    with pytest.raises(PeerError, match="not made by this program"):
+        make_environment(requirements, tmp_path / "env", lambda line: None)
+    assert (tmp_path / "env" / "thesis.txt").exists()
+
+
+def test_startup_is_the_time_to_the_line():
+    code = f"import sys, time; time.sleep(0.2); sys.stdout.write('x\\n{READY}\\n'); sys.stdout.flush(); time.sleep(0.6)"
+    seconds = time_to_ready(Starter(party="x", min_cosine=None, command=(sys.executable, "-S", "-c", code)))
+    assert seconds >= 0.2
+
+
+def test_a_start_without_a_vector_is_an_error():
+    starter = Starter(party="x", min_cosine=None, command=(sys.executable, "-S", "-c", "raise SystemExit('no luck')"))
+    with pytest.raises(EngineError, match="status 1 before its first vector: no luck"):
+        time_to_ready(starter)
+
+
+def test_every_peer_has_its_files():
+    folder = Path(peer_suite.__file__).parent / "peers"
+    for spec in peer_suite.PEERS:
+        assert (folder / f"{spec.name}_peer.py").is_file()
+        pinned = [line for line in (folder / f"{spec.name}.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+        assert all("==" in line for line in pinned if line != "numpy")
