@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from benchmarks.summary import percentile
 from mirror_runtime.bundle import sha256_texts
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
-from mirror_runtime.tokens import LongTexts, Tokenizer
+from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
 
 FULL_TEXTS = 4000
 QUICK_TEXTS = 1000
@@ -64,7 +64,9 @@ def docstring_sentences() -> list[str]:
     return sorted(summary for summary in summaries if len(summary.split()) >= 3)
 
 
-def texts_of_length(texts: Sequence[str], tokenizer: Tokenizer, tokens: int, *, count: int, seed: int) -> list[str]:
+def texts_of_length(
+    texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], tokens: int, *, count: int, seed: int
+) -> list[str]:
     """Make different texts of exactly `tokens` tokens, special tokens included, from a workload's words.
 
     Raises:

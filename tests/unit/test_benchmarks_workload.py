@@ -1,5 +1,7 @@
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.ceilings import EncoderShape, measure_ceiling, read_shape
@@ -58,6 +60,16 @@ def test_texts_have_exactly_the_length(tokenizer, tokens):
 def test_too_few_words_are_said(tokenizer):
     with pytest.raises(InputError, match="use a --texts file with more words"):
         texts_of_length(["one"], tokenizer, 32, count=4, seed=0)
+
+
+def test_texts_that_miss_the_length_are_not_used(tokenizer):
+    def merging(texts):  # as a byte-level tokenizer may: words together are not the sum of the words
+        tokenized = tokenizer(texts)
+        longer = np.array([" " in text for text in texts], np.int64)
+        return dataclasses.replace(tokenized, tokens=tokenized.tokens + longer)
+
+    with pytest.raises(InputError, match="give 0 texts of exactly 8 tokens"):
+        texts_of_length(["rain of light"], merging, 8, count=1, seed=0)
 
 
 def test_a_token_costs_two_operations_a_weight(tmp_path: Path):
