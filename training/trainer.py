@@ -8,13 +8,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.host import has_bf16
 from training.augment import mask_span
 from training.dropout import set_dropout
 from training.objective import LOSSES
@@ -170,8 +170,4 @@ def _autocast(hardware: Hardware) -> contextlib.AbstractContextManager[object]:
 def _multiplies_bf16(device: Device) -> bool:
     if device is Device.CUDA:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        return False  # not Linux: say --precision bf16 where it is known to be fast
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return has_bf16()
