@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mirror_runtime.bundle import EngineName, Precision
-from mirror_runtime.commandline import run_command
+from mirror_runtime.commandline import run_command, truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton import command as triton_command
@@ -86,12 +85,11 @@ def encode(
     from mirror_runtime.job import encode_file
     from mirror_runtime.sources import Source
 
-    # Each window would log its truncated texts; the command counts them over the whole file instead.
-    logging.getLogger("mirror_runtime.encoder").setLevel(logging.ERROR)
     console = Console(stderr=True)
     corpus = Source(path=source, column=text_column)
     started = time.perf_counter()
     with (
+        truncations_counted_elsewhere(),
         Encoder.load(bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts) as encoder,
         Progress(
             TextColumn("{task.description}"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -56,6 +58,18 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str]]) -> list[st
                 option = ""
         result.append(argument)
     return result
+
+
+@contextmanager
+def truncations_counted_elsewhere() -> Iterator[None]:
+    """Silence the encoder's warning about truncated texts in each window, for commands that report them themselves."""
+    log = logging.getLogger("mirror_runtime.encoder")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def application(function: typer.models.CommandFunctionType) -> typer.Typer:

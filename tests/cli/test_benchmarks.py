@@ -86,19 +86,24 @@ def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp
 def test_a_real_ctrl_c_does_the_same(bundle, texts, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "benchmarks/run.py", str(bundle), "--suite", "throughput", "--rounds", "100000"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--texts", str(texts), "--output", str(output)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    deadline = time.monotonic() + 60
-    threads = Path(f"/proc/{process.pid}/task")
-    while time.monotonic() < deadline and len(list(threads.iterdir())) < 3:
-        time.sleep(0.2)  # the encoder's thread beside the progress bar's: rounds are running
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+        # A runner that puts us into the background makes its children ignore Ctrl-C: a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            threads = Path(f"/proc/{process.pid}/task")
+            while time.monotonic() < deadline and len(list(threads.iterdir())) < 3:
+                time.sleep(0.2)  # the encoder's thread beside the progress bar's: rounds are running
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert read_report(output).partial
