@@ -18,3 +18,11 @@ def test_the_public_names_are_exactly_those_promised():
     public = {name for name in vars(mirror_runtime) if not name.startswith("_")}
     modules = {name for name in public if type(vars(mirror_runtime)[name]).__name__ == "module"}
     assert public - modules == set(mirror_runtime.__all__) - {"__version__"}
+
+
+def test_the_command_names_the_extra_that_it_misses(monkeypatch, capsys):
+    from mirror_runtime.entry import main
+
+    monkeypatch.setitem(sys.modules, "typer", None)
+    assert main() == 2
+    assert capsys.readouterr().err == "error: typer is not installed: pip install 'mirror-runtime[cli]'\n"
