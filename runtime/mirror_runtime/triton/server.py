@@ -136,6 +136,11 @@ class Server:
         """
         self._check_process()
         if self._workers - frozenset(group_members(self.pid)):
+            # A server that dies takes its worker along, which may be gone first: the server's end is the cause to name.
+            if self._process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(1.0)
+            self._check_process()
             raise ServerError(
                 "the process that runs the model has died, and Triton does not start it again; "
                 f"the log ends:\n{self.log_tail()}"
