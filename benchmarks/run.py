@@ -8,12 +8,10 @@ Writes report.json, report.md and plots. The last line of standard output is one
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +34,7 @@ from benchmarks.startup import our_starters, run_startup
 from benchmarks.throughput import run_throughput
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import BundleError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +88,7 @@ def run(
     console = Console(stderr=True)
     partial = False
     try:
-        with _progress(console) as progress, _quiet():
+        with _progress(console) as progress, truncations_counted_elsewhere():
             _measure(plan, shape, given, env_dir, results, progress)
     except KeyboardInterrupt:
         partial = True
@@ -214,18 +212,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("[dim]{task.fields[doing]}"),
         console=console,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the encoder's warning about truncated texts, which the report counts once instead of every round."""
-    logger = logging.getLogger("mirror_runtime")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 if __name__ == "__main__":
