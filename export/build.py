@@ -178,6 +178,7 @@ def _artifact(folder: Path, graph: Graph, engine: EngineName, precision: Precisi
         layout=graph.layout,
         inputs=graph.inputs,
         outputs=graph.outputs,
+        size=sum(file.stat().st_size for file in graph.path.parent.glob(f"{graph.path.name}*")),
         parity=parity,
         toolchain=_versions("torch", "transformers", "onnx", engine.value),
     )

@@ -169,8 +169,8 @@ def prove(encode: Encode, expected: Expected, *, floor: float, what: str) -> Par
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     vectors = np.zeros_like(expected.vectors)
     vectors[order] = encode([texts[i] for i in order])
-    result = compare(vectors, expected, floor=floor, what=what)
-
+    check_finite(vectors, texts, what)
+    _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
     picked = [order[i * len(order) // NEIGHBOURS] for i in range(NEIGHBOURS)] if len(order) > NEIGHBOURS else order
     sample = [texts[i] for i in picked]
     together = encode(sample)
@@ -179,17 +179,6 @@ def prove(encode: Encode, expected: Expected, *, floor: float, what: str) -> Par
     check_finite(alone, sample, what)
     _check_distance(together, alone, sample, floor, f"{what}: vectors depend on the other texts of a batch")
     _check_distance(alone, expected.vectors[picked], sample, floor, f"{what}: texts alone differ from the reference")
-    return result
-
-
-def compare(vectors: Vectors, expected: Expected, *, floor: float, what: str) -> Parity:
-    """Measure how close vectors come to the reference's.
-
-    Raises:
-        ParityError: a vector is not finite or farther away than the floor allows.
-    """
-    check_finite(vectors, expected.texts, what)
-    _check_distance(vectors, expected.vectors, expected.texts, floor, f"{what} differs from {expected.reference}")
     cosines = _cosines(vectors, expected.vectors)
     return Parity(
         reference=expected.reference,
@@ -199,6 +188,9 @@ def compare(vectors: Vectors, expected: Expected, *, floor: float, what: str) ->
         mean_cosine=float(cosines.mean()),
         max_abs_diff=float(np.abs(vectors - expected.vectors).max()),
         floor=floor,
+        neighbour_cosine=float(_cosines(together, alone).min()),
+        spearman=_spearman(vectors, expected.vectors),
+        top10_overlap=_top10_overlap(vectors, expected.vectors),
     )
 
 
@@ -244,6 +236,27 @@ def _cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     cosines: NDArray[np.float64] = (left * right).sum(1) / np.maximum(norms, 1e-12)
     return cosines
+
+
+def _spearman(found: Vectors, wanted: Vectors) -> float:
+    """Rank correlation of the cosines of every pair of neighbours in a fixed random order of the texts."""
+    order = np.random.default_rng(0).permutation(len(found))
+    rounds = [np.roll(order, shift) for shift in range(1, min(len(order), 9))]
+    pairs = [np.concatenate([_cosines(v[order], v[other]) for other in rounds]) for v in (found, wanted)]
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in pairs]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def _top10_overlap(found: Vectors, wanted: Vectors) -> float:
+    """Give the share of each text's ten nearest other texts that both sets of vectors agree on."""
+    nearest = []
+    for vectors in (found, wanted):
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        cosines = unit @ unit.T
+        np.fill_diagonal(cosines, -np.inf)
+        nearest.append(np.argsort(-cosines, axis=1, kind="stable")[:, : min(10, len(unit) - 1)])
+    shared = [np.intersect1d(a, b).size / max(a.size, 1) for a, b in zip(*nearest, strict=True)]
+    return float(np.mean(shared))
 
 
 def _refuse(errors: Any, texts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from mirror_runtime.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 ENCODER_FILE = "encoder.json"
 CANARIES_FILE = "canaries.json"
@@ -41,6 +41,36 @@ class Pooling(str, Enum):
     """The first token's vector."""
     MEAN_PADDED = "mean_padded"
     """Mean over the text padded to `pad_to`: the published Mirror-BERT checkpoints' "mean". A different vector."""
+    MAX = "max"
+    """The largest value of each component over the text's tokens."""
+    WEIGHTED_MEAN = "weighted_mean"
+    """Mean with weights 1, 2, 3, … by position (SGPT, equation 2)."""
+    LAST = "last"
+    """The last token's vector."""
+    MASK = "mask"
+    """The vector at the mask token that `template` puts into every text (PromptBERT, section 4)."""
+    DITTO = "ditto"
+    """Mean weighted by the attention that each token pays to itself in one head (Ditto, section 3.2)."""
+
+
+class VectorType(str, Enum):
+    """What the numbers of a vector are when they leave the graph."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+    """round(x / int8_scale), between -127 and 127: one scale for all components, so that int8 cosines are cosines."""
+    BINARY = "binary"
+    """One bit a component, 1 where it is positive, eight to a uint8, the first component in the highest bit."""
+
+
+class Activation(str, Enum):
+    """What follows a dense layer of the head."""
+
+    IDENTITY = "identity"
+    TANH = "tanh"
+    RELU = "relu"
+    GELU = "gelu"
 
 
 class Precision(str, Enum):
@@ -50,6 +80,7 @@ class Precision(str, Enum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
 
 class EngineName(str, Enum):
@@ -71,8 +102,30 @@ class Layout(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ditto:
+    """The attention head whose diagonal weighs the tokens (Ditto, section 3.2): both count from 0."""
+
+    layer: int
+    head: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A linear layer of the head. Layer i's weights lie in `<i + 2>_Dense/model.safetensors`, as `linear.weight`
+    [out_features, in_features] and `linear.bias`, which is where sentence-transformers has them. Whitening is one."""
+
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: Activation
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
     """Everything besides weights and tokenizer that decides a text's vector.
+
+    The way of a text: `template`, tokens, transformer, mean over `layers`, `pooling`, `dense`, the first `dim`
+    components, `normalize`, `vector_type`.
 
     Attributes:
         base_model: hub name or folder name the weights came from.
@@ -81,8 +134,16 @@ class EncoderSpec:
         pooling: how token vectors become one vector.
         normalize: whether the vector is scaled to unit L2 norm.
         max_tokens: longest input in tokens, special tokens included.
-        dim: length of the vector.
+        dim: components of the vector. Fewer than the head gives cuts the vector (Matryoshka).
         pad_to: length that `mean_padded` pads to, in tokens; None for every other pooling.
+        layers: whose outputs are averaged before pooling, as indices of Hugging Face's `hidden_states`: 0 the
+            embeddings, 1 the first layer, -1 the last.
+        ditto: the attention head that `ditto` weighs by; None for every other pooling.
+        dense: linear layers after pooling, in order.
+        template: text around every text, such as 'query: {text}'; None for none. Long texts lose tokens of their own,
+            never of the template.
+        vector_type: what leaves the graph.
+        int8_scale: of `vector_type` int8; None for every other.
     """
 
     base_model: str
@@ -92,7 +153,13 @@ class EncoderSpec:
     normalize: bool
     max_tokens: int
     dim: int
-    pad_to: int | None
+    pad_to: int | None = None
+    layers: tuple[int, ...] = (-1,)
+    ditto: Ditto | None = None
+    dense: tuple[Dense, ...] = ()
+    template: str | None = None
+    vector_type: VectorType = VectorType.FLOAT32
+    int8_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -101,6 +168,16 @@ class EncoderSpec:
             raise BundleError(f"dim is {self.dim}: it must be positive")
         if (self.pooling is Pooling.MEAN_PADDED) != (self.pad_to is not None):
             raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: mean_padded alone needs it")
+        if (self.pooling is Pooling.DITTO) != (self.ditto is not None):
+            raise BundleError(f"ditto is {self.ditto} with pooling {self.pooling.value}: ditto alone needs it")
+        if not self.layers:
+            raise BundleError("layers is empty: name at least one, such as -1 for the last")
+        if self.template is not None and self.template.count("{text}") != 1:
+            raise BundleError(f"template is {self.template!r}: it must contain {{text}} once")
+        if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
+            raise BundleError(f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: int8 needs it")
+        if self.vector_type is VectorType.BINARY and self.dim % 8:
+            raise BundleError(f"dim is {self.dim}: binary vectors need a multiple of 8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +200,10 @@ class Parity:
         min_cosine: the worst text's cosine similarity.
         mean_cosine: mean over the texts.
         max_abs_diff: largest difference of one component.
-        floor: the `min_cosine` below which the export fails.
+        floor: the `min_cosine` below which the artifact is refused.
+        neighbour_cosine: the worst cosine between a text's vector when it is alone and among others.
+        spearman: rank correlation of pair similarities with the reference's, over random pairs of the texts.
+        top10_overlap: share of each text's ten nearest texts that are also the reference's, mean over the texts.
     """
 
     reference: str
@@ -133,6 +213,9 @@ class Parity:
     mean_cosine: float
     max_abs_diff: float
     floor: float
+    neighbour_cosine: float
+    spearman: float
+    top10_overlap: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +229,7 @@ class Artifact:
         layout: padded or packed.
         inputs: in the graph's order.
         outputs: in the graph's order.
+        size: bytes of the graph and of the weights beside it.
         parity: measured with this engine at this precision.
         toolchain: versions of what made and measured it.
     """
@@ -156,6 +240,7 @@ class Artifact:
     layout: Layout
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    size: int
     parity: Parity
     toolchain: Mapping[str, str]
 
@@ -348,7 +433,10 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         plain = next((arg for arg in args if _is_plain(data, arg)), None)
         if plain is not None:
-            return data
+            return float(data) if plain is float else data
+        objects = [arg for arg in args if dataclasses.is_dataclass(arg)]
+        if len(objects) == 1:
+            return _object(typing.cast(type, objects[0]), data, where)
     elif _is_plain(data, kind):
         return float(data) if kind is float else data
     raise BundleError(f"{where} is {data!r}; expected {getattr(kind, '__name__', kind)}")

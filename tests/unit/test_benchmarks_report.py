@@ -36,6 +36,9 @@ PARITY = Parity(
     mean_cosine=0.9999,
     max_abs_diff=0.01,
     floor=0.9995,
+    neighbour_cosine=1.0,
+    spearman=1.0,
+    top10_overlap=1.0,
 )
 POINT = Point(engine=EngineName.OPENVINO, precision=Precision.BF16, artifact="onnx/model_packed.onnx", parity=PARITY)
 RATE = ThroughputResult(
