@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.results import Point, Report
+from benchmarks.summary import median
 
 NONE = "–"
 
@@ -20,6 +21,7 @@ def render_markdown(report: Report, plots: Sequence[str]) -> str:
         _latency(report),
         _startup(report),
         _peers(report),
+        _training(report),
         *(f"![{name}]({name})" for name in plots),
         _failures(report),
     ]
@@ -248,6 +250,40 @@ def _peers(report: Report) -> str:
             "they scattered, not what all of them had in common."
         )
     return text
+
+
+def _training(report: Report) -> str:
+    if not report.training:
+        return ""
+    first = report.training[0]
+    sets = list(first.runs[0].spearman)
+    rows = [
+        (
+            r.party,
+            f"{r.median_s:.1f}",
+            *(_median_and_spread([run.spearman[name] for run in r.runs]) for name in sets),
+            _median_and_spread([run.mean for run in r.runs]),
+            ", ".join(str(run.seed) for run in r.runs),
+        )
+        for r in report.training
+    ]
+    fastest = min(report.training, key=lambda r: r.median_s)
+    ratios = "; ".join(
+        f"{r.party} takes {r.median_s / fastest.median_s:.1f} times as long as {fastest.party}"
+        for r in report.training
+        if r is not fastest
+    )
+    return (
+        "## Training\n\n"
+        + _table(("party", "median s", *sets, "mean", "seeds"), rows)
+        + f"\n\n{first.base} tuned on {first.corpus} ({first.texts:,} texts), pooling {first.pooling}. Seconds are "
+        "from process start to the saved folder. Scores are Spearman x 100: median over the seeds (lowest to highest), "
+        f"all pairs of a set together. {ratios}."
+    )
+
+
+def _median_and_spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def _failures(report: Report) -> str:

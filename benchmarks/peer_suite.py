@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from benchmarks.peers.environment import existing_environment, make_environment
-from benchmarks.peers.worker import PeerError, PeerWorker, peer_environment
+from benchmarks.peers.worker import PeerWorker, peer_environment
 from benchmarks.results import Comparison, PeerResult, SweepPoint
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.startup import READY, Starter
 from benchmarks.summary import alternate, interleave, median, ratio_of_medians
 from benchmarks.throughput import Rounds
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.environments import existing_environment, make_environment
+from mirror_runtime.errors import MirrorError, PeerError
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
 FULL_SWEEP_TEXTS = 1024

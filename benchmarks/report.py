@@ -10,6 +10,7 @@ from benchmarks.markdown import render_markdown
 from benchmarks.plots import draw_plots
 from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Host, Report, Settings, Source, Subject
 from benchmarks.session import Plan, Results
+from benchmarks.summary import median
 from mirror_runtime.bundle import write_json
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
@@ -67,6 +68,7 @@ def build_report(
         ours_beside_peers=tuple(results.ours_beside_peers.values()),
         peers=tuple(results.peers.values()),
         comparisons=tuple(results.comparisons.values()),
+        training=tuple(results.training.values()),
         failures=tuple(results.failures),
     )
 
@@ -115,6 +117,10 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
         "comparisons": [
             {"ours": c.point.name, "peer": c.peer, "ratio": c.ratio, "min_cosine": c.min_cosine}
             for c in report.comparisons
+        ],
+        "training": [
+            {"party": r.party, "median_s": r.median_s, "mean_spearman": median([run.mean for run in r.runs])}
+            for r in report.training
         ],
         "failures": len(report.failures),
     }

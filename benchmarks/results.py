@@ -15,7 +15,7 @@ from pathlib import Path
 from mirror_runtime.bundle import EngineName, Parity, Precision, from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REPORT_FILE = "report.json"
 
 
@@ -30,6 +30,8 @@ class Suite(str, Enum):
     """How long from process start to the first vector?"""
     PEERS = "peers"
     """How does that compare with other libraries, in the same run?"""
+    TRAINING = "training"
+    """How long does tuning take and how good is it, beside the published recipe?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +265,41 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """One tuning run in a process of its own.
+
+    Attributes:
+        seconds: from process start to the saved folder.
+        spearman: of each evaluation set, x 100.
+        mean: over the sets.
+    """
+
+    seed: int
+    seconds: float
+    spearman: Mapping[str, float]
+    mean: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """One recipe over several seeds, in rounds that took turns with the others.
+
+    Attributes:
+        party: whose code and which recipe.
+        base: the encoder that was tuned.
+        median_s: of the runs' seconds.
+    """
+
+    party: str
+    base: str
+    pooling: str
+    corpus: str
+    texts: int
+    runs: tuple[TrainingRun, ...]
+    median_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Failure:
     """A point that could not be measured."""
 
@@ -297,12 +334,13 @@ class Report:
     ours_beside_peers: tuple[ThroughputResult, ...]
     peers: tuple[PeerResult, ...]
     comparisons: tuple[Comparison, ...]
+    training: tuple[TrainingResult, ...]
     failures: tuple[Failure, ...]
 
     @property
     def measured(self) -> bool:
         """Whether any suite gave a figure (a ceiling alone is none)."""
-        return bool(self.latency or self.throughput or self.startup or self.peers)
+        return bool(self.latency or self.throughput or self.startup or self.peers or self.training)
 
 
 def read_report(folder: Path) -> Report:

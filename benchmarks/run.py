@@ -1,4 +1,4 @@
-"""Measure a bundle: latency, throughput, startup, and other libraries on the same weights, with the ceiling first.
+"""Measure a bundle (latency, throughput, startup, other libraries, the ceiling first) and the tuning of a model.
 
     python benchmarks/run.py BUNDLE --suite latency throughput --output reports/mine
 
@@ -32,8 +32,9 @@ from benchmarks.results import Suite
 from benchmarks.session import Plan, Results, Runner, loaded, select_points
 from benchmarks.startup import our_starters, run_startup
 from benchmarks.throughput import run_throughput
+from benchmarks.training_suite import TrainingPlan, run_training
 from benchmarks.workload import bundle_tokenizer, load_workload
-from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
+from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import BundleError, InputError
 
@@ -41,10 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FULL_ROUNDS = 5
 QUICK_ROUNDS = 3
 
-_LISTS: Mapping[str, tuple[str, ...]] = {
+_LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--suite": tuple(suite.value for suite in Suite),
     "--engine": tuple(engine.value for engine in EngineName),
     "--precision": tuple(precision.value for precision in Precision),
+    "--sts": None,
+    "--words": None,
+    "--recipe": None,
 }
 
 
@@ -74,11 +78,36 @@ def run(
     env_dir: Annotated[
         Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
     ] = ROOT / ".venvs",
+    base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one a line.")] = None,
+    sts: Annotated[list[Path] | None, typer.Option(help="Suite training: sentence similarity sets.")] = None,
+    words: Annotated[list[Path] | None, typer.Option(help="Suite training: word similarity sets.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
+    pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
+    training_seeds: Annotated[int, typer.Option(min=1, help="Suite training: runs of each of our recipes.")] = 3,
+    reference_seeds: Annotated[
+        int, typer.Option(min=0, help="Suite training: runs of the published recipe, minutes each; 0 leaves it out.")
+    ] = 1,
 ) -> None:
     """Measure BUNDLE and write a report."""
     started, began = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     check_output(output)
     given = _given_environments(peer_env or [])
+    tuning = None
+    if Suite.TRAINING in (suite or ()):
+        if base is None or corpus is None:
+            raise InputError("suite training needs --base and --corpus")
+        tuning = TrainingPlan(
+            base=base,
+            corpus=corpus,
+            sts=tuple(sts or ()),
+            words=tuple(words or ()),
+            pooling=pooling,
+            recipes=tuple(recipe or ("sentence",)),
+            seeds=training_seeds,
+            reference_seeds=reference_seeds,
+            quick=quick,
+        )
     host, versions, source = describe_host(), installed_versions(), describe_source(ROOT)
     results = Results()
     plan, shape = _plan(
@@ -90,6 +119,8 @@ def run(
     try:
         with _progress(console) as progress, truncations_counted_elsewhere():
             _measure(plan, shape, given, env_dir, results, progress)
+            if tuning is not None:
+                run_training(tuning, results, progress)
     except KeyboardInterrupt:
         partial = True
     report = build_report(
@@ -171,7 +202,7 @@ def _measure(
         if Suite.STARTUP in wanted:
             starters = our_starters(plan, plan.points) + [peer.starter for peer in peers]
             run_startup(plan, starters, results, progress)
-        if wanted - {Suite.STARTUP}:
+        if wanted - {Suite.STARTUP, Suite.TRAINING}:
             with loaded(plan, results) as runners:
                 _measure_loaded(plan, runners, peers, results, progress)
 

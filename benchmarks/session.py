@@ -19,6 +19,7 @@ from benchmarks.results import (
     StartupResult,
     Suite,
     ThroughputResult,
+    TrainingResult,
 )
 from benchmarks.workload import Workload
 from mirror_runtime import Encoder
@@ -58,6 +59,7 @@ class Results:
     ours_beside_peers: dict[str, ThroughputResult] = field(default_factory=dict)
     peers: dict[str, PeerResult] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
+    training: dict[str, TrainingResult] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
     def fail(self, suite: str, party: str, reason: object) -> None:

@@ -10,13 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.errors import PeerError
 
 GRACE_S = 5.0
-
-
-class PeerError(MirrorError):
-    """A peer could not be installed, refused a request, or ended without an answer."""
 
 
 def peer_environment() -> Mapping[str, str]:

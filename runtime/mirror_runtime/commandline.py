@@ -13,7 +13,7 @@ from mirror_runtime.errors import MirrorError
 
 
 def run_command(
-    app: typer.Typer, argv: Sequence[str] | None, name: str, *, lists: Mapping[str, Collection[str]] | None = None
+    app: typer.Typer, argv: Sequence[str] | None, name: str, *, lists: Mapping[str, Collection[str] | None] | None = None
 ) -> int:
     """Run a typer application to its exit status.
 
@@ -21,7 +21,8 @@ def run_command(
         app: the application.
         argv: arguments without the program's name; None takes the process's.
         name: the program's name in messages.
-        lists: options that take several values at once (`--precision fp32 bf16`), each with the values it knows.
+        lists: options that take several values at once (`--precision fp32 bf16`), each with the values it knows;
+            None knows every value, such as file names.
 
     Returns:
         0 on success, the status that the command chose, 2 on a mistake of the caller's (the message goes to standard
@@ -41,10 +42,11 @@ def run_command(
     return 0
 
 
-def spread(argv: Sequence[str], lists: Mapping[str, Collection[str]]) -> list[str]:
+def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> list[str]:
     """Repeat a list option before each of its values, which is the form that typer knows.
 
-    A value that the list does not know ends it, so that an argument after the list stays an argument.
+    A value that the list does not know ends it, so that an argument after the list stays an argument. A list of None
+    knows every value (file names): the next option ends it.
     """
     result: list[str] = []
     option = ""
@@ -52,7 +54,8 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str]]) -> list[st
         if argument.startswith("-"):
             option = argument if argument in lists else ""
         elif option and result[-1] != option:
-            if argument in lists[option]:
+            known = lists[option]
+            if known is None or argument in known:
                 result.append(option)
             else:
                 option = ""

@@ -1,0 +1,174 @@
+"""Suite `training`: our recipes and the published one, each from process start to a saved folder, then its scores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from benchmarks.results import TrainingResult, TrainingRun
+from benchmarks.session import Results, steps
+from benchmarks.summary import interleave, median
+from mirror_runtime.bundle import Pooling
+from mirror_runtime.errors import EngineError, InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE_PARTY = "published recipe (padded, fp32)"
+REFERENCE_SCRIPT = ROOT / "benchmarks" / "peers" / "mirror_bert_recipe.py"
+QUICK_TEXTS = 400
+FIRST_SEED = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What is tuned, on what, and how it is judged.
+
+    Attributes:
+        base: folder of a masked language model.
+        corpus: text, one a line.
+        sts: sentence similarity sets, in a layout that training/evaluate.py reads.
+        words: word similarity sets, likewise.
+        pooling: mean or cls.
+        recipes: of training/tune.py.
+        seeds: one run each.
+        reference_seeds: runs of the published recipe, which takes many times as long; 0 leaves it out.
+        quick: tune on the first `QUICK_TEXTS` texts alone.
+    """
+
+    base: Path
+    corpus: Path
+    sts: tuple[Path, ...]
+    words: tuple[Path, ...]
+    pooling: Pooling
+    recipes: tuple[str, ...]
+    seeds: int
+    reference_seeds: int
+    quick: bool
+
+    def __post_init__(self) -> None:
+        if not self.sts and not self.words:
+            raise InputError("suite training needs --sts or --words: a tuning time without a score is no result")
+        if self.pooling not in (Pooling.MEAN, Pooling.CLS):
+            raise InputError(f"suite training compares mean or cls pooling, not {self.pooling.value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A command that tunes; `{seed}` and `{output}` in it are filled in."""
+
+    party: str
+    seeds: int
+    command: tuple[str, ...]
+
+
+def run_training(plan: TrainingPlan, results: Results, progress: Progress) -> None:
+    """Let the recipes take turns, one seed a round, and judge every folder with training/evaluate.py.
+
+    A party that fails is noted with its reason; the others go on.
+    """
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
+        corpus, texts = _corpus(plan, Path(scratch))
+        trainers = _trainers(plan, corpus)
+        runs: dict[str, list[TrainingRun]] = {}
+        failed: set[str] = set()
+        turns = [
+            (round_, trainer)
+            for round_, trainer in interleave(trainers, max(trainer.seeds for trainer in trainers))
+            if round_ < trainer.seeds
+        ]
+        with steps(progress, "training", len(turns)) as done:
+            for round_, trainer in turns:
+                if trainer.party not in failed:
+                    try:
+                        run = _run(trainer, FIRST_SEED + round_, plan, Path(scratch))
+                    except EngineError as error:
+                        failed.add(trainer.party)
+                        results.fail("training", trainer.party, error)
+                    else:
+                        taken = runs.setdefault(trainer.party, [])
+                        taken.append(run)
+                        results.training[trainer.party] = TrainingResult(
+                            party=trainer.party,
+                            base=plan.base.name,
+                            pooling=plan.pooling.value,
+                            corpus=plan.corpus.name,
+                            texts=texts,
+                            runs=tuple(taken),
+                            median_s=median([run.seconds for run in taken]),
+                        )
+                done(trainer.party)
+
+
+def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:
+    """Give the corpus to tune on and its number of texts."""
+    try:
+        texts = list(dict.fromkeys(filter(None, map(str.strip, plan.corpus.read_text(encoding="utf-8").split("\n")))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--corpus {plan.corpus} cannot be read as UTF-8 text: {error}") from error
+    if not plan.quick:
+        return plan.corpus.resolve(), len(texts)
+    short = scratch / plan.corpus.name
+    short.write_text("\n".join(texts[:QUICK_TEXTS]) + "\n", encoding="utf-8")
+    return short, min(len(texts), QUICK_TEXTS)
+
+
+def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
+    common = (
+        *("--base", str(plan.base.resolve()), "--corpus", str(corpus), "--output", "{output}"),
+        *("--pooling", plan.pooling.value, "--seed", "{seed}"),
+    )
+    ours = [
+        Trainer(
+            party=f"mirror-runtime, recipe {recipe}",
+            seeds=plan.seeds,
+            command=(sys.executable, str(ROOT / "training" / "tune.py"), "--recipe", recipe, *common),
+        )
+        for recipe in plan.recipes
+    ]
+    reference = Trainer(
+        party=REFERENCE_PARTY,
+        seeds=plan.reference_seeds,
+        command=(sys.executable, str(REFERENCE_SCRIPT), *common),
+    )
+    return [*ours, *([reference] if plan.reference_seeds else [])]
+
+
+def _run(trainer: Trainer, seed: int, plan: TrainingPlan, scratch: Path) -> TrainingRun:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        output = Path(folder) / "run"
+        command = [part.format(seed=seed, output=output) for part in trainer.command]
+        began = time.perf_counter()
+        _call(command)
+        seconds = time.perf_counter() - began
+        spearman, mean = _evaluate(output, plan, Path(folder) / "evaluation.json")
+    return TrainingRun(seed=seed, seconds=seconds, spearman=spearman, mean=mean)
+
+
+def _evaluate(encoder: Path, plan: TrainingPlan, report: Path) -> tuple[dict[str, float], float]:
+    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), str(encoder), "--output", str(report)]
+    command += ["--pooling", plan.pooling.value]
+    for option, files in (("--sts", plan.sts), ("--words", plan.words)):
+        if files:
+            command += [option, *(str(file.resolve()) for file in files)]
+    _call(command)
+    found = json.loads(report.read_text(encoding="utf-8"))["encoders"][0]
+    return {result["name"]: result["spearman"] for result in found["sets"]}, found["mean"]
+
+
+def _call(command: Sequence[str]) -> None:
+    """Run a command to its end.
+
+    Raises:
+        EngineError: it failed; the message is its last line.
+    """
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise EngineError(f"{Path(command[1]).name} ended with status {done.returncode}: {last[0]}")

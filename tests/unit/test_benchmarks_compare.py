@@ -1,0 +1,95 @@
+"""The comparison of reports: a planted regression is seen, noise alone is not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import Verdict, compare, main, read_side, warnings
+from benchmarks.report import write_report
+from mirror_runtime.errors import InputError
+
+
+@pytest.fixture
+def noisy(report):
+    """Make a report whose times are drawn anew around the same medians, times `slower`."""
+
+    def make(seed: int, slower: float = 1.0, min_cosine: float | None = None):
+        random = np.random.default_rng(seed)
+        drift = 1 + 0.02 * random.standard_normal()
+
+        def draw(median: float, count: int) -> tuple[float, ...]:
+            return tuple(median * slower * drift * (1 + 0.04 * np.abs(random.standard_normal(count))))
+
+        def point(old):
+            parity = old.parity if min_cosine is None else dataclasses.replace(old.parity, min_cosine=min_cosine)
+            return dataclasses.replace(old, parity=parity)
+
+        return dataclasses.replace(
+            report,
+            throughput=tuple(
+                dataclasses.replace(r, point=point(r.point), samples_s=draw(1.0, 5)) for r in report.throughput
+            ),
+            latency=tuple(
+                dataclasses.replace(r, point=point(r.point), samples_ms=draw(1.5, 100)) for r in report.latency
+            ),
+            startup=tuple(dataclasses.replace(r, samples_s=draw(0.6, 5)) for r in report.startup),
+        )
+
+    return make
+
+
+def verdicts(changes, kind):
+    return {change.verdict for change in changes if change.metric.startswith(kind)}
+
+
+def test_fifteen_percent_slower_is_caught_and_named(noisy):
+    base, head = [noisy(i) for i in range(3)], [noisy(10 + i, slower=1.15) for i in range(3)]
+    changes = compare(base, head, threshold=0.07)
+    assert verdicts(changes, "throughput") == {Verdict.WORSE}
+    assert verdicts(changes, "latency") == {Verdict.WORSE}
+    assert verdicts(compare(head, base, threshold=0.07), "throughput") == {Verdict.BETTER}
+
+
+def test_the_same_speed_again_raises_no_alarm(noisy):
+    for seed in range(0, 60, 6):
+        base, head = [noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)]
+        found = {change.verdict for change in compare(base, head, threshold=0.07)}
+        assert found <= {Verdict.SAME, Verdict.NOISY}, f"seed {seed}"
+
+
+def test_vectors_farther_from_the_reference_are_worse(noisy):
+    changes = compare([noisy(0)], [noisy(0, min_cosine=0.93)], threshold=0.07)
+    assert verdicts(changes, "worst cosine") == {Verdict.WORSE}
+    assert verdicts(changes, "throughput") == {Verdict.SAME}
+
+
+def test_a_metric_that_is_gone_is_a_loss(noisy):
+    gone = dataclasses.replace(noisy(1), throughput=())
+    assert verdicts(compare([noisy(0)], [gone], threshold=0.07), "throughput") == {Verdict.LOST}
+
+
+def test_other_conditions_are_named(noisy):
+    base = noisy(0)
+    other = dataclasses.replace(base, host=dataclasses.replace(base.host, cores_usable=64))
+    assert [note.split(" differ")[0] for note in warnings([base], [other])] == ["The machines"]
+    assert warnings([base], [base]) == []
+
+
+def test_the_command_says_it_with_its_status(noisy, tmp_path, capsys):
+    for i in range(2):
+        write_report(noisy(i), tmp_path / "base" / str(i))
+        write_report(noisy(5 + i, slower=1.3), tmp_path / "head" / str(i))
+    text = tmp_path / "comparison.md"
+    assert main([str(tmp_path / "base"), str(tmp_path / "head"), "--output", str(text)]) == 1
+    assert "got worse" in text.read_text()
+    assert '"worse"' in capsys.readouterr().out
+    assert main([str(tmp_path / "base"), str(tmp_path / "base")]) == 0
+
+
+def test_a_partial_report_or_none_is_refused(report, tmp_path):
+    with pytest.raises(InputError, match="nor do its folders"):
+        read_side(tmp_path)
+    write_report(dataclasses.replace(report, partial=True), tmp_path / "out")
+    with pytest.raises(InputError, match="partial"):
+        read_side(tmp_path / "out")
