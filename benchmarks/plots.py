@@ -1,33 +1,99 @@
-"""Plots of a report, as PNG files. Drawn with the Agg canvas: no display, no global state."""
+"""Drawings of a report. Drawn with the Agg and SVG canvases: no display, no global state."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.results import Report
-
-LATENCY_FILE = "latency.png"
-THROUGHPUT_FILE = "throughput.png"
+from benchmarks.summary import median
 
 
-def draw_plots(report: Report, folder: Path) -> tuple[str, ...]:
-    """Draw what the report has figures for, and give the file names."""
-    drawn = []
-    if report.latency:
-        _save(_latency(report), folder / LATENCY_FILE)
-        drawn.append(LATENCY_FILE)
-    if report.throughput or report.peers:
-        _save(_throughput(report), folder / THROUGHPUT_FILE)
-        drawn.append(THROUGHPUT_FILE)
-    return tuple(drawn)
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a drawing: for a light or a dark page."""
+
+    ink: str
+    paper: str
+    muted: str
+    series: tuple[str, ...]
 
 
-def _latency(report: Report) -> Figure:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+LIGHT = Theme(
+    ink="#1a1a1a",
+    paper="#ffffff",
+    muted="#9a9a9a",
+    series=("#0b62a4", "#c04f00", "#2a7a2a", "#8b2f8b", "#7a5c00", "#006d77"),
+)
+DARK = Theme(
+    ink="#e6e6e6",
+    paper="#15181c",
+    muted="#7d8590",
+    series=("#6cb6ff", "#ff9e64", "#7ee787", "#d2a8ff", "#e3b341", "#56d4dd"),
+)
+
+
+def draw_plots(report: Report, folder: Path) -> dict[str, str]:
+    """Draw what the report has figures for as PNG files; returns each drawing's name and file name."""
+    files = {}
+    for name in drawable(report):
+        files[name] = f"{name}.png"
+        figure = draw(name, report, LIGHT)
+        FigureCanvasAgg(figure)
+        figure.savefig(folder / files[name], dpi=120, format="png")
+    return files
+
+
+def drawable(report: Report) -> tuple[str, ...]:
+    """Name the drawings that the report has figures for."""
+    return tuple(name for name, (needs, _) in _DRAWINGS.items() if needs(report))
+
+
+def draw(name: str, report: Report, theme: Theme) -> Figure:
+    """Draw one of `drawable`."""
+    figure: Figure = _DRAWINGS[name][1](report, theme)
+    figure.set_facecolor(theme.paper)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Give a figure as SVG text, the same bytes for the same figure."""
+    target = io.StringIO()
+    # Text as outlines: the page must look the same where the font is missing.
+    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+    return target.getvalue()
+
+
+def _axes(figure: Figure, theme: Theme, title: str) -> Any:
     axes = figure.subplots()
+    axes.set_facecolor(theme.paper)
+    axes.set_prop_cycle(color=theme.series)
+    axes.set_title(title, loc="left", color=theme.ink)
+    axes.tick_params(colors=theme.ink, which="both")
+    for spine in axes.spines.values():
+        spine.set_color(theme.muted)
+    axes.spines[["top", "right"]].set_visible(False)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(theme.ink)
+    axes.grid(alpha=0.25, color=theme.muted)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _legend(axes: Any, theme: Theme) -> None:
+    axes.legend(frameon=False, labelcolor=theme.ink)
+
+
+def _latency(report: Report, theme: Theme) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "One text at a time")
     for name in dict.fromkeys(r.point.name for r in report.latency):
         points = [r for r in report.latency if r.point.name == name]
         tokens = [r.tokens for r in points]
@@ -41,30 +107,84 @@ def _latency(report: Report) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of the text")
     axes.set_ylabel("milliseconds (band: to p99)")
-    axes.set_title("One text at a time", loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    _legend(axes, theme)
     return figure
 
 
-def _throughput(report: Report) -> Figure:
+def _latency_cdf(report: Report, theme: Theme) -> Figure:
+    """Draw each point's distribution at its shortest text, where the runtime's own share of the time is largest."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    shortest = min(r.tokens for r in report.latency)
+    axes = _axes(figure, theme, f"Texts of {shortest} tokens")
+    for result in report.latency:
+        if result.tokens == shortest:
+            samples = np.sort(np.asarray(result.samples_ms))
+            axes.step(samples, np.arange(1, samples.size + 1) / samples.size, where="post", label=result.point.name)
+    axes.set_ylim(0, 1.01)
+    axes.set_xscale("log")
+    axes.set_xlabel("milliseconds")
+    axes.set_ylabel("share of texts done within")
+    _legend(axes, theme)
+    return figure
+
+
+def _throughput(report: Report, theme: Theme) -> Figure:
     """Draw rates as bars with their range; beside peers only the rounds that took turns with them are drawn."""
     ours = report.ours_beside_peers or report.throughput
-    bars = [(r.point.name, r.texts_per_s, r.texts_per_s_min, r.texts_per_s_max, "C0") for r in ours]
-    bars += [(r.name, r.texts_per_s, r.texts_per_s_min, r.texts_per_s_max, "0.6") for r in report.peers]
+    bars = [(r.point.name, r.texts_per_s, r.texts_per_s_min, r.texts_per_s_max, theme.series[0]) for r in ours]
+    bars += [(r.name, r.texts_per_s, r.texts_per_s_min, r.texts_per_s_max, theme.muted) for r in report.peers]
     bars.sort(key=lambda bar: bar[1])
-    figure = Figure(figsize=(7, 1.2 + 0.45 * len(bars)), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 1.4 + 0.45 * len(bars)), layout="constrained")
+    work = report.workload
+    axes = _axes(figure, theme, f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average")
     rates = [bar[1] for bar in bars]
     spread = [[rate - bar[2] for rate, bar in zip(rates, bars, strict=True)], [bar[3] - bar[1] for bar in bars]]
-    drawn = axes.barh([bar[0] for bar in bars], rates, xerr=spread, color=[bar[4] for bar in bars], capsize=3)
-    axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6)
+    drawn = axes.barh(
+        [bar[0] for bar in bars], rates, xerr=spread, color=[bar[4] for bar in bars], capsize=3, ecolor=theme.ink
+    )
+    axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
     axes.margins(x=0.15)
     axes.set_xlabel("texts a second (median; whiskers: slowest and fastest round)")
-    axes.set_title(f"{report.workload.texts} texts, {report.workload.tokens_mean:.1f} tokens on average", loc="left")
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=120, format="png")
+def _quality(report: Report, theme: Theme) -> Figure:
+    """Draw speed against the worst disagreement with the reference: up and to the left is better."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "Speed and agreement")
+    agreement = {c.peer: c.min_cosine for c in report.comparisons}
+    ours = report.ours_beside_peers or report.throughput
+    marks = [(r.point.name, r.point.parity.min_cosine, r.texts_per_s, theme.series[0], "o") for r in ours]
+    marks += [(r.name, agreement[r.name], r.texts_per_s, theme.muted, "s") for r in report.peers if r.name in agreement]
+    for name, cosine, rate, colour, marker in marks:
+        distance = max(1 - cosine, 1e-8)
+        axes.plot(distance, rate, marker, color=colour, markersize=9)
+        axes.annotate(name, (distance, rate), xytext=(8, 4), textcoords="offset points", color=theme.ink, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.35)
+    axes.set_xlabel("1 - worst cosine (left is closer; squares: peers, compared with our vectors)")
+    axes.set_ylabel("texts a second")
+    return figure
+
+
+def _training(report: Report, theme: Theme) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "Tuning")
+    for result in report.training:
+        seconds, scores = [run.seconds for run in result.runs], [run.mean for run in result.runs]
+        axes.plot(seconds, scores, "o", label=f"{result.party}: {median(seconds):.0f} s, {median(scores):.1f}")
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds from process start to the saved folder")
+    axes.set_ylabel("mean Spearman x 100")
+    _legend(axes, theme)
+    return figure
+
+
+_DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Theme], Figure]]] = {
+    "latency": (lambda r: r.latency, _latency),
+    "latency_cdf": (lambda r: r.latency, _latency_cdf),
+    "throughput": (lambda r: r.throughput or r.peers, _throughput),
+    "quality": (lambda r: r.comparisons or len(r.throughput) > 1, _quality),
+    "training": (lambda r: r.training, _training),
+}

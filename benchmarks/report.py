@@ -1,4 +1,4 @@
-"""Results to a report folder: report.json, report.md and plots, whole or not at all."""
+"""Results to a report folder: report.json, report.md, report.html and plots, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from benchmarks.plots import draw_plots
 from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Host, Report, Settings, Source, Subject
 from benchmarks.session import Plan, Results
 from benchmarks.summary import median
+from benchmarks.webpage import render_webpage
 from mirror_runtime.bundle import write_json
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
 
 MARKDOWN_FILE = "report.md"
+PAGE_FILE = "report.html"
 
 
 def check_output(folder: Path) -> None:
@@ -83,6 +85,7 @@ def write_report(report: Report, folder: Path) -> None:
     with whole_folder(folder, overwrite=True, marker=REPORT_FILE) as partial:
         plots = draw_plots(report, partial)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
+        (partial / PAGE_FILE).write_text(render_webpage(report), encoding="utf-8")
         write_json(report, partial / REPORT_FILE)
 
 
