@@ -1,68 +1,262 @@
-"""Read raw text: one sentence, phrase or word a line."""
+"""The text that a run learns from: read, without repeats and evaluation texts, sampled, and described."""
 
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from mirror_runtime.errors import InputError
+from training.augment import Example
+from training.evalsets import read_texts
+from training.formats import Records
+from training.overlap import Overlap, Watch
+
+MEASURED_TEXTS = 50_000
+"""The length report looks at no more texts than these, evenly spaced: tokenising millions would take minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusRequest:
+    """What to learn from.
+
+    Attributes:
+        files: paths or `hf:` names, see `Records`.
+        pairs: records are pairs of texts that mean the same.
+        columns: of JSON lines, Parquet and data sets.
+        sample: how many of the distinct records to keep, drawn at random; None for all.
+        seed: of the sample.
+        exclude: evaluation sets, or files of lines, whose texts are left out.
+    """
+
+    files: tuple[str, ...]
+    pairs: bool = False
+    columns: tuple[str, ...] = ()
+    sample: int | None = None
+    seed: int = 42
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFile:
+    """One file as it was read.
+
+    Attributes:
+        name: without its folder.
+        sha256: of its bytes, or of a data set's texts.
+        lines: lines or rows, empty ones included.
+        empty: those with nothing but white space.
+        duplicates: those that repeat an earlier one, of this file or of one before it.
+        excluded: those that hold an evaluation text.
+    """
+
+    name: str
+    sha256: str
+    lines: int
+    empty: int
+    duplicates: int
+    excluded: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The distinct lines of a text file.
+    """Distinct texts, or distinct pairs of texts.
 
     Attributes:
-        texts: stripped, without repeats, in the file's order.
-        lines: lines of the file, empty ones included.
-        empty: lines with nothing but white space.
-        duplicates: lines that repeat an earlier one.
-        sha256: hash of the file's bytes.
+        examples: stripped, without repeats, in the files' order.
+        files: what they were read from.
+        overlaps: what was left out, one entry an excluded file.
+        sampled_from: the distinct records before sampling; None where all were kept.
+        sha256: of the texts that are left (TAB between partners), a newline after each.
     """
 
-    texts: tuple[str, ...]
-    lines: int
-    empty: int
-    duplicates: int
+    examples: tuple[Example, ...]
+    files: tuple[CorpusFile, ...]
+    overlaps: tuple[Overlap, ...] = ()
+    sampled_from: int | None = None
     sha256: str
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text: of pairs, both."""
+        return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
 
-def read_corpus(path: Path) -> Corpus:
-    """Read a UTF-8 text file.
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the examples are pairs."""
+        return not isinstance(self.examples[0], str)
 
-    Repeats are dropped: two equal lines in one batch would be pushed apart although they are the same.
+    @property
+    def lines(self) -> int:
+        """Lines of all files."""
+        return sum(file.lines for file in self.files)
+
+    @property
+    def empty(self) -> int:
+        """Empty lines of all files."""
+        return sum(file.empty for file in self.files)
+
+    @property
+    def duplicates(self) -> int:
+        """Repeats in all files."""
+        return sum(file.duplicates for file in self.files)
+
+    @property
+    def excluded(self) -> int:
+        """Lines that were left out for an evaluation text."""
+        return sum(file.excluded for file in self.files)
+
+    def overlap_with(self, files: Sequence[tuple[str, Sequence[str]]]) -> tuple[Overlap, ...]:
+        """Look for evaluation texts in what is left.
+
+        Args:
+            files: each evaluation set's name and texts.
+        """
+        watch = Watch(files)
+        watch.meets(self.texts)
+        return watch.overlaps()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How long texts are in tokens, special tokens included.
+
+    Attributes:
+        texts: how many were measured.
+        p50: the median.
+        p95: the 95th percentile.
+        max: the longest.
+        over: share of texts longer than `max_tokens`, 0 to 1: these are cut while tuning.
+        max_tokens: the recipe's limit.
+    """
+
+    texts: int
+    p50: int
+    p95: int
+    max: int
+    over: float
+    max_tokens: int
+
+
+def read_corpus(request: CorpusRequest) -> Corpus:
+    """Read text files, data sets, or pairs.
+
+    Repeats are dropped: two equal lines in one batch would be pushed apart although they are the same. The files are
+    streamed; in memory are the records that are kept and eight bytes' worth of every distinct one.
 
     Raises:
-        InputError: the file cannot be read, is no text, or has fewer than two distinct lines of two characters or more.
+        InputError: a file cannot be read or is no text, fewer than two distinct records are left, or all have one
+            character.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"corpus {path} cannot be read: {error.strerror}") from error
-    if b"\0" in data:
-        raise InputError(f"corpus {path} is not text: it holds NUL bytes. Give UTF-8 text, one sentence a line")
-    try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"corpus {path} is not UTF-8 in line {line}: convert it, for example with iconv") from error
-    if lines[-1] == "":
-        lines.pop()  # what follows the last newline is no line
-    filled = [text for line in lines if (text := line.strip())]
-    texts = tuple(dict.fromkeys(filled))
-    if not texts:
-        raise InputError(f"corpus {path} is empty: give UTF-8 text, one sentence a line")
-    if len(texts) == 1:
-        raise InputError(
-            f"corpus {path} has one distinct line, and a text is learnt against others: give several hundred"
-        )
-    if all(len(text) == 1 for text in texts):
-        raise InputError(f"corpus {path} has lines of one character only: give one sentence, phrase or word a line")
+    if not request.files:
+        raise InputError("no corpus: give at least one file")
+    sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in request.files]
+    if request.columns and not any(source.has_columns for source in sources):
+        raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
+    watch = Watch((Path(name).name, read_texts(name)) for name in request.exclude)
+    kept = _Sample(request.sample, request.seed)
+    seen: set[int] = set()
+    files = tuple(_read_file(source, watch, kept, seen) for source in sources)
+    records = kept.records()
+    _check(request, files, kept.met, records)
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update("\t".join(record).encode() + b"\n")
     return Corpus(
-        texts=texts,
-        lines=len(lines),
-        empty=len(lines) - len(filled),
-        duplicates=len(filled) - len(texts),
-        sha256=hashlib.sha256(data).hexdigest(),
+        examples=tuple((record[0], record[1]) if request.pairs else record[0] for record in records),
+        files=files,
+        overlaps=watch.overlaps(),
+        sampled_from=kept.met if len(records) < kept.met else None,
+        sha256=digest.hexdigest(),
     )
+
+
+def measure_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Lengths:
+    """Count tokens of the corpus' texts."""
+    texts = corpus.texts
+    texts = texts[:: -(-len(texts) // MEASURED_TEXTS)]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    counts = np.array([len(encoding.ids) for encoding in backend.encode_batch_fast(texts)])
+    p50, p95 = np.percentile(counts, [50, 95], method="inverted_cdf")
+    return Lengths(
+        texts=len(texts),
+        p50=int(p50),
+        p95=int(p95),
+        max=int(counts.max()),
+        over=float((counts > max_tokens).mean()),
+        max_tokens=max_tokens,
+    )
+
+
+class _Sample:
+    """Records drawn evenly from a stream of unknown length (algorithm R), or all of them."""
+
+    def __init__(self, size: int | None, seed: int) -> None:
+        if size is not None and size < 2:
+            raise InputError(f"--sample is {size}: a text is learnt against others, so give at least a batch")
+        self._size = size
+        self._rng = random.Random(seed)
+        self._kept: list[tuple[int, tuple[str, ...]]] = []
+        self.met = 0
+
+    def offer(self, record: tuple[str, ...]) -> None:
+        if self._size is None or self.met < self._size:
+            self._kept.append((self.met, record))
+        elif (slot := self._rng.randrange(self.met + 1)) < self._size:
+            self._kept[slot] = (self.met, record)
+        self.met += 1
+
+    def records(self) -> list[tuple[str, ...]]:
+        return [record for _, record in sorted(self._kept)]
+
+
+def _read_file(source: Records, watch: Watch, kept: _Sample, seen: set[int]) -> CorpusFile:
+    lines = empty = duplicates = excluded = 0
+    for record in source:
+        lines += 1
+        if not all(record):
+            if any(record):
+                raise InputError(f"corpus {source.name}, row {lines}: one text of the pair is empty")
+            empty += 1
+            continue
+        key = int.from_bytes(hashlib.blake2b("\t".join(record).encode(), digest_size=8).digest(), "little")
+        if key in seen:
+            duplicates += 1
+            continue
+        seen.add(key)
+        if watch.meets(record):
+            excluded += 1
+            continue
+        kept.offer(record)
+    return CorpusFile(
+        name=Path(source.name).name,
+        sha256=source.sha256,
+        lines=lines,
+        empty=empty,
+        duplicates=duplicates,
+        excluded=excluded,
+    )
+
+
+def _check(
+    request: CorpusRequest, files: Sequence[CorpusFile], distinct: int, records: Sequence[tuple[str, ...]]
+) -> None:
+    name, what = ", ".join(request.files), "pair" if request.pairs else "line"
+    excluded = sum(file.excluded for file in files)
+    if distinct < 2 and excluded:
+        raise InputError(f"corpus {name}: {excluded} of {excluded + distinct} distinct {what}s are in --exclude files")
+    if not distinct:
+        raise InputError(f"corpus {name} is empty: give UTF-8 text, one sentence a line")
+    if distinct == 1:
+        raise InputError(
+            f"corpus {name} has one distinct {what}, and a text is learnt against others: give several hundred"
+        )
+    if all(len(text) == 1 for record in records for text in record):
+        raise InputError(f"corpus {name} has lines of one character only: give one sentence, phrase or word a line")

@@ -1,4 +1,4 @@
-"""Dropout whose masks are cheap to draw on a CPU.
+"""Dropout whose masks are cheap to draw on a CPU, and attention with it.
 
 PyTorch draws a CPU dropout mask one Bernoulli variate at a time in one thread, which was a fifth to a quarter of a
 tuning step. Here one 64-bit draw of the same generator decides four elements, against a threshold of 16 bits: the
@@ -13,10 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
-
-ATTENTION = "mirror_cpu_dropout"
-"""The name under which transformers knows our attention."""
+from transformers import PreTrainedModel
 
 LEVELS = 2**16
 
@@ -50,63 +47,64 @@ def word_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
     count = values.numel()
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     keep = words.view(torch.int16)[:count].view(values.shape) >= dropped - LEVELS // 2
-    return values * keep * (LEVELS / (LEVELS - dropped))
+    result: torch.Tensor = _Dropped.apply(values, keep, LEVELS / (LEVELS - dropped))  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Dropped(torch.autograd.Function):
+    """Multiply by a mask and a number. The mask has the values' type, and the second product needs no new memory."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        mask = keep.to(values.dtype)
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return (values * mask).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return (gradient * mask).mul_(ctx.scale), None, None
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
+    """Attend as `scaled_dot_product_attention` does, on a CPU and with dropout on the probabilities.
+
+    Scores and probabilities keep the type of `query`: autocast would lift them to fp32 and back.
+
+    Args:
+        query: float [rows, heads, length, head dim]; `key` and `value` likewise.
+        key: see `query`.
+        value: see `query`.
+        mask: [rows, 1 or heads, length, length], query before key: bool, True where seen (at least one key for each
+            query); or floating, added to the scores.
+        p: probability of dropout.
+
+    Returns:
+        float [rows, heads, length, head dim].
+    """
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
+        if mask.dtype is torch.bool:
+            scores = scores.masked_fill_(~mask, float("-inf"))
+        else:
+            scores = scores + mask.to(scores.dtype)
+        return torch.matmul(word_dropout(scores.softmax(dim=-1), p), value)
 
 
 @contextmanager
 def set_dropout(model: PreTrainedModel, p: float) -> Iterator[None]:
-    """Give every dropout of a model the probability `p` while the block runs, in the fast form on a CPU."""
+    """Give every dropout of a model the probability `p` while the block runs, in the fast form on a CPU.
+
+    Attention asks its layer's dropout module: see `training.families`.
+    """
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     dropouts = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Dropout)]
-    # transformers 4 keeps attention's probability as a number of the layer, and its layers ignore the name set below.
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "dropout_prob")]
-    numbers = [layer.dropout_prob for layer in layers]
-    attention = model.config._attn_implementation
-    on_cpu = model.device.type == "cpu"
     for parent, name, child in dropouts:
-        replacement = WordDropout(p) if on_cpu else nn.Dropout(p)
+        replacement = WordDropout(p) if model.device.type == "cpu" else nn.Dropout(p)
         setattr(parent, name, replacement.train(child.training))
-    for layer in layers:
-        layer.dropout_prob = p
-    if on_cpu:
-        AttentionInterface.register(ATTENTION, _attend)
-        model.config._attn_implementation = ATTENTION
     try:
         yield
     finally:
         for parent, name, child in dropouts:
             setattr(parent, name, child)
-        for layer, number in zip(layers, numbers, strict=True):
-            layer.dropout_prob = number
-        model.config._attn_implementation = attention
-
-
-def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend as `scaled_dot_product_attention` does, in the form that transformers calls.
-
-    Args:
-        module: the layer; not used.
-        query: float [rows, heads, length, head dim]; `key` and `value` likewise.
-        key: see `query`.
-        value: see `query`.
-        attention_mask: bool [rows, 1, length, length]; every query has at least one key.
-        dropout: on the attention probabilities; 0 outside training.
-        scaling: of the scores.
-
-    Returns:
-        float [rows, length, heads, head dim], and no probabilities.
-    """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = torch.matmul(query * scale, key.transpose(2, 3))
-    scores = scores.masked_fill(~attention_mask, float("-inf"))
-    weights = word_dropout(scores.softmax(dim=-1).to(value.dtype), dropout)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None

@@ -1,4 +1,4 @@
-"""What a step minimises. An objective takes the two views' vectors and gives a loss; they are found by name."""
+"""What a step minimises: losses over the vectors of a whole batch, found by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ class Objective(str, Enum):
 
     MIRROR = "mirror"
     """Symmetric NT-Xent over both views (Mirror-BERT equation 1, in the form of its published code)."""
+    SELF_GUIDED = "self-guided"
+    """A text's vector against the pooled layers of a frozen copy of the model (SG-BERT section 3)."""
 
 
-Loss = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
-"""(first view [B, dim], second view [B, dim], temperature, groups [B]) -> scalar."""
+class Variant(str, Enum):
+    """Forms of the self-guided objective (SG-BERT section 3.3)."""
+
+    BASE = "base"
+    """NT-Xent between vector and view; one layer is drawn for each text, as in OPT1 and OPT2."""
+    OPT1 = "opt1"
+    """Vectors alone are anchors; other vectors and other texts' views are negatives."""
+    OPT2 = "opt2"
+    """As OPT1, without other vectors as negatives."""
+    OPT3 = "opt3"
+    """As OPT2, with all layers at once as views: the paper's SG-OPT."""
 
 
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
@@ -45,4 +56,71 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, group
     return torch.nn.functional.cross_entropy(similarity, partner)
 
 
-LOSSES: Mapping[Objective, Loss] = {Objective.MIRROR: nt_xent}
+def guided_base(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
+    """Give NT-Xent between texts' vectors and their views; arguments as `guided_opt3`, with K = 1."""
+    return nt_xent(vectors, views[:, 0], temperature, groups)
+
+
+def guided_opt1(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
+    """Give SG-BERT's OPT1; arguments as `guided_opt3`, with K = 1."""
+    negatives = _cosines(vectors, vectors, temperature).masked_fill(_same(groups), float("-inf"))
+    return torch.nn.functional.cross_entropy(
+        torch.cat([_view_logits(vectors, views[:, 0], temperature, groups), negatives], dim=1),
+        torch.arange(len(groups), device=groups.device),
+    )
+
+
+def guided_opt2(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
+    """Give SG-BERT's OPT2; arguments as `guided_opt3`, with K = 1."""
+    return torch.nn.functional.cross_entropy(
+        _view_logits(vectors, views[:, 0], temperature, groups), torch.arange(len(groups), device=groups.device)
+    )
+
+
+def guided_opt3(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
+    """Give SG-BERT's OPT3: the mean over texts i and layers k of -log p(i, k).
+
+    p(i, k) is the share of view (i, k) among itself and all layers' views of all other texts.
+
+    Args:
+        vectors: float [B, dim], of the tuned model, behind the projection head.
+        views: float [B, K, dim], of the frozen copy, behind the same head.
+        temperature: divides the cosine.
+        groups: int64 [B]: texts of one group are the same to the model, and so are no negatives of each other.
+
+    Returns:
+        float32 scalar.
+    """
+    count, layers, dim = views.shape
+    cosines = _cosines(vectors, views.reshape(count * layers, dim), temperature).view(count, count, layers)
+    own = torch.arange(count, device=groups.device)
+    positives = cosines[own, own]
+    negatives = cosines.masked_fill(_same(groups)[:, :, None], float("-inf")).flatten(1).logsumexp(dim=1)
+    return (torch.logaddexp(positives, negatives[:, None]) - positives).mean()
+
+
+def _cosines(left: torch.Tensor, right: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Give float32 [left, right]."""
+    normalize = torch.nn.functional.normalize
+    return normalize(left.float(), dim=-1) @ normalize(right.float(), dim=-1).T / temperature
+
+
+def _same(groups: torch.Tensor) -> torch.Tensor:
+    return groups[:, None] == groups[None, :]
+
+
+def _view_logits(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
+    """Give float32 [B, B]: vector against view, the positive on the diagonal, -inf for the same text elsewhere."""
+    others = _same(groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    return _cosines(vectors, views, temperature).masked_fill(others, float("-inf"))
+
+
+GuidedLoss = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
+"""(vectors [B, dim], views [B, K, dim], temperature, groups [B]) -> scalar."""
+
+GUIDED_LOSSES: Mapping[Variant, GuidedLoss] = {
+    Variant.BASE: guided_base,
+    Variant.OPT1: guided_opt1,
+    Variant.OPT2: guided_opt2,
+    Variant.OPT3: guided_opt3,
+}

@@ -6,16 +6,22 @@ of equal length; position ids restart with each text and attention stays within 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mirror_runtime.bundle import Pooling
+from training import families
 
 BLOCK = 16
 """Row lengths are multiples of this: attention kernels are slow for others."""
+
+POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.MEAN_PADDED, Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.LAST)
+"""What `pool_packed` computes. The others need a template or attention weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,33 @@ class PackedTexts:
         same = self.text_ids[:, :, None] == self.text_ids[:, None, :]
         return (same & self.own[:, None, :]).unsqueeze(1)
 
+    def split(self, rows: int) -> Iterator[tuple[torch.Tensor, PackedTexts]]:
+        """Cut into pieces of at most `rows` rows; each text is whole in one of them.
+
+        Yields:
+            int64 [texts of the piece], their numbers in the whole, and the piece.
+        """
+        length = self.input_ids.shape[1]
+        row_of = self.first // length
+        for start in range(0, len(self.input_ids), rows):
+            end = start + rows
+            chosen = ((row_of >= start) & (row_of < end)).nonzero().flatten()
+            renumbered = torch.zeros(len(self.first) + 1, dtype=torch.int64)
+            renumbered[chosen + 1] = torch.arange(1, len(chosen) + 1)
+            text_ids, own = renumbered[self.text_ids[start:end]], self.own[start:end]
+            yield (
+                chosen,
+                PackedTexts(
+                    input_ids=self.input_ids[start:end],
+                    position_ids=self.position_ids[start:end],
+                    text_ids=text_ids,
+                    own=own,
+                    first=self.first[chosen] - start * length,
+                    sizes=self.sizes[chosen],
+                    tokens=int(((text_ids > 0) & own).sum()),
+                ),
+            )
+
 
 def row_length(max_tokens: int) -> int:
     """Give the shortest row that holds a text of `max_tokens` and suits the kernels."""
@@ -55,7 +88,7 @@ def row_length(max_tokens: int) -> int:
 
 
 def pack(texts: Sequence[Sequence[int]], *, length: int, pad_id: int, pad_to: int | None = None) -> PackedTexts:
-    """Lay texts out in rows, longest first, each in the first row with room (first-fit decreasing).
+    """Lay texts out in rows, longest first, each in the fullest row with room (best-fit decreasing).
 
     Args:
         texts: token ids with special tokens; each non-empty and no longer than `length` and `pad_to`.
@@ -67,63 +100,123 @@ def pack(texts: Sequence[Sequence[int]], *, length: int, pad_id: int, pad_to: in
         ValueError: a text is empty or too long.
     """
     limit = length if pad_to is None else min(length, pad_to)
-    sizes = [len(ids) if pad_to is None else pad_to for ids in texts]
-    if any(not 0 < len(ids) <= limit for ids in texts) or max(sizes, default=0) > length:
-        raise ValueError(f"texts of {min(map(len, texts))} to {max(map(len, texts))} tokens do not fit {limit} slots")
-    used: list[int] = []
-    place = [(0, 0)] * len(texts)
-    for text in sorted(range(len(texts)), key=sizes.__getitem__, reverse=True):
-        row = next((row for row, taken in enumerate(used) if taken + sizes[text] <= length), len(used))
-        if row == len(used):
-            used.append(0)
-        place[text] = (row, used[row])
-        used[row] += sizes[text]
-    input_ids = [[pad_id] * length for _ in used]
-    position_ids = [[0] * length for _ in used]
-    text_ids = [[0] * length for _ in used]
-    own = [[True] * length for _ in used]
-    for text, (row, start) in enumerate(place):
-        ids, size = texts[text], sizes[text]
-        input_ids[row][start : start + len(ids)] = ids
-        position_ids[row][start : start + size] = range(size)
-        text_ids[row][start : start + size] = [text + 1] * size
-        own[row][start + len(ids) : start + size] = [False] * (size - len(ids))
+    tokens = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+    sizes = tokens if pad_to is None else np.full_like(tokens, pad_to)
+    if len(texts) and (tokens.min() < 1 or tokens.max() > limit or sizes.max() > length):
+        raise ValueError(f"texts of {tokens.min()} to {tokens.max()} tokens do not fit {limit} slots")
+    starts, rows = _place(sizes, length)
+    row_ids = np.arange(1, len(texts) + 1)
+    slots, offsets = _spread(starts, sizes)
+    flat_ids = np.full(rows * length, pad_id, dtype=np.int64)
+    flat_ids[_spread(starts, tokens)[0]] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in texts])
+    position_ids = np.zeros(rows * length, dtype=np.int64)
+    position_ids[slots] = offsets
+    text_ids = np.zeros(rows * length, dtype=np.int64)
+    text_ids[slots] = np.repeat(row_ids, sizes)
+    own = np.ones(rows * length, dtype=np.bool_)
+    own[slots] = offsets < np.repeat(tokens, sizes)
     return PackedTexts(
-        input_ids=torch.tensor(input_ids),
-        position_ids=torch.tensor(position_ids),
-        text_ids=torch.tensor(text_ids),
-        own=torch.tensor(own),
-        first=torch.tensor([row * length + start for row, start in place]),
-        sizes=torch.tensor(sizes),
-        tokens=sum(map(len, texts)),
+        input_ids=torch.from_numpy(flat_ids.reshape(rows, length)),
+        position_ids=torch.from_numpy(position_ids.reshape(rows, length)),
+        text_ids=torch.from_numpy(text_ids.reshape(rows, length)),
+        own=torch.from_numpy(own.reshape(rows, length)),
+        first=torch.from_numpy(starts),
+        sizes=torch.from_numpy(sizes),
+        tokens=int(tokens.sum()),
     )
 
 
-def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling) -> torch.Tensor:
+def _place(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], int]:
+    """Give each text's flat start and the number of rows."""
+    room_to_rows: list[list[int]] = [[] for _ in range(length + 1)]
+    starts, rows = np.zeros_like(sizes), 0
+    for text in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[text])
+        room = next((room for room in range(size, length) if room_to_rows[room]), length)
+        if room == length:
+            row, rows = rows, rows + 1
+        else:
+            row = room_to_rows[room].pop()
+        starts[text] = row * length + length - room
+        room_to_rows[room - size].append(row)
+    return starts, rows
+
+
+def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Give the flat slots that texts take, one text after another, and each slot's offset within its text."""
+    offsets = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(starts, sizes) + offsets, offsets
+
+
+def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Sequence[int] = (-1,)) -> torch.Tensor:
     """Run the model over packed rows and pool each text.
 
     Args:
-        model: an encoder of the BERT family with "sdpa" attention; the rows are moved to its device.
+        model: an encoder of one of `training.families`; the rows are moved to its device.
         packed: the texts.
-        pooling: see `Pooling`; `mean_padded` needs rows that were packed with `pad_to`.
+        pooling: one of `POOLINGS`; `mean_padded` needs rows that were packed with `pad_to`.
+        layers: whose outputs are averaged before pooling, see `EncoderSpec`.
 
     Returns:
         float32 [texts, dim] in the order given to `pack`, not normalised.
     """
+    states = hidden_states(model, packed)
+    hidden = states[layers[0]].float()
+    for layer in layers[1:]:
+        hidden = hidden + states[layer].float()
+    return pool_packed(hidden / len(layers) if len(layers) > 1 else hidden, packed, pooling)
+
+
+def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
+    """Run the model over packed rows.
+
+    Args:
+        model: an encoder of one of `training.families`; the rows are moved to its device.
+        packed: the texts.
+
+    Returns:
+        As Hugging Face's `hidden_states`: float [rows, length, dim], of the embeddings and of each layer.
+    """
     device = model.device
-    input_ids = packed.input_ids.to(device)
-    # Embeddings and encoder are called by themselves: the 4-D mask then reaches the layers as it is, where the whole
-    # model of transformers 4 refuses it.
-    embedded = model.embeddings(
-        input_ids=input_ids, position_ids=packed.position_ids.to(device), token_type_ids=torch.zeros_like(input_ids)
+    states, _ = families.hidden_states(
+        model,
+        packed.input_ids.to(device),
+        packed.position_ids.to(device),
+        packed.attention().to(device),
     )
-    encoded = model.encoder(embedded, attention_mask=packed.attention().to(device))
-    hidden: torch.Tensor = encoded.last_hidden_state
-    flat = hidden.flatten(0, 1).float()
+    return states
+
+
+def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> torch.Tensor:
+    """Turn token vectors in packed rows into one vector a text.
+
+    Args:
+        hidden: float [rows, length, dim].
+        packed: whose they are.
+        pooling: one of `POOLINGS`.
+
+    Returns:
+        float32 [texts, dim].
+
+    Raises:
+        ValueError: another pooling.
+    """
+    flat, device = hidden.flatten(0, 1).float(), hidden.device
+    first, sizes = packed.first.to(device), packed.sizes.to(device)
+    text_ids = packed.text_ids.to(device).flatten()
     if pooling is Pooling.CLS:
-        return flat[packed.first.to(device)]
-    sizes = packed.sizes.to(device)
-    sums = flat.new_zeros(len(sizes) + 1, flat.shape[1])  # row 0 collects the empty slots
-    sums = sums.index_add(0, packed.text_ids.to(device).flatten(), flat)
-    means: torch.Tensor = sums[1:] / sizes[:, None]
+        return flat[first]
+    if pooling is Pooling.LAST:
+        return flat[first + sizes - 1]
+    totals = flat.new_zeros(len(sizes) + 1, flat.shape[1])  # row 0 collects the empty slots
+    if pooling is Pooling.MAX:
+        own = packed.own.to(device).flatten()
+        index = (text_ids * own)[:, None].expand(-1, flat.shape[1])
+        return totals.scatter_reduce(0, index, flat, "amax", include_self=False)[1:]
+    if pooling is Pooling.WEIGHTED_MEAN:
+        flat = flat * (packed.position_ids.to(device).flatten()[:, None] + 1)
+        sizes = sizes * (sizes + 1) / 2
+    elif pooling not in (Pooling.MEAN, Pooling.MEAN_PADDED):
+        raise ValueError(f"packed rows cannot be pooled by {pooling.value}")
+    means: torch.Tensor = totals.index_add(0, text_ids, flat)[1:] / sizes[:, None]
     return means

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from mirror_runtime.bundle import EncoderSpec, Pooling
+from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
+from training.heads import Tokens, finish, load_dense, pool, project, values
+from training.layout import SPECIAL_TOKENS
 from training.source import Source
 
 
@@ -25,14 +29,43 @@ class Reference:
     """An encoder as Hugging Face runs it: fp32, evaluation mode, one padded text a row.
 
     Attributes:
-        model: gives `last_hidden_state`.
+        model: gives token vectors.
         tokenizer: the fast tokenizer.
-        spec: pooling, normalisation and limits.
+        spec: head and limits.
+        dense: the head's dense layers, as `spec.dense` describes them.
+
+    Raises:
+        BundleError: the model or the tokenizer lacks what the head reads, or the dense layers do not fit.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: EncoderSpec
+    dense: tuple[nn.Sequential, ...] = ()
+
+    def __post_init__(self) -> None:
+        config: Any = self.model.config
+        depth, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+        spec, name = self.spec, self.spec.base_model
+        for layer in spec.layers:
+            if not -depth - 1 <= layer <= depth:
+                raise BundleError(f"{name} has {depth} layers and no layer {layer}: they count from 0, the embeddings")
+        if spec.ditto is not None and not (0 <= spec.ditto.layer < depth and 0 <= spec.ditto.head < heads):
+            raise BundleError(
+                f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
+                "both count from 0"
+            )
+        if len(self.dense) != len(spec.dense):
+            raise BundleError(f"{name} has {len(self.dense)} dense layers where {len(spec.dense)} are recorded")
+        if spec.dense and spec.dense[0].in_features != width:
+            raise BundleError(f"{name} gives {width} components and its dense layer reads {spec.dense[0].in_features}")
+        if spec.dim > (spec.dense[-1].out_features if spec.dense else width):
+            raise BundleError(f"{name} has {width} components: it cannot give {spec.dim}")
+        if spec.pooling is Pooling.MASK and (spec.template or "").count(self.tokenizer.mask_token or "\0") != 1:
+            raise BundleError(
+                f"pooling mask needs {self.tokenizer.mask_token or 'a mask token'} once in the template, "
+                f"which is {spec.template!r}"
+            )
 
     @classmethod
     def load(cls, source: Source) -> Reference:
@@ -41,7 +74,14 @@ class Reference:
         Raises:
             BundleError: a weight or a special token that the forward pass needs is missing.
         """
-        return cls(model=load_model(source), tokenizer=load_tokenizer(source), spec=source.spec)
+        return cls(
+            model=load_model(source),
+            tokenizer=load_tokenizer(source),
+            spec=source.spec,
+            dense=tuple(
+                load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
+            ),
+        )
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
         """Encode texts.
@@ -50,65 +90,90 @@ class Reference:
         but the time it takes.
 
         Returns:
-            float32 [n, dim], in the order of the texts.
+            float32 [n, dim], in the order of the texts: what the vector type's numbers stand for.
         """
-        vectors = np.zeros((len(texts), self.spec.dim), dtype=np.float32)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(texts), batch_size):
-            chosen = order[start : start + batch_size]
-            vectors[chosen] = self._encode_batch([texts[i] for i in chosen])
-        return vectors
+        return self._encode(texts, batch_size, lambda pooled: values(finish(pooled, self.dense, self.spec), self.spec))
 
-    def _encode_batch(self, texts: list[str]) -> NDArray[np.float32]:
-        pad_to = self.spec.pad_to
-        batch = self.tokenizer(
-            texts,
-            truncation=True,
-            max_length=self.spec.max_tokens if pad_to is None else min(self.spec.max_tokens, pad_to),
-            padding=True,
-            return_tensors="pt",
+    def encode_uncut(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+        """Encode texts up to the last dense layer: neither cut nor normalised, and in float32 whatever the spec says.
+
+        Returns:
+            float32 [n, width], in the order of the texts.
+        """
+        return self._encode(texts, batch_size, lambda pooled: project(pooled, self.dense))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Give each text's token ids: of template and text together, special tokens included.
+
+        Too many lose tokens that lie wholly within the text, from its end.
+        """
+        if not texts:
+            return []
+        limit, template = min(self.spec.max_tokens, self.spec.pad_to or self.spec.max_tokens), self.spec.template
+        if template is None:
+            ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+            return ids
+        encoded = self.tokenizer(
+            [template.replace("{text}", text) for text in texts],
+            truncation=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
         )
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        if pad_to is not None:
-            missing = pad_to - ids.shape[1]
-            ids = torch.nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_token_id)
-            mask = torch.nn.functional.pad(mask, (0, missing))
-        with torch.inference_mode():
-            hidden = self.model(
-                input_ids=ids, attention_mask=mask, token_type_ids=torch.zeros_like(ids)
-            ).last_hidden_state
-            vectors = pool(hidden, mask, self.spec.pooling, pad_to)
-            if self.spec.normalize:
-                vectors = torch.nn.functional.normalize(vectors, dim=1)
-        array: NDArray[np.float32] = vectors.numpy()
+        begin = template.index("{text}")
+        rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+        return [_shortened(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
+
+    def _encode(
+        self, texts: Sequence[str], batch_size: int, head: Callable[[torch.Tensor], torch.Tensor]
+    ) -> NDArray[np.float32]:
+        ids = self.tokenize(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        parts = []
+        for start in range(0, len(texts), batch_size):
+            with torch.inference_mode():
+                parts.append(head(pool(self._run([ids[i] for i in order[start : start + batch_size]]), self.spec)))
+        if not parts:
+            return np.zeros((0, self.spec.dim), np.float32)
+        vectors = torch.cat(parts)
+        array: NDArray[np.float32] = vectors[torch.tensor(order).argsort()].numpy()
         return array
 
+    def _run(self, ids: list[list[int]]) -> Tokens:
+        spec = self.spec
+        length = spec.pad_to or max(map(len, ids))
+        input_ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+        marked = attention = None
+        if spec.pooling is Pooling.MASK:
+            marked = self._marked(input_ids)
+        if spec.ditto is None:
+            out = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        else:
+            with eager_attention(self.model):
+                out = self.model(
+                    input_ids=input_ids, attention_mask=mask, output_hidden_states=True, output_attentions=True
+                )
+            attention = out.attentions[spec.ditto.layer][:, spec.ditto.head]
+        return Tokens(states=out.hidden_states, mask=mask, marked=marked, attention=attention)
 
-def pool(
-    hidden: torch.Tensor, attention_mask: torch.Tensor, pooling: Pooling, pad_to: int | None = None
-) -> torch.Tensor:
-    """Turn token vectors into one vector a text.
+    def _marked(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Find the template's own mask token, which a text may hold too: the last one, or the first, of each row."""
+        assert self.spec.template is not None
+        begin, _, _ = self.spec.template.partition("{text}")
+        found: torch.Tensor = input_ids == self.tokenizer.mask_token_id
+        if str(self.tokenizer.mask_token) in begin:
+            return found & (found.cumsum(dim=1) == 1)
+        return found & (found.flip(1).cumsum(dim=1).flip(1) == 1)
 
-    Args:
-        hidden: float [batch, length, dim].
-        attention_mask: int [batch, length], 1 on the text's own tokens.
-        pooling: see `Pooling`.
-        pad_to: for `mean_padded`: the length that must have been padded to.
 
-    Returns:
-        float [batch, dim], not normalised.
-
-    Raises:
-        ValueError: `mean_padded` of another length than `pad_to`: it would be a different vector.
-    """
-    if pooling is Pooling.CLS:
-        return hidden[:, 0]
-    if pooling is Pooling.MEAN_PADDED:
-        if hidden.shape[1] != pad_to:
-            raise ValueError(f"mean_padded over {hidden.shape[1]} positions, but pad_to is {pad_to}")
-        return hidden.mean(dim=1)
-    weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+def _shortened(
+    ids: list[int], offsets: list[tuple[int, int]], added: list[int], begin: int, end: int, limit: int
+) -> list[int]:
+    """Drop tokens within characters `begin` to `end`, the last ones first, until `limit` are left."""
+    own = [i for i, (a, b) in enumerate(offsets) if not added[i] and begin <= a and b <= end]
+    dropped = set(own[len(own) - max(0, len(ids) - limit) :] if len(ids) > limit else ())
+    return [token for i, token in enumerate(ids) if i not in dropped]
 
 
 def load_model(source: Source) -> PreTrainedModel:
@@ -119,11 +184,10 @@ def load_model(source: Source) -> PreTrainedModel:
     """
     try:
         with _quiet_transformers():
-            load: Any = BertModel.from_pretrained
+            load: Any = AutoModel.from_pretrained
             model, loading = load(
                 source.folder,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -141,19 +205,46 @@ def load_model(source: Source) -> PreTrainedModel:
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer.
+    """Load the fast tokenizer: exactly what `tokenizer.json` says, which is what every other tool reads.
+
+    The family's own class only says what the special tokens are called: transformers 5 builds its classes anew from
+    their vocabulary, and splits some texts otherwise than the file does.
 
     Raises:
         BundleError: it cannot be loaded, or has no padding token.
     """
+    path = source.folder / TOKENIZER_FILE
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, use_fast=True)
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+    try:
+        with _quiet_transformers():
+            known = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, use_fast=True)
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=backend,
+            model_max_length=known.model_max_length,
+            model_input_names=known.model_input_names,
+            **{name: str(token) for name in SPECIAL_TOKENS if (token := getattr(known, name)) is not None},
+        )
     except (OSError, ValueError) as error:
         raise BundleError(f"the tokenizer in {source.folder} cannot be loaded: {error}") from error
     tokenizer.padding_side = "right"
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise BundleError(f"the tokenizer in {source.folder} must be a fast one with a padding token")
+    if tokenizer.pad_token_id is None:
+        raise BundleError(f"the tokenizer in {source.folder} must be one with a padding token")
     return tokenizer
+
+
+@contextlib.contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model compute attention in matrix products, which gives its probabilities, and put it back afterwards."""
+    config: Any = model.config
+    before = config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

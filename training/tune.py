@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,101 +15,250 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mirror_runtime.bundle import Pooling
 from mirror_runtime.commandline import run_command
-from training.corpus import Corpus
-from training.objective import Objective
-from training.recipe import RECIPES, Device, Recipe, TunePrecision
-from training.run import Job, Summary, tune
-from training.trainer import Hardware, Step
+from training.augment import MaskViews
+from training.checkpoint import Step
+from training.corpus import CorpusRequest
+from training.evaluate import load_sets, show
+from training.objective import Objective, Variant
+from training.overlap import Overlap
+from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
+from training.run import Job, Start, Summary, Watcher, tune
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
+
+
+def _default(name: str) -> str:
+    """Say a setting's default, and where recipes differ from the sentence recipe, theirs."""
+    shown = {recipe: _shown(getattr(config, name)) for recipe, config in RECIPES.items()}
+    usual = shown[Recipe.SENTENCE]
+    others = [f"{recipe.value} {value}" for recipe, value in shown.items() if value != usual]
+    return f"({'; '.join([usual, *others])})"
+
+
+def _shown(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "yes" if value else "no" if value is False else "none"
+    return str(value.value) if isinstance(value, Enum) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _setting(name: str, help_text: str) -> Any:
+    return typer.Option(help=f"{help_text} {_default(name)}", rich_help_panel="Recipe")
 
 
 @app.command()
 def command(
     *,
     base: Annotated[str, typer.Option(help="folder or hub name of a masked language model or encoder")],
-    corpus: Annotated[Path, typer.Option(help="UTF-8 text, one sentence, phrase or word a line")],
+    corpus: Annotated[
+        list[str],
+        typer.Option(
+            help="UTF-8 text (one sentence, phrase or word a line), .jsonl, .parquet, any of these with .gz, or a data "
+            "set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are joined"
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="run folder to write")],
     pooling: Annotated[Pooling | None, typer.Option(help="needed where the base does not record it")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an output folder in use, at the end")] = False,
-    recipe: Annotated[Recipe, typer.Option(help="where the options below take their defaults")] = Recipe.SENTENCE,
-    objective: Annotated[Objective | None, typer.Option(help="what is minimised (sentence: mirror)")] = None,
-    seed: Annotated[int | None, typer.Option(help="of shuffling, masks and dropout (42)")] = None,
-    epochs: Annotated[int | None, typer.Option(help="passes over the corpus (sentence: 1)")] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="steps between two checkpoints beside the output; after a kill the same command goes on from the "
+            "last: of 50 steps with 20, from 20 or 40 (none)"
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="write event files into OUTPUT/tensorboard")
+    ] = False,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs", help="each line is text1<TAB>text2, two texts that mean the same", rich_help_panel="Corpus"
+        ),
+    ] = False,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="of .jsonl, .parquet and data sets (text; with --pairs text1 text2)", rich_help_panel="Corpus"
+        ),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            help="distinct lines to keep, drawn with --seed: 10000 of a million (all)", rich_help_panel="Corpus"
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="evaluation sets or files of lines whose texts are left out, compared without case and punctuation",
+            rich_help_panel="Corpus",
+        ),
+    ] = None,
+    sts: Annotated[
+        list[str] | None,
+        typer.Option(help="sentence similarity sets, measured before and after", rich_help_panel="Evaluation"),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(help="word similarity sets, measured before and after", rich_help_panel="Evaluation"),
+    ] = None,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(
+            help="where the options below take their defaults (sentence; with --objective self-guided, self-guided)",
+            rich_help_panel="Recipe",
+        ),
+    ] = None,
+    objective: Annotated[Objective | None, _setting("objective", "what is minimised")] = None,
+    variant: Annotated[Variant | None, _setting("variant", "of the self-guided objective")] = None,
+    drift: Annotated[
+        float | None, _setting("drift", "of the self-guided objective: weight of the distance from the base's weights")
+    ] = None,
+    seed: Annotated[int | None, _setting("seed", "of shuffling, masks, dropout and --sample")] = None,
+    epochs: Annotated[int | None, _setting("epochs", "passes over the corpus")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="texts a step; 10,000 lines at 200 are 50 steps (sentence: 200)")
+        int | None, _setting("batch_size", "texts a step, over all processes: 10,000 lines at 200 are 50 steps")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="of AdamW, constant (sentence: 2e-5)")] = None,
-    temperature: Annotated[float | None, typer.Option(help="divides the cosine (sentence: 0.04; word: 0.2)")] = None,
+    lr: Annotated[float | None, _setting("lr", "of AdamW, at its highest")] = None,
+    schedule: Annotated[Schedule | None, _setting("schedule", "of the learning rate after warm-up")] = None,
+    warmup: Annotated[
+        float | None, _setting("warmup", "share of the steps over which the learning rate rises: 0.1 of 50 are 5")
+    ] = None,
+    beta2: Annotated[float | None, _setting("beta2", "of AdamW")] = None,
+    weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW, on every parameter")] = None,
+    clip: Annotated[float | None, _setting("clip", "largest norm of a step's gradient")] = None,
+    temperature: Annotated[float | None, _setting("temperature", "divides the cosine")] = None,
     mask_length: Annotated[
-        int | None, typer.Option(help="characters hidden in the second view; 0 for none (sentence: 5)")
+        int | None, _setting("mask_length", "characters hidden in a view of 30 or more; 0 for none")
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="everywhere in the model (sentence: 0.1)")] = None,
+    mask_views: Annotated[MaskViews | None, _setting("mask_views", "which views lose characters")] = None,
+    reference_masking: Annotated[
+        bool | None, _setting("reference_masking", "mask by the letter of the published code, quirks included")
+    ] = None,
+    repetition: Annotated[
+        float | None,
+        _setting("repetition", "share of its tokens that the second view says twice: at most 3 of 10 with 0.3"),
+    ] = None,
+    dropout: Annotated[float | None, _setting("dropout", "everywhere in the model")] = None,
+    drophead: Annotated[
+        float | None, _setting("drophead", "probability that an attention head is dropped for a text; with --dropout 0")
+    ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="longest text while tuning, [CLS] and [SEP] included (sentence: 50; word: 25)")
+        int | None, _setting("max_tokens", "longest text while tuning, special tokens included")
     ] = None,
-    precision: Annotated[TunePrecision | None, typer.Option(help="auto is bf16 where the device has it")] = None,
-    device: Annotated[Device | None, typer.Option(help="auto is the NVIDIA GPU if there is one")] = None,
+    micro_batch_tokens: Annotated[
+        int | None,
+        _setting(
+            "micro_batch_tokens",
+            "slots that go through the model at once, which bounds memory: 400 texts in rows of 64 with 4096 are about "
+            "100 rows, 64 at once",
+        ),
+    ] = None,
+    precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 where the device has it")] = None,
+    device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if there is one")] = None,
 ) -> None:
-    """Tune a masked language model into a text encoder, without labels (Mirror-BERT).
+    """Tune a masked language model into a text encoder, without labels (Mirror-BERT, SG-BERT).
 
-    Writes a folder that sentence-transformers loads and that says its pooling (encoder.json). The last line of stdout
-    is one JSON object.
+    Writes a folder that sentence-transformers loads and that says its pooling (encoder.json). Defaults are in
+    parentheses: the sentence recipe's, then those of recipes that differ. The last line of stdout is one JSON object.
     """
-    given: dict[str, Any] = {
-        "objective": objective,
-        "seed": seed,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "lr": lr,
-        "temperature": temperature,
-        "mask_length": mask_length,
-        "dropout": dropout,
-        "max_tokens": max_tokens,
-        "precision": precision,
-        "device": device,
-    }
-    config = dataclasses.replace(RECIPES[recipe], **{name: value for name, value in given.items() if value is not None})
+    given = locals()
+    settings = {field.name: given[field.name] for field in dataclasses.fields(TuneConfig)}
+    if recipe is None:
+        recipe = Recipe.SELF_GUIDED if objective is Objective.SELF_GUIDED else Recipe.SENTENCE
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    config = dataclasses.replace(RECIPES[recipe], **chosen)
     job = Job(
         base=base,
         revision=revision,
         pooling=pooling,
-        corpus=corpus,
+        corpus=CorpusRequest(
+            files=tuple(corpus),
+            pairs=pairs,
+            columns=tuple(column or ()),
+            sample=sample,
+            seed=config.seed,
+            exclude=tuple(exclude or ()),
+        ),
         output=output,
         overwrite=overwrite,
         config=config,
+        checkpoint_every=checkpoint_every,
+        tensorboard=tensorboard,
+        sets=load_sets(sts or [], words or []) if sts or words else {},
     )
-    summary = _run(job, Console(stderr=True))
-    sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
+    summary = _run(job, Console(stderr=True, markup=False))
+    if summary.start.hardware.writes:
+        sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
+
+
+class _Display(Watcher):
+    """Shows a run on a terminal: what it begins with, and bars with the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def start(self, start: Start) -> None:
+        corpus, lengths, hardware = start.corpus, start.lengths, start.hardware
+        left_out = [f"{corpus.duplicates:,} repeats", f"{corpus.empty:,} empty lines"]
+        if corpus.overlaps:
+            left_out.append(f"{corpus.excluded:,} with evaluation texts")
+        show = self.progress.console.print
+        what = "pairs" if corpus.has_pairs else "lines"
+        drawn = f", {len(corpus.examples):,} of them drawn" if corpus.sampled_from else ""
+        show(
+            f"{corpus.sampled_from or len(corpus.examples):,} distinct {what} "
+            f"({' and '.join([', '.join(left_out[:-1]), left_out[-1]])} left out){drawn}, {start.steps} steps on "
+            f"{hardware.device.value} in {hardware.precision.value}"
+            + (f" by {hardware.processes} processes" if hardware.processes > 1 else "")
+        )
+        show(
+            f"tokens a text: median {lengths.p50}, 95 % up to {lengths.p95}, longest {lengths.max}; "
+            f"{lengths.over:.1%} are longer than --max-tokens {lengths.max_tokens} and are cut"
+        )
+        for overlap in corpus.overlaps:
+            show(f"left out: {_shared(overlap)}")
+        for overlap in start.overlaps:
+            show(f"in the corpus: {_shared(overlap)}")
+        if start.checkpoint is not None:
+            show(f"going on from {start.checkpoint}", soft_wrap=True)
+        self.tasks["tuning"] = self.progress.add_task("tuning", total=start.steps, note="")
+
+    def step(self, step: Step) -> None:
+        self.progress.update(self.tasks["tuning"], completed=step.step, note=f"loss {step.loss:.4f}")
+
+    def evaluate(self, encoder: str, done: int, total: int) -> None:
+        if encoder not in self.tasks:
+            self.tasks[encoder] = self.progress.add_task(f"measuring {encoder}", total=total, note="")
+        self.progress.update(self.tasks[encoder], completed=done)
+
+
+def _shared(overlap: Overlap) -> str:
+    return f"{overlap.found:,} of {overlap.texts:,} texts of {overlap.file} ({overlap.share:.1%})"
 
 
 def _run(job: Job, console: Console) -> Summary:
     columns = (
-        TextColumn("tuning"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tuning", total=None, loss=float("nan"), visible=False)
-
-        def on_start(corpus: Corpus, hardware: Hardware, steps: int) -> None:
-            progress.console.print(
-                f"{len(corpus.texts):,} distinct lines ({corpus.duplicates:,} repeats and {corpus.empty:,} empty lines "
-                f"left out), {steps} steps on {hardware.device.value} in {hardware.precision.value}"
-            )
-            progress.update(task, total=steps, visible=True)
-
-        def on_step(step: Step) -> None:
-            progress.update(task, completed=step.step, loss=step.loss)
-
-        summary = tune(job, on_start, on_step)
+        summary = tune(job, _Display(progress))
+    if not summary.start.hardware.writes:
+        return summary
+    if summary.before is not None and summary.after is not None:
+        show([summary.before, summary.after], console)
     console.print(
         f"{summary.steps} steps in {summary.train_seconds:.1f} s "
         f"({summary.tokens / summary.train_seconds:,.0f} tokens/s), last loss {summary.loss:.4f}, "
@@ -120,7 +270,7 @@ def _run(job: Job, console: Console) -> Summary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 2 where the input cannot be used."""
-    return run_command(app, argv, "tune.py")
+    return run_command(app, argv, "tune.py", lists=dict.fromkeys(LISTS))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`python training/tune.py` as a user runs it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from mirror_runtime.bundle import Pooling, read_encoder
+from training.recipe import RECIPES, Recipe, TuneConfig
 from training.reference import Reference
 from training.source import resolve
-from training.tune import main
+from training.tune import _default, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "training" / "tune.py"
 
@@ -90,6 +92,12 @@ def test_an_output_in_use_is_refused_and_replaced_on_demand(
         (["--pooling", "mean", "--base", "./absent"], "'./absent' does not exist"),
         (["--pooling", "mean", "--corpus", "absent.txt"], "corpus absent.txt cannot be read"),
         (["--pooling", "mean", "--revision", "v1"], "--revision v1 is for hub names"),
+        (["--pooling", "mean", "--pairs"], "line 1: a pair is two texts with one TAB between them"),
+        (["--pooling", "mean", "--column", "body"], "--column is for JSON lines, Parquet and data sets"),
+        (["--pooling", "mean", "--exclude", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
+        (["--pooling", "mean", "--sts", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
+        (["--pooling", "mean", "--checkpoint-every", "0"], "--checkpoint-every is 0: it must be at least 1"),
+        (["--pooling", "mean", "--sample", "7"], "fewer than one batch of 8"),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(
@@ -112,6 +120,87 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(
 def test_an_unknown_pooling_is_a_usage_error(
     tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "max")) == 2
+    assert main(arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "middle")) == 2
     assert "mean_padded" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_is_an_option_that_says_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    # narrow terminals cut long names short, so the first letters have to do
+    missing = [f.name for f in dataclasses.fields(TuneConfig) if f"--{f.name.replace('_', '-')}"[:12] not in shown]
+    assert missing == []
+    assert _default("temperature").startswith(f"({RECIPES[Recipe.SENTENCE].temperature:g}; ")
+    assert f"word {RECIPES[Recipe.WORD].temperature:g}" in _default("temperature")
+    assert _default("mask_length").startswith("(5; phrase 2; word 0")
+    assert _default("micro_batch_tokens") == "(none)"
+    assert _default("reference_masking").startswith("(no")
+
+
+def test_options_reach_the_run(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+    options = arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "mean", "--lr", "1e-4", "--drophead", "0.2")
+    options += [
+        "--reference-masking",
+        "--micro-batch-tokens",
+        "128",
+        "--schedule",
+        "linear",
+        "--clip",
+        "1",
+        "--seed",
+        "5",
+    ]
+    assert main([*options, "--tensorboard"]) == 0
+    report = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))
+    chosen = {
+        **{"lr": 1e-4, "drophead": 0.2, "reference_masking": True, "micro_batch_tokens": 128},
+        **{"schedule": "linear", "clip": 1.0, "seed": 5},
+    }
+    assert {name: report["settings"][name] for name in chosen} == chosen
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_self_guided_objective_brings_its_recipe(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+    options = arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "cls", "--objective", "self-guided")
+    assert main([*options, "--max-tokens", "64"]) == 0
+    settings = json.loads((tmp_path / "run" / "train.json").read_text(encoding="utf-8"))["settings"]
+    recipe = RECIPES[Recipe.SELF_GUIDED]
+    assert (settings["temperature"], settings["lr"], settings["batch_size"]) == (recipe.temperature, recipe.lr, 8)
+
+
+def test_a_sample_without_evaluation_texts_is_measured_before_and_after(
+    tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"text": f"a dog no. {i} sat on the mat"}) + "\n" for i in range(20)))
+    sts = tmp_path / "sts.tsv"
+    first = "The CAT no. 3 is playing the guitar by a river!"
+    sts.write_text(f"score\tsentence1\tsentence2\n1\t{first}\ta dog\n5\ta cat\tcat\n3\tmat\ta\n2\ta\tb\n")
+    words = tmp_path / "words.txt"
+    words.write_text("cat\tdog\t7\nmat\triver\t1\nman\tguitar\t2\n")
+    options = arguments(tiny_bert, corpus, tmp_path / "run", "--pooling", "mean", "--sample", "24")
+    options[options.index("--corpus") + 1 : options.index("--output")] = [str(corpus), str(more)]
+    assert main([*options, "--exclude", str(sts), "--sts", str(sts), "--words", str(words), str(words)]) == 0
+    captured = capsys.readouterr()
+    shown = " ".join(captured.err.split())
+    assert (
+        "39 distinct lines (1 repeats, 0 empty lines and 1 with evaluation texts left out), 24 of them drawn" in shown
+    )
+    assert "left out: 1 of 7 texts of sts.tsv (14.3%)" in shown
+    assert "in the corpus: 0 of 7 texts of sts (0.0%)" in shown
+    line = json.loads(captured.out)
+    assert {"sts_before", "sts_after", "words_before", "words_after"} <= set(line)
+    assert line["texts"] == 24
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
+    assert [result["name"] for result in evaluation["after"]["sets"]] == ["sts", "words", "words"]
+
+
+def test_of_two_processes_one_writes_and_prints(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    options = arguments(tiny_bert, corpus, tmp_path / "runs" / "run", "--pooling", "mean", "--device", "cpu")
+    done = subprocess.run([*launcher, SCRIPT, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["processes"] == 2
+    assert done.stderr.count("Wrote ") == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]

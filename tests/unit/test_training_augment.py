@@ -2,7 +2,7 @@
 
 import random
 
-from training.augment import mask_span
+from training.augment import mask_span, mask_span_literally, repeat_tokens
 
 TEXT = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -40,3 +40,44 @@ def test_short_texts_and_length_zero_stay_whole() -> None:
 
 def test_one_seed_gives_the_same_views_again() -> None:
     assert views(5, 50) == views(5, 50)
+
+
+def published(text: str, length: int, start: int) -> str:
+    """The published code's rule, with the number that it would have drawn."""
+    left, right = text.split(text[start : start + length], 1)
+    return left + " [MASK] " + right
+
+
+def test_literal_masking_is_the_published_rule() -> None:
+    text = "abcab" * 8
+    views = {mask_span_literally(text, 5, random.Random(seed)) for seed in range(300)}
+    assert views == {published(text, 5, start) for start in range(len(text) - 5)}
+    assert {view.index(" [MASK] ") for view in views} == set(range(5))  # the first occurrence, never a later one
+
+
+def test_literal_masking_never_draws_the_last_start_and_skips_short_texts() -> None:
+    rng = random.Random(0)
+    starts = {mask_span_literally(TEXT, 5, rng).index(" [MASK] ") for _ in range(2000)}
+    assert starts == set(range(len(TEXT) - 5))
+    assert mask_span_literally(TEXT[:29], 5, rng) == TEXT[:29]
+    assert "[MASK]" in mask_span_literally(TEXT[:30], 5, rng)
+    assert mask_span_literally(TEXT, len(TEXT), rng) == TEXT
+    assert mask_span_literally(TEXT, 0, rng) == TEXT
+
+
+def test_repeating_keeps_order_and_special_tokens_and_varies_the_length() -> None:
+    ids = [101, *range(1, 21), 102]
+    seen = [repeat_tokens(ids, 0.3, 50, random.Random(seed)) for seed in range(200)]
+    assert {len(view) - len(ids) for view in seen} == set(range(7))  # 0 to 0.3 * 20
+    assert all(list(dict.fromkeys(view)) == ids for view in seen)
+    assert all(view.count(token) <= 2 for view in seen for token in ids)
+    assert all(view.count(101) == view.count(102) == 1 for view in seen)
+    assert {token for view in seen for token in ids if view.count(token) == 2} == set(range(1, 21))
+
+
+def test_texts_that_are_short_or_would_grow_too_long_are_not_repeated() -> None:
+    short, full = [101, 7, 8, 9, 6, 102], [101, *range(1, 9), 102]
+    for seed in range(50):
+        assert repeat_tokens(short, 1.0, 50, random.Random(seed)) == short
+        assert len(repeat_tokens(full, 1.0, 12, random.Random(seed))) <= 12
+        assert repeat_tokens(full, 0.0, 50, random.Random(seed)) == full

@@ -1,16 +1,19 @@
 """The folder that is written, and who can read it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from mirror_runtime.bundle import Pooling, read_encoder
+from mirror_runtime.bundle import Activation, Dense, Ditto, Pooling, VectorType, read_encoder
+from training.heads import make_dense
 from training.layout import write_layout
 from training.reference import Reference
-from training.source import resolve
+from training.source import Head, resolve
 
 RAGGED = ["a", "", "the cat sat on the mat", "?!", "a man " * 40, "Dogs, playing the guitar by a RIVER", "  \t "]
 
@@ -44,6 +47,113 @@ def test_sentence_transformers_gives_the_reference_vectors(
     np.testing.assert_allclose(model.encode(RAGGED[3]), vectors[3], atol=1e-5)
     norms = np.linalg.norm(vectors, axis=1)
     assert np.allclose(norms, 1, atol=1e-5) == normalize
+
+
+@pytest.mark.parametrize("pooling", [Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.LAST])
+def test_sentence_transformers_has_these_poolings_too(tiny_bert: Path, tmp_path: Path, pooling: Pooling) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = written(tiny_bert, tmp_path / "run", pooling, max_tokens=30)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    np.testing.assert_allclose(model.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
+    # Without our own file the folder says the same.
+    (tmp_path / "run" / "encoder.json").unlink()
+    assert resolve(str(tmp_path / "run")).spec.pooling is pooling
+
+
+def with_dense(base: Path, **changes: Any) -> Reference:
+    """The encoder with two dense layers of random weights behind its mean."""
+    dense = (
+        Dense(in_features=32, out_features=24, bias=True, activation=Activation.TANH),
+        Dense(in_features=24, out_features=16, bias=False, activation=Activation.GELU),
+    )
+    draw = torch.Generator().manual_seed(0)
+    layers = tuple(
+        make_dense(
+            one,
+            torch.randn(one.out_features, one.in_features, generator=draw),
+            torch.randn(one.out_features, generator=draw) if one.bias else None,
+        )
+        for one in dense
+    )
+    plain = Reference.load(resolve(str(base), pooling=Pooling.MEAN, max_tokens=30))
+    spec = dataclasses.replace(plain.spec, dense=dense, template="the cat: {text}", **({"dim": 16} | changes))
+    return dataclasses.replace(plain, spec=spec, dense=layers)
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalize": True}, {"dim": 8}, {"dim": 8, "normalize": True}])
+def test_dense_layers_a_cut_and_a_prompt_survive_in_sentence_transformers(
+    tiny_bert: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    run = tmp_path / "run"
+    reference = with_dense(tiny_bert, **changes)
+    write_layout(
+        run,
+        model=reference.model,
+        tokenizer=reference.tokenizer,
+        spec=reference.spec,
+        dense=reference.dense,
+        card="",
+    )
+    vectors = reference.encode(RAGGED)
+    assert vectors.shape == (len(RAGGED), reference.spec.dim)
+    np.testing.assert_allclose(SentenceTransformer(str(run), device="cpu").encode(RAGGED), vectors, atol=1e-5)
+    again = Reference.load(resolve(str(run)))
+    assert again.spec == reference.spec
+    assert np.array_equal(again.encode(RAGGED), vectors)
+    # What sentence-transformers reads is what we read when our own file is not there: the cut is a dense layer then.
+    (run / "encoder.json").unlink()
+    theirs = Reference.load(resolve(str(run)))
+    assert len(theirs.dense) == 2 + ("dim" in changes)
+    assert theirs.spec.template == "the cat: {text}"
+    np.testing.assert_allclose(theirs.encode(RAGGED), vectors, atol=1e-5)
+
+
+def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    run = tmp_path / "run"
+    reference = with_dense(tiny_bert, normalize=True)
+    write_layout(
+        run,
+        model=reference.model,
+        tokenizer=reference.tokenizer,
+        spec=reference.spec,
+        dense=reference.dense,
+        card="",
+    )
+    SentenceTransformer(str(run), device="cpu").save(str(tmp_path / "theirs"))
+    theirs = Reference.load(resolve(str(tmp_path / "theirs"), max_tokens=30))
+    np.testing.assert_allclose(theirs.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "reason"),
+    [
+        (Head(pooling=Pooling.MASK, template="{text} is [MASK]"), {}, "pooling `mask`"),
+        (Head(ditto=Ditto(layer=0, head=1)), {}, "pooling `ditto`"),
+        (Head(pooling=Pooling.MEAN, layers=(0, -1)), {}, "average of layers 0, -1"),
+        (Head(pooling=Pooling.MEAN, template="a {text} ."), {}, "goes on behind the text"),
+        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.BINARY}, "binary vectors"),
+        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.INT8, "int8_scale": 0.1}, "int8 vectors"),
+    ],
+)
+def test_heads_beyond_sentence_transformers_are_not_passed_off_as_its_own(
+    tiny_bert: Path, tmp_path: Path, head: Head, changes: dict[str, Any], reason: str
+) -> None:
+    run = tmp_path / "run"
+    source = resolve(str(tiny_bert), head=head, max_tokens=30)
+    reference = Reference.load(dataclasses.replace(source, spec=dataclasses.replace(source.spec, **changes)))
+    write_layout(run, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="")
+    assert not (run / "modules.json").exists()
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert reason in card
+    assert "sentence-transformers\n" not in card.split("---")[1]
+    again = Reference.load(resolve(str(run)))
+    assert again.spec == reference.spec
+    assert np.array_equal(again.encode(RAGGED), reference.encode(RAGGED))
 
 
 @pytest.mark.parity

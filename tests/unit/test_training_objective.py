@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.objective import nt_xent
+from training.objective import GUIDED_LOSSES, Variant, nt_xent
 
 
 def written_out(first: torch.Tensor, second: torch.Tensor, temperature: float, groups: list[int]) -> float:
@@ -48,3 +48,49 @@ def test_texts_that_are_equal_do_not_push_each_other_away() -> None:
     assert vector.grad is not None
     assert vector.grad.abs().max() < 1e-6
     assert nt_xent(vector, vector, 0.04, torch.tensor([0, 1])).item() == pytest.approx(math.log(3), abs=1e-5)
+
+
+GROUPS = [0, 1, 2, 1, 4]
+
+
+def phi(left: torch.Tensor, right: torch.Tensor) -> float:
+    return math.exp(float(left @ right / left.norm() / right.norm()) / 0.2)
+
+
+def guided_written_out(variant: Variant, c: torch.Tensor, h: torch.Tensor) -> float:
+    """SG-BERT's equations, with texts of one group left out of each other's negatives."""
+    terms = []
+    for i in range(len(c)):
+        others = [j for j in range(len(c)) if GROUPS[j] != GROUPS[i]]
+        for k in range(h.shape[1]):
+            positive = phi(c[i], h[i, k])
+            views = sum(phi(c[i], h[m, n]) for m in others for n in range(h.shape[1]))
+            vectors = sum(phi(c[i], c[j]) for j in others) if variant is Variant.OPT1 else 0
+            terms.append(-math.log(positive / (positive + views + vectors)))
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"), [(Variant.OPT1, 1), (Variant.OPT2, 1), (Variant.OPT3, 1), (Variant.OPT3, 4)]
+)
+def test_self_guided_losses_equal_their_definitions(variant: Variant, layers: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    vectors, views = torch.randn(5, 8, generator=generator), torch.randn(5, layers, 8, generator=generator)
+    loss = GUIDED_LOSSES[variant](vectors, views, 0.2, torch.tensor(GROUPS))
+    assert loss.item() == pytest.approx(guided_written_out(variant, vectors, views), abs=1e-5)
+
+
+def test_the_base_form_is_nt_xent_between_vector_and_view() -> None:
+    vectors, views = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(3)).unbind()
+    groups = torch.tensor(GROUPS)
+    loss = GUIDED_LOSSES[Variant.BASE](vectors, views[:, None], 0.2, groups)
+    assert loss.item() == pytest.approx(written_out(vectors, views, 0.2, GROUPS), abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_a_batch_of_one_text_alone_teaches_nothing_and_breaks_nothing(variant: Variant) -> None:
+    vectors = torch.randn(3, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    views = torch.randn(3, 1 if variant is not Variant.OPT3 else 2, 8, generator=torch.Generator().manual_seed(5))
+    GUIDED_LOSSES[variant](vectors, views, 0.2, torch.tensor([0, 0, 0])).backward()
+    assert vectors.grad is not None
+    assert vectors.grad.abs().max() < 1e-6

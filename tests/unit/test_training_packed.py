@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mirror_runtime.bundle import Pooling
-from training.packed import encode_packed, pack, row_length
+from training.packed import POOLINGS, encode_packed, hidden_states, pack, pool_packed, row_length
 from training.reference import Reference
 from training.source import resolve
 
@@ -52,7 +52,7 @@ def test_attention_stays_within_a_text_and_no_query_is_left_without_a_key() -> N
     assert bool(allowed.any(dim=1).all())
 
 
-@pytest.mark.parametrize("pooling", list(Pooling))
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_vectors_equal_those_of_one_text_at_a_time(tiny_bert: Path, pooling: Pooling) -> None:
     reference = load(tiny_bert, pooling)
     packed = pack(
@@ -101,3 +101,46 @@ def test_texts_that_do_not_fit_are_refused(texts: list[list[int]]) -> None:
         pack(texts, length=16, pad_id=0)
     with pytest.raises(ValueError, match="do not fit"):
         pack([[1, 2, 3]], length=16, pad_id=0, pad_to=20)
+
+
+def test_many_texts_are_packed_without_waste_and_none_overlaps() -> None:
+    sizes = [3 + (7 * i) % 29 for i in range(500)]
+    packed = pack([[1] * size for size in sizes], length=64, pad_id=0)
+    assert packed.input_ids.numel() < 1.02 * sum(sizes) + 64
+    assert torch.equal(packed.input_ids == 1, packed.text_ids > 0)
+    assert torch.bincount(packed.text_ids.flatten())[1:].tolist() == sizes
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+def test_pieces_give_the_vectors_of_the_whole(tiny_bert: Path, rows: int) -> None:
+    reference = load(tiny_bert, Pooling.MEAN)
+    packed = pack(tokens(reference), length=64, pad_id=0)
+    with torch.inference_mode():
+        whole = encode_packed(reference.model, packed, Pooling.MEAN)
+        pieces = [(texts, encode_packed(reference.model, piece, Pooling.MEAN)) for texts, piece in packed.split(rows)]
+    for texts, vectors in pieces:
+        torch.testing.assert_close(vectors, whole[texts], atol=1e-6, rtol=0)
+    assert sorted(torch.cat([texts for texts, _ in pieces]).tolist()) == list(range(len(TEXTS)))
+    assert sum(piece.tokens for _, piece in packed.split(rows)) == packed.tokens
+
+
+def test_layers_are_those_of_hugging_face_and_are_averaged(tiny_bert: Path) -> None:
+    reference = load(tiny_bert, Pooling.MEAN)
+    packed = pack(tokens(reference), length=64, pad_id=0)
+    batch = reference.tokenizer(TEXTS, truncation=True, padding=True, max_length=50, return_tensors="pt")
+    mask = batch["attention_mask"].unsqueeze(-1)
+    with torch.inference_mode():
+        states = reference.model(**batch, output_hidden_states=True).hidden_states
+        expected = [(state * mask).sum(1) / mask.sum(1) for state in states]
+        for state, vectors in zip(hidden_states(reference.model, packed), expected, strict=True):
+            torch.testing.assert_close(pool_packed(state, packed, Pooling.MEAN), vectors, atol=1e-5, rtol=0)
+        averaged = encode_packed(reference.model, packed, Pooling.MEAN, (0, -1))
+    torch.testing.assert_close(averaged, (expected[0] + expected[-1]) / 2, atol=1e-5, rtol=0)
+
+
+def test_the_largest_values_leave_padding_out(tiny_bert: Path) -> None:
+    packed = pack([[5, 6], [7, 8, 9]], length=16, pad_id=0, pad_to=4)
+    hidden = torch.arange(packed.input_ids.numel(), dtype=torch.float32).view(1, 16, 1).expand(1, 16, 2)
+    assert pool_packed(hidden, packed, Pooling.MAX)[:, 0].tolist() == [1, 6]
+    with pytest.raises(ValueError, match="cannot be pooled by ditto"):
+        pool_packed(hidden, packed, Pooling.DITTO)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from mirror_runtime.bundle import EncoderSpec, Pooling, write_json
+from mirror_runtime.bundle import Ditto, EncoderSpec, Pooling, write_json
 from mirror_runtime.errors import BundleError, InputError
 from training.reference import Reference
-from training.source import resolve
+from training.source import Head, resolve
 
 Edit = Callable[[Any], object]
 
@@ -139,7 +139,7 @@ def test_what_is_asked_for_replaces_limits_but_never_the_recorded_pooling(copy: 
     [
         (lambda c: c.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "causal language model"),
         (lambda c: c.update(is_decoder=True), "causal language model"),
-        (lambda c: c.update(model_type="roberta"), "model_type 'roberta': the supported family is bert"),
+        (lambda c: c.update(model_type="t5"), "model_type 't5': the supported families are bert, roberta"),
         (lambda c: c.update(auto_map={"AutoModel": "code.Model"}), "code of its own"),
         (lambda c: c.update(position_embedding_type="relative_key"), "relative_key position embeddings"),
         (lambda c: c.pop("hidden_size"), "no hidden_size"),
@@ -176,15 +176,75 @@ def test_heads_that_cannot_be_reproduced_are_refused_by_name(copy: Path) -> None
         resolve(str(copy))
     make_old(copy)
     edit(copy / "modules.json", lambda m: m.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}))
-    with pytest.raises(BundleError, match=r"sentence_transformers\.models\.Dense"):
+    with pytest.raises(BundleError, match=r"Normalize, Dense: .* is the order"):
+        resolve(str(copy))
+    make_old(copy)
+    edit(copy / "modules.json", lambda m: m.append({"path": "3_X", "type": "sentence_transformers.models.LSTM"}))
+    with pytest.raises(BundleError, match=r"sentence_transformers\.models\.LSTM"):
         resolve(str(copy))
 
 
-def test_a_prompt_before_every_text_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"activation_function": "own.Swish"}, r"activation own\.Swish: identity, tanh, relu, gelu"),
+        ({"use_residual": True}, "something else than the text's vector"),
+        ({"module_input_name": "token_embeddings"}, "something else than the text's vector"),
+        ({"in_features": None}, "does not say in_features"),
+    ],
+)
+def test_dense_layers_of_other_kinds_are_refused(copy: Path, config: dict[str, Any], problem: str) -> None:
+    make_old(copy)
+    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(copy / "modules.json", lambda m: m.insert(2, dense))
+    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True} | config)
+    with pytest.raises(BundleError, match=problem):
+        resolve(str(copy))
+
+
+def test_dense_weights_are_never_unpickled(copy: Path) -> None:
+    make_old(copy)
+    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(copy / "modules.json", lambda m: m.insert(2, dense))
+    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True})
+    (copy / "3_Dense" / "pytorch_model.bin").write_bytes(b"pickled")
+    source = resolve(str(copy))
+    assert (source.spec.dim, source.dense) == (8, (copy / "3_Dense",))
+    with pytest.raises(BundleError, match="never opened"):
+        Reference.load(source)
+
+
+def test_a_default_prompt_is_a_template(copy: Path) -> None:
     make_old(copy)
     write(copy / "config_sentence_transformers.json", {"prompts": {"query": "query: "}, "default_prompt_name": "query"})
+    assert resolve(str(copy)).spec.template == "query: {text}"
+    with pytest.raises(BundleError, match=r"made with template query: \{text\}, not passage: \{text\}"):
+        resolve(str(copy), head=Head(template="passage: {text}"))
+    edit(copy / "1_Pooling" / "config.json", lambda c: c.update(include_prompt=False))
     with pytest.raises(BundleError, match="prompt 'query'"):
         resolve(str(copy))
+
+
+def test_a_template_may_be_given_to_an_encoder_without_one(copy: Path) -> None:
+    make_old(copy)
+    assert resolve(str(copy), head=Head(template="query: {text}")).spec.template == "query: {text}"
+    with pytest.raises(BundleError, match="made with layers"):
+        resolve(str(copy), head=Head(layers=(0, -1)))
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        (Head(pooling=Pooling.MEAN, layers=(3,)), "2 layers and no layer 3"),
+        (Head(ditto=Ditto(layer=2, head=0)), "no head 2:0"),
+        (Head(pooling=Pooling.MASK, template="{text} means it."), r"\[MASK\] once in the template"),
+        (Head(pooling=Pooling.MASK), "needs a template"),
+        (Head(pooling=Pooling.DITTO), "ditto alone needs it"),
+    ],
+)
+def test_heads_that_the_encoder_lacks_are_refused(tiny_bert: Path, head: Head, problem: str) -> None:
+    with pytest.raises(BundleError, match=problem):
+        Reference.load(resolve(str(tiny_bert), head=head))
 
 
 def test_weights_that_are_cut_short_or_lack_a_tensor_are_one_clear_error(copy: Path) -> None:

@@ -1,0 +1,111 @@
+"""A run folder's model card: what it is, how it came about, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mirror_runtime.bundle import EncoderSpec
+from training.checkpoint import Step
+from training.corpus import Corpus
+from training.evaluation import AGGREGATION, Report, difference
+from training.objective import Objective
+from training.overlap import Overlap
+from training.recipe import TuneConfig
+
+
+def render_card(
+    spec: EncoderSpec,
+    config: TuneConfig,
+    corpus: Corpus,
+    last: Step,
+    *,
+    curve: str,
+    before: Report | None,
+    after: Report | None,
+    overlaps: Sequence[Overlap],
+) -> str:
+    """Write the card's text, without front matter.
+
+    Args:
+        spec: the tuned encoder.
+        config: the recipe.
+        corpus: what was learnt from.
+        last: the last step.
+        curve: file name of the loss curve.
+        before: the base, measured; None where nothing was.
+        after: the tuned encoder, measured on the same sets.
+        overlaps: how much of each evaluation set is in the corpus.
+    """
+    how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
+    text = "pairs of texts that mean the same" if corpus.has_pairs else "lines of raw text, no labels"
+    rows = {
+        "vector": f"{spec.dim} numbers, unit length",
+        "pooling": spec.pooling.value,
+        "longest text": f"{spec.max_tokens} tokens ({config.max_tokens} while tuning)",
+        "recipe": _recipe(config),
+        "corpus": f"sha256 {corpus.sha256}",
+    }
+    parts = [
+        f"# {spec.base_model}, mirror-tuned",
+        f"A text encoder made from {spec.base_model} by {how}: {len(corpus.examples):,} {text}, {last.step} steps.",
+        "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
+    ]
+    if before is not None and after is not None:
+        parts.append(_results(before, after, overlaps))
+    parts += [
+        f"![loss]({curve})",
+        "`encoder.json` says what decides a vector; `train.json` and `metrics.jsonl` say how the weights came about.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipe(config: TuneConfig) -> str:
+    parts = [
+        config.objective.value,
+        f"{config.batch_size} texts a step",
+        f"learning rate {config.lr:g} ({config.schedule.value})",
+        f"temperature {config.temperature:g}",
+        f"dropout {config.dropout:g}",
+        f"drophead {config.drophead:g}",
+        f"up to {config.repetition:.0%} of tokens repeated",
+        f"{config.mask_length} characters masked",
+        f"seed {config.seed}",
+    ]
+    return ", ".join(parts)
+
+
+def _results(before: Report, after: Report, overlaps: Sequence[Overlap]) -> str:
+    change = difference(before, after)
+    found = [f"{overlap.share:.1%}" for overlap in overlaps]
+    lines = [
+        "## Measured",
+        "",
+        "Spearman × 100 of cosine and people's scores, with 95 % intervals of a bootstrap over pairs "
+        f"({len(after.results[0].resampled):,} resamples). Aggregation {AGGREGATION}. The last column is the share of "
+        "a set's texts that the corpus holds: where it is large, the figure says less about other text.",
+        "",
+        "| set | pairs | before | after | change | in the corpus |",
+        "|---|---|---|---|---|---|",
+    ]
+    for old, new, gain, share in zip(before.results, after.results, change.sets, found, strict=True):
+        lines.append(f"| {new.name} | {new.pairs:,} | {old.spearman} | {new.spearman} | {gain:+} | {share} |")
+    for group, mean in after.means.items():
+        lines.append(f"| mean ({group.value}) | | {before.means[group]} | {mean} | {change.means[group]:+} | |")
+    lines += [
+        "",
+        "How the vectors lie, before → after; lower is better but for IS:",
+        "",
+        "| set | alignment | uniformity | anisotropy | IS | MVN |",
+        "|---|---|---|---|---|---|",
+    ]
+    for old, new in zip(before.results, after.results, strict=True):
+        figures = (
+            (old.alignment, new.alignment),
+            (old.uniformity, new.uniformity),
+            (old.anisotropy, new.anisotropy),
+            (old.isotropy, new.isotropy),
+            (old.mean_norm, new.mean_norm),
+        )
+        shown = ["–" if a is None or b is None else f"{a:.3f} → {b:.3f}" for a, b in figures]
+        lines.append(f"| {new.name} | {' | '.join(shown)} |")
+    return "\n".join(lines)

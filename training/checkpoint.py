@@ -1,0 +1,138 @@
+"""The state of a run in one file, from which a killed run goes on as if nothing had happened.
+
+A safetensors file holds the tensors, and in its header, as JSON, the rest: one file, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mirror_runtime.errors import InputError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step did.
+
+    Attributes:
+        step: 1-based.
+        loss: before the step's update.
+        tokens: of all views and processes, without padding.
+        seconds: since the first step began; what a killed run did after its last checkpoint does not count.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A run between two steps.
+
+    Attributes:
+        tensors: of model, optimiser and random generators, by name.
+        steps: those that are done.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Where a run keeps its state, and how often it is written.
+
+    With several hosts, all must see the file.
+
+    Attributes:
+        path: the file; its folder must exist. Remove it when the run folder is complete.
+        every: steps from one writing to the next.
+    """
+
+    path: Path
+    every: int
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InputError(f"--checkpoint-every is {self.every}: it must be at least 1")
+
+    def due(self, step: int) -> bool:
+        """Tell whether the state is written after this step."""
+        return step % self.every == 0
+
+    def save(self, state: State, identity: Mapping[str, Any]) -> None:
+        """Write the state in place of an earlier one.
+
+        Args:
+            state: what to write.
+            identity: everything that decides the run's course, as JSON values.
+
+        Raises:
+            InputError: the file cannot be written; an earlier one is still there.
+        """
+        header = {
+            "format_version": FORMAT_VERSION,
+            "identity": dict(identity),
+            "steps": [dataclasses.asdict(step) for step in state.steps],
+        }
+        beside = self.path.with_name(f"{self.path.name}.partial")
+        try:
+            save_file(dict(state.tensors), beside, metadata={"mirror": json.dumps(header)})
+            os.replace(beside, self.path)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error
+
+    def load(self, identity: Mapping[str, Any]) -> State | None:
+        """Read the state, or None where there is no file.
+
+        Raises:
+            InputError: the file is not readable, or is of a run that differs in `identity`.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["mirror"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{self.path} is no checkpoint that can be read ({error}): remove it") from error
+        if header.get("format_version") != FORMAT_VERSION:
+            raise InputError(f"{self.path} is of another version of this program: remove it to start afresh")
+        then, now = header["identity"], json.loads(json.dumps(dict(identity)))
+        other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        if other:
+            differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in other)
+            raise InputError(
+                f"{self.path} is the checkpoint of another run ({differences}): run that again to finish it, "
+                "or remove the file to start afresh"
+            )
+        return State(tensors=tensors, steps=tuple(Step(**step) for step in header["steps"]))
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(parts: Iterable[bytes]) -> str:
+    """Hash parts of any length so that no two lists of parts are confused: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""DropHead: leave out whole attention heads at random, for each text anew (Mirror-BERT section 4, after Zhou et al.).
+
+It acts on what the heads give, before the layer's output projection, and so needs no attention weights: it works with
+fused attention and with our own. In packed rows each text has its own draw, as if it were alone in its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mirror_runtime.errors import InputError
+
+OUTPUT_PROJECTIONS = ("attention.output.dense", "attention.out_lin", "attention.attn.o")
+"""How the families name what follows the heads: BERT, RoBERTa, XLM-R and ELECTRA; DistilBERT; MPNet."""
+
+
+class DropHead:
+    """The hook behind `drop_heads`.
+
+    Attributes:
+        text_ids: int64 [rows, length], which text each slot of the next forward pass belongs to.
+    """
+
+    text_ids: torch.Tensor
+
+    def __init__(self, rate: float, heads: int) -> None:
+        self.rate = rate
+        self.heads = heads
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Scale the heads of a layer; called by PyTorch before the output projection."""
+        if not module.training:
+            return None
+        (context,) = inputs
+        scales = head_scales(int(self.text_ids.max()) + 1, self.heads, self.rate, context.device).to(context.dtype)
+        by_slot = scales[self.text_ids.to(context.device)].unsqueeze(-1)
+        return ((context.view(*by_slot.shape[:-1], -1) * by_slot).flatten(-2),)
+
+
+def head_scales(texts: int, heads: int, rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Draw what each head of each text is multiplied by.
+
+    Heads stay with probability 1 - `rate`, independently; those that stay are scaled by heads / staying heads. A text
+    that would lose all its heads keeps all of them: the published code divides by zero there.
+
+    Args:
+        texts: how many.
+        heads: of a layer.
+        rate: 0 to below 1.
+        device: whose generator draws.
+
+    Returns:
+        float32 [texts, heads].
+    """
+    stays = torch.rand(texts, heads, device=device) >= rate
+    stays |= ~stays.any(dim=1, keepdim=True)
+    return stays * (heads / stays.sum(dim=1, keepdim=True))
+
+
+@contextmanager
+def drop_heads(model: PreTrainedModel, rate: float) -> Iterator[DropHead | None]:
+    """Drop heads in every layer of a model in training mode while the block runs.
+
+    Yields:
+        What must be told the `text_ids` before each forward pass; None where `rate` is 0.
+
+    Raises:
+        InputError: the model's attention is of no family that is known here.
+    """
+    if rate == 0:
+        yield None
+        return
+    config: Any = model.config
+    projections = [child for name, child in model.named_modules() if name.endswith(OUTPUT_PROJECTIONS)]
+    if len(projections) != config.num_hidden_layers:
+        raise InputError(f"--drophead cannot be used with a {config.model_type} model: leave it out")
+    hook = DropHead(rate, config.num_attention_heads)
+    handles = [projection.register_forward_pre_hook(hook) for projection in projections]
+    try:
+        yield hook
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,184 @@
+"""Measure encoders on similarity sets: the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mirror_runtime.bundle import Pooling
+from mirror_runtime.commandline import run_command
+from mirror_runtime.errors import InputError
+from training.evalsets import EvaluationSet, read_sets
+from training.evaluation import AGGREGATION, CLOSE, Group, Report, difference, evaluate, flat
+from training.reference import Reference
+from training.source import resolve
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    *,
+    encoders: Annotated[
+        list[str],
+        typer.Argument(metavar="ENCODER...", help="folders or hub names; the first is compared with the others"),
+    ],
+    sts: Annotated[list[str] | None, typer.Option(help="sentence similarity sets: files or folders")] = None,
+    words: Annotated[list[str] | None, typer.Option(help="word similarity sets: files, or MULTISIMLEX:ENG")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="needed where an encoder does not record it")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="cut texts here; by default as far as each encoder reads")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=100, help="of the bootstrap behind the 95 % intervals")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="of the bootstrap")] = 0,
+    output: Annotated[Path | None, typer.Option(help="write the report as JSON, too")] = None,
+) -> None:
+    """Compare cosines with people's scores: Spearman times 100 per set with a 95 % interval, and the plain mean.
+
+    A set's parts are put together and ranked at once ("all"). Vectors are the PyTorch reference's, in fp32. The last
+    line of stdout is one JSON object.
+    """
+    if output is not None:
+        _check_output(output)
+    sets = load_sets(sts or [], words or [])
+    sources = [resolve(name, revision=revision, pooling=pooling, max_tokens=max_tokens) for name in encoders]
+    console = Console(stderr=True, markup=False)
+    reports = []
+    with evaluation_progress(console) as progress:
+        for name, source in zip(encoders, sources, strict=True):
+            task = progress.add_task(name, total=None)
+
+            def on_texts(done: int, total: int, task: Any = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            reports.append(
+                evaluate(Reference.load(source), sets, name=name, resamples=resamples, seed=seed, on_texts=on_texts)
+            )
+    show(reports, console)
+    report = json.dumps(as_json(reports), ensure_ascii=False)
+    if output is not None:
+        _write(output, report)
+    sys.stdout.write(report + "\n")
+
+
+def load_sets(sts: Sequence[str], words: Sequence[str]) -> dict[Group, list[EvaluationSet]]:
+    """Read evaluation sets by what is averaged together.
+
+    Raises:
+        InputError: there is none, or one cannot be read.
+    """
+    if not sts and not words:
+        raise InputError("nothing to evaluate on: give --sts or --words files")
+    given = {Group.STS: sts, Group.WORDS: words}
+    return {group: [one for path in paths for one in read_sets(path)] for group, paths in given.items()}
+
+
+def evaluation_progress(console: Console) -> Progress:
+    """Make a progress display of texts encoded."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def as_json(reports: Sequence[Report]) -> dict[str, Any]:
+    """Give all reports, and what each encoder gains over the first."""
+    changes = []
+    for other in reports[1:]:
+        change = difference(reports[0], other)
+        sets = zip(other.results, change.sets, strict=True)
+        changes.append(
+            {
+                "encoder": other.encoder,
+                "over": reports[0].encoder,
+                "sets": [{"name": result.name} | flat("spearman", figure) for result, figure in sets],
+                "means": {group.value: flat("mean", figure) for group, figure in change.means.items()},
+            }
+        )
+    return {"encoders": [report.to_json() for report in reports], "differences": changes}
+
+
+def show(reports: Sequence[Report], console: Console) -> None:
+    """Print the correlations side by side, then how each encoder's vectors lie."""
+    short = [Path(report.encoder).name for report in reports]
+    names = short if len(set(short)) == len(short) else [report.encoder for report in reports]
+    labels = [f"{name} ({report.spec.pooling.value})" for name, report in zip(names, reports, strict=True)]
+    console.print(_correlations(reports, labels))
+    for report, label in zip(reports, labels, strict=True):
+        console.print(_geometry(report, label))
+
+
+def _correlations(reports: Sequence[Report], labels: Sequence[str]) -> Table:
+    table = Table(title="Spearman × 100 [95 % interval]", caption=f"Aggregation {AGGREGATION}.", title_justify="left")
+    table.add_column("set")
+    table.add_column("pairs", justify="right")
+    for name in (*labels, *(f"{label} – {labels[0]}" for label in labels[1:])):
+        table.add_column(name, justify="right")
+    changes = [difference(reports[0], other) for other in reports[1:]]
+    for i, result in enumerate(reports[0].results):
+        figures = [str(report.results[i].spearman) for report in reports]
+        table.add_row(result.name, f"{result.pairs:,}", *figures, *(f"{change.sets[i]:+}" for change in changes))
+    table.add_section()
+    for group in reports[0].means:
+        figures = [str(report.means[group]) for report in reports]
+        count = sum(result.group is group for result in reports[0].results)
+        table.add_row(
+            f"mean of {count} {group.value}", "", *figures, *(f"{change.means[group]:+}" for change in changes)
+        )
+    return table
+
+
+def _geometry(report: Report, label: str) -> Table:
+    table = Table(
+        title=f"How the vectors of {label} lie",
+        caption=f"Alignment: pairs scored at least {CLOSE:.0%} of the highest score. Lower is better but for IS.",
+        title_justify="left",
+    )
+    table.add_column("set")
+    for name in ("alignment", "uniformity", "anisotropy", "IS", "MVN"):
+        table.add_column(name, justify="right")
+    for result in report.results:
+        close = "–" if result.alignment is None else f"{result.alignment:.3f}"
+        rest = (result.uniformity, result.anisotropy, result.isotropy, result.mean_norm)
+        table.add_row(result.name, close, *(f"{value:.3f}" for value in rest))
+    return table
+
+
+def _check_output(path: Path) -> None:
+    """Refuse before the work what could not be written after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: give a file in a folder that may be written")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_text(text + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 2 where the input cannot be used."""
+    return run_command(app, argv, "evaluate.py", lists={"--sts": None, "--words": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Streams of raw text from what people have: text lines, pairs, JSON lines, Parquet, and data sets by name.
+
+Every reader holds one line, or one batch of rows, at a time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, cast
+
+from mirror_runtime.bundle import sha256_file
+from mirror_runtime.errors import InputError
+from mirror_runtime.extras import require
+
+HUB = "hf:"
+"""What a data set's name begins with: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
+
+TEXT_COLUMNS = ("text",)
+PAIR_COLUMNS = ("text1", "text2")
+
+
+class Records:
+    """One corpus file as an iterable of records: tuples of one text, or of two where `pairs` is set.
+
+    Texts are stripped; an empty line or a missing value gives empty texts.
+
+    Args:
+        name: a path, or a data set's name after `hf:`. `.jsonl` and `.parquet` are read as such, anything else as UTF-8
+            text, and `.gz` is unpacked on the way.
+        pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
+        columns: of JSON lines, Parquet and data sets; empty for `text`, or `text1` and `text2`.
+    """
+
+    def __init__(self, name: str, *, pairs: bool = False, columns: Sequence[str] = ()) -> None:
+        self.name = name
+        self.pairs = pairs
+        self.columns = tuple(columns) or (PAIR_COLUMNS if pairs else TEXT_COLUMNS)
+        self._digest = hashlib.sha256()
+        if len(self.columns) != (2 if pairs else 1):
+            raise InputError(
+                f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
+                + ("pairs need two" if pairs else "give one, or two with --pairs")
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file's (unpacked) bytes, or of a data set's texts; whole once the records were read."""
+        return self._digest.hexdigest()
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the format knows columns."""
+        return self.name.startswith(HUB) or self._suffix in (".jsonl", ".parquet")
+
+    @property
+    def _suffix(self) -> str:
+        return Path(self.name.removesuffix(".gz")).suffix.lower()
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        """Read from the start.
+
+        Raises:
+            InputError: naming the file, and the line or column that cannot be used.
+        """
+        self._digest = hashlib.sha256()
+        if self.name.startswith(HUB):
+            return self._dataset()
+        if self._suffix == ".parquet":
+            return self._parquet()
+        return self._json_lines() if self._suffix == ".jsonl" else self._text_lines()
+
+    def _text_lines(self) -> Iterator[tuple[str, ...]]:
+        for number, line in self._lines():
+            text = line.strip()
+            if not self.pairs:
+                yield (text,)
+            elif not text:
+                yield ("", "")
+            else:
+                parts = [part.strip() for part in line.split("\t")]
+                if len(parts) != 2 or not all(parts):
+                    raise InputError(
+                        f"corpus {self.name}, line {number}: a pair is two texts with one TAB between them, and this "
+                        f"line has {len(parts) - 1} TABs: {text[:60]!r}"
+                    )
+                yield tuple(parts)
+
+    def _json_lines(self) -> Iterator[tuple[str, ...]]:
+        for number, line in self._lines():
+            where = f"corpus {self.name}, line {number}"
+            if not line.strip():
+                yield ("",) * len(self.columns)
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{where}: not JSON ({error}): write one object a line") from None
+            if isinstance(value, str) and not self.pairs:
+                yield (value.strip(),)
+                continue
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: a {type(value).__name__} where an object is expected")
+            _check_columns(where, self.columns, list(value))
+            yield tuple(_text(where, name, value[name]) for name in self.columns)
+
+    def _parquet(self) -> Iterator[tuple[str, ...]]:
+        pyarrow, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
+        try:
+            file = parquet.ParquetFile(self.name)
+        except OSError as error:
+            raise InputError(f"corpus {self.name} cannot be read: {error.strerror or error}") from error
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"corpus {self.name} is not a Parquet file: {error}") from error
+        _check_columns(f"corpus {self.name}", self.columns, file.schema_arrow.names)
+        self._digest.update(bytes.fromhex(sha256_file(Path(self.name))))
+        row = 0
+        try:
+            for batch in file.iter_batches(4096, columns=list(self.columns)):
+                for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
+                    row += 1
+                    where = f"corpus {self.name}, row {row}"
+                    yield tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"corpus {self.name} breaks off after row {row}: {error}") from error
+
+    def _dataset(self) -> Iterator[tuple[str, ...]]:
+        datasets = require("datasets", "train")
+        name, *rest = self.name.removeprefix(HUB).split(":")
+        if not name or len(rest) > 2:
+            raise InputError(f"{self.name}: say hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+        config, split = ([None, "train"] if not rest else [None, *rest])[-2:]
+        try:
+            rows = datasets.load_dataset(name, config, split=split, streaming=True)
+            for number, row in enumerate(rows, 1):
+                where = f"corpus {self.name}, row {number}"
+                _check_columns(where, self.columns, list(row))
+                texts = tuple(_text(where, column, row[column]) for column in self.columns)
+                self._digest.update("\t".join(texts).encode() + b"\n")
+                yield texts
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise InputError(
+                f"data set {name!r} (config {config}, split {split}) cannot be read: check the name and the network, "
+                f"or give a file ({type(error).__name__}: {reason})"
+            ) from error
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """Give the lines with their numbers. Only a newline ends one: U+2028 may be part of a text."""
+        try:
+            opened = gzip.open(self.name, "rb") if self.name.endswith(".gz") else open(self.name, "rb")  # noqa: SIM115
+            with cast("IO[bytes]", opened) as stream:
+                for number, data in enumerate(stream, 1):
+                    self._digest.update(data)
+                    yield number, self._decode(data, number)
+        except (OSError, EOFError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"corpus {self.name} cannot be read: {reason}") from error
+
+    def _decode(self, data: bytes, number: int) -> str:
+        if b"\0" in data:
+            raise InputError(
+                f"corpus {self.name} is not text: line {number} holds NUL bytes. Give UTF-8 text, one sentence a line"
+            )
+        try:
+            return data.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"corpus {self.name} is not UTF-8 in line {number}: convert it, for example with iconv"
+            ) from error
+
+
+def _check_columns(where: str, wanted: Sequence[str], found: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in found:
+            has = ", ".join(map(repr, found)) or "none"
+            raise InputError(f"{where}: no column {name!r}, only {has}. Name the right one with --column")
+
+
+def _text(where: str, column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: column {column!r} holds a {type(value).__name__} where text is expected")
+    return value.strip()

@@ -1,0 +1,78 @@
+"""How vectors lie in space: the figures by which contrastive tuning is explained."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS = 512
+"""Rows of the similarity matrix held at once."""
+
+MAX_TEXTS = 5_000
+"""Uniformity compares every pair; of more texts than these, as many are drawn."""
+
+Vectors = NDArray[np.float32]
+"""[texts, dim]."""
+
+
+def alignment(first: Vectors, second: Vectors) -> float:
+    """Give the mean squared distance of pairs that mean the same; lower is better (Wang and Isola, section 4).
+
+    Args:
+        first: unit vectors.
+        second: unit vectors of their partners.
+    """
+    return float(((first - second).astype(np.float64) ** 2).sum(axis=1).mean())
+
+
+def uniformity(vectors: Vectors, rng: np.random.Generator) -> float:
+    """Give log E exp(-2 d²) over pairs of different texts; lower is better (Wang and Isola, section 4).
+
+    Args:
+        vectors: unit vectors, two or more.
+        rng: draws `MAX_TEXTS` of them where there are more.
+    """
+    if len(vectors) > MAX_TEXTS:
+        vectors = vectors[rng.choice(len(vectors), MAX_TEXTS, replace=False)]
+    n = len(vectors)
+    total = 0.0
+    for start in range(0, n, ROWS):
+        cosines = vectors[start : start + ROWS] @ vectors.T
+        cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf  # not with itself
+        total += float(np.exp(4 * cosines - 4, out=cosines).sum(dtype=np.float64))  # |x - y|² = 2 - 2 cos
+    return float(np.log(total / (n * (n - 1))))
+
+
+def anisotropy(vectors: Vectors) -> float:
+    """Give the mean cosine of two different texts; 0 where directions are spread evenly.
+
+    Args:
+        vectors: unit vectors, two or more. Every pair counts: the sum of all cosines is the squared length of the sum.
+    """
+    n = len(vectors)
+    total = vectors.astype(np.float64).sum(axis=0)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def mean_norm(vectors: Vectors) -> float:
+    """Give the length of the mean vector, lower is better: MVN of Mirror-BERT's tables 9 and 14.
+
+    Args:
+        vectors: before normalisation.
+    """
+    return float(np.linalg.norm(vectors.astype(np.float64).mean(axis=0)))
+
+
+def isotropy(vectors: Vectors) -> float:
+    """Give the smallest over the largest of Σ exp(c·v), c over the eigenvectors of V'V; higher is better, 1 is even.
+
+    IS of Mirror-BERT's tables 9 and 14. An eigenvector's sign is arbitrary, so both are taken.
+
+    Args:
+        vectors: unit vectors.
+    """
+    values = vectors.astype(np.float64)
+    directions = np.linalg.eigh(values.T @ values)[1]
+    grown = np.exp(values @ directions)
+    sums = np.concatenate([grown.sum(axis=0), (1 / grown).sum(axis=0)])
+    return float(sums.min() / sums.max())

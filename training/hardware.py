@@ -1,0 +1,114 @@
+"""What a run runs on: device, number format, and the other processes where a launcher started several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from mirror_runtime.errors import EngineError
+from mirror_runtime.host import has_bf16
+from training.recipe import Device, TunePrecision
+
+LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where a launcher says how many processes it started: `accelerate launch` with GPUs, `torchrun`, and the MPI that
+`accelerate launch` uses on CPUs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a run runs on, after `auto` was decided.
+
+    Attributes:
+        device: of this process.
+        precision: of the matrix products.
+        rank: which of the processes this is, from 0. Process 0 alone writes and reports.
+        processes: how many share each batch.
+    """
+
+    device: Device
+    precision: TunePrecision
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Give the context in which matrix products run in `precision`."""
+        if self.precision is TunePrecision.FP32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.value, dtype=torch.bfloat16)
+
+    def generator(self) -> torch.Generator:
+        """Give the generator from which the device's dropout draws."""
+        if self.device is Device.CUDA:
+            return torch.cuda.default_generators[torch.cuda.current_device()]
+        return torch.default_generator
+
+    def share(self, count: int) -> slice:
+        """Give this process's part of a batch of `count` texts, which `processes` must divide."""
+        size = count // self.processes
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Join all processes' tensors along the first dimension, in the order of ranks; they have one shape.
+
+        Returns:
+            A tensor without a graph, on the device of `own`.
+        """
+        if self.processes == 1:
+            return own.detach()
+        from accelerate.utils import gather
+
+        gathered: torch.Tensor = gather(own.detach().to(self.device.value))
+        return gathered.to(own.device)
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Replace every gradient by its sum over all processes."""
+        if self.processes == 1:
+            return
+        from accelerate.utils import reduce
+
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        summed: torch.Tensor = reduce(torch.cat([gradient.flatten() for gradient in gradients]), reduction="sum")
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(summed[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+
+
+def choose_hardware(device: Device, precision: TunePrecision) -> Hardware:
+    """Decide what `auto` means on this machine, and join the other processes of a launch.
+
+    Raises:
+        EngineError: CUDA was asked for and is not there.
+    """
+    if device is Device.AUTO:
+        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise EngineError("--device cuda: this PyTorch sees no NVIDIA GPU. Install a CUDA build, or say --device cpu")
+    rank, processes = _join(device)
+    if precision is TunePrecision.AUTO:
+        precision = TunePrecision.BF16 if _multiplies_bf16(device) else TunePrecision.FP32
+    return Hardware(device=device, precision=precision, rank=rank, processes=processes)
+
+
+def _join(device: Device) -> tuple[int, int]:
+    if all(os.environ.get(name, "1") == "1" for name in LAUNCHED):
+        return 0, 1
+    from accelerate import PartialState  # a second of import time that a run of one process need not pay
+
+    state = PartialState(cpu=device is Device.CPU)  # takes this process's GPU, too
+    return state.process_index, state.num_processes
+
+
+def _multiplies_bf16(device: Device) -> bool:
+    if device is Device.CUDA:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return has_bf16()

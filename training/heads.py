@@ -1,0 +1,134 @@
+"""The plain definition of every head: token vectors to one vector a text, in PyTorch, one padded text a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from mirror_runtime.bundle import Activation, Dense, EncoderSpec, Pooling, VectorType
+from mirror_runtime.errors import BundleError
+
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {
+    Activation.IDENTITY: nn.Identity,
+    Activation.TANH: nn.Tanh,
+    Activation.RELU: nn.ReLU,
+    Activation.GELU: nn.GELU,
+}
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """A batch as the transformer left it.
+
+    Attributes:
+        states: of the embeddings and of each layer, float [batch, length, width]; Hugging Face's `hidden_states`.
+        mask: int [batch, length], 1 on the text's own tokens, special tokens and template included.
+        marked: bool [batch, length], True on the template's mask token; None for other poolings than `mask`.
+        attention: probabilities of Ditto's head, float [batch, length, length], query before key; None for others.
+    """
+
+    states: Sequence[torch.Tensor]
+    mask: torch.Tensor
+    marked: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+
+
+def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
+    """Average layers and turn token vectors into one vector a text: what `Pooling` says, in words of PyTorch.
+
+    Returns:
+        float [batch, width], before dense layers, cut and normalisation.
+
+    Raises:
+        ValueError: `mean_padded` of another length than `pad_to`, which would be another vector; or `tokens` lacks what
+            the pooling reads.
+    """
+    hidden = torch.stack([tokens.states[layer] for layer in spec.layers]).mean(dim=0)
+    if spec.pooling is Pooling.CLS:
+        return hidden[:, 0]
+    if spec.pooling is Pooling.LAST:
+        return hidden[torch.arange(len(hidden)), tokens.mask.sum(dim=1) - 1]
+    if spec.pooling is Pooling.MASK:
+        if tokens.marked is None or not (tokens.marked.sum(dim=1) == 1).all():
+            raise ValueError("mask pooling needs one marked token a text")
+        return hidden[tokens.marked]
+    if spec.pooling is Pooling.MAX:
+        return hidden.masked_fill(~tokens.mask.bool().unsqueeze(-1), float("-inf")).amax(dim=1)
+    weights = _weights(tokens, spec).unsqueeze(-1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _weights(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
+    """Give the weights of a mean's tokens, float [batch, length]."""
+    own = tokens.mask.float()
+    if spec.pooling is Pooling.MEAN_PADDED:
+        if own.shape[1] != spec.pad_to:
+            raise ValueError(f"mean_padded over {own.shape[1]} positions, but pad_to is {spec.pad_to}")
+        return torch.ones_like(own)
+    if spec.pooling is Pooling.WEIGHTED_MEAN:
+        return own * torch.arange(1, own.shape[1] + 1)
+    if spec.pooling is Pooling.DITTO:
+        if tokens.attention is None:
+            raise ValueError("ditto needs its head's attention")
+        return own * tokens.attention.diagonal(dim1=1, dim2=2)
+    return own
+
+
+def project(pooled: torch.Tensor, dense: Sequence[nn.Module]) -> torch.Tensor:
+    """Apply dense layers, float [batch, width] in and out."""
+    for layer in dense:
+        pooled = layer(pooled)
+    return pooled
+
+
+def finish(pooled: torch.Tensor, dense: Sequence[nn.Module], spec: EncoderSpec) -> torch.Tensor:
+    """Apply dense layers, cut to `dim` components (Matryoshka), and normalise if the spec says so."""
+    cut = project(pooled, dense)[:, : spec.dim]
+    return torch.nn.functional.normalize(cut, dim=1) if spec.normalize else cut
+
+
+def values(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
+    """Give what vectors stand for once they are of the spec's vector type: rounded components, or 1 and -1 for bits."""
+    if spec.vector_type is VectorType.FLOAT16:
+        return vectors.half().float()
+    if spec.vector_type is VectorType.INT8:
+        scale = torch.tensor(spec.int8_scale)
+        return (vectors / scale).round().clamp(-127, 127) * scale
+    if spec.vector_type is VectorType.BINARY:
+        return torch.where(vectors > 0, 1.0, -1.0)
+    return vectors
+
+
+def make_dense(dense: Dense, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Sequential:
+    """Make a dense layer of the head: the linear part is element 0, the activation element 1."""
+    linear = nn.Linear(dense.in_features, dense.out_features, bias=dense.bias)
+    state = {"weight": weight.detach().float()} | ({} if bias is None else {"bias": bias.detach().float()})
+    linear.load_state_dict(state)
+    return nn.Sequential(linear, ACTIVATIONS[dense.activation]()).requires_grad_(False).eval()
+
+
+def load_dense(dense: Dense, folder: Path) -> nn.Sequential:
+    """Load a dense layer of the head from the folder that sentence-transformers keeps it in.
+
+    Raises:
+        BundleError: the weights are missing, pickled, cut short, or of other shapes than recorded.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = (
+            " (pytorch_model.bin is never opened: it can run code)" if (folder / "pytorch_model.bin").is_file() else ""
+        )
+        raise BundleError(f"{path} is missing{pickled}: save the module again with safetensors")
+    try:
+        weights = load_file(path)
+        return make_dense(dense, weights["linear.weight"], weights.get("linear.bias"))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise BundleError(f"{path} holds no dense layer of the recorded shape: {error}") from error

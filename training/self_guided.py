@@ -1,0 +1,79 @@
+"""The self-guided objective: a text's vector learns from the layers of a frozen copy of its own model (SG-BERT)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from mirror_runtime.bundle import Pooling
+from training.objective import GUIDED_LOSSES, Variant
+from training.packed import PackedTexts, hidden_states, pool_packed
+
+HEAD_WIDTH = 4096
+"""Width of both layers of the projection head (SG-BERT section 4.1)."""
+
+
+class SelfGuided:
+    """The frozen copy, the projection head and the drift penalty; all of it is thrown away after tuning.
+
+    Freezes the embeddings of `model`, as the paper does. Draws the head's weights from torch's global generator.
+
+    Args:
+        model: the encoder that is tuned, with the weights it begins with.
+        variant: form of the loss.
+        temperature: divides the cosine.
+        drift: weight of the squared distance between the model and its frozen copy.
+    """
+
+    def __init__(self, model: Any, variant: Variant, temperature: float, drift: float) -> None:
+        self.frozen: Any = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = model
+        self.variant = variant
+        self.temperature = temperature
+        self.drift = drift
+        layers = nn.Linear(model.config.hidden_size, HEAD_WIDTH), nn.Linear(HEAD_WIDTH, HEAD_WIDTH)
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=model.config.initializer_range)
+            nn.init.zeros_(layer.bias)
+        self.head = nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU())
+        self.head.to(model.device)
+        model.embeddings.requires_grad_(False)
+
+    def views(self, packed: PackedTexts, layers: torch.Tensor) -> torch.Tensor:
+        """Pool the frozen copy's layers, the embeddings being layer 0, by their largest values.
+
+        Args:
+            packed: the texts.
+            layers: int64 [texts], the layer drawn for each text; OPT3 takes all instead.
+
+        Returns:
+            float32 [texts, views, dim], on the model's device.
+        """
+        with torch.no_grad():
+            states = hidden_states(self.frozen, packed)
+            pooled = torch.stack([pool_packed(state, packed, Pooling.MAX) for state in states], dim=1)
+        if self.variant is Variant.OPT3:
+            return pooled
+        return pooled[torch.arange(len(layers), device=pooled.device), layers.to(pooled.device)][:, None]
+
+    def loss(self, vectors: torch.Tensor, views: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Give the contrastive part of the loss.
+
+        Args:
+            vectors: float [B, dim], of the tuned model.
+            views: float [B, views, dim], of the frozen copy.
+            groups: int64 [B], see `nt_xent`.
+        """
+        projected = self.head(torch.cat([vectors[:, None], views], dim=1))
+        return GUIDED_LOSSES[self.variant](projected[:, 0], projected[:, 1:], self.temperature, groups)
+
+    def add_drift(self) -> float:
+        """Add the drift penalty's gradient to the parameters' `grad`; gives the penalty, weight included."""
+        pairs = zip(self.model.parameters(), self.frozen.parameters(), strict=True)
+        tuned = [(now, then) for now, then in pairs if now.grad is not None]
+        differences = torch._foreach_sub([now.detach() for now, _ in tuned], [then for _, then in tuned])
+        torch._foreach_add_([now.grad for now, _ in tuned], differences, alpha=2 * self.drift)
+        return self.drift * sum(float(norm) ** 2 for norm in torch._foreach_norm(differences))
