@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# NVIDIA's Python modules without the libraries behind them: what tests hold the TensorRT calls against.
+TENSORRT_BINDINGS := $(addprefix $(VENV)/tensorrt-,10.16.1.11 11.4.0.106)
 
 .PHONY: help setup demo test check bench format clean
 
@@ -19,7 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## raw text -> tuned weights -> ONNX -> Triton -> answers (DEMO='--base NAME --serve none' passes options)
 	$(BIN)/python demo/run.py $(DEMO)
 
-test: setup  ## every test that this machine can run
+$(VENV)/tensorrt-%: | $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ tensorrt-cu13-bindings==$*
+
+test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run
 	$(BIN)/python -m pytest $(PYTEST)
 
 check: setup  ## lint, types, import rules, generated files

@@ -1,27 +1,29 @@
-"""An encoder to a bundle: graphs, proofs, canaries, manifest."""
+"""An encoder to a bundle: graphs, certificates, canaries, card, manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from export.card import write_card
 from export.graphs import EXTERNAL_DATA_BYTES, Graph, export_graphs
-from export.parity import Expected, prove_packed, prove_padded
+from export.parity import Candidate, Expected, prove_artifact
+from export.spec import Additions, add, write_fitted
 from export.texts import CANARIES, parity_texts
+from export.variants import VARIANTS, provers, write_aliases, write_variant
 from mirror_runtime import __version__
 from mirror_runtime.bundle import (
     CANARIES_FILE,
     FORMAT_VERSION,
     MANIFEST_FILE,
-    TOKENIZER_FILE,
     Artifact,
     Canaries,
     Canary,
-    EncoderSpec,
     EngineName,
     Layout,
     Manifest,
@@ -33,15 +35,15 @@ from mirror_runtime.bundle import (
     write_json,
 )
 from mirror_runtime.engines import installed
-from mirror_runtime.errors import EngineError, InputError, MissingExtra
+from mirror_runtime.errors import EngineError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import has_bf16
+from training.evalsets import EvaluationSet
 from training.layout import write_layout
 from training.reference import Reference
-from training.source import resolve
+from training.source import Head, resolve
 
-WEIGHTS_FILE = "model.safetensors"
-PRECISIONS = (Precision.FP32, Precision.BF16)
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,13 @@ class Request:
         output: the bundle to be.
         revision: of a hub name.
         pooling: needed where the encoder records none.
+        head: what else is said of a head that the encoder does not record.
+        additions: what is added behind it.
         max_tokens: replaces the recorded length limit.
         precisions: what must be proven besides fp32; None proves bf16 where this machine can.
-        texts: what to prove on; None takes the built-in ones.
+        calibration: texts to find the scales of int8 and fp8 on; None takes the built-in ones.
+        texts: what to prove on besides the canaries; None takes the built-in ones.
+        sets: scored pairs on which no artifact may lose quality.
         overwrite: replace an existing bundle.
         external_data_bytes: graphs larger than this keep their weights beside them.
     """
@@ -64,35 +70,83 @@ class Request:
     output: Path
     revision: str | None = None
     pooling: Pooling | None = None
+    head: Head | None = None
+    additions: Additions = field(default_factory=Additions)
     max_tokens: int | None = None
     precisions: tuple[Precision, ...] | None = None
+    calibration: tuple[str, ...] | None = None
     texts: tuple[str, ...] | None = None
+    sets: tuple[EvaluationSet, ...] = ()
     overwrite: bool = False
     external_data_bytes: int = EXTERNAL_DATA_BYTES
 
 
-def build(request: Request, on_stage: Callable[[str], None] = lambda _: None) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """An artifact that is not in the bundle, since it missed its floor or its engine failed.
+
+    Attributes:
+        name: its engine, precision and layout.
+        asked: whether the request named its precision.
+        reason: what it missed, and the worst texts.
+    """
+
+    name: str
+    asked: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A written bundle.
+
+    Attributes:
+        manifest: as it was written.
+        refused: what was left out.
+    """
+
+    manifest: Manifest
+    refused: tuple[Refused, ...]
+
+
+def build(request: Request, on_stage: Say = lambda _: None, *, reference: Reference | None = None) -> Export:
     """Export an encoder, prove every artifact, and write the bundle whole or not at all.
+
+    The fp32 graphs on ONNX Runtime are the ground that everything else stands on: where one of them misses its floor
+    there is no bundle. Any other artifact that misses its own is left out, and the rest stays whole.
 
     Args:
         request: what to export.
         on_stage: called with the name of each stage as it begins.
+        reference: the encoder, loaded already; `request.encoder` and what replaces its settings are then not read.
 
     Returns:
-        The manifest that was written.
+        What was written, and what was refused.
 
     Raises:
         BundleError: the encoder cannot be loaded or its pooling cannot be fused.
-        ParityError: an artifact's vectors differ from the reference, or are not finite. Nothing is left behind.
+        ParityError: the fp32 vectors differ from the reference, or are not finite. Nothing is left behind.
         EngineError: an engine that must be proven cannot run here.
         InputError: the output exists, cannot be written, or is being written by another process.
     """
     pairs = _pairs(request.precisions)
-    on_stage("load")
-    source = resolve(request.encoder, revision=request.revision, pooling=request.pooling, max_tokens=request.max_tokens)
-    reference = Reference.load(source)
+    if reference is None:
+        on_stage("load")
+        source = resolve(
+            request.encoder,
+            revision=request.revision,
+            pooling=request.pooling,
+            head=request.head,
+            max_tokens=request.max_tokens,
+        )
+        reference = Reference.load(source)
+    if request.additions != Additions():
+        on_stage("extend the head")
+    reference, fitted = add(reference, request.additions)
     with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:
         try:
+            if fitted is not None:
+                write_fitted(fitted, folder)
             return _fill(folder, reference, pairs, request, on_stage)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -104,58 +158,113 @@ def _fill(
     reference: Reference,
     pairs: tuple[tuple[EngineName, Precision], ...],
     request: Request,
-    on_stage: Callable[[str], None],
-) -> Manifest:
+    on_stage: Say,
+) -> Export:
     spec = reference.spec
-    write_layout(folder, model=reference.model, tokenizer=reference.tokenizer, spec=spec, card="")
-    onnx_folder = folder / "onnx"
-    onnx_folder.mkdir()
-    on_stage("export padded graph")
-    graphs: dict[Layout, Graph] = {}
-    for graph in export_graphs(reference.model, spec, onnx_folder, external_data_bytes=request.external_data_bytes):
-        graphs[graph.layout] = graph
-        if graph.layout is Layout.PADDED:
-            on_stage("export packed graph")
-    on_stage("reference vectors")
-    expected = Expected.of(reference, request.texts or parity_texts())
-    on_stage("prove padded graph")
-    padded = prove_padded(graphs[Layout.PADDED], expected)
-    artifacts = [_artifact(folder, graphs[Layout.PADDED], EngineName.ONNXRUNTIME, Precision.FP32, padded)]
-    for engine, precision in pairs:
-        on_stage(f"prove packed graph, {engine.value} {precision.value}")
-        parity = prove_packed(folder, graphs[Layout.PACKED], engine, precision, expected)
-        artifacts.append(_artifact(folder, graphs[Layout.PACKED], engine, precision, parity))
-    on_stage("manifest")
-    vectors = reference.encode(CANARIES)
-    canaries = (
-        Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vector))
-        for text, vector in zip(CANARIES, vectors, strict=True)
+    write_layout(
+        folder, model=reference.model, tokenizer=reference.tokenizer, spec=spec, dense=reference.dense, card=""
     )
-    write_json(Canaries(canaries=tuple(canaries)), folder / CANARIES_FILE)
-    # Again, now that the card can state what was measured; the weights are written once.
-    (folder / "README.md").write_text(
-        (folder / "README.md").read_text(encoding="utf-8") + _card(spec, artifacts), encoding="utf-8"
-    )
-    files = {
-        path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         created_by=f"mirror-runtime {__version__}",
         encoder=spec,
-        fingerprint=fingerprint(spec, files[WEIGHTS_FILE], files[TOKENIZER_FILE]),
-        files=files,
-        artifacts=tuple(artifacts),
+        fingerprint=fingerprint(spec, _hashes(folder)),
+        files={},
+        artifacts=(),
     )
+    graphs = _export(folder, reference, request, on_stage)
+    on_stage("reference vectors")
+    expected = Expected.of(reference, request.texts or parity_texts(), request.sets)
+    artifacts: list[Artifact] = []
+    refused: list[Refused] = []
+
+    def refuse(name: str, precision: Precision, error: Exception) -> None:
+        refused.append(Refused(name=name, asked=precision in (request.precisions or ()), reason=str(error)))
+
+    def prove(candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            on_stage(f"prove {candidate}")
+            try:
+                parity = prove_artifact(folder, candidate, manifest, expected)
+            except (ParityError, EngineError) as error:
+                if (candidate.engine, candidate.precision) == (EngineName.ONNXRUNTIME, Precision.FP32):
+                    raise
+                refuse(str(candidate), candidate.precision, error)
+            else:
+                artifacts.append(_artifact(folder, candidate, parity))
+
+    prove(_fp32_files(folder, graphs, pairs))
+    for precision in [precision for precision in VARIANTS if precision in (request.precisions or ())]:
+        on_stage(f"write {precision.value}")
+        try:
+            written = list(
+                write_variant(
+                    folder,
+                    graphs,
+                    precision,
+                    spec=spec,
+                    calibration=request.calibration,
+                    external_data_bytes=request.external_data_bytes,
+                    gpu=Precision.FP16 in (request.precisions or ()),
+                )
+            )
+        except EngineError as error:
+            refuse(precision.value, precision, error)
+        else:
+            prove(_variant_files(folder, written, precision))
+    _keep_proven(folder, artifacts)
+    on_stage("manifest")
+    _write_canaries(folder, reference)
+    manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
+    write_card(folder, manifest)
+    manifest = dataclasses.replace(manifest, files=_hashes(folder))
     write_json(manifest, folder / MANIFEST_FILE)
-    return manifest
+    return Export(manifest=manifest, refused=tuple(refused))
+
+
+def _export(folder: Path, reference: Reference, request: Request, on_stage: Say) -> Mapping[Layout, Graph]:
+    """Write the fp32 graphs."""
+    (folder / "onnx").mkdir()
+    on_stage("export padded graph")
+    graphs: dict[Layout, Graph] = {}
+    for graph in export_graphs(reference, folder / "onnx", external_data_bytes=request.external_data_bytes):
+        graphs[graph.layout] = graph
+        if graph.layout is Layout.PADDED:
+            on_stage("export packed graph")
+    return graphs
+
+
+def _fp32_files(
+    folder: Path, graphs: Mapping[Layout, Graph], pairs: tuple[tuple[EngineName, Precision], ...]
+) -> Iterator[Candidate]:
+    """List what the fp32 files are to be proven with, ONNX Runtime first."""
+    padded, packed = graphs[Layout.PADDED], graphs[Layout.PACKED]
+    yield _candidate(folder, padded, EngineName.ONNXRUNTIME, Precision.FP32)
+    for engine, precision in pairs:
+        yield _candidate(folder, packed, engine, precision)
+
+
+def _variant_files(folder: Path, graphs: Iterable[Graph], precision: Precision) -> Iterator[Candidate]:
+    """List what the files of another precision are to be proven with."""
+    for graph in graphs:
+        for engine in provers(graph, precision):
+            if installed(engine):
+                yield _candidate(folder, graph, engine, precision)
+
+
+def _candidate(folder: Path, graph: Graph, engine: EngineName, precision: Precision) -> Candidate:
+    return Candidate(
+        path=graph.path.relative_to(folder).as_posix(),
+        layout=graph.layout,
+        engine=engine,
+        precision=precision,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+    )
 
 
 def _pairs(asked: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
     """List the engines and precisions to prove the packed graph with, ONNX Runtime in fp32 always."""
-    unknown = [precision.value for precision in asked or () if precision not in PRECISIONS]
-    if unknown:
-        raise InputError(f"precision {', '.join(unknown)} cannot be exported yet: choose fp32 or bf16")
     pairs = [(EngineName.ONNXRUNTIME, Precision.FP32)]
     openvino = installed(EngineName.OPENVINO)
     if asked and Precision.BF16 in asked:
@@ -165,53 +274,51 @@ def _pairs(asked: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Preci
             raise EngineError("bf16 cannot be proven here: this CPU has neither avx512_bf16 nor amx_bf16. Leave it out")
     if openvino:
         pairs.append((EngineName.OPENVINO, Precision.FP32))
-        if has_bf16() and (asked is None or Precision.BF16 in asked):
+        if has_bf16() and asked is None:  # where bf16 is asked for, it has a file of its own
             pairs.append((EngineName.OPENVINO, Precision.BF16))
     return tuple(pairs)
 
 
-def _artifact(folder: Path, graph: Graph, engine: EngineName, precision: Precision, parity: Parity) -> Artifact:
+def _artifact(folder: Path, candidate: Candidate, parity: Parity) -> Artifact:
+    path = folder / candidate.path
     return Artifact(
-        path=graph.path.relative_to(folder).as_posix(),
-        engine=engine,
-        precision=precision,
-        layout=graph.layout,
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        size=sum(file.stat().st_size for file in graph.path.parent.glob(f"{graph.path.name}*")),
+        path=candidate.path,
+        engine=candidate.engine,
+        precision=candidate.precision,
+        layout=candidate.layout,
+        inputs=candidate.inputs,
+        outputs=candidate.outputs,
+        size=sum(file.stat().st_size for file in _parts(path)),
         parity=parity,
-        toolchain=_versions("torch", "transformers", "onnx", engine.value),
+        toolchain={name: version(name) for name in ("torch", "transformers", "onnx", candidate.engine.value)},
     )
 
 
-def _versions(*packages: str) -> Mapping[str, str]:
-    return {package: version(package) for package in packages}
+def _parts(graph: Path) -> list[Path]:
+    """List a graph's file and the weights beside it: `<name>_data` of an ONNX file, `.bin` of an IR."""
+    beside = (graph.with_name(f"{graph.name}_data"), graph.with_suffix(".bin"))
+    return [graph, *(path for path in beside if path.is_file())]
 
 
-def _card(spec: EncoderSpec, artifacts: list[Artifact]) -> str:
-    rows = "\n".join(
-        f"| {a.engine.value} | {a.precision.value} | {a.layout.value} | {a.parity.min_cosine:.6f} | "
-        f"{a.parity.mean_cosine:.6f} | {a.parity.max_abs_diff:.1e} |"
-        for a in artifacts
+def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
+    """Remove the graphs that no artifact has proven, and give those that have been the names that others look for."""
+    proven = {part for artifact in artifacts for part in _parts(folder / artifact.path)}
+    for path in set((folder / "onnx").iterdir()) - proven:
+        path.unlink()
+    for artifact in artifacts:
+        if artifact.layout is Layout.PADDED:
+            write_aliases(folder / artifact.path, artifact.precision)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def _write_canaries(folder: Path, reference: Reference) -> None:
+    vectors = reference.encode(CANARIES)
+    canaries = (
+        Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vector))
+        for text, vector in zip(CANARIES, vectors, strict=True)
     )
-    parity = artifacts[0].parity
-    return f"""
-# {spec.base_model}, exported
-
-{spec.dim} numbers a text, pooling {spec.pooling.value}, {"unit length" if spec.normalize else "not normalised"}, \
-texts of up to {spec.max_tokens} tokens. The pooled head is inside the graphs.
-
-Compared with {parity.reference} on {parity.texts:,} ragged texts (sha256 {parity.texts_sha256[:16]}…):
-
-| engine | precision | layout | worst cosine | mean cosine | largest difference |
-|---|---|---|---|---|---|
-{rows}
-
-```python
-from mirror_runtime import Encoder
-vectors = Encoder.load("path/to/this/folder").encode(["some text"])
-
-from sentence_transformers import SentenceTransformer
-vectors = SentenceTransformer("path/to/this/folder").encode(["some text"])
-```
-"""
+    write_json(Canaries(canaries=tuple(canaries)), folder / CANARIES_FILE)

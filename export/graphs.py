@@ -13,24 +13,20 @@ from typing import Any
 import onnx
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, Pooling, TensorSpec
-from mirror_runtime.errors import BundleError, EngineError
+from export.bodies import packed_states, padded_states
+from export.heads import Head, Segments
+from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
+from mirror_runtime.errors import EngineError
+from mirror_runtime.vectors import dtype_of, width_of
+from training.families import FAMILIES
+from training.reference import Reference
 
 OPSET = 18
 """Of ai.onnx: has LayerNormalization, and every engine and tool we hand files to reads it."""
 
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights larger than this lie in a file beside the graph: Protocol Buffers end at 2 GiB."""
-
-BLOCKED = -10_000.0
-"""Added to the attention scores of pairs that must not see each other. exp() of it is exactly 0 in every precision, it
-is representable in fp16 and bf16 (unlike the smallest float), and unlike -inf it gives no NaN where a kernel meets a
-block of blocked pairs only."""
-
-EPSILON = 1e-12
-"""Smallest norm divided by, as `torch.nn.functional.normalize` has it."""
 
 GRAPH_FILES = {Layout.PADDED: "model.onnx", Layout.PACKED: "model_packed.onnx"}
 
@@ -60,18 +56,29 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
 
 
-def signature(layout: Layout, dim: int) -> Signature:
-    """Give the contract of a graph whose vectors have `dim` components."""
+def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: bool = True) -> Signature:
+    """Give the contract of an encoder's graph.
+
+    Args:
+        layout: padded or packed.
+        spec: whose vectors it gives. Some families have no token types, and then the graph takes none.
+        width: components of a token vector.
+        token_vectors: whether a padded graph gives these too.
+    """
+    dtype, numbers = dtype_of(spec).name, width_of(spec)
     if layout is Layout.PADDED:
         batch: tuple[str, str] = ("batch_size", "sequence_length")
+        names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if FAMILIES[spec.family].token_types else 2]
+        vectors = TensorSpec(name="sentence_embedding", dtype=dtype, shape=(batch[0], numbers))
+        tokens = TensorSpec(name="last_hidden_state", dtype="float32", shape=(*batch, width))
         return Signature(
-            inputs=tuple(_int64(name, batch) for name in ("input_ids", "attention_mask", "token_type_ids")),
+            inputs=tuple(_int64(name, batch) for name in names),
             # Token vectors come first: sentence-transformers and OpenSearch take the first output as such.
-            outputs=(_float32("last_hidden_state", (*batch, dim)), _float32("sentence_embedding", (batch[0], dim))),
+            outputs=(tokens, vectors) if token_vectors else (vectors,),
         )
     return Signature(
         inputs=tuple(_int64(name, ("rows", "length")) for name in ("input_ids", "position_ids", "segment_ids")),
-        outputs=(_float32("embedding", ("rows", f"length // {TOKENS_PER_SLOT}", dim)),),
+        outputs=(TensorSpec(name="embedding", dtype=dtype, shape=("rows", f"length // {TOKENS_PER_SLOT}", numbers)),),
     )
 
 
@@ -79,59 +86,65 @@ class PaddedEncoder(nn.Module):
     """One text a row, filled up with padding.
 
     Args:
-        model: a BERT encoder with eager attention.
-        pooling: mean or cls.
-        normalize: scale to unit L2 norm.
+        reference: model and head.
+        token_vectors: give these too. Without them a head that reads one token of a text needs the last layer for that
+            token alone.
     """
 
-    def __init__(self, model: PreTrainedModel, pooling: Pooling, normalize: bool) -> None:
+    def __init__(self, reference: Reference, *, token_vectors: bool = True) -> None:
         super().__init__()
-        self.encoder = model
-        self.pooling = pooling
-        self.normalize = normalize
+        self.encoder = reference.model
+        self.head = Head(reference)
+        self.token_vectors = token_vectors
+        self.pad_id: int = reference.tokenizer.pad_token_id
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """Encode rows.
+
+        `mean_padded` is the vector of texts padded to `pad_to`, however long the rows are: the graph pads them itself.
 
         Args:
             input_ids: int64 [batch_size, sequence_length].
             attention_mask: int64 [batch_size, sequence_length]: 1 on the text's own tokens.
-            token_type_ids: int64 [batch_size, sequence_length].
+            token_type_ids: int64 [batch_size, sequence_length], for the families that have them.
 
         Returns:
-            Token vectors float32 [batch_size, sequence_length, dim] and text vectors float32 [batch_size, dim].
+            Token vectors float32 [batch_size, sequence_length, width], if wanted, and text vectors
+            [batch_size, width of the vector type].
         """
-        own = attention_mask.to(torch.bool)
-        hidden = self.encoder(
-            input_ids=input_ids,
-            attention_mask=torch.where(own[:, None, None, :], 0.0, BLOCKED),
-            position_ids=torch.arange(input_ids.shape[1])[None, :].expand_as(input_ids),
-            token_type_ids=token_type_ids,
-        ).last_hidden_state
-        if self.pooling is Pooling.CLS:
-            vectors = hidden[:, 0]
-        else:
-            weights = own[:, :, None].to(hidden.dtype)
-            vectors = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
-        return hidden, _unit(vectors) if self.normalize else vectors
+        length = input_ids.shape[1]
+        pad_to = self.head.spec.pad_to
+        if pad_to is not None:
+            attention_mask = _filled(attention_mask, pad_to, 0)
+            input_ids = torch.where(attention_mask == 0, self.pad_id, _filled(input_ids, pad_to, self.pad_id))
+            token_type_ids = None if token_type_ids is None else _filled(token_type_ids, pad_to, 0)
+        segments = Segments.padded(attention_mask)
+        pick = None if self.token_vectors else self.head.picked(segments)
+        states, probabilities = padded_states(
+            self.encoder,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            attentions_of=self.head.attentions_of,
+            pick=pick,
+        )
+        vectors = self.head(states, segments, pruned=pick is not None, probabilities=probabilities)[:, 0]
+        return (states[-1][:, :length], vectors) if self.token_vectors else (vectors,)
 
 
 class PackedEncoder(nn.Module):
     """Several texts a row, told apart by segment ids: attention stays within a segment, and each is pooled by itself.
 
     Args:
-        model: a BERT encoder with eager attention.
-        pooling: mean or cls.
-        normalize: scale to unit L2 norm.
+        reference: model and head.
     """
 
-    def __init__(self, model: PreTrainedModel, pooling: Pooling, normalize: bool) -> None:
+    def __init__(self, reference: Reference) -> None:
         super().__init__()
-        self.encoder = model
-        self.pooling = pooling
-        self.normalize = normalize
+        self.encoder = reference.model
+        self.head = Head(reference)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """Encode packed rows.
@@ -139,86 +152,81 @@ class PackedEncoder(nn.Module):
         Args:
             input_ids: int64 [rows, length].
             position_ids: int64 [rows, length]: 0, 1, … within each text.
-            segment_ids: int64 [rows, length]: 0 where empty, else 1, 2, … for the texts of the row.
+            segment_ids: int64 [rows, length]: 0 where empty, else 1, 2, … for the texts of the row. For `mean_padded`
+                each text takes `pad_to` positions, and those of its padding have its number with a minus.
 
         Returns:
-            float32 [rows, length // TOKENS_PER_SLOT, dim]; empty slots are zeros.
+            [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
         """
-        # Empty positions see each other, so that every position sees something.
-        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        hidden = self.encoder(
-            input_ids=input_ids,
-            attention_mask=torch.where(same, 0.0, BLOCKED),
-            position_ids=position_ids,
-            token_type_ids=torch.zeros_like(input_ids),
-        ).last_hidden_state
-        slots = torch.arange(1, input_ids.shape[1] // TOKENS_PER_SLOT + 1)
-        chosen = segment_ids[:, None, :] == slots[None, :, None]
-        if self.pooling is Pooling.CLS:
-            vectors = (chosen & (position_ids == 0)[:, None, :]).to(hidden.dtype) @ hidden
-        else:
-            weights = chosen.to(hidden.dtype)
-            vectors = (weights @ hidden) / weights.sum(-1, keepdim=True).clamp(min=1.0)
-        return _unit(vectors) if self.normalize else vectors
-
-
-def check_head(spec: EncoderSpec) -> None:
-    """Refuse an encoder whose head the graphs cannot hold.
-
-    Raises:
-        BundleError: its pooling is neither mean nor cls.
-    """
-    if spec.pooling not in (Pooling.MEAN, Pooling.CLS):
-        raise BundleError(
-            f"{spec.base_model} pools with {spec.pooling.value}, which depends on padding and cannot be packed: "
-            "tune it with --pooling mean or --pooling cls and export that"
+        segments = Segments.packed(position_ids, segment_ids)
+        padding = None
+        if self.head.spec.pad_to is not None:
+            padding, segment_ids = segment_ids < 0, segment_ids.abs()
+        pick = self.head.picked(segments)
+        states, probabilities = packed_states(
+            self.encoder,
+            input_ids,
+            position_ids,
+            segment_ids,
+            padding=padding,
+            attentions_of=self.head.attentions_of,
+            pick=pick,
         )
+        vectors: torch.Tensor = self.head(states, segments, pruned=pick is not None, probabilities=probabilities)
+        return vectors
 
 
 def export_graphs(
-    model: PreTrainedModel, spec: EncoderSpec, folder: Path, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
+    reference: Reference,
+    folder: Path,
+    *,
+    token_vectors: bool = True,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> Iterator[Graph]:
     """Write the padded, then the packed graph of an encoder into a folder; each is yielded once it is checked.
 
     Raises:
-        BundleError: the graphs cannot hold this encoder's pooling.
         EngineError: PyTorch cannot translate the model, or a file breaks the contract.
     """
-    check_head(spec)
     for layout, name in GRAPH_FILES.items():
         path = folder / name
-        contract = export_graph(model, spec, layout, path, external_data_bytes=external_data_bytes)
+        contract = export_graph(
+            reference, layout, path, token_vectors=token_vectors, external_data_bytes=external_data_bytes
+        )
         yield Graph(layout=layout, path=path, inputs=contract.inputs, outputs=contract.outputs)
 
 
 def export_graph(
-    model: PreTrainedModel,
-    spec: EncoderSpec,
+    reference: Reference,
     layout: Layout,
     path: Path,
     *,
+    token_vectors: bool = True,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> Signature:
     """Write one graph of an encoder, with its head inside, and check the file.
 
     Args:
-        model: fp32, in evaluation mode. Its attention implementation is changed meanwhile.
-        spec: pooling and normalisation.
+        reference: model and head, fp32, in evaluation mode.
         layout: padded or packed.
         path: the ONNX file to write; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it.
+        token_vectors: whether the padded graph gives these too, as other libraries want them.
         external_data_bytes: see `EXTERNAL_DATA_BYTES`.
 
     Returns:
         What the file's inputs and outputs are.
 
     Raises:
-        BundleError: the graph cannot hold this encoder's pooling.
         EngineError: PyTorch cannot translate the model, or the file breaks the contract.
     """
-    check_head(spec)
-    contract = signature(layout, spec.dim)
-    wrapper = PaddedEncoder if layout is Layout.PADDED else PackedEncoder
-    proto = _trace(wrapper(model, spec.pooling, spec.normalize).eval(), model, contract)
+    config: Any = reference.model.config
+    contract = signature(layout, reference.spec, config.hidden_size, token_vectors=token_vectors)
+    wrapper: nn.Module
+    if layout is Layout.PADDED:
+        wrapper = PaddedEncoder(reference, token_vectors=token_vectors)
+    else:
+        wrapper = PackedEncoder(reference)
+    proto = _trace(wrapper.eval(), contract)
     _clean(proto)
     _name_outputs(proto, contract)
     _name_dimensions(proto, contract)
@@ -259,21 +267,18 @@ def _int64(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
     return TensorSpec(name=name, dtype="int64", shape=shape)
 
 
-def _float32(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
-    return TensorSpec(name=name, dtype="float32", shape=shape)
+def _filled(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    """Bring int64 [rows, L] to `length` columns, L at most."""
+    return nn.functional.pad(values, (0, length), value=fill)[:, :length]
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors / (vectors * vectors).sum(-1, keepdim=True).sqrt().clamp(min=EPSILON)
-
-
-def _trace(wrapper: nn.Module, model: PreTrainedModel, contract: Signature) -> onnx.ModelProto:
+def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
     """Translate a module whose inputs are all int64 with two free dimensions."""
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     # Neither 0 nor 1 a dimension, or the exporter would take the size for a constant.
     # One tensor for each input: the exporter takes the same object given twice for one input.
     examples = tuple(torch.ones(3, 64, dtype=torch.int64) for _ in contract.inputs)
-    with _eager_attention(model), _quiet_exporter():
+    with _quiet_exporter():
         try:
             program = torch.onnx.export(
                 wrapper,
@@ -286,23 +291,11 @@ def _trace(wrapper: nn.Module, model: PreTrainedModel, contract: Signature) -> o
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            raise EngineError(f"PyTorch cannot translate {type(model).__name__} to ONNX: {error}") from error
+            raise EngineError(f"PyTorch cannot translate the encoder to ONNX: {error}") from error
     if program is None:
         raise EngineError("PyTorch gave no ONNX program")
     proto: onnx.ModelProto = program.model_proto
     return proto
-
-
-@contextlib.contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Spell attention out in matrix products: engines recognise and fuse that, whatever the mask's shape."""
-    config: Any = model.config
-    before = config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager

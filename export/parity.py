@@ -1,40 +1,133 @@
-"""The proof of an artifact: its vectors against PyTorch's, computed with the engine and options that will serve."""
+"""The certificate of an artifact: its vectors against PyTorch's, computed with the engine and options that serve."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.graphs import Graph
-from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, EngineName, Parity, Precision, sha256_texts
-from mirror_runtime.encoder import WINDOW
-from mirror_runtime.engines import Engine, load_engine
+from export.texts import CANARIES
+from mirror_runtime.bundle import (
+    TOKENIZER_FILE,
+    EncoderSpec,
+    EngineName,
+    Layout,
+    Manifest,
+    Parity,
+    Precision,
+    StsScore,
+    TensorSpec,
+    VectorType,
+    sha256_texts,
+)
+from mirror_runtime.commandline import truncations_counted_elsewhere
+from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines.onnxruntime_engine import open_session
-from mirror_runtime.errors import InputError, ParityError
+from mirror_runtime.engines.openvino_engine import compile_padded
+from mirror_runtime.engines.tensorrt_engine import LoadedPlan
+from mirror_runtime.errors import EngineError, InputError, ParityError
 from mirror_runtime.host import usable_cores
-from mirror_runtime.packing import Ladder, PackedRows, pack
 from mirror_runtime.tokens import LongTexts, Tokenizer
+from mirror_runtime.vectors import components
+from training.evalsets import EvaluationSet
+from training.metrics import spearman
 from training.reference import Reference
 
-FLOORS = {Precision.FP32: 0.99999, Precision.BF16: 0.9995}
+FLOORS = {
+    Precision.FP32: 0.99999,
+    Precision.FP16: 0.9999,
+    Precision.BF16: 0.9995,
+    Precision.INT8: 0.98,
+    Precision.FP8: 0.98,
+}
 """The smallest cosine to the reference that any text may have."""
+
+NEIGHBOUR_FLOOR = 0.999
+"""The smallest cosine between a text's vector alone and among others, where the precision's own floor is lower."""
+
+CHANCE_BITS = 2
+"""Bits of a binary vector that may flip besides those that the angle to the reference's vector explains."""
+
+STS_DROP = 0.5
+"""Points of Spearman correlation that an artifact may lose on an evaluation set."""
 
 NEIGHBOURS = 24
 """Texts that are also run alone."""
 
-PADDED_BATCH = 32
+PADDED_TEXTS, PADDED_TOKENS = 32, 4096
+"""Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
+
+PAIRS_A_TEXT = 8
+"""Random other texts that each text's similarity is ranked with."""
+
+NEAREST = 10
+
+TIE = 1e-6
+"""Cosines that differ by less are equal: float32 rounds them to that, and texts that differ in blanks tie exactly."""
 
 Vectors = NDArray[np.float32]
+Run = Callable[[Mapping[str, NDArray[np.int64]]], Vectors]
+"""A padded graph's inputs to its text vectors."""
+
 Encode = Callable[[Sequence[str]], Vectors]
-"""Texts to float32 [n, dim], in one ragged batch or several."""
+"""Texts to the components of their vectors, float32 [n, dim], in one ragged batch or several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A graph, an engine and a precision that are to be proven together.
+
+    Attributes:
+        path: the graph, relative to the bundle in the making.
+        layout: padded or packed.
+        engine: what runs it.
+        precision: what it runs in.
+        inputs: in the graph's order.
+        outputs: in the graph's order.
+    """
+
+    path: str
+    layout: Layout
+    engine: EngineName
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __str__(self) -> str:
+        return f"{self.engine.value} {self.precision.value} {self.layout.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floors:
+    """The smallest cosines that any text may have.
+
+    Attributes:
+        reference: to the reference's vector.
+        neighbour: between its vector alone and its vector among others.
+    """
+
+    reference: float
+    neighbour: float
+
+    @classmethod
+    def of(cls, precision: Precision, spec: EncoderSpec) -> Floors:
+        """Give the floors of a precision, for the vectors that an encoder gives.
+
+        Bits are coarse: vectors at an angle of a have a share a / pi of different bits, on average, and one bit of 384
+        is a cosine of 0.995 already. Their floors follow from the precision's angle.
+        """
+        reference, neighbour = FLOORS[precision], max(FLOORS[precision], NEIGHBOUR_FLOOR)
+        if spec.vector_type is VectorType.BINARY:
+            reference, neighbour = (
+                1 - 2 * (math.acos(cosine) / math.pi + CHANCE_BITS / spec.dim) for cosine in (reference, neighbour)
+            )
+        return cls(reference=reference, neighbour=neighbour)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,154 +136,168 @@ class Expected:
 
     Attributes:
         texts: ragged real text.
-        vectors: float32 [n, dim], the reference's.
+        vectors: float32 [n, dim], the components of the reference's.
         reference: what made them, such as "PyTorch 2.13.0 fp32".
-        spec: the encoder's.
+        sets: scored pairs to measure quality on.
+        scores: the reference's Spearman correlation on each, in points.
     """
 
     texts: tuple[str, ...]
     vectors: Vectors
     reference: str
-    spec: EncoderSpec
+    sets: tuple[EvaluationSet, ...] = ()
+    scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_finite(self.vectors, self.texts, f"the reference ({self.reference})")
 
     @classmethod
-    def of(cls, reference: Reference, texts: Sequence[str]) -> Expected:
-        """Encode texts with PyTorch.
+    def of(cls, reference: Reference, texts: Sequence[str], sets: Sequence[EvaluationSet] = ()) -> Expected:
+        """Encode texts, the canaries and sets with PyTorch.
+
+        The canaries too, since `mirror verify` holds them against the floors on other machines.
 
         Raises:
             ParityError: a vector is not finite.
         """
         release = torch.__version__.split("+")[0]
+        proving = tuple(dict.fromkeys((*texts, *CANARIES)))
         return cls(
-            texts=tuple(texts),
-            vectors=reference.encode(texts),
+            texts=proving,
+            vectors=reference.encode(proving),
             reference=f"PyTorch {release} fp32",
-            spec=reference.spec,
+            sets=tuple(sets),
+            scores=tuple(_quality(reference.encode, chosen) for chosen in sets),
         )
 
 
-def prove_padded(graph: Graph, expected: Expected) -> Parity:
-    """Prove a padded graph on ONNX Runtime with the runtime's session options; see `prove`."""
-    spec = expected.spec
-    session = open_session(graph.path, threads=usable_cores())
-    tokenizer = Tokenizer(graph.path.parents[1] / TOKENIZER_FILE, spec.max_tokens, LongTexts.TRUNCATE)
-    encode = padded_encode(session, tokenizer, spec.dim)
-    return prove(encode, expected, floor=FLOORS[Precision.FP32], what="onnxruntime fp32 padded")
-
-
-def prove_packed(folder: Path, graph: Graph, engine: EngineName, precision: Precision, expected: Expected) -> Parity:
-    """Prove a packed graph with one engine in one precision; see `prove`.
+def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expected: Expected) -> Parity:
+    """Prove a candidate with the runtime's own parts: see `prove`.
 
     Args:
-        folder: the bundle in the making, which holds the tokenizer.
-        graph: the packed graph.
-        engine: what runs it.
-        precision: what it runs in.
+        folder: the bundle in the making, which holds the tokenizer and the graph.
+        candidate: what is to be proven.
+        manifest: says what decides the vectors; its artifacts are not read.
         expected: texts and reference vectors.
+
+    Raises:
+        ParityError: the vectors are not the reference's.
+        EngineError: the engine cannot run the graph.
     """
-    spec = expected.spec
-    tokenizer = Tokenizer(folder / TOKENIZER_FILE, spec.max_tokens, LongTexts.TRUNCATE)
-    loaded = load_engine(engine, precision, graph.path, dim=spec.dim)
-    try:
-        encode = packed_encode(loaded, tokenizer, spec.max_tokens, spec.dim)
-        what = f"{engine.value} {precision.value} packed"
-        return prove(encode, expected, floor=FLOORS[precision], what=what)
-    finally:
-        loaded.close()
+    spec = manifest.encoder
+    floors = Floors.of(candidate.precision, spec)
+    if candidate.layout is Layout.PACKED:
+        with (
+            truncations_counted_elsewhere(),  # the texts are too long on purpose
+            Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, candidate.path) as encoder,
+        ):
+            return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
+    with _padded_run(folder / candidate.path, candidate.engine, candidate.precision) as run:
+        return prove(padded_encode(run, folder, candidate, spec), expected, floors, what=str(candidate))
 
 
-def packed_encode(engine: Engine, tokenizer: Tokenizer, max_tokens: int, dim: int) -> Encode:
-    """Encode through a packed engine, the way `Encoder` does: same tokenizer, windows, ladder and streams."""
-    ladder = Ladder.up_to(max_tokens)
+@contextmanager
+def _padded_run(graph: Path, engine: EngineName, precision: Precision) -> Iterator[Run]:
+    """Open a padded graph in the engine that serves it."""
+    if engine is EngineName.TENSORRT:
+        plan = LoadedPlan(graph, streams=1)
+        try:
+            yield lambda feed: plan.run(feed)["sentence_embedding"]
+        finally:
+            plan.close()
+    elif engine is EngineName.ONNXRUNTIME:
+        session = open_session(graph, threads=usable_cores())
+        yield lambda feed: session.run(["sentence_embedding"], feed)[0]
+    elif engine is EngineName.OPENVINO:
+        compiled = compile_padded(graph, precision)
+        yield lambda feed: compiled(feed)["sentence_embedding"]
+    else:
+        raise EngineError(f"padded graphs are not proven on {engine.value}: choose onnxruntime, openvino or tensorrt")
+
+
+def padded_encode(run: Run, folder: Path, candidate: Candidate, spec: EncoderSpec) -> Encode:
+    """Encode through a padded graph, texts of like length in one batch."""
+    # Without `pad_to`: the graph itself pads where the pooling is defined by padding.
+    tokenizer = Tokenizer(folder / TOKENIZER_FILE, spec.max_tokens, LongTexts.TRUNCATE, template=spec.template)
 
     def encode(texts: Sequence[str]) -> Vectors:
-        vectors = np.zeros((len(texts), dim), np.float32)
-        with ThreadPoolExecutor(engine.streams) as pool:
-            for at in range(0, len(texts), WINDOW):
-                window = tokenizer(texts[at : at + WINDOW])
-                _refuse(window.errors, texts)
-                batches = pack(window.ids, window.lengths, ladder, streams=engine.streams)
-                rows: list[PackedRows] = [batch.rows for batch in batches]
-                for batch, out in zip(batches, pool.map(engine.run, rows), strict=True):
-                    vectors[at + batch.pieces] = out.reshape(-1, dim)[batch.slots]
-        return vectors
-
-    return encode
-
-
-def padded_encode(session: Any, tokenizer: Tokenizer, dim: int) -> Encode:
-    """Encode through a padded graph in ragged batches of `PADDED_BATCH`, in the order given.
-
-    Args:
-        session: an `onnxruntime.InferenceSession` of the padded graph.
-        tokenizer: of the bundle.
-        dim: length of a vector.
-    """
-
-    def encode(texts: Sequence[str]) -> Vectors:
-        parts = [np.zeros((0, dim), np.float32)]
-        for at in range(0, len(texts), PADDED_BATCH):
-            window = tokenizer(texts[at : at + PADDED_BATCH])
-            _refuse(window.errors, texts)
-            lengths = window.lengths
-            mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+        tokenized = tokenizer(texts)
+        if tokenized.errors:
+            raise InputError(
+                f"a text that is to prove the graphs cannot be encoded: {min(tokenized.errors.items())[1]}"
+            )
+        starts = np.cumsum(tokenized.lengths) - tokenized.lengths
+        vectors = np.zeros((len(texts), spec.dim), np.float32)
+        for batch in _padded_batches(tokenized.lengths):
+            mask = np.arange(tokenized.lengths[batch].max())[None, :] < tokenized.lengths[batch, None]
             input_ids = np.zeros(mask.shape, np.int64)
-            input_ids[mask] = window.ids
+            input_ids[mask] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in batch])
             feed = {
                 "input_ids": input_ids,
                 "attention_mask": mask.astype(np.int64),
                 "token_type_ids": np.zeros_like(input_ids),
             }
-            parts.append(session.run(["sentence_embedding"], feed)[0])
-        vectors: Vectors = np.concatenate(parts)
+            wanted = {tensor.name: feed[tensor.name] for tensor in candidate.inputs}
+            vectors[batch] = components(run(wanted), spec)
         return vectors
 
     return encode
 
 
-def prove(encode: Encode, expected: Expected, *, floor: float, what: str) -> Parity:
+def _padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut the texts, by ascending length, into batches within `PADDED_TEXTS` and `PADDED_TOKENS`."""
+    order = np.argsort(lengths, kind="stable")
+    at = 0
+    while at < order.size:
+        size = 1
+        while (
+            size < PADDED_TEXTS and at + size < order.size and (size + 1) * lengths[order[at + size]] <= PADDED_TOKENS
+        ):
+            size += 1
+        yield order[at : at + size]
+        at += size
+
+
+def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> Parity:
     """Compare an artifact's vectors with the reference's, and with its own when each text is alone.
 
     Args:
         encode: runs the artifact.
         expected: texts and reference vectors.
-        floor: see `FLOORS`.
+        floors: of its precision and vector type.
         what: names the artifact in messages.
 
     Raises:
         ParityError: a vector is not finite, is farther from the reference than the floor allows, or moves when other
-            texts share its batch.
+            texts share its batch; or the artifact loses more than `STS_DROP` points on an evaluation set.
     """
-    texts = expected.texts
-    # Texts of like length next to each other keep padding, and so the time, small.
-    order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
-    vectors = np.zeros_like(expected.vectors)
-    vectors[order] = encode([texts[i] for i in order])
+    texts, floor = expected.texts, floors.reference
+    vectors = encode(texts)
     check_finite(vectors, texts, what)
     _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
-    picked = [order[i * len(order) // NEIGHBOURS] for i in range(NEIGHBOURS)] if len(order) > NEIGHBOURS else order
+    by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    count = min(NEIGHBOURS, len(texts))
+    picked = [by_length[i * len(texts) // count] for i in range(count)]
     sample = [texts[i] for i in picked]
     together = encode(sample)
     alone = np.concatenate([encode([text]) for text in sample])
     check_finite(together, sample, what)
     check_finite(alone, sample, what)
-    _check_distance(together, alone, sample, floor, f"{what}: vectors depend on the other texts of a batch")
+    _check_distance(together, alone, sample, floors.neighbour, f"{what}: vectors depend on the other texts of a batch")
     _check_distance(alone, expected.vectors[picked], sample, floor, f"{what}: texts alone differ from the reference")
     cosines = _cosines(vectors, expected.vectors)
     return Parity(
         reference=expected.reference,
-        texts=len(expected.texts),
-        texts_sha256=sha256_texts(expected.texts),
+        texts=len(texts),
+        texts_sha256=sha256_texts(texts),
         min_cosine=float(cosines.min()),
         mean_cosine=float(cosines.mean()),
         max_abs_diff=float(np.abs(vectors - expected.vectors).max()),
         floor=floor,
         neighbour_cosine=float(_cosines(together, alone).min()),
-        spearman=_spearman(vectors, expected.vectors),
-        top10_overlap=_top10_overlap(vectors, expected.vectors),
+        spearman=_rank_correlation(vectors, expected.vectors),
+        top10_overlap=_top_overlap(vectors, expected.vectors),
+        sts=_scores(encode, expected, what),
     )
 
 
@@ -231,6 +338,29 @@ def _check_distance(found: Vectors, wanted: Vectors, texts: Sequence[str], floor
     )
 
 
+def _scores(encode: Encode, expected: Expected, what: str) -> tuple[StsScore, ...]:
+    scores = []
+    for chosen, before in zip(expected.sets, expected.scores, strict=True):
+        after = _quality(encode, chosen)
+        # Also true of NaN, which no comparison holds for.
+        if not before - after <= STS_DROP:
+            raise ParityError(
+                f"{what}: {chosen.name} drops from {before:.2f} to {after:.2f} points, by more than {STS_DROP}"
+            )
+        scores.append(
+            StsScore(name=chosen.name, pairs=len(chosen.scores), sha256=chosen.sha256, reference=before, artifact=after)
+        )
+    return tuple(scores)
+
+
+def _quality(encode: Encode, chosen: EvaluationSet) -> float:
+    """Give the Spearman correlation of the pairs' cosines with people's scores, in points."""
+    texts = list(dict.fromkeys(chosen.texts))
+    vectors = dict(zip(texts, encode(texts), strict=True))
+    first, second = (np.array([vectors[text] for text in side]) for side in (chosen.first, chosen.second))
+    return 100 * spearman(_cosines(first, second), chosen.scores)
+
+
 def _cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     left, right = a.astype(np.float64), b.astype(np.float64)
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
@@ -238,31 +368,36 @@ def _cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
     return cosines
 
 
-def _spearman(found: Vectors, wanted: Vectors) -> float:
-    """Rank correlation of the cosines of every pair of neighbours in a fixed random order of the texts."""
+def _rank_correlation(found: Vectors, wanted: Vectors) -> float:
+    """Give the rank correlation of the cosines of every text with some others, in a fixed random order.
+
+    Similarities that are all equal have no order to lose: 1.
+    """
     order = np.random.default_rng(0).permutation(len(found))
-    rounds = [np.roll(order, shift) for shift in range(1, min(len(order), 9))]
-    pairs = [np.concatenate([_cosines(v[order], v[other]) for other in rounds]) for v in (found, wanted)]
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in pairs]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    others = [np.roll(order, shift) for shift in range(1, min(len(order) - 1, PAIRS_A_TEXT) + 1)]
+    if not others:
+        return 1.0
+    a, b = (np.concatenate([_cosines(v[order], v[other]) for other in others]) for v in (found, wanted))
+    return 1.0 if np.ptp(b) == 0 else float(np.nan_to_num(spearman(a, b)))
 
 
-def _top10_overlap(found: Vectors, wanted: Vectors) -> float:
-    """Give the share of each text's ten nearest other texts that both sets of vectors agree on."""
-    nearest = []
-    for vectors in (found, wanted):
-        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        cosines = unit @ unit.T
-        np.fill_diagonal(cosines, -np.inf)
-        nearest.append(np.argsort(-cosines, axis=1, kind="stable")[:, : min(10, len(unit) - 1)])
-    shared = [np.intersect1d(a, b).size / max(a.size, 1) for a, b in zip(*nearest, strict=True)]
-    return float(np.mean(shared))
+def _top_overlap(found: Vectors, wanted: Vectors) -> float:
+    """Give the share of each text's `NEAREST` other texts that are among the reference's, ties counted as shared."""
+    count = min(NEAREST, len(found) - 1)
+    if count < 1:
+        return 1.0
+    theirs, ours = _similarities(wanted), _similarities(found)
+    last = np.partition(theirs, -count, axis=1)[:, -count]
+    chosen = np.argpartition(ours, -count, axis=1)[:, -count:]
+    return float((np.take_along_axis(theirs, chosen, axis=1) >= last[:, None] - TIE).mean())
 
 
-def _refuse(errors: Any, texts: Sequence[str]) -> None:
-    if errors:
-        first = min(errors)
-        raise InputError(f"the parity texts hold one that cannot be encoded: {errors[first]}")
+def _similarities(vectors: Vectors) -> NDArray[np.float32]:
+    """Give the cosines of every two texts, -2 of each with itself."""
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+    cosines: NDArray[np.float32] = unit @ unit.T
+    np.fill_diagonal(cosines, -2.0)
+    return cosines
 
 
 def _short(text: str, limit: int = 60) -> str:

@@ -34,11 +34,13 @@ CANARIES = (
     "delete a folder and everything in it",
     "Return the absolute value of the argument.",
     "word " * 40,
+    " ".join(f"Sentence {i} of this long text says that {i} times {i} is {i * i}." for i in range(1, 61)),
 )
-"""Short texts of several kinds and a longer one: their vectors are stored in the bundle."""
+"""Short texts of several kinds, a longer one, and one that most encoders truncate: their vectors are stored in the
+bundle."""
 
 
-def parity_texts(short: int = 1000, medium: int = 60, long: int = 16) -> tuple[str, ...]:
+def parity_texts(short: int = 1000, medium: int = 40, long: int = 8) -> tuple[str, ...]:
     """Give first sentences and whole docstrings of this Python's standard library, and the nasty ones.
 
     Args:
@@ -66,7 +68,7 @@ def read_texts(path: Path) -> tuple[str, ...]:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}. Give --parity-texts a text file") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}. Give a text file of one text a line") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 at byte {error.start}: convert it to UTF-8") from error
     texts = tuple(line for line in content.split("\n") if line.strip())

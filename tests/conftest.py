@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,20 @@ from mirror_runtime.bundle import (
     Pooling,
     Precision,
     TensorSpec,
+    read_manifest,
     sha256_file,
     write_json,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep converted graphs and plans out of the user's cache, and the user's plans out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +64,34 @@ def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny random BERT with mean pooling as a bundle, proven on a few texts in fp32. Copy it to change it."""
+    from export.build import Request, build
+
+    output = tmp_path_factory.mktemp("tiny") / "bundle"
+    texts = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
+    build(
+        Request(encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=(Precision.FP32,))
+    )
+    return output
+
+
+@pytest.fixture
+def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let exports of the tiny random BERT with mean pooling take that bundle's graphs: tracing is what takes long."""
+    from export import build
+    from export.graphs import GRAPH_FILES, Graph
+
+    def copied(_reference: object, folder: Path, **_options: object) -> Iterator[Graph]:
+        for artifact in read_manifest(tiny_bundle).artifacts[:2]:
+            path = folder / GRAPH_FILES[artifact.layout]
+            shutil.copy(tiny_bundle / artifact.path, path)
+            yield Graph(layout=artifact.layout, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+
+    monkeypatch.setattr(build, "export_graphs", copied)
 
 
 @pytest.fixture
@@ -164,3 +201,19 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give a plain Hugging Face folder of a family, by `model_type`: see `tests.tiny_encoders`."""
+    from tests.tiny_encoders import write_tiny_encoder
+
+    root = tmp_path_factory.mktemp("families")
+
+    def make(family: str) -> Path:
+        folder = root / family
+        if not folder.exists():
+            write_tiny_encoder(family, folder)
+        return folder
+
+    return make

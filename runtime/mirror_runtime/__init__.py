@@ -4,22 +4,31 @@
 bundle is loaded with is imported then.
 """
 
-from mirror_runtime.encoder import Encoded, Encoder, Stats
+from typing import TYPE_CHECKING, Any
+
+from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import (
     BundleError,
     EngineError,
     InputError,
     MirrorError,
     MissingExtra,
+    OverloadedError,
     ParityError,
     ServerError,
     TextError,
 )
+from mirror_runtime.stats import Stats
 from mirror_runtime.tokens import LongTexts
+
+if TYPE_CHECKING:
+    from mirror_runtime.async_encoder import AsyncEncoder, AsyncStats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncEncoder",
+    "AsyncStats",
     "BundleError",
     "Encoded",
     "Encoder",
@@ -28,9 +37,19 @@ __all__ = [
     "LongTexts",
     "MirrorError",
     "MissingExtra",
+    "OverloadedError",
     "ParityError",
     "ServerError",
     "Stats",
     "TextError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs asyncio when it is asked for: it is a tenth of the way to a first vector."""
+    if name in ("AsyncEncoder", "AsyncStats"):
+        from mirror_runtime import async_encoder
+
+        return getattr(async_encoder, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

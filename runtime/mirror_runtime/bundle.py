@@ -50,7 +50,8 @@ class Pooling(str, Enum):
     MASK = "mask"
     """The vector at the mask token that `template` puts into every text (PromptBERT, section 4)."""
     DITTO = "ditto"
-    """Mean weighted by the attention that each token pays to itself in one head (Ditto, section 3.2)."""
+    """Mean weighted by the attention that each token pays to itself in one head (Ditto, section 3.2). The weights are
+    divided by their sum, which the published code leaves out: cosines are the same."""
 
 
 class VectorType(str, Enum):
@@ -87,6 +88,10 @@ class EngineName(str, Enum):
     """A library that executes artifacts."""
 
     ONNXRUNTIME = "onnxruntime"
+    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+    """ONNX Runtime's CUDA provider."""
+    ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"
+    """ONNX Runtime's TensorRT provider, which builds its engines when it first meets a shape."""
     OPENVINO = "openvino"
     TENSORRT = "tensorrt"
     FAKE = "fake"
@@ -112,7 +117,8 @@ class Ditto:
 @dataclass(frozen=True, kw_only=True)
 class Dense:
     """A linear layer of the head. Layer i's weights lie in `<i + 2>_Dense/model.safetensors`, as `linear.weight`
-    [out_features, in_features] and `linear.bias`, which is where sentence-transformers has them. Whitening is one."""
+    [out_features, in_features] and `linear.bias`, which is where sentence-transformers has them. Whitening is one.
+    """
 
     in_features: int
     out_features: int
@@ -170,12 +176,23 @@ class EncoderSpec:
             raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: mean_padded alone needs it")
         if (self.pooling is Pooling.DITTO) != (self.ditto is not None):
             raise BundleError(f"ditto is {self.ditto} with pooling {self.pooling.value}: ditto alone needs it")
+        if self.pooling is Pooling.MASK and self.template is None:
+            raise BundleError("pooling mask needs a template with the mask token, such as '{text} means [MASK].'")
         if not self.layers:
             raise BundleError("layers is empty: name at least one, such as -1 for the last")
         if self.template is not None and self.template.count("{text}") != 1:
             raise BundleError(f"template is {self.template!r}: it must contain {{text}} once")
         if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
             raise BundleError(f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: int8 needs it")
+        if self.int8_scale is not None and not 0 < self.int8_scale < float("inf"):
+            raise BundleError(f"int8_scale is {self.int8_scale}: it must be a positive number")
+        for first, second in zip(self.dense, self.dense[1:], strict=False):
+            if first.out_features != second.in_features:
+                raise BundleError(
+                    f"dense gives {first.out_features} components where {second.in_features} are expected"
+                )
+        if self.dense and self.dim > self.dense[-1].out_features:
+            raise BundleError(f"dim is {self.dim}, more than the {self.dense[-1].out_features} that dense gives")
         if self.vector_type is VectorType.BINARY and self.dim % 8:
             raise BundleError(f"dim is {self.dim}: binary vectors need a multiple of 8")
 
@@ -187,6 +204,25 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StsScore:
+    """An evaluation set of scored pairs: Spearman correlation of the pairs' cosines with people's scores, in points.
+
+    Attributes:
+        name: of the set.
+        pairs: how many.
+        sha256: of the set's file.
+        reference: by the reference's vectors, -100 to 100.
+        artifact: by the artifact's.
+    """
+
+    name: str
+    pairs: int
+    sha256: str
+    reference: float
+    artifact: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +240,7 @@ class Parity:
         neighbour_cosine: the worst cosine between a text's vector when it is alone and among others.
         spearman: rank correlation of pair similarities with the reference's, over random pairs of the texts.
         top10_overlap: share of each text's ten nearest texts that are also the reference's, mean over the texts.
+        sts: quality before and after, for each evaluation set that the exporter was given.
     """
 
     reference: str
@@ -216,6 +253,7 @@ class Parity:
     neighbour_cosine: float
     spearman: float
     top10_overlap: float
+    sts: tuple[StsScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,13 +378,18 @@ def sha256_texts(texts: typing.Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
 
 
-def fingerprint(spec: EncoderSpec, weights_sha256: str, tokenizer_sha256: str) -> str:
+def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space: 16 hexadecimal digits over weights, tokenizer and what the spec says of the vector.
 
     Where the weights came from (`base_model`, `revision`) does not count: the same weights give the same space.
+
+    Args:
+        spec: the encoder's.
+        files: sha256 by relative path. Safetensors files and the tokenizer count, the head's included; others do not.
     """
+    counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
     vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
-    text = json.dumps([weights_sha256, tokenizer_sha256, vector], sort_keys=True)
+    text = json.dumps([counted, vector], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,11 @@ from mirror_runtime.errors import MirrorError
 
 
 def run_command(
-    app: typer.Typer, argv: Sequence[str] | None, name: str, *, lists: Mapping[str, Collection[str] | None] | None = None
+    app: typer.Typer,
+    argv: Sequence[str] | None,
+    name: str,
+    *,
+    lists: Mapping[str, Collection[str] | None] | None = None,
 ) -> int:
     """Run a typer application to its exit status.
 

@@ -20,6 +20,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "cuda-bindings",
     "tritonclient",
     "nvidia-pytriton",
 )
@@ -46,6 +47,7 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at the machine and the installed packages. Imports no engine."""
     packages = {name: _version(name) for name in PACKAGES}
+    gpu = shutil.which("nvidia-smi") is not None
     bf16 = sorted(BF16_FLAGS & cpu_flags())
     glibc = platform.libc_ver()[1]
     machine = {
@@ -57,7 +59,7 @@ def diagnose() -> Diagnosis:
             sorted(f for f in cpu_flags() if f.startswith(("amx", "avx512_", "avx2", "avx_vnni")))
         ),
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
-        "gpu": "an NVIDIA driver is present" if shutil.which("nvidia-smi") else "none seen",
+        "gpu": "an NVIDIA driver is present" if gpu else "none seen",
     }
     return Diagnosis(
         machine=machine,
@@ -68,6 +70,9 @@ def diagnose() -> Diagnosis:
             "openvino bf16": _needs(packages, "openvino", "openvino")
             if bf16
             else "no: the CPU lacks bf16 instructions",
+            "tensorrt": _tensorrt(packages) if gpu else "no: no NVIDIA GPU is seen",
+            "onnxruntime cuda": _needs(packages, "onnxruntime-gpu", "gpu") if gpu else "no: no NVIDIA GPU is seen",
+            "onnxruntime tensorrt": _provider(packages) if gpu else "no: no NVIDIA GPU is seen",
             "local tritonserver": _local_server(packages),
             "triton client": _needs(packages, "tritonclient", "client"),
         },
@@ -106,6 +111,20 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _tensorrt(packages: Mapping[str, str | None]) -> str:
+    """A plan needs TensorRT and, to move arrays, NVIDIA's CUDA bindings."""
+    needs = (_needs(packages, name, "tensorrt") for name in ("tensorrt", "cuda-bindings"))
+    return next((need for need in needs if need != "yes"), "yes")
+
+
+def _provider(packages: Mapping[str, str | None]) -> str:
+    """ONNX Runtime's wheels link TensorRT 10, and go on without the provider where only 11 is there."""
+    installed = packages["tensorrt"]
+    if packages["onnxruntime-gpu"] and installed and not installed.startswith("10."):
+        return f"no: it wants TensorRT 10 and {installed} is installed: pip install 'tensorrt<11'"
+    return _needs(packages, "onnxruntime-gpu", "gpu")
 
 
 def _local_server(packages: Mapping[str, str | None]) -> str:

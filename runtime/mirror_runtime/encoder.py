@@ -16,12 +16,23 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.bundle import TOKENIZER_FILE, Artifact, EncoderSpec, Manifest, read_manifest
+from mirror_runtime.bundle import (
+    Artifact,
+    EncoderSpec,
+    EngineName,
+    Manifest,
+    Precision,
+    read_manifest,
+)
+from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.packing import Batch, Ladder, PackedRows, pack
-from mirror_runtime.selection import choose
+from mirror_runtime.plan import Decision, Setting, decide, find_plan
+from mirror_runtime.selection import AUTO, choose
+from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, width_of
 
 _log = logging.getLogger(__name__)
 
@@ -34,54 +45,26 @@ class Encoded:
     """The result for a sequence of texts.
 
     Attributes:
-        vectors: float32 [n, dim], in the texts' order; a failed text's row is zeros.
+        vectors: [n, width] of the encoder's vector type (float32 [n, dim] where it has no other, see
+            `mirror_runtime.vectors`), in the texts' order; a failed text's row is zeros.
         tokens: int64 [n], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
         truncated: bool [n], whether tokens were cut off.
         errors: the failed texts, by position; the others are unharmed.
     """
 
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     errors: Mapping[int, TextError]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What an encoder has done since it was loaded.
-
-    Attributes:
-        texts: texts given.
-        failed: texts that got an error.
-        truncated: texts that lost tokens.
-        tokens: useful tokens executed.
-        slots: token places executed, empty ones included; `tokens / slots` is the fill of the rows.
-        executions: batches run.
-        tokenize_s: seconds spent tokenising.
-        pack_s: seconds spent packing.
-        infer_s: seconds spent in the engine, summed over its streams.
-        unpack_s: seconds spent collecting vectors.
-    """
-
-    texts: int = 0
-    failed: int = 0
-    truncated: int = 0
-    tokens: int = 0
-    slots: int = 0
-    executions: int = 0
-    tokenize_s: float = 0.0
-    pack_s: float = 0.0
-    infer_s: float = 0.0
-    unpack_s: float = 0.0
-
-
 @dataclass(frozen=True)
-class _Window:
-    """A window whose batches are queued or running."""
+class Window:
+    """Texts whose batches are queued, running or done: what `Encoder.begin` gives and `Encoder.finish` takes."""
 
     tokenized: Tokenized
     batches: Sequence[Batch]
-    outputs: Sequence[Future[NDArray[np.float32]]]
+    outputs: Sequence[Future[Vectors]]
 
 
 class Encoder:
@@ -92,20 +75,21 @@ class Encoder:
     Attributes:
         manifest: the bundle's manifest.
         engine: what runs; its `name` and `precision` are what was asked for, or what "auto" chose.
-        artifact: the proven artifact behind it; None for the fake engine.
+        decision: why that runs, and in which rows.
     """
 
     def __init__(
-        self, manifest: Manifest, artifact: Artifact | None, engine: Engine, tokenizer: Tokenizer, ladder: Ladder
+        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, ladder: Ladder
     ) -> None:
         self.manifest = manifest
-        self.artifact = artifact
+        self.decision = decision
         self.engine = engine
         self._tokenizer = tokenizer
         self._ladder = ladder
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
-        self._lock = threading.Lock()
-        self._stats = Stats()
+        # Calls of one batch run in their caller's thread: this keeps them and the pool together at `streams`.
+        self._turns = threading.BoundedSemaphore(engine.streams)
+        self._counters = Counters()
 
     @classmethod
     def load(
@@ -116,21 +100,26 @@ class Encoder:
         precision: str = "auto",
         streams: int | None = None,
         long_texts: LongTexts | str = LongTexts.TRUNCATE,
+        plan: str | Path | None = AUTO,
+        cache_dir: str | Path | None = AUTO_CACHE,
     ) -> Encoder:
         """Load a bundle.
 
         Args:
             bundle: the folder that export wrote.
-            engine: "onnxruntime", "openvino", "fake", or "auto" for the rule in `mirror_runtime.selection`.
+            engine: "onnxruntime", "openvino", "fake", or "auto" for what `mirror plan` measured here, and without
+                a plan for the rule in `mirror_runtime.selection`. `decision` says which it was.
             precision: "fp32", "bf16", or "auto". What is named here is what runs, or an error.
             streams: batches in flight; None lets the engine choose from this process's cores.
             long_texts: what happens to texts longer than the encoder takes: "truncate" (counted, marked in
                 `Encoded.truncated` and logged), "error", or "chunk" (mean of the chunks' vectors).
+            plan: a file that `mirror plan` wrote, "auto" for the one in the cache, None for the rule.
+            cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
 
         Raises:
             BundleError: the folder is no bundle or its tokenizer is broken.
             EngineError: the engine or precision is unknown, not in the bundle, not installed or not possible here.
-            InputError: `long_texts` is no policy.
+            InputError: `long_texts` is no policy, or the plan that was named does not hold here.
         """
         folder = Path(bundle)
         try:
@@ -139,12 +128,88 @@ class Encoder:
             known = ", ".join(p.value for p in LongTexts)
             raise InputError(f"long_texts is {long_texts!r}: choose {known}") from None
         manifest = read_manifest(folder)
+        cache = cache_folder(cache_dir)
+        followed = find_plan(plan, cache, manifest.fingerprint) if AUTO in (engine, precision) else None
+        decision = decide(manifest, engine, precision, followed)
+        if streams is not None:
+            decision = replace(decision, streams=streams)
+        return cls._open(folder, manifest, decision, policy, cache)
+
+    @classmethod
+    def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
+        """Load one packed graph with everything at its defaults, whether the manifest has it or not.
+
+        This is how export proves a graph before it is in any manifest: by the very thing that will serve it.
+
+        Args:
+            folder: holds the tokenizer and the graph.
+            manifest: says what decides the vectors.
+            engine: what runs the graph.
+            precision: what it runs in.
+            path: the graph, relative to the folder.
+
+        Raises:
+            BundleError: the tokenizer is broken.
+            EngineError: the engine is not installed, or cannot run this graph in this precision here.
+        """
+        decision = Decision(engine=engine, precision=precision)
+        return cls._open(folder, manifest, decision, LongTexts.TRUNCATE, None, path=path)
+
+    @classmethod
+    def of_setting(cls, bundle: Path, setting: Setting, cache_dir: str | Path | None = AUTO_CACHE) -> Encoder:
+        """Load a bundle to run in exactly one way, which is how `mirror plan` measures ways.
+
+        Raises:
+            BundleError: the folder is no bundle or its tokenizer is broken.
+            EngineError: the setting is not in the bundle, not installed or not possible here.
+        """
+        manifest = read_manifest(bundle)
+        name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
+        decision = Decision(
+            engine=name,
+            precision=runs_in,
+            artifact=artifact,
+            streams=setting.streams,
+            row_tokens=setting.row_tokens,
+            batch_tokens=setting.batch_tokens,
+        )
+        return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir))
+
+    @classmethod
+    def _open(
+        cls,
+        folder: Path,
+        manifest: Manifest,
+        decision: Decision,
+        long_texts: LongTexts,
+        cache: Path | None,
+        *,
+        path: str = "",
+    ) -> Encoder:
         spec = manifest.encoder
-        name, runs_in, artifact = choose(manifest, engine, precision)
-        tokenizer = Tokenizer(folder / TOKENIZER_FILE, spec.max_tokens, policy)
-        graph = folder / artifact.path if artifact is not None else folder
-        loaded = load_engine(name, runs_in, graph, streams=streams, dim=spec.dim)
-        return cls(manifest, artifact, loaded, tokenizer, Ladder.up_to(spec.max_tokens))
+        tokenizer = Tokenizer.of(folder, spec, long_texts)
+        artifact = decision.artifact
+        kept = None
+        if artifact is not None:
+            path = artifact.path
+            if cache is not None and path in manifest.files:
+                # The fingerprint stands for weights that lie beside the graph, the hash for the graph.
+                kept = cache / "graphs" / f"{manifest.fingerprint}-{manifest.files[path][:16]}"
+        engine = load_engine(
+            decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept
+        )
+        ladder = Ladder.up_to(spec.pad_to or spec.max_tokens, base=decision.row_tokens, budget=decision.batch_tokens)
+        return cls(manifest, decision, engine, tokenizer, ladder)
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The proven artifact behind the engine; None for the fake engine, and for a graph that export is proving."""
+        return self.decision.artifact
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the vector space: vectors of encoders with equal fingerprints can be compared."""
+        return self.manifest.fingerprint
 
     @property
     def spec(self) -> EncoderSpec:
@@ -152,18 +217,24 @@ class Encoder:
         return self.manifest.encoder
 
     @property
+    def rows(self) -> str:
+        """The row lengths that texts are packed into and the tokens of a full batch, in words."""
+        return f"{', '.join(map(str, self._ladder.lengths))} tokens, batches of {self._ladder.budget}"
+
+    @property
     def stats(self) -> Stats:
         """A snapshot of the counters."""
-        return self._stats
+        return self._counters.snapshot()
 
-    def encode(self, texts: Iterable[str]) -> NDArray[np.float32]:
+    def encode(self, texts: Iterable[str]) -> Vectors:
         """Encode texts.
 
         Args:
             texts: any iterable of strings; generators are consumed once.
 
         Returns:
-            float32 [n, dim], in the texts' order. An empty string has a vector too: that of the special tokens.
+            float32 [n, dim], or what the encoder's vector type says, see `mirror_runtime.vectors`; in the texts'
+            order. An empty string has a vector too: that of the special tokens.
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the rest.
@@ -190,7 +261,9 @@ class Encoder:
         if len(parts) == 1:
             return parts[0]
         return Encoded(
-            vectors=np.concatenate([p.vectors for p in parts] or [np.zeros((0, self.spec.dim), np.float32)]),
+            vectors=np.concatenate(
+                [p.vectors for p in parts] or [np.zeros((0, width_of(self.spec)), dtype_of(self.spec))]
+            ),
             tokens=np.concatenate([p.tokens for p in parts] or [np.zeros(0, np.int64)]),
             truncated=np.concatenate([p.truncated for p in parts] or [np.zeros(0, np.bool_)]),
             errors=errors,
@@ -218,6 +291,62 @@ class Encoder:
             raise InputError(f"window is {window}: it must be at least 1")
         return self._stream(iter(texts), window)
 
+    def begin(self, texts: Sequence[object], *, direct: bool = False) -> Window:
+        """Tokenise and pack some texts and hand their batches to the engine.
+
+        Args:
+            texts: a list, whose bad items are named by `finish`.
+            direct: run what is a single batch at once, in this thread: no hop to another one, which a short text feels.
+
+        Raises:
+            EngineError: `direct`, and the engine failed.
+        """
+        began = time.perf_counter()
+        tokenized = self._tokenizer(texts)
+        tokenized_at = time.perf_counter()
+        batches = pack(tokenized.ids, tokenized.lengths, self._ladder, streams=self.engine.streams, own=tokenized.own)
+        packed_at = time.perf_counter()
+        truncated = int(tokenized.truncated.sum())
+        if truncated:
+            _log.warning(
+                "%d of %d texts are longer than %d tokens and were truncated; long_texts='chunk' keeps all of them",
+                truncated,
+                len(texts),
+                self.spec.max_tokens,
+            )
+        self._counters.add(
+            texts=len(texts),
+            failed=len(tokenized.errors),
+            truncated=truncated,
+            tokens=sum(batch.tokens for batch in batches),
+            slots=sum(batch.rows.input_ids.size for batch in batches),
+            executions=len(batches),
+            tokenize_s=tokenized_at - began,
+            pack_s=packed_at - tokenized_at,
+        )
+        if direct and len(batches) == 1:
+            done: Future[Vectors] = Future()
+            done.set_result(self._run(batches[0]))
+            return Window(tokenized=tokenized, batches=batches, outputs=[done])
+        outputs = [self._pool.submit(self._run, batch) for batch in batches]
+        return Window(tokenized=tokenized, batches=batches, outputs=outputs)
+
+    def finish(self, window: Window) -> Encoded:
+        """Wait for what `begin` started and collect it.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        tokenized = window.tokenized
+        outputs = [output.result() for output in window.outputs]
+        began = time.perf_counter()
+        pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
+        for batch, output in zip(window.batches, outputs, strict=True):
+            pieces[batch.pieces] = output
+        vectors = self._join(pieces, tokenized.owners, len(tokenized.tokens))
+        self._counters.add(unpack_s=time.perf_counter() - began)
+        return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
+
     def warm_up(self) -> None:
         """Run every shape once, so that no later call waits for a compilation.
 
@@ -242,78 +371,44 @@ class Encoder:
         self.close()
 
     def _stream(self, texts: Iterator[object], window: int) -> Iterator[Encoded]:
-        running: deque[_Window] = deque()
+        running: deque[Window] = deque()
         try:
             while chunk := list(islice(texts, window)):
-                running.append(self._start(chunk))
+                running.append(self.begin(chunk, direct=len(chunk) < window and not running))
                 if len(running) > 2:
-                    yield self._finish(running.popleft())
+                    yield self.finish(running.popleft())
             while running:
-                yield self._finish(running.popleft())
+                yield self.finish(running.popleft())
         finally:  # the caller stopped early or a batch failed: nothing queued may keep running for nobody
             for left in running:
                 for output in left.outputs:
                     output.cancel()
 
-    def _start(self, texts: Sequence[object]) -> _Window:
-        began = time.perf_counter()
-        tokenized = self._tokenizer(texts)
-        tokenized_at = time.perf_counter()
-        batches = pack(tokenized.ids, tokenized.lengths, self._ladder, streams=self.engine.streams)
-        packed_at = time.perf_counter()
-        truncated = int(tokenized.truncated.sum())
-        if truncated:
-            _log.warning(
-                "%d of %d texts are longer than %d tokens and were truncated; long_texts='chunk' keeps all of them",
-                truncated,
-                len(texts),
-                self.spec.max_tokens,
-            )
-        self._count(
-            texts=len(texts),
-            failed=len(tokenized.errors),
-            truncated=truncated,
-            tokens=sum(batch.tokens for batch in batches),
-            slots=sum(batch.rows.input_ids.size for batch in batches),
-            executions=len(batches),
-            tokenize_s=tokenized_at - began,
-            pack_s=packed_at - tokenized_at,
-        )
-        outputs = [self._pool.submit(self._run, batch) for batch in batches]
-        return _Window(tokenized=tokenized, batches=batches, outputs=outputs)
-
-    def _run(self, batch: Batch) -> NDArray[np.float32]:
-        """Run one batch in a pool thread and keep the vectors [m, dim] of its pieces."""
-        began = time.perf_counter()
-        out = self.engine.run(batch.rows)
-        self._count(infer_s=time.perf_counter() - began)
+    def _run(self, batch: Batch) -> Vectors:
+        """Run one batch and keep the vectors [m, width] of its pieces."""
+        with self._turns:
+            began = time.perf_counter()
+            out = self.engine.run(batch.rows)
+        self._counters.add(infer_s=time.perf_counter() - began)
         return out.reshape(-1, out.shape[-1])[batch.slots]
 
-    def _finish(self, window: _Window) -> Encoded:
-        tokenized = window.tokenized
-        outputs = [output.result() for output in window.outputs]
-        began = time.perf_counter()
-        pieces = np.zeros((tokenized.lengths.size, self.spec.dim), np.float32)
-        for batch, output in zip(window.batches, outputs, strict=True):
-            pieces[batch.pieces] = output
-        vectors = self._join(pieces, tokenized.owners, len(tokenized.tokens))
-        self._count(unpack_s=time.perf_counter() - began)
-        return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
+    def _join(self, pieces: Vectors, owners: NDArray[np.int64], texts: int) -> Vectors:
+        """Bring pieces [pieces, width] to texts [texts, width].
 
-    def _join(self, pieces: NDArray[np.float32], owners: NDArray[np.int64], texts: int) -> NDArray[np.float32]:
-        """Bring pieces [pieces, dim] to texts [texts, dim]: chunks become their mean, normalised if vectors are."""
+        Chunks become the mean of what they stand for, normalised if vectors are, in the encoder's vector type.
+        """
         counts = np.bincount(owners, minlength=texts)
         if texts == owners.size and counts.max(initial=1) == 1:
             return pieces
-        vectors = np.zeros((texts, pieces.shape[1]), np.float32)
-        np.add.at(vectors, owners, pieces)
-        several = counts > 1
-        vectors[several] /= counts[several, None]
-        if self.spec.normalize:
-            norms = np.linalg.norm(vectors[several], axis=1, keepdims=True)
-            vectors[several] /= np.maximum(norms, 1e-12)
+        vectors = np.zeros((texts, pieces.shape[1]), pieces.dtype)
+        single = counts[owners] == 1
+        vectors[owners[single]] = pieces[single]
+        several = np.flatnonzero(counts > 1)
+        if several.size:
+            sums = np.zeros((texts, self.spec.dim), np.float32)
+            np.add.at(sums, owners[~single], components(pieces[~single], self.spec))
+            means = sums[several] / counts[several, None]
+            if self.spec.normalize:
+                means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+            vectors[several] = round_vectors(means, self.spec)
         return vectors
-
-    def _count(self, **more: float) -> None:
-        with self._lock:
-            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})

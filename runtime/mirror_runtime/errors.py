@@ -5,9 +5,11 @@
     ├── ParityError        an artefact's vectors differ from the reference by more than its floor
     ├── EngineError        an engine cannot be loaded or failed while running
     │   └── MissingExtra   a package that the request needs is not installed
+    ├── OverloadedError    too many texts wait for an encoder already; nothing is wrong with this one
     ├── InputError         the caller's texts or files cannot be encoded
     │   └── TextError      one text of a batch; carries its position
-    └── ServerError        a model server did not start, or answered with a failure
+    ├── ServerError        a model server did not start, or answered with a failure
+    └── PeerError          another library could not be installed, or failed
 
 Every message names what was wrong and what to do about it. Library users catch `MirrorError`; the command line prints
 the message without a traceback and exits with status 2.
@@ -44,6 +46,10 @@ class MissingExtra(EngineError):
         self.extra = extra
 
 
+class OverloadedError(MirrorError):
+    """Too many texts wait for an encoder already. Nothing was queued: the same call may succeed later."""
+
+
 class InputError(MirrorError):
     """The caller's texts, files or options cannot be used as given."""
 
@@ -64,3 +70,7 @@ class TextError(InputError):
 
 class ServerError(MirrorError):
     """A model server did not start, is not ready, or answered a request with a failure."""
+
+
+class PeerError(MirrorError):
+    """Another library could not be installed into its environment, refused a request, or ended without an answer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import platform
+import resource
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,18 +17,41 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 def usable_cores() -> int:
     """Count the cores this process may use: its affinity mask, cut by the container's CPU quota (cgroup v2 or v1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
-def _cgroup_quota(root: Path) -> float | None:
-    """Read a CPU quota in cores, or None where there is none."""
+def _cgroup_quota(mount: Path, membership: Path) -> float | None:
+    """Read the tightest CPU quota, in cores, of this process's control group and those above it; None without any.
+
+    Args:
+        mount: where the control groups are mounted.
+        membership: the file that names this process's groups, one a line, as `number:controllers:path`.
+    """
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        lines = membership.read_text().splitlines()
+    except OSError:
+        lines = []
+    folders = {mount, mount / "cpu"}  # what a container sees as its root
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = mount / "cpu" if controllers else mount
+        group = root / path.strip("/")
+        folders |= {group, *(parent for parent in group.parents if parent.is_relative_to(root))}
+    return min((quota for folder in folders if (quota := _quota(folder)) is not None), default=None)
+
+
+def _quota(group: Path) -> float | None:
+    """Read one group's quota in cores, or None where it has none."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+            quota = (group / "cpu.cfs_quota_us").read_text().strip()
+            period = (group / "cpu.cfs_period_us").read_text().strip()
         except OSError:
             return None
     return None if quota in ("max", "-1") else int(quota) / int(period)
@@ -52,6 +77,12 @@ def has_bf16() -> bool:
 def memory_bytes() -> int:
     """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at once, in bytes, children left out."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _cpuinfo(key: str) -> str:

@@ -19,10 +19,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.sources import Row, Source
+from mirror_runtime.vectors import dtype_of, width_of
 
 OUTPUTS = (".npy", ".parquet")
 _HEADER = 128  # bytes kept free for the .npy header, whose row count is known at the end only
@@ -58,6 +60,7 @@ class _State:
     engine: str
     precision: str
     streams: int
+    rows: str
     long_texts: str
     window: int
     progress: Progress
@@ -77,7 +80,7 @@ def encode_file(
     Args:
         encoder: what encodes.
         source: the corpus.
-        output: a `.npy` file (float32 [rows, dim]) or a `.parquet` file (columns embedding, tokens, truncated).
+        output: a `.npy` file ([rows, width] of the encoder's vector type) or a `.parquet` file (columns embedding, tokens, truncated).
             It appears when it is complete; an existing file is replaced then.
         long_texts: the encoder's policy, recorded so that a resumed job cannot mix two.
         zero_bad: give rows that cannot be encoded a vector of zeros and count them, instead of stopping.
@@ -106,6 +109,7 @@ def encode_file(
         engine=encoder.engine.name.value,
         precision=encoder.engine.precision.value,
         streams=encoder.engine.streams,
+        rows=encoder.rows,
         long_texts=long_texts,
         window=WINDOW,
         progress=Progress(),
@@ -115,9 +119,9 @@ def encode_file(
         report(state.progress)
         state = _encode(encoder, source, folder, state, zero_bad, report)
         if output.suffix == ".npy":
-            _finish_npy(folder, state.progress.texts, encoder.spec.dim, output)
+            _finish_npy(folder, state.progress.texts, encoder.spec, output)
         else:
-            _finish_parquet(folder, state.progress.texts, encoder.spec.dim, output)
+            _finish_parquet(folder, state.progress.texts, encoder.spec, output)
         shutil.rmtree(folder)
     return state.progress
 
@@ -140,7 +144,7 @@ def _encode(
             yield row.text
 
     with (
-        _appending(folder / "vectors", _HEADER + done.texts * encoder.spec.dim * 4) as vectors,
+        _appending(folder / "vectors", _HEADER + done.texts * _row_bytes(encoder.spec)) as vectors,
         _appending(folder / "tokens", done.texts * 8) as tokens,
         _appending(folder / "truncated", done.texts) as truncated,
     ):
@@ -227,9 +231,13 @@ def _appending(path: Path, size: int) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _finish_npy(folder: Path, rows: int, dim: int, output: Path) -> None:
+def _row_bytes(spec: EncoderSpec) -> int:
+    return width_of(spec) * dtype_of(spec).itemsize
+
+
+def _finish_npy(folder: Path, rows: int, spec: EncoderSpec, output: Path) -> None:
     """Write the header into the space kept for it and move the file into place."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}"
+    text = f"{{'descr': '{dtype_of(spec).str}', 'fortran_order': False, 'shape': ({rows}, {width_of(spec)}), }}"
     magic = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little")
     with (folder / "vectors").open("r+b") as stream:
         stream.write(magic + text.ljust(_HEADER - 11).encode("ascii") + b"\n")
@@ -238,10 +246,12 @@ def _finish_npy(folder: Path, rows: int, dim: int, output: Path) -> None:
     os.replace(folder / "vectors", output)
 
 
-def _finish_parquet(folder: Path, rows: int, dim: int, output: Path) -> None:
+def _finish_parquet(folder: Path, rows: int, spec: EncoderSpec, output: Path) -> None:
     """Convert the partial files to Parquet, a row group at a time, and move the result into place."""
     pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
-    schema = pa.schema([("embedding", pa.list_(pa.float32(), dim)), ("tokens", pa.int64()), ("truncated", pa.bool_())])
+    dtype, width = dtype_of(spec), width_of(spec)
+    embedding = pa.list_(pa.from_numpy_dtype(dtype), width)
+    schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
     with (
         (folder / "vectors").open("rb") as vectors,
         (folder / "tokens").open("rb") as tokens,
@@ -251,9 +261,9 @@ def _finish_parquet(folder: Path, rows: int, dim: int, output: Path) -> None:
         vectors.seek(_HEADER)
         for at in range(0, rows, _ROW_GROUP):
             count = min(_ROW_GROUP, rows - at)
-            values = pa.array(np.frombuffer(vectors.read(count * dim * 4), np.float32))
+            values = pa.array(np.frombuffer(vectors.read(count * _row_bytes(spec)), dtype))
             columns = [
-                pa.FixedSizeListArray.from_arrays(values, dim),
+                pa.FixedSizeListArray.from_arrays(values, width),
                 pa.array(np.frombuffer(tokens.read(count * 8), np.int64)),
                 pa.array(np.frombuffer(truncated.read(count), np.bool_)),
             ]

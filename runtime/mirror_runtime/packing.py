@@ -6,7 +6,7 @@ lengths and row counts come from a short `Ladder`, so that an engine compiles fe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from mirror_runtime.bundle import TOKENS_PER_SLOT
 
 BLOCK = 16
 """Row lengths are multiples of this: engines' attention kernels are slow for others."""
+
+ROW_TOKENS = 64
+"""Length of the everyday row, where no plan says otherwise."""
 
 TOKEN_BUDGET = 1024
 """Tokens of a full batch: enough to keep matrix products at their rate, small enough to stay in cache."""
@@ -28,7 +31,8 @@ class PackedRows:
     Attributes:
         input_ids: token ids; 0 where empty.
         position_ids: 0, 1, … within each piece; 0 where empty.
-        segment_ids: 1, 2, … for the pieces of a row; 0 where empty.
+        segment_ids: 1, 2, … for the pieces of a row; 0 where empty. Padding that belongs to a piece, which
+            `mean_padded` alone has, carries the piece's number with a minus: it sees the piece and nothing sees it.
     """
 
     input_ids: NDArray[np.int64]
@@ -72,7 +76,7 @@ class Ladder:
     budget: int = TOKEN_BUDGET
 
     @staticmethod
-    def up_to(max_tokens: int, *, base: int = 64, budget: int = TOKEN_BUDGET) -> Ladder:
+    def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET) -> Ladder:
         """Build the ladder for pieces of up to `max_tokens`: base, 2 base, … and the first that holds them all.
 
         The last length is cut to the next multiple of 16, so that 384 does not cost 512.
@@ -93,7 +97,14 @@ class Ladder:
         return short + tuple((rows, length) for length in self.lengths for rows in reversed(self.row_counts(length)))
 
 
-def pack(ids: NDArray[np.int64], lengths: NDArray[np.int64], ladder: Ladder, *, streams: int = 1) -> list[Batch]:
+def pack(
+    ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    ladder: Ladder,
+    *,
+    streams: int = 1,
+    own: NDArray[np.int64] | None = None,
+) -> list[Batch]:
     """Pack pieces into batches of the ladder's shapes.
 
     Pieces are placed longest first into the fullest open row that still has room (best-fit decreasing). A batch's
@@ -104,49 +115,96 @@ def pack(ids: NDArray[np.int64], lengths: NDArray[np.int64], ladder: Ladder, *, 
         lengths: int64 [pieces], each between 1 and the ladder's longest row.
         ladder: the shapes.
         streams: how many batches run at once; the last ones are cut small so that all streams finish together.
+        own: int64 [pieces], tokens of each piece ahead of its padding; None where no piece has any.
 
     Returns:
         The batches, longest rows first, covering every piece once.
     """
     if lengths.size == 0:
         return []
-    total = int(lengths.sum())
-    starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
+    starts = np.cumsum(lengths) - lengths
     # Few short texts: one row just long enough, for latency.
-    length = max(_blocks(total), _blocks(TOKENS_PER_SLOT * lengths.size))
+    length = max(_blocks(int(lengths.sum())), _blocks(TOKENS_PER_SLOT * lengths.size))
     if length <= ladder.lengths[0]:
-        return [_fill(ids, starts, lengths, [list(range(lengths.size))], 1, length)]
+        return list(_fill(ids, starts, lengths, np.arange(lengths.size), np.zeros_like(lengths), [1], length, own))
+    order = np.argsort(-lengths, kind="stable")
+    rows, row_lengths = _assign(lengths[order], ladder)
+    by_row = np.argsort(rows, kind="stable")  # a row's pieces stay longest first
+    order, rows = order[by_row], rows[by_row]
     batches: list[Batch] = []
-    for length, rows in _rows(lengths.tolist(), ladder).items():
-        at = 0
-        for count in _counts(len(rows), ladder.row_counts(length), streams):
-            batches.append(_fill(ids, starts, lengths, rows[at : at + count], count, length))
-            at += count
+    opened = 0
+    for length in dict.fromkeys(row_lengths):
+        # Longer rows are opened first, so that the rows of one length have successive numbers.
+        count = row_lengths.count(length)
+        begin, end = np.searchsorted(rows, (opened, opened + count))
+        counts = _counts(count, ladder.row_counts(length), streams)
+        batches += _fill(ids, starts, lengths, order[begin:end], rows[begin:end] - opened, counts, length, own)
+        opened += count
     return batches
 
 
-def _rows(lengths: Sequence[int], ladder: Ladder) -> dict[int, list[list[int]]]:
-    """Assign pieces to rows; returns the rows by row length, longest first."""
-    rows: dict[int, list[list[int]]] = {length: [] for length in reversed(ladder.lengths)}
-    # Open rows by free space, so that the tightest fit is found without looking at rows that are too full.
-    open_rows: list[list[tuple[list[int], int]]] = [[] for _ in range(ladder.lengths[-1] + 1)]
+def _assign(sizes: NDArray[np.int64], ladder: Ladder) -> tuple[NDArray[np.int64], list[int]]:
+    """Assign pieces, given in descending size, to rows, all pieces of one size at once.
+
+    Returns:
+        int64 [pieces], each piece's row; and the rows' lengths, longest first.
+    """
+    rows = np.empty(sizes.size, np.int64)
+    row_lengths: list[int] = []
+    # Open rows by free space, and there by free slots: rows of one kind are filled alike.
+    open_rows: list[dict[int, list[int]]] = [{} for _ in range(ladder.lengths[-1] + 1)]
     roomiest = 0  # no open row has more free space than this
-    for piece in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        size = lengths[piece]
-        for space in range(size, roomiest + 1):
-            if open_rows[space]:
-                row, slots = open_rows[space].pop()
+    distinct, firsts = np.unique(-sizes, return_index=True)
+    for size, at, end in zip((-distinct).tolist(), firsts.tolist(), [*firsts[1:].tolist(), sizes.size], strict=True):
+        placed = at
+        for space in range(size, roomiest + 1):  # the tightest rows first
+            for slots in sorted(open_rows[space]):
+                if placed == end:
+                    break
+                alike = open_rows[space][slots]
+                wanted = -(-(end - placed) // min(space // size, slots))
+                chosen, left = alike[-wanted:], alike[:-wanted]
+                if left:
+                    open_rows[space][slots] = left
+                else:
+                    del open_rows[space][slots]
+                placed = _place(rows, placed, end, chosen, size, space, slots, open_rows)
+            if placed == end:
                 break
-        else:
+        if placed < end:
             space = next(length for length in ladder.lengths if length >= size)
-            row, slots = [], space // TOKENS_PER_SLOT
-            rows[space].append(row)
-        row.append(piece)
-        left = space - size
-        if left > 0 and slots > 1:
-            open_rows[left].append((row, slots - 1))
-            roomiest = max(roomiest, left)
-    return rows
+            slots = space // TOKENS_PER_SLOT
+            wanted = -(-(end - placed) // min(space // size, slots))
+            fresh = list(range(len(row_lengths), len(row_lengths) + wanted))
+            row_lengths += [space] * wanted
+            _place(rows, placed, end, fresh, size, space, slots, open_rows)
+            roomiest = max(roomiest, space - size)
+    return rows, row_lengths
+
+
+def _place(
+    rows: NDArray[np.int64],
+    at: int,
+    end: int,
+    chosen: list[int],
+    size: int,
+    space: int,
+    slots: int,
+    open_rows: list[dict[int, list[int]]],
+) -> int:
+    """Fill rows of equal free space and slots with pieces of one size, and open them again with what is left.
+
+    Returns:
+        The first piece that found no room.
+    """
+    each = min(space // size, slots)
+    stop = min(end, at + each * len(chosen))
+    rows[at:stop] = np.repeat(chosen, each)[: stop - at]
+    whole, rest = divmod(stop - at, each)
+    for filled, pieces in ((chosen[:whole], each), (chosen[whole : whole + 1], rest)):
+        if filled and space > size * pieces and slots > pieces:
+            open_rows[space - size * pieces].setdefault(slots - pieces, []).extend(filled)
+    return stop
 
 
 def _counts(rows: int, sizes: Sequence[int], streams: int) -> list[int]:
@@ -167,31 +225,49 @@ def _fill(
     ids: NDArray[np.int64],
     starts: NDArray[np.int64],
     lengths: NDArray[np.int64],
-    rows: Sequence[Sequence[int]],
-    count: int,
+    pieces: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    counts: Sequence[int],
     length: int,
-) -> Batch:
-    """Lay the pieces of some rows out as the engine's arrays [count, length]."""
-    pieces = np.fromiter((piece for row in rows for piece in row), np.int64)
-    row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    slot_of = np.fromiter((slot for row in rows for slot in range(len(row))), np.int64)
+    own: NDArray[np.int64] | None,
+) -> Iterator[Batch]:
+    """Lay the pieces of rows 0, 1, … out as the engine's arrays, and cut these into batches of `counts` rows.
+
+    Args:
+        ids: every piece's tokens.
+        starts: where each piece begins in `ids`.
+        lengths: each piece's tokens.
+        pieces: int64 [m], those to lay out, row by row.
+        rows: int64 [m], their rows, ascending.
+        counts: rows of each batch.
+        length: tokens of a row.
+        own: each piece's tokens ahead of its padding; None where no piece has any.
+    """
     sizes = lengths[pieces]
-    before = np.cumsum(sizes) - sizes  # tokens ahead of each piece in this batch
-    row_before = before[slot_of == 0][row_of]  # tokens ahead of its row
+    before = np.cumsum(sizes) - sizes  # tokens ahead of each piece
+    first = np.searchsorted(rows, rows)  # the first piece of its row
+    slot_of = np.arange(pieces.size) - first
     within = np.arange(sizes.sum()) - np.repeat(before, sizes)
     source = np.repeat(starts[pieces], sizes) + within
-    target = np.repeat(row_of * length + before - row_before, sizes) + within
-    arrays = np.zeros((3, count * length), np.int64)
+    target = np.repeat(rows * length + before - before[first], sizes) + within
+    arrays = np.zeros((3, sum(counts) * length), np.int64)
     arrays[0, target] = ids[source]
     arrays[1, target] = within
     arrays[2, target] = np.repeat(slot_of + 1, sizes)
-    input_ids, position_ids, segment_ids = arrays.reshape(3, count, length)
-    return Batch(
-        rows=PackedRows(input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids),
-        pieces=pieces,
-        slots=row_of * (length // TOKENS_PER_SLOT) + slot_of,
-        tokens=int(sizes.sum()),
-    )
+    if own is not None:
+        arrays[2, target[within >= np.repeat(own[pieces], sizes)]] *= -1
+    arrays = arrays.reshape(3, -1, length)
+    row = 0
+    for count in counts:
+        begin, end = np.searchsorted(rows, (row, row + count))
+        input_ids, position_ids, segment_ids = arrays[:, row : row + count]
+        yield Batch(
+            rows=PackedRows(input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids),
+            pieces=pieces[begin:end],
+            slots=(rows[begin:end] - row) * (length // TOKENS_PER_SLOT) + slot_of[begin:end],
+            tokens=int((lengths if own is None else own)[pieces[begin:end]].sum()),
+        )
+        row += count
 
 
 def _blocks(tokens: int) -> int:

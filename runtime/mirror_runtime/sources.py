@@ -29,6 +29,25 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of a corpus that can be read without what is before it.
+
+    Attributes:
+        number: of the part, from 0.
+        first: the first row's number in the corpus, from 0.
+        rows: how many there are.
+        begin: where it starts: a byte of a text file, a row group of a Parquet file.
+        end: where it ends, in the same unit.
+    """
+
+    number: int
+    first: int
+    rows: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """A corpus file.
 
@@ -63,21 +82,62 @@ class Source:
             return self._parquet_rows(skip)
         return self._lines(skip)
 
+    def parts(self, rows: int) -> Iterator[Part]:
+        """Cut the corpus into parts of this many rows; of a Parquet file, whole row groups of at least as many."""
+        sizes = self._row_groups() if self.path.suffix == ".parquet" else self._line_sizes()
+        number = first = count = begin = end = 0
+        for unit_rows, unit_size in sizes:
+            count, end = count + unit_rows, end + unit_size
+            if count >= rows:
+                yield Part(number=number, first=first, rows=count, begin=begin, end=end)
+                number, first, count, begin = number + 1, first + count, 0, end
+        if count:
+            yield Part(number=number, first=first, rows=count, begin=begin, end=end)
+
+    def share(self, part: Part) -> int:
+        """How much of `size` a part is."""
+        return part.rows if self.path.suffix == ".parquet" else part.end - part.begin
+
+    def texts(self, part: Part) -> Iterator[object]:
+        """Stream what a part's rows hold.
+
+        Raises:
+            InputError: see `rows`.
+        """
+        if self.path.suffix == ".parquet":
+            file = _parquet(self.path, self.column)
+            groups = list(range(part.begin, part.end))
+            for batch in file.iter_batches(4096, row_groups=groups, columns=[self.column]):
+                yield from (value.as_py() for value in batch.column(0))
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(part.begin)
+            for number, line in enumerate(islice(stream, part.rows), part.first + 1):
+                yield self._text(line, number)
+
+    def _line_sizes(self) -> Iterator[tuple[int, int]]:
+        with self.path.open("rb") as stream:
+            yield from ((1, len(line)) for line in stream)
+
+    def _row_groups(self) -> Iterator[tuple[int, int]]:
+        metadata = _parquet(self.path, self.column).metadata
+        yield from ((metadata.row_group(group).num_rows, 1) for group in range(metadata.num_row_groups))
+
     def _lines(self, skip: int) -> Iterator[Row]:
-        as_json = self.path.suffix == ".jsonl"
         position = 0
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 position += len(line)
-                if number <= skip:
-                    continue
-                try:
-                    text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{self.path}, line {number}: not UTF-8 ({error.reason}): convert the file"
-                    ) from None
-                yield Row(text=self._field(text, number) if as_json else text, position=position)
+                if number > skip:
+                    yield Row(text=self._text(line, number), position=position)
+
+    def _text(self, line: bytes, number: int) -> object:
+        """What a line holds: itself, or a field of its JSON."""
+        try:
+            text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path}, line {number}: not UTF-8 ({error.reason}): convert the file") from None
+        return self._field(text, number) if self.path.suffix == ".jsonl" else text
 
     def _field(self, line: str, number: int) -> object:
         try:

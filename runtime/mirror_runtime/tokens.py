@@ -1,7 +1,13 @@
-"""Texts to token ids: one call for a window of texts, with the policy for long ones and an error per bad text."""
+"""Texts to token ids: one call for a window of texts, with the policy for long ones and an error per bad text.
+
+Where the encoder has a template, what is tokenised is the whole string, template and text together: a token may span
+both where the tokenizer joins them, as everyone who puts the template around the text by hand would have it. A string
+of too many tokens loses tokens that lie wholly within the text, from its end; those of the template stay.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -13,7 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
+from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, TextError
+
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+"""Names the padding token, which `tokenizer.json` does not."""
 
 
 class LongTexts(str, Enum):
@@ -33,7 +43,8 @@ class Tokenized:
 
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
-        lengths: int64 [pieces], tokens of each piece.
+        lengths: int64 [pieces], tokens of each piece, padding included.
+        own: int64 [pieces], of them, those ahead of the padding; None where no piece has any.
         owners: int64 [pieces], the text each piece belongs to; ascending, a failed text has none.
         tokens: int64 [texts], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
         truncated: bool [texts].
@@ -42,6 +53,7 @@ class Tokenized:
 
     ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    own: NDArray[np.int64] | None
     owners: NDArray[np.int64]
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
@@ -55,12 +67,23 @@ class Tokenizer:
         path: a `tokenizer.json`. Truncation and padding settings inside it are ignored: the bundle's spec rules.
         max_tokens: longest piece in tokens, special tokens included.
         long_texts: policy for longer texts.
+        template: text around every text, see `EncoderSpec`.
+        pad_to: tokens that every piece is filled up to with padding; None for none. `SPECIAL_TOKENS_FILE` beside the
+            tokenizer says what padding is.
 
     Raises:
-        BundleError: the file cannot be read, or puts special tokens elsewhere than around the text.
+        BundleError: a file cannot be read, puts special tokens elsewhere than around the text, or leaves no room for it.
     """
 
-    def __init__(self, path: Path, max_tokens: int, long_texts: LongTexts) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_tokens: int,
+        long_texts: LongTexts,
+        *,
+        template: str | None = None,
+        pad_to: int | None = None,
+    ) -> None:
         try:
             self._tokenizer: _Tokenizer = _Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for a missing and for a malformed file
@@ -73,12 +96,29 @@ class Tokenizer:
             raise BundleError(f"max_tokens is {max_tokens}, which leaves no room beside the special tokens")
         self._max_tokens = max_tokens
         self._long_texts = long_texts
+        self._before, _, self._after = (template or "{text}").partition("{text}")
+        taken = len(self._tokenizer.encode(self._before + self._after, add_special_tokens=False).ids)
+        if taken >= self._body:
+            raise BundleError(f"the template {template!r} has {taken} tokens, which leaves no room in {max_tokens}")
+        self._pad_to = pad_to
+        self._pad_id = 0 if pad_to is None else _padding_token(self._tokenizer, path.with_name(SPECIAL_TOKENS_FILE))
+
+    @classmethod
+    def of(cls, folder: Path, spec: EncoderSpec, long_texts: LongTexts) -> Tokenizer:
+        """Load the tokenizer of a bundle or a run folder for packed rows.
+
+        Raises:
+            BundleError: see above.
+        """
+        return cls(folder / TOKENIZER_FILE, spec.max_tokens, long_texts, template=spec.template, pad_to=spec.pad_to)
 
     def __call__(self, texts: Sequence[object]) -> Tokenized:
         """Tokenise a window of texts. Never raises for a bad text: it is named in `errors`."""
         errors = {i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
-        encodings: list[Any] = self._tokenizer.encode_batch_fast([texts[i] for i in good], add_special_tokens=False)
+        encodings: list[Any] = self._tokenizer.encode_batch_fast(
+            [self._whole(texts[i]) for i in good], add_special_tokens=False
+        )
         tokens = np.zeros(len(texts), np.int64)
         truncated = np.zeros(len(texts), np.bool_)
         pieces: list[list[int]] = []
@@ -92,24 +132,44 @@ class Tokenizer:
                     errors[i] = TextError(i, self._too_long(int(tokens[i])))
                     tokens[i] = 0
                     continue
-                if self._long_texts is LongTexts.CHUNK:
-                    parts = [ids[at : at + self._body] for at in range(0, len(ids), self._body)]
-                    pieces += (self._prefix + part + self._suffix for part in parts)
-                    owners += [i] * len(parts)
+                before, own, after = self._split(texts[i], ids)
+                room = self._body - len(before) - len(after)
+                if room < 1:
+                    errors[i] = TextError(i, "merges with the template into more tokens than the encoder takes")
+                    tokens[i] = 0
                     continue
-                truncated[i] = True
-                ids = ids[: self._body]
-            pieces.append(self._prefix + ids + self._suffix)
-            owners.append(i)
-        lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
+                starts = range(0, len(own), room) if self._long_texts is LongTexts.CHUNK else (0,)
+                parts = [before + own[at : at + room] + after for at in starts]
+                truncated[i] = len(own) > room and len(parts) == 1
+            else:
+                parts = [ids]
+            pieces += (self._prefix + part + self._suffix for part in parts)
+            owners += [i] * len(parts)
+        own_lengths = None
+        if self._pad_to is not None:
+            own_lengths = _lengths(pieces)
+            pieces = [piece + [self._pad_id] * (self._pad_to - len(piece)) for piece in pieces]
+        lengths = _lengths(pieces)
         return Tokenized(
             ids=np.fromiter(chain.from_iterable(pieces), np.int64, int(lengths.sum())),
             lengths=lengths,
+            own=own_lengths,
             owners=np.array(owners, np.int64),
             tokens=tokens,
             truncated=truncated,
             errors=errors,
         )
+
+    def _whole(self, text: object) -> str:
+        return f"{self._before}{text}{self._after}" if self._before or self._after else str(text)
+
+    def _split(self, text: object, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Split a whole string's tokens: the template's before the text, the text's own, the template's behind it."""
+        if not self._before and not self._after:
+            return [], ids, []
+        encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
+        first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
+        return ids[:first], ids[first:last], ids[last:]
 
     def _too_long(self, tokens: int) -> str:
         return (
@@ -132,6 +192,37 @@ def defect(index: int, text: object) -> TextError | None:
                 "decode its bytes with errors='replace'",
             )
     return None
+
+
+def text_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
+    """Find the tokens that lie wholly within a part of a string.
+
+    Args:
+        offsets: of each token, its first character and the one behind its last.
+        begin: the part's first character.
+        end: the one behind its last.
+
+    Returns:
+        The first such token and the one behind the last; equal where there is none.
+    """
+    first = next((i for i, (start, _) in enumerate(offsets) if start >= begin), len(offsets))
+    last = next((i for i in range(len(offsets), first, -1) if offsets[i - 1][1] <= end), first)
+    return first, last
+
+
+def _lengths(pieces: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    return np.fromiter(map(len, pieces), np.int64, len(pieces))
+
+
+def _padding_token(tokenizer: _Tokenizer, path: Path) -> int:
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["pad_token"]
+        found = tokenizer.token_to_id(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} names no padding token, which this encoder's pooling reads: {error}") from error
+    if found is None:
+        raise BundleError(f"{path} names the padding token {name!r}, which the tokenizer does not have")
+    return int(found)
 
 
 def _special_tokens(tokenizer: _Tokenizer, path: Path) -> tuple[list[int], list[int]]:

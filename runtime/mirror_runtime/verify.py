@@ -1,16 +1,24 @@
-"""Recompute a bundle's proof on this machine: file hashes first, then the canaries through each engine."""
+"""Recompute a bundle's proof on this machine: its files, its vector space's name, its canaries on each engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mirror_runtime.bundle import Artifact, Layout, check_files, read_canaries, read_manifest
+from mirror_runtime.bundle import (
+    Artifact,
+    Layout,
+    Manifest,
+    check_files,
+    fingerprint,
+    read_canaries,
+    read_manifest,
+)
+from mirror_runtime.canaries import Comparison, Verdict, compare
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
-from mirror_runtime.errors import EngineError
+from mirror_runtime.errors import BundleError, EngineError
+from mirror_runtime.vectors import components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,46 +27,77 @@ class Check:
 
     Attributes:
         artifact: what was run.
-        min_cosine: the worst canary against its stored vector; None where it could not be run.
-        problem: why it could not be run or failed; empty where it passed.
-        ran: whether the engine produced vectors.
+        comparison: what came of it; None where it could not be run.
+        problem: why it could not be run, or what the comparison found; empty where it passed.
     """
 
     artifact: Artifact
-    min_cosine: float | None
+    comparison: Comparison | None
     problem: str
-    ran: bool
+
+    @property
+    def ran(self) -> bool:
+        """Whether the engine produced vectors."""
+        return self.comparison is not None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the vectors are those that the bundle stores."""
+        return self.comparison is not None and self.comparison.verdict is Verdict.AGREES
 
 
-def verify(bundle: Path) -> tuple[Check, ...]:
-    """Check every file's hash, then run the canaries through every packed artifact.
+def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Check, ...]:
+    """Check every file's hash and the fingerprint, then run the canaries through every packed artifact.
+
+    Three things are told apart: files that changed since the export (`BundleError`, corrupted), whole files of another
+    vector space (`BundleError`, naming both fingerprints), and vectors that this machine computes otherwise (a
+    comparison with `Verdict.DRIFTED`, or `Verdict.ANOTHER_MODEL` where that is beyond any rounding).
+
+    Args:
+        bundle: the folder.
+        expected_fingerprint: of the vector space that is wanted, such as the one an index was made with.
 
     Returns:
-        A result for each packed artifact. One whose engine is not installed, or whose precision this CPU lacks, has
-        `ran` False and the reason in `problem`.
+        A result for each packed artifact. One whose engine is not installed, or whose precision this CPU lacks, did
+        not run, and `problem` says why.
 
     Raises:
-        BundleError: a file is missing or differs from the manifest: the bundle is corrupted.
+        BundleError: see above.
     """
     manifest = read_manifest(bundle)
+    if expected_fingerprint not in (None, manifest.fingerprint):
+        raise BundleError(
+            f"{bundle} is another model: its vector space is {manifest.fingerprint} where {expected_fingerprint} is "
+            "expected. Take the bundle that the vectors were made with, or make them again"
+        )
     check_files(bundle, manifest)
-    return tuple(_check(bundle, a) for a in manifest.artifacts if a.layout is Layout.PACKED)
+    check_fingerprint(manifest)
+    return tuple(_check(bundle, manifest, a) for a in manifest.artifacts if a.layout is Layout.PACKED)
 
 
-def _check(bundle: Path, artifact: Artifact) -> Check:
+def check_fingerprint(manifest: Manifest) -> None:
+    """See that a manifest's fingerprint names the weights, the tokenizer and the head that it lists.
+
+    Raises:
+        BundleError: it names others.
+    """
+    found = fingerprint(manifest.encoder, manifest.files)
+    if found != manifest.fingerprint:
+        raise BundleError(
+            f"the bundle holds another model than it says: weights, tokenizer and head have the fingerprint {found}, "
+            f"and the manifest says {manifest.fingerprint}. Export the encoder again"
+        )
+
+
+def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> Check:
     if not installed(artifact.engine):
-        return Check(artifact=artifact, min_cosine=None, problem=f"{artifact.engine.value} is not installed", ran=False)
+        return Check(artifact=artifact, comparison=None, problem=f"{artifact.engine.value} is not installed")
     canaries = read_canaries(bundle)
     try:
-        with Encoder.load(bundle, engine=artifact.engine.value, precision=artifact.precision.value) as encoder:
-            vectors = encoder.encode(canary.text for canary in canaries).astype(np.float64)
+        # This very file: a bundle may have several for one engine and precision.
+        with Encoder.of_graph(bundle, manifest, artifact.engine, artifact.precision, artifact.path) as encoder:
+            vectors = components(encoder.encode(canary.text for canary in canaries), encoder.spec)
     except EngineError as error:
-        return Check(artifact=artifact, min_cosine=None, problem=str(error), ran=False)
-    expected = np.array([canary.vector for canary in canaries], np.float64)
-    if not np.isfinite(vectors).all():
-        return Check(artifact=artifact, min_cosine=None, problem="vectors are not finite on this machine", ran=True)
-    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(expected, axis=1)
-    worst = float(((vectors * expected).sum(1) / np.maximum(norms, 1e-12)).min())
-    drifted = worst < artifact.parity.floor
-    problem = f"vectors drifted: cosine {worst:.6f} is below {artifact.parity.floor}" if drifted else ""
-    return Check(artifact=artifact, min_cosine=worst, problem=problem, ran=True)
+        return Check(artifact=artifact, comparison=None, problem=str(error))
+    comparison = compare(vectors, canaries, artifact.parity.floor)
+    return Check(artifact=artifact, comparison=comparison, problem=comparison.problem)

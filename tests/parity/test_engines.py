@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime import Encoder, EngineError
-from mirror_runtime.bundle import EngineName, Precision, read_canaries
+from mirror_runtime.bundle import EngineName, Precision, read_canaries, read_manifest
 from mirror_runtime.cli import main
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.engines import load_engine
@@ -84,15 +84,16 @@ def test_what_was_asked_for_is_what_runs(encoder):
 
 
 def test_bad_graphs_and_impossible_precisions_are_engine_errors(tmp_path: Path, minilm_bundle: Path):
+    spec = read_manifest(minilm_bundle).encoder
     broken = tmp_path / "model_packed.onnx"
     broken.write_bytes((minilm_bundle / "onnx/model_packed.onnx").read_bytes()[:100_000])
     for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
         with pytest.raises(EngineError, match=r"cannot load model_packed\.onnx"):
-            load_engine(engine, Precision.FP32, broken, dim=384)
+            load_engine(engine, Precision.FP32, broken, spec=spec)
         with pytest.raises(EngineError, match="not int8"):
-            load_engine(engine, Precision.INT8, minilm_bundle / "onnx/model_packed.onnx", dim=384)
+            load_engine(engine, Precision.INT8, minilm_bundle / "onnx/model_packed.onnx", spec=spec)
     with pytest.raises(EngineError, match="not bf16"):
-        load_engine(EngineName.ONNXRUNTIME, Precision.BF16, minilm_bundle / "onnx/model_packed.onnx", dim=384)
+        load_engine(EngineName.ONNXRUNTIME, Precision.BF16, minilm_bundle / "onnx/model_packed.onnx", spec=spec)
 
 
 def test_first_use_from_many_threads_at_once_does_not_deadlock(minilm_bundle: Path):

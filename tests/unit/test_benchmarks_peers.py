@@ -12,14 +12,14 @@ from rich.progress import Progress, TextColumn
 
 from benchmarks import peer_suite
 from benchmarks.peer_suite import PeerPoint, PeerSpec, prepare_peers, run_peers
-from benchmarks.peers.environment import INCOMPLETE, STAMP, make_environment
-from benchmarks.peers.worker import PeerError, PeerWorker
+from benchmarks.peers.worker import PeerWorker
 from benchmarks.session import Plan, Results, loaded, select_points
 from benchmarks.startup import READY, Starter, time_to_ready
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
-from mirror_runtime.errors import EngineError
+from mirror_runtime.environments import INCOMPLETE, STAMP, make_environment
+from mirror_runtime.errors import EngineError, PeerError
 
 # Speaks the protocol without a library: bigger batches are faster, but for 128; its vectors come from a file.
 FAKE_PEER = """

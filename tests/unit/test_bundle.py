@@ -98,14 +98,19 @@ def test_corruption_and_loss_are_told_by_file(make_bundle):
         check_files(folder, manifest)
 
 
+FILES = {"model.safetensors": "w", "tokenizer.json": "t", "README.md": "r"}
+
+
 def test_the_fingerprint_names_the_space_and_not_the_origin():
-    same = fingerprint(SPEC, "w", "t")
-    assert same == fingerprint(replace(SPEC, base_model="copy", revision="abc"), "w", "t")
+    same = fingerprint(SPEC, FILES)
+    assert same == fingerprint(SPEC, {**FILES, "README.md": "new"})
+    assert same == fingerprint(replace(SPEC, base_model="copy", revision="abc"), FILES)
     others = {
-        fingerprint(SPEC, "v", "t"),
-        fingerprint(SPEC, "w", "u"),
-        fingerprint(replace(SPEC, pooling=Pooling.MEAN), "w", "t"),
-        fingerprint(replace(SPEC, max_tokens=51), "w", "t"),
+        fingerprint(SPEC, {**FILES, "model.safetensors": "v"}),
+        fingerprint(SPEC, {**FILES, "tokenizer.json": "u"}),
+        fingerprint(SPEC, {**FILES, "2_Dense/model.safetensors": "d"}),
+        fingerprint(replace(SPEC, pooling=Pooling.MEAN), FILES),
+        fingerprint(replace(SPEC, max_tokens=51), FILES),
     }
-    assert len(others) == 4
+    assert len(others) == 5
     assert same not in others

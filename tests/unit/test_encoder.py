@@ -1,6 +1,7 @@
 import logging
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -135,6 +136,42 @@ def test_warm_up_runs_every_shape(encoder, monkeypatch):
     monkeypatch.setattr(encoder.engine, "run", lambda rows: (seen.append(rows.shape), run(rows))[1])
     encoder.warm_up()
     assert seen == list(encoder._ladder.shapes())
+
+
+def test_one_short_call_runs_in_its_callers_thread_and_many_batches_in_the_pool(encoder, monkeypatch):
+    seen = []
+    run = encoder.engine.run
+    monkeypatch.setattr(encoder.engine, "run", lambda rows: (seen.append(threading.current_thread()), run(rows))[1])
+    encoder.encode(["one short text"])
+    assert seen == [threading.main_thread()]
+    seen.clear()
+    encoder.encode(ragged(300))
+    assert threading.main_thread() not in seen
+
+
+def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, monkeypatch):
+    running, most = 0, 0
+    lock = threading.Lock()
+    run = encoder.engine.run
+
+    def counted(rows):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+        return run(rows)
+
+    monkeypatch.setattr(encoder.engine, "run", counted)
+    threads = [threading.Thread(target=encoder.encode, args=([f"text {i}"] * 3,)) for i in range(8)]
+    threads += [threading.Thread(target=encoder.encode, args=(ragged(200),))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 2
 
 
 def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artifact):

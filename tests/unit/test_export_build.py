@@ -1,6 +1,7 @@
 """Bundles appear whole or not at all, and only proven."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -15,11 +16,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from export import build as building
-from export import graphs
+from export import graphs, parity
 from export.build import Request, build
+from export.texts import CANARIES
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import Layout, Pooling, Precision, check_files, read_canaries, read_manifest
-from mirror_runtime.errors import InputError, MissingExtra, ParityError
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, check_files, read_canaries, read_manifest
+from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
+from mirror_runtime.folders import whole_folder
 from training.reference import Reference
 from training.source import resolve
 
@@ -36,38 +39,31 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_bert, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("export") / "bundle"
-    build(request(tiny_bert, output))
-    return output
-
-
-def test_a_bundle_is_complete_hashed_and_gives_the_reference_vectors(bundle, tiny_bert):
-    manifest = read_manifest(bundle)
-    check_files(bundle, manifest)
-    on_disk = {p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file()} - {"manifest.json"}
+def test_a_bundle_is_complete_hashed_and_gives_the_reference_vectors(tiny_bundle, tiny_bert):
+    manifest = read_manifest(tiny_bundle)
+    check_files(tiny_bundle, manifest)
+    on_disk = {p.relative_to(tiny_bundle).as_posix() for p in tiny_bundle.rglob("*") if p.is_file()} - {"manifest.json"}
     assert on_disk == set(manifest.files)
     assert [a.layout for a in manifest.artifacts][:2] == [Layout.PADDED, Layout.PACKED]
     expected = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).encode(TEXTS)
-    with Encoder.load(bundle, engine="onnxruntime", precision="fp32") as encoder:
+    with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
         np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-4)
-    assert len(read_canaries(bundle)) == 8
+    assert [canary.text for canary in read_canaries(tiny_bundle)] == list(CANARIES)
 
 
-def test_sentence_transformers_reads_the_bundle(bundle, tiny_bert):
+def test_sentence_transformers_reads_the_bundle(tiny_bundle, tiny_bert):
     from sentence_transformers import SentenceTransformer
 
     expected = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).encode(TEXTS)
-    found = SentenceTransformer(str(bundle), device="cpu").encode(list(TEXTS))
+    found = SentenceTransformer(str(tiny_bundle), device="cpu").encode(list(TEXTS))
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_wrong_head_fails_the_export_and_leaves_nothing(tiny_bert, tmp_path, monkeypatch):
     right = graphs.PackedEncoder.__init__
 
-    def wrong(self, model, pooling, normalize):
-        right(self, model, Pooling.CLS, normalize)
+    def wrong(self, reference):
+        right(self, dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, pooling=Pooling.CLS)))
 
     monkeypatch.setattr(graphs.PackedEncoder, "__init__", wrong)
     with pytest.raises(ParityError, match="packed"):
@@ -86,8 +82,8 @@ def test_nan_weights_are_refused(tiny_bert, tmp_path):
     assert left_behind(tmp_path) == ["source"]
 
 
-def test_overwriting_keeps_the_old_bundle_until_the_new_one_is_proven(bundle, tiny_bert, tmp_path, monkeypatch):
-    old = shutil.copytree(bundle, tmp_path / "bundle")
+def test_overwriting_keeps_the_old_bundle_until_the_new_one_is_proven(tiny_bundle, tiny_bert, tmp_path, monkeypatch):
+    old = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     before = (old / "manifest.json").read_bytes()
     with pytest.raises(InputError, match="--overwrite"):
         build(request(tiny_bert, old))
@@ -95,7 +91,7 @@ def test_overwriting_keeps_the_old_bundle_until_the_new_one_is_proven(bundle, ti
     def refuse(*_args):
         raise ParityError("on purpose")
 
-    monkeypatch.setattr(building, "prove_padded", refuse)
+    monkeypatch.setattr(building, "prove_artifact", refuse)
     with pytest.raises(ParityError, match="on purpose"):
         build(request(tiny_bert, old, overwrite=True))
     assert (old / "manifest.json").read_bytes() == before
@@ -104,6 +100,110 @@ def test_overwriting_keeps_the_old_bundle_until_the_new_one_is_proven(bundle, ti
     build(request(tiny_bert, old, overwrite=True, pooling=Pooling.CLS))
     assert read_manifest(old).encoder.pooling is Pooling.CLS
     assert left_behind(tmp_path) == ["bundle"]
+
+
+def without(name):
+    return lambda source: (source / name).unlink()
+
+
+def cut_weights(source):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_header(source):
+    path = source / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def pickle_only(source):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+
+
+def configure(**changes):
+    def change(source):
+        path = source / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (configure(model_type="mamba"), "model_type 'mamba'"),
+        (configure(auto_map={"AutoModel": "modeling.Own"}), "code of its own"),
+        (configure(hidden_size=48), "cannot be loaded|lacks weights"),
+        (without("tokenizer.json"), "has no tokenizer.json"),
+        (without("model.safetensors"), "model.safetensors is missing"),
+        (without("config.json"), "no config.json"),
+        (pickle_only, "pickled weights only.*convert them to model.safetensors"),
+        (cut_weights, "cannot be loaded"),
+        (break_header, "cannot be loaded"),
+    ],
+    ids=["architecture", "remote-code", "shapes", "tokenizer", "weights", "config", "pickle", "truncated", "corrupted"],
+)
+def test_a_bad_encoder_is_one_error_and_a_good_bundle_stays(tiny_bundle, tiny_bert, tmp_path, spoil, problem):
+    good = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    spoil(source)
+    with pytest.raises(BundleError, match=problem):
+        build(request(source, good, overwrite=True))
+    assert read_manifest(good) == read_manifest(tiny_bundle)
+    check_files(good, read_manifest(good))
+    assert left_behind(tmp_path) == ["bundle", "source"]
+
+
+def test_two_exports_into_one_folder_do_not_meet(tiny_bundle, tiny_bert, tmp_path):
+    good = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with whole_folder(good, overwrite=True, marker="manifest.json") as other:
+        with pytest.raises(InputError, match="another process is writing"):
+            build(request(tiny_bert, good, overwrite=True))
+        assert other.is_dir()
+        shutil.copytree(tiny_bundle, other, dirs_exist_ok=True)
+    check_files(good, read_manifest(good))
+
+
+def spoiled(monkeypatch, engine, precision):
+    """Make one engine and precision give vectors that are turned away from the reference."""
+    right = parity.prove
+
+    def turned(encode, expected, floors, *, what):
+        if what != spoiled_name:
+            return right(encode, expected, floors, what=what)
+        return right(lambda texts: np.roll(encode(texts), 1, axis=1), expected, floors, what=what)
+
+    spoiled_name = f"{engine} {precision} packed"
+    monkeypatch.setattr(parity, "prove", turned)
+
+
+def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "openvino", "fp32")
+    output = tmp_path / "bundle"
+    export = build(request(tiny_bert, output))
+    (refused,) = export.refused
+    assert (refused.name, refused.asked) == ("openvino fp32 packed", True)
+    assert "Worst: " in refused.reason
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    assert {a.engine for a in manifest.artifacts} == {EngineName.ONNXRUNTIME}
+    assert (output / "onnx/model_packed.onnx").is_file(), "another artifact has proven it"
+    assert "openvino" not in (output / "README.md").read_text(encoding="utf-8")
+    again = build(request(tiny_bert, tmp_path / "again", precisions=None))
+    assert [entry.asked for entry in again.refused] == [False]
+
+
+def test_without_the_fp32_graphs_there_is_no_bundle(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "onnxruntime", "fp32")
+    with pytest.raises(ParityError, match="onnxruntime fp32 packed differs"):
+        build(request(tiny_bert, tmp_path / "bundle"))
+    assert left_behind(tmp_path) == []
+
+
+def test_an_encoder_that_is_loaded_already_is_not_loaded_again(tiny_bert, tiny_graphs, tmp_path):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    export = build(request(tmp_path / "absent", tmp_path / "bundle"), reference=reference)
+    assert export.manifest.encoder == reference.spec
 
 
 def test_a_full_disk_is_one_clear_error(tiny_bert, tmp_path, monkeypatch):
@@ -116,9 +216,33 @@ def test_a_full_disk_is_one_clear_error(tiny_bert, tmp_path, monkeypatch):
     assert left_behind(tmp_path) == []
 
 
-def test_what_cannot_be_proven_is_not_promised(tiny_bert, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="int8"):
-        build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.INT8,)))
+def test_a_precision_with_files_of_its_own_has_the_names_that_tools_look_for(tiny_bert, tiny_graphs, tmp_path):
+    output = tmp_path / "bundle"
+    build(request(tiny_bert, output, precisions=(Precision.FP32, Precision.INT8), calibration=TEXTS))
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    (padded,) = (a for a in manifest.artifacts if (a.precision, a.layout) == (Precision.INT8, Layout.PADDED))
+    assert padded.path == "onnx/model_quantized.onnx"
+    assert manifest.files[padded.path] == manifest.files["onnx/model_qint8_avx512_vnni.onnx"]
+    assert padded.parity.neighbour_cosine >= 0.999
+    proven = {a.path for a in manifest.artifacts} | {"onnx/model_qint8_avx512_vnni.onnx"}
+    assert {path.relative_to(output).as_posix() for path in (output / "onnx").iterdir()} == proven
+
+
+def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_bert, tmp_path):
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][0] = 1e5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    export = build(request(source, tmp_path / "bundle", precisions=(Precision.FP32, Precision.FP16)))
+    (refused,) = export.refused
+    assert (refused.name, refused.asked) == ("fp16", True)
+    assert "fp16 cannot hold" in refused.reason
+    check_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    assert not list((tmp_path / "bundle/onnx").glob("*fp16*"))
+
+
+def test_what_cannot_be_proven_here_is_not_promised(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "installed", lambda _: False)
     with pytest.raises(MissingExtra, match="openvino"):
         build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))

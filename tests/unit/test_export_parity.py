@@ -1,23 +1,20 @@
 """The gate itself: what it must refuse, and what it must not see as a fault."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from export.parity import Expected, prove
+from export.parity import Expected, Floors, _quality, prove
 from export.texts import NASTY, parity_texts, read_texts
-from mirror_runtime.bundle import EncoderSpec, Pooling
+from mirror_runtime.bundle import EncoderSpec, Pooling, Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
+from training.evalsets import EvaluationSet
 
 SPEC = EncoderSpec(
-    base_model="x",
-    revision=None,
-    family="bert",
-    pooling=Pooling.MEAN,
-    normalize=True,
-    max_tokens=64,
-    dim=8,
-    pad_to=None,
+    base_model="x", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=8
 )
+FP32, INT8 = Floors.of(Precision.FP32, SPEC), Floors.of(Precision.INT8, SPEC)
 TEXTS = tuple(f"text {i}" for i in range(40))
 
 
@@ -28,7 +25,7 @@ def vectors() -> np.ndarray:
 
 @pytest.fixture
 def expected() -> Expected:
-    return Expected(texts=TEXTS, vectors=vectors(), reference="PyTorch", spec=SPEC)
+    return Expected(texts=TEXTS, vectors=vectors(), reference="PyTorch")
 
 
 def lookup(table: np.ndarray):
@@ -36,7 +33,7 @@ def lookup(table: np.ndarray):
 
 
 def test_equal_vectors_pass_and_what_was_achieved_is_kept(expected):
-    parity = prove(lookup(vectors()), expected, floor=0.99999, what="x")
+    parity = prove(lookup(vectors()), expected, FP32, what="x")
     assert parity.texts == 40
     assert parity.min_cosine == pytest.approx(1.0)
     assert parity.max_abs_diff == 0.0
@@ -47,24 +44,24 @@ def test_one_value_that_is_not_finite_is_refused_by_name(expected, bad):
     table = vectors()
     table[7, 3] = bad
     with pytest.raises(ParityError, match="NaN or infinity for 1 of 40 texts, such as 'text 7'"):
-        prove(lookup(table), expected, floor=0.99999, what="x")
+        prove(lookup(table), expected, FP32, what="x")
 
 
 def test_a_reference_that_is_not_finite_is_refused():
     with pytest.raises(ParityError, match="the reference"):
-        Expected(texts=TEXTS, vectors=vectors() * np.float32("nan"), reference="PyTorch", spec=SPEC)
+        Expected(texts=TEXTS, vectors=vectors() * np.float32("nan"), reference="PyTorch")
 
 
 def test_the_worst_text_is_named(expected):
     table = vectors()
     table[11] = -table[11]
     with pytest.raises(ParityError, match="Worst: 'text 11' cosine -1"):
-        prove(lookup(table), expected, floor=0.99999, what="x")
+        prove(lookup(table), expected, FP32, what="x")
 
 
 def test_a_missing_normalisation_is_seen_although_every_cosine_is_one(expected):
     with pytest.raises(ParityError, match="of its length"):
-        prove(lookup(vectors() * np.float32(3)), expected, floor=0.99999, what="x")
+        prove(lookup(vectors() * np.float32(3)), expected, FP32, what="x")
 
 
 def test_vectors_that_depend_on_neighbours_are_refused(expected):
@@ -75,7 +72,58 @@ def test_vectors_that_depend_on_neighbours_are_refused(expected):
         return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.1) * found.mean(0)
 
     with pytest.raises(ParityError, match="depend on the other texts"):
-        prove(leaky, expected, floor=0.99999, what="x")
+        prove(leaky, expected, FP32, what="x")
+
+
+def test_int8_may_not_depend_on_neighbours_either(expected):
+    table = vectors()
+
+    def leaky(texts):
+        found = lookup(table)(texts)
+        return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.07) * np.roll(found, 1, axis=1)
+
+    prove(lookup(table), expected, INT8, what="x")
+    with pytest.raises(ParityError, match=r"depend on the other texts of a batch.*cosine below 0\.999"):
+        prove(leaky, expected, INT8, what="x")
+
+
+def test_ranks_and_nearest_texts_see_what_the_cosine_forgives(expected):
+    noise = np.random.default_rng(1).normal(size=(len(TEXTS), 8)).astype(np.float32)
+    parity = prove(lookup(vectors() + np.float32(0.03) * noise), expected, INT8, what="x")
+    assert 0.9 < parity.spearman < 0.9999
+    assert 0.7 < parity.top10_overlap < 1
+    exact = prove(lookup(vectors()), expected, INT8, what="x")
+    assert exact.spearman == pytest.approx(1.0)
+    assert exact.top10_overlap == 1.0
+
+
+def test_texts_with_equal_vectors_tie(expected):
+    table = np.repeat(vectors()[:1], len(TEXTS), axis=0)
+    same = dataclasses.replace(expected, vectors=table)
+    moved = table + np.float32(1e-7) * np.arange(len(TEXTS), dtype=np.float32)[:, None]
+    parity = prove(lookup(moved), same, FP32, what="x")
+    assert (parity.spearman, parity.top10_overlap) == (1.0, 1.0)
+
+
+def test_lost_quality_fails_although_the_floor_holds(expected):
+    chosen = EvaluationSet(name="pairs", first=TEXTS[:10], second=TEXTS[10:20], scores=np.arange(10.0), sha256="0" * 64)
+    measured = dataclasses.replace(expected, sets=(chosen,), scores=(_quality(lookup(vectors()), chosen),))
+    parity = prove(lookup(vectors()), measured, INT8, what="x")
+    assert parity.sts[0].artifact == parity.sts[0].reference
+    better = dataclasses.replace(measured, scores=(parity.sts[0].reference + 0.6,))
+    with pytest.raises(ParityError, match="pairs drops from"):
+        prove(lookup(vectors()), better, INT8, what="x")
+
+
+def test_the_floors_of_bits_follow_from_the_angle():
+    bits = dataclasses.replace(SPEC, vector_type=VectorType.BINARY, dim=384)
+    floors = {precision: Floors.of(precision, bits) for precision in (Precision.FP32, Precision.BF16, Precision.INT8)}
+    one_bit = 2 / 384
+    assert 1 - 3 * one_bit < floors[Precision.FP32].reference < 1 - 2 * one_bit
+    # 0.98 is an angle of 11.5 degrees: 6.4 % of the bits.
+    assert floors[Precision.INT8].reference == pytest.approx(1 - 2 * 0.0638 - 2 * one_bit, abs=1e-3)
+    assert floors[Precision.INT8].reference < floors[Precision.BF16].reference < floors[Precision.FP32].reference
+    assert floors[Precision.INT8].neighbour > floors[Precision.INT8].reference
 
 
 def test_built_in_texts_are_many_ragged_and_the_same_each_time():

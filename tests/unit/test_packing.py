@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirror_runtime.packing import BLOCK, Ladder, pack
+from mirror_runtime.packing import BLOCK, Ladder, _assign, pack
 
 LADDER = Ladder.up_to(256)
 
@@ -18,9 +18,10 @@ def test_the_ladder_doubles_and_ends_at_the_limit():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 256), max_size=300),
+    lengths=st.lists(st.one_of(st.integers(1, 256), st.integers(1, 5)), max_size=300),
     streams=st.integers(1, 4),
 )
+@example(lengths=[4] * 10 + [1] * 60, streams=1)  # a row runs out of slots before it runs out of tokens
 def test_every_token_lands_once_in_its_own_segment(lengths, streams):
     sizes = np.array(lengths, np.int64)
     ids = np.arange(1, sizes.sum() + 1)
@@ -49,6 +50,23 @@ def test_ragged_short_texts_fill_the_rows():
     assert sizes.sum() / slots > 0.97
 
 
+def test_pieces_of_one_size_are_placed_as_one_by_one():
+    """The packer places equal pieces together; one at a time into the tightest row must fill no row less."""
+    sizes = np.sort(np.random.default_rng(2).integers(2, 257, 700))[::-1]
+    space: list[list[int]] = []  # free tokens and slots of each row
+    for size in sizes.tolist():
+        fitting = [row for row in space if row[0] >= size and row[1] > 0]
+        if not fitting:
+            length = next(length for length in LADDER.lengths if length >= size)
+            space.append([length, length // 4])
+            fitting = space[-1:]
+        tightest = min(fitting, key=lambda row: row[0])
+        tightest[0] -= size
+        tightest[1] -= 1
+    _, row_lengths = _assign(sizes, LADDER)
+    assert len(row_lengths) == len(space)
+
+
 def test_one_short_text_gets_the_shortest_row():
     (batch,) = pack(np.ones(9, np.int64), np.array([9]), LADDER)
     assert batch.rows.shape == (1, 16)
@@ -67,3 +85,13 @@ def test_the_last_batches_keep_all_streams_busy(streams):
     batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=streams)
     assert len(batches) >= streams
     assert sum(batch.rows.shape[0] for batch in batches) <= 17
+
+
+def test_padding_of_a_piece_has_its_number_with_a_minus():
+    ids, sizes, own = np.arange(1, 25), np.array([8, 8, 8]), np.array([3, 8, 5])
+    (batch,) = pack(ids, sizes, LADDER, own=own)
+    assert batch.tokens == 16
+    (row,) = batch.rows.segment_ids
+    assert row.tolist() == [1] * 3 + [-1] * 5 + [2] * 8 + [3] * 5 + [-3] * 3 + [0] * 8
+    assert batch.rows.position_ids[0].tolist() == [*range(8)] * 3 + [0] * 8
+    assert batch.rows.input_ids[0].tolist() == [*range(1, 25)] + [0] * 8

@@ -45,3 +45,14 @@ def test_padded_artifacts_are_for_other_consumers(make_bundle, make_artifact):
     manifest = read_manifest(make_bundle(artifacts=(make_artifact(*ORT32, Layout.PADDED),)))
     with pytest.raises(EngineError, match="it has none"):
         choose(manifest, "auto", "auto")
+
+
+def test_auto_never_takes_int8_and_int8_is_there_for_the_asking(make_bundle, make_artifact):
+    pairs = [(engine, Precision.INT8) for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO)]
+    manifest = read_manifest(make_bundle(artifacts=tuple(make_artifact(*pair) for pair in (*pairs, ORT32))))
+    assert choose(manifest, "auto", "auto")[:2] == ORT32
+    assert choose(manifest, "onnxruntime", "auto")[:2] == ORT32
+    assert choose(manifest, "auto", "int8")[:2] == (EngineName.OPENVINO, Precision.INT8)
+    alone = read_manifest(make_bundle(artifacts=(make_artifact(*pairs[0]),), name="alone"))
+    with pytest.raises(EngineError, match=r"it has onnxruntime int8\. Ask for one of these"):
+        choose(alone, "auto", "auto")

@@ -20,6 +20,7 @@ class Echo:
         self.sent: list[list[bytes]] = []
         self.waiting = 0
         self.most_waiting = 0
+        self.parameters: dict[str, Any] = {}
 
     def submit(self, texts: NDArray[Any]) -> Callable[[], Reply]:
         assert texts.ndim == 2
@@ -41,7 +42,12 @@ class Echo:
         return wait
 
     def config(self) -> dict[str, Any]:
-        return {"name": "embed", "max_batch_size": 64, "output": [{"name": "EMBEDDING", "dims": ["1"]}]}
+        return {
+            "name": "embed",
+            "max_batch_size": 64,
+            "output": [{"name": "EMBEDDING", "data_type": "TYPE_FP32", "dims": ["1"]}],
+            "parameters": self.parameters,
+        }
 
     def statistics(self) -> dict[str, Any]:
         return {"inference_count": "12"}
@@ -128,3 +134,12 @@ def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
     monkeypatch.setitem(__import__("sys").modules, f"tritonclient.{protocol}", None)
     with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
         Client(protocol=protocol)
+
+
+def test_the_server_names_its_vector_space(make_client):
+    echo = Echo()
+    client = make_client(echo)
+    with pytest.raises(ServerError, match="names no fingerprint"):
+        client.fingerprint()
+    echo.parameters = {"fingerprint": {"string_value": "0123456789abcdef"}}
+    assert client.fingerprint() == "0123456789abcdef"

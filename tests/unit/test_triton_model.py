@@ -187,3 +187,12 @@ def test_a_bundle_that_cannot_be_loaded_ends_in_one_message(model_class, make_bu
     bundle = make_bundle()
     with pytest.raises(RuntimeError, match="the bundle has no packed artifact for engine onnxruntime"):
         model_class().initialize(arguments(bundle, ServingOptions(engine="onnxruntime")))
+
+
+def test_a_bundle_of_another_vector_space_than_the_repository_promises_is_refused(model_class, make_bundle):
+    bundle = make_bundle()
+    given = arguments(bundle, ServingOptions(engine="fake"))
+    text = (bundle / "manifest.json").read_text().replace("0123456789abcdef", "fedcba9876543210")
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(RuntimeError, match="promises vectors of 0123456789abcdef and the bundle gives fedcba98"):
+        model_class().initialize(given)

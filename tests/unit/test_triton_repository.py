@@ -86,6 +86,7 @@ def test_config_says_what_triton_must_know():
         "precision": "auto",
         "streams": "2",
         "long_texts": "truncate",
+        "fingerprint": "0123456789abcdef",
     }
 
 

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.bundle import EncoderSpec, EngineName, Precision
 from mirror_runtime.engines.base import Engine
 from mirror_runtime.errors import EngineError
 
 __all__ = ["Engine", "installed", "load_engine"]
 
 _LIBRARIES = {EngineName.ONNXRUNTIME: "onnxruntime", EngineName.OPENVINO: "openvino", EngineName.TENSORRT: "tensorrt"}
+_GPU_PROVIDERS = (EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT)
 
 
 def installed(name: EngineName) -> bool:
     """Tell whether an engine's library can be found, without importing it."""
+    if name in _GPU_PROVIDERS:  # onnxruntime-gpu has the same import name as onnxruntime
+        return any(distributions(name="onnxruntime-gpu"))
     return name is EngineName.FAKE or find_spec(_LIBRARIES[name]) is not None
 
 
-def load_engine(name: EngineName, precision: Precision, graph: Path, *, streams: int | None = None, dim: int) -> Engine:
+def load_engine(
+    name: EngineName,
+    precision: Precision,
+    graph: Path,
+    *,
+    streams: int | None = None,
+    spec: EncoderSpec,
+    cache: Path | None = None,
+) -> Engine:
     """Load a packed graph into an engine.
 
     Args:
         name: which engine.
         precision: what it must run in; an engine that cannot raises instead of choosing another.
-        graph: the ONNX file; the fake engine needs none and ignores it.
+        graph: the ONNX file, or TensorRT's plan; the fake engine needs none and ignores it.
         streams: batches in flight; None lets the engine choose from this process's cores.
-        dim: length of a vector, which only the fake engine cannot read from the graph.
+        spec: what a vector is, which only the fake engine cannot read from the graph.
+        cache: a folder for what the engine makes of this very graph, to start faster next time; None for none.
 
     Raises:
         MissingExtra: the engine's library is not installed.
@@ -38,13 +51,19 @@ def load_engine(name: EngineName, precision: Precision, graph: Path, *, streams:
     if name is EngineName.OPENVINO:
         from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 
-        return OpenVinoEngine(graph, precision, streams)
+        return OpenVinoEngine(graph, precision, streams, cache)
     if name is EngineName.ONNXRUNTIME:
         from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(graph, precision, streams)
-    if name is EngineName.FAKE:
-        from mirror_runtime.engines.fake import FakeEngine
+    if name is EngineName.TENSORRT:
+        from mirror_runtime.engines.tensorrt_engine import TensorRtEngine
 
-        return FakeEngine(precision, streams, dim)
-    raise EngineError(f"engine {name.value} does not run packed graphs yet: choose onnxruntime or openvino")
+        return TensorRtEngine(graph, precision, streams)
+    if name in _GPU_PROVIDERS:
+        from mirror_runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
+
+        return OnnxRuntimeGpuEngine(name, graph, precision, streams, cache)
+    from mirror_runtime.engines.fake import FakeEngine
+
+    return FakeEngine(precision, streams, spec)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import Vectors
 
 
 class Engine(Protocol):
@@ -24,14 +22,15 @@ class Engine(Protocol):
     precision: Precision
     streams: int
 
-    def run(self, rows: PackedRows) -> NDArray[np.float32]:
+    def run(self, rows: PackedRows) -> Vectors:
         """Compute the pooled vectors of one batch. Safe to call from several threads.
 
         Args:
             rows: arrays [R, L].
 
         Returns:
-            float32 [R, L // 4, dim]; empty slots are zeros. The caller owns the array.
+            [R, L // 4, width] of the encoder's vector type, see `mirror_runtime.vectors`; empty slots are zeros. The
+            caller owns the array.
 
         Raises:
             EngineError: the library failed.

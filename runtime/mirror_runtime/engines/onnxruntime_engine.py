@@ -14,27 +14,37 @@ from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import PackedRows
 
+PRECISION_KEY = "mirror_precision"
+"""Metadata of an ONNX file whose products are not in fp32: what they are in."""
+
 
 class OnnxRuntimeEngine:
-    """Runs fp32 packed graphs on ONNX Runtime's CPU provider.
+    """Runs packed graphs on ONNX Runtime's CPU provider, in the precision that the file holds.
+
+    Int8 products run in int8. fp16 and fp8 files are computed in fp32 between their roundings: that proves a file, and
+    is slower than fp32.
 
     Args:
         graph: the packed ONNX file.
-        precision: fp32; ONNX Runtime runs what the file holds.
+        precision: fp32, fp16, int8 or fp8: what the file says of itself.
         streams: batches in flight; None means one that uses every core.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
-        EngineError: another precision was asked for, or the file cannot be loaded.
+        EngineError: the file is of another precision, has no kernels here (bf16), or cannot be loaded.
     """
 
     def __init__(self, graph: Path, precision: Precision, streams: int | None) -> None:
-        if precision is not Precision.FP32:
-            raise EngineError(f"onnxruntime runs fp32 packed graphs, not {precision.value}: choose fp32 or openvino")
+        if precision is Precision.BF16:
+            raise EngineError("onnxruntime has no bf16 kernels on the CPU: choose openvino, or another precision")
         self.name = EngineName.ONNXRUNTIME
         self.precision: Precision = precision
         self.streams = streams or 1
-        self._session = open_session(graph, threads=max(1, usable_cores() // self.streams))
+        threads = max(1, usable_cores() // self.streams)
+        self._session = open_session(graph, threads=threads, fused=precision is not Precision.FP8)
+        held = self._session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, Precision.FP32.value)
+        if held != precision.value:
+            raise EngineError(f"{graph.name} is a graph in {held}, not {precision.value}: ask for {held}")
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
@@ -55,12 +65,13 @@ class OnnxRuntimeEngine:
         del self._session
 
 
-def open_session(graph: Path, *, threads: int) -> Any:
+def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
     """Open an ONNX file the way this runtime serves it; the exporter proves its graphs with the same options.
 
     Args:
         graph: any ONNX file.
         threads: threads within one call.
+        fused: let operators be merged with the roundings around them. The fused operators know no fp8.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -76,6 +87,8 @@ def open_session(graph: Path, *, threads: int) -> Any:
     # Threads that spin between calls take the cores from the tokenizer and from other sessions.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    if not fused:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     try:
         return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.engines.openvino_cache import read_graph
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import PackedRows
 
-_HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
+_HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "bf16"}
+"""What is not quantised is computed in this; int8 graphs on a CPU without bf16 in f32."""
 
 _COMPILING = threading.Lock()
 """Held while models are compiled and tensors are made, by all engines of the process: when two threads make OpenVINO's
@@ -40,14 +42,16 @@ class _Slot:
 
 
 class OpenVinoEngine:
-    """Runs fp32 packed graphs on OpenVINO's CPU plugin in fp32, or lowered to bf16 by the plugin.
+    """Runs packed graphs on OpenVINO's CPU plugin: in fp32, lowered to bf16 by the plugin, or in int8.
+
+    An int8 file's quantised products run in int8, the rest in bf16 where the CPU has it, else in fp32.
 
     Shapes are compiled when first needed: a batch of many rows for throughput, with as many streams as asked for and
     the cores shared among them; a single row for latency, with all cores on one stream.
 
     Args:
         graph: the packed ONNX file.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or int8.
         streams: batches in flight; None means one for each core.
 
     Raises:
@@ -55,12 +59,9 @@ class OpenVinoEngine:
         EngineError: the precision does not exist on this CPU, or the file cannot be loaded.
     """
 
-    def __init__(self, graph: Path, precision: Precision, streams: int | None) -> None:
+    def __init__(self, graph: Path, precision: Precision, streams: int | None, cache: Path | None = None) -> None:
         self._core = require("openvino", "openvino").Core()
-        if precision not in _HINTS:
-            raise EngineError(f"openvino runs packed graphs in fp32 or bf16, not {precision.value}")
-        if precision is Precision.BF16 and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise EngineError("this CPU has no bf16 (avx512_bf16 or amx_bf16): ask for fp32")
+        self._hint = _hint(self._core, precision)
         self.name = EngineName.OPENVINO
         self.precision = precision
         self._cores = usable_cores()
@@ -68,9 +69,10 @@ class OpenVinoEngine:
         self._graph = graph
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         try:
-            self._model = self._core.read_model(graph)
+            self._model = read_graph(self._core, graph, cache)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
+        _check_held(self._model, graph, precision)
         self._inputs = [tensor.get_any_name() for tensor in self._model.inputs]
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
@@ -101,7 +103,7 @@ class OpenVinoEngine:
             alone = shape[0] == 1
             streams = 1 if alone else self.streams
             settings = {
-                "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+                "INFERENCE_PRECISION_HINT": self._hint,
                 "PERFORMANCE_HINT": "LATENCY" if alone else "THROUGHPUT",
                 "NUM_STREAMS": streams,
                 "INFERENCE_NUM_THREADS": max(self._cores, streams),
@@ -113,7 +115,7 @@ class OpenVinoEngine:
                 ran = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
             except RuntimeError as error:
                 raise EngineError(f"openvino cannot compile {self._graph.name} for rows {shape}: {error}") from error
-            if ran.lower().replace("bfloat16", "bf16").replace("float32", "f32") != _HINTS[self.precision]:
+            if ran.lower().replace("bfloat16", "bf16").replace("float32", "f32") != self._hint:
                 raise EngineError(
                     f"openvino compiled {self._graph.name} for {ran} where {self.precision.value} was asked"
                 )
@@ -122,3 +124,45 @@ class OpenVinoEngine:
                 pool.put(_Slot.of(compiled.create_infer_request(), self._inputs))
             self._slots[shape] = pool
             return pool
+
+
+def compile_padded(graph: Path, precision: Precision) -> Any:
+    """Compile a padded graph with free dimensions, for a proof: serving runs packed graphs.
+
+    Args:
+        graph: an ONNX file or an OpenVINO `.xml`.
+        precision: fp32, bf16 or int8.
+
+    Returns:
+        An `openvino.CompiledModel`.
+
+    Raises:
+        MissingExtra: openvino is not installed.
+        EngineError: as `OpenVinoEngine`.
+    """
+    core = require("openvino", "openvino").Core()
+    settings = {"INFERENCE_PRECISION_HINT": _hint(core, precision), "INFERENCE_NUM_THREADS": usable_cores()}
+    try:
+        model = core.read_model(graph)
+        _check_held(model, graph, precision)
+        return core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
+
+
+def _hint(core: Any, precision: Precision) -> str:
+    """Say what OpenVINO computes in where nothing is quantised."""
+    if precision not in _HINTS:
+        raise EngineError(f"openvino runs graphs in fp32, bf16 or int8, not {precision.value}")
+    bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision is Precision.BF16 and not bf16:
+        raise EngineError("this CPU has no bf16 (avx512_bf16 or amx_bf16): ask for fp32")
+    return _HINTS[precision] if bf16 else "f32"
+
+
+def _check_held(model: Any, graph: Path, precision: Precision) -> None:
+    """Refuse to run a quantised graph as anything but int8, and the other way round."""
+    quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+    if quantized != (precision is Precision.INT8):
+        held = "int8" if quantized else "floating point"
+        raise EngineError(f"{graph.name} is a graph in {held}: it cannot run in {precision.value}")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.encoder import Encoder
+from mirror_runtime.vectors import Vectors
 
 
 class FailureKind(str, Enum):
@@ -25,12 +26,12 @@ class Answer:
     """What one request of b texts gets.
 
     Attributes:
-        vectors: float32 [b, dim].
+        vectors: [b, width] of the encoder's vector type.
         tokens: int32 [b, 1], tokens of the whole text, special tokens included.
         truncated: bool [b, 1], whether the text was longer than the encoder takes.
     """
 
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     tokens: NDArray[np.int32]
     truncated: NDArray[np.bool_]
 

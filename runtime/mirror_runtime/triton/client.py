@@ -17,8 +17,11 @@ from mirror_runtime.errors import InputError, ServerError, TextError
 from mirror_runtime.tokens import defect
 from mirror_runtime.triton.grpc_transport import GrpcTransport
 from mirror_runtime.triton.http_transport import HttpTransport
-from mirror_runtime.triton.repository import MODEL_NAME
+from mirror_runtime.triton.repository import DATA_TYPES, MODEL_NAME
 from mirror_runtime.triton.transport import Rejected, Reply, Transport
+from mirror_runtime.vectors import Vectors, dtype_of_type
+
+_NUMBERS = {name: kind for kind, name in DATA_TYPES.items()}
 
 _OWN_POSITION = re.compile(r"^.*?text \d+: ", re.DOTALL)
 
@@ -90,9 +93,9 @@ class Client:
         else:
             self._transport = HttpTransport(url or "127.0.0.1:8000", model, timeout_s, in_flight)
         self._in_flight = in_flight
-        self._limits: tuple[int, int] | None = None
+        self._limits: tuple[int, np.dtype[Any], int] | None = None
 
-    def encode(self, texts: Iterable[str], batch_size: int = 32) -> NDArray[np.float32]:
+    def encode(self, texts: Iterable[str], batch_size: int = 32) -> Vectors:
         """Give the vectors of texts.
 
         Args:
@@ -100,7 +103,7 @@ class Client:
             batch_size: texts a request.
 
         Returns:
-            float32 [n, dim].
+            [n, width] of the model's vector type, mostly float32 [n, dim].
 
         Raises:
             TextError: for the first text that cannot be encoded.
@@ -124,13 +127,13 @@ class Client:
         """
         if isinstance(texts, (str, bytes)):
             raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
-        dim, largest = self._model_limits()
+        width, dtype, largest = self._model_limits()
         if not 1 <= batch_size <= largest:
             raise InputError(f"batch_size is {batch_size}: this server takes 1 to {largest} texts a request")
         items = list(texts)
         errors: dict[int, TextError] = {}
         replies = list(self._replies(self._chunks(items, batch_size, errors), errors))
-        vectors = np.zeros((len(items), dim), dtype=np.float32)
+        vectors = np.zeros((len(items), width), dtype)
         tokens = np.zeros(len(items), dtype=np.int64)
         truncated = np.zeros(len(items), dtype=np.bool_)
         for chunk, reply in replies:
@@ -147,6 +150,18 @@ class Client:
         except ServerError:
             return False
         return True
+
+    def fingerprint(self) -> str:
+        """Fetch the name of the model's vector space: compare it with the one that an index was made with.
+
+        Raises:
+            ServerError: the server cannot be reached, or its model does not say.
+        """
+        config = self._transport.config()
+        said = config.get("parameters", {}).get("fingerprint")
+        if said is None:
+            raise ServerError(f"model {config.get('name')!r} names no fingerprint: it is none of ours, or an old one")
+        return str(said["string_value"])
 
     def statistics(self) -> Statistics:
         """Fetch the model's counters. executions < inferences says that requests shared executions.
@@ -171,14 +186,18 @@ class Client:
     ) -> None:
         self.close()
 
-    def _model_limits(self) -> tuple[int, int]:
-        """Give the vectors' length and the most texts a request, asked of the server once."""
+    def _model_limits(self) -> tuple[int, np.dtype[Any], int]:
+        """Give the vectors' width and type and the most texts a request, asked of the server once."""
         if self._limits is None:
             config = self._transport.config()
-            dims = {output["name"]: output["dims"] for output in config.get("output", [])}
-            if "EMBEDDING" not in dims:
-                raise ServerError(f"model {config.get('name')!r} has no output EMBEDDING: it is none of ours")
-            self._limits = (int(dims["EMBEDDING"][0]), int(config["max_batch_size"]))
+            outputs = {output["name"]: output for output in config.get("output", [])}
+            embedding = outputs.get("EMBEDDING", {})
+            if embedding.get("data_type") not in _NUMBERS:
+                raise ServerError(
+                    f"model {config.get('name')!r} has no output EMBEDDING of vectors: it is none of ours"
+                )
+            kind = dtype_of_type(_NUMBERS[embedding["data_type"]])
+            self._limits = (int(embedding["dims"][0]), kind, int(config["max_batch_size"]))
         return self._limits
 
     def _chunks(self, texts: Iterable[object], batch_size: int, errors: dict[int, TextError]) -> Iterator[_Chunk]:

@@ -16,7 +16,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from mirror_runtime.encoder import Encoder
-from mirror_runtime.errors import MirrorError
+from mirror_runtime.errors import BundleError, MirrorError
 from mirror_runtime.triton.batching import Answer, Failure, FailureKind, answer
 
 
@@ -47,6 +47,11 @@ class TritonPythonModel:
                 streams=None if parameters["streams"] == "auto" else int(parameters["streams"]),
                 long_texts=parameters["long_texts"],
             )
+            if self.encoder.fingerprint != parameters["fingerprint"]:
+                raise BundleError(
+                    f"config.pbtxt promises vectors of {parameters['fingerprint']} and the bundle gives "
+                    f"{self.encoder.fingerprint}: write the repository again with export/to_triton.py"
+                )
             # Triton's own warm-up sends single texts; here every shape is known, and ready shall mean warm.
             self.encoder.warm_up()
         except MirrorError as error:

@@ -7,15 +7,28 @@ import shlex
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from mirror_runtime.bundle import EngineName, Layout, Manifest, check_files, read_manifest
+from mirror_runtime.bundle import EngineName, Layout, Manifest, VectorType, check_files, read_manifest
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.tokens import LongTexts
+from mirror_runtime.vectors import width_of
 
 MODEL_NAME = "embed"
 CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
+
+DATA_TYPES: Mapping[VectorType, str] = MappingProxyType(
+    {
+        VectorType.FLOAT32: "TYPE_FP32",
+        VectorType.FLOAT16: "TYPE_FP16",
+        VectorType.INT8: "TYPE_INT8",
+        VectorType.BINARY: "TYPE_UINT8",
+    }
+)
+"""What Triton calls the numbers of a vector."""
 
 MODEL_SOURCE = '''\
 """What Triton loads: the model itself ships in the mirror_runtime package."""
@@ -34,7 +47,7 @@ input [
   {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}
 ]
 output [
-  {{ name: "EMBEDDING" data_type: TYPE_FP32 dims: [ {dim} ] }},
+  {{ name: "EMBEDDING" data_type: {data_type} dims: [ {width} ] }},
   {{ name: "TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }},
   {{ name: "TRUNCATED" data_type: TYPE_BOOL dims: [ 1 ] }}
 ]
@@ -100,11 +113,13 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         "precision": options.precision,
         "streams": "auto" if options.streams is None else str(options.streams),
         "long_texts": options.long_texts.value,
+        "fingerprint": manifest.fingerprint,
     }
     return _CONFIG.format(
         name=MODEL_NAME,
         max_batch_size=options.max_batch_size,
-        dim=manifest.encoder.dim,
+        data_type=DATA_TYPES[manifest.encoder.vector_type],
+        width=width_of(manifest.encoder),
         parameters=",\n".join(
             f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
         ),

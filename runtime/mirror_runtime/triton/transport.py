@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.errors import ServerError
+from mirror_runtime.vectors import Vectors
 
 OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED")
 
@@ -24,9 +25,9 @@ class Rejected(ServerError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What one request of n texts brought back: float32 [n, dim], int32 [n, 1], bool [n, 1]."""
+    """What one request of n texts brought back: [n, width] of the model's vector type, int32 [n, 1], bool [n, 1]."""
 
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     tokens: NDArray[np.int32]
     truncated: NDArray[np.bool_]
 

@@ -1,0 +1,315 @@
+"""int8 and fp8 written into a graph as QuantizeLinear and DequantizeLinear pairs, with scales found by measurement.
+
+Weights take one scale a channel, activations one constant scale a tensor, all symmetric with zero point 0. No scale
+depends on what else is in a batch, so a text's vector does not either; ONNX Runtime's dynamic int8 takes its scales
+from the whole batch, and fails the proof for that. Three things make one scale a tensor enough: SmoothQuant (section 4:
+an activation's channels are divided, the weights' rows multiplied) with its exponent tried layer by layer, the few
+widest channels multiplied in float beside the rest, and room above what calibration saw. A layer that still costs too
+much stays in float, found by letting each out in turn.
+
+Library quantisers do not serve here: ONNX Runtime's and NNCF's do none of the three for single layers of an ONNX graph,
+and leave the embedding table, half of a small encoder, in float or under one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from export.calibration import Calibration, Flow, Vectors, linear_inputs
+from export.graphs import EXTERNAL_DATA_BYTES, Graph
+from export.halves import write_half
+from export.rewrite import Array, Rewrite, checked
+from mirror_runtime.bundle import Precision
+
+TARGET = 0.985
+"""Layers are left in float until the worst calibration text is this close: the proof's floor, and some room."""
+
+EXPONENTS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
+"""Of the activations' peaks in the smoothing factor; 0 smooths nothing."""
+
+HEADROOM = 1.2
+"""How far beyond what calibration saw a scale reaches. Clipping never paid: other texts' peaks are the larger loss."""
+
+AVERAGE_HEADROOM = 2.0
+"""The same where attention has averaged vectors: averages over ordinary text are smaller than the vectors themselves,
+which a text of one word over and over brings out again."""
+
+OUTLIERS = 4
+"""Channels of a layer's input that may stay in float, where this halves its error: a transformer's largest activations
+lie in a few channels, and scales wide enough for them leave too few steps for the rest (LLM.int8, section 3)."""
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive fp16: scales are fp16 where the rest of a graph is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A quantised number format.
+
+    Attributes:
+        largest: the largest number it represents at scale 1.
+        dtype: of the stored numbers.
+        opset: the first that has it.
+    """
+
+    largest: float
+    dtype: np.dtype[np.generic]
+    opset: int
+
+
+FORMATS: Mapping[Precision, Format] = {
+    Precision.INT8: Format(largest=127.0, dtype=np.dtype(np.int8), opset=13),
+    Precision.FP8: Format(largest=448.0, dtype=np.dtype(ml_dtypes.float8_e4m3fn), opset=19),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """How the value that one or several linear layers read is quantised.
+
+    Attributes:
+        smoothing: float32 [channels]: the value is divided, the weights' rows are multiplied by it.
+        scale: of the divided value.
+        outliers: int64 [n], channels that are multiplied in float beside the rest.
+        error: of the layers' outputs, relative, on calibration text.
+        quantized: False leaves these layers in float.
+    """
+
+    smoothing: Vectors
+    scale: float
+    outliers: NDArray[np.int64]
+    error: float
+    quantized: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a graph's linear layers are quantised; it fits the padded and the packed graph of one encoder.
+
+    Attributes:
+        precision: int8 or fp8.
+        sites: by position among `linear_inputs`.
+        worst_cosine: of the calibration texts.
+    """
+
+    precision: Precision
+    sites: tuple[Site, ...]
+    worst_cosine: float
+
+
+def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> Plan:
+    """Choose scales and smoothing, and which layers stay in float.
+
+    Args:
+        graph: the fp32 packed ONNX file.
+        calibration: of this graph.
+        precision: int8 or fp8.
+    """
+    rewrite = Rewrite(graph)
+    form = FORMATS[precision]
+    sites: list[Site] = []
+    for flow, nodes in zip(calibration.flows, linear_inputs(rewrite).values(), strict=True):
+        weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
+        sites.append(best_site(flow, weights, form))
+    cosines = calibration.cosines(_session(graph, sites, form))
+    if cosines.min() < TARGET:
+        for at in _by_gain(graph, sites, form, calibration, cosines):
+            sites[at] = replace(sites[at], quantized=False)
+            cosines = calibration.cosines(_session(graph, sites, form))
+            if cosines.min() >= TARGET:
+                break
+    return Plan(precision=precision, sites=tuple(sites), worst_cosine=float(cosines.min()))
+
+
+def best_site(flow: Flow, weights: Array, form: Format) -> Site:
+    """Try smoothing exponents, with and without outliers in float, and take what changes the layers' outputs least.
+
+    Args:
+        flow: what the layers read.
+        weights: float32 [channels, outputs].
+        form: the number format.
+    """
+    plain = _best(flow, weights, form, np.zeros(0, np.int64))
+    widest = np.sort(np.argsort(flow.peak)[-OUTLIERS:])
+    split = _best(flow, weights, form, widest)
+    return split if split.error <= plain.error / 2 else plain
+
+
+def _best(flow: Flow, weights: Array, form: Format, outliers: NDArray[np.int64]) -> Site:
+    """Find the smoothing and the scale for what is left when some channels stay in float."""
+    inner = np.setdiff1d(np.arange(flow.peak.size), outliers)
+    power = max(float(((flow.rows @ weights) ** 2).sum()), 1e-12)
+    peak, rows, weights = np.maximum(flow.peak[inner], 1e-5), flow.rows[:, inner], weights[inner]
+    reach = np.maximum(np.abs(weights).max(1), 1e-5)
+    wanted = rows @ weights
+
+    headroom = AVERAGE_HEADROOM if flow.averaged else HEADROOM
+
+    def attempt(smoothing: Vectors) -> Site:
+        scale = max(float((peak / smoothing).max()) * headroom / form.largest, SMALLEST_SCALE)
+        values = rounded(rows / smoothing / scale, form).astype(np.float32) * scale
+        stored, scales = quantize_columns(weights * smoothing[:, None], form)
+        error = float((((values @ (stored.astype(np.float32) * scales)) - wanted) ** 2).sum()) / power
+        whole = np.ones(flow.peak.size, np.float32)
+        whole[inner] = smoothing
+        return Site(smoothing=whole, scale=scale, outliers=outliers, error=error)
+
+    factors = [peak**exponent for exponent in EXPONENTS]
+    factors += [peak**exponent / reach ** (1 - exponent) for exponent in EXPONENTS if 0 < exponent < 1]
+    smoothings = [(factor / np.exp(np.log(factor).mean())).astype(np.float32) for factor in factors]
+    return min((attempt(smoothing) for smoothing in smoothings), key=lambda site: site.error)
+
+
+def write_quantized_for_gpu(
+    source: Graph, path: Path, plan: Plan, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> Graph:
+    """Write a graph with its linear layers quantised and everything else in fp16, for TensorRT and CUDA.
+
+    Raises:
+        EngineError: the file breaks the contract, or fp16 cannot hold the weights.
+    """
+    with TemporaryDirectory(dir=path.parent) as folder:
+        inner = write_quantized(
+            source, Path(folder) / path.name, plan, tables=False, external_data_bytes=external_data_bytes
+        )
+        return write_half(
+            inner, path, Precision.FP16, precision=plan.precision, external_data_bytes=external_data_bytes
+        )
+
+
+def write_quantized(
+    source: Graph, path: Path, plan: Plan, *, tables: bool = True, external_data_bytes: int = EXTERNAL_DATA_BYTES
+) -> Graph:
+    """Write a graph with its linear layers quantised and everything else in fp32, for CPUs.
+
+    Layers that read one value (query, key, value) become one product: ONNX Runtime then runs all of it in int8.
+
+    Args:
+        source: the fp32 graph.
+        path: the file to write.
+        plan: made for this encoder.
+        tables: store embedding tables as int8 with one scale a row. TensorRT's Gather takes no int8.
+        external_data_bytes: see `EXTERNAL_DATA_BYTES`.
+
+    Raises:
+        EngineError: the file breaks the contract.
+    """
+    graph = Rewrite(source.path)
+    _quantize(graph, plan.sites, FORMATS[plan.precision])
+    if tables:
+        _quantize_tables(graph)
+    graph.save(path, plan.precision, external_data_bytes=external_data_bytes)
+    return checked(source, path)
+
+
+def rounded(values: Array, form: Format) -> Array:
+    """Round to the format's numbers, saturating."""
+    held = np.clip(values, -form.largest, form.largest)
+    return (np.rint(held) if form.dtype == np.int8 else held).astype(form.dtype)
+
+
+def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
+    """Quantise a matrix with one scale a column.
+
+    Returns:
+        The stored numbers, and float32 [columns].
+    """
+    scales = np.maximum(np.abs(weights).max(0) / form.largest, SMALLEST_SCALE).astype(np.float32)
+    return rounded(weights / scales, form), scales
+
+
+def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
+    graph.opset = max(graph.opset, form.opset)
+    for site, (name, nodes) in zip(sites, linear_inputs(graph).items(), strict=True):
+        if not site.quantized:
+            continue
+        value = name
+        if (site.smoothing != 1).any():
+            value = f"{name}_smooth"
+            graph.node("Mul", [name, graph.add(f"{name}_smoothing", 1 / site.smoothing)], [value])
+        scale = graph.add(f"{name}_scale", np.array(site.scale, np.float32))
+        zero = graph.add(f"{name}_zero", np.zeros((), form.dtype))
+        graph.node("QuantizeLinear", [value, scale, zero], [f"{name}_quantized"])
+        graph.node("DequantizeLinear", [f"{name}_quantized", scale, zero], [f"{name}_dequantized"])
+        parts = [graph.array(node.input[1]) for node in nodes]
+        together = np.concatenate(parts, axis=1)
+        inner = together * site.smoothing[:, None]
+        inner[site.outliers] = 0  # what these channels saturate to does not count
+        stored, scales = quantize_columns(inner, form)
+        first = nodes[0].output[0]
+        weight = [
+            graph.add(f"{first}_weight", stored),
+            graph.add(f"{first}_weight_scale", scales),
+            graph.add(f"{first}_weight_zero", np.zeros(scales.shape, form.dtype)),
+        ]
+        graph.node("DequantizeLinear", weight, [f"{first}_weight_dequantized"], axis=1)
+        graph.nodes[:] = [node for node in graph.nodes if node not in nodes]
+        product = first if len(nodes) == 1 else f"{first}_together"
+        summand = f"{product}_inner" if site.outliers.size else product
+        graph.node("MatMul", [f"{name}_dequantized", f"{first}_weight_dequantized"], [summand])
+        if site.outliers.size:
+            graph.node("Gather", [name, graph.add(f"{first}_outliers", site.outliers)], [f"{first}_wide"], axis=-1)
+            wide = graph.add(f"{first}_wide_weight", together[site.outliers])
+            graph.node("MatMul", [f"{first}_wide", wide], [f"{first}_outer"])
+            graph.node("Add", [summand, f"{first}_outer"], [product])
+        if len(nodes) > 1:
+            sizes = graph.add(f"{first}_sizes", np.array([part.shape[1] for part in parts], np.int64))
+            graph.node("Split", [product, sizes], [node.output[0] for node in nodes], axis=-1)
+
+
+def _quantize_tables(graph: Rewrite) -> None:
+    """Store the tables that rows are gathered from as int8: the row and its scale are gathered, then multiplied."""
+    form = FORMATS[Precision.INT8]
+    for node in [node for node in graph.nodes if node.op_type == "Gather"]:
+        tensor = graph.constant(node.input[0])
+        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2:
+            continue
+        name, result = node.input[0], node.output[0]
+        stored, scales = quantize_columns(graph.array(name).T, form)
+        rows = graph.add(f"{name}_rows", stored.T)
+        graph.add(f"{name}_scales", scales[:, None])
+        node.input[0], node.output[0] = rows, f"{result}_row"
+        graph.node("Cast", [f"{result}_row"], [f"{result}_number"], to=TensorProto.FLOAT)
+        graph.node("Gather", [f"{name}_scales", node.input[1]], [f"{result}_scale"], axis=0)
+        graph.node("Mul", [f"{result}_number", f"{result}_scale"], [result])
+
+
+def _session(graph: Path, sites: Sequence[Site], form: Format) -> Any:
+    rewrite = Rewrite(graph)
+    _quantize(rewrite, sites, form)
+    return rewrite.session(fused=form.dtype == np.int8)
+
+
+def _by_gain(
+    graph: Path, sites: Sequence[Site], form: Format, calibration: Calibration, cosines: NDArray[np.float32]
+) -> list[int]:
+    """Order the sites by how much closer the worst text comes when the value of that site alone is not rounded.
+
+    One session serves all: a switch for each site chooses the rounded or the float value at run time.
+    """
+    rewrite = Rewrite(graph)
+    names = list(linear_inputs(rewrite))
+    _quantize(rewrite, sites, form)
+    switches = [f"{name}_switch" for name in names]
+    for name, switch, site in zip(names, switches, sites, strict=True):
+        value = f"{name}_smooth" if (site.smoothing != 1).any() else name
+        for node in rewrite.nodes:
+            node.input[:] = [f"{name}_chosen" if read == f"{name}_dequantized" else read for read in node.input]
+        rewrite.node("Where", [switch, f"{name}_dequantized", value], [f"{name}_chosen"])
+    session = rewrite.session(switches=switches, fused=form.dtype == np.int8)
+    ends = np.cumsum([len(places) for places in calibration.slots])
+    batch = int(np.searchsorted(ends, int(cosines.argmin()), side="right"))  # the worst text's
+    gains = []
+    for left_out in switches:
+        extra = {switch: np.array(switch != left_out) for switch in switches}
+        gains.append(float(calibration.cosines(session, [batch], extra).min()))
+    return sorted(range(len(sites)), key=lambda at: -gains[at])

@@ -1,0 +1,221 @@
+"""ONNX Runtime on an NVIDIA GPU, by its CUDA or TensorRT provider: a session and a CUDA graph for each packed shape."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.errors import EngineError
+from mirror_runtime.extras import require
+from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import Vectors
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
+
+Shape = tuple[int, int]
+
+INPUTS = ("input_ids", "position_ids", "segment_ids")
+OUTPUT = "embedding"
+
+TENSORRT_MAJOR = 10
+"""What the published onnxruntime-gpu wheels (1.31) link their TensorRT provider with: libnvinfer.so.10. A TensorRT 11
+beside them does not serve; only builds from source link it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """How one of ONNX Runtime's GPU providers is asked for a packed shape.
+
+    Attributes:
+        name: ONNX Runtime's.
+        device: where its arrays live, in ONNX Runtime's words.
+        options: provider options for one shape, precision, graph and cache folder.
+        static: whether the session is told the shape, so that nothing about shapes is left to compute on the CPU;
+            TensorRT is told by its profile.
+        cure: what to look at where the provider does not come up.
+    """
+
+    name: str
+    device: str
+    options: Callable[[Shape, Precision, Path, Path | None], Mapping[str, str]]
+    static: bool
+    cure: str
+
+
+def cuda_options(shape: Shape, precision: Precision, graph: Path, cache: Path | None) -> Mapping[str, str]:
+    """Give the CUDA provider's options: captured as a CUDA graph, and fp32 meant as fp32."""
+    return {"device_id": "0", "enable_cuda_graph": "1", "use_tf32": "0"}
+
+
+def tensorrt_options(shape: Shape, precision: Precision, graph: Path, cache: Path | None) -> Mapping[str, str]:
+    """Give the TensorRT provider's options: one static profile, a CUDA graph, and the engine kept in `cache`.
+
+    The provider builds engines of several profiles and runs the first alone (microsoft/onnxruntime pull request 31624),
+    hence a session for each shape. It also builds weakly typed networks, which take fp16 from the graph only where they
+    are allowed to; the certificate measures what came of it.
+    """
+    shapes = ",".join(f"{name}:{shape[0]}x{shape[1]}" for name in INPUTS)
+    options = {
+        "device_id": "0",
+        "trt_profile_min_shapes": shapes,
+        "trt_profile_opt_shapes": shapes,
+        "trt_profile_max_shapes": shapes,
+        "trt_cuda_graph_enable": "1",
+        "trt_layer_norm_fp32_fallback": "1",
+    }
+    allowed = {Precision.FP16: "trt_fp16_enable", Precision.BF16: "trt_bf16_enable", Precision.INT8: "trt_int8_enable"}
+    if precision in allowed:
+        options[allowed[precision]] = "1"
+    if cache is not None:
+        folder = str(cache / "onnxruntime-tensorrt")
+        options |= {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": folder,
+            "trt_engine_cache_prefix": f"{graph.stem}-{shape[0]}x{shape[1]}",
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": folder,
+        }
+    return options
+
+
+PROVIDERS = {
+    EngineName.ONNXRUNTIME_CUDA: Provider(
+        name="CUDAExecutionProvider",
+        device="cuda",
+        options=cuda_options,
+        static=True,
+        cure="pip uninstall -y onnxruntime && pip install 'mirror-runtime[gpu]', CUDA and cuDNN on the library path",
+    ),
+    EngineName.ONNXRUNTIME_TENSORRT: Provider(
+        name="TensorrtExecutionProvider",
+        device="cuda",
+        options=tensorrt_options,
+        static=False,
+        cure=f"it wants TensorRT {TENSORRT_MAJOR} on the library path (pip install 'tensorrt<{TENSORRT_MAJOR + 1}'); "
+        "with TensorRT 11 use engine tensorrt",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A session for one shape, with its arrays at fixed addresses on the GPU."""
+
+    session: Any
+    binding: Any
+    inputs: Mapping[str, Any]
+    output: Any
+
+
+class OnnxRuntimeGpuEngine:
+    """Runs packed graphs on a GPU through ONNX Runtime. Shapes are prepared when first needed.
+
+    Each shape's session holds the weights once more on the GPU: 13 shapes of a 45 MB fp16 graph are 600 MB.
+
+    Args:
+        name: which provider.
+        graph: the packed ONNX file.
+        precision: what the file holds; fp8 is not for these providers.
+        streams: batches in flight; they take turns on the GPU. None means 1.
+        cache: a folder for the engines that TensorRT builds; None builds them anew in every process.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        EngineError: the provider is not in the installed package, or cannot run this precision.
+    """
+
+    def __init__(
+        self, name: EngineName, graph: Path, precision: Precision, streams: int | None, cache: Path | None
+    ) -> None:
+        self._onnxruntime = require("onnxruntime", "gpu")
+        self._provider = PROVIDERS[name]
+        if precision is Precision.FP8:
+            raise EngineError(f"{name.value} does not run fp8 graphs: choose engine tensorrt")
+        present = self._onnxruntime.get_available_providers()
+        if self._provider.name not in present:
+            raise EngineError(
+                f"the installed onnxruntime has no {self._provider.name} (it has {', '.join(present)}): "
+                f"{self._provider.cure}"
+            )
+        self.name = name
+        self.precision: Precision = precision
+        self.streams = streams or 1
+        self._graph = graph
+        self._cache = cache
+        self._bound: dict[Shape, _Bound] = {}
+        # A capture forbids other threads' allocations, and a captured graph runs once at a time.
+        self._turn = threading.Lock()
+
+    def run(self, rows: PackedRows) -> Vectors:
+        """Compute [R, L // 4, width]; see `Engine.run`."""
+        with self._turn:
+            bound = self._bound.get(rows.shape)
+            if bound is None:
+                bound = self._bound[rows.shape] = self._bind(rows)
+            try:
+                for name, value in bound.inputs.items():
+                    value.update_inplace(np.ascontiguousarray(getattr(rows, name)))
+                bound.binding.synchronize_inputs()
+                bound.session.run_with_iobinding(bound.binding)
+                bound.binding.synchronize_outputs()
+                # On the CPU `numpy` is a view of memory that the next call overwrites.
+                result: Vectors = np.array(bound.output.numpy())
+            except Exception as error:  # onnxruntime's exceptions share no base class of their own
+                raise EngineError(f"{self.name.value} failed on rows {rows.shape}: {error}") from error
+            return result
+
+    def close(self) -> None:
+        """Release the sessions and their memory."""
+        self._bound.clear()
+
+    def _bind(self, rows: PackedRows) -> _Bound:
+        session = self._open(rows.shape)
+        ort, device = self._onnxruntime, self._provider.device
+        (described,) = session.get_outputs()
+        count, length = rows.shape
+        dim = described.shape[-1]
+        if not isinstance(dim, int):
+            raise EngineError(f"{self._graph.name} does not say how long its vectors are: export it again")
+        shape = [count, *(described.shape[1:-1] if self._provider.static else [length // 4]), dim]
+        dtype = _DTYPES[described.type]
+        binding = session.io_binding()
+        inputs = {}
+        for name in INPUTS:
+            inputs[name] = ort.OrtValue.ortvalue_from_numpy(getattr(rows, name), device, 0)
+            binding.bind_ortvalue_input(name, inputs[name])
+        output = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device, 0)
+        binding.bind_ortvalue_output(OUTPUT, output)
+        return _Bound(session=session, binding=binding, inputs=inputs, output=output)
+
+    def _open(self, shape: Shape) -> Any:
+        ort, provider = self._onnxruntime, self._provider
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        # A graph of which parts run on the CPU cannot be captured, and is not what was asked for.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if provider.device == "cpu" else "1")
+        if provider.static:
+            options.add_free_dimension_override_by_name("rows", shape[0])
+            options.add_free_dimension_override_by_name("length", shape[1])
+        settings = dict(provider.options(shape, self.precision, self._graph, self._cache))
+        try:
+            session = ort.InferenceSession(str(self._graph), options, providers=[(provider.name, settings)])
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise EngineError(f"{self.name.value} cannot load {self._graph.name} for rows {shape}: {error}") from error
+        running = session.get_providers()
+        if running[0] != provider.name:
+            # ONNX Runtime goes on without a provider that fails to load, with a warning.
+            raise EngineError(
+                f"{provider.name} did not come up ({', '.join(running)} would run instead): {provider.cure}"
+            )
+        return session

@@ -1,0 +1,72 @@
+"""ONNX graphs kept in OpenVINO's own format: parsed once, and their weights mapped from disk afterwards.
+
+The conversion does not change a bit of any vector. What it saves is the parsing, and a private copy of the weights in
+every process: mapped pages are shared by all processes of a machine and can be dropped when memory is short.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from mirror_runtime.errors import InputError
+from mirror_runtime.extras import require
+from mirror_runtime.folders import whole_folder
+
+_log = logging.getLogger(__name__)
+
+_GRAPH, _WEIGHTS, _SIZES = "graph.xml", "graph.bin", "sizes.json"
+
+
+def read_graph(core: Any, graph: Path, cache: Path | None) -> Any:
+    """Read a graph, through the cache where it is an ONNX file.
+
+    A cache that cannot be written, is damaged or belongs to another release of OpenVINO changes speed alone: the ONNX
+    file is read then, and the reason is logged.
+
+    Args:
+        core: OpenVINO's.
+        graph: an ONNX file, or an OpenVINO `.xml`, which is read as it is.
+        cache: this graph's own folder, named after its content; None for no cache.
+
+    Returns:
+        An `openvino.Model`.
+
+    Raises:
+        RuntimeError: OpenVINO's, the graph itself cannot be read.
+    """
+    if cache is None or graph.suffix != ".onnx":
+        return core.read_model(graph)
+    openvino = require("openvino", "openvino")
+    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}"
+    kept = _read(core, folder)
+    if kept is not None:
+        return kept
+    model = core.read_model(graph)
+    try:
+        with whole_folder(folder, overwrite=True, marker=_SIZES) as partial:
+            openvino.save_model(model, partial / _GRAPH, compress_to_fp16=False)
+            sizes = {name: (partial / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
+            (partial / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+    except (InputError, OSError, RuntimeError) as error:  # no room, no right, or another process is writing it
+        _log.info("the graph is not cached: %s", error)
+        return model
+    return _read(core, folder) or model
+
+
+def _read(core: Any, folder: Path) -> Any | None:
+    """Read a kept graph; None where there is none or it is damaged."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        whole = sizes == {name: (folder / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
+        if whole:
+            return core.read_model(folder / _GRAPH)
+        reason = "files have other sizes than when they were written"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error)
+    _log.warning("the cached graph in %s is damaged (%s) and is made again", folder, reason)
+    return None

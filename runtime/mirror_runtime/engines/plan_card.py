@@ -1,0 +1,125 @@
+"""What stands beside a TensorRT plan: where it was built, for which shapes, and whether it may run here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirror_runtime.bundle import Layout, Precision, TensorSpec, from_json
+from mirror_runtime.errors import EngineError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCard:
+    """The content of `<plan>.json`, which the build writes.
+
+    Attributes:
+        format_version: of this schema.
+        tensorrt: version that built the plan.
+        gpu: name of the GPU it was built on.
+        compute_capability: of that GPU, such as "8.9".
+        platform: system and machine; plans never cross it.
+        precision: of the heavy products, as the ONNX file holds it.
+        layout: packed or padded.
+        onnx: name of the graph.
+        onnx_sha256: of the graph.
+        plan_sha256: of the plan.
+        inputs: of the engine; -1 is a free dimension.
+        outputs: of the engine.
+        profiles: for each, every input's smallest, usual and largest shape.
+        level: builder optimisation level.
+        workspace_gib: limit it was built with; None for none.
+        version_compatible: whether newer TensorRT versions may load it.
+        hardware: "none", "ampere-plus" or "same-compute-capability".
+        layers: of the engine.
+        fused_attention: how many of them are fused attention.
+        min_cosine: to the reference, where the build proved it; None where the manifest's certificate does.
+        build_s: seconds the build took.
+    """
+
+    format_version: int
+    tensorrt: str
+    gpu: str
+    compute_capability: str
+    platform: str
+    precision: Precision
+    layout: Layout
+    onnx: str
+    onnx_sha256: str
+    plan_sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    level: int
+    workspace_gib: float | None
+    version_compatible: bool
+    hardware: str
+    layers: int
+    fused_attention: int
+    min_cosine: float | None
+    build_s: float
+
+
+def card_path(plan: Path) -> Path:
+    """Give the card's file."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def read_card(plan: Path) -> PlanCard:
+    """Read the card beside a plan.
+
+    Raises:
+        EngineError: it is missing, or not of this format version.
+        BundleError: it is malformed.
+    """
+    path = card_path(plan)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{plan.name} has no readable card {path.name}, which says where it may run: {error}. "
+            "Build it with export/to_tensorrt.py"
+        ) from error
+    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+        raise EngineError(f"{path.name} is no card of format version {FORMAT_VERSION}: build the plan again")
+    return from_json(PlanCard, data, str(path))
+
+
+def check_card(card: PlanCard, *, tensorrt: str, gpu: str, compute_capability: str) -> None:
+    """Refuse a plan that was not built for this TensorRT and this GPU, before TensorRT fails on it or runs it slowly.
+
+    Args:
+        card: the plan's.
+        tensorrt: version installed here.
+        gpu: name of the GPU here.
+        compute_capability: of the GPU here.
+
+    Raises:
+        EngineError: naming both sides and the cure.
+    """
+    again = "build it here with export/to_tensorrt.py"
+    built, here = _numbers(card.tensorrt), _numbers(tensorrt)
+    if card.version_compatible and here[0] < built[0]:
+        raise EngineError(f"the plan is of TensorRT {card.tensorrt} and {tensorrt}, older, is installed: {again}")
+    if not card.version_compatible and built != here:
+        raise EngineError(f"the plan is of TensorRT {card.tensorrt} and {tensorrt} is installed: {again}")
+    fits = {
+        "none": gpu == card.gpu and compute_capability == card.compute_capability,
+        "ampere-plus": _numbers(compute_capability) >= (8, 0),
+        "same-compute-capability": compute_capability == card.compute_capability,
+    }
+    if card.hardware not in fits:
+        raise EngineError(f"the plan's card says hardware {card.hardware!r}; known are {', '.join(fits)}")
+    if not fits[card.hardware]:
+        raise EngineError(
+            f"the plan is built for {card.gpu} (compute capability {card.compute_capability}, hardware "
+            f"compatibility {card.hardware}) and this is {gpu} ({compute_capability}): {again}"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())

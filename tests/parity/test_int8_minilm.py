@@ -1,0 +1,88 @@
+"""Real weights in int8: the graph that this project writes, and the naive one that the proof refuses."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from export.calibration import Calibration
+from export.graphs import Graph
+from export.parity import Candidate, Expected, prove_artifact
+from export.quantize import plan_sites, write_quantized
+from export.texts import parity_texts
+from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
+from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY
+from mirror_runtime.errors import ParityError
+from training.evalsets import read_sets
+from training.reference import Reference
+from training.source import resolve
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def packed(minilm_bundle) -> Graph:
+    artifact = next(a for a in read_manifest(minilm_bundle).artifacts if a.path == "onnx/model_packed.onnx")
+    path = minilm_bundle / artifact.path
+    return Graph(layout=Layout.PACKED, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+
+
+@pytest.fixture(scope="module")
+def expected(minilm, shared) -> Expected:
+    texts = parity_texts(short=200, medium=12, long=4)
+    stsb = [
+        dataclasses.replace(found, **_first(found, 300)) for found in read_sets(str(shared / "data/sts/stsb-test.tsv"))
+    ]
+    return Expected.of(Reference.load(resolve(str(minilm))), texts, stsb)
+
+
+def _first(chosen, count):
+    """Cut every column of an evaluation set to its first pairs."""
+    columns = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    return {name: value[:count] for name, value in columns.items() if isinstance(value, (tuple, list, np.ndarray))}
+
+
+def candidate(bundle, graph: Graph, engine: EngineName) -> Candidate:
+    return Candidate(
+        path=graph.path.relative_to(bundle).as_posix(),
+        layout=graph.layout,
+        engine=engine,
+        precision=Precision.INT8,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+    )
+
+
+def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, expected, tmp_path_factory):
+    manifest = read_manifest(minilm_bundle)
+    calibration = Calibration.run(packed.path, minilm_bundle, manifest.encoder)
+    plan = plan_sites(packed.path, calibration, Precision.INT8)
+    assert sum(site.quantized for site in plan.sites) >= 20  # of 24: what runs in float runs no faster
+    path = minilm_bundle / "onnx" / "under_test_int8.onnx"
+    try:
+        made = write_quantized(packed, path, plan)
+        assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
+        for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
+            parity = prove_artifact(minilm_bundle, candidate(minilm_bundle, made, engine), manifest, expected)
+            assert parity.min_cosine >= 0.985
+            assert parity.neighbour_cosine >= 0.999
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_naive_dynamic_int8_depends_on_its_neighbours_and_is_refused(minilm_bundle, packed, expected):
+    path = minilm_bundle / "onnx" / "under_test_dynamic.onnx"
+    try:
+        quantize_dynamic(packed.path, path, weight_type=QuantType.QInt8, per_channel=True)
+        proto = onnx.load(path)
+        proto.metadata_props.add(key=PRECISION_KEY, value=Precision.INT8.value)
+        onnx.save(proto, path)
+        made = dataclasses.replace(packed, path=path)
+        manifest = read_manifest(minilm_bundle)
+        # Its distance to the reference does not count here: the floor for that is set out of the way.
+        with pytest.raises(ParityError, match="depend on the other texts"):
+            prove_artifact(minilm_bundle, candidate(minilm_bundle, made, EngineName.ONNXRUNTIME), manifest, expected)
+    finally:
+        path.unlink(missing_ok=True)

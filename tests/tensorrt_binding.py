@@ -1,0 +1,254 @@
+"""The real TensorRT bindings, read on a machine without a GPU, and a stand-in for the library that obeys them.
+
+The wheel `tensorrt-cu13-bindings` holds NVIDIA's Python module without the libraries behind it. Three empty shared
+libraries let it be imported; nothing in it can run, and its classes, members and signatures can be read. The stand-in
+is made from them: what they do not have, it does not have, and what they do not take, it refuses.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VERSIONS = ("10.16.1.11", "11.4.0.106")
+"""As `make test` installs them; the newest release of each major version that the project supports."""
+
+LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
+SYMBOLS = (
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+)
+"""What the binding's extension module needs of them (`nm -D --undefined-only`)."""
+
+DUMP = """
+import inspect, json, tensorrt_bindings as trt
+
+def enum(kind):
+    return {name: int(member) for name, member in kind.__members__.items()}
+
+classes, enums, constants = {}, {}, []
+for name in dir(trt):
+    thing = getattr(trt, name)
+    if not inspect.isclass(thing):
+        constants.append(name)
+        continue
+    if hasattr(thing, "__members__"):
+        enums[name] = enum(thing)
+        continue
+    members = {}
+    for member in dir(thing):
+        if member.startswith("_") and member != "__init__":
+            continue
+        static = inspect.getattr_static(thing, member)
+        if isinstance(static, property):
+            doc = static.fget.__doc__ or ""
+            members[member] = {"doc": doc, "writable": static.fset is not None, "kind": "property"}
+        elif inspect.isclass(getattr(thing, member)) and hasattr(getattr(thing, member), "__members__"):
+            enums[name + "." + member] = enum(getattr(thing, member))
+        elif callable(getattr(thing, member)):
+            members[member] = {"doc": getattr(thing, member).__doc__ or "", "kind": "method"}
+        else:
+            members[member] = {"kind": "constant", "value": int(static)}
+    classes[name] = {"bases": [base.__name__ for base in thing.__mro__], "members": members}
+print(json.dumps({"version": trt.__version__, "classes": classes, "enums": enums, "constants": constants}))
+"""
+
+
+@cache
+def binding(version: str) -> Mapping[str, Any]:
+    """Import the real binding in a process of its own and give what it holds; skips where it is not installed."""
+    wheel = Path(sys.prefix) / f"tensorrt-{version}"
+    compiler = shutil.which("cc")
+    if not (wheel / "tensorrt_bindings").is_dir():
+        pytest.skip(f"{wheel} is absent: `make test` installs the TensorRT binding there (Linux, Python wheels only)")
+    if compiler is None:
+        pytest.skip("no C compiler (cc) is here to make the stand-in libraries with")
+    major = version.split(".")[0]
+    stubs = wheel / "stubs"
+    stubs.mkdir(exist_ok=True)
+    source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
+    for library in LIBRARIES:
+        target = f"lib{library}.so.{major}"
+        command = [compiler, "-shared", "-fPIC", "-xc", "-", f"-Wl,-soname,{target}", "-o", str(stubs / target)]
+        subprocess.run(command, input=source, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(stubs)}
+    done = subprocess.run([sys.executable, "-c", DUMP], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    spec: Mapping[str, Any] = json.loads(done.stdout)
+    assert spec["version"] == version
+    return spec
+
+
+def parameters(member: str, doc: str) -> list[list[tuple[str, str, bool]]]:
+    """Read a pybind11 docstring: for each overload, each parameter's name, type, and whether it may be left out."""
+    overloads = []
+    for text in re.findall(rf"^(?:\d+\. )?{re.escape(member)}\((.*)\) ->", doc, re.MULTILINE):
+        found = []
+        for part in _split(text):
+            name, _, rest = part.partition(":")
+            kind, has_default, _ = rest.partition("=")
+            found.append((name.strip().lstrip("*"), kind.strip(), bool(has_default) or name.startswith("*")))
+        overloads.append(found[1:] if found and found[0][0] in ("self", "arg0") else found)
+    return overloads
+
+
+def returned(doc: str) -> str:
+    """Read the last name of the type that a docstring says is returned."""
+    found = re.search(r"-> ([^\n]*)", doc)
+    name = re.split(r"[.:]", found.group(1).strip().split("[")[0])[-1] if found else "None"
+    return {"IParserError": "ParserError"}.get(name, name)  # the one class whose C++ name is in the docstrings
+
+
+def _split(text: str) -> list[str]:
+    """Split parameters at commas outside brackets."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += character in "([<{"
+        depth -= character in ")]>}"
+        if character == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part for part in (*parts, text[start:]) if part.strip()]
+
+
+class StandIn:
+    """An object of a class of the binding: it has that class's members and no other, and records every call."""
+
+    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+        self.__dict__.update(_module=module, _kind=kind, _values={})
+
+    def __getattr__(self, name: str) -> Any:
+        module, kind = self.__dict__["_module"], self.__dict__["_kind"]
+        member = module.spec["classes"][kind]["members"].get(name)
+        if member is None:
+            raise AttributeError(f"TensorRT {module.__version__} has no {kind}.{name}")
+        if member["kind"] == "constant":
+            return member["value"]
+        if member["kind"] == "property":
+            if name in self._values:
+                return self._values[name]
+            return module.answer(f"{kind}.{name}", member["doc"], (), {})
+        return lambda *args, **kwargs: module.call(f"{kind}.{name}", name, member["doc"], args, kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        module, kind = self._module, self._kind
+        member = module.spec["classes"][kind]["members"].get(name)
+        if member is None or member["kind"] != "property" or not member["writable"]:
+            raise AttributeError(f"TensorRT {module.__version__} has no writable {kind}.{name}")
+        module.calls.append((f"{kind}.{name}=", (value,)))
+        self._values[name] = value
+
+    def __index__(self) -> int:
+        return id(self)
+
+
+class FakeTensorRT:
+    """The module `tensorrt` of one version, with the answers that a test gives.
+
+    Attributes:
+        calls: every call and assignment, in order: "Class.member" and its arguments.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.__version__ = spec["version"]
+        self.answers = dict(answers)
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.enums: dict[str, Any] = {name: enum.IntEnum(name, members) for name, members in spec["enums"].items()}
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("enums", {}):
+            return self.enums[name]
+        if name in self.spec["classes"]:
+            return _Constructor(self, name)
+        if name == "nptype":  # plain Python in the binding's __init__.py
+            return self.answers[name]
+        raise AttributeError(f"TensorRT {self.__version__} has no {name}")
+
+    def call(self, path: str, name: str, doc: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        overloads = parameters(name, doc)
+        assert overloads, f"{path} has no signature to check: {doc[:200]}"
+        if not any(self._binds(overload, args, kwargs) for overload in overloads):
+            raise TypeError(f"TensorRT {self.__version__}: {path} takes {overloads}, not {args} {dict(kwargs)}")
+        self.calls.append((path, args))
+        return self.answer(path, doc, args, kwargs)
+
+    def answer(self, path: str, doc: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if path in self.answers:
+            given = self.answers[path]
+            return given(*args, **kwargs) if callable(given) else given
+        kind = returned(doc)
+        if kind in self.spec["classes"]:
+            return StandIn(self, kind)
+        assert kind in ("bool", "int", "None", "str"), f"{path} returns {kind}: the test must give an answer"
+        return {"bool": True, "int": 0, "None": None, "str": ""}[kind]
+
+    def names(self) -> list[str]:
+        """The calls without their arguments."""
+        return [name for name, _ in self.calls]
+
+    def _binds(self, overload: list[tuple[str, str, bool]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        names = [name for name, _, _ in overload]
+        if len(args) > len(overload) or any(name not in names[len(args) :] for name in kwargs):
+            return False
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(name not in given and not optional for name, _, optional in overload):
+            return False
+        return all(self._fits(kind, given[name]) for name, kind, _ in overload if name in given)
+
+    def _fits(self, kind: str, value: Any) -> bool:
+        wanted = kind.split(".")[-1]
+        if isinstance(value, StandIn):
+            return wanted in self.spec["classes"][value._kind]["bases"] or wanted in ("SupportsInt", "object")
+        if wanted in self.enums:
+            return isinstance(value, self.enums[wanted])
+        if wanted == "Dims":
+            return isinstance(value, tuple)
+        if wanted in self.spec["classes"]:
+            return False
+        plain: Mapping[str, Callable[[Any], bool]] = {
+            "str": lambda v: isinstance(v, str),
+            "SupportsInt": lambda v: isinstance(v, int) and not isinstance(v, bool),
+            "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
+            "bool": lambda v: isinstance(v, bool),
+            "Buffer": lambda v: isinstance(v, (bytes, bytearray, memoryview)),
+        }
+        return plain.get(wanted, lambda _: True)(value)
+
+
+class _Constructor:
+    """A class of the binding, as the module's attribute."""
+
+    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+        self._module, self._kind = module, kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> StandIn:
+        doc = self._module.spec["classes"][self._kind]["members"]["__init__"]["doc"]
+        self._module.call(f"{self._kind}()", "__init__", doc, args, kwargs)
+        return StandIn(self._module, self._kind)
+
+    def __getattr__(self, name: str) -> Any:
+        nested = self._module.enums.get(f"{self._kind}.Severity")
+        if nested is not None and name in nested.__members__:
+            return nested[name]
+        if name in self._module.spec["classes"][self._kind]["members"]:
+            return name
+        raise AttributeError(f"TensorRT {self._module.__version__} has no {self._kind}.{name}")

@@ -1,0 +1,101 @@
+"""A corpus over two local Ray workers gives what one encoder gives, and goes on where it was."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from mirror_runtime import Encoder, InputError
+from mirror_runtime.job import Progress
+from mirror_runtime.ray_runner import encode_with_ray
+from mirror_runtime.sources import Source
+
+ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+FAKE = {"engine": "fake"}
+
+
+@pytest.fixture
+def bundle(make_bundle) -> Path:
+    return make_bundle()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text("".join(f"row {i} {'word ' * (i % 17)}\n" for i in range(1000)))
+    return path
+
+
+def vectors(folder: Path) -> np.ndarray:
+    files = sorted(folder.iterdir())
+    return np.concatenate([np.float32(parquet.read_table(file)["embedding"].to_pylist()) for file in files])
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_parts_cover_every_row_once_and_in_order(tmp_path, kind):
+    texts = [f"text {i}" for i in range(25)]
+    path = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table({"text": texts}), path, row_group_size=4)
+    else:
+        path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in texts))
+    source = Source(path=path)
+    parts = list(source.parts(10))
+    assert [part.number for part in parts] == list(range(len(parts)))
+    assert [text for part in parts for text in source.texts(part)] == texts
+    assert [part.first for part in parts] == [sum(p.rows for p in parts[:i]) for i in range(len(parts))]
+    assert sum(source.share(part) for part in parts) == source.size
+    assert next(iter(Source(path=path).parts(10**9))).rows == 25
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own deprecations and unclosed sockets
+def test_two_workers_encode_go_on_and_name_a_bad_row(bundle, corpus, tmp_path):
+    reports: list[Progress] = []
+    output = tmp_path / "out"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        broken = tmp_path / "broken.jsonl"
+        broken.write_text("".join(json.dumps({"text": f"row {i}" if i != 777 else None}) + "\n" for i in range(1000)))
+        with pytest.raises(InputError, match="row 778: is NoneType"):
+            encode_with_ray(bundle, Source(path=broken), tmp_path / "bad", workers=1, options=FAKE, part_rows=300)
+        assert (tmp_path / "bad.partial").is_dir()
+
+        done = encode_with_ray(bundle, Source(path=corpus), output, workers=2, options=FAKE, part_rows=300)
+        assert done.texts == 1000
+        with Encoder.load(bundle, engine="fake") as encoder:
+            expected = encoder.encode(corpus.read_text().splitlines())
+        np.testing.assert_array_equal(vectors(output), expected)
+        assert len(list(output.iterdir())) == 4
+        with pytest.raises(InputError, match="exists"):
+            encode_with_ray(bundle, Source(path=corpus), output, workers=2, options=FAKE)
+
+        second = tmp_path / "second.partial"  # as if killed before its third part
+        output.rename(second)
+        state = json.loads((tmp_path / "bad.partial" / "state.json").read_text())
+        stat = corpus.stat()
+        state |= {"input": str(corpus.resolve()), "input_bytes": stat.st_size, "input_mtime_ns": stat.st_mtime_ns}
+        (second / "state.json").write_text(json.dumps(state))
+        (second / "part-000002.parquet").unlink()
+        kept = (second / "part-000001.parquet").stat().st_mtime_ns
+        encode_with_ray(
+            bundle,
+            Source(path=corpus),
+            tmp_path / "second",
+            workers=1,
+            options=FAKE,
+            part_rows=300,
+            report=reports.append,
+        )
+        assert [report.texts for report in reports] == [700, 1000]
+        assert (tmp_path / "second" / "part-000001.parquet").stat().st_mtime_ns == kept
+        np.testing.assert_array_equal(vectors(tmp_path / "second"), expected)
+        assert not list(tmp_path.glob("out*"))
+
+        with pytest.raises(InputError, match="unfinished run of something else"):
+            encode_with_ray(bundle, Source(path=corpus), tmp_path / "bad", workers=1, options=FAKE, part_rows=300)
+    finally:
+        ray.shutdown()
