@@ -51,6 +51,9 @@ FLOORS = {
 NEIGHBOUR_FLOOR = 0.999
 """The smallest cosine between a text's vector alone and among others, where the precision's own floor is lower."""
 
+CHANCE_STEPS = 4
+"""Components of an int8 vector that may be rounded the other way."""
+
 CHANCE_BITS = 2
 """Bits of a binary vector that may flip besides those that the angle to the reference's vector explains."""
 
@@ -127,7 +130,20 @@ class Floors:
             reference, neighbour = (
                 1 - 2 * (math.acos(cosine) / math.pi + CHANCE_BITS / spec.dim) for cosine in (reference, neighbour)
             )
+        elif spec.int8_scale is not None and spec.normalize:
+            reference, neighbour = (
+                cosine - _rounding_loss(cosine, spec.dim, spec.int8_scale) for cosine in (reference, neighbour)
+            )
         return cls(reference=reference, neighbour=neighbour)
+
+
+def _rounding_loss(cosine: float, dim: int, step: float) -> float:
+    """Give what rounding to int8 may take from the cosine of two unit vectors besides what lies between them.
+
+    A difference of d in a component becomes a whole step with probability d / step, which adds d step to the squared
+    distance on average; over all components that is at most sqrt(dim) times their distance times the step.
+    """
+    return (step * math.sqrt(2 * (1 - cosine) * dim) + CHANCE_STEPS * step**2) / 2
 
 
 @dataclass(frozen=True, kw_only=True)

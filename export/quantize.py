@@ -7,8 +7,8 @@ an activation's channels are divided, the weights' rows multiplied) with its exp
 widest channels multiplied in float beside the rest, and room above what calibration saw. A layer that still costs too
 much stays in float, found by letting each out in turn.
 
-Library quantisers do not serve here: ONNX Runtime's and NNCF's do none of the three for single layers of an ONNX graph,
-and leave the embedding table, half of a small encoder, in float or under one scale.
+Library quantisers do not serve here: ONNX Runtime's smooths nothing, NNCF's smooths all layers by one exponent; both
+leave the embedding table, half of a small encoder, in float or under one scale, and neither tells what a layer costs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from onnx import TensorProto
 from export.calibration import Calibration, Flow, Vectors, linear_inputs
 from export.graphs import EXTERNAL_DATA_BYTES, Graph
 from export.halves import write_half
+from export.parity import Floors
 from export.rewrite import Array, Rewrite, checked
 from mirror_runtime.bundle import Precision
 
-TARGET = 0.985
-"""Layers are left in float until the worst calibration text is this close: the proof's floor, and some room."""
+ROOM = 0.005
+"""Layers are left in float until the worst calibration text is this far above the proof's floor."""
 
 EXPONENTS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 """Of the activations' peaks in the smoothing factor; 0 smooths nothing."""
@@ -120,12 +121,13 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     for flow, nodes in zip(calibration.flows, linear_inputs(rewrite).values(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
         sites.append(best_site(flow, weights, form))
+    target = Floors.of(precision, calibration.spec).reference + ROOM
     cosines = calibration.cosines(_session(graph, sites, form))
-    if cosines.min() < TARGET:
+    if cosines.min() < target:
         for at in _by_gain(graph, sites, form, calibration, cosines):
             sites[at] = replace(sites[at], quantized=False)
             cosines = calibration.cosines(_session(graph, sites, form))
-            if cosines.min() >= TARGET:
+            if cosines.min() >= target:
                 break
     return Plan(precision=precision, sites=tuple(sites), worst_cosine=float(cosines.min()))
 

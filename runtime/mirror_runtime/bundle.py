@@ -116,8 +116,10 @@ class Ditto:
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """A linear layer of the head. Layer i's weights lie in `<i + 2>_Dense/model.safetensors`, as `linear.weight`
-    [out_features, in_features] and `linear.bias`, which is where sentence-transformers has them. Whitening is one.
+    """A linear layer of the head. Whitening is one.
+
+    Layer i's weights lie in `<i + 2>_Dense/model.safetensors`, as `linear.weight` [out_features, in_features] and
+    `linear.bias`, which is where sentence-transformers has them.
     """
 
     in_features: int
@@ -182,10 +184,10 @@ class EncoderSpec:
             raise BundleError("layers is empty: name at least one, such as -1 for the last")
         if self.template is not None and self.template.count("{text}") != 1:
             raise BundleError(f"template is {self.template!r}: it must contain {{text}} once")
-        if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
-            raise BundleError(f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: int8 needs it")
-        if self.int8_scale is not None and not 0 < self.int8_scale < float("inf"):
-            raise BundleError(f"int8_scale is {self.int8_scale}: it must be a positive number")
+        self._check_dense()
+        self._check_vector_type()
+
+    def _check_dense(self) -> None:
         for first, second in zip(self.dense, self.dense[1:], strict=False):
             if first.out_features != second.in_features:
                 raise BundleError(
@@ -193,6 +195,12 @@ class EncoderSpec:
                 )
         if self.dense and self.dim > self.dense[-1].out_features:
             raise BundleError(f"dim is {self.dim}, more than the {self.dense[-1].out_features} that dense gives")
+
+    def _check_vector_type(self) -> None:
+        if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
+            raise BundleError(f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: int8 needs it")
+        if self.int8_scale is not None and not 0 < self.int8_scale < float("inf"):
+            raise BundleError(f"int8_scale is {self.int8_scale}: it must be a positive number")
         if self.vector_type is VectorType.BINARY and self.dim % 8:
             raise BundleError(f"dim is {self.dim}: binary vectors need a multiple of 8")
 

@@ -80,7 +80,8 @@ def encode_file(
     Args:
         encoder: what encodes.
         source: the corpus.
-        output: a `.npy` file ([rows, width] of the encoder's vector type) or a `.parquet` file (columns embedding, tokens, truncated).
+        output: a `.npy` file ([rows, width] of the encoder's vector type) or a `.parquet` file (columns embedding,
+            tokens, truncated).
             It appears when it is complete; an existing file is replaced then.
         long_texts: the encoder's policy, recorded so that a resumed job cannot mix two.
         zero_bad: give rows that cannot be encoded a vector of zeros and count them, instead of stopping.

@@ -72,7 +72,8 @@ class Tokenizer:
             tokenizer says what padding is.
 
     Raises:
-        BundleError: a file cannot be read, puts special tokens elsewhere than around the text, or leaves no room for it.
+        BundleError: a file cannot be read; special tokens lie elsewhere than around the text; or the template leaves
+            no room for it.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def test_a_precision_that_was_asked_for_and_misses_its_floor_is_status_1(
     assert main([str(tiny_bert), "--output", str(output), *options]) == 1
     shown = capsys.readouterr()
     assert "refused: onnxruntime fp16 padded" in shown.err
-    assert "Worst: 'the cat'" in shown.err or "Worst: 'a man" in shown.err
+    assert "Worst: '" in shown.err
     report = json.loads(shown.out.splitlines()[-1])
     assert {entry["asked"] for entry in report["refused"]} == {True}
     assert {entry["precision"] for entry in report["artifacts"]} == {"fp32"}

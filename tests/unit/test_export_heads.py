@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from export.graphs import PackedEncoder, PaddedEncoder, export_graph
-from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, VectorType
+from export.parity import FLOORS, Floors
+from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, Precision, VectorType
 from mirror_runtime.packing import Ladder, pack
 from mirror_runtime.vectors import components, dtype_of, round_vectors
 from training.heads import make_dense
@@ -290,3 +291,27 @@ def test_int8_is_clipped_and_bits_lie_highest_first() -> None:
     bits = dataclasses.replace(spec, vector_type=VectorType.BINARY, int8_scale=None)
     assert round_vectors(values, bits).tolist() == [[0b10010110]]
     assert components(round_vectors(values, bits), bits).tolist() == [[1, -1, -1, 1, -1, 1, 1, -1]]
+
+
+def test_the_floor_of_int8_allows_for_rounding_and_not_for_more():
+    spec = EncoderSpec(
+        base_model="x",
+        revision=None,
+        family="bert",
+        pooling=Pooling.MEAN,
+        normalize=True,
+        max_tokens=8,
+        dim=384,
+        vector_type=VectorType.INT8,
+        int8_scale=0.0016,
+    )
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(500, 384))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for precision in (Precision.FP32, Precision.BF16):
+        for share, within in ((0.9, True), (3.0, False)):
+            noise = draw.normal(size=vectors.shape)
+            noise *= math.sqrt(2 * (1 - FLOORS[precision]) * share) / np.linalg.norm(noise, axis=1, keepdims=True)
+            a, b = (components(round_vectors(v.astype(np.float32), spec), spec) for v in (vectors, vectors + noise))
+            cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+            assert bool(cosines.min() >= Floors.of(precision, spec).reference) is within

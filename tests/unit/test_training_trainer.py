@@ -151,7 +151,9 @@ def test_recipes_are_the_published_ones() -> None:
         Recipe.PHRASE: (2, 25, 2, 0.04, 200, 2e-5),
         Recipe.WORD: (2, 25, 0, 0.2, 200, 2e-5),
         Recipe.SELF_GUIDED: (1, 128, 0, 0.01, 16, 5e-5),
+        Recipe.MIRROR_PLUS: (1, 50, 5, 0.05, 200, 2e-5),
     }
+    assert [recipe for recipe, c in RECIPES.items() if c.repetition] == [Recipe.MIRROR_PLUS]
     guided = RECIPES[Recipe.SELF_GUIDED]
     assert (guided.objective, guided.variant, guided.drift) == (Objective.SELF_GUIDED, Variant.OPT3, 0.1)
     assert (guided.schedule, guided.warmup, guided.beta2) == (Schedule.LINEAR, 0.1, 0.9)
