@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,17 @@ DEGENERATE = (
 )
 """Texts without language: such tokens give the largest values in a transformer, and scales must reach them."""
 
+_MOVES = frozenset({"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity"})
+
 Vectors = NDArray[np.float32]
+
+
+class Origin(Enum):
+    """What made a value: it says how far other texts may take it beyond what calibration saw."""
+
+    NORM = "norm"
+    ATTENTION = "attention"
+    ACTIVATION = "activation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +67,12 @@ class Flow:
     Attributes:
         peak: float32 [channels], the largest magnitude of each.
         rows: float32 [n, channels], the value at n tokens.
-        averaged: whether attention made it: it is then a weighted mean of vectors.
+        origin: what made it.
     """
 
     peak: Vectors
     rows: Vectors
-    averaged: bool = False
+    origin: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +126,7 @@ class Calibration:
                 peaks[at].append(np.abs(flat[own]).max(0))
                 rows[at].append(flat[kept])
         flows = (
-            Flow(peak=np.max(p, axis=0), rows=np.concatenate(r), averaged=_averaged(rewrite, name))
+            Flow(peak=np.max(p, axis=0), rows=np.concatenate(r), origin=_origin(rewrite, name))
             for name, p, r in zip(names, peaks, rows, strict=True)
         )
         return cls(spec=spec, feeds=feeds, slots=slots, vectors=np.concatenate(vectors), flows=tuple(flows))
@@ -159,12 +170,15 @@ def linear_inputs(graph: Rewrite) -> dict[str, list[NodeProto]]:
     return found
 
 
-def _averaged(graph: Rewrite, name: str) -> bool:
-    """Tell whether a value is attention's: a product of two computed values, but for its shape."""
+def _origin(graph: Rewrite, name: str) -> Origin:
+    """Follow a value back over what only moves numbers."""
     producers = {out: node for node in graph.nodes for out in node.output}
-    while (node := producers.get(name)) is not None and node.op_type in ("Reshape", "Transpose"):
+    while (node := producers.get(name)) is not None and node.op_type in _MOVES:
         name = node.input[0]
-    return node is not None and node.op_type == "MatMul" and all(graph.constant(read) is None for read in node.input)
+    if node is not None and node.op_type == "LayerNormalization":
+        return Origin.NORM
+    attends = node is not None and node.op_type == "MatMul" and not any(map(graph.constant, node.input))
+    return Origin.ATTENTION if attends else Origin.ACTIVATION
 
 
 def calibration_texts() -> Iterator[str]:

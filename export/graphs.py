@@ -231,7 +231,7 @@ def export_graph(
     _name_outputs(proto, contract)
     _name_dimensions(proto, contract)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _save(proto, path, external_data_bytes)
+    save(proto, path, external_data_bytes)
     check_graph(path, contract)
     return contract
 
@@ -351,7 +351,8 @@ def _name_dimensions(proto: onnx.ModelProto, contract: Signature) -> None:
                 dimension.dim_param = name
 
 
-def _save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
+def save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
+    """Write a graph; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
     beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > external_data_bytes
     if beside:
         onnx.save_model(

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.graphs import EXTERNAL_DATA_BYTES, Graph, Signature, check_graph
+from export.graphs import EXTERNAL_DATA_BYTES, Graph, Signature, check_graph, save
 from mirror_runtime.bundle import Precision
 from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY, open_session
 from mirror_runtime.errors import EngineError
@@ -107,7 +107,7 @@ class Rewrite:
 
     def save(self, path: Path, precision: Precision, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> None:
         """Write the file; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
-        _write(self._model(precision), path, external_data_bytes)
+        save(self._model(precision), path, external_data_bytes)
 
     def session(self, *, reading: Sequence[str] = (), switches: Sequence[str] = (), fused: bool = True) -> Any:
         """Open the graph as it stands in ONNX Runtime, to try it out.
@@ -119,7 +119,7 @@ class Rewrite:
         """
         model = self._model(Precision.FP32, reading, switches)
         with TemporaryDirectory() as folder:
-            _write(model, Path(folder) / "graph.onnx", EXTERNAL_DATA_BYTES)
+            save(model, Path(folder) / "graph.onnx", EXTERNAL_DATA_BYTES)
             return open_session(Path(folder) / "graph.onnx", threads=usable_cores(), fused=fused)
 
     def _model(
@@ -151,21 +151,6 @@ def checked(source: Graph, path: Path) -> Graph:
     """
     check_graph(path, Signature(inputs=source.inputs, outputs=source.outputs))
     return Graph(layout=source.layout, path=path, inputs=source.inputs, outputs=source.outputs)
-
-
-def _write(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
-    beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > external_data_bytes
-    if beside:
-        onnx.save_model(
-            proto,
-            path,
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=f"{path.name}_data",
-            size_threshold=1024,
-        )
-    else:
-        onnx.save_model(proto, path)
 
 
 def _sorted(nodes: Iterable[NodeProto], known: set[str], outputs: Sequence[str]) -> list[NodeProto]:

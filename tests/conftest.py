@@ -33,8 +33,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep converted graphs and plans out of the user's cache, and the user's plans out of the tests."""
+    """Keep converted graphs and plans out of the user's cache, and the user's plans out of the tests.
+
+    Except matplotlib's list of fonts: it takes seconds to make, and every command that draws would make it anew.
+    """
+    import matplotlib.font_manager  # makes the list where there is none
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

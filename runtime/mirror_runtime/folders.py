@@ -103,3 +103,27 @@ def _publish(partial: Path, output: Path) -> None:
     os.rename(output, aside / output.name)
     os.rename(partial, output)
     shutil.rmtree(aside)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder of unfinished work for this process, made if need be.
+
+    The lock goes with the process, so a kill leaves none behind.
+
+    Raises:
+        InputError: it cannot be written, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another process is writing {folder.name}: wait for it or choose another output"
+            ) from None
+        yield

@@ -7,7 +7,6 @@ in both runs, and a window's vectors depend on the window alone, so the bytes ar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.folders import locked_folder
 from mirror_runtime.sources import Row, Source
 from mirror_runtime.vectors import dtype_of, width_of
 
@@ -115,7 +115,7 @@ def encode_file(
         window=WINDOW,
         progress=Progress(),
     )
-    with _locked(folder):
+    with locked_folder(folder):
         state = _resume(folder, fresh)
         report(state.progress)
         state = _encode(encoder, source, folder, state, zero_bad, report)
@@ -174,24 +174,6 @@ def _encode(
             _write_state(folder, state)
             report(done)
     return state
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the partial folder for this process; the lock goes with the process, so a kill leaves none behind."""
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process is writing {folder.name}: wait for it or choose another output"
-            ) from None
-        yield
 
 
 def _resume(folder: Path, fresh: _State) -> _State:

@@ -7,7 +7,6 @@ and the output under the same paths.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from mirror_runtime.bundle import read_manifest
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
+from mirror_runtime.folders import locked_folder
 from mirror_runtime.job import Progress
 from mirror_runtime.sources import Part, Source
 from mirror_runtime.vectors import dtype_of, width_of
@@ -195,18 +195,7 @@ def _run(ray: Any, task: Task, parts: list[Part], workers: int, address: str | N
 @contextmanager
 def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     """Hold the partial folder for this process, and see that it belongs to the same work."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"another process is writing {folder.name}: wait for it or choose another output"
-            ) from None
+    with locked_folder(folder):
         state = folder / "state.json"
         if not state.exists():
             beside = folder / "state.json.new"

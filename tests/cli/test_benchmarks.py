@@ -10,6 +10,7 @@ import pytest
 from benchmarks.results import read_report
 from benchmarks.run import main
 from benchmarks.throughput import Rounds
+from benchmarks.training_suite import REFERENCE_PARTY
 from mirror_runtime.bundle import EngineName, Precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +147,25 @@ def test_mistakes_end_in_one_line_and_status_2(bundle, tmp_path, arguments, mess
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_training_lets_our_recipe_and_the_published_one_take_turns(bundle, texts, tiny_bert, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("".join(f"the cat no. {i} is playing the guitar with number {i * 7}\n" for i in range(450)))
+    pairs = tmp_path / "pairs.tsv"
+    rows = [f"x\t{i % 6}\tthe cat no. {i} is playing\tthe dog no. {i % 5} is singing\n" for i in range(20)]
+    pairs.write_text("subset\tscore\tsentence1\tsentence2\n" + "".join(rows))
+    output = tmp_path / "out"
+    command = [str(bundle), "--suite", "training", "--quick", "--texts", str(texts), "--output", str(output)]
+    command += ["--base", str(tiny_bert), "--corpus", str(corpus), "--sts", str(pairs), "--training-seeds", "1"]
+    assert main(command) == 0
+    report = read_report(output)
+    assert not report.failures
+    ours, reference = report.training
+    assert (ours.party, reference.party) == ("mirror-runtime, recipe sentence", REFERENCE_PARTY)
+    for result in report.training:
+        (run,) = result.runs
+        assert (result.texts, run.seed) == (400, 42)
+        assert run.seconds > 0
+        assert run.mean == pytest.approx(run.spearman["pairs"])
+    assert main([*command[:-4], "--training-seeds", "1"]) == 2  # no set to judge by

@@ -38,6 +38,7 @@ def test_a_precision_that_was_asked_for_and_misses_its_floor_is_status_1(
     assert {entry["asked"] for entry in report["refused"]} == {True}
     assert {entry["precision"] for entry in report["artifacts"]} == {"fp32"}
     check_files(output, read_manifest(output))
+    assert not list((output / "onnx").glob("*fp16*")), "what is not proven is not there"
 
 
 def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_graphs, tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from export import quantize
-from export.calibration import Calibration, Flow, calibration_texts, linear_inputs
+from export.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
 from export.quantize import FORMATS, best_site, plan_sites, write_quantized, write_quantized_for_gpu
 from export.rewrite import Rewrite
 from export.texts import parity_texts
@@ -116,11 +116,21 @@ def test_a_few_wide_channels_stay_in_float():
     values = draw.normal(size=(256, 64)).astype(np.float32)
     values[::7, 5] = 300
     weights = draw.normal(size=(64, 32)).astype(np.float32)
-    flow = Flow(peak=np.abs(values).max(0), rows=values)
+    flow = Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.NORM)
     chosen = best_site(flow, weights, FORMATS[Precision.INT8])
     assert 5 in chosen.outliers
-    calm = Flow(peak=np.abs(values[1:7]).max(0), rows=values[1:7])
+    calm = Flow(peak=np.abs(values[1:7]).max(0), rows=values[1:7], origin=Origin.NORM)
     assert not best_site(calm, weights, FORMATS[Precision.INT8]).outliers.size
+
+
+def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(256, 64)).astype(np.float32)
+    values[:, 9] *= 0.01
+    weights = draw.normal(size=(64, 32)).astype(np.float32)
+    flow = Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
+    site = best_site(flow, weights, FORMATS[Precision.INT8])
+    assert 127 * site.scale * site.smoothing[9] >= 2
 
 
 def test_channels_in_float_are_computed_beside_the_rest(tiny_bundle, plans, tmp_path):
@@ -156,7 +166,12 @@ def test_attention_is_told_from_other_values(tiny_bundle):
 
 
 def test_the_calibration_sees_attention_and_the_own_tokens_alone(calibration):
-    assert [flow.averaged for flow in calibration.flows] == [False, True, False, False] * 2
+    assert [flow.origin for flow in calibration.flows] == [
+        Origin.NORM,
+        Origin.ATTENTION,
+        Origin.NORM,
+        Origin.ACTIVATION,
+    ] * 2
     assert all(np.isfinite(flow.peak).all() and flow.rows.shape[1] == flow.peak.size for flow in calibration.flows)
 
 
