@@ -22,7 +22,7 @@ PREFERENCE = (
 
 bf16 on OpenVINO was the fastest exact-enough way on every CPU with bf16 instructions that was measured (docs/log.md);
 without them ONNX Runtime in fp32 is within a few percent of OpenVINO and starts faster. int8 counts
-only where the precision is asked for; OpenVINO was about a fifth faster at it than ONNX Runtime.
+only where the precision is asked for; OpenVINO was half again as fast at it as ONNX Runtime.
 """
 
 EXACT = frozenset({Precision.FP32, Precision.BF16})

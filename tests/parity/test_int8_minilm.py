@@ -59,7 +59,7 @@ def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, 
         assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
         for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
             proof = prove_artifact(minilm_bundle, candidate(minilm_bundle, made, engine), manifest, expected)
-            assert proof.min_cosine >= 0.985
+            assert proof.min_cosine >= 0.98
             assert proof.neighbour_cosine >= 0.999
     finally:
         path.unlink(missing_ok=True)
