@@ -217,7 +217,7 @@ def _fill(
             prove(_variant_files(folder, written, precision))
     _keep_proven(folder, artifacts)
     on_stage("manifest")
-    _write_canaries(folder, reference)
+    _write_canaries(folder, expected)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
     manifest = dataclasses.replace(manifest, files=_hashes(folder))
@@ -325,10 +325,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
-def _write_canaries(folder: Path, reference: Reference) -> None:
-    vectors = reference.encode(CANARIES)
-    canaries = (
-        Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vector))
-        for text, vector in zip(CANARIES, vectors, strict=True)
-    )
+def _write_canaries(folder: Path, expected: Expected) -> None:
+    vectors = dict(zip(expected.texts, expected.vectors, strict=True))
+    canaries = (Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vectors[text])) for text in CANARIES)
     write_json(Canaries(canaries=tuple(canaries)), folder / CANARIES_FILE)

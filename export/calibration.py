@@ -117,14 +117,15 @@ class Calibration:
         vectors = []
         share = ROWS / sum(int((feed["segment_ids"] > 0).sum()) for feed in feeds)
         for feed, places in zip(feeds, slots, strict=True):
-            own = np.flatnonzero(feed["segment_ids"].reshape(-1))
-            kept = own[draw.random(own.size) < share]
+            tokens = np.flatnonzero(feed["segment_ids"].reshape(-1))
             embedding, *values = session.run([rewrite.outputs[0], *names], feed)
             vectors.append(_vectors(embedding, places, spec))
             for at, value in enumerate(values):
                 flat = value.reshape(-1, value.shape[-1])
-                peaks[at].append(np.abs(flat[own]).max(0))
-                rows[at].append(flat[kept])
+                # The last layer may compute one token of each text alone, in the text's slot.
+                own = flat[tokens if len(flat) == feed["segment_ids"].size else places]
+                peaks[at].append(np.abs(own).max(0))
+                rows[at].append(own[draw.random(len(own)) < share])
         flows = (
             Flow(peak=np.max(p, axis=0), rows=np.concatenate(r), origin=_origin(rewrite, name))
             for name, p, r in zip(names, peaks, rows, strict=True)

@@ -94,7 +94,8 @@ def encode(
     engine_pool: Annotated[
         EnginePool,
         typer.Option(
-            help="local: in this process. ray: OUT becomes a folder of Parquet files, made by --workers Ray processes."
+            help="local: in this process. ray: OUT becomes a folder of Parquet files, made by --workers Ray processes. "
+            "Ray listens on the machine's own address, not on loopback: keep it behind a firewall."
         ),
     ] = EnginePool.LOCAL,
     workers: Annotated[

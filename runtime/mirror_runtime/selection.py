@@ -21,8 +21,8 @@ PREFERENCE = (
 """The rule for "auto": the first that the bundle proves, that is installed, and that this CPU can run.
 
 bf16 on OpenVINO was the fastest exact-enough way on every CPU with bf16 instructions that was measured (docs/log.md);
-without them ONNX Runtime in fp32 is within a few percent of OpenVINO and starts faster. int8 counts
-only where the precision is asked for; OpenVINO was half again as fast at it as ONNX Runtime.
+without them ONNX Runtime in fp32 is within a few percent of OpenVINO and starts faster. int8 counts only where the
+precision is asked for; OpenVINO was half again as fast at it as ONNX Runtime.
 """
 
 EXACT = frozenset({Precision.FP32, Precision.BF16})

@@ -90,7 +90,7 @@ def test_bad_graphs_and_impossible_precisions_are_engine_errors(tmp_path: Path, 
     for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
         with pytest.raises(EngineError, match=r"cannot load model_packed\.onnx"):
             load_engine(engine, Precision.FP32, broken, spec=spec)
-        with pytest.raises(EngineError, match="not int8|cannot run in int8"):
+        with pytest.raises(EngineError, match=r"not int8|cannot run in int8"):
             load_engine(engine, Precision.INT8, minilm_bundle / "onnx/model_packed.onnx", spec=spec)
     with pytest.raises(EngineError, match="no bf16 kernels"):
         load_engine(EngineName.ONNXRUNTIME, Precision.BF16, minilm_bundle / "onnx/model_packed.onnx", spec=spec)

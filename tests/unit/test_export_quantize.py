@@ -10,17 +10,21 @@ from onnx import numpy_helper
 
 from export import quantize
 from export.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
+from export.graphs import Graph, export_graph
+from export.halves import write_half
 from export.quantize import FORMATS, best_site, plan_sites, write_quantized, write_quantized_for_gpu
 from export.rewrite import Rewrite
 from export.texts import parity_texts
 from export.trt.checks import breaches, graph_precision
 from export.trt.view import GraphView
-from mirror_runtime.bundle import Layout, Precision, read_manifest
+from mirror_runtime.bundle import Layout, Pooling, Precision, read_manifest
 from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import PackedRows
 from tests.unit.test_export_halves import cosines, graph_of, rows, run, texts_of
+from training.reference import Reference
+from training.source import resolve
 
 WORDS = ["the cat sat on the mat.", "a man is playing a guitar", "dog", "river 3 times, the dog?", "on on on on on on"]
 
@@ -215,3 +219,15 @@ def test_sites_without_smoothing_have_no_product_for_it(tiny_bundle, plans, tmp_
     plain = replace(plan, sites=tuple(replace(s, smoothing=np.ones_like(s.smoothing)) for s in plan.sites))
     made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plain)
     assert not [n for n in onnx.load(made.path).graph.node if n.output[0].endswith("_smooth")]
+
+
+def test_an_encoder_that_prunes_its_last_layer_is_quantised_too(tiny_bert, tiny_bundle, tmp_path):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
+    contract = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
+    source = Graph(layout=Layout.PACKED, path=tmp_path / "cls.onnx", inputs=contract.inputs, outputs=contract.outputs)
+    calibration = Calibration.run(source.path, tiny_bundle, reference.spec, WORDS * 8)
+    plan = plan_sites(source.path, calibration, Precision.INT8)
+    made = write_quantized(source, tmp_path / "q.onnx", plan)
+    assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
+    half = write_half(source, tmp_path / "half.onnx", Precision.FP16)
+    assert cosines(texts_of(run(half.path, rows())), texts_of(run(source.path, rows()))).min() > 0.9999

@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from export import to_tensorrt
+from export.texts import CANARIES
 from export.trt import builder, prove_plan
 from export.trt.builder import Gpu as BuildGpu
 from export.trt.builder import read_request
@@ -100,7 +101,7 @@ def test_a_plan_is_built_proven_added_and_served(
     check_files(bundle, manifest)
     (artifact,) = (a for a in manifest.artifacts if a.engine is EngineName.TENSORRT)
     assert (artifact.precision, artifact.layout) == (Precision.FP32, Layout.PACKED)
-    assert artifact.parity.texts == len(TEXTS)
+    assert artifact.parity.texts == len({*TEXTS, *CANARIES})
     assert artifact.toolchain["tensorrt"] == version
     assert read_card(bundle / artifact.path).profiles[-1]["input_ids"][2][1] >= manifest.encoder.max_tokens
     shapes = {profile["input_ids"][2] for profile in read_card(bundle / artifact.path).profiles}
