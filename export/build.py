@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from export.card import write_card
-from export.graphs import EXTERNAL_DATA_BYTES, Graph, export_graphs
+from export.graphs import EXTERNAL_DATA_BYTES, Graph, export_graphs, parts
 from export.parity import Candidate, Expected, prove_artifact
 from export.spec import Additions, add, write_fitted
 from export.texts import CANARIES, parity_texts
@@ -249,9 +249,9 @@ def _fp32_files(
 ) -> Iterator[Candidate]:
     """List what the fp32 files are to be proven with, ONNX Runtime first."""
     padded, packed = graphs[Layout.PADDED], graphs[Layout.PACKED]
-    yield _candidate(folder, padded, EngineName.ONNXRUNTIME, Precision.FP32)
+    yield Candidate.of(folder, padded, EngineName.ONNXRUNTIME, Precision.FP32)
     for engine, precision in pairs:
-        yield _candidate(folder, packed, engine, precision)
+        yield Candidate.of(folder, packed, engine, precision)
 
 
 def _variant_files(folder: Path, graphs: Iterable[Graph], precision: Precision) -> Iterator[Candidate]:
@@ -259,18 +259,7 @@ def _variant_files(folder: Path, graphs: Iterable[Graph], precision: Precision) 
     for graph in graphs:
         for engine in provers(graph, precision):
             if installed(engine):
-                yield _candidate(folder, graph, engine, precision)
-
-
-def _candidate(folder: Path, graph: Graph, engine: EngineName, precision: Precision) -> Candidate:
-    return Candidate(
-        path=graph.path.relative_to(folder).as_posix(),
-        layout=graph.layout,
-        engine=engine,
-        precision=precision,
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-    )
+                yield Candidate.of(folder, graph, engine, precision)
 
 
 def _pairs(asked: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
@@ -291,28 +280,17 @@ def _pairs(asked: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Preci
 
 def _artifact(folder: Path, candidate: Candidate, parity: Parity) -> Artifact:
     path = folder / candidate.path
-    return Artifact(
+    return candidate.certified(
+        parity,
         path=candidate.path,
-        engine=candidate.engine,
-        precision=candidate.precision,
-        layout=candidate.layout,
-        inputs=candidate.inputs,
-        outputs=candidate.outputs,
-        size=sum(file.stat().st_size for file in _parts(path)),
-        parity=parity,
+        size=sum(file.stat().st_size for file in parts(path)),
         toolchain={name: version(name) for name in ("torch", "transformers", "onnx", candidate.engine.value)},
     )
 
 
-def _parts(graph: Path) -> list[Path]:
-    """List a graph's file and the weights beside it: `<name>_data` of an ONNX file, `.bin` of an IR."""
-    beside = (graph.with_name(f"{graph.name}_data"), graph.with_suffix(".bin"))
-    return [graph, *(path for path in beside if path.is_file())]
-
-
 def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
     """Remove the graphs that no artifact has proven, and give those that have been the names that others look for."""
-    proven = {part for artifact in artifacts for part in _parts(folder / artifact.path)}
+    proven = {part for artifact in artifacts for part in parts(folder / artifact.path)}
     for path in set((folder / "onnx").iterdir()) - proven:
         path.unlink()
     for artifact in artifacts:

@@ -351,6 +351,12 @@ def _name_dimensions(proto: onnx.ModelProto, contract: Signature) -> None:
                 dimension.dim_param = name
 
 
+def parts(graph: Path) -> list[Path]:
+    """List a graph's file and the weights beside it: `<name>_data` of an ONNX file, `.bin` of an OpenVINO IR."""
+    beside = (graph.with_name(f"{graph.name}_data"), graph.with_suffix(".bin"))
+    return [graph, *(path for path in beside if path.is_file())]
+
+
 def save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
     """Write a graph; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
     beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > external_data_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from export.amend import add_artifacts, amending
-from export.graphs import GRAPH_FILES, Graph
+from export.graphs import GRAPH_FILES, Graph, parts
 from export.halves import write_half
 from export.parity import Candidate, Expected, prove_artifact
 from export.texts import parity_texts
@@ -74,26 +74,14 @@ def add_ir(
         expected = Expected.of(Reference.load(resolve(str(bundle))), texts or parity_texts(), sets)
         artifacts = []
         for precision, graph in written:
-            candidate = Candidate(
-                path=graph.path.absolute().relative_to(bundle.absolute()).as_posix(),
-                layout=graph.layout,
-                engine=EngineName.OPENVINO,
-                precision=precision,
-                inputs=graph.inputs,
-                outputs=graph.outputs,
-            )
+            candidate = Candidate.of(bundle, graph, EngineName.OPENVINO, precision)
             on_stage(f"prove {candidate}")
             parity = prove_artifact(bundle, candidate, manifest, expected)
             artifacts.append(
-                Artifact(
+                candidate.certified(
+                    parity,
                     path=f"{FOLDER}/{graph.path.name}",
-                    engine=candidate.engine,
-                    precision=precision,
-                    layout=graph.layout,
-                    inputs=graph.inputs,
-                    outputs=graph.outputs,
-                    size=sum(graph.path.with_suffix(suffix).stat().st_size for suffix in (".xml", ".bin")),
-                    parity=parity,
+                    size=sum(file.stat().st_size for file in parts(graph.path)),
                     toolchain={name: version(name) for name in ("torch", "transformers", "onnx", "openvino")},
                 )
             )

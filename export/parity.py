@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from export.graphs import Graph
 from export.texts import CANARIES
 from mirror_runtime.bundle import (
     TOKENIZER_FILE,
+    Artifact,
     EncoderSpec,
     EngineName,
     Layout,
@@ -101,6 +103,39 @@ class Candidate:
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, folder: Path, graph: Graph, engine: EngineName, precision: Precision) -> Candidate:
+        """Name a graph that lies in a folder, the bundle or its making."""
+        return cls(
+            path=graph.path.absolute().relative_to(folder.absolute()).as_posix(),
+            layout=graph.layout,
+            engine=engine,
+            precision=precision,
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+        )
+
+    def certified(self, parity: Parity, *, path: str, size: int, toolchain: Mapping[str, str]) -> Artifact:
+        """Give the manifest's entry.
+
+        Args:
+            parity: what was proven.
+            path: where the graph is in the finished bundle.
+            size: see `Artifact`.
+            toolchain: see `Artifact`.
+        """
+        return Artifact(
+            path=path,
+            engine=self.engine,
+            precision=self.precision,
+            layout=self.layout,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            size=size,
+            parity=parity,
+            toolchain=toolchain,
+        )
 
     def __str__(self) -> str:
         return f"{self.engine.value} {self.precision.value} {self.layout.value}"

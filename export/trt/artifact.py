@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from export.amend import add_artifacts, amending
+from export.graphs import parts
 from export.parity import Candidate, Expected, prove_artifact
 from export.texts import parity_texts
 from export.trt import builder, prove_plan
@@ -190,7 +191,7 @@ def write_script(
     request = replace(request_for(bundle, chosen, manifest.encoder, local), timing_cache="timing.cache")
     graph = bundle / chosen.path
     with whole_folder(folder, overwrite=overwrite, marker=builder.REQUEST_FILE) as partial:
-        for part in _parts(graph):
+        for part in parts(graph):
             shutil.copy(part, partial / part.name)
         shutil.copy(builder.__file__, partial / SCRIPT_FILE)
         shutil.copy(prove_plan.__file__, partial / f"{builder.PROOF_MODULE}.py")
@@ -273,7 +274,7 @@ def prove_provider(
     load_engine(engine, options.precision, bundle / chosen.path, spec=manifest.encoder).close()
     with amending(bundle) as made:
         parity = _prove(bundle, candidate, manifest, texts, say)
-        size = sum(part.stat().st_size for part in _parts(bundle / chosen.path))
+        size = sum(part.stat().st_size for part in parts(bundle / chosen.path))
         artifact = _artifact(candidate, chosen.path, size, parity, "onnxruntime")
         add_artifacts(bundle, made, [artifact])
     return artifact
@@ -287,15 +288,10 @@ def _prove(bundle: Path, candidate: Candidate, manifest: Manifest, texts: tuple[
 
 
 def _artifact(candidate: Candidate, path: str, size: int, parity: Parity, module: str) -> Artifact:
-    return Artifact(
+    return candidate.certified(
+        parity,
         path=path,
-        engine=candidate.engine,
-        precision=candidate.precision,
-        layout=candidate.layout,
-        inputs=candidate.inputs,
-        outputs=candidate.outputs,
         size=size,
-        parity=parity,
         # The module's own word: containers bring TensorRT without a Python package's metadata.
         toolchain={
             **{name: version(name) for name in ("torch", "transformers", "onnx")},
@@ -317,12 +313,6 @@ def _profiles(chosen: Chosen, spec: EncoderSpec, options: Options) -> tuple[Prof
 
 def _graphs(manifest: Manifest) -> list[str]:
     return [path for path in manifest.files if path.endswith(".onnx")]
-
-
-def _parts(graph: Path) -> list[Path]:
-    """List a graph's file and the weights beside it."""
-    beside = graph.with_name(f"{graph.name}_data")
-    return [graph, beside] if beside.is_file() else [graph]
 
 
 def _signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
