@@ -1,0 +1,70 @@
+"""A shape serves only when all its streams give the same vectors."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from mirror_runtime import Encoder, EngineError
+from mirror_runtime.engines import openvino_engine
+
+TEXTS = ["the cat sat on the mat", "a dog"] * 60
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    """Have one stream of the first `times` models give other vectors, as a damaged copy of the weights does."""
+
+    def plant(times):
+        make, compiled = openvino_engine._Slot.of, []
+
+        def of(request, names):
+            slot = make(request, names)
+            compiled.append(slot)
+            if len(compiled) % 2 == 0 and len(compiled) <= 2 * times:
+                return openvino_engine._Slot(slot.request, slot.inputs, _Damaged(slot.output))
+            return slot
+
+        monkeypatch.setattr(openvino_engine._Slot, "of", of)
+        return compiled
+
+    return plant
+
+
+class _Damaged:
+    def __init__(self, output):
+        self._output = output
+
+    def __array__(self, dtype=None, copy=None):
+        return self._output + np.float32(0.5)
+
+    def copy(self):
+        return np.asarray(self)
+
+
+def test_streams_that_disagree_are_compiled_again_and_the_log_says_so(tiny_bundle, damage, caplog):
+    with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
+        wanted = encoder.encode(TEXTS)
+    damage(1)
+    with (
+        caplog.at_level(logging.WARNING),
+        Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
+    ):
+        vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-4)
+    assert "streams disagree" in caplog.text
+
+
+def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, damage):
+    damage(100)
+    with (
+        Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
+        pytest.raises(EngineError, match=r"different vectors for one text, 3 times over: run .* with streams=1"),
+    ):
+        encoder.encode(TEXTS)
+
+
+def test_one_stream_has_nobody_to_disagree_with(tiny_bundle, damage):
+    damage(0)
+    with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=1, cache_dir=None) as encoder:
+        assert np.isfinite(encoder.encode(TEXTS)).all()
