@@ -53,8 +53,8 @@ class Recipe(str, Enum):
     SELF_GUIDED = "self-guided"
     """SG-BERT's SG-OPT. Its early stopping on labelled pairs is left out: it asks for labels."""
     MIRROR_PLUS = "mirror+"
-    """The sentence recipe with a temperature of 0.05 and repeated tokens: better on every set that it was tried on, in
-    the same time (docs/log.md)."""
+    """The sentence recipe with a temperature of 0.05 and repeated tokens, for mean pooling: better on every set that it
+    was tried on, in the same time. With [CLS] the sentence recipe is the better one (docs/log.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

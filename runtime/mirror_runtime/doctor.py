@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mirror_runtime.errors import ServerError
+from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
+from mirror_runtime.plan import read_plan, staleness
 from mirror_runtime.triton.distribution import check_platform
 
 PACKAGES = (
@@ -60,6 +62,7 @@ def diagnose() -> Diagnosis:
         ),
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "gpu": "an NVIDIA driver is present" if gpu else "none seen",
+        **_kept(cache_folder(AUTO_CACHE)),
     }
     return Diagnosis(
         machine=machine,
@@ -78,6 +81,24 @@ def diagnose() -> Diagnosis:
         },
         problems=tuple(_problems(packages)),
     )
+
+
+def _kept(cache: Path | None) -> dict[str, str]:
+    """Say what lies in the user's cache: converted graphs, and plans with what is wrong with each."""
+    if cache is None:
+        return {"cache": "none: this user has no home folder, so graphs are parsed at every start"}
+    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    facts = {"cache": f"{cache}, {size / 1e6:,.0f} MB" if size else f"{cache}, empty"}
+    for path in sorted((cache / "plans").glob("*.json")):
+        try:
+            plan = read_plan(path)
+        except InputError:
+            facts[f"plan {path.stem}"] = "cannot be read: run mirror plan again"
+            continue
+        way = f"{plan.chosen.engine.value} {plan.chosen.precision.value} for {plan.goal.value}"
+        stale = staleness(plan, plan.fingerprint)
+        facts[f"plan {path.stem}"] = f"{way}, not followed: {stale}" if stale else way
+    return facts
 
 
 def _problems(packages: Mapping[str, str | None]) -> list[str]:

@@ -13,6 +13,7 @@ from mirror_runtime import BundleError, Encoder, EngineError, InputError, Parity
 from mirror_runtime.bundle import Canaries, Canary, EngineName, Precision, write_json
 from mirror_runtime.cache import cache_folder
 from mirror_runtime.cli import main
+from mirror_runtime.doctor import diagnose
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
@@ -210,3 +211,19 @@ def test_the_command_writes_the_plan_where_auto_finds_it_and_draws(tiny_bundle, 
     assert "% full" in err
     assert main(["plan", str(tiny_bundle), "--quick", "--texts", str(texts), "--floor", "7"]) == 2
     assert "floor is 7" in capsys.readouterr().err
+
+
+def test_the_doctor_tells_what_the_cache_holds_and_which_plans_are_not_followed(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "mirror-runtime"
+    assert diagnose().machine["cache"] == f"{folder}, empty"
+    write_plan(plan, folder / "plans" / "good.json")
+    write_plan(
+        dataclasses.replace(plan, host=dataclasses.replace(plan.host, cores=99)), folder / "plans" / "moved.json"
+    )
+    (folder / "plans" / "torn.json").write_text("{")
+    facts = diagnose().machine
+    assert facts["cache"].endswith(" MB")
+    assert facts["plan good"] == "openvino fp32 for throughput"
+    assert "not followed: it was measured on 99 cores" in facts["plan moved"]
+    assert facts["plan torn"] == "cannot be read: run mirror plan again"
