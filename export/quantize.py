@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from export.calibration import Calibration, Flow, Origin, Vectors, linear_inputs
 from export.graphs import EXTERNAL_DATA_BYTES, Graph
@@ -98,6 +98,7 @@ class Site:
         scale: of the divided value.
         outliers: int64 [n], channels that are multiplied in float beside the rest.
         error: of the layers' outputs, relative, on calibration text.
+        layers: those that read it, as `_layer` names them.
         quantized: False leaves these layers in float.
     """
 
@@ -105,6 +106,7 @@ class Site:
     scale: float
     outliers: NDArray[np.int64]
     error: float
+    layers: frozenset[bytes] = frozenset()
     quantized: bool = True
 
 
@@ -114,7 +116,7 @@ class Plan:
 
     Attributes:
         precision: int8 or fp8.
-        sites: by position among `linear_inputs`.
+        sites: by position among the packed graph's `linear_inputs`.
         worst_cosine: of the calibration texts.
     """
 
@@ -136,7 +138,8 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     sites: list[Site] = []
     for flow, nodes in zip(calibration.flows, linear_inputs(rewrite).values(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
-        sites.append(best_site(flow, weights, form))
+        layers = frozenset(_layer(rewrite, node) for node in nodes)
+        sites.append(replace(best_site(flow, weights, form), layers=layers))
     target = Floors.of(precision, calibration.spec).reference + ROOM
     cosines = calibration.cosines(_session(graph, sites, form))
     if cosines.min() < target:
@@ -245,15 +248,40 @@ def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
     return rounded(weights / scales, form), scales
 
 
+def _layer(graph: Rewrite, node: NodeProto) -> bytes:
+    """Name a linear layer by its weights, which an encoder's padded and packed graph share."""
+    return graph.array(node.input[1])[0].tobytes()
+
+
+def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, list[NodeProto]]]:
+    """Bring a graph's linear layers to the sites of the packed graph.
+
+    A value may belong to two sites: where the packed graph computes [CLS] alone in the last layer, its query reads
+    another value than key and value do, and in the padded graph the same one.
+
+    Returns:
+        The value that is read, a name for what is made of it, its site, and the layers.
+    """
+    of_layer = {layer: at for at, site in enumerate(sites) for layer in site.layers}
+    reads: list[tuple[str, str, Site, list[NodeProto]]] = []
+    for value, nodes in linear_inputs(graph).items():
+        readers: dict[int, list[NodeProto]] = {}
+        for node in nodes:
+            readers.setdefault(of_layer[_layer(graph, node)], []).append(node)
+        for nth, (at, own) in enumerate(readers.items()):
+            reads.append((value, value if nth == 0 else f"{value}_{nth}", sites[at], own))
+    return reads
+
+
 def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
     graph.opset = max(graph.opset, form.opset)
-    for site, (name, nodes) in zip(sites, linear_inputs(graph).items(), strict=True):
+    for read, name, site, nodes in _reads(graph, sites):
         if not site.quantized:
             continue
-        value = name
+        value = read
         if (site.smoothing != 1).any():
             value = f"{name}_smooth"
-            graph.node("Mul", [name, graph.add(f"{name}_smoothing", 1 / site.smoothing)], [value])
+            graph.node("Mul", [read, graph.add(f"{name}_smoothing", 1 / site.smoothing)], [value])
         scale = graph.add(f"{name}_scale", np.array(site.scale, np.float32))
         zero = graph.add(f"{name}_zero", np.zeros((), form.dtype))
         graph.node("QuantizeLinear", [value, scale, zero], [f"{name}_quantized"])
@@ -275,7 +303,7 @@ def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
         summand = f"{product}_inner" if site.outliers.size else product
         graph.node("MatMul", [f"{name}_dequantized", f"{first}_weight_dequantized"], [summand])
         if site.outliers.size:
-            graph.node("Gather", [name, graph.add(f"{first}_outliers", site.outliers)], [f"{first}_wide"], axis=-1)
+            graph.node("Gather", [read, graph.add(f"{first}_outliers", site.outliers)], [f"{first}_wide"], axis=-1)
             wide = graph.add(f"{first}_wide_weight", together[site.outliers])
             graph.node("MatMul", [f"{first}_wide", wide], [f"{first}_outer"])
             graph.node("Add", [summand, f"{first}_outer"], [product])

@@ -9,6 +9,7 @@ import pytest
 from onnx import numpy_helper
 
 from export import quantize
+from export.build import Request, build
 from export.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
 from export.graphs import Graph, export_graph
 from export.halves import write_half
@@ -231,3 +232,20 @@ def test_an_encoder_that_prunes_its_last_layer_is_quantised_too(tiny_bert, tiny_
     assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
     half = write_half(source, tmp_path / "half.onnx", Precision.FP16)
     assert cosines(texts_of(run(half.path, rows())), texts_of(run(source.path, rows()))).min() > 0.9999
+
+
+def test_the_plan_fits_both_graphs_of_an_encoder_that_computes_cls_alone(tiny_bert, tmp_path):
+    texts = (*WORDS, "", "the river and the dog are on the mat. " * 3)
+    built = build(
+        Request(
+            encoder=str(tiny_bert),
+            output=tmp_path / "bundle",
+            pooling=Pooling.CLS,
+            precisions=(Precision.INT8,),
+            texts=texts,
+            calibration=tuple(WORDS * 8),
+        )
+    )
+    proven = {(a.layout, a.parity.min_cosine > 0.98) for a in built.manifest.artifacts if a.precision is Precision.INT8}
+    assert proven == {(Layout.PADDED, True), (Layout.PACKED, True)}
+    assert not built.refused
