@@ -32,6 +32,7 @@ check: setup  ## lint, types, import rules, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python benchmarks/readme_table.py --check
 
 bench: setup  ## latency and throughput of the demo's bundle (BENCH='path/to/bundle --quick' passes others)
 	$(BIN)/python benchmarks/run.py $(or $(BENCH),.demo/bundle --suite latency throughput --output reports/latest)

@@ -70,6 +70,8 @@ def read_shape(bundle: Path) -> EncoderShape:
 
 def measure_ceilings(plan: Plan, shape: EncoderShape, results: Results, progress: Progress) -> None:
     """Measure one ceiling for each engine and precision of the plan; what cannot be measured becomes a failure."""
+    if results.has("ceilings"):
+        return
     with steps(progress, "ceilings", len(plan.points)) as done:
         for point in plan.points:
             try:
@@ -77,6 +79,7 @@ def measure_ceilings(plan: Plan, shape: EncoderShape, results: Results, progress
             except MirrorError as error:
                 results.fail("ceilings", point.name, error)
             done(point.name)
+    results.finish("ceilings")
 
 
 def measure_ceiling(engine: EngineName, precision: Precision, shape: EncoderShape) -> Ceiling:

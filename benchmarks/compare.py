@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,50 +22,11 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.changes import CONFIDENCE, POINTS, Change, Verdict, quality_changes
 from benchmarks.results import REPORT_FILE, Report, read_report
 from benchmarks.summary import BOOTSTRAP_DRAWS
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
-
-CONFIDENCE = 99.0
-"""Percent. A comparison looks at many metrics at once: at 95 % one in twenty would be a false alarm."""
-
-
-class Verdict(str, Enum):
-    """What a metric's ratio and its interval say."""
-
-    WORSE = "worse"
-    BETTER = "better"
-    SAME = "same"
-    NOISY = "too noisy to tell"
-    """The interval reaches beyond the threshold on a side, and also holds 1."""
-    LOST = "not measured any more"
-    NEW = "new"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One metric in both reports.
-
-    Attributes:
-        metric: its name, such as "throughput, openvino bf16".
-        unit: of `base` and `head`.
-        base: median over all runs; None where it was not measured.
-        head: likewise.
-        ratio: how many times as much time HEAD takes: above 1 is slower. For scores, BASE over HEAD.
-        low: of the ratio's interval.
-        high: likewise.
-    """
-
-    metric: str
-    unit: str
-    base: float | None
-    head: float | None
-    ratio: float
-    low: float
-    high: float
-    verdict: Verdict
-
 
 Runs = Sequence[Sequence[float]]
 """Samples of one metric: one sequence a run; smaller is better."""
@@ -85,9 +44,9 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
         seed: of the bootstrap.
 
     Returns:
-        One entry a metric: times first, then the worst cosine of each artifact.
+        One entry a metric: people's scores, times, then the worst cosine of each artifact.
     """
-    changes = []
+    changes = quality_changes(base, head, seed=seed)
     left, right = _times(base), _times(head)
     for metric in dict.fromkeys((*left, *right)):
         unit, before = left.get(metric, ("", ()))
@@ -169,6 +128,13 @@ def _times(reports: Sequence[Report]) -> dict[str, tuple[str, list[Sequence[floa
             add(f"throughput, {rate.point.name}", "µs a text", rate.samples_s, 1e6 / rate.texts)
         for latency in report.latency:
             add(f"latency, {latency.point.name}, {latency.tokens} tokens", "ms", latency.samples_ms)
+        for served in report.serving:
+            for loop in served.closed:
+                add(
+                    f"serving, {served.name}, {loop.concurrency} x {loop.texts_a_request}",
+                    "µs a text",
+                    [1e6 / rate for rate in loop.rounds_texts_per_s],
+                )
         for start in report.startup:
             if start.min_cosine is not None:  # ours; a peer's start is not our regression
                 add(f"startup, {start.party}", "s", start.samples_s)
@@ -243,7 +209,8 @@ def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, 
         *rows,
         "",
         f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse. A verdict needs a change of more than "
-        f"{100 * threshold:.0f} % whose interval does not hold 1.",
+        f"{100 * threshold:.0f} % whose interval does not hold 1; for quality, of more than {POINTS} points of "
+        "Spearman whose paired interval does not hold 0.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -35,6 +35,8 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
     failed: set[str] = set()
     with steps(progress, "latency", len(lengths) * len(runners) * plan.rounds) as done:
         for length in lengths:
+            if results.has(f"latency {length}"):
+                continue
             texts = texts_of_length(plan.workload.texts, tokenizer, length, count=TEXTS_A_LENGTH, seed=plan.seed)
             samples: dict[str, list[float]] = {runner.point.name: [] for runner in runners}
             for _, runner in interleave(runners, plan.rounds):
@@ -48,6 +50,8 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
                     else:
                         results.latency[name, length] = _result(runner, length, samples[name])
                 done(f"{name}, {length} tokens")
+            results.finish(f"latency {length}")
+    results.finish("latency")
 
 
 def _turn(runner: Runner, texts: Sequence[str], calls: int) -> list[float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from benchmarks.blocks import Plot, Section, Table
 from benchmarks.results import Report
-from benchmarks.sections import Plot, Section, Table, sections, status
+from benchmarks.sections import sections, status
 
 
 def render_markdown(report: Report, plots: Mapping[str, str]) -> str:
@@ -20,7 +21,7 @@ def _blocks(section: Section, plots: Mapping[str, str]) -> list[str]:
     texts = []
     for block in section.blocks:
         if isinstance(block, Table):
-            texts.append(_table(block.head, block.rows))
+            texts.append(table_lines(block.head, block.rows))
         elif isinstance(block, Plot):
             texts.append(f"![{block.caption}]({plots[block.name]})" if block.name in plots else "")
         else:
@@ -28,7 +29,8 @@ def _blocks(section: Section, plots: Mapping[str, str]) -> list[str]:
     return texts
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; an empty head stays empty."""
     columns = len(head or rows[0])
     lines = [head or [""] * columns, ["---"] * columns, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -15,93 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from benchmarks.peers.worker import PeerWorker, peer_environment
-from benchmarks.results import Comparison, PeerResult, SweepPoint
+from benchmarks.peer_results import Comparison, PeerResult, SweepPoint
+from benchmarks.peer_specs import FOLDER, PEERS, PeerPoint, PeerSpec
+from benchmarks.peers.worker import PeerWorker
+from benchmarks.quality import Judge
 from benchmarks.session import Plan, Results, Runner, steps
-from benchmarks.startup import READY, Starter
 from benchmarks.summary import alternate, interleave, median, ratio_of_medians
 from benchmarks.throughput import Rounds
 from mirror_runtime.environments import existing_environment, make_environment
 from mirror_runtime.errors import MirrorError, PeerError
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
+QUICK_BATCH_SIZES = (16, 64)
 FULL_SWEEP_TEXTS = 1024
-QUICK_SWEEP_TEXTS = 256
+QUICK_SWEEP_TEXTS = 128
 SETTLE_S = 0.25
 """Pause between parties: a library's threads may go on spinning for a while after its last call."""
-
-FOLDER = Path(__file__).resolve().parent / "peers"
-
-_STARTUP = f"""
-import sys
-from sentence_transformers import SentenceTransformer
-model = SentenceTransformer(sys.argv[1], backend=sys.argv[2], device="cpu", local_files_only=True)
-assert model.encode(["How long does the first vector take?"]).shape[0] == 1
-sys.stdout.write("{READY}\\n")
-sys.stdout.flush()
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerSpec:
-    """A peer as data: adding one needs a requirements file, a script that speaks the protocol, and a line here.
-
-    Attributes:
-        name: of its environment, its requirements file and its script.
-        title: as its makers write it.
-        exports: which backends need files that the bundle may lack, and the file that shows they are there.
-    """
-
-    name: str
-    title: str
-    backends: tuple[str, ...]
-    exports: Mapping[str, str]
-    startup: str
-
-
-PEERS = (
-    PeerSpec(
-        name="sentence_transformers",
-        title="sentence-transformers",
-        backends=("torch", "onnx", "openvino"),
-        exports={"onnx": "onnx/model.onnx", "openvino": "openvino/openvino_model.xml"},
-        startup=_STARTUP,
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerPoint:
-    """One backend of an installed peer, ready to load.
-
-    Attributes:
-        model: the bundle, or a copy that holds the files the backend needs.
-    """
-
-    spec: PeerSpec
-    backend: str
-    python: Path
-    model: Path
-
-    @property
-    def name(self) -> str:
-        """Peer and backend."""
-        return f"{self.spec.title} {self.backend}"
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """What starts the worker. Isolated mode keeps our folder and the user's packages out of its imports."""
-        return str(self.python), "-I", str(FOLDER / f"{self.spec.name}_peer.py")
-
-    @property
-    def starter(self) -> Starter:
-        """What the suite `startup` runs."""
-        return Starter(
-            party=self.name,
-            min_cosine=None,
-            command=(str(self.python), "-I", "-c", self.spec.startup, str(self.model), self.backend),
-            environment=peer_environment(),
-        )
 
 
 @dataclass(kw_only=True)
@@ -114,6 +43,7 @@ class PeerRounds:
     sweep: tuple[SweepPoint, ...]
     batch_size: int
     texts: int
+    dim: int
     samples_s: list[float] = field(default_factory=list)
 
     def run(self) -> None:
@@ -129,6 +59,7 @@ class PeerRounds:
         return PeerResult(
             peer=self.point.spec.title,
             backend=self.point.backend,
+            version=self.loaded["versions"].get(self.point.package, "unknown"),
             precision=self.loaded["precision"],
             threads=self.loaded["threads"],
             versions=self.loaded["versions"],
@@ -146,7 +77,7 @@ class PeerRounds:
 def prepare_peers(
     plan: Plan, given: Mapping[str, Path], environments: Path, scratch: Path, results: Results, progress: Progress
 ) -> list[PeerPoint]:
-    """Install every peer that is not given, and export what its backends need. What fails is noted and left out.
+    """Install every chosen peer that is not given, and export what its backends need. What fails is noted and left out.
 
     Args:
         plan: what is measured.
@@ -157,8 +88,10 @@ def prepare_peers(
         progress: for the bar.
     """
     points: list[PeerPoint] = []
-    with steps(progress, "prepare peers", sum(1 + len(spec.backends) for spec in PEERS)) as done:
-        for spec in PEERS:
+    specs = [spec for spec in PEERS if spec.title in plan.peers]
+    texts = _write_texts(scratch / "texts.json", plan.workload.texts)
+    with steps(progress, "prepare peers", sum(1 + len(spec.backends) for spec in specs)) as done:
+        for spec in specs:
             done(f"{spec.title}: environment")
             try:
                 python = _python(spec, given, environments, lambda line: progress.console.print(line, style="dim"))
@@ -169,20 +102,30 @@ def prepare_peers(
                 done(f"{spec.title}: {backend}")
                 point = PeerPoint(spec=spec, backend=backend, python=python, model=plan.bundle.resolve())
                 try:
-                    points.append(_exported(point, scratch))
-                except PeerError as error:
+                    points.append(_exported(point, scratch, texts))
+                except (PeerError, OSError) as error:
                     results.fail("peers", point.name, error)
     return points
 
 
 def run_peers(
-    plan: Plan, runners: Sequence[Runner], points: Sequence[PeerPoint], results: Results, progress: Progress
+    plan: Plan,
+    runners: Sequence[Runner],
+    points: Sequence[PeerPoint],
+    judge: Judge | None,
+    results: Results,
+    progress: Progress,
 ) -> None:
-    """Find each peer's best batch size, then let ours and theirs take turns, then compare vectors."""
+    """Find each peer's best batch size, then let ours and theirs take turns, then compare vectors.
+
+    With a judge, each peer's vectors are worth something by people's scores, too.
+    """
+    if results.has("peers"):
+        return
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder:
         scratch = Path(folder)
         ours = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
-        with steps(progress, "peers: load and sweep", len(points) * (1 + len(BATCH_SIZES))) as done:
+        with steps(progress, "peers: load and sweep", len(points) * (1 + len(_batch_sizes(plan)))) as done:
             theirs = _load_all(plan, points, stack, scratch, results, done)
         vectors: dict[str, NDArray[np.float32]] = {}
         with steps(progress, "peers: vectors", len(ours) + len(theirs)) as done:
@@ -196,13 +139,26 @@ def run_peers(
                 done(name)
             for peer in list(theirs):
                 try:
-                    vectors[peer.point.name] = _vectors(peer, scratch / "vectors.npy", plan)
+                    vectors[peer.point.name] = _vectors(peer, scratch, plan.workload.texts)
                 except PeerError as error:
                     theirs.remove(peer)
                     results.fail("peers", peer.point.name, error)
                 done(peer.point.name)
         _take_turns(plan, ours, theirs, results, progress)
         _compare(plan, ours, theirs, vectors, results)
+        if judge is not None:
+            _judge(theirs, judge, scratch, results, progress)
+    results.finish("peers")
+
+
+def _batch_sizes(plan: Plan) -> tuple[int, ...]:
+    return QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES
+
+
+def _write_texts(file: Path, texts: Sequence[str]) -> Path:
+    """Write texts for a peer: JSON, for a text may hold any character."""
+    file.write_text(json.dumps(texts), encoding="utf-8")
+    return file
 
 
 def _python(spec: PeerSpec, given: Mapping[str, Path], environments: Path, say: Callable[[str], None]) -> Path:
@@ -211,14 +167,14 @@ def _python(spec: PeerSpec, given: Mapping[str, Path], environments: Path, say: 
     return make_environment(FOLDER / f"{spec.name}.txt", environments.absolute() / spec.name, say)
 
 
-def _exported(point: PeerPoint, scratch: Path) -> PeerPoint:
+def _exported(point: PeerPoint, scratch: Path, texts: Path) -> PeerPoint:
     """Give the point a copy of the model with its backend's files, if the bundle has none of them."""
     needed = point.spec.exports.get(point.backend)
     if needed is None or (point.model / needed).is_file():
         return point
-    output = scratch / f"{point.spec.name}-{point.backend}"
+    output = scratch / point.file_name
     with PeerWorker(point.command, scratch / "export.log") as worker:
-        worker.ask("export", model=str(point.model), backend=point.backend, output=str(output))
+        worker.ask("export", model=str(point.model), backend=point.backend, output=str(output), texts=str(texts))
     if not (output / needed).is_file():
         raise PeerError(f"its export left no {needed}")
     return PeerPoint(spec=point.spec, backend=point.backend, python=point.python, model=output)
@@ -232,16 +188,15 @@ def _load_all(
     results: Results,
     done: Callable[[str], None],
 ) -> list[PeerRounds]:
-    texts = scratch / "texts.json"  # JSON, for a text may hold any character
-    texts.write_text(json.dumps(plan.workload.texts), encoding="utf-8")
+    texts = _write_texts(scratch / "texts.json", plan.workload.texts)
     limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(plan.workload.texts))
     theirs = []
     for point in points:
         try:
-            worker = stack.enter_context(PeerWorker(point.command, scratch / f"{point.backend}.log"))
+            worker = stack.enter_context(PeerWorker(point.command, scratch / f"{point.file_name}.log"))
             loaded = worker.ask("load", model=str(point.model), backend=point.backend, texts=str(texts))
             done(point.name)
-            sweep = tuple(_sweep(worker, limit, point.name, done))
+            sweep = tuple(_sweep(worker, _batch_sizes(plan), limit, point.name, done))
         except (PeerError, OSError) as error:
             results.fail("peers", point.name, error)
             continue
@@ -253,15 +208,18 @@ def _load_all(
                 sweep=sweep,
                 batch_size=min(sweep, key=lambda tried: tried.seconds).batch_size,
                 texts=len(plan.workload.texts),
+                dim=plan.manifest.encoder.dim,
             )
         )
     return theirs
 
 
-def _sweep(worker: PeerWorker, limit: int, name: str, done: Callable[[str], None]) -> list[SweepPoint]:
+def _sweep(
+    worker: PeerWorker, sizes: Sequence[int], limit: int, name: str, done: Callable[[str], None]
+) -> list[SweepPoint]:
     """Try every batch size: one untimed pass (shapes may be compiled), then the better of two."""
     tried = []
-    for size in BATCH_SIZES:
+    for size in sizes:
         answers = [worker.ask("encode", batch_size=size, limit=limit) for _ in range(3)]
         seconds = min(float(answer["seconds"]) for answer in answers[1:])
         tried.append(SweepPoint(batch_size=size, texts=limit, seconds=seconds))
@@ -269,13 +227,26 @@ def _sweep(worker: PeerWorker, limit: int, name: str, done: Callable[[str], None
     return tried
 
 
-def _vectors(peer: PeerRounds, file: Path, plan: Plan) -> NDArray[np.float32]:
-    peer.worker.ask("dump", batch_size=peer.batch_size, output=str(file))
+def _vectors(peer: PeerRounds, scratch: Path, texts: Sequence[str]) -> NDArray[np.float32]:
+    file, listed = scratch / "vectors.npy", _write_texts(scratch / "dump.json", texts)
+    peer.worker.ask("dump", batch_size=peer.batch_size, output=str(file), texts=str(listed))
     vectors: NDArray[np.float32] = np.load(file)
-    expected = (len(plan.workload.texts), plan.manifest.encoder.dim)
+    expected = (len(texts), peer.dim)
     if vectors.shape != expected or not np.isfinite(vectors).all():
         raise PeerError(f"its vectors have shape {vectors.shape} where {expected} is expected, or are not finite")
     return vectors
+
+
+def _judge(theirs: Sequence[PeerRounds], judge: Judge, scratch: Path, results: Results, progress: Progress) -> None:
+    with steps(progress, "peers: quality", len(theirs)) as done:
+        for peer in theirs:
+            name = peer.point.name
+            try:
+                vectors = _vectors(peer, scratch, judge.texts)
+                results.quality[name] = judge.result(name, vectors, ours=False)
+            except MirrorError as error:
+                results.fail("quality", name, error)
+            done(name)
 
 
 def _take_turns(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.quality_results import QualityResult
 from benchmarks.results import Report
 from benchmarks.summary import median
 
@@ -144,27 +145,90 @@ def _throughput(report: Report, theme: Theme) -> Figure:
     )
     axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
     axes.margins(x=0.15)
-    axes.set_xlabel("texts a second (median; whiskers: slowest and fastest round)")
+    axes.set_xlabel("texts a second (median; whiskers: slowest and fastest round; grey: peers)")
     return figure
 
 
-def _quality(report: Report, theme: Theme) -> Figure:
+@dataclass(frozen=True, kw_only=True)
+class _Mark:
+    """A party in a scatter plot."""
+
+    name: str
+    x: float
+    y: float
+    ours: bool
+
+
+def _scatter(theme: Theme, title: str, marks: Sequence[_Mark]) -> tuple[Figure, Any]:
+    """Draw numbered marks with their names beneath: names beside a dozen marks would cover each other."""
+    figure = Figure(figsize=(7, 4.4 + 0.11 * len(marks)), layout="constrained")
+    axes = _axes(figure, theme, title)
+    for number, mark in enumerate(sorted(marks, key=lambda mark: -mark.y), 1):
+        colour, shape = (theme.series[0], "o") if mark.ours else (theme.muted, "s")
+        axes.plot(mark.x, mark.y, shape, color=colour, markersize=9, label=f"{number}  {mark.name}")
+        axes.annotate(
+            str(number), (mark.x, mark.y), xytext=(7, 4), textcoords="offset points", color=theme.ink, fontsize=9
+        )
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.1)
+    axes.set_ylabel("texts a second")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8)
+    return figure, axes
+
+
+def _agreement(report: Report, theme: Theme) -> Figure:
     """Draw speed against the worst disagreement with the reference: up and to the left is better."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = _axes(figure, theme, "Speed and agreement")
     agreement = {c.peer: c.min_cosine for c in report.comparisons}
     ours = report.ours_beside_peers or report.throughput
-    marks = [(r.point.name, r.point.parity.min_cosine, r.texts_per_s, theme.series[0], "o") for r in ours]
-    marks += [(r.name, agreement[r.name], r.texts_per_s, theme.muted, "s") for r in report.peers if r.name in agreement]
-    for name, cosine, rate, colour, marker in marks:
-        distance = max(1 - cosine, 1e-8)
-        axes.plot(distance, rate, marker, color=colour, markersize=9)
-        axes.annotate(name, (distance, rate), xytext=(8, 4), textcoords="offset points", color=theme.ink, fontsize=8)
+    marks = [_Mark(name=r.point.name, x=_distance(r.point.parity.min_cosine), y=r.texts_per_s, ours=True) for r in ours]
+    marks += [
+        _Mark(name=r.name, x=_distance(agreement[r.name]), y=r.texts_per_s, ours=False)
+        for r in report.peers
+        if r.name in agreement
+    ]
+    figure, axes = _scatter(theme, "Speed and agreement", marks)
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.35)
     axes.set_xlabel("1 - worst cosine (left is closer; squares: peers, compared with our vectors)")
-    axes.set_ylabel("texts a second")
+    return figure
+
+
+def _distance(cosine: float) -> float:
+    return max(1 - cosine, 1e-8)  # of a logarithmic axis
+
+
+def _worth_and_rate(report: Report) -> list[tuple[QualityResult, float]]:
+    """Give the parties whose quality and speed are both known; beside peers, their rates are of the same rounds."""
+    ours = report.ours_beside_peers or report.throughput
+    rates = {r.point.name: r.texts_per_s for r in ours} | {r.name: r.texts_per_s for r in report.peers}
+    return [(result, rates[result.party]) for result in report.quality if result.party in rates]
+
+
+def _pareto(report: Report, theme: Theme) -> Figure:
+    """Draw people's agreement against speed: up and to the right is better."""
+    marks = [
+        _Mark(name=result.party, x=result.mean.value, y=rate, ours=result.ours)
+        for result, rate in _worth_and_rate(report)
+    ]
+    figure, axes = _scatter(theme, "Speed and quality", marks)
+    axes.set_xlabel("mean Spearman x 100 (right is better; squares: peers)")
+    return figure
+
+
+def _serving(report: Report, theme: Theme) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "Single texts that arrive at random")
+    for result in report.serving:
+        if result.open:
+            offered, name = [loop.offered_per_s for loop in result.open], result.name
+            p50, p99 = [loop.p50_ms for loop in result.open], [loop.p99_ms for loop in result.open]
+            (line,) = axes.plot(offered, p99, marker="o", label=f"{name}, p99")
+            axes.plot(offered, p50, "--", color=line.get_color(), label=f"{name}, p50")
+            lost = [(loop.offered_per_s, loop.p99_ms) for loop in result.open if not loop.kept_up]
+            axes.plot([x for x, _ in lost], [y for _, y in lost], "x", color=line.get_color(), markersize=12)
+    axes.set_yscale("log")
+    axes.set_xlabel("texts offered a second (cross: not kept up with)")
+    axes.set_ylabel("milliseconds from the moment it was due")
+    _legend(axes, theme)
     return figure
 
 
@@ -185,6 +249,8 @@ _DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Them
     "latency": (lambda r: r.latency, _latency),
     "latency_cdf": (lambda r: r.latency, _latency_cdf),
     "throughput": (lambda r: r.throughput or r.peers, _throughput),
-    "quality": (lambda r: r.comparisons or len(r.throughput) > 1, _quality),
+    "agreement": (lambda r: r.comparisons or len(r.throughput) > 1, _agreement),
+    "pareto": (lambda r: len(_worth_and_rate(r)) > 1, _pareto),
+    "serving": (lambda r: any(result.open for result in r.serving), _serving),
     "training": (lambda r: r.training, _training),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Host, Report, Settin
 from benchmarks.session import Plan, Results
 from benchmarks.summary import median
 from benchmarks.webpage import render_webpage
-from mirror_runtime.bundle import write_json
+from mirror_runtime.bundle import Layout, Manifest, to_json
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
 
@@ -40,6 +42,7 @@ def build_report(
     versions: Mapping[str, str],
     source: Source,
     started: str,
+    resumed: tuple[str, ...],
     wall_s: float,
     partial: bool,
 ) -> Report:
@@ -49,6 +52,8 @@ def build_report(
         schema_version=SCHEMA_VERSION,
         partial=partial,
         started=started,
+        resumed=resumed,
+        finished=tuple(results.finished),
         wall_s=wall_s,
         host=host,
         versions=versions,
@@ -59,20 +64,44 @@ def build_report(
             base_model=spec.base_model,
             max_tokens=spec.max_tokens,
             dim=spec.dim,
+            artifacts=packed_artifacts(plan.manifest),
             flop_per_token=plan.flop_per_token,
         ),
         workload=plan.workload.info,
-        settings=Settings(suites=plan.suites, quick=plan.quick, rounds=plan.rounds, seed=plan.seed),
+        settings=settings_of(plan),
         ceilings=tuple(results.ceilings.values()),
         latency=tuple(sorted(results.latency.values(), key=lambda r: r.point.name)),
         throughput=tuple(results.throughput.values()),
         startup=tuple(results.startup.values()),
+        quality_sets=results.quality_sets,
+        quality=tuple(results.quality.values()),
+        serving=tuple(results.serving.values()),
         ours_beside_peers=tuple(results.ours_beside_peers.values()),
         peers=tuple(results.peers.values()),
         comparisons=tuple(results.comparisons.values()),
         training=tuple(results.training.values()),
         failures=tuple(results.failures),
     )
+
+
+def settings_of(plan: Plan) -> Settings:
+    """Give what a report says was asked for."""
+    return Settings(
+        suites=plan.suites,
+        points=tuple(point.name for point in plan.points),
+        peers=plan.peers,
+        sets_sha256=tuple(one.sha256 for one in plan.sets),
+        training=plan.training,
+        quick=plan.quick,
+        rounds=plan.rounds,
+        seed=plan.seed,
+    )
+
+
+def packed_artifacts(manifest: Manifest) -> tuple[str, ...]:
+    """Name the engine and precision of every packed artifact."""
+    packed = [artifact for artifact in manifest.artifacts if artifact.layout is Layout.PACKED]
+    return tuple(f"{artifact.engine.value} {artifact.precision.value}" for artifact in packed)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -86,7 +115,16 @@ def write_report(report: Report, folder: Path) -> None:
         plots = draw_plots(report, partial)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
         (partial / PAGE_FILE).write_text(render_webpage(report), encoding="utf-8")
-        write_json(report, partial / REPORT_FILE)
+        (partial / REPORT_FILE).write_text(_compact_json(report), encoding="utf-8")
+
+
+_NUMBERS = re.compile(r"\[\s+((?:[-+.\deE]+,\s+)*[-+.\deE]+)\s+\]")
+
+
+def _compact_json(report: Report) -> str:
+    """Give indented JSON with each list of numbers on a line: samples come in thousands, and reports are committed."""
+    text = json.dumps(to_json(report), indent=2, ensure_ascii=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def headline(report: Report, folder: Path) -> dict[str, Any]:
@@ -117,6 +155,24 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
             for r in report.throughput
         ],
         "startup": [{"party": r.party, "median_s": r.median_s} for r in report.startup],
+        "quality": [
+            {
+                "party": r.party,
+                "mean_spearman": r.mean.value,
+                "delta": None if r.mean_delta is None else r.mean_delta.value,
+                "top10_overlap": r.top10_overlap,
+            }
+            for r in report.quality
+        ],
+        "serving": [
+            {
+                "point": r.name,
+                "best_texts_per_s": max((loop.texts_per_s for loop in r.closed), default=None),
+                "share_of_in_process": r.share_of_in_process,
+                "knee_per_s": r.knee_per_s,
+            }
+            for r in report.serving
+        ],
         "comparisons": [
             {"ours": c.point.name, "peer": c.peer, "ratio": c.ratio, "min_cosine": c.min_cosine}
             for c in report.comparisons

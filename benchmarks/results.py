@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from mirror_runtime.bundle import EngineName, Parity, Precision, from_json
+from benchmarks.peer_results import Comparison, PeerResult, TrainingResult
+from benchmarks.point import Point
+from benchmarks.quality_results import QualityResult, QualitySet
+from benchmarks.serving_results import ServingResult
+from mirror_runtime.bundle import EngineName, Precision, from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REPORT_FILE = "report.json"
 
 
@@ -26,6 +30,10 @@ class Suite(str, Enum):
     """How long does one text take?"""
     THROUGHPUT = "throughput"
     """How many texts a second, over the whole workload?"""
+    SERVING = "serving"
+    """How does it behave behind Triton, under load?"""
+    QUALITY = "quality"
+    """What are the vectors worth, by people's scores?"""
     STARTUP = "startup"
     """How long from process start to the first vector?"""
     PEERS = "peers"
@@ -73,6 +81,7 @@ class Subject:
         base_model: where its weights came from.
         max_tokens: longest text in tokens.
         dim: length of a vector.
+        artifacts: engine and precision of every packed artifact, measured or not.
         flop_per_token: floating-point operations of one token's matrix products without attention and embeddings;
             None where config.json does not say the encoder's shape.
     """
@@ -82,6 +91,7 @@ class Subject:
     base_model: str
     max_tokens: int
     dim: int
+    artifacts: tuple[str, ...]
     flop_per_token: int | None
 
 
@@ -101,27 +111,23 @@ class WorkloadInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was asked for."""
+    """What was asked for.
+
+    Attributes:
+        points: engine and precision of the artifacts to measure.
+        peers: titles of the other libraries to measure; empty without the suite.
+        sets_sha256: of the evaluation sets' files.
+        training: what suite training does, in words; None without the suite.
+    """
 
     suites: tuple[Suite, ...]
+    points: tuple[str, ...]
+    peers: tuple[str, ...]
+    sets_sha256: tuple[str, ...]
+    training: str | None
     quick: bool
     rounds: int
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One way our runtime runs the bundle, with the parity its export proved."""
-
-    engine: EngineName
-    precision: Precision
-    artifact: str
-    parity: Parity
-
-    @property
-    def name(self) -> str:
-        """Engine and precision, such as "openvino bf16"."""
-        return f"{self.engine.value} {self.precision.value}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,97 +215,6 @@ class StartupResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepPoint:
-    """One batch size of a peer's sweep over a part of the workload."""
-
-    batch_size: int
-    texts: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerResult:
-    """Another library on the same weights and texts, in its own environment, at its best batch size.
-
-    Attributes:
-        precision: what the library says it computes in.
-        threads: what the library says it uses; None where it does not say.
-    """
-
-    peer: str
-    backend: str
-    precision: str
-    threads: int | None
-    versions: Mapping[str, str]
-    load_s: float
-    sweep: tuple[SweepPoint, ...]
-    batch_size: int
-    texts: int
-    samples_s: tuple[float, ...]
-    texts_per_s: float
-    texts_per_s_min: float
-    texts_per_s_max: float
-
-    @property
-    def name(self) -> str:
-        """Peer and backend."""
-        return f"{self.peer} {self.backend}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Our median rate over a peer's, from rounds that took turns, and how far the vectors agree.
-
-    Attributes:
-        ratio_low, ratio_high: 95 % bootstrap interval over the rounds.
-        min_cosine, mean_cosine: the peer's vectors to ours over the workload.
-    """
-
-    point: Point
-    peer: str
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    min_cosine: float
-    mean_cosine: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """One tuning run in a process of its own.
-
-    Attributes:
-        seconds: from process start to the saved folder.
-        spearman: of each evaluation set, x 100.
-        mean: over the sets.
-    """
-
-    seed: int
-    seconds: float
-    spearman: Mapping[str, float]
-    mean: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingResult:
-    """One recipe over several seeds, in rounds that took turns with the others.
-
-    Attributes:
-        party: whose code and which recipe.
-        base: the encoder that was tuned.
-        median_s: of the runs' seconds.
-    """
-
-    party: str
-    base: str
-    pooling: str
-    corpus: str
-    texts: int
-    runs: tuple[TrainingRun, ...]
-    median_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Failure:
     """A point that could not be measured."""
 
@@ -314,12 +229,16 @@ class Report:
 
     Attributes:
         partial: the run was interrupted; what is here was finished, or holds fewer rounds than asked for.
+        resumed: when the run was continued after an interrupt; empty for one that ran through.
+        finished: the steps that need not be measured again by `--resume`.
         ours_beside_peers: our throughput in the rounds that took turns with the peers.
     """
 
     schema_version: int
     partial: bool
     started: str
+    resumed: tuple[str, ...]
+    finished: tuple[str, ...]
     wall_s: float
     host: Host
     versions: Mapping[str, str]
@@ -331,6 +250,9 @@ class Report:
     latency: tuple[LatencyResult, ...]
     throughput: tuple[ThroughputResult, ...]
     startup: tuple[StartupResult, ...]
+    quality_sets: tuple[QualitySet, ...]
+    quality: tuple[QualityResult, ...]
+    serving: tuple[ServingResult, ...]
     ours_beside_peers: tuple[ThroughputResult, ...]
     peers: tuple[PeerResult, ...]
     comparisons: tuple[Comparison, ...]
@@ -340,7 +262,8 @@ class Report:
     @property
     def measured(self) -> bool:
         """Whether any suite gave a figure (a ceiling alone is none)."""
-        return bool(self.latency or self.throughput or self.startup or self.peers or self.training)
+        suites = (self.latency, self.throughput, self.startup, self.quality, self.serving, self.peers, self.training)
+        return any(suites)
 
 
 def read_report(folder: Path) -> Report:

@@ -1,4 +1,4 @@
-"""Measure a bundle (latency, throughput, startup, other libraries, the ceiling first) and the tuning of a model.
+"""Measure a bundle (speed, quality, serving, other libraries, the ceiling first) and the tuning of a model.
 
     python benchmarks/run.py BUNDLE --suite latency throughput --output reports/mine
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -23,16 +22,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.ceilings import EncoderShape, measure_ceilings, read_shape
+from benchmarks.ceilings import EncoderShape, read_shape
+from benchmarks.evalsets import read_evaluation_sets
 from benchmarks.host import describe_host, describe_source, installed_versions
-from benchmarks.latency import run_latency
-from benchmarks.peer_suite import PEERS, PeerPoint, prepare_peers, run_peers
+from benchmarks.measure import Environments, measure
+from benchmarks.peer_specs import PEERS
+from benchmarks.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.report import MARKDOWN_FILE, build_report, check_output, headline, write_report
 from benchmarks.results import Suite
-from benchmarks.session import Plan, Results, Runner, loaded, select_points
-from benchmarks.startup import our_starters, run_startup
-from benchmarks.throughput import run_throughput
-from benchmarks.training_suite import TrainingPlan, run_training
+from benchmarks.resume import read_interrupted, restore
+from benchmarks.session import Plan, Results, select_points
+from benchmarks.training_suite import TrainingPlan
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
@@ -46,6 +46,7 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--suite": tuple(suite.value for suite in Suite),
     "--engine": tuple(engine.value for engine in EngineName),
     "--precision": tuple(precision.value for precision in Precision),
+    "--peer": tuple(spec.title for spec in PEERS),
     "--sts": None,
     "--words": None,
     "--recipe": None,
@@ -68,20 +69,29 @@ def run(
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="How often parties take turns. Default: 5, or 3 with --quick. Startup: at least 5."),
+        typer.Option(
+            min=1, help="How often parties take turns. Default: 5, or 3 with --quick. Startup: at least 5 (2)."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the workload's sample and the intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run whose partial report is in --output.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Suite peers: which libraries. Default: all; with --quick those that convert nothing."),
+    ] = None,
     peer_env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Use this virtual environment for a peer instead of making one."),
+        typer.Option(metavar="NAME=DIR", help="Use this virtual environment for a peer or perf_analyzer."),
     ] = None,
     env_dir: Annotated[
         Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
     ] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one a line.")] = None,
-    sts: Annotated[list[Path] | None, typer.Option(help="Suite training: sentence similarity sets.")] = None,
-    words: Annotated[list[Path] | None, typer.Option(help="Suite training: word similarity sets.")] = None,
+    sts: Annotated[list[Path] | None, typer.Option(help="Quality and training: sentence similarity sets.")] = None,
+    words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
     training_seeds: Annotated[int, typer.Option(min=1, help="Suite training: runs of each of our recipes.")] = 3,
@@ -92,9 +102,10 @@ def run(
     """Measure BUNDLE and write a report."""
     started, began = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     check_output(output)
-    given = _given_environments(peer_env or [])
+    suites = tuple(dict.fromkeys(suite or (Suite.LATENCY, Suite.THROUGHPUT)))
+    environments = Environments(given=_given_environments(peer_env or []), folder=env_dir)
     tuning = None
-    if Suite.TRAINING in (suite or ()):
+    if Suite.TRAINING in suites:
         if base is None or corpus is None:
             raise InputError("suite training needs --base and --corpus")
         tuning = TrainingPlan(
@@ -109,18 +120,39 @@ def run(
             quick=quick,
         )
     host, versions, source = describe_host(), installed_versions(), describe_source(ROOT)
-    results = Results()
-    plan, shape = _plan(
-        bundle, suite or [Suite.LATENCY, Suite.THROUGHPUT], texts, engine or [], precision or [], quick, rounds, seed,
-        results,
-    )  # fmt: skip
+    peers = _chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else ()
+    sets = read_evaluation_sets(sts or [], words or []) if Suite.QUALITY in suites else ()
+    manifest = read_manifest(bundle)
+    points = select_points(manifest, engine or [], precision or [])
+    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    shape, shapeless = _shape(bundle)
+    plan = Plan(
+        bundle=bundle,
+        manifest=manifest,
+        points=points,
+        workload=load_workload(texts, tokenizer, quick=quick, seed=seed),
+        suites=suites,
+        peers=peers,
+        sets=sets,
+        training=None if tuning is None else tuning.describe(),
+        quick=quick,
+        rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
+        seed=seed,
+        flop_per_token=None if shape is None else shape.flop_per_token,
+    )
+    results, spent_s = Results(), 0.0
+    resumed: tuple[str, ...] = ()
+    if resume:
+        before = read_interrupted(output, plan, host=host, versions=versions, source=source)
+        results, resumed, spent_s = restore(before), (*before.resumed, started), before.wall_s
+        started = before.started
+    if shapeless is not None:
+        results.fail("ceilings", "all", shapeless)
     console = Console(stderr=True)
     partial = False
     try:
         with _progress(console) as progress, truncations_counted_elsewhere():
-            _measure(plan, shape, given, env_dir, results, progress)
-            if tuning is not None:
-                run_training(tuning, results, progress)
+            measure(plan, shape, tuning, environments, results, progress)
     except KeyboardInterrupt:
         partial = True
     report = build_report(
@@ -130,7 +162,8 @@ def run(
         versions=versions,
         source=source,
         started=started,
-        wall_s=time.perf_counter() - began,
+        resumed=resumed,
+        wall_s=spent_s + time.perf_counter() - began,
         partial=partial,
     )
     write_report(report, output)
@@ -151,78 +184,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(application(run), argv, "benchmarks/run.py", lists=_LISTS)
 
 
-def _plan(
-    bundle: Path,
-    suites: Sequence[Suite],
-    texts: Path | None,
-    engines: Sequence[EngineName],
-    precisions: Sequence[Precision],
-    quick: bool,
-    rounds: int | None,
-    seed: int,
-    results: Results,
-) -> tuple[Plan, EncoderShape | None]:
-    manifest = read_manifest(bundle)
-    points = select_points(manifest, engines, precisions)
-    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+def _shape(bundle: Path) -> tuple[EncoderShape | None, BundleError | None]:
+    """Give the encoder's sizes, or why they are unknown."""
     try:
-        shape = read_shape(bundle)
+        return read_shape(bundle), None
     except BundleError as error:
-        shape = None
-        results.fail("ceilings", "all", error)
-    plan = Plan(
-        bundle=bundle,
-        manifest=manifest,
-        points=points,
-        workload=load_workload(texts, tokenizer, quick=quick, seed=seed),
-        suites=tuple(dict.fromkeys(suites)),
-        quick=quick,
-        rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
-        seed=seed,
-        flop_per_token=None if shape is None else shape.flop_per_token,
-    )
-    return plan, shape
+        return None, error
 
 
-def _measure(
-    plan: Plan,
-    shape: EncoderShape | None,
-    given: Mapping[str, Path],
-    environments: Path,
-    results: Results,
-    progress: Progress,
-) -> None:
-    wanted = set(plan.suites)
-    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
-        peers: list[PeerPoint] = []
-        if Suite.PEERS in wanted:
-            peers = prepare_peers(plan, given, environments, Path(scratch), results, progress)
-        if shape is not None and wanted & {Suite.THROUGHPUT, Suite.PEERS}:
-            measure_ceilings(plan, shape, results, progress)
-        if Suite.STARTUP in wanted:
-            starters = our_starters(plan, plan.points) + [peer.starter for peer in peers]
-            run_startup(plan, starters, results, progress)
-        if wanted - {Suite.STARTUP, Suite.TRAINING}:
-            with loaded(plan, results) as runners:
-                _measure_loaded(plan, runners, peers, results, progress)
-
-
-def _measure_loaded(
-    plan: Plan, runners: Sequence[Runner], peers: Sequence[PeerPoint], results: Results, progress: Progress
-) -> None:
-    if Suite.LATENCY in plan.suites:
-        try:
-            run_latency(plan, runners, results, progress)
-        except InputError as error:  # too few words for texts of exact lengths: the other suites do not need them
-            results.fail(Suite.LATENCY.value, "all", error)
-    if Suite.THROUGHPUT in plan.suites:
-        run_throughput(plan, runners, results, progress)
-    if Suite.PEERS in plan.suites:
-        run_peers(plan, runners, peers, results, progress)
+def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
+    """Give the peers that were asked for; else all, or the quick ones: those that convert nothing."""
+    known = [spec.title for spec in PEERS]
+    if unknown := [title for title in titles if title not in known]:
+        raise InputError(f"--peer {unknown[0]}: known are {', '.join(known)}")
+    if not titles:
+        return tuple(spec.title for spec in PEERS if not quick or not spec.exports)
+    return tuple(title for title in known if title in titles)
 
 
 def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
-    known = [peer.name for peer in PEERS]
+    known = [*(spec.name for spec in PEERS), PERF_ANALYZER]
     given = {}
     for pair in pairs:
         name, _, folder = pair.partition("=")

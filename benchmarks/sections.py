@@ -5,46 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from benchmarks.blocks import NONE, Block, Section, Table
+from benchmarks.peer_specs import PEERS
+from benchmarks.results import Report, Suite
+from benchmarks.sections_others import peers, quality, training
+from benchmarks.sections_speed import ceilings, latency, serving, startup, throughput
 
-from benchmarks.results import Point, Report
-from benchmarks.summary import median
+STEADY = 0.15
+"""How far apart the slowest and the fastest round of the same work may be before the report says so."""
 
-NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under a head; an empty head is a list of names and values."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawing, by the name it has in `benchmarks.plots`."""
-
-    name: str
-    caption: str
-
-
-Block = str | Table | Plot
-"""Text with `code` and **emphasis**, a table or a drawing."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A title and what stands below it."""
-
-    title: str
-    blocks: tuple[Block, ...]
+FEWEST_FOR_P99 = 1000
 
 
 def sections(report: Report) -> list[Section]:
     """Give the sections of a report that it has content for, conditions and ceilings first."""
-    parts = (_conditions, _ceilings, _throughput, _latency, _startup, _peers, _training, _failures)
+    parts = (
+        _conditions, ceilings, throughput, latency, quality, serving, startup, peers, training, limits,
+    )  # fmt: skip
     return [section for part in parts if (section := part(report)) is not None]
 
 
@@ -83,7 +60,8 @@ def _conditions(report: Report) -> Section | None:
         (
             "Run",
             f"{report.started}, {report.wall_s:.0f} s, suites {', '.join(s.value for s in report.settings.suites)}, "
-            f"{report.settings.rounds} rounds, seed {report.settings.seed}{', quick' * report.settings.quick}",
+            f"{report.settings.rounds} rounds, seed {report.settings.seed}{', quick' * report.settings.quick}"
+            + "".join(f"; interrupted, continued {moment}" for moment in report.resumed),
         ),
     ]
     text = "Every party runs with its default threads, which may use all usable cores."
@@ -92,237 +70,48 @@ def _conditions(report: Report) -> Section | None:
             f" **The machine was busy before the first measurement (load average {host.load_1min_start:.2f}): "
             "compare parties within this report, and trust no absolute figure.**"
         )
+    if unsteady := noisy_parties(report):
+        text += (
+            f" **The machine was not steady: the slowest and fastest rounds of {', '.join(unsteady)} are more than "
+            f"{100 * STEADY:.0f} % apart. Medians and intervals carry that; measure again on a quiet machine before "
+            "small differences count.**"
+        )
     if report.settings.quick:
         text += " A quick run has few samples: use it to see that all works, not to decide."
     return Section("Conditions", (Table((), rows), text))
 
 
-def _ceilings(report: Report) -> Section | None:
-    if not report.ceilings:
-        return None
-    flop = report.subject.flop_per_token
-    cost = NONE if flop is None else f"{flop / 1e6:.2f}"
-    rows = [
-        (
-            f"{c.engine.value} {c.precision.value}",
-            f"{c.gflop_per_s:,.0f}",
-            f"{c.gflop_per_s / c.threads:,.0f}",
-            NONE if flop is None else f"{c.gflop_per_s * 1e9 / flop:,.0f}",
-            f"[{c.rows}, {c.inner}] x [{c.inner}, {c.outer}]",
-        )
-        for c in report.ceilings
+def noisy_parties(report: Report) -> list[str]:
+    """Name the parties whose rounds, each the same work, differ by more than `STEADY`."""
+    rounds = [
+        *((f"{r.point.name} (throughput)", r.samples_s) for r in report.throughput),
+        *((f"{r.point.name} (beside peers)", r.samples_s) for r in report.ours_beside_peers),
+        *((r.name, r.samples_s) for r in report.peers),
+        *((f"{r.party} (startup)", r.samples_s) for r in report.startup),
     ]
-    head = ("engine, precision", "GFLOP/s", "per core", "tokens/s at that rate", "best shape")
-    text = (
-        "Bare chained matrix products in the engine's own library on all usable cores: no encoder on "
-        "this library can be faster. The rate is that of the fastest repetition. "
-        f"One token costs {cost} MFLOP, counting the layers' matrix products alone: attention scores, embeddings, "
-        "norms and activations are left out."
-    )
-    return Section("Ceilings", (Table(head, rows), text))
+    return [name for name, samples in rounds if max(samples) > (1 + STEADY) * min(samples)]
 
 
-def _throughput(report: Report) -> Section | None:
-    if not report.throughput:
-        return None
-    rows = [
-        (
-            r.point.name,
-            f"{r.texts_per_s:,.0f}",
-            f"{r.texts_per_s_min:,.0f} to {r.texts_per_s_max:,.0f}",
-            f"{r.tokens_per_s:,.0f}",
-            _percent(r.ceiling_share),
-            _percent(r.row_fill),
-            str(r.streams),
-            f"{_percent(r.tokenize_share)} / {_percent(r.pack_share)} / {_percent(r.infer_share)} / "
-            f"{_percent(r.unpack_share)}",
-            str(len(r.samples_s)),
-            _parity(r.point),
-        )
-        for r in report.throughput
-    ]
-    above = ""
-    if any(r.ceiling_share is not None and r.ceiling_share > 1 for r in report.throughput):
-        above = (
-            " **A share above 100 % means that something else held the machine back while the ceiling was measured: "
-            "measure again on a quiet machine.**"
-        )
-    head = (
-        "engine, precision",
-        "texts/s",
-        "min to max",
-        "tokens/s",
-        "of ceiling",
-        "row fill",
-        "streams",
-        "tokenise / pack / infer / unpack",
-        "rounds",
-        "min cosine",
-    )
-    text = (
-        "The whole workload in one `encode` call, tokenising included; medians over rounds that took turns. "
-        "Tokens and the share of the ceiling count useful tokens, not padding. The stages' shares are of wall time: "
-        "they overlap, and infer is summed over the streams. " + _PARITY + above
-    )
-    return Section("Throughput", (Table(head, rows), text, Plot("throughput", "Texts a second")))
-
-
-def _latency(report: Report) -> Section | None:
-    if not report.latency:
-        return None
-    rows = [
-        (
-            r.point.name,
-            str(r.tokens),
-            f"{r.p50_ms:.2f}",
-            f"{r.p90_ms:.2f}",
-            f"{r.p99_ms:.2f}",
-            str(len(r.samples_ms)),
-            _parity(r.point),
-        )
-        for r in report.latency
-    ]
-    few = any(len(r.samples_ms) < 300 for r in report.latency)
-    head = ("engine, precision", "tokens", "p50 ms", "p90 ms", "p99 ms", "n", "min cosine")
-    text = (
-        "One text a call, in process, warm, tokenising included, no server and nobody else asking. "
-        + ("With fewer than 300 samples p99 rests on one to three of them. " if few else "")
-        + _PARITY
-    )
-    plots = (
-        Plot("latency", "Latency of one text against its length"),
-        Plot("latency_cdf", "How latencies are distributed"),
-    )
-    return Section("Latency of one text", (Table(head, rows), text, *plots))
-
-
-def _startup(report: Report) -> Section | None:
-    if not report.startup:
-        return None
-    rows = [
-        (
-            r.party,
-            f"{r.median_s:.2f}",
-            f"{min(r.samples_s):.2f} to {max(r.samples_s):.2f}",
-            str(len(r.samples_s)),
-            NONE if r.min_cosine is None else _cosine(r.min_cosine),
-        )
-        for r in report.startup
-    ]
-    text = (
-        "From process start to the first vector, each in a fresh process, files in the page cache. "
-        "Where a peer converts a model, the conversion was saved before and is not counted."
-    )
-    return Section("Startup", (Table(("party", "median s", "min to max", "n", "min cosine"), rows), text))
-
-
-def _peers(report: Report) -> Section | None:
-    if not report.peers and not report.comparisons:
-        return None
-    ours = [
-        (
-            f"mirror_runtime {r.point.name}",
-            r.point.precision.value,
-            NONE,
-            f"{r.texts_per_s:,.0f}",
-            f"{r.texts_per_s_min:,.0f} to {r.texts_per_s_max:,.0f}",
-            str(len(r.samples_s)),
-            _parity(r.point),
-        )
-        for r in report.ours_beside_peers
-    ]
-    theirs = [
-        (
-            f"{r.name} ({r.versions.get(r.peer, NONE)})",
-            r.precision,
-            str(r.batch_size),
-            f"{r.texts_per_s:,.0f}",
-            f"{r.texts_per_s_min:,.0f} to {r.texts_per_s_max:,.0f}",
-            str(len(r.samples_s)),
-            NONE,
-        )
-        for r in report.peers
-    ]
-    head = ("party", "computes in", "batch size", "texts/s", "min to max", "rounds", "min cosine of export")
-    sizes = ", ".join(str(size) for size in sorted({s.batch_size for r in report.peers for s in r.sweep})) or NONE
-    text = (
-        "The same weights and texts in the same run, ours and theirs in turn. Each peer runs in its own "
-        "environment and process at its defaults but for the batch size, which is the best of "
-        f"{sizes} in a sweep beforehand."
-    )
-    blocks: list[Block] = [Table(head, ours + theirs), text]
-    if report.comparisons:
-        rows = [
-            (
-                c.point.name,
-                c.peer,
-                f"{c.ratio:.2f}",
-                f"{c.ratio_low:.2f} to {c.ratio_high:.2f}",
-                _cosine(c.min_cosine),
-                _cosine(c.mean_cosine),
-            )
-            for c in report.comparisons
-        ]
-        columns = ("ours", "peer", "times as fast", "95 % interval", "min cosine, theirs to ours", "mean cosine")
-        blocks += [
-            Table(columns, rows),
-            "Ratios of median rates. The interval is a bootstrap over the rounds: it shows how "
-            "they scattered, not what all of them had in common.",
-        ]
-    return Section("Peers", (*blocks, Plot("quality", "Speed against agreement with the reference")))
-
-
-def _training(report: Report) -> Section | None:
-    if not report.training:
-        return None
-    first = report.training[0]
-    sets = list(first.runs[0].spearman)
-    rows = [
-        (
-            r.party,
-            f"{r.median_s:.1f}",
-            *(_median_and_spread([run.spearman[name] for run in r.runs]) for name in sets),
-            _median_and_spread([run.mean for run in r.runs]),
-            ", ".join(str(run.seed) for run in r.runs),
-        )
-        for r in report.training
-    ]
-    fastest = min(report.training, key=lambda r: r.median_s)
-    ratios = "; ".join(
-        f"{r.party} takes {r.median_s / fastest.median_s:.1f} times as long as {fastest.party}"
-        for r in report.training
-        if r is not fastest
-    )
-    text = (
-        f"{first.base} tuned on {first.corpus} ({first.texts:,} texts), pooling {first.pooling}. Seconds are "
-        "from process start to the saved folder. Scores are Spearman x 100: median over the seeds (lowest to highest), "
-        f"all pairs of a set together. {ratios}."
-    )
-    head = ("party", "median s", *sets, "mean", "seeds")
-    return Section("Training", (Table(head, rows), text, Plot("training", "Seconds of tuning against the mean score")))
-
-
-def _median_and_spread(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _failures(report: Report) -> Section | None:
-    if not report.failures:
-        return None
+def limits(report: Report) -> Section:
+    """Say what was not measured and why, from what the report holds."""
+    settings = report.settings
     rows = [(f.suite, f.party, f.reason.replace("\n", " ")) for f in report.failures]
-    return Section("Not measured", (Table(("suite", "party", "reason"), rows),))
-
-
-_PARITY = "Min cosine is the worst text's similarity to the reference when the artifact was exported (manifest)."
-
-
-def _parity(point: Point) -> str:
-    return _cosine(point.parity.min_cosine)
-
-
-def _cosine(value: float) -> str:
-    return f"{value:.6f}"
-
-
-def _percent(share: float | None) -> str:
-    return NONE if share is None else f"{100 * share:.0f} %"
+    rows += [(suite.value, "all", "not asked for") for suite in Suite if suite not in settings.suites]
+    left_out = [name for name in report.subject.artifacts if name not in settings.points]
+    rows += [("all", name, "left out by --engine or --precision") for name in left_out]
+    if Suite.PEERS in settings.suites:
+        rows += [("peers", s.title, "left out by --peer or --quick") for s in PEERS if s.title not in settings.peers]
+    notes = [
+        "One machine, one bundle, one workload: other processors, lengths of text and encoders may order parties "
+        "differently. Clocks were not fixed and threads not swept: every party ran with its defaults.",
+    ]
+    if report.throughput and not report.ceilings:
+        notes.append("No ceiling was measured: shares of it are missing.")
+    if any(len(r.samples_ms) < FEWEST_FOR_P99 for r in report.latency):
+        notes.append(f"Latency's p99 rests on fewer than {FEWEST_FOR_P99} samples; p99.9 would need ten times as many.")
+    if report.quality and all(one.group == "sts" for one in report.quality_sets):
+        notes.append("Quality is measured on sentence similarity alone: no retrieval set with people's judgements.")
+    if report.serving:
+        notes.append("The server was asked over loopback from the same machine: no network, and no second machine.")
+    blocks: list[Block] = [Table(("suite", "party", "why it was not measured"), rows)] if rows else []
+    return Section("Limits", (*blocks, *notes))

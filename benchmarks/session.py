@@ -9,18 +9,12 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.results import (
-    Ceiling,
-    Comparison,
-    Failure,
-    LatencyResult,
-    PeerResult,
-    Point,
-    StartupResult,
-    Suite,
-    ThroughputResult,
-    TrainingResult,
-)
+from benchmarks.evalsets import EvaluationSet
+from benchmarks.peer_results import Comparison, PeerResult, TrainingResult
+from benchmarks.point import Point
+from benchmarks.quality_results import QualityResult, QualitySet
+from benchmarks.results import Ceiling, Failure, LatencyResult, StartupResult, Suite, ThroughputResult
+from benchmarks.serving_results import ServingResult
 from benchmarks.workload import Workload
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Manifest, Precision
@@ -32,6 +26,9 @@ class Plan:
     """What is measured, on what.
 
     Attributes:
+        peers: titles of the other libraries to measure; empty without the suite.
+        sets: scored pairs to judge vectors by; empty without the suite quality.
+        training: what suite training does, in words; None without the suite.
         rounds: how often each party runs; more rounds give narrower intervals.
         seed: of the workload's sample and of the bootstrap.
         flop_per_token: see `benchmarks.ceilings.EncoderShape`; None where it is unknown.
@@ -42,6 +39,9 @@ class Plan:
     points: tuple[Point, ...]
     workload: Workload
     suites: tuple[Suite, ...]
+    peers: tuple[str, ...]
+    sets: tuple[EvaluationSet, ...]
+    training: str | None
     quick: bool
     rounds: int
     seed: int
@@ -50,17 +50,34 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Results:
-    """Results so far. A suite replaces an entry after every round, so an interrupt finds what is finished."""
+    """Results so far. A suite replaces an entry after every round, so an interrupt finds what is finished.
+
+    Attributes:
+        finished: steps that a continued run need not measure again, in the order in which they were finished.
+    """
 
     ceilings: dict[tuple[EngineName, Precision], Ceiling] = field(default_factory=dict)
     latency: dict[tuple[str, int], LatencyResult] = field(default_factory=dict)
     throughput: dict[str, ThroughputResult] = field(default_factory=dict)
     startup: dict[str, StartupResult] = field(default_factory=dict)
+    quality_sets: tuple[QualitySet, ...] = ()
+    quality: dict[str, QualityResult] = field(default_factory=dict)
+    serving: dict[str, ServingResult] = field(default_factory=dict)
     ours_beside_peers: dict[str, ThroughputResult] = field(default_factory=dict)
     peers: dict[str, PeerResult] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
     training: dict[str, TrainingResult] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+    def has(self, step: str) -> bool:
+        """Tell whether a step is finished, in this run or in the one that it continues."""
+        return step in self.finished
+
+    def finish(self, step: str) -> None:
+        """Note that a step is finished: what it measured is complete."""
+        if step not in self.finished:
+            self.finished.append(step)
 
     def fail(self, suite: str, party: str, reason: object) -> None:
         """Note a point that could not be measured."""

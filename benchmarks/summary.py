@@ -12,6 +12,9 @@ T = TypeVar("T")
 
 BOOTSTRAP_DRAWS = 2000
 
+MOST_KEPT = 1000
+"""Of a load test's samples, which come in tens of thousands: a report must stay small enough to commit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
@@ -36,6 +39,14 @@ def percentile(samples: Sequence[float], q: float) -> float:
 def median(samples: Sequence[float]) -> float:
     """Give the median; see `percentile`."""
     return percentile(samples, 50)
+
+
+def thin(samples: Sequence[float], most: int = MOST_KEPT) -> tuple[float, ...]:
+    """Sort samples, and of more than `most` keep evenly spaced ranks, the extremes among them; to the microsecond."""
+    ordered = np.sort(np.asarray(samples, np.float64))
+    if ordered.size > most:
+        ordered = ordered[np.linspace(0, ordered.size - 1, most).round().astype(np.int64)]
+    return tuple(ordered.round(3).tolist())
 
 
 def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Ratio:

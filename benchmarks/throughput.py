@@ -67,6 +67,8 @@ class Rounds:
 
 def run_throughput(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:
     """Warm every runner with one whole pass, then let them take turns."""
+    if results.has("throughput"):
+        return  # rounds take turns within one run: half of them from another day would not
     parties = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
     failed: set[str] = set()
     with steps(progress, "throughput", len(parties) * (plan.rounds + 1)) as done:
@@ -84,3 +86,4 @@ def run_throughput(plan: Plan, runners: Sequence[Runner], results: Results, prog
                     failed.add(point.name)
                     results.fail("throughput", point.name, error)
             done(point.name)
+    results.finish("throughput")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.results import TrainingResult, TrainingRun
+from benchmarks.peer_results import TrainingResult, TrainingRun
 from benchmarks.session import Results, steps
 from benchmarks.summary import interleave, median
-from mirror_runtime.bundle import Pooling
+from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import EngineError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +58,17 @@ class TrainingPlan:
         if self.pooling not in (Pooling.MEAN, Pooling.CLS):
             raise InputError(f"suite training compares mean or cls pooling, not {self.pooling.value}")
 
+    def describe(self) -> str:
+        """Say what is tuned and how often: a continued run must do the same."""
+        try:
+            corpus = sha256_file(self.corpus)
+        except OSError as error:
+            raise InputError(f"--corpus {self.corpus} cannot be read: {error.strerror}") from error
+        return (
+            f"{self.base.name} on {self.corpus.name} ({corpus[:16]}), {self.pooling.value}, recipes "
+            f"{' '.join(self.recipes)}, {self.seeds} seeds, {self.reference_seeds} of the published recipe"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
@@ -73,10 +84,12 @@ def run_training(plan: TrainingPlan, results: Results, progress: Progress) -> No
 
     A party that fails is noted with its reason; the others go on.
     """
+    if results.has("training"):
+        return
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
         corpus, texts = _corpus(plan, Path(scratch))
         trainers = _trainers(plan, corpus)
-        runs: dict[str, list[TrainingRun]] = {}
+        runs = {party: list(result.runs) for party, result in results.training.items()}
         failed: set[str] = set()
         turns = [
             (round_, trainer)
@@ -85,7 +98,8 @@ def run_training(plan: TrainingPlan, results: Results, progress: Progress) -> No
         ]
         with steps(progress, "training", len(turns)) as done:
             for round_, trainer in turns:
-                if trainer.party not in failed:
+                step = f"training {trainer.party}, seed {FIRST_SEED + round_}"
+                if trainer.party not in failed and not results.has(step):
                     try:
                         run = _run(trainer, FIRST_SEED + round_, plan, Path(scratch))
                     except EngineError as error:
@@ -103,7 +117,9 @@ def run_training(plan: TrainingPlan, results: Results, progress: Progress) -> No
                             runs=tuple(taken),
                             median_s=median([run.seconds for run in taken]),
                         )
+                        results.finish(step)
                 done(trainer.party)
+    results.finish("training")
 
 
 def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:

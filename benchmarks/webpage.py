@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from benchmarks.blocks import Plot, Section, Table
 from benchmarks.plots import DARK, LIGHT, draw, drawable, svg
 from benchmarks.results import Report
-from benchmarks.sections import Plot, Section, Table, sections, status
+from benchmarks.sections import sections, status
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d4d9; --soft: #f3f5f7; --link: #0b5394; }
@@ -25,7 +26,8 @@ nav a { display: inline-block; padding: .25rem 0; }
 h1, h2 { line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .table { overflow-x: auto; }
-.table:focus-visible, a:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+.table + .table { margin-top: 1rem; }
+.table:focus-visible, figure:focus-visible, a:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .7rem; border: 1px solid var(--line); text-align: left; vertical-align: top; }
 td + td { font-variant-numeric: tabular-nums; }
@@ -33,6 +35,7 @@ th { background: var(--soft); }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; height: auto; }
 code { background: var(--soft); padding: 0 .2em; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { figure { overflow-x: auto; } img { max-width: none; width: 36rem; } }
 .warning { padding: .75rem 1rem; border-left: .4rem solid #c04f00; background: var(--soft); }
 """
 
@@ -62,10 +65,11 @@ def render_webpage(report: Report) -> str:
 
 
 def _blocks(report: Report, section: Section, drawings: set[str]) -> str:
-    written = []
+    written, tables = [], 0
     for block in section.blocks:
         if isinstance(block, Table):
-            written.append(_table(block.head, block.rows, section.title))
+            tables += 1
+            written.append(_table(block.head, block.rows, f"{section.title}, table {tables}"))
         elif isinstance(block, Plot):
             written.append(_figure(report, block) if block.name in drawings else "")
         else:
@@ -85,7 +89,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> st
     top = f"<thead><tr>{columns}</tr></thead>" if head else ""
     # Focusable, because a wide table scrolls inside its frame and must do so from the keyboard too.
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{escape(title)}, table">'
+        f'<div class="table" tabindex="0" role="region" aria-label="{escape(title)}">'
         f"<table>{top}<tbody>{lines}</tbody></table></div>"
     )
 
@@ -94,7 +98,8 @@ def _figure(report: Report, plot: Plot) -> str:
     light, dark = (_data_uri(svg(draw(plot.name, report, theme))) for theme in (LIGHT, DARK))
     caption = escape(plot.caption)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        # Focusable for the same reason: on a phone a drawing keeps a size at which its text can be read.
+        f'<figure tabindex="0"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{caption}; the figures are in this section\'s table"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )

@@ -1,27 +1,27 @@
-"""sentence-transformers as a long-lived worker. Runs in its own environment and imports nothing of ours.
+"""sentence-transformers, each backend opened as its documentation says. Runs in its own environment.
 
-Protocol: one JSON object a line on standard input, one on standard output, in turn.
-
-    {"op": "export", "model": DIR, "backend": B, "output": DIR}  -> {"seconds": s}
-    {"op": "load", "model": DIR, "backend": B, "texts": FILE}    -> {"load_seconds": s, "versions": {...},
-                                                                     "precision": "...", "threads": n or null}
-    {"op": "encode", "batch_size": n, "limit": n or null}        -> {"seconds": s, "texts": n}
-    {"op": "dump", "batch_size": n, "output": FILE.npy}          -> {"texts": n}
-
-The texts file is a JSON list of strings. A failure gives {"error": "..."} and the worker goes on; end of input ends it.
-Everything that libraries write to standard output goes to standard error.
+The int8 variants are what the library's own export functions make of the weights: dynamic for ONNX, static for
+OpenVINO, calibrated on texts of the very workload, which is kind to it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
-from importlib import import_module, metadata
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-Answer = dict[str, Any]
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: nothing of ours may shadow a library
+from benchmarks.peers.protocol import Library, Model, serve
+
+SUFFIX = "peer_int8"
+FILES = {"onnx-int8": f"model_{SUFFIX}.onnx", "openvino-int8": f"openvino_model_{SUFFIX}.xml"}
+"""Names of its own: a bundle may hold our int8 under the library's usual ones."""
+
+CALIBRATION_TEXTS = 300
+"""The library's default."""
 
 PACKAGES = (
     "sentence-transformers",
@@ -31,94 +31,81 @@ PACKAGES = (
     "optimum-intel",
     "optimum-onnx",
     "openvino",
+    "nncf",
     "onnxruntime",
     "numpy",
 )
 
 
-class Peer:
-    """The loaded model and its texts."""
+def open_model(model: str, backend: str) -> Model:
+    """Load the folder with everything at its defaults."""
+    loaded = _load(model, backend)
 
-    def __init__(self) -> None:
-        self._model: Any = None
-        self._texts: list[str] = []
+    def encode(texts: Sequence[str], batch_size: int) -> Any:
+        return loaded.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
 
-    def export(self, model: str, backend: str, output: str) -> Answer:
-        """Save the model with the backend's files, as the library advises, so that loading does not convert again."""
-        began = time.perf_counter()
-        _open(model, backend).save_pretrained(output)
-        return {"seconds": time.perf_counter() - began}
-
-    def load(self, model: str, backend: str, texts: str) -> Answer:
-        """Load the model with everything at its defaults."""
-        with open(texts, encoding="utf-8") as stream:
-            self._texts = json.load(stream)
-        began = time.perf_counter()
-        self._model = _open(model, backend)
-        # Some backends compile at the first call: a user waits for that too.
-        self._model.encode(self._texts[:1], show_progress_bar=False)
-        return {
-            "load_seconds": time.perf_counter() - began,
-            "versions": {name: metadata.version(name) for name in PACKAGES},
-            "precision": _precision(self._model, backend),
-            "threads": _threads(self._model, backend),
-        }
-
-    def encode(self, batch_size: int, limit: int | None) -> Answer:
-        """Encode the first `limit` texts (None: all) and give the seconds."""
-        texts = self._texts[:limit]
-        began = time.perf_counter()
-        self._model.encode(texts, batch_size=batch_size, show_progress_bar=False)
-        return {"seconds": time.perf_counter() - began, "texts": len(texts)}
-
-    def dump(self, batch_size: int, output: str) -> Answer:
-        """Write the vectors of all texts, float32 [n, dim]."""
-        import numpy as np
-
-        vectors = self._model.encode(self._texts, batch_size=batch_size, show_progress_bar=False)
-        np.save(output, np.asarray(vectors, np.float32))
-        return {"texts": len(self._texts)}
+    encode(["compiled at the first call"], 1)
+    return Model(encode=encode, precision=_precision(loaded, backend), threads=_threads(loaded, backend))
 
 
-def _open(model: str, backend: str) -> Any:
+def export(model: str, backend: str, output: str, texts: Sequence[str]) -> None:
+    """Save the model with the backend's files, so that loading does not convert again."""
+    library: Any = import_module("sentence_transformers")
+    loaded = _load(model, _engine(backend))
+    loaded.save_pretrained(output)
+    if backend == "onnx-int8":
+        library.export_dynamic_quantized_onnx_model(loaded, _onnx_configuration(), output, file_suffix=SUFFIX)
+    elif backend == "openvino-int8":
+        samples = Path(output) / "calibration"
+        samples.mkdir()
+        lines = (json.dumps({"text": text}) + "\n" for text in texts[:CALIBRATION_TEXTS])
+        (samples / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+        library.export_static_quantized_openvino_model(
+            loaded,
+            None,
+            output,
+            dataset_name=str(samples),
+            dataset_config_name="default",
+            dataset_split="train",
+            column_name="text",
+            file_suffix=SUFFIX,
+        )
+
+
+def _load(model: str, backend: str) -> Any:
     library: Any = import_module("sentence_transformers")  # nothing of it is needed before the first request
-    return library.SentenceTransformer(model, backend=backend, device="cpu", local_files_only=True)
+    options = {"model_kwargs": {"file_name": FILES[backend]}} if backend in FILES else {}
+    return library.SentenceTransformer(model, backend=_engine(backend), device="cpu", local_files_only=True, **options)
+
+
+def _engine(backend: str) -> str:
+    return backend.removesuffix("-int8")
+
+
+def _onnx_configuration() -> str:
+    """Name the library's configuration for this CPU."""
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return "avx512_vnni" if "avx512_vnni" in flags else "avx512" if "avx512f" in flags else "avx2"
 
 
 def _precision(model: Any, backend: str) -> str:
-    """Name what the backend computes in, by asking it."""
+    """Name what the backend computes in, by asking it where it can be asked."""
     inner = model[0].auto_model
-    if backend == "openvino":
-        return str(inner.request.get_property("INFERENCE_PRECISION_HINT").to_string())
-    if backend == "onnx":
-        return "float32"  # ONNX Runtime computes in what the file holds, and this file holds fp32
+    if _engine(backend) == "openvino":
+        rest = str(inner.request.get_property("INFERENCE_PRECISION_HINT").to_string())
+        return f"int8, rest {rest}" if backend in FILES else rest
+    if _engine(backend) == "onnx":
+        return f"int8 ({_onnx_configuration()})" if backend in FILES else "float32"  # what the file holds
     return str(next(inner.parameters()).dtype).removeprefix("torch.")
 
 
 def _threads(model: Any, backend: str) -> int | None:
-    if backend == "openvino":
+    if _engine(backend) == "openvino":
         return int(model[0].auto_model.request.get_property("INFERENCE_NUM_THREADS"))
-    if backend == "torch":
+    if _engine(backend) == "torch":
         return int(sys.modules["torch"].get_num_threads())  # loaded by the library
     return None  # ONNX Runtime's default is one a physical core, and it does not tell
 
 
-def main() -> int:
-    """Answer requests until the input ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    peer = Peer()
-    for line in sys.stdin:
-        request = json.loads(line)
-        operation = getattr(peer, request.pop("op"))
-        try:
-            answer = operation(**request)
-        except Exception as error:  # the process's edge: the driver decides what a failure means
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(Library(open=open_model, packages=PACKAGES, export=export), sys.argv[1:]))

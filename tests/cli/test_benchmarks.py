@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -7,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare, latency, serving
+from benchmarks.peer_suite import cosine
 from benchmarks.results import read_report
 from benchmarks.run import main
 from benchmarks.throughput import Rounds
 from benchmarks.training_suite import REFERENCE_PARTY
-from mirror_runtime.bundle import EngineName, Precision
+from export.build import Request, build
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import EngineName, Pooling, Precision
+from mirror_runtime.errors import MissingExtra
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +90,35 @@ def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp
     assert last_json(capsys.readouterr().out)["partial"] is True
 
 
+def test_an_interrupted_run_goes_on_where_it_stopped(bundle, texts, tmp_path, monkeypatch, capsys):
+    run, turn, calls, turns = Rounds.run, latency._turn, [], []
+
+    def interrupted(self: Rounds) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(Rounds, "run", interrupted)
+    monkeypatch.setattr(latency, "_turn", lambda *arguments: turns.append(1) or turn(*arguments))
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "latency", "throughput", "--quick", "--rounds", "3", "--texts", str(texts)]
+    arguments += ["--output", str(output)]
+    assert main(arguments) == 130
+    before, measured = read_report(output), len(turns)
+    assert main([*arguments, "--seed", "7", "--resume"]) == 2
+    assert "settings of the interrupted run" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    after = read_report(output)
+    assert len(turns) == measured == 12  # four lengths, three rounds: none of them again
+    assert after.latency == before.latency
+    assert [len(r.samples_s) for r in (before.throughput[0], after.throughput[0])] == [1, 3]
+    assert (after.partial, after.started, len(after.resumed)) == (False, before.started, 1)
+    assert after.wall_s > before.wall_s
+    assert main([*arguments, "--resume"]) == 2
+    assert "is complete" in capsys.readouterr().err
+
+
 def test_a_real_ctrl_c_does_the_same(bundle, texts, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "benchmarks/run.py", str(bundle), "--suite", "throughput", "--rounds", "100000"]
@@ -93,6 +128,8 @@ def test_a_real_ctrl_c_does_the_same(bundle, texts, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # One thread for what runs before the rounds: then the number of threads says when they have begun.
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
         # A runner that puts us into the background makes its children ignore Ctrl-C: a terminal does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
@@ -133,6 +170,10 @@ def test_an_engine_that_is_not_in_the_library_is_a_failed_point(make_bundle, mak
         (["{bundle}", "--texts", "{absent}"], "cannot be read"),
         (["{bundle}", "--output", "{bundle}"], "holds no report to replace"),
         (["{bundle}", "--peer-env", "nobody=x"], "NAME=DIR"),
+        (["{bundle}", "--suite", "peers", "--peer", "nobody"], "known are sentence-transformers"),
+        (["{bundle}", "--suite", "quality"], "needs --sts or --words"),
+        (["{bundle}", "--suite", "quality", "--sts", "{absent}"], "cannot be read"),
+        (["{bundle}", "--resume"], "--resume: "),
     ],
 )
 def test_mistakes_end_in_one_line_and_status_2(bundle, tmp_path, arguments, message):
@@ -169,3 +210,90 @@ def test_training_lets_our_recipe_and_the_published_one_take_turns(bundle, texts
         assert run.seconds > 0
         assert run.mean == pytest.approx(run.spearman["pairs"])
     assert main([*command[:-4], "--training-seeds", "1"]) == 2  # no set to judge by
+
+
+PERF_ANALYZER = """#!/usr/bin/env python3
+import sys
+with open(sys.argv[sys.argv.index("-f") + 1], "w") as table:
+    table.write("Concurrency,Inferences/Second,p50 latency,p99 latency\\n1,100,2000,3000\\n")
+"""
+
+
+@pytest.mark.serving
+def test_serving_is_measured_on_a_real_triton(bundle, texts, tmp_path, monkeypatch):
+    pace = serving.Pace(closed_s=0.2, open_s=1.0, window_s=0.2, shares=(0.2, 30.0, 40.0))
+    monkeypatch.setattr(serving, "QUICK", pace)
+    program = tmp_path / "env" / "bin" / "perf_analyzer"
+    program.parent.mkdir(parents=True)
+    program.write_text(PERF_ANALYZER)
+    program.chmod(0o755)
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "serving", "--quick", "--rounds", "2", "--texts", str(texts)]
+    arguments += ["--output", str(output), "--peer-env", f"perf_analyzer={tmp_path / 'env'}"]
+    assert main(arguments) == 0
+    report = read_report(output)
+    (served,) = report.serving
+    assert served.server.startswith("triton 2.")
+    assert [(loop.concurrency, loop.texts_a_request) for loop in served.closed] == list(serving.LOOPS)
+    for loop in served.closed:
+        assert (len(loop.rounds_texts_per_s), loop.errors) == (2, 0)
+        assert loop.server is not None
+        assert loop.server.compute_ms > 0
+        assert loop.p50_ms <= loop.p99_ms
+    alone, _, crowd, batches = (loop.server.texts_per_execution for loop in served.closed if loop.server is not None)
+    assert alone == pytest.approx(1.0)
+    assert crowd > 1.5
+    assert batches >= 32
+    assert served.open[0].kept_up
+    assert not served.open[-1].kept_up
+    assert len(served.open) == 2  # the rate after the first that was too much is not tried
+    assert served.knee_per_s == served.open[0].offered_per_s
+    assert [run.texts_per_s for run in served.perf_analyzer] == [100.0] * 4
+    assert not [failure for failure in report.failures if failure.suite == "serving"]
+
+
+def test_a_server_that_cannot_be_had_is_a_failed_point(bundle, texts, tmp_path, monkeypatch):
+    def nothing(*_arguments: object) -> None:
+        raise MissingExtra("pytriton", "triton")
+
+    monkeypatch.setattr(serving, "Server", nothing)
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "serving", "--quick", "--texts", str(texts), "--output", str(output)]
+    assert main([*arguments, "--peer-env", f"perf_analyzer={tmp_path}"]) == 1
+    reasons = {failure.party: failure.reason for failure in read_report(output).failures}
+    assert "pip install 'mirror-runtime[triton]'" in reasons["fake fp32"]
+    assert "holds no perf_analyzer" in reasons["perf_analyzer"]
+
+
+@pytest.fixture(scope="module")
+def wrongly_pooled(tiny_bert, tmp_path_factory) -> Path:
+    """The tiny BERT's bundle, had somebody taken the wrong token for the mean."""
+    output = tmp_path_factory.mktemp("wrong") / "bundle"
+    texts = ("", "the cat sat on the mat.", "a man is playing a guitar", *"abcdefgh")
+    build(
+        Request(encoder=str(tiny_bert), output=output, pooling=Pooling.CLS, texts=texts, precisions=(Precision.FP32,))
+    )
+    return output
+
+
+@pytest.mark.slow
+def test_a_wrong_pooling_is_caught_by_quality_and_compare(tiny_bundle, wrongly_pooled, texts, tmp_path, capsys):
+    # People who agree with the right pooling: what it ranks first, they do.
+    words = ["cat", "dog", "man", "guitar", "river", "mat"]
+    pairs = [(f"the {a} sat on a {b}", f"a {c} is playing the {a}") for a in words for b in words for c in words[:3]]
+    with Encoder.load(tiny_bundle, engine="onnxruntime") as encoder:
+        left, right = (encoder.encode([pair[side] for pair in pairs]) for side in (0, 1))
+    scores = cosine(left, right)
+    people = tmp_path / "people.tsv"
+    rows = [f"{score:.6f}\t{a}\t{b}\n" for score, (a, b) in zip(scores, pairs, strict=True)]
+    people.write_text("score\tsentence1\tsentence2\n" + "".join(rows), encoding="utf-8")
+    for name, bundle in (("base", tiny_bundle), ("same", tiny_bundle), ("wrong", wrongly_pooled)):
+        arguments = [str(bundle), "--suite", "quality", "--texts", str(texts), "--sts", str(people)]
+        assert main([*arguments, "--engine", "onnxruntime", "--output", str(tmp_path / name)]) == 0
+    report = read_report(tmp_path / "base")
+    assert report.quality[0].mean.value > 99.9
+    assert report.quality[0].baseline == "onnxruntime fp32"
+    assert compare.main([str(tmp_path / "base"), str(tmp_path / "same")]) == 0
+    capsys.readouterr()
+    assert compare.main([str(tmp_path / "base"), str(tmp_path / "wrong")]) == 1
+    assert "quality, onnxruntime fp32, people" in capsys.readouterr().err

@@ -1,29 +1,31 @@
 """A complete benchmark report, for the tests of what is done with one."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
+from benchmarks.peer_results import Comparison, PeerResult, SweepPoint, TrainingResult, TrainingRun
+from benchmarks.point import Point
+from benchmarks.quality_results import Estimate, QualityResult, QualitySet, SetScore
 from benchmarks.results import (
+    REPORT_FILE,
     SCHEMA_VERSION,
     Ceiling,
-    Comparison,
     Failure,
     Host,
     LatencyResult,
-    PeerResult,
-    Point,
     Report,
     Settings,
     Source,
     StartupResult,
     Subject,
     Suite,
-    SweepPoint,
     ThroughputResult,
-    TrainingResult,
-    TrainingRun,
     WorkloadInfo,
 )
-from mirror_runtime.bundle import EngineName, Parity, Precision
+from benchmarks.serving_results import ClosedLoop, OpenLoop, PerfAnalyzerRun, ServerTimes, ServingResult
+from mirror_runtime.bundle import EngineName, Parity, Precision, write_json
 
 PARITY = Parity(
     reference="PyTorch fp32",
@@ -57,12 +59,66 @@ RATE = ThroughputResult(
 )
 
 
+def _quality(party: str, ours: bool, cosines: tuple[float, ...], spearman: float) -> QualityResult:
+    figure = Estimate(value=spearman, low=spearman - 2, high=spearman + 2)
+    delta = Estimate(value=-0.25, low=-0.5, high=0.0)
+    return QualityResult(
+        party=party,
+        ours=ours,
+        baseline="onnxruntime fp32",
+        scores=(SetScore(name="pairs", cosines=cosines, spearman=figure, delta=delta),),
+        mean=figure,
+        mean_delta=delta,
+        top10_overlap=0.97,
+        texts=8,
+    )
+
+
+SERVED = ServingResult(
+    engine=EngineName.OPENVINO,
+    precision=Precision.BF16,
+    server="triton 2.51.0",
+    protocol="grpc",
+    in_process_texts_per_s=400.0,
+    closed=(
+        ClosedLoop(
+            concurrency=8,
+            texts_a_request=1,
+            rounds_texts_per_s=(290.0, 300.0, 310.0),
+            texts_per_s=300.0,
+            requests=2,
+            samples_ms=(20.0, 30.0),
+            p50_ms=25.0,
+            p90_ms=29.0,
+            p99_ms=29.9,
+            errors=0,
+            server=ServerTimes(queue_ms=3.0, compute_ms=11.0, texts_per_execution=3.5),
+        ),
+    ),
+    open=(
+        OpenLoop(
+            offered_per_s=150.0, achieved_per_s=150.0, requests=2, samples_ms=(5.0, 7.0), p50_ms=6.0, p90_ms=6.8,
+            p99_ms=7.0, errors=0, unsent=0, kept_up=True, server=None,
+        ),
+        OpenLoop(
+            offered_per_s=350.0, achieved_per_s=301.0, requests=2, samples_ms=(50.0, 900.0), p50_ms=475.0, p90_ms=815.0,
+            p99_ms=891.5, errors=1, unsent=12, kept_up=False, server=None,
+        ),
+    ),
+    perf_analyzer=(
+        PerfAnalyzerRun(concurrency=8, texts_a_request=1, texts_per_s=312.5, p50_ms=24.0, p99_ms=31.0),
+    ),
+)  # fmt: skip
+
+
 @pytest.fixture
 def report() -> Report:
     return Report(
         schema_version=SCHEMA_VERSION,
         partial=False,
         started="2026-01-01T00:00:00+00:00",
+        resumed=(),
+        finished=("latency 8", "latency", "throughput", "startup", "quality", "peers", "training"),
         wall_s=12.0,
         host=Host(
             cpu_model="a CPU",
@@ -77,7 +133,13 @@ def report() -> Report:
         versions={"openvino": "2026.4"},
         source=Source(commit=None, dirty=None),
         subject=Subject(
-            name="bundle", fingerprint="0123", base_model="m", max_tokens=64, dim=8, flop_per_token=21_000_000
+            name="bundle",
+            fingerprint="0123",
+            base_model="m",
+            max_tokens=64,
+            dim=8,
+            artifacts=("openvino bf16", "onnxruntime fp32"),
+            flop_per_token=21_000_000,
         ),
         workload=WorkloadInfo(
             source="texts.txt",
@@ -89,7 +151,16 @@ def report() -> Report:
             tokens_max=60,
             truncated=0,
         ),
-        settings=Settings(suites=(Suite.LATENCY, Suite.PEERS), quick=False, rounds=3, seed=0),
+        settings=Settings(
+            suites=(Suite.LATENCY, Suite.PEERS),
+            points=("openvino bf16",),
+            peers=("fastembed",),
+            sets_sha256=("1" * 64,),
+            training=None,
+            quick=False,
+            rounds=3,
+            seed=0,
+        ),
         ceilings=(
             Ceiling(
                 engine=EngineName.OPENVINO,
@@ -108,11 +179,18 @@ def report() -> Report:
         ),
         throughput=(RATE,),
         startup=(StartupResult(party="mirror_runtime", min_cosine=None, samples_s=(1.0,), median_s=1.0),),
+        quality_sets=(QualitySet(name="pairs", group="sts", sha256="1" * 64, scores=(0.0, 1.0, 2.0, 3.0)),),
+        quality=(
+            _quality("openvino bf16", True, (0.1, 0.2, 0.3, 0.4), 78.0),
+            _quality("st torch", False, (0.1, 0.2, 0.3, 0.4), 78.25),
+        ),
+        serving=(SERVED,),
         ours_beside_peers=(RATE,),
         peers=(
             PeerResult(
                 peer="st",
                 backend="torch",
+                version="5",
                 precision="float32",
                 threads=2,
                 versions={"st": "5"},
@@ -162,3 +240,14 @@ def report() -> Report:
         ),
         failures=(Failure(suite="peers", party="st onnx", reason="no | such\nfile"),),
     )
+
+
+@pytest.fixture
+def save() -> Callable[[Report, Path], None]:
+    """Write a report folder without drawings: they take seconds, and few tests look at them."""
+
+    def write(report: Report, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(report, folder / REPORT_FILE)
+
+    return write

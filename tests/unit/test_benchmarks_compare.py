@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.compare import Verdict, compare, main, read_side, warnings
-from benchmarks.report import write_report
+from benchmarks.changes import Verdict
+from benchmarks.compare import compare, main, read_side, warnings
+from benchmarks.ranks import spearman
 from mirror_runtime.errors import InputError
 
 
@@ -64,9 +65,37 @@ def test_vectors_farther_from_the_reference_are_worse(noisy):
     assert verdicts(changes, "throughput") == {Verdict.SAME}
 
 
+def with_cosines(report, cosines, spearman):
+    """Give a report whose own artifact has these cosines on many pairs."""
+    count = len(cosines)
+    ours = report.quality[0]
+    figure = dataclasses.replace(ours.mean, value=spearman)
+    score = dataclasses.replace(ours.scores[0], cosines=tuple(cosines), spearman=figure)
+    sets = (dataclasses.replace(report.quality_sets[0], scores=tuple(float(i) for i in range(count))),)
+    return dataclasses.replace(report, quality_sets=sets, quality=(dataclasses.replace(ours, scores=(score,)),))
+
+
+def test_a_loss_of_quality_is_caught_over_the_same_pairs(noisy):
+    random = np.random.default_rng(0)
+    truth = np.arange(400.0)
+    shared = truth + 150 * random.standard_normal(400)  # both sides err on the same pairs
+    good, bad = shared, shared + 100 * random.standard_normal(400)
+    scores = [100 * spearman(side, truth) for side in (good, bad)]
+    base, head = (with_cosines(noisy(0), side, score) for side, score in zip((good, bad), scores, strict=True))
+    assert scores[0] - scores[1] > 2
+    assert verdicts(compare([base], [head], threshold=0.07), "quality") == {Verdict.WORSE}
+    assert verdicts(compare([head], [base], threshold=0.07), "quality") == {Verdict.BETTER}
+    assert verdicts(compare([base], [base], threshold=0.07), "quality") == {Verdict.SAME}
+    # Three points between two independent small samples are noise, and are called that.
+    few = [with_cosines(noisy(0), side[:12], score) for side, score in zip((good, bad), scores, strict=True)]
+    assert verdicts(compare(few[:1], few[1:], threshold=0.07), "quality") <= {Verdict.NOISY, Verdict.SAME}
+
+
 def test_a_metric_that_is_gone_is_a_loss(noisy):
     gone = dataclasses.replace(noisy(1), throughput=())
     assert verdicts(compare([noisy(0)], [gone], threshold=0.07), "throughput") == {Verdict.LOST}
+    mute = dataclasses.replace(noisy(1), quality=())
+    assert verdicts(compare([noisy(0)], [mute], threshold=0.07), "quality") == {Verdict.LOST}
 
 
 def test_other_conditions_are_named(noisy):
@@ -76,10 +105,10 @@ def test_other_conditions_are_named(noisy):
     assert warnings([base], [base]) == []
 
 
-def test_the_command_says_it_with_its_status(noisy, tmp_path, capsys):
+def test_the_command_says_it_with_its_status(noisy, save, tmp_path, capsys):
     for i in range(2):
-        write_report(noisy(i), tmp_path / "base" / str(i))
-        write_report(noisy(5 + i, slower=1.3), tmp_path / "head" / str(i))
+        save(noisy(i), tmp_path / "base" / str(i))
+        save(noisy(5 + i, slower=1.3), tmp_path / "head" / str(i))
     text = tmp_path / "comparison.md"
     assert main([str(tmp_path / "base"), str(tmp_path / "head"), "--output", str(text)]) == 1
     assert "got worse" in text.read_text()
@@ -87,9 +116,9 @@ def test_the_command_says_it_with_its_status(noisy, tmp_path, capsys):
     assert main([str(tmp_path / "base"), str(tmp_path / "base")]) == 0
 
 
-def test_a_partial_report_or_none_is_refused(report, tmp_path):
+def test_a_partial_report_or_none_is_refused(report, save, tmp_path):
     with pytest.raises(InputError, match="nor do its folders"):
         read_side(tmp_path)
-    write_report(dataclasses.replace(report, partial=True), tmp_path / "out")
+    save(dataclasses.replace(report, partial=True), tmp_path / "out")
     with pytest.raises(InputError, match="partial"):
         read_side(tmp_path / "out")

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import platform
@@ -10,9 +11,12 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks import peer_suite
-from benchmarks.peer_suite import PeerPoint, PeerSpec, prepare_peers, run_peers
+from benchmarks import peer_specs, peer_suite
+from benchmarks.evalsets import EvaluationSet
+from benchmarks.peer_specs import PeerPoint, PeerSpec
+from benchmarks.peer_suite import prepare_peers, run_peers
 from benchmarks.peers.worker import PeerWorker
+from benchmarks.quality import Judge
 from benchmarks.session import Plan, Results, loaded, select_points
 from benchmarks.startup import READY, Starter, time_to_ready
 from benchmarks.workload import bundle_tokenizer, load_workload
@@ -44,8 +48,9 @@ for line in sys.stdin:
         size = request["batch_size"]
         answer = {"seconds": 10.0 if size == 128 else 64.0 / size, "texts": request["limit"] or n}
     elif request["op"] == "dump":
-        shutil.copy(here / "vectors.npy", request["output"])
-        answer = {"texts": n}
+        count = len(json.load(open(request["texts"])))
+        shutil.copy(here / ("vectors.npy" if count == n else "judged.npy"), request["output"])
+        answer = {"texts": count}
     elif request["op"] == "die":
         sys.stderr.write("out of luck\\n")
         sys.exit(3)
@@ -58,9 +63,13 @@ for line in sys.stdin:
 SPEC = PeerSpec(
     name="fake",
     title="fake",
-    backends=("torch", "onnx", "openvino"),
+    backends=dict.fromkeys(("torch", "onnx", "openvino"), "fake"),
     exports={"openvino": "openvino/openvino_model.xml"},
-    startup="",
+)
+
+
+PAIRS = EvaluationSet(
+    name="pairs", group="sts", sha256="0" * 64, first=("a", "b", "c"), second=("d", "e", "f"), scores=(1.0, 2.0, 3.0)
 )
 
 
@@ -70,6 +79,7 @@ def script(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     (folder / "fake_peer.py").write_text(FAKE_PEER)
     monkeypatch.setattr(peer_suite, "FOLDER", folder)
+    monkeypatch.setattr(peer_specs, "FOLDER", folder)
     monkeypatch.setattr(peer_suite, "PEERS", (SPEC,))
     monkeypatch.setattr(peer_suite, "SETTLE_S", 0.0)
     return folder / "fake_peer.py"
@@ -94,7 +104,10 @@ def plan(make_bundle, make_artifact, tmp_path) -> Plan:
         points=select_points(manifest, (), ()),
         workload=load_workload(texts, tokenizer, quick=False, seed=0),
         suites=(),
-        quick=True,
+        peers=("fake",),
+        sets=(),
+        training=None,
+        quick=False,
         rounds=2,
         seed=0,
         flop_per_token=None,
@@ -134,14 +147,15 @@ def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
     with PeerWorker((sys.executable, "-I", str(script)), tmp_path / "log") as worker:
         with pytest.raises(PeerError, match="FileNotFoundError"):
             worker.ask("load", model="absent", backend="torch", texts=str(tmp_path / "absent.json"))
-        with pytest.raises(PeerError, match="AttributeError"):
-            worker.ask("encode", batch_size=1, limit=None)  # nothing is loaded
+        with pytest.raises(PeerError, match="nothing is loaded"):
+            worker.ask("encode", batch_size=1, limit=None)
 
 
 def test_the_suite_sweeps_takes_turns_compares_and_names_what_failed(plan, script, progress, tmp_path):
     environment = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     results = Results()
+    judge = Judge([PAIRS], seed=0)
     before = sorted(plan.bundle.rglob("*"))
     points = prepare_peers(plan, {"fake": environment}, tmp_path / "unused", tmp_path, results, progress)
     assert [(point.backend, point.model == plan.bundle.resolve()) for point in points] == [
@@ -154,8 +168,9 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_what_failed(plan, scrip
         vectors = encoder.encode(plan.workload.texts)
     vectors[2] = -vectors[2]
     np.save(script.parent / "vectors.npy", vectors)
+    np.save(script.parent / "judged.npy", np.random.default_rng(0).standard_normal((6, 8), np.float32))
     with loaded(plan, results) as runners:
-        run_peers(plan, runners, points, results, progress)
+        run_peers(plan, runners, points, judge, results, progress)
 
     assert [(failure.party, failure.reason) for failure in results.failures] == [
         ("fake onnx", "load: OSError: no such backend here")
@@ -169,6 +184,10 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_what_failed(plan, scrip
     assert comparison.ratio == pytest.approx(1.0 / np.median(ours))
     assert comparison.min_cosine == pytest.approx(-1.0)
     assert comparison.mean_cosine == pytest.approx(1 / 3)
+    worth = results.quality["fake torch"]
+    assert (worth.ours, worth.baseline, worth.scores[0].cosines) == (False, None, ())
+    assert torch.version == "1"
+    assert results.has("peers")
 
 
 def test_vectors_of_another_shape_are_no_comparison(plan, script, progress, tmp_path):
@@ -176,7 +195,7 @@ def test_vectors_of_another_shape_are_no_comparison(plan, script, progress, tmp_
     point = PeerPoint(spec=SPEC, backend="torch", python=Path(sys.executable), model=plan.bundle)
     results = Results()
     with loaded(plan, results) as runners:
-        run_peers(plan, runners, [point], results, progress)
+        run_peers(plan, runners, [point], None, results, progress)
     assert "shape (2, 8) where (3, 8)" in results.failures[0].reason
     assert not results.peers
     assert results.ours_beside_peers
@@ -228,9 +247,17 @@ def test_a_start_without_a_vector_is_an_error():
         time_to_ready(starter)
 
 
+def test_only_the_chosen_peers_are_prepared(plan, script, progress, tmp_path):
+    results = Results()
+    nobody = dataclasses.replace(plan, peers=())
+    assert prepare_peers(nobody, {"fake": tmp_path / "absent"}, tmp_path, tmp_path, results, progress) == []
+    assert not results.failures
+
+
 def test_every_peer_has_its_files():
     folder = Path(peer_suite.__file__).parent / "peers"
-    for spec in peer_suite.PEERS:
+    for spec in peer_specs.PEERS:
+        assert set(spec.exports) <= set(spec.backends)
         assert (folder / f"{spec.name}_peer.py").is_file()
         pinned = [line for line in (folder / f"{spec.name}.txt").read_text().splitlines() if line[:1] not in ("", "#")]
         assert all("==" in line for line in pinned if line != "numpy")

@@ -8,7 +8,7 @@ from benchmarks.markdown import render_markdown
 from benchmarks.plots import drawable
 from benchmarks.report import check_output, headline, write_report
 from benchmarks.results import read_report
-from benchmarks.sections import sections
+from benchmarks.sections import noisy_parties, sections
 from benchmarks.webpage import render_webpage
 from mirror_runtime.errors import InputError
 
@@ -16,13 +16,16 @@ from mirror_runtime.errors import InputError
 def test_a_report_survives_the_way_through_the_file(report, tmp_path):
     write_report(report, tmp_path / "out")
     assert read_report(tmp_path / "out") == report
+    assert '"scores": [0.0, 1.0, 2.0, 3.0]' in (tmp_path / "out" / "report.json").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "agreement.png",
         "latency.png",
         "latency_cdf.png",
-        "quality.png",
+        "pareto.png",
         "report.html",
         "report.json",
         "report.md",
+        "serving.png",
         "throughput.png",
         "training.png",
     ]
@@ -34,8 +37,8 @@ def test_training_is_shown_as_medians_with_their_spread_and_a_ratio_of_times(rep
     assert "published recipe takes 20.0 times as long as mirror-runtime, recipe sentence" in text
 
 
-def test_a_report_of_another_schema_is_refused(report, tmp_path):
-    write_report(report, tmp_path / "out")
+def test_a_report_of_another_schema_is_refused(report, save, tmp_path):
+    save(report, tmp_path / "out")
     file = tmp_path / "out" / "report.json"
     data = json.loads(file.read_text())
     file.write_text(json.dumps({**data, "schema_version": 99}))
@@ -50,8 +53,8 @@ def test_a_report_of_another_schema_is_refused(report, tmp_path):
         read_report(tmp_path / "out")
 
 
-def test_only_a_report_is_replaced(report, tmp_path):
-    write_report(report, tmp_path / "out")
+def test_only_a_report_is_replaced(report, save, tmp_path):
+    save(report, tmp_path / "out")
     write_report(dataclasses.replace(report, partial=True), tmp_path / "out")
     assert read_report(tmp_path / "out").partial
     (tmp_path / "other").mkdir()
@@ -73,6 +76,7 @@ def test_the_text_has_ceilings_first_and_parity_beside_each_figure(report):
         assert line.endswith("| 0.999800 |")
     assert "| st torch (5) | float32 | 8 | 95 |" in text
     assert "| peers | st onnx | no \\| such file |" in text
+    assert "| st torch | 2.10 (2.00 to 2.20) | 0.999700 | 0.999900 |" in text
     assert "Partial" not in text
     assert "busy" not in text
 
@@ -101,10 +105,12 @@ def test_the_page_has_every_table_and_drawing_and_asks_the_network_for_nothing(r
     page = render_webpage(report)
     for section in sections(report):
         assert f">{section.title}</h2>" in page
-    assert page.count("<figure>") == len(drawable(report)) == 5
+    assert page.count("<figure ") == len(drawable(report)) == 7
     assert not re.search(r"https?://(?!www\.w3\.org)", page)
     assert "<script" not in page
     assert "no | such" in page
+    labels = re.findall(r'role="region" aria-label="([^"]+)"', page)
+    assert len(labels) == len(set(labels)) > len(sections(report))  # who hears them must be able to tell them apart
 
 
 def test_the_page_shows_hostile_text_as_text(report):
@@ -112,3 +118,40 @@ def test_the_page_shows_hostile_text_as_text(report):
     page = render_webpage(hostile)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
+
+
+def test_quality_and_serving_are_shown_with_what_they_are_beside(report):
+    text = render_markdown(report, {})
+    assert "| openvino bf16 | 78.00 (76.00 to 80.00) | 78.00 (76.00 to 80.00) | -0.25 (-0.50 to +0.00) | 97 % |" in text
+    assert "Deltas and top-10 overlap are to onnxruntime fp32" in text
+    assert "400 texts/s in process without a server; the best closed loop reaches 75 % of that; up to 150 " in text
+    assert "| 8 x 1 | 300 | 25.0 | 29.0 | 29.9 | 3.0 | 11.0 | 3.5 | 2 | 0 | 312 | 24.0 | 0.96 |" in text
+    assert "| 350 | 301 | 475.0 | 815.0 | 891.5 | – | – | – | 2 | 1 | no, 12 never sent |" in text
+
+
+def test_limits_name_everything_that_was_left_out_and_why(report):
+    text = render_markdown(report, {})
+    for row in (
+        "| peers | st onnx | no \\| such file |",
+        "| training | all | not asked for |",
+        "| all | onnxruntime fp32 | left out by --engine or --precision |",
+        "| peers | CTranslate2 | left out by --peer or --quick |",
+    ):
+        assert row in text
+    assert "| peers | fastembed |" not in text
+    assert "Latency's p99 rests on fewer than 1000 samples" in text
+    assert "sentence similarity alone" in text
+
+
+def test_rounds_far_apart_are_said(report):
+    assert noisy_parties(report) == ["openvino bf16 (throughput)", "openvino bf16 (beside peers)"]
+    calm = dataclasses.replace(report.throughput[0], samples_s=(0.5, 0.52, 0.57))
+    steady = dataclasses.replace(report, throughput=(calm,), ours_beside_peers=())
+    assert noisy_parties(steady) == []
+    assert "not steady" in render_markdown(report, {})
+    assert "not steady" not in render_markdown(steady, {})
+
+
+def test_a_continued_run_says_so(report):
+    text = render_markdown(dataclasses.replace(report, resumed=("2026-01-02T00:00:00+00:00",)), {})
+    assert "interrupted, continued 2026-01-02T00:00:00+00:00" in text

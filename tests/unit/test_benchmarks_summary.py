@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peer_suite import cosine
-from benchmarks.summary import alternate, interleave, median, percentile, ratio_of_medians
+from benchmarks.summary import alternate, interleave, median, percentile, ratio_of_medians, thin
 
 
 def test_percentiles_interpolate():
@@ -45,3 +45,13 @@ def test_cosine_of_rows():
     a = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
     b = np.array([[3, 0], [1, 0], [1, 0]], np.float32)
     np.testing.assert_allclose(cosine(a, b), [1, 2**-0.5, 0])
+
+
+def test_thinning_keeps_the_shape_and_the_extremes():
+    samples = np.random.default_rng(0).exponential(5.0, 40_000).tolist()
+    kept = thin(samples)
+    assert len(kept) == 1000
+    assert (kept[0], kept[-1]) == (round(min(samples), 3), round(max(samples), 3))
+    for q in (50, 90, 99):
+        assert percentile(kept, q) == pytest.approx(percentile(samples, q), rel=0.02)
+    assert thin([3.0, 1.0]) == (1.0, 3.0)

@@ -1,0 +1,186 @@
+"""A peer's end of the line-JSON protocol, the same for every library.
+
+Runs in a peer's environment, so it imports nothing that a bare Python lacks. One JSON object a line on standard input,
+one on standard output, in turn:
+
+    {"op": "export", "model": DIR, "backend": B, "output": DIR, "texts": FILE}
+        -> {"seconds": s}
+    {"op": "load", "model": DIR, "backend": B, "texts": FILE}
+        -> {"load_seconds": s, "versions": {...}, "precision": "...", "threads": n or null}
+    {"op": "encode", "batch_size": n, "limit": n or null}
+        -> {"seconds": s, "texts": n}
+    {"op": "dump", "batch_size": n, "output": FILE.npy, "texts": FILE or null}
+        -> {"texts": n}
+
+A texts file is a JSON list of strings; `dump` takes those of `load` where it is given none. A failure gives
+{"error": "..."} and the worker goes on; end of input ends it. Everything that libraries write to standard output goes
+to standard error.
+
+With the arguments `start DIR BACKEND` the script loads the model, encodes one text, prints `ready` and ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        encode: texts and a batch size to vectors [n, dim], whatever the library's type for them is.
+        precision: what the library says it computes in.
+        threads: what the library says it uses; None where it does not say.
+    """
+
+    encode: Callable[[Sequence[str], int], Any]
+    precision: str
+    threads: int | None
+
+
+def no_export(model: str, backend: str, output: str, texts: Sequence[str]) -> None:
+    """Stand for a library that reads the bundle's own files."""
+    raise ValueError(f"{backend} needs no export")
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a peer's script says of its library.
+
+    Attributes:
+        open: a model's folder and a backend to a loaded model, everything at the library's defaults.
+        packages: whose versions are told.
+        export: model, backend, output folder, sample texts: saves what the backend loads, as the library advises.
+    """
+
+    open: Callable[[str, str], Model]
+    packages: tuple[str, ...]
+    export: Callable[[str, str, str, Sequence[str]], None] = no_export
+
+
+class Worker:
+    """The operations, named as in the protocol."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self._model: Model | None = None
+        self._texts: list[str] = []
+
+    def export(self, model: str, backend: str, output: str, texts: str) -> Answer:
+        """Save the files that the backend loads."""
+        began = time.perf_counter()
+        self._library.export(model, backend, output, read_json(texts))
+        return {"seconds": time.perf_counter() - began}
+
+    def load(self, model: str, backend: str, texts: str) -> Answer:
+        """Load the model and the texts."""
+        self._texts = read_json(texts)
+        began = time.perf_counter()
+        self._model = self._library.open(model, backend)
+        self._model.encode(self._texts[:1], 1)  # some compile at the first call: a user waits for that too
+        return {
+            "load_seconds": time.perf_counter() - began,
+            "versions": _versions(self._library.packages),
+            "precision": self._model.precision,
+            "threads": self._model.threads,
+        }
+
+    def encode(self, batch_size: int, limit: int | None) -> Answer:
+        """Encode the first `limit` texts (None: all) and give the seconds."""
+        model, texts = self._loaded(), self._texts[:limit]
+        began = time.perf_counter()
+        model.encode(texts, batch_size)
+        return {"seconds": time.perf_counter() - began, "texts": len(texts)}
+
+    def dump(self, batch_size: int, output: str, texts: str | None = None) -> Answer:
+        """Write the vectors of all texts, float32 [n, dim]."""
+        import numpy as np
+
+        chosen = self._texts if texts is None else read_json(texts)
+        np.save(output, np.asarray(self._loaded().encode(chosen, batch_size), np.float32))
+        return {"texts": len(chosen)}
+
+    def _loaded(self) -> Model:
+        if self._model is None:
+            raise RuntimeError("nothing is loaded")
+        return self._model
+
+
+def serve(library: Library, arguments: Sequence[str]) -> int:
+    """Answer requests until the input ends, or do one start."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if arguments:
+        _, model, backend = arguments
+        vectors = library.open(model, backend).encode(["How long does the first vector take?"], 1)
+        assert len(vectors) == 1
+        answers.write("ready\n")
+        answers.flush()
+        return 0
+    worker = Worker(library)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("op"))(**request)
+        except Exception as error:  # the process's edge: the driver decides what a failure means
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    return 0
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a file of UTF-8 JSON."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def in_length_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Give the positions of texts in batches, longest first: little padding, and the largest batch fails at once."""
+    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+
+
+def open_tokenizer(model: str) -> Any:
+    """Open a bundle's tokenizer with its own limit, and without padding."""
+    from importlib import import_module
+
+    tokenizer = import_module("tokenizers").Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    tokenizer.enable_truncation(read_json(Path(model) / "tokenizer_config.json")["model_max_length"])
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def read_head(model: str) -> tuple[str, bool]:
+    """Read a sentence-transformers folder's pooling ("mean" or "cls") and whether it normalises.
+
+    Raises:
+        ValueError: it pools in another way.
+    """
+    pooling = read_json(Path(model) / "1_Pooling" / "config.json")
+    kinds = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    chosen = [kind for key, kind in kinds.items() if pooling.get(key)]
+    modules = [module["type"].rsplit(".", 1)[-1] for module in read_json(Path(model) / "modules.json")]
+    if len(chosen) != 1 or not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
+        raise ValueError("this peer knows heads of mean or cls pooling alone")
+    return chosen[0], "Normalize" in modules
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
