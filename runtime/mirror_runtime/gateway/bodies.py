@@ -1,0 +1,40 @@
+"""Answers as bytes. Vectors never become Python numbers: 100 of them of 384 components are 38,400 objects saved."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+
+def openai_body(
+    vectors: NDArray[np.float32], *, model: str, tokens: int, truncated: Sequence[int], base64: bool
+) -> bytes:
+    """Give the answer of /v1/embeddings.
+
+    Args:
+        vectors: [n, dim], contiguous.
+        model: the model's name.
+        tokens: of all texts together.
+        truncated: positions of the texts that were cut.
+        base64: vectors as base64 of little-endian float32 instead of lists of numbers.
+    """
+    rows = [b64encode(row).decode("ascii") for row in vectors] if base64 else vectors
+    return orjson.dumps(
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+            "model": model,
+            "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            "truncated": truncated,
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+
+
+def tei_body(vectors: NDArray[np.float32]) -> bytes:
+    """Give the answer of /embed: the vectors [n, dim] as lists of numbers."""
+    return orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)

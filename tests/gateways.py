@@ -1,0 +1,113 @@
+"""A gateway on a free port of loopback, in a thread of the test, and a client that sends whatever it is told."""
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror_runtime import Encoder
+from mirror_runtime.gateway.backends import InProcess
+from mirror_runtime.gateway.metrics import Metrics
+from mirror_runtime.gateway.server import Server, listen
+from mirror_runtime.gateway.service import Service
+from mirror_runtime.gateway.settings import Settings
+
+MODEL = "mini"
+FINGERPRINT = "0123456789abcdef"
+"""Of the bundles that tests make for the fake engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """What is wrong, in OpenAI's shape and no other."""
+        answer = self.json
+        assert set(answer) == {"error"}
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
+        return answer["error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    """A running gateway."""
+
+    port: int
+    service: Service
+    encoder: Encoder
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def send(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, timeout: float = 30
+    ) -> Reply:
+        """Send a request: bytes and iterables of bytes as they are (the latter in chunks), anything else as JSON."""
+        sent = dict(headers or {})
+        if body is not None and not isinstance(body, bytes) and not hasattr(body, "__next__"):
+            body = json.dumps(body).encode()
+            sent.setdefault("Content-Type", "application/json")
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
+            connection.request(method, path, body, sent)  # type: ignore[arg-type]
+            response = connection.getresponse()
+            return Reply(
+                status=response.status,
+                headers={name.lower(): value for name, value in response.getheaders()},
+                body=response.read(),
+            )
+
+    def embed(self, texts: object, **fields: object) -> Reply:
+        return self.send("POST", "/v1/embeddings", {"model": MODEL, "input": texts, **fields})
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextlib.contextmanager
+def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake", **settings: Any) -> Iterator[Gateway]:
+    """Run a gateway on a bundle."""
+    encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
+    chosen = Settings(**{"model": MODEL, "drain_s": 0.0, **settings})
+    backend = InProcess(encoder, long_texts=long_texts, max_waiting=chosen.max_in_flight + 1)
+    service = Service(backend, chosen, Metrics())
+    server = Server(service)
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield Gateway(port=port, service=service, encoder=encoder)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the gateway does not stop"
+
+
+def vectors(numbers: Any) -> NDArray[np.float32]:
+    """What a client makes of an answer's lists."""
+    return np.asarray(numbers, np.float32)
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)
