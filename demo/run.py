@@ -32,8 +32,8 @@ from mirror_runtime.bundle import Pooling
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.triton import Server
+from mirror_runtime.triton.container import container_command
 from mirror_runtime.triton.distribution import find_distribution
-from mirror_runtime.triton.repository import container_command
 from training.reference import Reference
 from training.source import resolve
 

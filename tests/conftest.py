@@ -100,36 +100,48 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "export_graphs", copied)
 
 
+def write_fake_bundle(
+    tokenizer: Path, folder: Path, max_tokens: int, dim: int, artifacts: tuple[Artifact, ...]
+) -> Path:
+    """Write a bundle without graphs, for the fake engine: a manifest and a tokenizer."""
+    folder.mkdir()
+    shutil.copy(tokenizer / TOKENIZER_FILE, folder)
+    write_json(Canaries(canaries=()), folder / CANARIES_FILE)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        created_by="tests",
+        encoder=EncoderSpec(
+            base_model="fake",
+            revision=None,
+            family="bert",
+            pooling=Pooling.MEAN,
+            normalize=True,
+            max_tokens=max_tokens,
+            dim=dim,
+            pad_to=None,
+        ),
+        fingerprint="0123456789abcdef",
+        files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
+        artifacts=artifacts,
+    )
+    write_json(manifest, folder / MANIFEST_FILE)
+    return folder
+
+
 @pytest.fixture
 def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Write a bundle without graphs, for the fake engine: a manifest and the packaged MiniLM's tokenizer."""
+    """Write a bundle for the fake engine, with the packaged MiniLM's tokenizer."""
 
     def make(max_tokens: int = 64, dim: int = 8, artifacts: tuple[Artifact, ...] = (), name: str = "bundle") -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        shutil.copy(minilm / TOKENIZER_FILE, folder)
-        write_json(Canaries(canaries=()), folder / CANARIES_FILE)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            created_by="tests",
-            encoder=EncoderSpec(
-                base_model="fake",
-                revision=None,
-                family="bert",
-                pooling=Pooling.MEAN,
-                normalize=True,
-                max_tokens=max_tokens,
-                dim=dim,
-                pad_to=None,
-            ),
-            fingerprint="0123456789abcdef",
-            files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
-            artifacts=artifacts,
-        )
-        write_json(manifest, folder / MANIFEST_FILE)
-        return folder
+        return write_fake_bundle(minilm, tmp_path / name, max_tokens, dim, artifacts)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gateway_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle for the fake engine that all tests of the gateway share. Copy it to change it."""
+    return write_fake_bundle(minilm, tmp_path_factory.mktemp("gateway") / "bundle", 64, 8, ())
 
 
 @pytest.fixture

@@ -7,15 +7,16 @@ for company. Two micro-batches are under way at once, so that one is tokenised w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mirror_runtime.encoder import Encoder
+from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.tokens import defect
@@ -27,7 +28,8 @@ UNDER_WAY = 2
 CHARACTERS_PER_TOKEN = 4
 """To guess a text's tokens before it is tokenised; 3.5 to 5 in English prose."""
 
-_Outcome: TypeAlias = "Vectors | Exception"
+_Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
+"""A text's vector, its tokens and whether it was cut; or what kept it from having one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,12 @@ class AsyncStats:
 
 @dataclass(eq=False)
 class _Call:
-    """One call of `encode`: where its vectors gather until the last one is there."""
+    """One call: where what it asked for gathers until the last text is there."""
 
     vectors: Vectors
+    tokens: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
+    errors: dict[int, TextError]
     done: asyncio.Future[None]
     missing: int
 
@@ -146,27 +151,57 @@ class AsyncEncoder:
             EngineError: the engine failed, or this is closed or belongs to another event loop.
             InputError: `texts` is one string.
         """
+        if not isinstance(texts, (str, bytes)):
+            for position, text in enumerate(texts):
+                if (error := defect(position, text)) is not None:
+                    raise error  # before anything is queued
+        encoded = await self.encode_detailed(texts)
+        if encoded.errors:
+            raise encoded.errors[min(encoded.errors)]
+        return encoded.vectors
+
+    async def encode_detailed(self, texts: Sequence[object]) -> Encoded:
+        """Encode texts together with those of other callers, and say what happened to each.
+
+        A bad text never raises: it is named in `errors`. Cancelling works as for `encode`.
+
+        Args:
+            texts: a list; equal texts, of this call or of others, are computed once.
+
+        Returns:
+            As `Encoder.encode_detailed`; the arrays are the caller's own.
+
+        Raises:
+            OverloadedError: too many texts wait already. Raised at once: nothing was queued.
+            EngineError: the engine failed, or this is closed or belongs to another event loop.
+            InputError: `texts` is one string.
+        """
         if isinstance(texts, (str, bytes)):
             raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
         loop = self._own_loop()
-        self._admit(texts)
+        count, spec = len(texts), self._encoder.spec
         call = _Call(
-            vectors=np.zeros((len(texts), width_of(self._encoder.spec)), dtype_of(self._encoder.spec)),
+            vectors=np.zeros((count, width_of(spec)), dtype_of(spec)),
+            tokens=np.zeros(count, np.int64),
+            truncated=np.zeros(count, np.bool_),
+            errors={i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None},
             done=loop.create_future(),
-            missing=len(texts),
+            missing=0,
         )
-        if not texts:
-            return call.vectors
-        for position, text in enumerate(texts):
+        good = {i: str(text) for i, text in enumerate(texts) if i not in call.errors}
+        call.missing = len(good)
+        self._admit(good.values())
+        for position, text in good.items():
             self._want(text, call, position)
-        self._dispatch()
-        try:
-            await call.done
-        except asyncio.CancelledError:
-            self._stats = replace(self._stats, cancelled=self._stats.cancelled + 1)
-            self._forget(texts, call)
-            raise
-        return call.vectors
+        if good:
+            self._dispatch()
+            try:
+                await call.done
+            except asyncio.CancelledError:
+                self._stats = replace(self._stats, cancelled=self._stats.cancelled + 1)
+                self._forget(good.values(), call)
+                raise
+        return Encoded(vectors=call.vectors, tokens=call.tokens, truncated=call.truncated, errors=call.errors)
 
     async def aclose(self) -> None:
         """Take no more calls, finish those that were taken, and release the threads."""
@@ -194,13 +229,10 @@ class AsyncEncoder:
             raise EngineError("this AsyncEncoder belongs to another event loop: make one for each")
         return loop
 
-    def _admit(self, texts: Sequence[str]) -> None:
+    def _admit(self, texts: Collection[str]) -> None:
         """Refuse a call before anything of it is queued."""
         if self._closed:
             raise EngineError("this AsyncEncoder is closed")
-        for position, text in enumerate(texts):
-            if (error := defect(position, text)) is not None:
-                raise error
         more = len({text for text in texts if text not in self._texts})
         if more and len(self._queue) + more > self._max_waiting:
             self._stats = replace(self._stats, refused=self._stats.refused + 1)
@@ -218,7 +250,7 @@ class AsyncEncoder:
             self._stats = replace(self._stats, shared=self._stats.shared + 1)
         known.places.append((call, position))
 
-    def _forget(self, texts: Sequence[str], call: _Call) -> None:
+    def _forget(self, texts: Collection[str], call: _Call) -> None:
         """Take a cancelled call's wishes back; texts that nobody wants any more leave the queue."""
         for text in set(texts):
             known = self._texts.get(text)
@@ -263,7 +295,8 @@ class AsyncEncoder:
         outcomes: list[_Outcome]
         try:
             encoded = self._encoder.finish(self._encoder.begin(list(batch), direct=True))
-            outcomes = [encoded.errors.get(i, vector) for i, vector in enumerate(encoded.vectors)]
+            found = zip(encoded.vectors, encoded.tokens.tolist(), encoded.truncated.tolist(), strict=True)
+            outcomes = [encoded.errors.get(i, outcome) for i, outcome in enumerate(found)]
         except Exception as error:  # the edge of a thread: whatever happened, every caller gets an answer
             outcomes = [error] * len(batch)
         assert self._loop is not None
@@ -275,13 +308,15 @@ class AsyncEncoder:
         for (text, known), outcome in zip(batch.items(), outcomes, strict=True):
             del self._texts[text]
             for call, position in known.places:
-                if call.done.done():  # cancelled, or failed by another of its texts
+                if call.done.done():  # cancelled, or failed with another batch
                     continue
-                if isinstance(outcome, Exception):
-                    error = TextError(position, outcome.reason) if isinstance(outcome, TextError) else outcome
-                    call.done.set_exception(error)
+                if isinstance(outcome, TextError):
+                    call.errors[position] = TextError(position, outcome.reason)
+                elif isinstance(outcome, Exception):
+                    call.done.set_exception(outcome)
                     continue
-                call.vectors[position] = outcome
+                else:
+                    call.vectors[position], call.tokens[position], call.truncated[position] = outcome
                 call.missing -= 1
                 if not call.missing:
                     call.done.set_result(None)

@@ -21,9 +21,11 @@ from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.commandline import run_command, truncations_counted_elsewhere
 from mirror_runtime.consumers.matrix import Cell, default_environments, run_consumers
 from mirror_runtime.encoder import Encoder
+from mirror_runtime.gateway import command as gateway_command
 from mirror_runtime.sources import Source
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton import command as triton_command
+from mirror_runtime.triton import deploy_command
 from mirror_runtime.verify import Check
 from mirror_runtime.verify import verify as check_bundle
 
@@ -340,6 +342,8 @@ def doctor(
 
 app.command("plan")(plan_command.plan)
 app.command("serve")(triton_command.serve)
+app.command("gateway")(gateway_command.gateway)
+app.command("deploy")(deploy_command.deploy)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

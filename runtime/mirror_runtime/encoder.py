@@ -291,18 +291,21 @@ class Encoder:
             raise InputError(f"window is {window}: it must be at least 1")
         return self._stream(iter(texts), window)
 
-    def begin(self, texts: Sequence[object], *, direct: bool = False) -> Window:
+    def begin(
+        self, texts: Sequence[object], *, direct: bool = False, long_texts: Sequence[LongTexts] | None = None
+    ) -> Window:
         """Tokenise and pack some texts and hand their batches to the engine.
 
         Args:
             texts: a list, whose bad items are named by `finish`.
             direct: run what is a single batch at once, in this thread: no hop to another one, which a short text feels.
+            long_texts: the policy of each text that is too long; None for the encoder's own.
 
         Raises:
             EngineError: `direct`, and the engine failed.
         """
         began = time.perf_counter()
-        tokenized = self._tokenizer(texts)
+        tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
         batches = pack(tokenized.ids, tokenized.lengths, self._ladder, streams=self.engine.streams, own=tokenized.own)
         packed_at = time.perf_counter()

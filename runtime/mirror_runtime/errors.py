@@ -5,10 +5,12 @@
     ├── ParityError        an artefact's vectors differ from the reference by more than its floor
     ├── EngineError        an engine cannot be loaded or failed while running
     │   └── MissingExtra   a package that the request needs is not installed
-    ├── OverloadedError    too many texts wait for an encoder already; nothing is wrong with this one
+    ├── OverloadedError    too many texts wait already; nothing is wrong with this one
     ├── InputError         the caller's texts or files cannot be encoded
     │   └── TextError      one text of a batch; carries its position
     ├── ServerError        a model server did not start, or answered with a failure
+    │   ├── UnavailableError        it cannot be reached, or refuses for now: another try may succeed
+    │   └── DeadlineExceededError   no answer within the time that was given
     └── PeerError          another library could not be installed, or failed
 
 Every message names what was wrong and what to do about it. Library users catch `MirrorError`; the command line prints
@@ -47,7 +49,16 @@ class MissingExtra(EngineError):
 
 
 class OverloadedError(MirrorError):
-    """Too many texts wait for an encoder already. Nothing was queued: the same call may succeed later."""
+    """Too many texts wait for an encoder already. Nothing was queued: the same call may succeed later.
+
+    Args:
+        message: what was refused.
+        retry_after_s: after how many seconds another try makes sense; None where nobody said.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class InputError(MirrorError):
@@ -70,6 +81,14 @@ class TextError(InputError):
 
 class ServerError(MirrorError):
     """A model server did not start, is not ready, or answered a request with a failure."""
+
+
+class UnavailableError(ServerError):
+    """A model server cannot be reached, or takes no requests for now: it starts, stops, or is being replaced."""
+
+
+class DeadlineExceededError(ServerError):
+    """No answer came within the time that the caller gave. The server may still have computed it."""
 
 
 class PeerError(MirrorError):

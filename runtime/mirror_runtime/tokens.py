@@ -113,8 +113,13 @@ class Tokenizer:
         """
         return cls(folder / TOKENIZER_FILE, spec.max_tokens, long_texts, template=spec.template, pad_to=spec.pad_to)
 
-    def __call__(self, texts: Sequence[object]) -> Tokenized:
-        """Tokenise a window of texts. Never raises for a bad text: it is named in `errors`."""
+    def __call__(self, texts: Sequence[object], long_texts: Sequence[LongTexts] | None = None) -> Tokenized:
+        """Tokenise a window of texts. Never raises for a bad text: it is named in `errors`.
+
+        Args:
+            texts: what to tokenise.
+            long_texts: the policy of each text; None for the tokenizer's own.
+        """
         errors = {i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
@@ -129,7 +134,8 @@ class Tokenizer:
             ids: list[int] = encoding.ids
             tokens[i] = len(ids) + special
             if len(ids) > self._body:
-                if self._long_texts is LongTexts.ERROR:
+                policy = self._long_texts if long_texts is None else long_texts[i]
+                if policy is LongTexts.ERROR:
                     errors[i] = TextError(i, self._too_long(int(tokens[i])))
                     tokens[i] = 0
                     continue
@@ -139,7 +145,7 @@ class Tokenizer:
                     errors[i] = TextError(i, "merges with the template into more tokens than the encoder takes")
                     tokens[i] = 0
                     continue
-                starts = range(0, len(own), room) if self._long_texts is LongTexts.CHUNK else (0,)
+                starts = range(0, len(own), room) if policy is LongTexts.CHUNK else (0,)
                 parts = [before + own[at : at + room] + after for at in starts]
                 truncated[i] = len(own) > room and len(parts) == 1
             else:

@@ -15,7 +15,8 @@ from mirror_runtime.bundle import (
     sha256_file,
     write_json,
 )
-from mirror_runtime.triton.repository import ServingOptions, write_temporary_repository
+from mirror_runtime.triton.options import ServingOptions
+from mirror_runtime.triton.repository import write_temporary_repository
 from mirror_runtime.triton.server import Server
 
 

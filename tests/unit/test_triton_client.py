@@ -1,15 +1,27 @@
-"""The client's own work, with a transport that needs no server: chunks, order, and finding the texts at fault."""
+"""The clients' own work, with a transport that needs no server: chunks, order, refusals, and the texts at fault."""
 
-from collections.abc import Callable
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirror_runtime.errors import InputError, MissingExtra, ServerError, TextError
-from mirror_runtime.triton import Client
-from mirror_runtime.triton.transport import Rejected, Reply
+from mirror_runtime.errors import (
+    DeadlineExceededError,
+    InputError,
+    MissingExtra,
+    OverloadedError,
+    ServerError,
+    TextError,
+    UnavailableError,
+)
+from mirror_runtime.triton import AsyncClient, Client
+from mirror_runtime.triton.chunks import Served
+from mirror_runtime.triton.retry import FIRST_S, MOST_S, Backoff
+from mirror_runtime.triton.transport import Rejected, Reply, server_error
 
 
 class Echo:
@@ -18,26 +30,38 @@ class Echo:
     def __init__(self, body_bytes: int = 1000) -> None:
         self.body_bytes = body_bytes
         self.sent: list[list[bytes]] = []
+        self.given: list[tuple[dict[str, Any], float]] = []
+        self.refusals: list[Exception] = []
+        self.fingerprints = ["old"]
         self.waiting = 0
         self.most_waiting = 0
         self.parameters: dict[str, Any] = {}
 
-    def submit(self, texts: NDArray[Any]) -> Callable[[], Reply]:
+    def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Callable[[], Reply]:
         assert texts.ndim == 2
         assert texts.shape[1] == 1
         raw = list(texts[:, 0])
         self.sent.append(raw)
+        self.given.append((parameters, timeout_s))
         self.waiting += 1
         self.most_waiting = max(self.most_waiting, self.waiting)
 
         def wait() -> Reply:
             self.waiting -= 1
+            if self.refusals:
+                raise self.refusals.pop(0)
             if b"down" in raw:
                 raise ServerError("the server is down")
             if b"bad" in raw:
                 raise Rejected(f"[request id: 7] text {raw.index(b'bad')}: not to my taste")
             sizes = np.array([[len(text)] for text in raw])
-            return Reply(vectors=sizes.astype(np.float32), tokens=sizes.astype(np.int32), truncated=sizes > 5)
+            fingerprint = self.fingerprints.pop(0) if len(self.fingerprints) > 1 else self.fingerprints[0]
+            return Reply(
+                vectors=sizes.astype(np.float32),
+                tokens=sizes.astype(np.int32),
+                truncated=sizes > 5,
+                fingerprint=fingerprint,
+            )
 
         return wait
 
@@ -55,13 +79,70 @@ class Echo:
     def close(self) -> None: ...
 
 
-@pytest.fixture
-def make_client(monkeypatch):
-    def make(echo: Echo, in_flight: int = 4) -> Client:
+class AsyncEcho:
+    """The same for asyncio."""
+
+    def __init__(self, echo: Echo) -> None:
+        self.echo = echo
+        self.body_bytes = echo.body_bytes
+
+    async def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Reply:
+        wait = self.echo.submit(texts, parameters, timeout_s)
+        await asyncio.sleep(0.001)
+        return wait()
+
+    async def config(self, timeout_s: float) -> dict[str, Any]:
+        return self.echo.config()
+
+    async def close(self) -> None: ...
+
+
+class AsyncAsSync:
+    """An `AsyncClient` whose calls run in an event loop each, to put both clients to the same tests."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.client = client
+
+    def encode(self, *given: Any, **options: Any) -> Any:
+        return self._run(self.client.encode(*given, **options))
+
+    def encode_detailed(self, *given: Any, **options: Any) -> Served:
+        return self._run(self.client.encode_detailed(*given, **options))
+
+    def fingerprint(self) -> str:
+        return self._run(self.client.fingerprint())
+
+    @staticmethod
+    def _run(awaitable: Awaitable[Any]) -> Any:
+        async def run() -> Any:
+            return await awaitable
+
+        return asyncio.run(run())
+
+
+@pytest.fixture(params=["client", "asyncio"])
+def make_client(monkeypatch, request):
+    def make(echo: Echo, **options: Any) -> Any:
         monkeypatch.setattr("mirror_runtime.triton.client.GrpcTransport", lambda *_: echo)
-        return Client(in_flight=in_flight)
+        monkeypatch.setattr("mirror_runtime.triton.async_client.AsyncGrpcTransport", lambda *_: AsyncEcho(echo))
+        return Client(**options) if request.param == "client" else AsyncAsSync(AsyncClient(**options))
 
     return make
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Pauses take no time, and are noted."""
+    pauses: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.extend([seconds] if seconds != 0.001 else [])
+        await real(0)
+
+    monkeypatch.setattr("mirror_runtime.triton.client.time.sleep", pauses.append)
+    monkeypatch.setattr("mirror_runtime.triton.async_client.asyncio.sleep", sleep)
+    return pauses
 
 
 def test_order_is_kept_over_requests_in_flight(make_client):
@@ -104,8 +185,9 @@ def test_a_failing_server_is_not_mistaken_for_a_bad_text(make_client):
         make_client(Echo()).encode_detailed(["a", "down", "b"])
 
 
-def test_counters_that_are_left_out_are_zero(make_client):
-    statistics = make_client(Echo()).statistics()
+def test_counters_that_are_left_out_are_zero(monkeypatch):
+    monkeypatch.setattr("mirror_runtime.triton.client.GrpcTransport", lambda *_: Echo())
+    statistics = Client().statistics()
     assert (statistics.inferences, statistics.executions) == (12, 0)
 
 
@@ -122,11 +204,14 @@ def test_another_servers_model_is_named(make_client):
         ({"url": "http://127.0.0.1:8000"}, "without a scheme"),
         ({"protocol": "smtp"}, "protocol is 'smtp'"),
         ({"in_flight": 0}, "in_flight is 0"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"batch_tokens": 0}, "batch_tokens 0"),
     ],
 )
-def test_options_are_checked(options, message):
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_options_are_checked(options, message, kind):
     with pytest.raises(InputError, match=message):
-        Client(**options)
+        kind(**options)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -134,6 +219,8 @@ def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
     monkeypatch.setitem(__import__("sys").modules, f"tritonclient.{protocol}", None)
     with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
         Client(protocol=protocol)
+    with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
+        asyncio.run(AsyncClient(protocol=protocol).encode(["a"]))
 
 
 def test_the_server_names_its_vector_space(make_client):
@@ -143,3 +230,128 @@ def test_the_server_names_its_vector_space(make_client):
         client.fingerprint()
     echo.parameters = {"fingerprint": {"string_value": "0123456789abcdef"}}
     assert client.fingerprint() == "0123456789abcdef"
+
+
+def test_requests_stay_under_the_budget_of_tokens(make_client):
+    echo = Echo(body_bytes=10**6)
+    texts = ["x" * length for length in (40, 40, 40, 4000, 40, 4, 4, 4, 4)]
+    encoded = make_client(echo, batch_tokens=36, in_flight=1).encode_detailed(texts)
+    assert [[len(text) for text in chunk] for chunk in echo.sent] == [[40, 40, 40], [4000], [40, 4, 4, 4, 4]]
+    assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
+
+
+def test_what_the_caller_asks_for_goes_with_every_request(make_client):
+    echo = Echo()
+    client = make_client(echo)
+    client.encode(["a", "b"], 1, truncate=False, dimensions=1, prompt="query: ")
+    assert [parameters for parameters, _ in echo.given] == [
+        {"truncate": False, "dimensions": 1, "prompt": "query: "},
+    ] * 2
+    client.encode(["a"])
+    assert echo.given[-1][0] == {}
+
+
+def test_a_refusal_is_tried_again_and_nothing_else_is(make_client, no_pauses):
+    echo = Echo()
+    echo.refusals = [OverloadedError("full", 0.25), UnavailableError("starting"), UnavailableError("starting")]
+    client = make_client(echo, in_flight=1)
+    assert client.encode(["a", "bc"], 1)[:, 0].tolist() == [1, 2]
+    assert [chunk[0] for chunk in echo.sent] == [b"a", b"a", b"a", b"a", b"bc"]
+    assert len(no_pauses) == 3
+    assert 0.25 <= no_pauses[0] <= 0.25 + FIRST_S, "the server's hint comes first"
+    echo.refusals = [ServerError("a failure")]
+    with pytest.raises(ServerError, match="a failure"):
+        client.encode(["a"])
+    assert len(no_pauses) == 3
+    echo.refusals = [DeadlineExceededError("slow")]
+    with pytest.raises(DeadlineExceededError, match="slow"):
+        client.encode(["a"])
+    assert len(no_pauses) == 3
+
+
+def test_the_refusal_itself_is_raised_when_time_is_over(make_client, no_pauses):
+    echo = Echo()
+    echo.refusals = [OverloadedError("full", 5.0)]
+    with pytest.raises(OverloadedError, match="full"):
+        make_client(echo).encode(["a"], deadline_s=4.0)
+    assert no_pauses == [], "a pause that ends after the deadline is not made"
+    assert echo.given[0][1] <= 4.0, "a request gets what is left of the deadline"
+    echo.refusals = [UnavailableError("down")] * 1000
+    with pytest.raises(UnavailableError, match="down"):
+        make_client(echo, timeout_s=0.05).encode(["a"])
+
+
+def test_a_deadline_holds_for_all_requests_together(make_client):
+    class Slow(Echo):
+        def submit(self, texts, parameters, timeout_s):
+            wait = super().submit(texts, parameters, timeout_s)
+
+            def slowly() -> Reply:
+                time.sleep(0.05)
+                return wait()
+
+            return slowly
+
+    echo = Slow()
+    with pytest.raises(DeadlineExceededError, match="the time given to encode is over"):
+        make_client(echo, in_flight=1).encode([str(i) for i in range(100)], 1, deadline_s=0.2)
+    assert 1 < len(echo.sent) < 8
+
+
+def test_a_call_gives_the_vectors_of_one_model(make_client):
+    echo = Echo()
+    echo.fingerprints = ["old", "old", "new"]
+    encoded = make_client(echo, in_flight=1).encode_detailed(["a", "bc", "def", "ghij"], 1)
+    assert encoded.fingerprint == "new"
+    assert [chunk[0] for chunk in echo.sent] == [b"a", b"bc", b"def", b"ghij", b"a", b"bc"]
+    assert encoded.vectors[:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_model_that_changes_all_the_time_is_an_error(make_client):
+    echo = Echo()
+    echo.fingerprints = [str(i) for i in range(100)]
+    with pytest.raises(ServerError, match="replaced again and again"):
+        make_client(echo).encode(["a", "b"], 1)
+
+
+def test_another_vector_space_than_the_wanted_one_is_refused(make_client):
+    with pytest.raises(ServerError, match="gives vectors of old where new is expected"):
+        make_client(Echo(), fingerprint="new").encode(["a"])
+    assert make_client(Echo(), fingerprint="old").encode(["a"]).shape == (1, 1)
+
+
+def test_pauses_grow_at_random_up_to_a_bound():
+    asked: list[tuple[float, float]] = []
+
+    def jitter(low: float, high: float) -> float:
+        asked.append((low, high))
+        return high
+
+    backoff = Backoff(time.monotonic() + 1000, jitter)
+    pauses = [backoff.pause(UnavailableError("no")) for _ in range(8)]
+    assert pauses == [FIRST_S * 2**i for i in range(6)] + [MOST_S, MOST_S]
+    assert all(low == 0 for low, _ in asked), "full jitter"
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "hint"),
+    [
+        ("UNAVAILABLE", "too many tokens wait: retry after 40 ms", OverloadedError, 0.04),
+        ("HTTP 503", "too many tokens wait: retry in 1.5 s", OverloadedError, 1.5),
+        ("UNAVAILABLE", "failed to connect to all addresses", UnavailableError, None),
+        ("HTTP 503", "the server is stopping: try again", UnavailableError, None),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceededError, None),
+        ("UNAVAILABLE", "the timeout of 9 µs was over before work on it began", DeadlineExceededError, None),
+        ("INVALID_ARGUMENT", "text 0: no", Rejected, None),
+        ("HTTP 400", "text 0: no", Rejected, None),
+        ("INTERNAL", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
+        ("HTTP 500", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
+        ("INTERNAL", "encoding failed", ServerError, None),
+        ("NOT_FOUND", "unknown model", ServerError, None),
+    ],
+)
+def test_what_a_server_answers_becomes_the_exception_that_says_it(code, message, kind, hint):
+    error = server_error("127.0.0.1:8001", code, message)
+    assert type(error) is kind
+    assert message in str(error)
+    assert getattr(error, "retry_after_s", None) == hint

@@ -22,11 +22,12 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.errors import BundleError, EngineError, InputError
+from mirror_runtime.plan import Goal, Host, Measured, Plan, Setting, write_plan
 from mirror_runtime.tokens import LongTexts
+from mirror_runtime.triton.container import container_command
+from mirror_runtime.triton.options import Backend, ServingOptions
 from mirror_runtime.triton.repository import (
     MODEL_SOURCE,
-    ServingOptions,
-    container_command,
     render_config,
     render_warmup,
     write_repository,
@@ -73,21 +74,33 @@ def test_config_says_what_triton_must_know():
         ("EMBEDDING", triton_proto.TYPE_FP32, [384]),
         ("TOKENS", triton_proto.TYPE_INT32, [1]),
         ("TRUNCATED", triton_proto.TYPE_BOOL, [1]),
+        ("FINGERPRINT", triton_proto.TYPE_STRING, [1]),
     ]
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("TEXT", triton_proto.TYPE_STRING, [1])]
     assert [(g.kind, g.count) for g in config.instance_group] == [(triton_proto.ModelInstanceGroup.KIND_CPU, 1)]
     assert config.HasField("dynamic_batching")
     # Any of these makes Triton stall requests for up to 500 ms.
     assert config.dynamic_batching == triton_proto.ModelDynamicBatching()
+    assert config.version_policy.latest.num_versions == 1
+    assert not config.response_cache.enable
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    assert parameters == {
+    assert ServingOptions.of_parameters(parameters, 64) == ServingOptions(max_batch_size=64, streams=2)
+    said = {name: parameters[name] for name in ("bundle", "engine", "streams", "long_texts", "fingerprint")}
+    assert said == {
         "bundle": "bundle",
         "engine": "auto",
-        "precision": "auto",
         "streams": "2",
         "long_texts": "truncate",
         "fingerprint": "0123456789abcdef",
     }
+
+
+def test_instances_and_all_options_are_what_was_asked_for():
+    options = ServingOptions(instances=3, max_tokens_in_flight=9, long_texts=LongTexts.CHUNK)
+    config = parsed(render_config(MINILM, options))
+    assert [(g.kind, g.count) for g in config.instance_group] == [(triton_proto.ModelInstanceGroup.KIND_CPU, 3)]
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert ServingOptions.of_parameters(parameters, config.max_batch_size) == options
 
 
 @pytest.mark.parametrize("path", ['a "quoted" name', "back\\slash", "ünïcode", "new\nline"])
@@ -108,6 +121,41 @@ def test_options_are_checked():
         ServingOptions(max_batch_size=0)
     with pytest.raises(InputError, match="streams is 0"):
         ServingOptions(streams=0)
+    with pytest.raises(InputError, match="row_tokens and batch_tokens belong together"):
+        ServingOptions(row_tokens=64)
+    with pytest.raises(InputError, match="need engine, precision and streams"):
+        ServingOptions(row_tokens=64, batch_tokens=1024)
+
+
+def a_plan(**changes) -> Plan:
+    setting = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
+    measured = Measured(
+        setting=setting, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True
+    )
+    fields = {
+        "format_version": 1,
+        "goal": Goal.THROUGHPUT,
+        "floor": 0.999,
+        "fingerprint": "0123456789abcdef",
+        "host": Host(cpu="a CPU", features="0", cores=8),
+        "versions": {},
+        "texts": 100,
+        "rounds": 3,
+        "chosen": setting,
+        "measured": (measured,),
+    }
+    return Plan(**{**fields, **changes})
+
+
+def test_a_plan_fills_what_is_left_open():
+    options = ServingOptions(max_batch_size=8).follow(a_plan(), "0123456789abcdef")
+    assert options.setting == a_plan().chosen
+    assert options.max_batch_size == 8
+    assert ServingOptions(streams=1).follow(a_plan(), "0123456789abcdef").streams == 1
+    with pytest.raises(InputError, match="the plan is for the bundle 0123456789abcdef, not fed"):
+        ServingOptions().follow(a_plan(), "fed")
+    with pytest.raises(InputError, match="accepted nothing for engine onnxruntime"):
+        ServingOptions(engine="onnxruntime").follow(a_plan(), "0123456789abcdef")
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -202,6 +250,48 @@ def test_to_triton_writes_a_repository_and_ends_in_one_json_line(make_bundle, tm
     assert report["container"].startswith("docker run")
     config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
     assert config.parameters["long_texts"].string_value == LongTexts.CHUNK.value
+
+
+def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
+    bundle = make_bundle(artifacts=(make_artifact(EngineName.OPENVINO, Precision.BF16),))
+    write_plan(a_plan(), tmp_path / "plan.json")
+    arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--plan", str(tmp_path / "plan.json")]
+    assert to_triton.main(arguments) == 0, capsys.readouterr().err
+    config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    said = {name: config.parameters[name].string_value for name in ("engine", "precision", "streams", "row_tokens")}
+    assert said == {"engine": "openvino", "precision": "bf16", "streams": "4", "row_tokens": "32"}
+
+
+def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, tmp_path, capsys):
+    bundle = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
+    (bundle / "onnx").mkdir()
+    (bundle / "onnx" / "model_packed.onnx").write_bytes(b"a graph")
+    arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--backend", "onnxruntime", "--cores", "8"]
+    assert to_triton.main([*arguments, "--streams", "2"]) == 0, capsys.readouterr().err
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["backend"] == "onnxruntime"
+    assert "'/tmp/mirror'" in report["container"], "none of our engines is needed there"
+    repository = tmp_path / "repo"
+    assert (repository / "encoder" / "1" / "model.onnx").read_bytes() == b"a graph"
+    kept = {path.name for path in (repository / "embed" / "1" / "bundle").iterdir()}
+    assert kept == {"manifest.json", "tokenizer.json"}, "the graph lies there once"
+    encoder = parsed((repository / "encoder" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert encoder.parameters["intra_op_thread_count"].string_value == "4"
+    embed = parsed((repository / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert not embed.model_warmup, "one model cannot reach another before the server is ready"
+    said = {key: value.string_value for key, value in embed.parameters.items()}
+    assert (said["backend"], said["engine"], said["precision"], said["streams"]) == (
+        *("onnxruntime", "onnxruntime", "fp32", "2"),
+    )
+    assert to_triton.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert to_triton.main([str(bundle), "--output", str(repository), "--engine", "fake", "--overwrite"]) == 0
+    assert [path.name for path in repository.iterdir()] == ["embed"], "the encoder that nobody uses is gone"
+
+
+def test_a_backend_is_not_served_by_the_wheel(make_bundle, tmp_path):
+    with pytest.raises(InputError, match="container alone"):
+        write_temporary_repository(make_bundle(), tmp_path, ServingOptions(backend=Backend.OPENVINO))
 
 
 def test_to_triton_says_what_is_wrong_without_a_traceback(tmp_path, capsys):

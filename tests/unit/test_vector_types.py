@@ -18,9 +18,11 @@ from mirror_runtime.async_encoder import AsyncEncoder
 from mirror_runtime.bundle import MANIFEST_FILE, Pooling, VectorType, read_manifest, write_json
 from mirror_runtime.cli import main
 from mirror_runtime.errors import BundleError, ServerError
-from mirror_runtime.triton.batching import Answer, answer
+from mirror_runtime.tokens import LongTexts
+from mirror_runtime.triton.batching import Answer, Question, answer, cut
 from mirror_runtime.triton.client import Client
-from mirror_runtime.triton.repository import ServingOptions, render_config
+from mirror_runtime.triton.options import ServingOptions
+from mirror_runtime.triton.repository import render_config
 from mirror_runtime.triton.transport import Reply
 from mirror_runtime.vectors import components, dtype_of, round_vectors, width_of
 
@@ -106,9 +108,24 @@ def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
     assert triton_proto.DataType.Name(embedding.data_type) == triton
     assert list(embedding.dims) == [width]
     with Encoder.load(bundle, engine="fake") as encoder:
-        (given,) = answer(encoder, [np.array([[b"a cat"]], np.object_)])
+        (given,) = answer(encoder, [Question(texts=np.array([[b"a cat"]], np.object_))], LongTexts.TRUNCATE)
     assert isinstance(given, Answer)
     assert (given.vectors.dtype, given.vectors.shape) == (dtype, (1, width))
+
+
+@pytest.mark.parametrize("kind", VectorType)
+def test_fewer_dimensions_are_the_leading_components(typed, kind):
+    with Encoder.load(typed(kind), engine="fake") as encoder:
+        spec, vectors = encoder.spec, encoder.encode(["a cat", "a dog"])
+    shorter = cut(vectors, 8, spec)
+    assert shorter.dtype == vectors.dtype
+    assert shorter.shape == (2, 1 if kind is VectorType.BINARY else 8)
+    leading = components(vectors, spec)[:, :8]
+    kept = np.unpackbits(shorter, axis=-1) * 2.0 - 1 if kind is VectorType.BINARY else shorter.astype(np.float64)
+    cosines = (leading * kept).sum(1) / np.linalg.norm(leading, axis=1) / np.linalg.norm(kept, axis=1)
+    assert cosines.min() > 0.99999
+    if kind in (VectorType.FLOAT32, VectorType.FLOAT16):
+        np.testing.assert_allclose(np.linalg.norm(kept, axis=1), 1, atol=2e-3)
 
 
 class Served:
@@ -120,9 +137,9 @@ class Served:
         self.output = {"name": "EMBEDDING", "data_type": triton, "dims": [str(width)]}
         self.vectors = np.ones((1, width), dtype)
 
-    def submit(self, texts: Any) -> Callable[[], Reply]:
+    def submit(self, texts: Any, parameters: Any, timeout_s: float) -> Callable[[], Reply]:
         one = np.ones((1, 1), np.int32)
-        return lambda: Reply(vectors=self.vectors, tokens=one, truncated=one > 1)
+        return lambda: Reply(vectors=self.vectors, tokens=one, truncated=one > 1, fingerprint="0123456789abcdef")
 
     def config(self) -> dict[str, Any]:
         return {"name": "embed", "max_batch_size": 64, "output": [self.output]}

@@ -3,8 +3,11 @@
 Importing this package loads neither tritonclient nor pytriton: each is imported when it is first needed.
 """
 
+from mirror_runtime.triton.async_client import AsyncClient
+from mirror_runtime.triton.chunks import Served
 from mirror_runtime.triton.client import Client, Statistics
-from mirror_runtime.triton.repository import ServingOptions
-from mirror_runtime.triton.server import Server, serve
+from mirror_runtime.triton.options import ServingOptions
+from mirror_runtime.triton.server import Server
+from mirror_runtime.triton.service import ServiceOptions, serve
 
-__all__ = ["Client", "Server", "ServingOptions", "Statistics", "serve"]
+__all__ = ["AsyncClient", "Client", "Served", "Server", "ServiceOptions", "ServingOptions", "Statistics", "serve"]

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mirror_runtime.encoder import Encoded
-from mirror_runtime.errors import InputError, ServerError, TextError
-from mirror_runtime.tokens import defect
+from mirror_runtime.errors import OverloadedError, ServerError, TextError, UnavailableError
+from mirror_runtime.triton.calls import (
+    BATCH_TOKENS,
+    PROBE,
+    Call,
+    ModelFacts,
+    check_batch_size,
+    check_options,
+    read_facts,
+    read_fingerprint,
+)
+from mirror_runtime.triton.chunks import (
+    REPLACEMENTS,
+    Chunk,
+    Limits,
+    Served,
+    assembled,
+    check_fingerprint,
+    chunked,
+    current,
+    listed,
+    outdated,
+)
 from mirror_runtime.triton.grpc_transport import GrpcTransport
 from mirror_runtime.triton.http_transport import HttpTransport
-from mirror_runtime.triton.repository import DATA_TYPES, MODEL_NAME
+from mirror_runtime.triton.repository import MODEL_NAME
+from mirror_runtime.triton.retry import Backoff
 from mirror_runtime.triton.transport import Rejected, Reply, Transport
-from mirror_runtime.vectors import Vectors, dtype_of_type
-
-_NUMBERS = {name: kind for kind, name in DATA_TYPES.items()}
-
-_OWN_POSITION = re.compile(r"^.*?text \d+: ", re.DOTALL)
+from mirror_runtime.vectors import Vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +52,22 @@ class Statistics:
     executions: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Chunk:
-    """The texts of one request: their positions in what the caller passed, and their UTF-8."""
-
-    positions: tuple[int, ...]
-    texts: tuple[bytes, ...]
-
-    def tensor(self) -> NDArray[Any]:
-        return np.array(self.texts, dtype=np.object_).reshape(-1, 1)
-
-    def halves(self) -> tuple[_Chunk, _Chunk]:
-        cut = len(self.texts) // 2
-        return (
-            _Chunk(positions=self.positions[:cut], texts=self.texts[:cut]),
-            _Chunk(positions=self.positions[cut:], texts=self.texts[cut:]),
-        )
-
-
 class Client:
     """Encodes texts on a Triton server that serves the model `embed`. For one thread; a context manager.
+
+    A server that refuses for now (too much to do, starting again, being replaced) is asked again, with growing random
+    pauses, until a request has taken `timeout_s`. Nothing else is tried twice. A server that has never answered is not
+    waited for: the first call says at once that nobody listens.
 
     Args:
         url: host and port; None means this machine's 8001 for gRPC and 8000 for HTTP.
         protocol: "grpc" or "http".
         model: the model's name.
-        timeout_s: how long one request may take, in seconds.
+        timeout_s: how long one request may take, tries and pauses included, in seconds.
         in_flight: how many requests are under way at once.
+        batch_tokens: tokens a request, estimated from the texts' lengths; one text alone may have more.
+        fingerprint: of the vector space that is wanted, such as the one an index was made with. Another one is an
+            error. None takes any.
 
     Raises:
         InputError: an option is wrong.
@@ -80,74 +82,107 @@ class Client:
         model: str = MODEL_NAME,
         timeout_s: float = 60.0,
         in_flight: int = 4,
+        batch_tokens: int = BATCH_TOKENS,
+        fingerprint: str | None = None,
     ) -> None:
-        if protocol not in ("grpc", "http"):
-            raise InputError(f"protocol is {protocol!r}: it is 'grpc' or 'http'")
-        if url is not None and "://" in url:
-            raise InputError(f"url is {url!r}: give host:port without a scheme")
-        if in_flight < 1:
-            raise InputError(f"in_flight is {in_flight}: it must be at least 1")
+        url = check_options(url, protocol, timeout_s, in_flight, batch_tokens)
         self._transport: Transport
         if protocol == "grpc":
-            self._transport = GrpcTransport(url or "127.0.0.1:8001", model, timeout_s)
+            self._transport = GrpcTransport(url, model, timeout_s)
         else:
-            self._transport = HttpTransport(url or "127.0.0.1:8000", model, timeout_s, in_flight)
-        self._in_flight = in_flight
-        self._limits: tuple[int, np.dtype[Any], int] | None = None
+            self._transport = HttpTransport(url, model, timeout_s, in_flight)
+        self._timeout_s, self._in_flight, self._batch_tokens = timeout_s, in_flight, batch_tokens
+        self._expected = fingerprint
+        self._facts: ModelFacts | None = None
 
-    def encode(self, texts: Iterable[str], batch_size: int = 32) -> Vectors:
-        """Give the vectors of texts.
-
-        Args:
-            texts: any iterable; its order is kept.
-            batch_size: texts a request.
+    def encode(
+        self,
+        texts: Iterable[str],
+        batch_size: int = 32,
+        *,
+        deadline_s: float | None = None,
+        truncate: bool | None = None,
+        dimensions: int | None = None,
+        prompt: str | None = None,
+    ) -> Vectors:
+        """Give the vectors of texts. See `encode_detailed` for the arguments.
 
         Returns:
             [n, width] of the model's vector type, mostly float32 [n, dim].
 
         Raises:
             TextError: for the first text that cannot be encoded.
-            ServerError: the server cannot be reached or failed.
+            InputError: see `encode_detailed`, and so are the following.
+            OverloadedError: see there.
+            ServerError: see there.
         """
-        encoded = self.encode_detailed(texts, batch_size)
+        encoded = self.encode_detailed(
+            texts, batch_size, deadline_s=deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt
+        )
         if encoded.errors:
             raise encoded.errors[min(encoded.errors)]
         return encoded.vectors
 
-    def encode_detailed(self, texts: Iterable[object], batch_size: int = 32) -> Encoded:
+    def encode_detailed(
+        self,
+        texts: Iterable[object],
+        batch_size: int = 32,
+        *,
+        deadline_s: float | None = None,
+        truncate: bool | None = None,
+        dimensions: int | None = None,
+        prompt: str | None = None,
+    ) -> Served:
         """Give the vectors of texts, their token counts, and what was wrong with those that have no vector.
+
+        All vectors are of one model: texts that were answered before it was replaced are sent again.
 
         Args:
             texts: any iterable; its order is kept. What is not a text gets an error of its own.
-            batch_size: texts a request.
+            batch_size: texts a request, at most.
+            deadline_s: how long all of it may take, in seconds; None bounds each request alone.
+            truncate: whether texts over the encoder's limit are cut or else refused; None leaves it to the server.
+            dimensions: leading components to keep; None keeps all.
+            prompt: text to put in front of every text, such as "query: "; None for none.
 
         Raises:
             InputError: `texts` is one string, or `batch_size` is more than the server takes.
-            ServerError: the server cannot be reached or failed.
+            OverloadedError: the server had too much to do all the time.
+            UnavailableError: the server cannot be reached, or did not come back in time.
+            DeadlineExceededError: a request took too long, or all of them did.
+            ServerError: the server failed, or serves another model than `fingerprint`.
         """
-        if isinstance(texts, (str, bytes)):
-            raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
-        width, dtype, largest = self._model_limits()
-        if not 1 <= batch_size <= largest:
-            raise InputError(f"batch_size is {batch_size}: this server takes 1 to {largest} texts a request")
-        items = list(texts)
+        items = listed(texts)
+        facts = self._model_facts()
+        check_batch_size(batch_size, facts)
+        call = Call.begin(self._timeout_s, deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt)
+        limits = Limits(texts=batch_size, tokens=self._batch_tokens, body_bytes=self._transport.body_bytes)
         errors: dict[int, TextError] = {}
-        replies = list(self._replies(self._chunks(items, batch_size, errors), errors))
-        vectors = np.zeros((len(items), width), dtype)
-        tokens = np.zeros(len(items), dtype=np.int64)
-        truncated = np.zeros(len(items), dtype=np.bool_)
-        for chunk, reply in replies:
-            positions = list(chunk.positions)
-            vectors[positions] = reply.vectors
-            tokens[positions] = reply.tokens[:, 0]
-            truncated[positions] = reply.truncated[:, 0]
-        return Encoded(vectors=vectors, tokens=tokens, truncated=truncated, errors=errors)
+        replies = list(self._replies(chunked(items, limits, errors), call, errors))
+        for _ in range(REPLACEMENTS):
+            if not outdated(replies):
+                break
+            again = outdated(replies)
+            replies = [*current(replies), *self._replies(again, call, errors)]
+        else:
+            raise ServerError("the model was replaced again and again during the call: try later")
+        check_fingerprint(self._expected, replies)
+        return assembled(len(items), replies, errors, facts.empty(dimensions))
+
+    def probe(self) -> None:
+        """Make a real inference: health endpoints stay green while a model is dead.
+
+        Raises:
+            OverloadedError: the model refused, which only a living one does.
+            ServerError: the server cannot be reached, or failed.
+        """
+        self._transport.submit(PROBE.tensor(), {}, self._timeout_s)()
 
     def ready(self) -> bool:
         """Say whether a real inference succeeds: health endpoints stay green while a model is dead."""
         try:
-            self._transport.submit(np.array([[b"ready?"]], dtype=np.object_))()
-        except ServerError:
+            self.probe()
+        except (OverloadedError, ServerError):
             return False
         return True
 
@@ -157,11 +192,7 @@ class Client:
         Raises:
             ServerError: the server cannot be reached, or its model does not say.
         """
-        config = self._transport.config()
-        said = config.get("parameters", {}).get("fingerprint")
-        if said is None:
-            raise ServerError(f"model {config.get('name')!r} names no fingerprint: it is none of ours, or an old one")
-        return str(said["string_value"])
+        return read_fingerprint(self._transport.config())
 
     def statistics(self) -> Statistics:
         """Fetch the model's counters. executions < inferences says that requests shared executions.
@@ -186,70 +217,42 @@ class Client:
     ) -> None:
         self.close()
 
-    def _model_limits(self) -> tuple[int, np.dtype[Any], int]:
-        """Give the vectors' width and type and the most texts a request, asked of the server once."""
-        if self._limits is None:
-            config = self._transport.config()
-            outputs = {output["name"]: output for output in config.get("output", [])}
-            embedding = outputs.get("EMBEDDING", {})
-            if embedding.get("data_type") not in _NUMBERS:
-                raise ServerError(
-                    f"model {config.get('name')!r} has no output EMBEDDING of vectors: it is none of ours"
-                )
-            kind = dtype_of_type(_NUMBERS[embedding["data_type"]])
-            self._limits = (int(embedding["dims"][0]), kind, int(config["max_batch_size"]))
-        return self._limits
+    def _model_facts(self) -> ModelFacts:
+        if self._facts is None:
+            self._facts = read_facts(self._transport.config())
+        return self._facts
 
-    def _chunks(self, texts: Iterable[object], batch_size: int, errors: dict[int, TextError]) -> Iterator[_Chunk]:
-        """Group texts into requests of at most `batch_size` texts and the transport's bytes."""
-        positions: list[int] = []
-        held: list[bytes] = []
-        size = 0
-        limit = self._transport.body_bytes
-        for position, text in enumerate(texts):
-            raw = _utf8(position, text, limit)
-            if isinstance(raw, TextError):
-                errors[position] = raw
-                continue
-            if held and (len(held) == batch_size or size + len(raw) > limit):
-                yield _Chunk(positions=tuple(positions), texts=tuple(held))
-                positions, held, size = [], [], 0
-            positions.append(position)
-            held.append(raw)
-            size += len(raw) + 4
-        if held:
-            yield _Chunk(positions=tuple(positions), texts=tuple(held))
-
-    def _replies(self, chunks: Iterable[_Chunk], errors: dict[int, TextError]) -> Iterator[tuple[_Chunk, Reply]]:
+    def _replies(
+        self, chunks: Iterable[Chunk], call: Call, errors: dict[int, TextError]
+    ) -> Iterator[tuple[Chunk, Reply]]:
         """Send chunks with several under way, and give each reply with the chunk it answers."""
-        pending: deque[tuple[_Chunk, Callable[[], Reply]]] = deque()
+        pending: deque[tuple[Chunk, Callable[[], Reply]]] = deque()
         for chunk in chunks:
-            pending.append((chunk, self._transport.submit(chunk.tensor())))
+            pending.append((chunk, self._submit(chunk, call)))
             if len(pending) == self._in_flight:
-                yield from self._settle(*pending.popleft(), errors)
+                yield from self._settle(*pending.popleft(), call, errors)
         while pending:
-            yield from self._settle(*pending.popleft(), errors)
+            yield from self._settle(*pending.popleft(), call, errors)
+
+    def _submit(self, chunk: Chunk, call: Call) -> Callable[[], Reply]:
+        return self._transport.submit(chunk.tensor(), call.parameters, call.patience())
 
     def _settle(
-        self, chunk: _Chunk, wait: Callable[[], Reply], errors: dict[int, TextError]
-    ) -> Iterator[tuple[_Chunk, Reply]]:
+        self, chunk: Chunk, wait: Callable[[], Reply], call: Call, errors: dict[int, TextError]
+    ) -> Iterator[tuple[Chunk, Reply]]:
         """Wait for a reply; halve a refused request until the texts that are at fault stand alone."""
-        try:
-            yield chunk, wait()
-        except Rejected as error:
-            if len(chunk.texts) == 1:
-                position = chunk.positions[0]
-                errors[position] = TextError(position, _OWN_POSITION.sub("", error.reason))
-                return
-            for half in chunk.halves():
-                yield from self._settle(half, self._transport.submit(half.tensor()), errors)
-
-
-def _utf8(position: int, text: object, limit: int) -> bytes | TextError:
-    wrong = defect(position, text)
-    if wrong is not None:
-        return wrong
-    raw = str(text).encode("utf-8")
-    if len(raw) > limit:
-        return TextError(position, f"is {len(raw)} bytes of UTF-8; one request carries {limit}: shorten it")
-    return raw
+        backoff = Backoff(call.gives_up_at())
+        while True:
+            try:
+                yield chunk, wait()
+            except (OverloadedError, UnavailableError) as refusal:
+                time.sleep(backoff.pause(refusal))
+                wait = self._submit(chunk, call)
+                continue
+            except Rejected as error:
+                if len(chunk.texts) == 1:
+                    errors[chunk.positions[0]] = chunk.fault(error)
+                    return
+                for half in chunk.halves():
+                    yield from self._settle(half, self._submit(half, call), call, errors)
+            return

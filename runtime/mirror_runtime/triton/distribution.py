@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mirror_runtime
 from mirror_runtime.errors import MissingExtra, ServerError
-from mirror_runtime.triton.repository import container_command
+from mirror_runtime.triton.container import container_command
 
 OLDEST_GLIBC = (2, 35)
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"

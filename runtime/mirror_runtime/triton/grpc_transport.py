@@ -10,7 +10,15 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mirror_runtime.errors import MissingExtra
-from mirror_runtime.triton.transport import OUTPUTS, Reply, read_reply, server_error, text_tensor
+from mirror_runtime.triton.transport import (
+    OUTPUTS,
+    Parameters,
+    Reply,
+    microseconds,
+    read_reply,
+    server_error,
+    text_tensor,
+)
 
 BODY_BYTES = 8_000_000
 """A request of more is split, so that one message neither fills memory nor holds up the others."""
@@ -28,11 +36,11 @@ class GrpcTransport:
             raise MissingExtra("tritonclient", "client") from error
         self._library = library
         self._url, self._model, self._timeout_s = url, model, timeout_s
-        with self._translated():
-            self._client = library.InferenceServerClient(url)
+        with translated(library, url):
+            self._client = library.InferenceServerClient(url, channel_args=CHANNEL)
         self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
 
-    def submit(self, texts: NDArray[Any]) -> Callable[[], Reply]:
+    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
         """Send texts without waiting."""
         future: Future[Any] = Future()
 
@@ -43,43 +51,62 @@ class GrpcTransport:
             else:
                 future.set_exception(error)
 
-        with self._translated():
+        with translated(self._library, self._url):
             self._client.async_infer(
                 self._model,
                 [text_tensor(self._library, texts)],
                 answered,
                 outputs=self._outputs,
-                client_timeout=self._timeout_s,
+                timeout=microseconds(timeout_s),
+                client_timeout=timeout_s,
+                parameters=dict(parameters),
             )
 
         def wait() -> Reply:
-            with self._translated():
+            with translated(self._library, self._url):
                 return read_reply(future.result())
 
         return wait
 
     def config(self) -> Mapping[str, Any]:
         """Fetch the model's configuration."""
-        with self._translated():
+        with translated(self._library, self._url):
             answer = self._client.get_model_config(self._model, as_json=True, client_timeout=self._timeout_s)
         config: Mapping[str, Any] = answer["config"]
         return config
 
     def statistics(self) -> Mapping[str, Any]:
         """Fetch the model's counters."""
-        with self._translated():
+        with translated(self._library, self._url):
             answer = self._client.get_inference_statistics(self._model, as_json=True, client_timeout=self._timeout_s)
-        statistics: Mapping[str, Any] = answer["model_stats"][0]
+        statistics: Mapping[str, Any] = answer["model_stats"][-1]
         return statistics
 
     def close(self) -> None:
         """Close the channel."""
         self._client.close()
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except self._library.InferenceServerException as error:
-            code = (error.status() or "").removeprefix("StatusCode.")
-            raise server_error(self._url, code, error.message(), invalid=code == "INVALID_ARGUMENT") from error
+
+CHANNEL = (
+    # No bound on what comes back: 256 vectors of 4,096 components are 4 MB, gRPC's own bound.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # After an outage gRPC waits longer and longer before it connects again, two minutes in the end: keep it short.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # See that a connection is dead while requests wait on it, not only when the system gives up after minutes.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 2),
+)
+"""How connections are kept."""
+
+
+@contextlib.contextmanager
+def translated(library: Any, url: str) -> Iterator[None]:
+    """Turn tritonclient's exceptions into ours."""
+    try:
+        yield
+    except library.InferenceServerException as error:
+        code = (error.status() or "").removeprefix("StatusCode.")
+        raise server_error(url, code, error.message()) from error

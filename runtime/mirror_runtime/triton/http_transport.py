@@ -9,20 +9,30 @@ from __future__ import annotations
 import http.client
 import json
 import queue
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
 from numpy.typing import NDArray
 
-from mirror_runtime.errors import MissingExtra, ServerError
-from mirror_runtime.triton.transport import OUTPUTS, Reply, read_reply, server_error, text_tensor
+from mirror_runtime.errors import DeadlineExceededError, MissingExtra, ServerError
+from mirror_runtime.triton.transport import (
+    OUTPUTS,
+    Parameters,
+    Reply,
+    microseconds,
+    read_reply,
+    server_error,
+    text_tensor,
+    unreachable,
+)
 
 BODY_BYTES = 1_000_000
 """Triton 2.51, the version in the pytriton wheel, crashes on HTTP bodies of about 4 MB. 2 MB were seen to pass."""
 
-_JSON_LENGTH = "Inference-Header-Content-Length"
+JSON_LENGTH = "Inference-Header-Content-Length"
 
 
 class HttpTransport:
@@ -42,18 +52,14 @@ class HttpTransport:
         self._idle: queue.SimpleQueue[http.client.HTTPConnection] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="mirror-http")
 
-    def submit(self, texts: NDArray[Any]) -> Callable[[], Reply]:
+    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
         """Send texts without waiting."""
-        client = self._library.InferenceServerClient
-        body, json_length = client.generate_request_body([text_tensor(self._library, texts)], outputs=self._outputs)
-        headers = {"Content-Type": "application/octet-stream"}
-        if json_length is not None:
-            headers[_JSON_LENGTH] = str(json_length)
-        future = self._pool.submit(self._exchange, "POST", f"{self._path}/infer", body, headers)
+        body, headers = http_request(self._library, texts, parameters, self._outputs, timeout_s)
+        give_up_at = time.monotonic() + timeout_s
+        future = self._pool.submit(self._exchange, "POST", f"{self._path}/infer", body, headers, give_up_at)
 
         def wait() -> Reply:
-            answer, answer_json_length = future.result()
-            return read_reply(client.parse_response_body(answer, header_length=answer_json_length))
+            return http_reply(self._library, *future.result())
 
         return wait
 
@@ -73,12 +79,12 @@ class HttpTransport:
             self._idle.get().close()
 
     def _get(self, what: str) -> Mapping[str, Any]:
-        body, _ = self._exchange("GET", f"{self._path}/{what}", None, {})
+        body, _ = self._exchange("GET", f"{self._path}/{what}", None, {}, time.monotonic() + self._timeout_s)
         answer: Mapping[str, Any] = json.loads(body)
         return answer
 
     def _exchange(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], give_up_at: float
     ) -> tuple[bytes, int | None]:
         """Send one request and give the answer's body with the length of its JSON part, if it says so."""
         try:
@@ -88,24 +94,24 @@ class HttpTransport:
             connection, kept = self._connect(), False
         try:
             try:
-                response = _round_trip(connection, method, path, body, headers)
+                response = _round_trip(connection, method, path, body, headers, give_up_at)
             except (BrokenPipeError, ConnectionResetError, http.client.RemoteDisconnected):
                 if not kept:
                     raise
                 # The server closed it while it lay idle. The request is the same if it is sent twice.
                 connection.close()
-                response = _round_trip(connection, method, path, body, headers)
+                response = _round_trip(connection, method, path, body, headers, give_up_at)
             content = response.read()
+        except TimeoutError as error:
+            connection.close()
+            raise DeadlineExceededError(f"{self._url} did not answer in time") from error
         except (OSError, http.client.HTTPException) as error:
             connection.close()
-            what = str(error) or type(error).__name__
-            raise ServerError(
-                f"{self._url}: {what}. Is the server running there, and is this its HTTP port?"
-            ) from error
+            raise unreachable(self._url, str(error) or type(error).__name__) from error
         self._idle.put(connection)
         if response.status != 200:
-            raise server_error(self._url, f"HTTP {response.status}", _message(content), invalid=response.status == 400)
-        json_length = response.getheader(_JSON_LENGTH)
+            raise server_error(self._url, f"HTTP {response.status}", http_message(content))
+        json_length = response.getheader(JSON_LENGTH)
         return content, None if json_length is None else int(json_length)
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -116,13 +122,41 @@ class HttpTransport:
 
 
 def _round_trip(
-    connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    body: bytes | None,
+    headers: Mapping[str, str],
+    give_up_at: float,
 ) -> http.client.HTTPResponse:
+    connection.timeout = give_up_at - time.monotonic()
+    if connection.timeout <= 0:
+        raise TimeoutError
+    if connection.sock is not None:
+        connection.sock.settimeout(connection.timeout)
     connection.request(method, path, body, dict(headers))
     return connection.getresponse()
 
 
-def _message(content: bytes) -> str:
+def http_request(
+    library: Any, texts: NDArray[Any], parameters: Parameters, outputs: Sequence[Any], timeout_s: float
+) -> tuple[bytes, dict[str, str]]:
+    """Write a request's body and headers with tritonclient.http."""
+    body, json_length = library.InferenceServerClient.generate_request_body(
+        [text_tensor(library, texts)], outputs=outputs, timeout=microseconds(timeout_s), parameters=dict(parameters)
+    )
+    headers = {"Content-Type": "application/octet-stream"}
+    if json_length is not None:
+        headers[JSON_LENGTH] = str(json_length)
+    return body, headers
+
+
+def http_reply(library: Any, body: bytes, json_length: int | None) -> Reply:
+    """Read an answer's body with tritonclient.http."""
+    return read_reply(library.InferenceServerClient.parse_response_body(body, header_length=json_length))
+
+
+def http_message(content: bytes) -> str:
     """Read Triton's JSON error; another server's answer is given as it is, up to a line's length."""
     try:
         answer = json.loads(content)

@@ -6,21 +6,36 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def group_members(leader: int) -> list[int]:
     """List the living processes of a process group."""
     members = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            text = status.read_text(encoding="utf-8", errors="replace")
-        except OSError:  # it ended meanwhile
-            continue
-        state, _parent, group = text.rpartition(")")[2].split()[:3]  # the name before ")" may hold anything
-        if int(group) == leader and state not in ("Z", "X"):
-            members.append(int(status.parent.name))
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = _stat(int(folder.name))
+        if fields and int(fields[2]) == leader and fields[0] not in ("Z", "X"):
+            members.append(int(folder.name))
     return members
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] not in ("Z", "X")
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Add up the processor time that processes have used; those that are gone count as zero."""
+    return sum((int(fields[11]) + int(fields[12])) / _TICKS for fields in map(_stat, pids) if fields)
+
+
+def runners(server: int, model: str) -> list[int]:
+    """List the processes that run a model for a tritonserver, which starts them with the path of the model's file."""
+    return [pid for pid in group_members(server) if pid != server and f"/{model}/" in _command_line(pid)]
 
 
 def kill_group(leader: int) -> None:
@@ -29,4 +44,20 @@ def kill_group(leader: int) -> None:
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
+        time.sleep(0.05)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _stat(pid: int) -> list[str]:
+    """Read what follows a process's name in its status: state, parent, group, …; empty where it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()  # the name before ")" may hold anything

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from mirror_runtime.bundle import EngineName, Layout, Manifest, VectorType, check_files, read_manifest
+from mirror_runtime.bundle import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    EngineName,
+    Layout,
+    Manifest,
+    VectorType,
+    check_files,
+    read_manifest,
+)
 from mirror_runtime.errors import EngineError, InputError
-from mirror_runtime.tokens import LongTexts
+from mirror_runtime.host import usable_cores
+from mirror_runtime.tokens import SPECIAL_TOKENS_FILE
+from mirror_runtime.triton.encoder_model import ENCODER_NAME, EncoderModel, render_encoder
+from mirror_runtime.triton.options import Backend, ServingOptions
 from mirror_runtime.vectors import width_of
 
 MODEL_NAME = "embed"
-CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
 
 DATA_TYPES: Mapping[VectorType, str] = MappingProxyType(
     {
@@ -49,54 +59,39 @@ input [
 output [
   {{ name: "EMBEDDING" data_type: {data_type} dims: [ {width} ] }},
   {{ name: "TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }},
-  {{ name: "TRUNCATED" data_type: TYPE_BOOL dims: [ 1 ] }}
+  {{ name: "TRUNCATED" data_type: TYPE_BOOL dims: [ 1 ] }},
+  {{ name: "FINGERPRINT" data_type: TYPE_STRING dims: [ 1 ] }}
 ]
-# Empty on purpose: a queue size, a timeout or a priority makes Triton stall requests for up to 500 ms.
+version_policy {{ latest {{ num_versions: 1 }} }}
+# Empty on purpose: a queue size, a timeout or a priority makes Triton stall requests for up to 500 ms. What is too much
+# the model refuses itself.
 dynamic_batching {{ }}
+# Off on purpose: its key leaves request parameters out, and server 2.51 keeps errors in it, as empty answers.
+response_cache {{ enable: false }}
+# Each instance is a process with an engine of its own, bound to its share of the cores.
 instance_group [
-  {{ kind: KIND_CPU count: 1 }}
+  {{ kind: KIND_CPU count: {instances} }}
 ]
-model_warmup [
-  {{
-    name: "one short text"
-    batch_size: 1
-    inputs {{ key: "TEXT" value: {{ data_type: TYPE_STRING dims: [ 1 ] input_data_file: "short" }} }}
-  }},
-  {{
-    name: "one long text"
-    batch_size: 1
-    inputs {{ key: "TEXT" value: {{ data_type: TYPE_STRING dims: [ 1 ] input_data_file: "long" }} }}
-  }}
-]
-parameters [
+{warmup}parameters [
 {parameters}
 ]
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServingOptions:
-    """How a bundle is served.
-
-    Attributes:
-        engine: an engine's name, or "auto".
-        precision: a precision, or "auto".
-        streams: how many executions run side by side; None leaves it to the engine.
-        long_texts: what happens to texts over the encoder's `max_tokens`.
-        max_batch_size: most texts that Triton puts into one execution.
-    """
-
-    engine: str = "auto"
-    precision: str = "auto"
-    streams: int | None = None
-    long_texts: LongTexts = LongTexts.TRUNCATE
-    max_batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        if self.max_batch_size < 1:
-            raise InputError(f"max_batch_size is {self.max_batch_size}: it must be at least 1")
-        if self.streams is not None and self.streams < 1:
-            raise InputError(f"streams is {self.streams}: it must be at least 1")
+_WARMUP = """\
+model_warmup [
+  {
+    name: "one short text"
+    batch_size: 1
+    inputs { key: "TEXT" value: { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "short" } }
+  },
+  {
+    name: "one long text"
+    batch_size: 1
+    inputs { key: "TEXT" value: { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "long" } }
+  }
+]
+"""
 
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
@@ -109,17 +104,21 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
     """
     parameters = {
         "bundle": bundle,
-        "engine": options.engine,
-        "precision": options.precision,
-        "streams": "auto" if options.streams is None else str(options.streams),
-        "long_texts": options.long_texts.value,
+        **options.to_parameters(),
         "fingerprint": manifest.fingerprint,
+        # For whoever speaks to clients in the model's name, such as the gateway.
+        "base_model": manifest.encoder.base_model,
+        "max_tokens": str(manifest.encoder.max_tokens),
+        "normalize": str(manifest.encoder.normalize).lower(),
     }
     return _CONFIG.format(
         name=MODEL_NAME,
         max_batch_size=options.max_batch_size,
         data_type=DATA_TYPES[manifest.encoder.vector_type],
         width=width_of(manifest.encoder),
+        instances=options.instances,
+        # A model cannot reach another one before the server is ready, which waits for the warm-up.
+        warmup=_WARMUP if options.backend is Backend.PYTHON else "",
         parameters=",\n".join(
             f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
         ),
@@ -146,18 +145,26 @@ def write_model(manifest: Manifest, folder: Path, options: ServingOptions, *, bu
 
 
 def write_repository(
-    bundle: Path, repository: Path, options: ServingOptions, *, link: bool = False, overwrite: bool = False
+    bundle: Path,
+    repository: Path,
+    options: ServingOptions,
+    *,
+    link: bool = False,
+    overwrite: bool = False,
+    cores: int | None = None,
 ) -> Path:
     """Write `repository/embed`, which holds its own copy of the bundle and can be moved anywhere.
 
-    The folder appears whole or not at all.
+    With one of Triton's own backends, `repository/encoder` is written too: it has the graph, and `embed` only what it
+    needs beside it. Each folder appears whole or not at all.
 
     Args:
         bundle: what to serve; its files are compared with the manifest's hashes first.
         repository: the model repository; made where absent.
         options: how to serve it.
         link: share the bundle's files by hard links where the file system allows it.
-        overwrite: replace a model folder that is there already.
+        overwrite: replace model folders that are there already.
+        cores: of the machine that will serve, which Triton's own backends must be told; None for this machine's.
 
     Returns:
         The model's folder.
@@ -165,14 +172,22 @@ def write_repository(
     Raises:
         BundleError: `bundle` is no bundle, or a file of it is missing or changed.
         EngineError: the bundle has no artifact for the engine and precision asked for.
-        InputError: the model's folder exists and `overwrite` is not set, or cannot be written.
+        InputError: a model's folder exists and `overwrite` is not set, or cannot be written; or the options do not
+            fit the backend.
     """
     manifest = read_manifest(bundle)
-    _check_choice(manifest, options)
+    cores = cores or usable_cores()
+    encoder = None
+    if options.backend is Backend.PYTHON:
+        _check_choice(manifest, options)
+    else:
+        encoder = EncoderModel.of(bundle, manifest, options, cores)
+        options = _named(options, encoder)
     check_files(bundle, manifest)
     target = repository / MODEL_NAME
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists: choose another --output, or pass --overwrite")
+    present = [repository / name for name in (ENCODER_NAME, MODEL_NAME) if (repository / name).exists()]
+    if present and not overwrite:
+        raise InputError(f"{present[-1]} exists: choose another --output, or pass --overwrite")
     try:
         repository.mkdir(parents=True, exist_ok=True)
         # Beside the repository's models would be a model to Triton if a kill left it there: keep it out of the way.
@@ -183,10 +198,13 @@ def write_repository(
         fresh = scratch / MODEL_NAME
         fresh.mkdir()
         write_model(manifest, fresh, options)
-        shutil.copytree(bundle, fresh / "1" / "bundle", copy_function=_link_or_copy if link else shutil.copy2)
-        if target.exists():
-            os.replace(target, scratch / "replaced")
-        os.replace(fresh, target)
+        copy = link_or_copy if link else shutil.copy2
+        if encoder is None:
+            shutil.copytree(bundle, fresh / "1" / "bundle", copy_function=copy)
+        else:
+            _copy_for_tokenizing(bundle, fresh / "1" / "bundle")
+            _write_encoder(bundle, scratch / ENCODER_NAME, encoder, cores, copy)
+        _put_in_place(scratch, repository)
     except OSError as error:
         raise InputError(f"{target} cannot be written: {error}") from error
     finally:
@@ -199,35 +217,14 @@ def write_temporary_repository(bundle: Path, repository: Path, options: ServingO
 
     Raises:
         BundleError: `bundle` is no bundle.
+        InputError: the options want one of Triton's own backends, which only its container has.
     """
+    if options.backend is not Backend.PYTHON:
+        raise InputError(f"the backend {options.backend.value} runs in NVIDIA's container alone: ask for python")
     manifest = read_manifest(bundle)
     folder = repository / MODEL_NAME
     folder.mkdir()
     write_model(manifest, folder, options, bundle=str(bundle.resolve()))
-
-
-def container_command(repository: Path | str, source: Path | str, *, engine: str = "auto") -> str:
-    """Give the one shell command that serves a model repository in NVIDIA's container.
-
-    The sources are mounted read-only and copied inside, because building a package writes beside its sources.
-
-    Args:
-        repository: the model repository on the host.
-        source: a clone of this project on the host.
-        engine: which engine's packages to install; "auto" installs both CPU engines.
-    """
-    extras = {EngineName.ONNXRUNTIME.value: "cpu", EngineName.OPENVINO.value: "openvino"}.get(engine, "cpu,openvino")
-    inside = (
-        "mkdir /tmp/mirror && cp -r /src/pyproject.toml /src/README.md /src/LICENSE /src/runtime /tmp/mirror"
-        f" && pip install --quiet '/tmp/mirror[{extras}]'"
-        " && exec tritonserver --model-repository=/models --model-control-mode=none --disable-auto-complete-config"
-    )
-    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002))
-    return (
-        f"docker run --rm --shm-size=1g {ports} -e PIP_BREAK_SYSTEM_PACKAGES=1"
-        f" -v {shlex.quote(f'{repository}:/models:ro')} -v {shlex.quote(f'{source}:/src:ro')}"
-        f' {CONTAINER_IMAGE} sh -c "{inside}"'
-    )
 
 
 def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
@@ -243,6 +240,41 @@ def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
         )
 
 
+def _named(options: ServingOptions, encoder: EncoderModel) -> ServingOptions:
+    """Write down for `embed` what was chosen for `encoder`."""
+    artifact = encoder.artifact
+    return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
+
+
+def _put_in_place(scratch: Path, repository: Path) -> None:
+    """Replace the models by the new ones; an `encoder` that nothing uses any more goes too."""
+    for name in (ENCODER_NAME, MODEL_NAME):
+        if (repository / name).exists():
+            os.replace(repository / name, scratch / f"replaced-{name}")
+        if (scratch / name).exists():
+            os.replace(scratch / name, repository / name)
+
+
+def _copy_for_tokenizing(bundle: Path, folder: Path) -> None:
+    """Copy what `embed` needs of a bundle whose graph runs elsewhere."""
+    folder.mkdir()
+    for name in (MANIFEST_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE):
+        if (bundle / name).exists():  # the last one only where a pooling reads padding
+            shutil.copy2(bundle / name, folder)
+
+
+def _write_encoder(
+    bundle: Path, folder: Path, encoder: EncoderModel, cores: int, copy: Callable[[str, str], object]
+) -> None:
+    (folder / "1").mkdir(parents=True)
+    graph = bundle / encoder.artifact.path
+    copy(str(graph), str(folder / "1" / encoder.file))
+    beside = graph.with_name(f"{graph.name}_data")  # large graphs refer to their weights by this very name
+    if beside.exists():
+        copy(str(beside), str(folder / "1" / beside.name))
+    (folder / "config.pbtxt").write_text(render_encoder(encoder, cores), encoding="utf-8")
+
+
 def _length_prefixed(text: str) -> bytes:
     """Encode one element of a BYTES tensor: its length as 4 little-endian bytes, then the bytes."""
     raw = text.encode("utf-8")
@@ -254,7 +286,8 @@ def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """Copy a file as `shutil.copytree` asks for it, by a hard link where that can be had."""
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links: --link promises sharing only where possible

@@ -12,30 +12,35 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
-from mirror_runtime.bundle import read_manifest
 from mirror_runtime.errors import ServerError
-from mirror_runtime.selection import choose
-from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton import launch
 from mirror_runtime.triton.client import Client
+from mirror_runtime.triton.control import KEY_HEADER, OWNERS_APIS, Access, ModelControl
 from mirror_runtime.triton.distribution import Distribution, find_distribution, server_environment
-from mirror_runtime.triton.processes import group_members, kill_group
-from mirror_runtime.triton.repository import ServingOptions, write_temporary_repository
+from mirror_runtime.triton.processes import alive, cpu_seconds, group_members, kill_group, runners
+from mirror_runtime.triton.repository import MODEL_NAME
 
 SHARED_MEMORY = Path("/dev/shm")
 STARTUP_S = 180.0
+CANDIDATE_NAME = "embed_candidate"
+"""A model that is tried before it serves: a folder of this name that a killed deployment left is not loaded."""
+
+_CONFIG_FILE = "config.pbtxt"
 _POLL_S = 0.1
 _PROBE_S = 10.0
 _EXIT_TIMEOUT_S = 5
+_LAST_ANSWERS_S = 0.3
 _LOG_LINES = 20
 
 
 class Server:
     """A tritonserver process with one model repository. A context manager: start and ready on entry, gone on exit.
+
+    Every model of the repository is loaded. Models can be loaded and replaced while it runs by whoever has the key
+    that is made for it, and by nobody else.
 
     Args:
         repository: the model repository; it must hold the model `embed`.
@@ -66,6 +71,7 @@ class Server:
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         # Names our regions in /dev/shm, so that what a killed server leaves can be told from other people's.
         self.shared_memory_prefix = f"mirror_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._workers: frozenset[int] = frozenset()
@@ -80,6 +86,11 @@ class Server:
         if self._process is None:
             raise ServerError("the server is not running: call start() first")
         return self._process.pid
+
+    @property
+    def access(self) -> Access:
+        """How the owner reaches the running server; `ServerError` when it is not running."""
+        return Access(address=f"{_reachable(self.host)}:{self.grpc_port}", key=self._key, pid=self.pid)
 
     def start(self) -> None:
         """Start the process. It is ready only when `wait_ready` returns.
@@ -120,7 +131,7 @@ class Server:
         while not (cancelled and cancelled.is_set()):
             self._check_process()
             if self._answers():
-                self._workers = frozenset(group_members(self.pid)) - {self.pid}
+                self.adopt_workers()
                 return
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -128,23 +139,34 @@ class Server:
                 )
             time.sleep(_POLL_S)
 
-    def check(self) -> None:
-        """See that the server and the process that runs the model are alive. Triton's health does not see the latter.
+    def adopt_workers(self) -> None:
+        """Take the processes that run models now as those that must live: after a model was replaced."""
+        self._workers = frozenset(group_members(self.pid)) - {self.pid}
+
+    def check(self, *, workers: bool = True) -> None:
+        """See that the server and the processes that run models are alive. Triton's health does not see the latter.
+
+        Args:
+            workers: whether to look at the latter.
 
         Raises:
             ServerError: one of them has ended; the message holds the end of the log.
         """
         self._check_process()
-        if self._workers - frozenset(group_members(self.pid)):
+        if workers and not all(map(alive, self._workers)):
             # A server that dies takes its worker along, which may be gone first: the server's end is the cause to name.
             if self._process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(1.0)
+                    self._process.wait(_POLL_S)
             self._check_process()
             raise ServerError(
                 "the process that runs the model has died, and Triton does not start it again; "
                 f"the log ends:\n{self.log_tail()}"
             )
+
+    def workers_cpu_seconds(self) -> float:
+        """Give the processor time that the processes which run models have used."""
+        return cpu_seconds(self._workers)
 
     def client(self, protocol: str = "grpc", *, timeout_s: float = 60.0) -> Client:
         """Make a client of this server. Close it before `stop`: Triton waits for open HTTP connections."""
@@ -159,15 +181,45 @@ class Server:
         kept = [line for line in text.splitlines() if line and not line.startswith(("+", "|"))]
         return "\n".join(kept[-lines:])
 
-    def stop(self) -> None:
-        """End the server and remove what it left. Does nothing when it is not running."""
+    def drain(self, timeout_s: float, cancelled: threading.Event | None = None) -> bool:
+        """Refuse new requests as UNAVAILABLE (HTTP 503) and wait until those accepted before are answered.
+
+        Args:
+            timeout_s: how long to wait, in seconds.
+            cancelled: set from elsewhere to stop waiting.
+
+        Returns:
+            Whether all of them were answered.
+
+        Raises:
+            ServerError: the server does not do as told.
+        """
+        deadline = time.monotonic() + timeout_s
+        busy = runners(self.pid, MODEL_NAME)
+        with ModelControl(self.access) as control:
+            control.refuse(MODEL_NAME)
+            # The old model's process ends when it has answered its last request.
+            while any(map(alive, busy)):
+                if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
+                    return False
+                time.sleep(_POLL_S)
+        time.sleep(_LAST_ANSWERS_S)  # until answers that have left the model are with their clients
+        return True
+
+    def stop(self, *, grace_s: float = _EXIT_TIMEOUT_S * 2.0) -> None:
+        """End the server and remove what it left. Does nothing when it is not running.
+
+        Args:
+            grace_s: how long it may take to end by itself, in seconds. Triton waits for open requests and HTTP
+                connections, five seconds at most, before it unloads its models. 0 kills it at once.
+        """
         process, self._process = self._process, None
         try:
             if process is not None:
-                process.terminate()
-                # Triton gives open requests and connections _EXIT_TIMEOUT_S; then it unloads the model.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_EXIT_TIMEOUT_S * 2)
+                if grace_s > 0:
+                    process.terminate()
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(grace_s)
                 kill_group(process.pid)
                 process.wait()
         finally:
@@ -213,7 +265,11 @@ class Server:
     def _arguments(self, backends: Path) -> list[str]:
         return [
             f"--model-repository={self.repository}",
-            "--model-control-mode=none",
+            "--model-control-mode=explicit",
+            *(f"--load-model={model}" for model in self._models()),
+            # Whoever loads a model runs code here: only who has the key may.
+            f"--grpc-restricted-protocol={OWNERS_APIS}:{KEY_HEADER}={self._key}",
+            f"--http-restricted-api={OWNERS_APIS}:{KEY_HEADER}={self._key}",
             "--disable-auto-complete-config",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
@@ -227,6 +283,13 @@ class Server:
             "--pinned-memory-pool-byte-size=0",
             f"--exit-timeout-secs={_EXIT_TIMEOUT_S}",
         ]
+
+    def _models(self) -> list[str]:
+        try:
+            folders = [entry.name for entry in self.repository.iterdir() if (entry / _CONFIG_FILE).is_file()]
+        except OSError as error:
+            raise ServerError(f"{self.repository} cannot be read: {error.strerror}") from error
+        return sorted(set(folders) - {CANDIDATE_NAME})
 
     def _check_process(self) -> None:
         if self._process is None:
@@ -246,75 +309,6 @@ class Server:
             return False
         with self.client(timeout_s=_PROBE_S) as client:
             return client.ready()
-
-
-def serve(
-    bundle: Path,
-    *,
-    http_port: int = 8000,
-    grpc_port: int = 8001,
-    metrics_port: int = 8002,
-    host: str = "127.0.0.1",
-    engine: str = "auto",
-    precision: str = "auto",
-    streams: int | None = None,
-    long_texts: LongTexts = LongTexts.TRUNCATE,
-    max_batch_size: int = 256,
-    on_ready: Callable[[Server], None] | None = None,
-) -> None:
-    """Serve a bundle until SIGINT or SIGTERM arrives, then stop in order and return. Call it from the main thread.
-
-    Args:
-        bundle: the bundle's folder.
-        http_port: 0 picks a free one; so do the others.
-        grpc_port: see `http_port`.
-        metrics_port: see `http_port`.
-        host: see `Server`.
-        engine: see `ServingOptions`; so are the following three.
-        precision: see `ServingOptions`.
-        streams: see `ServingOptions`.
-        long_texts: see `ServingOptions`.
-        max_batch_size: see `ServingOptions`.
-        on_ready: called once with the server when a real inference has succeeded.
-
-    Raises:
-        BundleError: `bundle` is no bundle.
-        EngineError: the bundle has nothing that runs here as asked.
-        MissingExtra: the server's wheel or tritonclient is not installed.
-        ServerError: the server did not start, or died.
-    """
-    options = ServingOptions(
-        engine=engine,
-        precision=precision,
-        streams=streams,
-        long_texts=long_texts,
-        max_batch_size=max_batch_size,
-    )
-    choose(read_manifest(bundle), engine, precision)  # an impossible wish ends here, not in Triton's log
-    with tempfile.TemporaryDirectory(prefix="mirror-repository-") as folder, _signals() as stopping:
-        write_temporary_repository(bundle, Path(folder), options)
-        server = Server(Path(folder), host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-        try:
-            server.start()
-            server.wait_ready(cancelled=stopping)
-            if on_ready is not None and not stopping.is_set():
-                on_ready(server)
-            while not stopping.wait(1.0):
-                server.check()
-        finally:
-            server.stop()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event: an exception at an arbitrary place could lose a process just started."""
-    stopping = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _launcher() -> list[str]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.errors import ServerError
+from mirror_runtime.errors import DeadlineExceededError, MirrorError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.vectors import Vectors
 
-OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED")
+OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT")
+
+Parameters: TypeAlias = Mapping[str, "str | int | bool"]
+"""Of one request, by name."""
+
+DEAD_RUNNER = "is not healthy"
+"""What Triton says when the process that runs a model is dead or stands still, until it is started again."""
+
+_EXPIRED = "was over before work on it began"
+_RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 
 
 class Rejected(ServerError):
@@ -25,11 +35,19 @@ class Rejected(ServerError):
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What one request of n texts brought back: [n, width] of the model's vector type, int32 [n, 1], bool [n, 1]."""
+    """What one request of n texts brought back.
+
+    Attributes:
+        vectors: [n, width] of the model's vector type.
+        tokens: int32 [n, 1].
+        truncated: bool [n, 1].
+        fingerprint: of the vector space.
+    """
 
     vectors: Vectors
     tokens: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    fingerprint: str
 
 
 class Transport(Protocol):
@@ -37,7 +55,7 @@ class Transport(Protocol):
 
     body_bytes: int
 
-    def submit(self, texts: NDArray[Any]) -> Callable[[], Reply]:
+    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
         """Send texts, an object array [n, 1] of bytes; calling the result waits for the reply or raises."""
 
     def config(self) -> Mapping[str, Any]:
@@ -50,13 +68,58 @@ class Transport(Protocol):
         """Close the connections."""
 
 
-def server_error(url: str, code: str, message: str, *, invalid: bool) -> ServerError:
-    """Turn a server's answer into our exception: `Rejected` where the request itself was at fault."""
+class AsyncTransport(Protocol):
+    """The same for asyncio. Cancelling the task that waits cancels the request."""
+
+    body_bytes: int
+
+    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Awaitable[Reply]:
+        """Send texts, an object array [n, 1] of bytes, and wait for the reply."""
+
+    def config(self, timeout_s: float) -> Awaitable[Mapping[str, Any]]:
+        """Fetch the model's configuration."""
+
+    def close(self) -> Awaitable[None]:
+        """Close the connections."""
+
+
+def server_error(url: str, code: str, message: str) -> MirrorError:
+    """Turn a server's answer into our exception.
+
+    Args:
+        url: host and port, for the message.
+        code: gRPC's status, or "HTTP 400".
+        message: what the server said.
+
+    Returns:
+        `Rejected` where the request itself was at fault, `OverloadedError` where the model has too much to do,
+        `UnavailableError` where it takes nothing for now, `DeadlineExceededError` where the time was over, else
+        `ServerError`.
+    """
     reason = str(message)
-    if invalid:
+    if code in ("INVALID_ARGUMENT", "HTTP 400"):
         return Rejected(reason)
-    hint = " Is the server running there, and is this its gRPC port?" if code == "UNAVAILABLE" else ""
-    return ServerError(f"{url} answered {code}: {reason}.{hint}")
+    if code == "DEADLINE_EXCEEDED" or _EXPIRED in reason:
+        return DeadlineExceededError(f"{url} did not answer in time: {reason}")
+    if DEAD_RUNNER in reason:  # Triton calls it INTERNAL. Nothing was computed, and mirror serve starts it again.
+        return unreachable(url, f"answered {code}: {reason}")
+    if code in ("UNAVAILABLE", "HTTP 503"):
+        hint = _RETRY_HINT.search(reason)
+        if hint:
+            seconds = float(hint[1]) / (1000 if hint[2] == "ms" else 1)
+            return OverloadedError(f"{url}: {reason}", seconds)
+        return unreachable(url, f"answered {code}: {reason}")
+    return ServerError(f"{url} answered {code}: {reason}")
+
+
+def unreachable(url: str, what: str) -> UnavailableError:
+    """Say that nobody usable listens."""
+    return UnavailableError(f"{url}: {what}. Is the server running there, and is this the right port?")
+
+
+def microseconds(timeout_s: float) -> int:
+    """Give a request's deadline as Triton has it, so that the model need not begin what nobody waits for any more."""
+    return max(1, round(timeout_s * 1e6))
 
 
 def text_tensor(library: Any, texts: NDArray[Any]) -> Any:
@@ -68,5 +131,5 @@ def text_tensor(library: Any, texts: NDArray[Any]) -> Any:
 
 def read_reply(result: Any) -> Reply:
     """Read the model's outputs from tritonclient's result."""
-    vectors, tokens, truncated = (result.as_numpy(name) for name in OUTPUTS)
-    return Reply(vectors=vectors, tokens=tokens, truncated=truncated)
+    vectors, tokens, truncated, fingerprint = (result.as_numpy(name) for name in OUTPUTS)
+    return Reply(vectors=vectors, tokens=tokens, truncated=truncated, fingerprint=fingerprint[0, 0].decode())

@@ -1,0 +1,143 @@
+"""The other ways to serve: a second model behind `embed`, several instances."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import (
+    MANIFEST_FILE,
+    Artifact,
+    EngineName,
+    Layout,
+    Manifest,
+    Parity,
+    Precision,
+    TensorSpec,
+    read_manifest,
+    write_json,
+)
+from mirror_runtime.errors import ServerError
+from mirror_runtime.triton import Server, ServingOptions
+from mirror_runtime.triton.options import Backend
+from mirror_runtime.triton.repository import write_repository, write_temporary_repository
+
+pytestmark = pytest.mark.serving
+
+TEXTS = ["", "one", "zwei Häuser", *(" ".join(["word"] * n) for n in range(1, 80))]
+
+STAND_IN = '''\
+"""Stands in for a backend that the wheel has not: the same tensors, from the engine without weights."""
+
+from pathlib import Path
+
+import triton_python_backend_utils as pb_utils
+
+from mirror_runtime.bundle import Precision, read_manifest
+from mirror_runtime.engines.fake import FakeEngine
+from mirror_runtime.packing import PackedRows
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        spec = read_manifest(Path(args["model_repository"]).parent / "embed" / "1" / "bundle").encoder
+        self.engine = FakeEngine(Precision.FP32, 1, spec)
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        names = ("input_ids", "position_ids", "segment_ids")
+        rows = PackedRows(**{name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names})
+        if 15044 in rows.input_ids:  # the word "explode"
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError("/opt/secret/graph.onnx broke"))
+        return pb_utils.InferenceResponse([pb_utils.Tensor("embedding", self.engine.run(rows))])
+'''
+
+
+@pytest.fixture(scope="module")
+def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`embed` over an `encoder` whose backend alone is replaced: its configuration is the one for ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("two")
+    bundle = folder / "bundle"
+    shutil.copytree(fake_bundle, bundle)
+    (bundle / "onnx").mkdir()
+    (bundle / "onnx" / "model_packed.onnx").write_bytes(b"no graph")
+    manifest = read_manifest(bundle)
+    write_json(dataclasses.replace(manifest, artifacts=(packed_artifact(manifest),)), bundle / MANIFEST_FILE)
+    options = ServingOptions(backend=Backend.ONNXRUNTIME, streams=2)
+    write_repository(bundle, folder / "models", options)
+    encoder = folder / "models" / "encoder"
+    config = (encoder / "config.pbtxt").read_text()
+    assert 'backend: "onnxruntime"' in config
+    config = config.replace('backend: "onnxruntime"', 'backend: "python"').replace('"model.onnx"', '"model.py"')
+    (encoder / "config.pbtxt").write_text(config)
+    (encoder / "1" / "model.py").write_text(STAND_IN)
+    with Server(folder / "models") as running:
+        yield running
+
+
+def packed_artifact(manifest: Manifest) -> Artifact:
+    names = ("input_ids", "position_ids", "segment_ids")
+    return Artifact(
+        path="onnx/model_packed.onnx",
+        engine=EngineName.ONNXRUNTIME,
+        precision=Precision.FP32,
+        layout=Layout.PACKED,
+        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in names),
+        outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim)),),
+        size=1,
+        parity=Parity(
+            reference="tests",
+            texts=1,
+            texts_sha256="0" * 64,
+            min_cosine=1.0,
+            mean_cosine=1.0,
+            max_abs_diff=0.0,
+            floor=0.99999,
+            neighbour_cosine=1.0,
+            spearman=1.0,
+            top10_overlap=1.0,
+        ),
+        toolchain={},
+    )
+
+
+def test_vectors_through_a_second_model_are_the_encoders(two_models: Server, fake_bundle: Path) -> None:
+    with Encoder.load(fake_bundle, engine="fake") as encoder, two_models.client() as client:
+        expected = encoder.encode_detailed(TEXTS)
+        for batch_size in (1, 64):
+            served = client.encode_detailed(TEXTS, batch_size=batch_size)
+            np.testing.assert_array_equal(served.vectors, expected.vectors)
+            np.testing.assert_array_equal(served.truncated, expected.truncated)
+
+
+def test_a_failing_second_model_fails_the_request_and_hides_its_paths(two_models: Server) -> None:
+    with two_models.client() as client:
+        with pytest.raises(ServerError, match="encoding failed; the server's log says why") as caught:
+            client.encode(["explode"])
+        assert "secret" not in str(caught.value)
+        assert client.encode(["fine"]).any()
+    assert "graph.onnx broke" in two_models.log_tail(60)
+
+
+@pytest.fixture
+def serve(fake_bundle: Path, tmp_path: Path) -> Callable[[ServingOptions], Server]:
+    def start(options: ServingOptions) -> Server:
+        write_temporary_repository(fake_bundle, tmp_path, options)
+        return Server(tmp_path)
+
+    return start
+
+
+def test_two_instances_share_the_work_and_the_cores(serve: Callable[..., Server], fake_bundle: Path) -> None:
+    with (
+        serve(ServingOptions(engine="fake", instances=2)) as server,
+        Encoder.load(fake_bundle, engine="fake") as encoder,
+        server.client() as client,
+    ):
+        np.testing.assert_array_equal(client.encode(TEXTS, batch_size=2), encoder.encode(TEXTS))

@@ -1,0 +1,380 @@
+"""Everything a client can do wrong, over HTTP and gRPC: what it is told, and that the server stays well.
+
+What Triton itself answers is written down here as it is, also where another status would be better (500 for malformed
+JSON, 200 for an empty body): a client has to know it, and a new version that behaves differently shows.
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from mirror_runtime import Encoder
+from mirror_runtime.triton import Server
+
+pytestmark = pytest.mark.serving
+
+FUZZED = int(os.environ.get("MIRROR_FUZZED_REQUESTS", "500"))
+"""How many random requests are sent; 10,000 take some minutes."""
+
+LEAK = re.compile(r"Traceback|\.py\b|(?:^|[\s'\"(=])/(?:[\w.+-]+/)+")
+"""A traceback or a path of the server's machine."""
+
+
+def prefixed(*texts: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Http:
+    """One HTTP request and what it must get."""
+
+    name: str
+    status: int
+    message: str
+    body: bytes = b""
+    path: str = "/v2/models/embed/infer"
+    method: str = "POST"
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grpc:
+    """One gRPC request and what it must get."""
+
+    name: str
+    status: str
+    message: str
+    texts: tuple[bytes, ...] = (b"a",)
+    raw: tuple[bytes, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    datatype: str = "BYTES"
+    tensor: str = "TEXT"
+    outputs: tuple[str, ...] = ()
+    model: str = "embed"
+    version: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def message_of(self) -> Any:
+        shape = self.shape or (len(self.texts), 1)
+        request = service_pb2.ModelInferRequest(model_name=self.model, model_version=self.version)
+        request.inputs.add(name=self.tensor, datatype=self.datatype, shape=shape)
+        request.raw_input_contents.extend((prefixed(*self.texts),) if self.raw is None else self.raw)
+        for name in self.outputs:
+            request.outputs.add(name=name)
+        for name, value in self.parameters.items():
+            kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}[type(value)]
+            setattr(request.parameters[name], kind, value)
+        return request
+
+
+def body(*data: Any, shape: Any = None, datatype: str = "BYTES", name: str = "TEXT", **more: Any) -> bytes:
+    tensor = {"name": name, "shape": shape or [len(data), 1], "datatype": datatype, "data": list(data)}
+    return json.dumps({"inputs": [tensor], **more}).encode()
+
+
+def binary(raw: bytes, size: int | None = None, length: str | None = None, shape: Any = (1, 1)) -> dict[str, Any]:
+    size = len(raw) if size is None else size
+    tensor = {"name": "TEXT", "shape": list(shape), "datatype": "BYTES", "parameters": {"binary_data_size": size}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    return {"body": head + raw, "headers": {"Inference-Header-Content-Length": length or str(len(head))}}
+
+
+LONG = "word " * 100
+
+HTTP = [
+    Http("malformed JSON", 500, "parse", b'{"inputs": ['),
+    Http("no JSON", 500, "parse", b"hello"),
+    Http("an array", 500, "", b"[1, 2]"),
+    Http("no inputs", 500, "inputs", b"{}"),
+    Http("empty inputs", 400, "expected 1 inputs", b'{"inputs": []}'),
+    Http("inputs of the wrong type", 500, "", b'{"inputs": 5}'),
+    Http("input without a name", 500, "name", b'{"inputs": [{"shape": [1, 1], "datatype": "BYTES", "data": ["a"]}]}'),
+    Http("a number for a text", 500, "", body(5)),
+    Http("null for a text", 500, "", body(None)),
+    Http("an object for a text", 500, "", body({"a": 1})),
+    Http("unknown input", 400, "unexpected inference input 'WORDS'", body("a", name="WORDS")),
+    Http("another type", 400, "expects 'BYTES'", body(1, datatype="INT32")),
+    Http("unknown type", 400, "", body("a", datatype="TEXTS")),
+    Http("no batch dimension", 400, "shape", body("a", shape=[1])),
+    Http("three dimensions", 400, "shape", body("a", shape=[1, 1, 1])),
+    Http("two columns", 400, "shape", body("a", "b", shape=[1, 2])),
+    Http("over max_batch_size", 400, "batch-size must be <= 256", body(*["a"] * 257)),
+    Http("batch of 0", 400, "", body(shape=[0, 1])),
+    Http("negative shape", 500, "", body("a", shape=[-1, 1])),
+    Http("fewer texts than the shape says", 400, "", body("a", shape=[2, 1])),
+    Http("more texts than the shape says", 400, "", body("a", "b", shape=[1, 1])),
+    Http("unknown output", 400, "unexpected inference output 'SUMMARY'", body("a", outputs=[{"name": "SUMMARY"}])),
+    Http("unknown parameter", 400, "known are dimensions, prompt, truncate", body("a", parameters={"normalise": True})),
+    Http("truncate as a string", 400, "'truncate' is 'no'", body("a", parameters={"truncate": "no"})),
+    Http("dimensions of 0", 400, "a number from 1 to 16", body("a", parameters={"dimensions": 0})),
+    Http("too many dimensions", 400, "'dimensions' is 17", body("a", parameters={"dimensions": 17})),
+    Http("dimensions as a string", 400, "'dimensions' is '8'", body("a", parameters={"dimensions": "8"})),
+    Http("half a dimension", 400, "'dimensions' is 1.5", body("a", parameters={"dimensions": 1.5})),
+    Http("a number as prompt", 400, "'prompt' is 5", body("a", parameters={"prompt": 5})),
+    Http("a book as prompt", 400, "may have 1000", body("a", parameters={"prompt": "x" * 1001})),
+    Http("a list as parameter", 400, "", body("a", parameters={"prompt": ["a"]})),
+    Http("a reserved parameter", 400, "triton_", body("a", parameters={"triton_x": 1})),
+    Http("a long text, not to be cut", 400, "has 102 tokens", body(LONG, parameters={"truncate": False})),
+    Http("invalid UTF-8", 400, "text 0: not valid UTF-8 (byte 0xff at offset 0)", **binary(prefixed(b"\xff"))),
+    Http("an encoded surrogate", 400, "text 0: not valid UTF-8", **binary(prefixed(b"\xed\xa0\x80"))),
+    Http("binary size beyond the body", 400, "", **binary(prefixed(b"a"), size=500)),
+    Http("binary size short of the body", 400, "", **binary(prefixed(b"abc"), size=2)),
+    Http("text longer than its tensor", 400, "", **binary(struct.pack("<I", 1000) + b"a")),
+    Http("half a length", 400, "", **binary(b"\x01\x00")),
+    Http("JSON length beyond the body", 400, "", **binary(prefixed(b"a"), length="99999")),
+    Http("JSON length below zero", 400, "", **binary(prefixed(b"a"), length="-5")),
+    Http("unknown model", 404, "unknown model", body("a"), path="/v2/models/embedd/infer"),
+    Http("unknown version", 404, "version", body("a"), path="/v2/models/embed/versions/7/infer"),
+    Http("version that is no number", 404, "", body("a"), path="/v2/models/embed/versions/new/infer"),
+    Http("unknown path", 404, "", body("a"), path="/v2/models/embed/encode"),
+    Http("GET", 405, "", b"", method="GET"),
+]
+
+GRPC = [
+    Grpc("unknown input", "INVALID_ARGUMENT", "unexpected inference input 'WORDS'", tensor="WORDS"),
+    Grpc("another type", "INVALID_ARGUMENT", "expects 'BYTES'", raw=(b"\0\0\0\0",), datatype="INT32"),
+    Grpc("unknown type", "INVALID_ARGUMENT", "", datatype="TEXTS"),
+    Grpc("no batch dimension", "INVALID_ARGUMENT", "shape", shape=(1,)),
+    Grpc("two columns", "INVALID_ARGUMENT", "shape", texts=(b"a", b"b"), shape=(1, 2)),
+    Grpc("over max_batch_size", "INVALID_ARGUMENT", "batch-size must be <= 256", texts=(b"a",) * 257),
+    Grpc("negative shape", "INVALID_ARGUMENT", "", shape=(-1, 1)),
+    Grpc("fewer texts than the shape says", "INVALID_ARGUMENT", "expected 2", shape=(2, 1)),
+    Grpc("more texts than the shape says", "INVALID_ARGUMENT", "", texts=(b"a", b"b"), shape=(1, 1)),
+    Grpc("no data", "INVALID_ARGUMENT", "", raw=()),
+    Grpc("text longer than its tensor", "INVALID_ARGUMENT", "", raw=(struct.pack("<I", 1000) + b"a",)),
+    Grpc("half a length", "INVALID_ARGUMENT", "", raw=(b"\x01\x00",)),
+    Grpc(
+        "invalid UTF-8",
+        "INVALID_ARGUMENT",
+        "text 1: not valid UTF-8 (byte 0xff at offset 4)",
+        texts=(b"a", b"bad \xff"),
+    ),
+    Grpc("unknown output", "INVALID_ARGUMENT", "unexpected inference output 'SUMMARY'", outputs=("SUMMARY",)),
+    Grpc("unknown parameter", "INVALID_ARGUMENT", "known are dimensions, prompt", parameters={"normalise": True}),
+    Grpc("truncate as a number", "INVALID_ARGUMENT", "'truncate' is 0: it is true", parameters={"truncate": 0}),
+    Grpc("negative dimensions", "INVALID_ARGUMENT", "'dimensions' is -1", parameters={"dimensions": -1}),
+    Grpc("dimensions as a truth", "INVALID_ARGUMENT", "'dimensions' is True", parameters={"dimensions": True}),
+    Grpc(
+        "a long text, not to be cut",
+        "INVALID_ARGUMENT",
+        "text 0: has 102",
+        (LONG.encode(),),
+        parameters={"truncate": False},
+    ),
+    Grpc("unknown model", "NOT_FOUND", "unknown model", model="embedd"),
+    Grpc("no model", "NOT_FOUND", "", model=""),
+    Grpc("unknown version", "NOT_FOUND", "version", version="7"),
+    Grpc("version that is no number", "INVALID_ARGUMENT", "version", version="new"),
+]
+
+
+class Wire:
+    """Sends anything to a server and gives whatever it answers."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._channel = grpc.insecure_channel(
+            f"127.0.0.1:{server.grpc_port}", options=[("grpc.max_send_message_length", -1)]
+        )
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._http: http.client.HTTPConnection | None = None
+
+    def http(self, path: str, content: bytes, headers: dict[str, str], method: str = "POST") -> Answer:
+        """Send one HTTP request; a connection that the server has closed after an error is opened again."""
+        if self._http is None:
+            self._http = http.client.HTTPConnection("127.0.0.1", self.server.http_port, timeout=30)
+        self._http.request(method, path, content, headers)
+        response = self._http.getresponse()
+        answer = Answer(str(response.status), response.read().decode("utf-8", errors="replace"))
+        if response.will_close:
+            self._http.close()
+            self._http = None
+        return answer
+
+    def grpc(self, message: Any) -> Answer:
+        try:
+            self._stub.ModelInfer(message, timeout=30)
+        except grpc.RpcError as error:
+            return Answer(error.code().name, error.details())
+        return Answer("OK", "")
+
+    def close(self) -> None:
+        self._channel.close()
+        if self._http is not None:
+            self._http.close()
+
+
+@pytest.fixture(scope="module")
+def wire(server: Server) -> Iterator[Wire]:
+    wire = Wire(server)
+    yield wire
+    wire.close()
+
+
+@pytest.fixture(scope="module")
+def healthy(server: Server, fake_bundle: Path) -> Iterator[Callable[[], None]]:
+    """A check that the server is alive and still gives the right vectors."""
+    texts = ["still", "here?"]
+    with Encoder.load(fake_bundle, engine="fake") as encoder:
+        expected = encoder.encode(texts)
+    with server.client() as client:
+
+        def check() -> None:
+            server.check()
+            np.testing.assert_array_equal(client.encode(texts), expected)
+
+        yield check
+
+
+@pytest.mark.parametrize("bad", HTTP, ids=lambda bad: bad.name)
+def test_bad_http_requests_are_told_what_is_wrong(wire: Wire, healthy: Callable[[], None], bad: Http) -> None:
+    answer = wire.http(bad.path, bad.body, bad.headers, bad.method)
+    assert (answer.status, bad.message in answer.message) == (str(bad.status), True), answer
+    assert not LEAK.search(answer.message)
+    healthy()
+
+
+@pytest.mark.parametrize("bad", GRPC, ids=lambda bad: bad.name)
+def test_bad_grpc_requests_are_told_what_is_wrong(wire: Wire, healthy: Callable[[], None], bad: Grpc) -> None:
+    answer = wire.grpc(bad.message_of())
+    assert (answer.status, bad.message in answer.message) == (bad.status, True), answer
+    assert not LEAK.search(answer.message)
+    healthy()
+
+
+def test_what_looks_odd_and_is_right_is_answered(wire: Wire, healthy: Callable[[], None]) -> None:
+    for text in ("", " ", "\0", "a\0b", "🏠" * 50, "x" * 100_000):
+        assert wire.http("/v2/models/embed/infer", body(text), {}).status == "200", text[:10]
+    assert wire.grpc(Grpc("", "", "", (LONG.encode(),), parameters={"truncate": True}).message_of()).status == "OK"
+    # Triton takes the whole body for the tensor where the JSON's length is no number, and the first of two tensors.
+    odd = binary(prefixed(b"a"), length="many")
+    assert wire.http("/v2/models/embed/infer", odd["body"], odd["headers"]).status == "200"
+    assert wire.grpc(Grpc("", "", "", raw=(prefixed(b"a"), prefixed(b"b"))).message_of()).status == "OK"
+    whole = {"truncate": True, "dimensions": 16, "prompt": ""}
+    assert wire.http("/v2/models/embed/infer", body("a", parameters=whole), {}).status == "200"
+    healthy()
+
+
+def test_an_empty_http_body_is_one_empty_text_to_triton(wire: Wire, healthy: Callable[[], None]) -> None:
+    assert wire.http("/v2/models/embed/infer", b"", {}).status == "200"
+    healthy()
+
+
+@pytest.mark.parametrize("size", [5_000_000, 9_000_000])
+def test_a_large_body_is_answered_or_refused(wire: Wire, healthy: Callable[[], None], size: int) -> None:
+    text = "word " * (size // 5)
+    refusal = "" if size < 8_000_000 else "has 9000000 bytes of text: send at most 8000000 in one"
+    answer = wire.grpc(Grpc("", "", "", (text.encode(),)).message_of())
+    assert (answer.status, refusal in answer.message) == ("INVALID_ARGUMENT" if refusal else "OK", True)
+    for content, headers in ((body(text), {}), (binary(prefixed(text.encode())).values())):
+        answer = wire.http("/v2/models/embed/infer", content, headers)
+        assert (answer.status, refusal in answer.message) == ("400" if refusal else "200", True)
+    healthy()
+
+
+class Fuzz:
+    """Random requests, a good part of them nearly right. The same seed gives the same ones."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def grpc(self) -> Any:
+        pick = self._random
+        texts = tuple(self._bytes() for _ in range(pick.choice([0, 1, 1, 1, 1, 1, 2, 5])))
+        return Grpc(
+            "",
+            "",
+            "",
+            texts=texts,
+            raw=pick.choice([None] * 8 + [(), (self._bytes(),), (self._bytes(), self._bytes())]),
+            shape=pick.choice([None] * 8 + [(len(texts),), (1, 1), (pick.randint(-3, 300), pick.randint(-1, 2))]),
+            datatype=pick.choice(["BYTES"] * 20 + ["INT32", "FP32", "", "bytes"]),
+            tensor=pick.choice(["TEXT"] * 20 + ["", "text", "TEXT\0"]),
+            outputs=tuple(
+                pick.sample(["EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT", "X"], pick.choice([0, 0, 1, 4]))
+            ),
+            model=pick.choice(["embed"] * 30 + ["", "embed/", "../embed"]),
+            version=pick.choice([""] * 20 + ["1", "0", "-1", "x", "99999999999999999999"]),
+            parameters={self._name(): self._value() for _ in range(pick.choice([0, 0, 0, 0, 1, 3]))},
+        ).message_of()
+
+    def http(self) -> tuple[str, bytes, dict[str, str]]:
+        pick = self._random
+        texts = [self._bytes().decode("utf-8", errors="replace") for _ in range(pick.choice([0, 1, 1, 1, 2]))]
+        parameters = {
+            self._name(): pick.choice([self._value(), None, [], {}]) for _ in range(pick.choice([0, 0, 0, 1, 2]))
+        }
+        content = body(*texts, parameters=parameters)
+        headers: dict[str, str] = {}
+        if pick.random() < 0.3:
+            crafted = binary(
+                self._bytes(), size=pick.choice([None, None, 0, 7, 10_000]), length=pick.choice([None, None, "0", "9"])
+            )
+            content, headers = crafted["body"], crafted["headers"]
+        if pick.random() < 0.3:
+            spoilt = bytearray(content)
+            for _ in range(pick.randint(1, 8)):
+                spoilt[pick.randrange(len(spoilt))] = pick.randrange(256)
+            content = bytes(spoilt)
+        if pick.random() < 0.1:
+            content = content[: pick.randrange(1, len(content))]
+        path = pick.choice(["/v2/models/embed/infer"] * 8 + ["/v2/models/embed/versions/1/infer", "/v2/models//infer"])
+        return path, content, headers
+
+    def _bytes(self) -> bytes:
+        pick = self._random
+        size = pick.choice([0, 1, 3, 20, 200, 3000])
+        return pick.choice([pick.randbytes(size), b"word " * (size // 5), "ü🏠\0".encode() * (size // 7)])
+
+    def _name(self) -> str:
+        names = [
+            "truncate",
+            "dimensions",
+            "prompt",
+            "timeout",
+            "priority",
+            "sequence_id",
+            "",
+            "triton_a",
+            "é\0",
+            "x" * 300,
+        ]
+        return self._random.choice(names)
+
+    def _value(self) -> Any:
+        return self._random.choice([True, False, 0, 1, 8, -1, 2**62, 0.5, "", "a", "\0", "x" * 2000])
+
+
+@pytest.mark.slow
+def test_random_requests_are_all_answered(wire: Wire, healthy: Callable[[], None]) -> None:
+    fuzz = Fuzz(seed=6)
+    statuses: dict[str, int] = {}
+    for number in range(FUZZED):
+        answer = wire.grpc(fuzz.grpc()) if number % 2 else wire.http(*fuzz.http())
+        assert answer.status not in ("DEADLINE_EXCEEDED", "CANCELLED"), f"request {number} got no answer: {answer}"
+        if answer.status not in ("OK", "200"):
+            assert not LEAK.search(answer.message), (number, answer)
+        statuses[answer.status] = statuses.get(answer.status, 0) + 1
+        if number % 100 == 99:
+            healthy()
+    healthy()
+    assert sum(statuses.values()) == FUZZED
+    assert min(statuses.get(status, 0) for status in ("OK", "200", "400", "INVALID_ARGUMENT")) > FUZZED // 50, statuses

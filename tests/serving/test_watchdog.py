@@ -1,0 +1,93 @@
+"""`mirror serve` keeps serving: what dies or hangs is started again, up to a bound."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from mirror_runtime.triton import Client
+from tests.serving.mirror_serve import Load, MirrorServe, wait_until
+
+pytestmark = pytest.mark.serving
+
+IMPATIENT = """
+import sys
+from pathlib import Path
+from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
+from mirror_runtime.triton.watchdog import Patience
+
+serve(
+    Path(sys.argv[1]),
+    http_port=0, grpc_port=0, metrics_port=0,
+    options=ServingOptions(engine="fake"),
+    service=ServiceOptions(patience=Patience(probe_s=0.2, silent_s=1.5)),
+    on_ready=lambda server: print(f"gRPC     127.0.0.1:{server.grpc_port}\\nmetrics", flush=True),
+    say=lambda line: print(line, flush=True),
+)
+"""
+
+
+def test_a_killed_model_process_is_replaced_and_patient_clients_see_no_error(fake_bundle: Path) -> None:
+    with MirrorServe(fake_bundle, "--engine", "fake") as served:
+        patient = [Client(served.grpc), Client(served.http, protocol="http")]
+        plain = tritonclient.grpc.InferenceServerClient(served.grpc)
+        expected = patient[0].encode(["hello", "world"])
+        np.testing.assert_array_equal(patient[1].encode(["hello", "world"]), expected)
+
+        def impatient() -> object:
+            tensor = tritonclient.grpc.InferInput("TEXT", [1, 1], "BYTES")
+            tensor.set_data_from_numpy(np.array([[b"hello"]], dtype=np.object_))
+            return plain.infer("embed", [tensor], client_timeout=10).as_numpy("EMBEDDING")
+
+        waiting = [lambda client=client: client.encode(["hello", "world"]) for client in patient]
+        with Load([*waiting, impatient], pause_s=0.005) as load:
+            wait_until(lambda: len(load.outcomes) > 30)
+            killed_at = time.monotonic()
+            os.kill(served.runner(), signal.SIGKILL)
+            wait_until(lambda: any(o.began > killed_at and o.result is not None for o in load.outcomes))
+            wait_until(lambda: "serving again" in served.output)
+            time.sleep(1.0)
+        back_at = min(o.ended for o in load.outcomes if o.began > killed_at and isinstance(o.result, np.ndarray))
+        assert back_at - killed_at < 10
+        for outcome in load.outcomes:
+            if isinstance(outcome.result, np.ndarray):
+                np.testing.assert_array_equal(outcome.result, expected[: len(outcome.result)])
+        # Without retries: answered, or refused at once. With them: answered.
+        refused = load.failures()
+        assert all(isinstance(o.result, tritonclient.grpc.InferenceServerException) for o in refused), refused
+        assert max(o.ended - o.began for o in refused) < 5
+        assert not any("DEADLINE" in str(o.result) for o in refused), "a request was lost"
+        for client in [*patient, plain]:
+            client.close()
+        assert served.terminate() == 0
+        assert "the process that runs the model has died" in served.output
+        assert "starting again: 1 of 5 restarts" in served.output
+        assert not served.shared_memory()
+
+
+def test_a_stopped_model_process_is_noticed(fake_bundle: Path) -> None:
+    with MirrorServe(fake_bundle, code=IMPATIENT) as served, Client(served.grpc) as client:
+        before = client.encode(["hello"])
+        os.kill(served.runner(), signal.SIGSTOP)
+        began = time.monotonic()
+        np.testing.assert_array_equal(client.encode(["hello"]), before)
+        assert time.monotonic() - began < 10
+        assert "no inference has succeeded for" in served.output
+
+
+def test_the_restarts_have_a_bound(fake_bundle: Path) -> None:
+    with MirrorServe(fake_bundle, "--engine", "fake", "--max-restarts", "1") as served:
+        os.kill(served.tritonserver, signal.SIGKILL)
+        wait_until(lambda: "serving again" in served.output)
+        with Client(served.grpc) as client:
+            assert client.ready(), "on the same port as before"
+        os.kill(served.runner(), signal.SIGKILL)
+        assert served.process.wait(20) == 2
+        wait_until(lambda: "gave up after 1 restarts within 10 minutes" in served.output)
+        assert "tritonserver ended with signal SIGKILL" in served.output
+        assert "Traceback" not in served.output
+        assert not served.shared_memory()
