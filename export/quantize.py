@@ -250,7 +250,8 @@ def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
 
 def _layer(graph: Rewrite, node: NodeProto) -> bytes:
     """Name a linear layer by its weights, which an encoder's padded and packed graph share."""
-    return graph.array(node.input[1])[0].tobytes()
+    name: bytes = graph.array(node.input[1])[0].tobytes()
+    return name
 
 
 def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, list[NodeProto]]]:
