@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror_runtime.errors import OverloadedError, ServerError
+from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError
 from mirror_runtime.triton.client import Statistics
 from mirror_runtime.triton.swaps import Swaps, deploying
 from mirror_runtime.triton.watchdog import Patience, Watchdog
@@ -87,6 +87,12 @@ def test_a_refusal_for_load_is_no_alarm_while_others_are_answered(served):
     assert watched(served, 0.8)[0] == ""
 
 
+def test_a_probe_that_comes_too_late_is_no_alarm_while_others_are_answered(served):
+    served.answer = DeadlineExceededError("too late")
+    served.growing = True
+    assert watched(served, 0.8)[0] == ""
+
+
 def test_a_server_that_is_full_and_answers_nobody_is_broken(served):
     served.answer = OverloadedError("too much to do", 0.1)
     problem, seconds = watched(served, 5)
@@ -94,8 +100,11 @@ def test_a_server_that_is_full_and_answers_nobody_is_broken(served):
     assert 0.4 <= seconds < 1.0
 
 
-def test_an_engine_that_fails_each_time_is_broken(served):
+@pytest.mark.parametrize("others_fail_too", [False, True])
+def test_an_engine_that_fails_each_time_is_broken_though_triton_counts_its_answers(served, others_fail_too):
     served.answer = ServerError("encoding failed")
+    served.growing = others_fail_too
+    served.cores = 0.9 * others_fail_too
     problem, seconds = watched(served, 5)
     assert "no inference has succeeded for" in problem
     assert "encoding failed" in problem

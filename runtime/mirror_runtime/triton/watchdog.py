@@ -95,19 +95,26 @@ class Watchdog:
         silent_s = now - self._alive_at
         if silent_s < 2 * self._patience.probe_s or now - self._looked_at < self._patience.probe_s:
             return ""
-        # A probe may wait behind a long queue while others are answered: the counters see those.
         self._looked_at = now
+        # Triton counts an answer that says "encoding failed" as an inference: a failed probe outweighs its counters.
+        failing = self._prober.failing
+        if not failing and self._others_are_answered():
+            self._lives(now)
+            return ""
+        why = self._prober.failure or "requests wait without an answer"
+        computing = not failing and self._server.workers_cpu_seconds() - self._computed_s > _COMPUTING * silent_s
+        if DEAD_RUNNER not in why and silent_s < (self._patience.computing_s if computing else self._patience.silent_s):
+            return ""
+        return f"no inference has succeeded for {silent_s:.0f} s: {why}"
+
+    def _others_are_answered(self) -> bool:
+        """A probe may wait behind a long queue while others are answered: Triton's counters see those."""
         with contextlib.suppress(ServerError):
             answered = self._counters.statistics().inferences
             if answered != self._answered:
                 self._answered = answered
-                self._lives(now)
-                return ""
-        why = self._prober.failure or "requests wait without an answer"
-        computing = self._server.workers_cpu_seconds() - self._computed_s > _COMPUTING * silent_s
-        if DEAD_RUNNER not in why and silent_s < (self._patience.computing_s if computing else self._patience.silent_s):
-            return ""
-        return f"no inference has succeeded for {silent_s:.0f} s: {why}"
+                return True
+        return False
 
     def _lives(self, when: float) -> None:
         self._alive_at = when
@@ -120,6 +127,8 @@ class _Prober:
     def __init__(self, client: Client, pause_s: float) -> None:
         self.answered_at = 0.0
         self.failure = ""
+        self.failing = False
+        """Whether the model answered the last probe, and the answer was that it failed."""
         self._client = client
         self._pause_s = pause_s
         self._ended = threading.Event()
@@ -139,8 +148,9 @@ class _Prober:
                 self._client.probe()
             except (OverloadedError, ServerError) as error:  # a model that is too busy answers others, or else it hangs
                 self.failure = str(error)
+                self.failing = type(error) is ServerError  # and no kind of it, such as "unavailable" or "too late"
                 continue
             except ValueError:  # how gRPC names a channel that has just been closed
                 return
-            self.failure = ""
+            self.failure, self.failing = "", False
             self.answered_at = time.monotonic()
