@@ -63,7 +63,11 @@ STS_DROP = 0.5
 """Points of Spearman correlation that an artifact may lose on an evaluation set."""
 
 NEIGHBOURS = 24
-"""Texts that are also run alone."""
+"""Texts that are also run alone, spread over the lengths that occur."""
+
+STEP, LONGEST = 25, 600
+"""Characters: besides, one text of each such step up to the longest is run alone. A text alone runs in a row of its own
+length, of 16, 32, 48 tokens and so on, each compiled by itself: each is to be met."""
 
 PADDED_TEXTS, PADDED_TOKENS = 32, 4096
 """Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
@@ -328,7 +332,8 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
     by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     count = min(NEIGHBOURS, len(texts))
-    picked = [by_length[i * len(texts) // count] for i in range(count)]
+    steps = {len(text) // STEP: i for i, text in enumerate(texts) if len(text) <= LONGEST}
+    picked = list(dict.fromkeys([*(by_length[i * len(texts) // count] for i in range(count)), *steps.values()]))
     sample = [texts[i] for i in picked]
     together = encode(sample)
     alone = np.concatenate([encode([text]) for text in sample])

@@ -1,4 +1,4 @@
-"""A shape serves only when all its streams give the same vectors."""
+"""A shape serves only when its vectors are right, on all its streams."""
 
 import logging
 from typing import Any, cast
@@ -6,8 +6,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from export.build import Request, build
 from mirror_runtime import Encoder, EngineError
+from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.engines import openvino_engine
+from mirror_runtime.host import has_bf16
 
 TEXTS = ["the cat sat on the mat", "a dog"] * 60
 
@@ -39,8 +42,8 @@ class _Damaged:
     def __array__(self, dtype=None, copy=None):
         return self._output + np.float32(0.5)
 
-    def copy(self):
-        return np.asarray(self)
+    def __getitem__(self, key):
+        return np.asarray(self)[key]
 
 
 def test_streams_that_disagree_are_compiled_again_and_the_log_says_so(tiny_bundle, damage, caplog):
@@ -69,3 +72,29 @@ def test_one_stream_has_nobody_to_disagree_with(tiny_bundle, damage):
     damage(0)
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=1, cache_dir=None) as encoder:
         assert np.isfinite(encoder.encode(TEXTS)).all()
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
+def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
+    texts = [f"{'on ' * words}the mat" for words in range(1, 70, 5)]
+    bundle = tmp_path / "bundle"
+    for name in ("config.json", "model.safetensors", *(path.name for path in minilm.glob("*token*")), "vocab.txt"):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "plain" / name).symlink_to(minilm / name)
+    request = Request(
+        encoder=str(tmp_path / "plain"),
+        output=bundle,
+        pooling=Pooling.CLS,
+        precisions=(Precision.BF16,),
+        texts=tuple(texts),
+    )
+    assert not build(request).refused
+    manifest = read_manifest(bundle)
+    path = next(a.path for a in manifest.artifacts if a.precision is Precision.BF16)
+    with (
+        Encoder.of_graph(bundle, manifest, EngineName.ONNXRUNTIME, Precision.FP32, "onnx/model_packed.onnx") as exact,
+        Encoder.of_graph(bundle, manifest, EngineName.OPENVINO, Precision.BF16, path) as encoder,
+    ):
+        wanted, found = (np.concatenate([e.encode([text]) for text in texts]) for e in (exact, encoder))
+    cosines = (wanted * found).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosines.min() > 0.9995
