@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Pooling, VectorType
+from mirror_runtime.bundle import ONE_TOKEN, TOKENS_PER_SLOT, EncoderSpec, Pooling, VectorType
 from mirror_runtime.vectors import LARGEST_INT8
 from training.families import Pick
 from training.reference import Reference
 
 EPSILON = 1e-12
 """Smallest norm divided by, as `torch.nn.functional.normalize` has it."""
-
-ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK)
-"""Poolings that read one token of each text: the last layer need not be computed for the others."""
 
 
 @dataclass(frozen=True)

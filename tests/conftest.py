@@ -9,24 +9,15 @@ from pathlib import Path
 import pytest
 
 from mirror_runtime.bundle import (
-    CANARIES_FILE,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
     Artifact,
-    Canaries,
-    EncoderSpec,
     EngineName,
     Layout,
-    Manifest,
-    Parity,
     Pooling,
     Precision,
     TensorSpec,
     read_manifest,
-    sha256_file,
-    write_json,
 )
+from tests.fake_bundles import PARITY, write_fake_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,34 +91,6 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "export_graphs", copied)
 
 
-def write_fake_bundle(
-    tokenizer: Path, folder: Path, max_tokens: int, dim: int, artifacts: tuple[Artifact, ...]
-) -> Path:
-    """Write a bundle without graphs, for the fake engine: a manifest and a tokenizer."""
-    folder.mkdir()
-    shutil.copy(tokenizer / TOKENIZER_FILE, folder)
-    write_json(Canaries(canaries=()), folder / CANARIES_FILE)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        created_by="tests",
-        encoder=EncoderSpec(
-            base_model="fake",
-            revision=None,
-            family="bert",
-            pooling=Pooling.MEAN,
-            normalize=True,
-            max_tokens=max_tokens,
-            dim=dim,
-            pad_to=None,
-        ),
-        fingerprint="0123456789abcdef",
-        files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
-        artifacts=artifacts,
-    )
-    write_json(manifest, folder / MANIFEST_FILE)
-    return folder
-
-
 @pytest.fixture
 def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle for the fake engine, with the packaged MiniLM's tokenizer."""
@@ -157,18 +120,7 @@ def make_artifact() -> Callable[..., Artifact]:
             inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("rows", "length")),),
             outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", 8)),),
             size=1,
-            parity=Parity(
-                reference="tests",
-                texts=1,
-                texts_sha256="0" * 64,
-                min_cosine=1.0,
-                mean_cosine=1.0,
-                max_abs_diff=0.0,
-                floor=0.99999,
-                neighbour_cosine=1.0,
-                spearman=1.0,
-                top10_overlap=1.0,
-            ),
+            parity=PARITY,
             toolchain={"onnx": "1"},
         )
 

@@ -54,6 +54,10 @@ class Pooling(str, Enum):
     divided by their sum, which the published code leaves out: cosines are the same."""
 
 
+ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK)
+"""Poolings that read one token of each text: the last layer need not be computed for the others."""
+
+
 class VectorType(str, Enum):
     """What the numbers of a vector are when they leave the graph."""
 

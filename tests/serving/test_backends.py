@@ -15,7 +15,6 @@ from mirror_runtime.bundle import (
     EngineName,
     Layout,
     Manifest,
-    Parity,
     Precision,
     TensorSpec,
     read_manifest,
@@ -25,6 +24,7 @@ from mirror_runtime.errors import ServerError
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.options import Backend
 from mirror_runtime.triton.repository import write_repository, write_temporary_repository
+from tests.fake_bundles import PARITY
 
 pytestmark = pytest.mark.serving
 
@@ -91,18 +91,7 @@ def packed_artifact(manifest: Manifest) -> Artifact:
         inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in names),
         outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim)),),
         size=1,
-        parity=Parity(
-            reference="tests",
-            texts=1,
-            texts_sha256="0" * 64,
-            min_cosine=1.0,
-            mean_cosine=1.0,
-            max_abs_diff=0.0,
-            floor=0.99999,
-            neighbour_cosine=1.0,
-            spearman=1.0,
-            top10_overlap=1.0,
-        ),
+        parity=PARITY,
         toolchain={},
     )
 

@@ -6,7 +6,7 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-from mirror_runtime.bundle import EncoderSpec, EngineName, Pooling, Precision
+from mirror_runtime.bundle import ONE_TOKEN, EncoderSpec, EngineName, Precision
 from mirror_runtime.engines.base import Engine
 from mirror_runtime.errors import EngineError
 
@@ -51,8 +51,7 @@ def load_engine(
     if name is EngineName.OPENVINO:
         from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 
-        one_token = spec.pooling in (Pooling.CLS, Pooling.LAST, Pooling.MASK)
-        return OpenVinoEngine(graph, precision, streams, cache, one_token=one_token)
+        return OpenVinoEngine(graph, precision, streams, cache, one_token=spec.pooling in ONE_TOKEN)
     if name is EngineName.ONNXRUNTIME:
         from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 

@@ -13,6 +13,7 @@ from mirror_runtime.commandline import truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.serving_options import EngineOption, LongTextsOption, PrecisionOption, StreamsOption
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton.repository import MODEL_NAME
 
@@ -75,15 +76,10 @@ def gateway(
             help="On SIGTERM, how long new connections are still taken while /health already says 503.",
         ),
     ] = 1.0,
-    engine: Annotated[str, typer.Option(help="auto, or an engine that the bundle holds, such as openvino.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, or a precision that the bundle holds, such as bf16.")] = "auto",
-    streams: Annotated[
-        int | None,
-        typer.Option(min=1, help="Executions side by side: 2 on 2 cores favours throughput, 1 favours one request."),
-    ] = None,
-    long_texts: Annotated[
-        LongTexts, typer.Option(help="Texts over the encoder's max_tokens: cut, refused, or averaged over chunks.")
-    ] = LongTexts.TRUNCATE,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    streams: StreamsOption = None,
+    long_texts: LongTextsOption = LongTexts.TRUNCATE,
 ) -> None:
     """Serve embeddings over HTTP as OpenAI's API and Text Embeddings Inference do, until Ctrl-C or SIGTERM.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mirror_runtime.serving_options import EngineOption, LongTextsOption, PrecisionOption, StreamsOption
 from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton.options import ServingOptions
 from mirror_runtime.triton.repository import MODEL_NAME
@@ -33,15 +34,10 @@ def serve(
         str,
         typer.Option(help="Address to listen on. There is no authentication: 0.0.0.0 serves whoever reaches it."),
     ] = "127.0.0.1",
-    engine: Annotated[str, typer.Option(help="auto, or an engine that the bundle holds, such as openvino.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, or a precision that the bundle holds, such as bf16.")] = "auto",
-    streams: Annotated[
-        int | None,
-        typer.Option(min=1, help="Executions side by side: 2 on 2 cores favours throughput, 1 favours one request."),
-    ] = None,
-    long_texts: Annotated[
-        LongTexts, typer.Option(help="Texts over the encoder's max_tokens: cut, refused, or averaged over chunks.")
-    ] = LongTexts.TRUNCATE,
+    engine: EngineOption = "auto",
+    precision: PrecisionOption = "auto",
+    streams: StreamsOption = None,
+    long_texts: LongTextsOption = LongTexts.TRUNCATE,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts a request may have.")] = 256,
     max_tokens_in_flight: Annotated[
         int,
