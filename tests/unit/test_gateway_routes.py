@@ -1,5 +1,6 @@
 """What a gateway says besides vectors, and TEI's way to ask for them."""
 
+import asyncio
 import json
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime import __version__
+from mirror_runtime.gateway.app import make_app
 from tests.gateways import FINGERPRINT, MODEL, running, vectors
 
 
@@ -98,6 +100,23 @@ def test_metrics_count_what_happened(gateway):
         f'mirror_gateway_info{{engine="fake",fingerprint="{FINGERPRINT}",precision="fp32"}} 1.0' in page.body.decode()
     )
     assert 'mirror_gateway_request_seconds_bucket{le="0.01",route="/v1/embeddings"}' in page.body.decode()
+
+
+def test_whoever_has_an_answer_finds_it_counted(gateway):
+    def count() -> float:
+        return gateway.metric("mirror_gateway_requests_total", route="other", status="404")
+
+    before, counts = count(), []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        counts.append(count() - before)
+
+    scope = {"type": "http", "method": "GET", "path": "/nowhere", "query_string": b"", "headers": []}
+    asyncio.run(make_app(gateway.service)(scope, receive, send))
+    assert counts == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,21 @@ class Gate:
         given = headers.get(b"x-request-id", b"")
         identity = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode("ascii")
         REQUEST_ID.set(identity.decode("ascii"))
+        path = scope["path"]
         status = CLIENT_GONE
+        done = False
+
+        def count() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                route = path if path in self._routes else "other"
+                self._service.metrics.answered(route, status, time.perf_counter() - began)
 
         async def answer(message: Message) -> None:
             nonlocal status
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                count()  # before the last byte: whoever has an answer finds it counted
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", identity)]
@@ -62,7 +73,6 @@ class Gate:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
-        path = scope["path"]
         try:
             refusal = self._refusal(path, headers)
             if refusal is None:
@@ -70,8 +80,7 @@ class Gate:
             else:
                 await response_of(refusal)(scope, receive, answer)
         finally:
-            route = path if path in self._routes else "other"
-            self._service.metrics.answered(route, status, time.perf_counter() - began)
+            count()
 
     def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
         """Say why a request is refused before its body is read; None where it is not."""
