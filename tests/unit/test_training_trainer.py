@@ -152,6 +152,7 @@ def test_recipes_are_the_published_ones() -> None:
         Recipe.WORD: (2, 25, 0, 0.2, 200, 2e-5),
         Recipe.SELF_GUIDED: (1, 128, 0, 0.01, 16, 5e-5),
         Recipe.MIRROR_PLUS: (1, 50, 5, 0.05, 200, 2e-5),
+        Recipe.MIRROR_CLS: (1, 50, 5, 0.03, 200, 3e-5),
     }
     assert [recipe for recipe, c in RECIPES.items() if c.repetition] == [Recipe.MIRROR_PLUS]
     guided = RECIPES[Recipe.SELF_GUIDED]
