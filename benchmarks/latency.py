@@ -20,7 +20,7 @@ LENGTHS = (8, 16, 32, 64, 128)
 TEXTS_A_LENGTH = 16
 """Different texts that take turns, so that no call repeats the one before."""
 
-FULL_SAMPLES = 500
+FULL_SAMPLES = 2000
 QUICK_SAMPLES = 100
 WARM_CALLS = 3
 """Untimed calls at the start of each turn: the other parties have just had the caches and cores."""
@@ -43,7 +43,7 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
                 name = runner.point.name
                 if name not in failed:
                     try:
-                        samples[name] += _turn(runner, texts, calls)
+                        samples[name] += time_calls(runner, texts, calls)
                     except MirrorError as error:
                         failed.add(name)
                         results.fail("latency", name, error)
@@ -54,8 +54,12 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
     results.finish("latency")
 
 
-def _turn(runner: Runner, texts: Sequence[str], calls: int) -> list[float]:
-    """Time `calls` calls with one text each, in milliseconds."""
+def time_calls(runner: Runner, texts: Sequence[str], calls: int) -> list[float]:
+    """Time `calls` calls with one text each, in milliseconds, after some that warm up.
+
+    Raises:
+        MirrorError: a text or the engine failed.
+    """
     encode = runner.encoder.encode
     for text in texts[:WARM_CALLS]:
         encode([text])
@@ -77,4 +81,5 @@ def _result(runner: Runner, tokens: int, samples: Sequence[float]) -> LatencyRes
         p50_ms=percentile(samples, 50),
         p90_ms=percentile(samples, 90),
         p99_ms=percentile(samples, 99),
+        p999_ms=percentile(samples, 99.9),
     )

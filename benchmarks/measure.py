@@ -12,7 +12,7 @@ from rich.progress import Progress
 from benchmarks.ceilings import EncoderShape, measure_ceilings
 from benchmarks.latency import run_latency
 from benchmarks.peer_specs import PeerPoint
-from benchmarks.peer_suite import prepare_peers, run_peers
+from benchmarks.peer_suite import peer_starters, prepare_peers, run_peers
 from benchmarks.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.perf_analyzer import find_perf_analyzer
 from benchmarks.quality import Judge, run_quality
@@ -20,7 +20,7 @@ from benchmarks.results import Suite
 from benchmarks.serving import run_serving
 from benchmarks.session import Plan, Results, Runner, loaded
 from benchmarks.startup import our_starters, run_startup
-from benchmarks.throughput import run_throughput
+from benchmarks.throughput import run_lengths, run_throughput
 from benchmarks.training_suite import TrainingPlan, run_training
 from mirror_runtime.errors import InputError, PeerError
 
@@ -55,8 +55,7 @@ def measure(
         if shape is not None and wanted & {Suite.THROUGHPUT, Suite.PEERS}:
             measure_ceilings(plan, shape, results, progress)
         if Suite.STARTUP in wanted:
-            starters = our_starters(plan, plan.points) + [peer.starter for peer in peers]
-            run_startup(plan, starters, results, progress)
+            run_startup(plan, [*our_starters(plan), *peer_starters(peers, results)], results, progress)
         if set(plan.suites) - {Suite.STARTUP, Suite.TRAINING}:
             with loaded(plan, results) as runners:
                 _measure_loaded(plan, runners, peers, environments, results, progress)
@@ -79,6 +78,10 @@ def _measure_loaded(
             results.fail(Suite.LATENCY.value, "all", error)
     if Suite.THROUGHPUT in plan.suites:
         run_throughput(plan, runners, results, progress)
+        try:
+            run_lengths(plan, runners, results, progress)
+        except InputError as error:
+            results.fail(Suite.THROUGHPUT.value, "by length", error)
     judge = None
     if Suite.QUALITY in plan.suites:
         judge = Judge(plan.sets, seed=plan.seed)

@@ -49,6 +49,25 @@ class PeerResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SingleTexts:
+    """One text a call, warm, in turns with the other parties.
+
+    Attributes:
+        party: our engine and precision, or a peer and its backend.
+        ours: whether it is one of our artifacts.
+        tokens: exact length of every text, special tokens included.
+    """
+
+    party: str
+    ours: bool
+    tokens: int
+    samples_ms: tuple[float, ...]
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Our median rate over a peer's, from rounds that took turns, and how far the vectors agree.
 

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.peers.worker import peer_environment
-from benchmarks.startup import Starter
-
 FOLDER = Path(__file__).resolve().parent / "peers"
 
 
@@ -90,13 +87,3 @@ class PeerPoint:
     def command(self) -> tuple[str, ...]:
         """What starts the worker. Isolated mode keeps our folder and the user's packages out of its imports."""
         return str(self.python), "-I", str(FOLDER / f"{self.spec.name}_peer.py")
-
-    @property
-    def starter(self) -> Starter:
-        """What the suite `startup` runs."""
-        return Starter(
-            party=self.name,
-            min_cosine=None,
-            command=(*self.command, "start", str(self.model), self.backend),
-            environment=peer_environment(),
-        )

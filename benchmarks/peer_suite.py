@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
+from benchmarks.footprint import environment_bytes
 from benchmarks.peer_results import Comparison, PeerResult, SweepPoint
 from benchmarks.peer_specs import FOLDER, PEERS, PeerPoint, PeerSpec
-from benchmarks.peers.worker import PeerWorker
+from benchmarks.peers.worker import PeerWorker, peer_environment
 from benchmarks.quality import Judge
 from benchmarks.session import Plan, Results, Runner, steps
+from benchmarks.single_texts import SETTLE_S, run_single_texts
+from benchmarks.startup import Starter
 from benchmarks.summary import alternate, interleave, median, ratio_of_medians
 from benchmarks.throughput import Rounds
 from mirror_runtime.environments import existing_environment, make_environment
@@ -29,8 +32,6 @@ BATCH_SIZES = (8, 16, 32, 64, 128)
 QUICK_BATCH_SIZES = (16, 64)
 FULL_SWEEP_TEXTS = 1024
 QUICK_SWEEP_TEXTS = 128
-SETTLE_S = 0.25
-"""Pause between parties: a library's threads may go on spinning for a while after its last call."""
 
 
 @dataclass(kw_only=True)
@@ -108,6 +109,27 @@ def prepare_peers(
     return points
 
 
+def peer_starters(points: Sequence[PeerPoint], results: Results) -> list[Starter]:
+    """Give the commands that suite `startup` runs, one for each backend; what cannot be asked for its size is noted."""
+    starters = []
+    for point in points:
+        try:
+            size = environment_bytes(point.python)
+        except PeerError as error:
+            results.fail("startup", point.name, error)
+            continue
+        starters.append(
+            Starter(
+                party=point.name,
+                min_cosine=None,
+                command=(*point.command, "start", str(point.model), point.backend),
+                installed_bytes=size,
+                environment=peer_environment(),
+            )
+        )
+    return starters
+
+
 def run_peers(
     plan: Plan,
     runners: Sequence[Runner],
@@ -145,6 +167,9 @@ def run_peers(
                     results.fail("peers", peer.point.name, error)
                 done(peer.point.name)
         _take_turns(plan, ours, theirs, results, progress)
+        parties: list[tuple[str, Runner | PeerWorker]] = [(mine.runner.point.name, mine.runner) for mine in ours]
+        parties += [(peer.point.name, peer.worker) for peer in theirs]
+        run_single_texts(plan, parties, scratch, results, progress)
         _compare(plan, ours, theirs, vectors, results)
         if judge is not None:
             _judge(theirs, judge, scratch, results, progress)

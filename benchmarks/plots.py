@@ -149,6 +149,22 @@ def _throughput(report: Report, theme: Theme) -> Figure:
     return figure
 
 
+def _lengths(report: Report, theme: Theme) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "Texts of one length")
+    for name in dict.fromkeys(r.point.name for r in report.lengths):
+        points = sorted((r.tokens, r.tokens_per_s) for r in report.lengths if r.point.name == name)
+        axes.plot([tokens for tokens, _ in points], [rate for _, rate in points], marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({r.tokens for r in report.lengths})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of each text")
+    axes.set_ylabel("tokens a second")
+    _legend(axes, theme)
+    return figure
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Mark:
     """A party in a scatter plot."""
@@ -249,6 +265,7 @@ _DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Them
     "latency": (lambda r: r.latency, _latency),
     "latency_cdf": (lambda r: r.latency, _latency_cdf),
     "throughput": (lambda r: r.throughput or r.peers, _throughput),
+    "lengths": (lambda r: r.lengths, _lengths),
     "agreement": (lambda r: r.comparisons or len(r.throughput) > 1, _agreement),
     "pareto": (lambda r: len(_worth_and_rate(r)) > 1, _pareto),
     "serving": (lambda r: any(result.open for result in r.serving), _serving),

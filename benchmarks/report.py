@@ -72,12 +72,14 @@ def build_report(
         ceilings=tuple(results.ceilings.values()),
         latency=tuple(sorted(results.latency.values(), key=lambda r: r.point.name)),
         throughput=tuple(results.throughput.values()),
+        lengths=tuple(sorted(results.lengths.values(), key=lambda r: r.point.name)),
         startup=tuple(results.startup.values()),
         quality_sets=results.quality_sets,
         quality=tuple(results.quality.values()),
         serving=tuple(results.serving.values()),
         ours_beside_peers=tuple(results.ours_beside_peers.values()),
         peers=tuple(results.peers.values()),
+        single_texts=tuple(results.single_texts.values()),
         comparisons=tuple(results.comparisons.values()),
         training=tuple(results.training.values()),
         failures=tuple(results.failures),
@@ -143,6 +145,9 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
         "latency": [
             {"point": r.point.name, "tokens": r.tokens, "p50_ms": r.p50_ms, "p99_ms": r.p99_ms} for r in report.latency
         ],
+        "single_texts": [
+            {"party": r.party, "tokens": r.tokens, "p50_ms": r.p50_ms, "p99_ms": r.p99_ms} for r in report.single_texts
+        ],
         "throughput": [
             {
                 "point": r.point.name,
@@ -154,7 +159,19 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
             }
             for r in report.throughput
         ],
-        "startup": [{"party": r.party, "median_s": r.median_s} for r in report.startup],
+        "lengths": [
+            {"point": r.point.name, "tokens": r.tokens, "tokens_per_s": r.tokens_per_s} for r in report.lengths
+        ],
+        "startup": [
+            {
+                "party": r.party,
+                "median_s": r.median_s,
+                "first_vector_bytes": r.first_vector_bytes,
+                "peak_bytes": r.peak_bytes,
+                "installed_bytes": r.installed_bytes,
+            }
+            for r in report.startup
+        ],
         "quality": [
             {
                 "party": r.party,

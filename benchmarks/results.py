@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from benchmarks.peer_results import Comparison, PeerResult, TrainingResult
+from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
 from benchmarks.serving_results import ServingResult
 from mirror_runtime.bundle import EngineName, Precision, from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 REPORT_FILE = "report.json"
 
 
@@ -168,6 +168,7 @@ class LatencyResult:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    p999_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,18 +201,42 @@ class ThroughputResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LengthResult:
+    """Texts of one length in one `encode` call, tokenising included; one sample a round.
+
+    Attributes:
+        tokens: exact length of every text, special tokens included.
+    """
+
+    point: Point
+    tokens: int
+    texts: int
+    samples_s: tuple[float, ...]
+    texts_per_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartupResult:
-    """Seconds from process start to the first vector, in a fresh process with warm file caches.
+    """Seconds from process start to the first vector, in a fresh process with warm file caches, and what it takes.
 
     Attributes:
         party: our engine and precision, or a peer and its backend.
         min_cosine: of the artifact's export; None for a peer.
+        first_vector_bytes: the process's peak resident memory when it had its first vector; median of the starts.
+        texts: of the workload, that it encoded next.
+        peak_bytes: its peak resident memory after these.
+        installed_bytes: of the packages that it needs, Python itself left out.
     """
 
     party: str
     min_cosine: float | None
     samples_s: tuple[float, ...]
     median_s: float
+    first_vector_bytes: int
+    texts: int
+    peak_bytes: int
+    installed_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +257,7 @@ class Report:
         resumed: when the run was continued after an interrupt; empty for one that ran through.
         finished: the steps that need not be measured again by `--resume`.
         ours_beside_peers: our throughput in the rounds that took turns with the peers.
+        single_texts: latency of ours and of the peers, in turns.
     """
 
     schema_version: int
@@ -249,12 +275,14 @@ class Report:
     ceilings: tuple[Ceiling, ...]
     latency: tuple[LatencyResult, ...]
     throughput: tuple[ThroughputResult, ...]
+    lengths: tuple[LengthResult, ...]
     startup: tuple[StartupResult, ...]
     quality_sets: tuple[QualitySet, ...]
     quality: tuple[QualityResult, ...]
     serving: tuple[ServingResult, ...]
     ours_beside_peers: tuple[ThroughputResult, ...]
     peers: tuple[PeerResult, ...]
+    single_texts: tuple[SingleTexts, ...]
     comparisons: tuple[Comparison, ...]
     training: tuple[TrainingResult, ...]
     failures: tuple[Failure, ...]

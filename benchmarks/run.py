@@ -33,7 +33,7 @@ from benchmarks.results import Suite
 from benchmarks.resume import read_interrupted, restore
 from benchmarks.session import Plan, Results, select_points
 from benchmarks.training_suite import TrainingPlan
-from benchmarks.workload import bundle_tokenizer, load_workload
+from benchmarks.workload import Shape, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import BundleError, InputError
@@ -62,6 +62,9 @@ def run(
     texts: Annotated[
         Path | None, typer.Option(help="Workload, one text a line. Default: docstrings of the standard library.")
     ] = None,
+    shape: Annotated[
+        Shape, typer.Option(help="Lengths of the texts: lines as they are, 96 to 256 tokens, or 5 to 500.")
+    ] = Shape.LINES,
     quick: Annotated[
         bool, typer.Option("--quick", help="At most 1,000 texts, few samples: under 2 minutes on 2 cores.")
     ] = False,
@@ -125,12 +128,12 @@ def run(
     manifest = read_manifest(bundle)
     points = select_points(manifest, engine or [], precision or [])
     tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
-    shape, shapeless = _shape(bundle)
+    sizes, shapeless = _shape(bundle)
     plan = Plan(
         bundle=bundle,
         manifest=manifest,
         points=points,
-        workload=load_workload(texts, tokenizer, quick=quick, seed=seed),
+        workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
         suites=suites,
         peers=peers,
         sets=sets,
@@ -138,7 +141,7 @@ def run(
         quick=quick,
         rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
         seed=seed,
-        flop_per_token=None if shape is None else shape.flop_per_token,
+        flop_per_token=None if sizes is None else sizes.flop_per_token,
     )
     results, spent_s = Results(), 0.0
     resumed: tuple[str, ...] = ()
@@ -152,7 +155,7 @@ def run(
     partial = False
     try:
         with _progress(console) as progress, truncations_counted_elsewhere():
-            measure(plan, shape, tuning, environments, results, progress)
+            measure(plan, sizes, tuning, environments, results, progress)
     except KeyboardInterrupt:
         partial = True
     report = build_report(

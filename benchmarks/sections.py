@@ -108,7 +108,7 @@ def limits(report: Report) -> Section:
     if report.throughput and not report.ceilings:
         notes.append("No ceiling was measured: shares of it are missing.")
     if any(len(r.samples_ms) < FEWEST_FOR_P99 for r in report.latency):
-        notes.append(f"Latency's p99 rests on fewer than {FEWEST_FOR_P99} samples; p99.9 would need ten times as many.")
+        notes.append(f"Latency's p99 rests on fewer than {FEWEST_FOR_P99} samples, and p99.9 on one or two.")
     if report.quality and all(one.group == "sts" for one in report.quality_sets):
         notes.append("Quality is measured on sentence similarity alone: no retrieval set with people's judgements.")
     if report.serving:

@@ -86,6 +86,8 @@ def peers(report: Report) -> Section | None:
         f"{sizes} in a sweep beforehand."
     )
     blocks: list[Block] = [Table(head, ours + theirs), text]
+    if report.single_texts:
+        blocks += [_single_texts(report), _SINGLE_NOTE]
     if report.comparisons:
         blocks += [_ratios(report), _RATIOS_NOTE]
     return Section("Peers", (*blocks, Plot("agreement", "Speed against agreement with the reference")))
@@ -96,6 +98,27 @@ _RATIOS_NOTE = (
     "rounds: it shows how they scattered, not what all of them had in common. Cosines are a peer's vectors to ours in "
     "fp32 over the workload, or to those of ours that they are nearest to."
 )
+
+
+_SINGLE_NOTE = (
+    "One text a call, warm, tokenising included, each party's own process timing its own calls, in turns. Ours run "
+    "with the streams that throughput wants; `mirror plan --for latency` finds what a single text wants."
+)
+
+
+def _single_texts(report: Report) -> Table:
+    rows = [
+        (
+            f"mirror_runtime {r.party}" if r.ours else r.party,
+            str(r.tokens),
+            f"{r.p50_ms:.2f}",
+            f"{r.p90_ms:.2f}",
+            f"{r.p99_ms:.2f}",
+            str(len(r.samples_ms)),
+        )
+        for r in report.single_texts
+    ]
+    return Table(("one text at a time", "tokens", "p50 ms", "p90 ms", "p99 ms", "n"), rows)
 
 
 def _ratios(report: Report) -> Table:
@@ -131,15 +154,15 @@ def training(report: Report) -> Section | None:
         for r in report.training
     ]
     fastest = min(report.training, key=lambda r: r.median_s)
-    ratios = "; ".join(
-        f"{r.party} takes {r.median_s / fastest.median_s:.1f} times as long as {fastest.party}"
+    ratios = "".join(
+        f" {r.party} takes {r.median_s / fastest.median_s:.1f} times as long as {fastest.party}."
         for r in report.training
         if r is not fastest
     )
     text = (
         f"{first.base} tuned on {first.corpus} ({first.texts:,} texts), pooling {first.pooling}. Seconds are "
         "from process start to the saved folder. Scores are Spearman x 100: median over the seeds (lowest to highest), "
-        f"all pairs of a set together. {ratios}."
+        f"all pairs of a set together.{ratios}"
     )
     head = ("party", "median s", *sets, "mean", "seeds")
     return Section("Training", (Table(head, rows), text, Plot("training", "Seconds of tuning against the mean score")))

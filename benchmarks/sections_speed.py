@@ -79,7 +79,25 @@ def throughput(report: Report) -> Section | None:
         "Tokens and the share of the ceiling count useful tokens, not padding. The stages' shares are of wall time: "
         "they overlap, and infer is summed over the streams. " + PARITY_NOTE + above
     )
-    return Section("Throughput", (Table(head, rows), text, Plot("throughput", "Texts a second")))
+    return Section("Throughput", (Table(head, rows), text, Plot("throughput", "Texts a second"), *_lengths(report)))
+
+
+def _lengths(report: Report) -> tuple[Block, ...]:
+    """Lay lengths against artifacts: a row a length."""
+    if not report.lengths:
+        return ()
+    found = {(r.tokens, r.point.name): r for r in report.lengths}
+    names = tuple(dict.fromkeys(r.point.name for r in report.lengths))
+    rows = [
+        (
+            str(tokens),
+            *(NONE if (r := found.get((tokens, name))) is None else f"{r.tokens_per_s:,.0f}" for name in names),
+        )
+        for tokens in sorted({r.tokens for r in report.lengths})
+    ]
+    head = ("tokens of each text", *(f"{name}, tokens/s" for name in names))
+    text = f"{report.lengths[0].texts} different texts of exactly one length in one call; medians of rounds in turns."
+    return Table(head, rows), text, Plot("lengths", "Throughput against length")
 
 
 def latency(report: Report) -> Section | None:
@@ -93,13 +111,14 @@ def latency(report: Report) -> Section | None:
             f"{r.p50_ms:.2f}",
             f"{r.p90_ms:.2f}",
             f"{r.p99_ms:.2f}",
+            f"{r.p999_ms:.2f}",
             str(len(r.samples_ms)),
             parity(r.point),
         )
         for r in report.latency
     ]
     few = any(len(r.samples_ms) < 300 for r in report.latency)
-    head = ("engine, precision", "tokens", "p50 ms", "p90 ms", "p99 ms", "n", "min cosine")
+    head = ("engine, precision", "tokens", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "n", "min cosine")
     text = (
         "One text a call, in process, warm, tokenising included, no server and nobody else asking. "
         + ("With fewer than 300 samples p99 rests on one to three of them. " if few else "")
@@ -122,15 +141,23 @@ def startup(report: Report) -> Section | None:
             f"{r.median_s:.2f}",
             f"{min(r.samples_s):.2f} to {max(r.samples_s):.2f}",
             str(len(r.samples_s)),
+            f"{r.first_vector_bytes / 1e6:,.0f}",
+            f"{r.peak_bytes / 1e6:,.0f}",
+            f"{r.installed_bytes / 1e6:,.0f}",
             NONE if r.min_cosine is None else cosine_text(r.min_cosine),
         )
         for r in report.startup
     ]
+    head = (
+        "party", "median s", "min to max", "n", "MB at the first vector", "MB at most", "MB installed", "min cosine",
+    )  # fmt: skip
     text = (
         "From process start to the first vector, each in a fresh process, files in the page cache. "
-        "Where a peer converts a model, the conversion was saved before and is not counted."
+        "Where a peer converts a model, the conversion was saved before and is not counted. Memory is the process's "
+        f"peak resident set, shared files included: at the first vector, and after {report.startup[0].texts:,} texts "
+        "of the workload, medians too. Installed are the packages that the party needs, Python itself and pip left out."
     )
-    return Section("Startup", (Table(("party", "median s", "min to max", "n", "min cosine"), rows), text))
+    return Section("Startup", (Table(head, rows), text))
 
 
 def parity(point: Point) -> str:

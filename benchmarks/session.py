@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.evalsets import EvaluationSet
-from benchmarks.peer_results import Comparison, PeerResult, TrainingResult
+from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
-from benchmarks.results import Ceiling, Failure, LatencyResult, StartupResult, Suite, ThroughputResult
+from benchmarks.results import Ceiling, Failure, LatencyResult, LengthResult, StartupResult, Suite, ThroughputResult
 from benchmarks.serving_results import ServingResult
 from benchmarks.workload import Workload
 from mirror_runtime import Encoder
@@ -59,12 +59,14 @@ class Results:
     ceilings: dict[tuple[EngineName, Precision], Ceiling] = field(default_factory=dict)
     latency: dict[tuple[str, int], LatencyResult] = field(default_factory=dict)
     throughput: dict[str, ThroughputResult] = field(default_factory=dict)
+    lengths: dict[tuple[str, int], LengthResult] = field(default_factory=dict)
     startup: dict[str, StartupResult] = field(default_factory=dict)
     quality_sets: tuple[QualitySet, ...] = ()
     quality: dict[str, QualityResult] = field(default_factory=dict)
     serving: dict[str, ServingResult] = field(default_factory=dict)
     ours_beside_peers: dict[str, ThroughputResult] = field(default_factory=dict)
     peers: dict[str, PeerResult] = field(default_factory=dict)
+    single_texts: dict[str, SingleTexts] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
     training: dict[str, TrainingResult] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)

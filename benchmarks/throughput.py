@@ -8,10 +8,17 @@ from dataclasses import dataclass, field
 
 from rich.progress import Progress
 
-from benchmarks.results import Ceiling, ThroughputResult
+from benchmarks.results import Ceiling, LengthResult, ThroughputResult
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.summary import interleave, median
+from benchmarks.workload import bundle_tokenizer, texts_of_length
+from mirror_runtime.bundle import TOKENIZER_FILE
 from mirror_runtime.errors import MirrorError
+
+LENGTHS = (8, 16, 32, 64, 128, 256)
+"""Tokens, special tokens included: those that the encoder's limit allows are measured."""
+
+TEXTS_A_LENGTH = 256
 
 
 @dataclass(kw_only=True)
@@ -87,3 +94,47 @@ def run_throughput(plan: Plan, runners: Sequence[Runner], results: Results, prog
                     results.fail("throughput", point.name, error)
             done(point.name)
     results.finish("throughput")
+
+
+def run_lengths(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:
+    """Measure the rate at exact token lengths; runners take turns within a length.
+
+    Raises:
+        InputError: the workload has too few words for texts of exact lengths.
+    """
+    if results.has("lengths"):
+        return
+    spec = plan.manifest.encoder
+    tokenizer = bundle_tokenizer(plan.bundle / TOKENIZER_FILE, spec.max_tokens)
+    lengths = [length for length in LENGTHS if length <= spec.max_tokens]
+    failed: set[str] = set()
+    with steps(progress, "throughput by length", len(lengths) * len(runners) * (plan.rounds + 1)) as done:
+        for length in lengths:
+            texts = texts_of_length(plan.workload.texts, tokenizer, length, count=TEXTS_A_LENGTH, seed=plan.seed)
+            parties = [Rounds(runner=runner, texts=texts) for runner in runners]
+            for round_, party in interleave(parties, plan.rounds + 1):
+                name = party.runner.point.name
+                if name not in failed:
+                    try:
+                        if round_ == 0:
+                            party.runner.encoder.encode(texts)
+                        else:
+                            party.run()
+                            results.lengths[name, length] = _length_result(party, length)
+                    except MirrorError as error:
+                        failed.add(name)
+                        results.fail("throughput", f"{name}, by length", error)
+                done(f"{name}, {length} tokens")
+    results.finish("lengths")
+
+
+def _length_result(party: Rounds, tokens: int) -> LengthResult:
+    rate = len(party.texts) / median(party.samples_s)
+    return LengthResult(
+        point=party.runner.point,
+        tokens=tokens,
+        texts=len(party.texts),
+        samples_s=tuple(party.samples_s),
+        texts_per_s=rate,
+        tokens_per_s=rate * tokens,
+    )

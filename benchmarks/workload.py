@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from benchmarks.results import WorkloadInfo
@@ -21,6 +23,20 @@ DRAWS_A_TOKEN = 20
 """Random words tried for a token of a made text before giving up: most are drawn in vain when little room is left."""
 
 
+class Shape(str, Enum):
+    """How a workload's words are cut into texts."""
+
+    LINES = "lines"
+    """As they come, a text a line."""
+    PASSAGES = "passages"
+    """96 to 256 tokens, every length as likely."""
+    MIXED = "mixed"
+    """5 to 500 tokens, evenly on a logarithmic scale: most are short."""
+
+
+_BOUNDS = {Shape.PASSAGES: (96, 256), Shape.MIXED: (5, 500)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """Texts and what there is to say about them."""
@@ -29,14 +45,17 @@ class Workload:
     info: WorkloadInfo
 
 
-def load_workload(path: Path | None, tokenizer: Tokenizer, *, quick: bool, seed: int) -> Workload:
+def load_workload(
+    path: Path | None, tokenizer: Tokenizer, *, quick: bool, seed: int, shape: Shape = Shape.LINES
+) -> Workload:
     """Read a workload from a file, or collect it from the standard library.
 
     Args:
         path: a UTF-8 file with one text a line (blank lines are left out), or None for docstring sentences.
         tokenizer: the bundle's, with the policy truncate.
         quick: take a seeded sample of at most 1,000 texts. Otherwise a file is used whole, and docstrings up to 4,000.
-        seed: of the sample and its order. A whole file keeps its own order.
+        seed: of the sample and its order, and of drawn lengths. A whole file keeps its own order.
+        shape: how long the texts are; other than lines, they are made of the lines' words in their order.
 
     Raises:
         InputError: the file cannot be read or holds no text.
@@ -52,6 +71,10 @@ def load_workload(path: Path | None, tokenizer: Tokenizer, *, quick: bool, seed:
         if quick and len(texts) > QUICK_TEXTS:
             texts = random.Random(seed).sample(texts, QUICK_TEXTS)
             source += f", a sample of {QUICK_TEXTS} lines"
+    if shape is not Shape.LINES:
+        shortest, longest = _BOUNDS[shape]
+        source += f", its words as texts of {shortest} to {longest} tokens"
+        texts = reshape(texts, tokenizer, shape, seed)
     return Workload(texts=tuple(texts), info=_describe(texts, source, tokenizer))
 
 
@@ -98,6 +121,38 @@ def texts_of_length(
             "needed: use a --texts file with more words"
         )
     return exact
+
+
+def reshape(
+    texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], shape: Shape, seed: int
+) -> list[str]:
+    """Cut the texts' words, in their order, into texts of drawn lengths; each word is used once.
+
+    A text has the drawn number of tokens, special tokens included, or as many more as its last word has beyond it.
+    """
+    shortest, longest = _BOUNDS[shape]
+    draw = random.Random(seed)
+
+    def length() -> int:
+        if shape is Shape.PASSAGES:
+            return draw.randint(shortest, longest)
+        return round(math.exp(draw.uniform(math.log(shortest), math.log(longest))))
+
+    words = [word for text in texts for word in text.split()]
+    known = list(dict.fromkeys(words))
+    sizes = tokenizer(["", *known]).lengths
+    special = int(sizes[0])
+    tokens = dict(zip(known, (sizes[1:] - special).tolist(), strict=True))
+    made: list[str] = []
+    chosen: list[str] = []
+    room = length() - special
+    for word in words:
+        chosen.append(word)
+        room -= tokens[word]
+        if room <= 0:
+            made.append(" ".join(chosen))
+            chosen, room = [], length() - special
+    return made or [" ".join(chosen)]
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -9,6 +9,8 @@ one on standard output, in turn:
         -> {"load_seconds": s, "versions": {...}, "precision": "...", "threads": n or null}
     {"op": "encode", "batch_size": n, "limit": n or null}
         -> {"seconds": s, "texts": n}
+    {"op": "single", "texts": FILE, "calls": n}
+        -> {"samples_ms": [...]}
     {"op": "dump", "batch_size": n, "output": FILE.npy, "texts": FILE or null}
         -> {"texts": n}
 
@@ -16,7 +18,8 @@ A texts file is a JSON list of strings; `dump` takes those of `load` where it is
 {"error": "..."} and the worker goes on; end of input ends it. Everything that libraries write to standard output goes
 to standard error.
 
-With the arguments `start DIR BACKEND` the script loads the model, encodes one text, prints `ready` and ends.
+With the arguments `start DIR BACKEND FILE` the script loads the model, encodes one text, prints `ready BYTES`, encodes
+the file's texts, prints `done BYTES` and ends. The bytes are the process's peak resident memory.
 """
 
 from __future__ import annotations
@@ -32,6 +35,12 @@ from pathlib import Path
 from typing import Any
 
 Answer = dict[str, Any]
+
+WARM_CALLS = 3
+"""Untimed calls with single texts: the other parties have just had the caches and cores."""
+
+START_BATCH = 32
+"""Texts a batch after a start: what most libraries take by default."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,19 @@ class Worker:
         model.encode(texts, batch_size)
         return {"seconds": time.perf_counter() - began, "texts": len(texts)}
 
+    def single(self, texts: str, calls: int) -> Answer:
+        """Encode one text a call, in turns, after some calls that warm up, and give each call's milliseconds."""
+        model, chosen = self._loaded(), read_json(texts)
+        for text in chosen[:WARM_CALLS]:
+            model.encode([text], 1)
+        samples = []
+        for call in range(calls):
+            one = [chosen[call % len(chosen)]]
+            began = time.perf_counter()
+            model.encode(one, 1)
+            samples.append(1e3 * (time.perf_counter() - began))
+        return {"samples_ms": samples}
+
     def dump(self, batch_size: int, output: str, texts: str | None = None) -> Answer:
         """Write the vectors of all texts, float32 [n, dim]."""
         import numpy as np
@@ -122,10 +144,13 @@ def serve(library: Library, arguments: Sequence[str]) -> int:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if arguments:
-        _, model, backend = arguments
-        vectors = library.open(model, backend).encode(["How long does the first vector take?"], 1)
-        assert len(vectors) == 1
-        answers.write("ready\n")
+        _, folder, backend, texts = arguments
+        model = library.open(folder, backend)
+        assert len(model.encode(["How long does the first vector take?"], 1)) == 1
+        answers.write(f"ready {peak_bytes()}\n")
+        answers.flush()
+        model.encode(read_json(texts), START_BATCH)
+        answers.write(f"done {peak_bytes()}\n")
         answers.flush()
         return 0
     worker = Worker(library)
@@ -138,6 +163,12 @@ def serve(library: Library, arguments: Sequence[str]) -> int:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return 0
+
+
+def peak_bytes() -> int:
+    """Give the process's peak resident memory. What getrusage gives holds that of the process that started this one."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def read_json(path: str | Path) -> Any:

@@ -91,7 +91,7 @@ def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(bundle, texts, tmp_path, monkeypatch, capsys):
-    run, turn, calls, turns = Rounds.run, latency._turn, [], []
+    run, turn, calls, turns = Rounds.run, latency.time_calls, [], []
 
     def interrupted(self: Rounds) -> None:
         calls.append(1)
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(bundle, texts, tmp_path, mo
         run(self)
 
     monkeypatch.setattr(Rounds, "run", interrupted)
-    monkeypatch.setattr(latency, "_turn", lambda *arguments: turns.append(1) or turn(*arguments))
+    monkeypatch.setattr(latency, "time_calls", lambda *arguments: turns.append(1) or turn(*arguments))
     output = tmp_path / "out"
     arguments = [str(bundle), "--suite", "latency", "throughput", "--quick", "--rounds", "3", "--texts", str(texts)]
     arguments += ["--output", str(output)]

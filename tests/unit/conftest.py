@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.peer_results import Comparison, PeerResult, SweepPoint, TrainingResult, TrainingRun
+from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, SweepPoint, TrainingResult, TrainingRun
 from benchmarks.point import Point
 from benchmarks.quality_results import Estimate, QualityResult, QualitySet, SetScore
 from benchmarks.results import (
@@ -15,6 +15,7 @@ from benchmarks.results import (
     Failure,
     Host,
     LatencyResult,
+    LengthResult,
     Report,
     Settings,
     Source,
@@ -175,10 +176,34 @@ def report() -> Report:
             ),
         ),
         latency=(
-            LatencyResult(point=POINT, streams=2, tokens=8, samples_ms=(1.0, 2.0), p50_ms=1.5, p90_ms=1.9, p99_ms=1.99),
+            LatencyResult(
+                point=POINT,
+                streams=2,
+                tokens=8,
+                samples_ms=(1.0, 2.0),
+                p50_ms=1.5,
+                p90_ms=1.9,
+                p99_ms=1.99,
+                p999_ms=2.0,
+            ),
         ),
         throughput=(RATE,),
-        startup=(StartupResult(party="mirror_runtime", min_cosine=None, samples_s=(1.0,), median_s=1.0),),
+        lengths=(
+            LengthResult(point=POINT, tokens=8, texts=256, samples_s=(0.5,), texts_per_s=512.0, tokens_per_s=4096.0),
+            LengthResult(point=POINT, tokens=64, texts=256, samples_s=(2.0,), texts_per_s=128.0, tokens_per_s=8192.0),
+        ),
+        startup=(
+            StartupResult(
+                party="mirror_runtime",
+                min_cosine=None,
+                samples_s=(1.0,),
+                median_s=1.0,
+                first_vector_bytes=123_000_000,
+                texts=100,
+                peak_bytes=234_000_000,
+                installed_bytes=345_000_000,
+            ),
+        ),
         quality_sets=(QualitySet(name="pairs", group="sts", sha256="1" * 64, scores=(0.0, 1.0, 2.0, 3.0)),),
         quality=(
             _quality("openvino bf16", True, (0.1, 0.2, 0.3, 0.4), 78.0),
@@ -202,6 +227,14 @@ def report() -> Report:
                 texts_per_s=95.0,
                 texts_per_s_min=90.0,
                 texts_per_s_max=100.0,
+            ),
+        ),
+        single_texts=(
+            SingleTexts(
+                party="openvino bf16", ours=True, tokens=16, samples_ms=(1.0, 2.0), p50_ms=1.5, p90_ms=1.9, p99_ms=1.99
+            ),
+            SingleTexts(
+                party="st torch", ours=False, tokens=16, samples_ms=(6.0, 8.0), p50_ms=7.0, p90_ms=7.8, p99_ms=7.98
             ),
         ),
         comparisons=(

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import json
 import platform
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks import peer_specs, peer_suite
+from benchmarks import peer_specs, peer_suite, single_texts
 from benchmarks.evalsets import EvaluationSet
+from benchmarks.footprint import environment_bytes, needed_by, our_bytes
+from benchmarks.latency import FULL_SAMPLES
 from benchmarks.peer_specs import PeerPoint, PeerSpec
 from benchmarks.peer_suite import prepare_peers, run_peers
+from benchmarks.peers.installed import installed_bytes
 from benchmarks.peers.worker import PeerWorker
 from benchmarks.quality import Judge
 from benchmarks.session import Plan, Results, loaded, select_points
-from benchmarks.startup import READY, Starter, time_to_ready
+from benchmarks.startup import Starter, our_starters, run_start
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
@@ -51,6 +55,9 @@ for line in sys.stdin:
         count = len(json.load(open(request["texts"])))
         shutil.copy(here / ("vectors.npy" if count == n else "judged.npy"), request["output"])
         answer = {"texts": count}
+    elif request["op"] == "single":
+        assert len(json.load(open(request["texts"]))) == 16
+        answer = {"samples_ms": [4.0, 6.0]}
     elif request["op"] == "die":
         sys.stderr.write("out of luck\\n")
         sys.exit(3)
@@ -82,6 +89,7 @@ def script(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(peer_specs, "FOLDER", folder)
     monkeypatch.setattr(peer_suite, "PEERS", (SPEC,))
     monkeypatch.setattr(peer_suite, "SETTLE_S", 0.0)
+    monkeypatch.setattr(single_texts, "SETTLE_S", 0.0)
     return folder / "fake_peer.py"
 
 
@@ -187,6 +195,14 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_what_failed(plan, scrip
     worth = results.quality["fake torch"]
     assert (worth.ours, worth.baseline, worth.scores[0].cosines) == (False, None, ())
     assert torch.version == "1"
+    alone = results.single_texts
+    assert [(name, one.ours) for name, one in alone.items()] == [
+        ("fake fp32", True),
+        ("fake torch", False),
+        ("fake openvino", False),
+    ]
+    assert (alone["fake torch"].samples_ms, alone["fake torch"].p50_ms) == ((4.0, 6.0) * plan.rounds, 5.0)
+    assert len(alone["fake fp32"].samples_ms) == FULL_SAMPLES
     assert results.has("peers")
 
 
@@ -235,16 +251,41 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     assert (tmp_path / "env" / "thesis.txt").exists()
 
 
-def test_startup_is_the_time_to_the_line():
-    code = f"import sys, time; time.sleep(0.2); sys.stdout.write('x\\n{READY}\\n'); sys.stdout.flush(); time.sleep(0.6)"
-    seconds = time_to_ready(Starter(party="x", min_cosine=None, command=(sys.executable, "-S", "-c", code)))
-    assert seconds >= 0.2
+def starter(code: str) -> Starter:
+    return Starter(party="x", min_cosine=None, command=(sys.executable, "-S", "-c", code), installed_bytes=1)
 
 
-def test_a_start_without_a_vector_is_an_error():
-    starter = Starter(party="x", min_cosine=None, command=(sys.executable, "-S", "-c", "raise SystemExit('no luck')"))
-    with pytest.raises(EngineError, match="status 1 before its first vector: no luck"):
-        time_to_ready(starter)
+def test_a_start_is_timed_to_its_first_vector_and_tells_its_memory(tmp_path):
+    code = (
+        "import sys, time; time.sleep(0.2); print('x'); print('ready 1000', flush=True); time.sleep(0.6); "
+        "print('done', len(open(sys.argv[1]).read()))"
+    )
+    (tmp_path / "texts.json").write_text("seven..")
+    start = run_start(starter(code), tmp_path / "texts.json")
+    assert 0.2 <= start.seconds < 0.8
+    assert (start.first_vector_bytes, start.peak_bytes) == (1000, 7)
+
+
+@pytest.mark.parametrize(("said", "missing"), [("", "its first vector"), ("print('ready 1'); ", "those of the texts")])
+def test_a_start_without_a_vector_is_an_error(tmp_path, said, missing):
+    with pytest.raises(EngineError, match=f"status 1 before {missing}: no luck"):
+        run_start(starter(said + "raise SystemExit('no luck')"), tmp_path / "absent")
+
+
+def test_our_own_start_gives_vectors_and_tells_its_memory(plan, tmp_path):
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps(plan.workload.texts))
+    (ours,) = our_starters(plan)
+    start = run_start(ours, file)
+    assert 10e6 < start.first_vector_bytes <= start.peak_bytes < 2e9
+
+
+def test_packages_and_all_that_they_need_are_counted():
+    needed = needed_by("mirror-runtime", "openvino")
+    assert {"mirror-runtime", "numpy", "tokenizers", "openvino"} <= needed
+    assert not {"torch", "onnxruntime", "pytest"} & needed
+    assert 10e6 < installed_bytes({"numpy"}) < installed_bytes({"numpy", "openvino"}) <= our_bytes(EngineName.OPENVINO)
+    assert environment_bytes(Path(sys.executable)) > our_bytes(EngineName.OPENVINO)
 
 
 def test_only_the_chosen_peers_are_prepared(plan, script, progress, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.ceilings import EncoderShape, measure_ceiling, read_shape
-from benchmarks.workload import QUICK_TEXTS, bundle_tokenizer, load_workload, texts_of_length
+from benchmarks.workload import QUICK_TEXTS, Shape, bundle_tokenizer, load_workload, texts_of_length
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision
 from mirror_runtime.errors import BundleError, EngineError, InputError
 
@@ -47,6 +47,23 @@ def test_docstrings_make_a_real_workload(tokenizer):
     workload = load_workload(None, tokenizer, quick=True, seed=0)
     assert len(set(workload.texts)) == QUICK_TEXTS
     assert workload.info.tokens_p50 < workload.info.tokens_p90 < workload.info.tokens_max
+
+
+def test_words_are_cut_into_texts_of_drawn_lengths(minilm):
+    whole = bundle_tokenizer(minilm / TOKENIZER_FILE, 512)
+    lines = load_workload(None, whole, quick=True, seed=0)
+    passages, mixed = (load_workload(None, whole, quick=True, seed=0, shape=shape) for shape in list(Shape)[1:])
+    lengths = whole(passages.texts).tokens
+    assert (lengths.min(), 200 < lengths.max() <= 256 + 20) >= (96, True)
+    assert 150 < lengths.mean() < 200
+    short_and_long = whole(mixed.texts).tokens
+    assert 5 <= short_and_long.min() < 10
+    assert 400 < short_and_long.max() <= 512
+    assert np.median(short_and_long) < 100  # most are short
+    words = " ".join(lines.texts).split()
+    for workload in (passages, mixed):
+        assert words[: len(" ".join(workload.texts).split())] == " ".join(workload.texts).split()
+    assert "96 to 256 tokens" in passages.info.source
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32])

@@ -115,7 +115,11 @@ def test_whoever_has_an_answer_finds_it_counted(gateway):
         counts.append(count() - before)
 
     scope = {"type": "http", "method": "GET", "path": "/nowhere", "query_string": b"", "headers": []}
-    asyncio.run(make_app(gateway.service)(scope, receive, send))
+
+    async def ask():
+        await make_app(gateway.service)(scope, receive, send)
+
+    asyncio.run(ask())
     assert counts == [0, 1]
 
 

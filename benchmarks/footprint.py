@@ -1,0 +1,67 @@
+"""How many bytes a party's packages take on disk."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import mirror_runtime
+from benchmarks.peers.installed import installed_bytes, normal
+from mirror_runtime.bundle import EngineName
+from mirror_runtime.errors import PeerError
+
+SCRIPT = Path(__file__).resolve().parent / "peers" / "installed.py"
+PACKAGE = "mirror-runtime"
+
+EXTRAS = {EngineName.ONNXRUNTIME: "cpu", EngineName.OPENVINO: "openvino"}
+"""What `pip install 'mirror-runtime[…]'` calls the engines of a CPU."""
+
+
+@cache
+def our_bytes(engine: EngineName) -> int:
+    """Give what `pip install 'mirror-runtime[EXTRA]'` takes with all that it needs; 0 for an engine with no extra."""
+    if engine not in EXTRAS:
+        return 0
+    needed = needed_by(PACKAGE, EXTRAS[engine])
+    # This checkout may be installed in place: then the installer's list does not name our own files.
+    ours = sum(file.stat().st_size for file in Path(mirror_runtime.__file__).parent.rglob("*") if file.is_file())
+    return ours + installed_bytes(needed - {PACKAGE})
+
+
+@cache
+def environment_bytes(python: Path) -> int:
+    """Give what all packages of a peer's environment take.
+
+    Raises:
+        PeerError: its Python cannot say.
+    """
+    done = subprocess.run((python, "-I", SCRIPT), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise PeerError(f"{python} cannot list its packages: {done.stderr.strip()[-300:]}")
+    return int(done.stdout)
+
+
+def needed_by(package: str, *extras: str) -> frozenset[str]:
+    """Give the names of the packages that a package needs here, itself among them, as far as they are installed."""
+    found: set[str] = set()
+    waiting = [(package, extras)]
+    seen = set()
+    while waiting:
+        name, wanted = waiting.pop()
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        try:
+            requires = metadata.requires(name) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(normal(name))
+        for line in requires:
+            need = Requirement(line)
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*wanted, "")):
+                waiting.append((need.name, tuple(sorted(need.extras))))
+    return frozenset(found)
