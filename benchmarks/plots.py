@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,13 @@ def _legend(axes: Any, theme: Theme) -> None:
     axes.legend(frameon=False, labelcolor=theme.ink)
 
 
+def _token_axis(axes: Any, tokens: Collection[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(tokens), [str(count) for count in sorted(tokens)])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of each text")
+
+
 def _latency(report: Report, theme: Theme) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = _axes(figure, theme, "One text at a time")
@@ -102,11 +109,7 @@ def _latency(report: Report, theme: Theme) -> Figure:
         axes.fill_between(
             tokens, [r.p50_ms for r in points], [r.p99_ms for r in points], color=line.get_color(), alpha=0.15
         )
-    axes.set_xscale("log", base=2)
-    ticks = sorted({r.tokens for r in report.latency})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of the text")
+    _token_axis(axes, {r.tokens for r in report.latency})
     axes.set_ylabel("milliseconds (band: to p99)")
     _legend(axes, theme)
     return figure
@@ -155,11 +158,7 @@ def _lengths(report: Report, theme: Theme) -> Figure:
     for name in dict.fromkeys(r.point.name for r in report.lengths):
         points = sorted((r.tokens, r.tokens_per_s) for r in report.lengths if r.point.name == name)
         axes.plot([tokens for tokens, _ in points], [rate for _, rate in points], marker="o", label=name)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({r.tokens for r in report.lengths})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens of each text")
+    _token_axis(axes, {r.tokens for r in report.lengths})
     axes.set_ylabel("tokens a second")
     _legend(axes, theme)
     return figure
