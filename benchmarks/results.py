@@ -19,7 +19,7 @@ from benchmarks.serving_results import ServingResult
 from mirror_runtime.bundle import EngineName, Precision, from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 REPORT_FILE = "report.json"
 
 

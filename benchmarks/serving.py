@@ -90,6 +90,7 @@ class _Loop:
             p50_ms=percentile(self.samples_ms, 50),
             p90_ms=percentile(self.samples_ms, 90),
             p99_ms=percentile(self.samples_ms, 99),
+            p999_ms=percentile(self.samples_ms, 99.9),
             errors=self.errors,
             server=_middle(self.server),
         )
@@ -232,6 +233,7 @@ class _Served:
             p50_ms=percentile(load.samples_ms, 50),
             p90_ms=percentile(load.samples_ms, 90),
             p99_ms=percentile(load.samples_ms, 99),
+            p999_ms=percentile(load.samples_ms, 99.9),
             errors=load.errors,
             unsent=load.unsent,
             kept_up=achieved >= KEPT_UP * offered and not load.unsent,

@@ -46,6 +46,7 @@ class ClosedLoop:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    p999_ms: float
     errors: int
     server: ServerTimes | None
 
@@ -71,6 +72,7 @@ class OpenLoop:
     p50_ms: float
     p90_ms: float
     p99_ms: float
+    p999_ms: float
     errors: int
     unsent: int
     kept_up: bool

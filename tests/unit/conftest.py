@@ -91,6 +91,7 @@ SERVED = ServingResult(
             p50_ms=25.0,
             p90_ms=29.0,
             p99_ms=29.9,
+            p999_ms=29.99,
             errors=0,
             server=ServerTimes(queue_ms=3.0, compute_ms=11.0, texts_per_execution=3.5),
         ),
@@ -98,11 +99,11 @@ SERVED = ServingResult(
     open=(
         OpenLoop(
             offered_per_s=150.0, achieved_per_s=150.0, requests=2, samples_ms=(5.0, 7.0), p50_ms=6.0, p90_ms=6.8,
-            p99_ms=7.0, errors=0, unsent=0, kept_up=True, server=None,
+            p99_ms=7.0, p999_ms=7.0, errors=0, unsent=0, kept_up=True, server=None,
         ),
         OpenLoop(
             offered_per_s=350.0, achieved_per_s=301.0, requests=2, samples_ms=(50.0, 900.0), p50_ms=475.0, p90_ms=815.0,
-            p99_ms=891.5, errors=1, unsent=12, kept_up=False, server=None,
+            p99_ms=891.5, p999_ms=899.2, errors=1, unsent=12, kept_up=False, server=None,
         ),
     ),
     perf_analyzer=(
