@@ -24,7 +24,7 @@ from benchmarks.results import (
     ThroughputResult,
     WorkloadInfo,
 )
-from benchmarks.serving_results import ClosedLoop, OpenLoop, PerfAnalyzerRun, ServerTimes, ServingResult
+from benchmarks.serving_results import GRPC, ClosedLoop, OpenLoop, Overload, PerfAnalyzerRun, ServerTimes, ServingResult
 from mirror_runtime.bundle import EngineName, Parity, Precision, write_json
 
 PARITY = Parity(
@@ -78,7 +78,7 @@ SERVED = ServingResult(
     engine=EngineName.OPENVINO,
     precision=Precision.BF16,
     server="triton 2.51.0",
-    protocol="grpc",
+    protocol=GRPC,
     in_process_texts_per_s=400.0,
     closed=(
         ClosedLoop(
@@ -108,6 +108,13 @@ SERVED = ServingResult(
     ),
     perf_analyzer=(
         PerfAnalyzerRun(concurrency=8, texts_a_request=1, texts_per_s=312.5, p50_ms=24.0, p99_ms=31.0),
+    ),
+    overload=Overload(
+        texts_a_request=16, seconds=4.0, max_tokens_in_flight=32768, maximum_texts_per_s=350.0, calm_p99_ms=60.5,
+        offered_texts_per_s=700.0, goodput_texts_per_s=343.0, accepted=2, accepted_samples_ms=(1800.0, 2000.0),
+        accepted_p50_ms=1900.0, accepted_p99_ms=1998.0, refused=1, refused_samples_ms=(3.5,), refused_p50_ms=3.5,
+        refused_p99_ms=3.5, errors=0, lag_p99_ms=1.25, resident_before_bytes=400 * 2**20,
+        resident_after_bytes=405 * 2**20, recovery_s=2.125,
     ),
 )  # fmt: skip
 
