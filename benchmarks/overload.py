@@ -15,6 +15,7 @@ from benchmarks.summary import percentile, thin
 from mirror_runtime.bundle import from_json, to_json
 from mirror_runtime.errors import BundleError, ServerError
 from mirror_runtime.triton.processes import group_members, resident_bytes
+from mirror_runtime.triton.server import launcher
 
 TEXTS_A_REQUEST = 16
 """Single texts would cost the sender more than the server, on the same cores."""
@@ -102,7 +103,7 @@ def carry_in_process(order: Order) -> Sent:
     longest_s = 2 * order.calm_s + order.seconds + RECOVERY_S + 2 * TIMEOUT_S + _SLACK_S
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.overload_sender"],
+            [*launcher(), sys.executable, "-m", "benchmarks.overload_sender"],
             cwd=ROOT,  # where -m finds it
             input=json.dumps(to_json(order)),
             capture_output=True,
