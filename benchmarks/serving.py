@@ -41,8 +41,9 @@ MOST_TEXTS = 2000
 """Of the workload, for a pass in process and for the callers to go round."""
 
 OVERLOAD_S = 60.0
-QUICK_OVERLOAD_S = 4.0
-"""The server takes two seconds' work or so before it refuses: shorter, and there would be nothing to see."""
+QUICK_OVERLOAD_S = 5.0
+"""A small encoder on two cores takes what comes for about three seconds before it refuses: in less there would be
+nothing to see."""
 
 
 @dataclass(frozen=True, kw_only=True)
