@@ -49,6 +49,21 @@ class Load:
     reason: str = ""
 
 
+def requests_of(texts: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Cut texts into requests of one size; what is left at the end is left out, unless it is all there is."""
+    return [texts[at : at + size] for at in range(0, max(1, len(texts) - size + 1), size)]
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Draw the moments, in seconds and in order, at which requests arrive at random, `rate` a second on average.
+
+    A Poisson process of which it is known how many arrive: as many for every seed, at least one.
+    """
+    moments = np.random.default_rng(seed).uniform(0, seconds, size=max(1, round(rate * seconds)))
+    drawn: list[float] = np.sort(moments).tolist()
+    return drawn
+
+
 def closed_loop(connect: Connect, requests: Sequence[Sequence[str]], *, concurrency: int, seconds: float) -> Load:
     """Let `concurrency` callers send one request after another for some seconds.
 
@@ -87,15 +102,14 @@ def open_loop(
     Raises:
         ServerError: no request was answered.
     """
-    # A Poisson process of which it is known how many arrive: moments drawn anywhere, in order.
-    due = np.sort(np.random.default_rng(seed).uniform(0, seconds, size=max(1, round(rate * seconds)))).tolist()
-    arrivals = iter(enumerate(due))
+    due = arrivals(rate, seconds, seed)
+    coming = iter(enumerate(due))
     lock = threading.Lock()
 
     def calls(caller: Caller, _number: int, began: float, record: _Recorder) -> None:
         while not record.stopped:
             with lock:
-                at, moment = next(arrivals, (-1, 0.0))
+                at, moment = next(coming, (-1, 0.0))
             if at < 0:
                 return
             now = time.perf_counter() - began

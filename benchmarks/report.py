@@ -187,6 +187,7 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
                 "best_texts_per_s": max((loop.texts_per_s for loop in r.closed), default=None),
                 "share_of_in_process": r.share_of_in_process,
                 "knee_per_s": r.knee_per_s,
+                "overload_goodput_share": None if r.overload is None else r.overload.goodput_share,
             }
             for r in report.serving
         ],

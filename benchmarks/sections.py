@@ -9,7 +9,8 @@ from benchmarks.blocks import NONE, Block, Section, Table
 from benchmarks.peer_specs import PEERS
 from benchmarks.results import Report, Suite
 from benchmarks.sections_others import peers, quality, training
-from benchmarks.sections_speed import ceilings, latency, serving, startup, throughput
+from benchmarks.sections_serving import serving
+from benchmarks.sections_speed import ceilings, latency, startup, throughput
 
 STEADY = 0.15
 """How far apart the slowest and the fastest round of the same work may be before the report says so."""

@@ -1,11 +1,10 @@
-"""The sections on speed: ceilings, throughput, latency, startup, serving."""
+"""The sections on speed without a server: ceilings, throughput, latency, startup."""
 
 from __future__ import annotations
 
-from benchmarks.blocks import NONE, Block, Plot, Section, Table, cosine_text, percent
+from benchmarks.blocks import NONE, Plot, Section, Table, cosine_text, percent
 from benchmarks.point import Point
 from benchmarks.results import Report
-from benchmarks.serving_results import ClosedLoop, OpenLoop, ServingResult
 
 PARITY_NOTE = "Min cosine is the worst text's similarity to the reference when the artifact was exported (manifest)."
 
@@ -163,86 +162,3 @@ def startup(report: Report) -> Section | None:
 def parity(point: Point) -> str:
     """Write the parity that a point's artifact was exported with."""
     return cosine_text(point.parity.min_cosine)
-
-
-def serving(report: Report) -> Section | None:
-    """Show artifacts behind a server: closed loops, random arrivals, and somebody else's measure of the same."""
-    if not report.serving:
-        return None
-    blocks: list[Block] = []
-    for result in report.serving:
-        blocks += [f"**{result.name}**, {result.server}, {result.protocol}: {_serving_text(result)}"]
-        if result.closed:
-            blocks.append(Table(_CLOSED_HEAD, [_closed_row(loop, result) for loop in result.closed]))
-        if result.open:
-            blocks.append(Table(_OPEN_HEAD, [_open_row(loop) for loop in result.open]))
-    text = (
-        "Server, callers and this program share the machine's cores. A closed loop's callers send their next request "
-        "when the last one is answered; its rates are medians over rounds in turns with passes in process. Arrivals "
-        "are random (Poisson), of single texts, and each one's time counts from the moment it was to be sent, so that "
-        "waiting behind a slow one counts. The last rate is the first that was too much, or the highest tried. Queue "
-        "and compute are means of Triton's own statistics, a request: of a model that hands requests to threads of its "
-        "own they hold the handing over alone. Our callers are Python and take more of the cores than perf_analyzer's: "
-        "where the two differ, its rates are nearer to what callers on other machines would get."
-    )
-    return Section("Serving", (text, *blocks, Plot("serving", "Load against latency")))
-
-
-_CLOSED_HEAD = (
-    "callers x texts", "texts/s", "p50 ms", "p90 ms", "p99 ms", "queue ms", "compute ms", "texts an execution", "n",
-    "failed", "perf_analyzer texts/s", "p50 ms", "ours to its",
-)  # fmt: skip
-_OPEN_HEAD = (
-    "offered a second", "answered a second", "p50 ms", "p90 ms", "p99 ms", "queue ms", "compute ms",
-    "texts an execution", "n", "failed", "kept up",
-)  # fmt: skip
-
-
-def _serving_text(result: ServingResult) -> str:
-    share, knee = result.share_of_in_process, result.knee_per_s
-    kept = "no rate was kept up with" if knee is None else f"up to {knee:,.0f} single texts a second were kept up with"
-    best = "" if share is None else f"the best closed loop reaches {percent(share)} of that; "
-    return f"{result.in_process_texts_per_s:,.0f} texts/s in process without a server; {best}{kept}."
-
-
-def _closed_row(loop: ClosedLoop, result: ServingResult) -> tuple[str, ...]:
-    beside = [
-        run
-        for run in result.perf_analyzer
-        if (run.concurrency, run.texts_a_request) == (loop.concurrency, loop.texts_a_request)
-    ]
-    theirs = (
-        (f"{beside[0].texts_per_s:,.0f}", f"{beside[0].p50_ms:.1f}", f"{loop.texts_per_s / beside[0].texts_per_s:.2f}")
-        if beside
-        else (NONE, NONE, NONE)
-    )
-    return (
-        f"{loop.concurrency} x {loop.texts_a_request}",
-        f"{loop.texts_per_s:,.0f}",
-        *_times(loop),
-        str(loop.requests),
-        str(loop.errors),
-        *theirs,
-    )
-
-
-def _open_row(loop: OpenLoop) -> tuple[str, ...]:
-    given_up = f", {loop.unsent} never sent" if loop.unsent else ""
-    return (
-        f"{loop.offered_per_s:,.0f}",
-        f"{loop.achieved_per_s:,.0f}",
-        *_times(loop),
-        str(loop.requests),
-        str(loop.errors),
-        "yes" if loop.kept_up else f"no{given_up}",
-    )
-
-
-def _times(loop: ClosedLoop | OpenLoop) -> tuple[str, ...]:
-    server = loop.server
-    inside = (
-        (NONE, NONE, NONE)
-        if server is None
-        else (f"{server.queue_ms:.1f}", f"{server.compute_ms:.1f}", f"{server.texts_per_execution:.1f}")
-    )
-    return f"{loop.p50_ms:.1f}", f"{loop.p90_ms:.1f}", f"{loop.p99_ms:.1f}", *inside

@@ -6,18 +6,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import compare, latency, serving
+from benchmarks.gateway import running_gateway
 from benchmarks.peer_suite import cosine
+from benchmarks.point import Point
 from benchmarks.results import read_report
 from benchmarks.run import main
 from benchmarks.throughput import Rounds
 from benchmarks.training_suite import REFERENCE_PARTY
 from export.build import Request, build
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName, Pooling, Precision
-from mirror_runtime.errors import MissingExtra
+from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
+from mirror_runtime.errors import MissingExtra, ServerError
+from mirror_runtime.triton.processes import alive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -221,7 +225,8 @@ with open(sys.argv[sys.argv.index("-f") + 1], "w") as table:
 
 @pytest.mark.serving
 def test_serving_is_measured_on_a_real_triton(bundle, texts, tmp_path, monkeypatch):
-    pace = serving.Pace(closed_s=0.2, open_s=1.0, window_s=0.2, shares=(0.2, 30.0, 40.0))
+    shares = (0.2, 30.0, 40.0)
+    pace = serving.Pace(closed_s=0.2, open_s=1.0, window_s=0.2, shares=shares, calm_s=0.3, overload_s=1.0)
     monkeypatch.setattr(serving, "QUICK", pace)
     program = tmp_path / "env" / "bin" / "perf_analyzer"
     program.parent.mkdir(parents=True)
@@ -232,14 +237,15 @@ def test_serving_is_measured_on_a_real_triton(bundle, texts, tmp_path, monkeypat
     arguments += ["--output", str(output), "--peer-env", f"perf_analyzer={tmp_path / 'env'}"]
     assert main(arguments) == 0
     report = read_report(output)
-    (served,) = report.serving
+    served, gateway = report.serving
+    assert (served.name, gateway.name) == ("fake fp32", "fake fp32, http, gateway")
     assert served.server.startswith("triton 2.")
     assert [(loop.concurrency, loop.texts_a_request) for loop in served.closed] == list(serving.LOOPS)
     for loop in served.closed:
         assert (len(loop.rounds_texts_per_s), loop.errors) == (2, 0)
         assert loop.server is not None
         assert loop.server.compute_ms > 0
-        assert loop.p50_ms <= loop.p99_ms
+        assert loop.p50_ms <= loop.p99_ms <= loop.p999_ms
     alone, _, crowd, batches = (loop.server.texts_per_execution for loop in served.closed if loop.server is not None)
     assert alone == pytest.approx(1.0)
     assert crowd > 1.0
@@ -248,6 +254,19 @@ def test_serving_is_measured_on_a_real_triton(bundle, texts, tmp_path, monkeypat
     assert kept in ([True, False], [False])  # after the first rate that was too much none is tried; a busy machine
     assert served.knee_per_s == (served.open[0].offered_per_s if kept[0] else None)  # may miss the lowest, too
     assert [run.texts_per_s for run in served.perf_analyzer] == [100.0] * 4
+    overload = served.overload
+    assert overload is not None
+    assert overload.max_tokens_in_flight == 32768
+    assert overload.maximum_texts_per_s > 0
+    assert overload.accepted + overload.refused + overload.errors == round(
+        overload.offered_texts_per_s * overload.seconds / overload.texts_a_request
+    )
+    assert overload.errors == 0
+    assert min(overload.resident_before_bytes, overload.resident_after_bytes) > 50_000_000
+    assert gateway.server.startswith("mirror gateway ")
+    assert [(loop.concurrency, loop.texts_a_request) for loop in gateway.closed] == list(serving.GATEWAY_LOOPS)
+    assert [(len(loop.rounds_texts_per_s), loop.errors) for loop in gateway.closed] == [(2, 0)] * 3
+    assert (gateway.open, gateway.perf_analyzer, gateway.overload) == ((), (), None)
     assert not [failure for failure in report.failures if failure.suite == "serving"]
 
 
@@ -255,13 +274,44 @@ def test_a_server_that_cannot_be_had_is_a_failed_point(bundle, texts, tmp_path, 
     def nothing(*_arguments: object) -> None:
         raise MissingExtra("pytriton", "triton")
 
+    def broken(*_arguments: object) -> None:
+        raise ServerError("mirror gateway ended with status 2")
+
     monkeypatch.setattr(serving, "Server", nothing)
+    monkeypatch.setattr(serving, "running_gateway", broken)
     output = tmp_path / "out"
     arguments = [str(bundle), "--suite", "serving", "--quick", "--texts", str(texts), "--output", str(output)]
     assert main([*arguments, "--peer-env", f"perf_analyzer={tmp_path}"]) == 1
     reasons = {failure.party: failure.reason for failure in read_report(output).failures}
     assert "pip install 'mirror-runtime[triton]'" in reasons["fake fp32"]
+    assert reasons["fake fp32, http, gateway"] == "mirror gateway ended with status 2"
     assert "holds no perf_analyzer" in reasons["perf_analyzer"]
+
+
+def point(bundle: Path) -> Point:
+    (artifact,) = read_manifest(bundle).artifacts
+    return Point(engine=artifact.engine, precision=artifact.precision, artifact=artifact.path, parity=artifact.parity)
+
+
+def test_a_gateway_is_a_process_that_is_gone_at_the_end(bundle, monkeypatch):
+    monkeypatch.setenv("MIRROR_API_KEY", "of the user, who serves")
+    with running_gateway(bundle, point(bundle)) as gateway:
+        assert alive(gateway.pid)
+        with gateway.connect() as caller, Encoder.load(bundle, engine="fake") as encoder:
+            np.testing.assert_allclose(caller.encode(["a"], 1), encoder.encode(["a"]), atol=1e-6)
+            assert caller.read("/info")["engine"] == "fake"
+    assert not Path(f"/proc/{gateway.pid}").exists()
+    with pytest.raises(KeyError), running_gateway(bundle, point(bundle)) as gateway:
+        raise KeyError
+    assert not Path(f"/proc/{gateway.pid}").exists()
+
+
+def test_a_gateway_that_does_not_start_is_named(bundle):
+    with (
+        pytest.raises(ServerError, match=r"mirror gateway ended with status 2; its log ends:\n.*nowhere"),
+        running_gateway(bundle / "nowhere", point(bundle)),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

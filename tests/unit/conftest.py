@@ -25,7 +25,7 @@ from benchmarks.results import (
     ThroughputResult,
     WorkloadInfo,
 )
-from benchmarks.serving_results import ClosedLoop, OpenLoop, PerfAnalyzerRun, ServerTimes, ServingResult
+from benchmarks.serving_results import GRPC, ClosedLoop, OpenLoop, Overload, PerfAnalyzerRun, ServerTimes, ServingResult
 from mirror_runtime.bundle import EngineName, Parity, Precision, write_json
 
 PARITY = Parity(
@@ -79,7 +79,7 @@ SERVED = ServingResult(
     engine=EngineName.OPENVINO,
     precision=Precision.BF16,
     server="triton 2.51.0",
-    protocol="grpc",
+    protocol=GRPC,
     in_process_texts_per_s=400.0,
     closed=(
         ClosedLoop(
@@ -92,6 +92,7 @@ SERVED = ServingResult(
             p50_ms=25.0,
             p90_ms=29.0,
             p99_ms=29.9,
+            p999_ms=29.99,
             errors=0,
             server=ServerTimes(queue_ms=3.0, compute_ms=11.0, texts_per_execution=3.5),
         ),
@@ -99,15 +100,22 @@ SERVED = ServingResult(
     open=(
         OpenLoop(
             offered_per_s=150.0, achieved_per_s=150.0, requests=2, samples_ms=(5.0, 7.0), p50_ms=6.0, p90_ms=6.8,
-            p99_ms=7.0, errors=0, unsent=0, kept_up=True, server=None,
+            p99_ms=7.0, p999_ms=7.0, errors=0, unsent=0, kept_up=True, server=None,
         ),
         OpenLoop(
             offered_per_s=350.0, achieved_per_s=301.0, requests=2, samples_ms=(50.0, 900.0), p50_ms=475.0, p90_ms=815.0,
-            p99_ms=891.5, errors=1, unsent=12, kept_up=False, server=None,
+            p99_ms=891.5, p999_ms=899.2, errors=1, unsent=12, kept_up=False, server=None,
         ),
     ),
     perf_analyzer=(
         PerfAnalyzerRun(concurrency=8, texts_a_request=1, texts_per_s=312.5, p50_ms=24.0, p99_ms=31.0),
+    ),
+    overload=Overload(
+        texts_a_request=16, seconds=4.0, max_tokens_in_flight=32768, maximum_texts_per_s=350.0, calm_p99_ms=60.5,
+        offered_texts_per_s=700.0, goodput_texts_per_s=343.0, accepted=2, accepted_samples_ms=(1800.0, 2000.0),
+        accepted_p50_ms=1900.0, accepted_p99_ms=1998.0, refused=1, refused_samples_ms=(3.5,), refused_p50_ms=3.5,
+        refused_p99_ms=3.5, errors=0, lag_p99_ms=1.25, resident_before_bytes=400 * 2**20,
+        resident_after_bytes=405 * 2**20, recovery_s=2.125,
     ),
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.changes import Verdict
 from benchmarks.compare import compare, main, read_side, warnings
 from benchmarks.ranks import spearman
+from benchmarks.serving_results import GATEWAY
 from mirror_runtime.errors import InputError
 
 
@@ -122,3 +123,14 @@ def test_a_partial_report_or_none_is_refused(report, save, tmp_path):
     save(dataclasses.replace(report, partial=True), tmp_path / "out")
     with pytest.raises(InputError, match="partial"):
         read_side(tmp_path / "out")
+
+
+def test_the_gateway_is_compared_with_the_gateway(report):
+    slow = dataclasses.replace(report.serving[0].closed[0], rounds_texts_per_s=(145.0, 150.0, 155.0))
+    gateway = dataclasses.replace(report.serving[0], protocol=GATEWAY)
+    slower = dataclasses.replace(gateway, closed=(slow,))
+    base = dataclasses.replace(report, serving=(*report.serving, gateway))
+    head = dataclasses.replace(report, serving=(*report.serving, slower))
+    found = {change.metric: change.verdict for change in compare([base], [head], threshold=0.07)}
+    assert found["serving, openvino bf16, 8 x 1"] is Verdict.SAME
+    assert found["serving, openvino bf16, http, gateway, 8 x 1"] is Verdict.WORSE

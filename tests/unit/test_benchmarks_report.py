@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from benchmarks.plots import drawable
 from benchmarks.report import check_output, headline, write_report
 from benchmarks.results import read_report
 from benchmarks.sections import noisy_parties, sections
+from benchmarks.serving_results import GATEWAY
 from benchmarks.webpage import render_webpage
 from mirror_runtime.errors import InputError
 
@@ -126,8 +128,32 @@ def test_quality_and_serving_are_shown_with_what_they_are_beside(report):
     assert "| openvino bf16 | 78.00 (76.00 to 80.00) | 78.00 (76.00 to 80.00) | -0.25 (-0.50 to +0.00) | 97 % |" in text
     assert "Deltas and top-10 overlap are to onnxruntime fp32" in text
     assert "400 texts/s in process without a server; the best closed loop reaches 75 % of that; up to 150 " in text
-    assert "| 8 x 1 | 300 | 25.0 | 29.0 | 29.9 | 3.0 | 11.0 | 3.5 | 2 | 0 | 312 | 24.0 | 0.96 |" in text
-    assert "| 350 | 301 | 475.0 | 815.0 | 891.5 | – | – | – | 2 | 1 | no, 12 never sent |" in text
+    assert "| 8 x 1 | 300 | 25.0 | 29.0 | 29.9 | 30.0 | 3.0 | 11.0 | 3.5 | 2 | 0 | 312 | 24.0 | 0.96 |" in text
+    assert "| 350 | 301 | 475.0 | 815.0 | 891.5 | 899.2 | – | – | – | 2 | 1 | no, 12 never sent |" in text
+
+
+def test_the_overload_is_shown_with_its_conditions(report):
+    text = render_markdown(report, {})
+    assert "| 700 | 343 | 98 % | 2 | 1900.0 | 1998.0 | 1 | 3.5 | 3.5 | 0 | 1.2 | 400 | 405 | 2.12 |" in text
+    for condition in ("for 4 s", "16 texts", "twice the 350 texts/s", "32,768 tokens at once", "within 60.5 ms"):
+        assert condition in text
+    (served,) = report.serving
+    lost = dataclasses.replace(served.overload, refused_p50_ms=None, refused_p99_ms=None, recovery_s=None)
+    text = render_markdown(dataclasses.replace(report, serving=(dataclasses.replace(served, overload=lost),)), {})
+    assert "| 1 | – | – | 0 | 1.2 | 400 | 405 | not |" in text
+
+
+def test_the_gateway_is_told_from_triton(report):
+    (served,) = report.serving
+    gateway = dataclasses.replace(served, server="mirror gateway 1", protocol=GATEWAY, open=(), overload=None)
+    both = dataclasses.replace(report, serving=(served, gateway))
+    text = render_markdown(both, {})
+    assert "**openvino bf16**, triton 2.51.0, grpc: 400 texts/s" in text
+    assert "**openvino bf16**, mirror gateway 1, http, gateway: 400 texts/s in process without a server; the" in text
+    assert "no rate was kept up with" not in text  # none was tried
+    assert (served.name, gateway.name) == ("openvino bf16", "openvino bf16, http, gateway")
+    points = [line["point"] for line in headline(both, Path())["serving"]]
+    assert points == ["openvino bf16", "openvino bf16, http, gateway"]
 
 
 def test_limits_name_everything_that_was_left_out_and_why(report):

@@ -7,6 +7,7 @@ import pytest
 from benchmarks.report import build_report
 from benchmarks.results import Failure
 from benchmarks.resume import read_interrupted, restore
+from benchmarks.serving_results import GATEWAY
 from benchmarks.session import Plan, Results, select_points
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
@@ -84,6 +85,11 @@ def test_complete_steps_are_taken_over_and_half_done_ones_are_not(report):
     served = restore(dataclasses.replace(report, finished=("serving openvino bf16",)))
     assert list(served.serving) == ["openvino bf16"]
     assert not served.has("serving")
+    gateway = dataclasses.replace(report.serving[0], protocol=GATEWAY)
+    both = dataclasses.replace(report, serving=(*report.serving, gateway), finished=("serving openvino bf16",))
+    assert list(restore(both).serving) == ["openvino bf16"]  # the same artifact's gateway is a step of its own
+    finished = (*both.finished, "serving openvino bf16, http, gateway")
+    assert restore(dataclasses.replace(both, finished=finished)).serving["openvino bf16, http, gateway"] == gateway
 
 
 def test_a_failure_of_an_unfinished_step_is_forgotten(report):

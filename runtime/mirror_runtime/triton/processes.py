@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def group_members(leader: int) -> list[int]:
@@ -31,6 +32,11 @@ def alive(pid: int) -> bool:
 def cpu_seconds(pids: Iterable[int]) -> float:
     """Add up the processor time that processes have used; those that are gone count as zero."""
     return sum((int(fields[11]) + int(fields[12])) / _TICKS for fields in map(_stat, pids) if fields)
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Add up the memory that processes have resident, what they share counted in each; those gone count as zero."""
+    return sum(int(fields[21]) * _PAGE for fields in map(_stat, pids) if fields)
 
 
 def runners(server: int, model: str) -> list[int]:

@@ -109,7 +109,7 @@ class Server:
         _assemble_backends(distribution, folder / "backends")
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [*_launcher(), str(distribution.binary), *self._arguments(folder / "backends")],
+                [*launcher(), str(distribution.binary), *self._arguments(folder / "backends")],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -311,8 +311,8 @@ class Server:
             return client.ready()
 
 
-def _launcher() -> list[str]:
-    """Give the command prefix that ties the server's life to ours.
+def launcher() -> list[str]:
+    """Give the command prefix that ties a process's life to ours.
 
     The kernel's signal comes when the *thread* that started the process ends, so it is of use in the main thread alone.
     """
