@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.blocks import NONE, Plot, Section, Table, cosine_text, percent
+from benchmarks.blocks import NONE, Block, Plot, Section, Table, cosine_text, percent
 from benchmarks.point import Point
 from benchmarks.results import Report
 
