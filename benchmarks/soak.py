@@ -68,7 +68,7 @@ def run(
     )
     started, host = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_host()
     versions, source = installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient")), describe_source(ROOT)
-    console, seen = Console(stderr=True), Seen()
+    console, seen = Console(stderr=True, soft_wrap=True, highlight=False), Seen()
     # Entered first: a folder that cannot be written is told before the run, not after it.
     with whole_folder(output, overwrite=True, marker=SOAK_FILE) as folder, truncations_counted_elsewhere():
         manifest = read_manifest(bundle)
@@ -84,7 +84,7 @@ def run(
         )
         write_files(report, folder)
     for verdict in report.verdicts:
-        console.print(f"{_WORDS[verdict.passed]:10} {verdict.name}: {verdict.says}", markup=False, highlight=False)
+        console.print(f"{_WORDS[verdict.passed]:10} {verdict.name}: {verdict.says}", markup=False)
     console.print(
         f"{'interrupted: partial report' if seen.partial else 'report'} in {output / MARKDOWN_FILE}", markup=False
     )

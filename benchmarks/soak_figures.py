@@ -14,7 +14,7 @@ from benchmarks.summary import median, percentile
 ALL = "all"
 """The name of all processes together among the slopes."""
 
-LEAST_HALF_S = 300.0
+LEAST_HALF_S = 240.0
 """A slope over less says nothing of an hour: one page cache or arena more is hundreds of MB/hour by then."""
 
 LEAST_WINDOWS = 3

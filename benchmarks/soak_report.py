@@ -69,7 +69,7 @@ def render(report: SoakReport) -> str:
         "From the moment a request was due to its checked answer; the kind is protocol and texts a request.",
         table_lines(
             ("kind", "requests", "p50 ms", "p99 ms", "p99.9 ms"),
-            [_times(kind, times) for kind, times in (("all", report.times), *report.times_by_kind.items())],
+            [_times("all", report.times), *(_times(kind, report.times_by_kind[kind]) for kind in _kinds(report))],
         ),
         "## How requests ended",
         table_lines(("end", "requests", "expected"), _ends(report)),
@@ -139,6 +139,11 @@ def _caveats(report: SoakReport) -> list[str]:
     if report.host.load_1min_start > 0.5:
         notes.append("**The machine was busy before the start: trust no absolute time.**")
     return [" ".join(notes)]
+
+
+def _kinds(report: SoakReport) -> list[str]:
+    """Give the kinds of requests by protocol, then by texts as numbers."""
+    return sorted(report.times_by_kind, key=lambda kind: (kind.split()[0], int(kind.split()[1])))
 
 
 def _times(kind: str, times: Times | None) -> tuple[str, ...]:

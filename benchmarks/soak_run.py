@@ -95,12 +95,10 @@ def soak(bundle: Path, served: Served, settings: Settings, seen: Seen, show: Sho
         with ServedBundle(bundle, *options) as server:
             try:
                 asyncio.run(_Soak(server, served, settings, seen, show).run())
-            except KeyboardInterrupt:
-                seen.partial = True
             finally:
                 seen.ending = server.end()
                 seen.server_said = tuple(server.said)
-    except KeyboardInterrupt:  # while it started, or again while it ended: it is killed by now
+    except KeyboardInterrupt:  # its server has ended by now; it was killed where that was while it started or ended
         seen.partial = True
 
 
@@ -168,14 +166,16 @@ class _Soak:
     async def run(self) -> None:
         """Measure the rate, then put a share of it on the server for as long as asked, or until the server ends."""
         seen, seed = self._seen, self._settings.seed
-        mix = Mix(self._served.expected, seed)
-        async with Callers(self._server.addresses, self._served.expected, self._served.subject.fingerprint) as callers:
-            seen.capacity_per_s = await measure_rate(callers, mix, min(MEASURE_S, self._seconds / 10), seen.tally)
+        expected = self._served.expected
+        async with Callers(self._server.addresses, expected, self._served.subject.fingerprint) as callers:
+            measure_s = min(MEASURE_S, self._seconds / 10)
+            seen.capacity_per_s = await measure_rate(callers, Mix(expected, seed), measure_s, seen.tally)
             if not seen.capacity_per_s:
                 self._close_window()  # there is nothing to take a share of, and the verdict says so
                 return
             cpu_began, self._began = time.process_time(), time.monotonic()
             rate = self._settings.share * seen.capacity_per_s
+            mix = Mix(expected, seed)  # its own: how many the closed loop drew is chance
             arrivals = asyncio.ensure_future(
                 Arrivals(callers, mix, rate, seen.tally, seed, self._clock).run(self._seconds)
             )

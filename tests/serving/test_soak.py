@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(bundle: Path, output: Path, minutes: float) -> list[str]:
-    return [str(bundle), "--engine", "fake", "--minutes", str(minutes), "--window", "1", "--output", str(output)]
+    texts = output.with_name("texts.txt")  # of the default ones the collection alone takes seconds
+    texts.write_text("".join(f"the quick brown fox number {i} {'jumps ' * (i % 9)}\n" for i in range(200)))
+    options = ["--engine", "fake", "--texts", str(texts), "--minutes", str(minutes), "--window", "1"]
+    return [str(bundle), *options, "--output", str(output)]
 
 
 def read(output: Path) -> SoakReport:
