@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import sys
 import sysconfig
@@ -59,10 +60,17 @@ def standard_library() -> tuple[Documented, ...]:
         Objects by file and position, then those of the built-in C modules. The same Python gives the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = [item for path in sorted(root.rglob("*.py")) for item in _of_file(path, root)]
+    found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
     for module in sorted(sys.builtin_module_names):
         found.extend(_of_builtin(module))
     return tuple(found)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """List Python files; what is skipped is not walked either: installed packages may lie in there, thousands of files."""
+    for folder, inner, names in os.walk(root):
+        inner[:] = set(inner) - _SKIPPED
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _of_file(path: Path, root: Path) -> Iterator[Documented]:
