@@ -67,7 +67,7 @@ def standard_library() -> tuple[Documented, ...]:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """List Python files; what is skipped is not walked either: installed packages may lie in there, thousands of files."""
+    """List Python files. What is skipped is not walked either: thousands of installed files may lie in there."""
     for folder, inner, names in os.walk(root):
         inner[:] = set(inner) - _SKIPPED
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
