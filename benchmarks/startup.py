@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ from mirror_runtime.errors import EngineError
 FEWEST_ROUNDS = 5
 QUICK_ROUNDS = 2
 MOST_TEXTS = 1000
+
+LONGEST_S = 180.0
+"""Of one start: a party that has said nothing more by then is ended."""
+
+END_S = 3.0
+"""For a process to end when its work is done."""
+
 READY, DONE = "ready", "done"
 
 _OURS = f"""
@@ -113,10 +121,10 @@ def run_startup(plan: Plan, starters: Sequence[Starter], results: Results, progr
 
 
 def run_start(starter: Starter, texts: Path) -> Start:
-    """Start the process, time it until it says `ready`, let it encode the texts, and wait for its end.
+    """Start the process, time it until it says `ready`, let it encode the texts, and end it.
 
     Raises:
-        EngineError: it ended without a vector, or without those of the texts.
+        EngineError: it ended, or was ended after `LONGEST_S`, without a vector or without those of the texts.
     """
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
         errors = Path(neutral) / "stderr"
@@ -132,6 +140,9 @@ def run_start(starter: Starter, texts: Path) -> Start:
                 cwd=neutral,
                 env=None if starter.environment is None else dict(starter.environment),
             )
+            too_long = threading.Timer(LONGEST_S, process.kill)
+            too_long.daemon = True
+            too_long.start()
             with process:
                 assert process.stdout is not None  # stdout=PIPE
                 for line in process.stdout:
@@ -139,11 +150,23 @@ def run_start(starter: Starter, texts: Path) -> Start:
                     if word in (READY, DONE):
                         said[word] = int(peak)
                         seconds = seconds or time.perf_counter() - began
+                    if word == DONE:
+                        _let_end(process)
+                        break
+            too_long.cancel()
         if READY not in said or DONE not in said:
             last = errors.read_text(errors="replace").strip().splitlines()[-1:]
             missing = "its first vector" if READY not in said else "those of the texts"
             raise EngineError(f"ended with status {process.returncode} before {missing}: {' '.join(last)}")
     return Start(seconds=seconds, first_vector_bytes=said[READY], peak_bytes=said[DONE])
+
+
+def _let_end(process: subprocess.Popen[str]) -> None:
+    """Wait for a process whose work is done, and end it where threads of its library keep it from ending."""
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _result(starter: Starter, starts: Sequence[Start], texts: int) -> StartupResult:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks import peer_specs, peer_suite, single_texts
+from benchmarks import peer_specs, peer_suite, single_texts, startup
 from benchmarks.evalsets import EvaluationSet
 from benchmarks.footprint import environment_bytes, needed_by, our_bytes
 from benchmarks.latency import FULL_SAMPLES
@@ -270,6 +270,18 @@ def test_a_start_is_timed_to_its_first_vector_and_tells_its_memory(tmp_path):
 def test_a_start_without_a_vector_is_an_error(tmp_path, said, missing):
     with pytest.raises(EngineError, match=f"status 1 before {missing}: no luck"):
         run_start(starter(said + "raise SystemExit('no luck')"), tmp_path / "absent")
+
+
+def test_a_start_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "END_S", 0.1)
+    monkeypatch.setattr(startup, "LONGEST_S", 1.0)
+    (tmp_path / "texts.json").write_text("")
+    done = run_start(
+        starter("import time; print('ready 1\\ndone 2', flush=True); time.sleep(60)"), tmp_path / "texts.json"
+    )
+    assert done.peak_bytes == 2
+    with pytest.raises(EngineError, match="status -9 before those of the texts"):
+        run_start(starter("import time; print('ready 1', flush=True); time.sleep(60)"), tmp_path / "texts.json")
 
 
 def test_our_own_start_gives_vectors_and_tells_its_memory(plan, tmp_path):
