@@ -8,9 +8,11 @@ Writes report.json, report.md and plots. The last line of standard output is one
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -154,7 +156,7 @@ def run(
     console = Console(stderr=True)
     partial = False
     try:
-        with _progress(console) as progress, truncations_counted_elsewhere():
+        with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
             measure(plan, sizes, tuning, environments, results, progress)
     except KeyboardInterrupt:
         partial = True
@@ -214,6 +216,17 @@ def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"--peer-env {pair!r}: write NAME=DIR with NAME one of {', '.join(known)}")
         given[name] = Path(folder)
     return given
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does, and SIGINT too where a shell had it ignored: in the background."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress(console: Console) -> Progress:

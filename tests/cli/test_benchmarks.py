@@ -74,19 +74,25 @@ def test_startup_is_measured_in_fresh_processes(bundle, texts, tmp_path):
     assert len(result.samples_s) == 5
 
 
-def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp_path, monkeypatch, capsys, number):
     run, calls = Rounds.run, []
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it for what runs in the background
 
     def interrupted(self: Rounds) -> None:
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+            time.sleep(10)  # the signal comes meanwhile
         run(self)
 
     monkeypatch.setattr(Rounds, "run", interrupted)
     output = tmp_path / "out"
     arguments = [str(bundle), "--suite", "throughput", "--rounds", "9", "--texts", str(texts), "--output", str(output)]
-    assert main(arguments) == 130
+    try:
+        assert main(arguments) == 130
+    finally:
+        assert signal.signal(signal.SIGINT, ignored) is signal.SIG_IGN
     report = read_report(output)
     assert report.partial
     assert len(report.throughput[0].samples_s) == 2
