@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from rich.progress import Progress
 
+from benchmarks.peers.protocol import time_calls
 from benchmarks.results import LatencyResult
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.summary import interleave, percentile
@@ -22,8 +22,6 @@ TEXTS_A_LENGTH = 16
 
 FULL_SAMPLES = 2000
 QUICK_SAMPLES = 100
-WARM_CALLS = 3
-"""Untimed calls at the start of each turn: the other parties have just had the caches and cores."""
 
 
 def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:
@@ -43,7 +41,7 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
                 name = runner.point.name
                 if name not in failed:
                     try:
-                        samples[name] += time_calls(runner, texts, calls)
+                        samples[name] += time_calls(runner.encoder.encode, texts, calls)
                     except MirrorError as error:
                         failed.add(name)
                         results.fail("latency", name, error)
@@ -52,24 +50,6 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
                 done(f"{name}, {length} tokens")
             results.finish(f"latency {length}")
     results.finish("latency")
-
-
-def time_calls(runner: Runner, texts: Sequence[str], calls: int) -> list[float]:
-    """Time `calls` calls with one text each, in milliseconds, after some that warm up.
-
-    Raises:
-        MirrorError: a text or the engine failed.
-    """
-    encode = runner.encoder.encode
-    for text in texts[:WARM_CALLS]:
-        encode([text])
-    samples = []
-    for call in range(calls):
-        one = [texts[call % len(texts)]]
-        began = time.perf_counter()
-        encode(one)
-        samples.append(1e3 * (time.perf_counter() - began))
-    return samples
 
 
 def _result(runner: Runner, tokens: int, samples: Sequence[float]) -> LatencyResult:

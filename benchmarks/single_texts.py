@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.latency import FULL_SAMPLES, QUICK_SAMPLES, TEXTS_A_LENGTH, time_calls
+from benchmarks.latency import FULL_SAMPLES, QUICK_SAMPLES, TEXTS_A_LENGTH
 from benchmarks.peer_results import SingleTexts
+from benchmarks.peers.protocol import time_calls
 from benchmarks.peers.worker import PeerWorker
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.summary import interleave, percentile
@@ -56,18 +57,16 @@ def run_single_texts(
         for _, (name, party) in interleave(parties, plan.rounds):
             if name not in failed:
                 time.sleep(SETTLE_S)
-                ours = isinstance(party, Runner)
                 try:
-                    samples[name] += (
-                        time_calls(party, texts, calls)
-                        if isinstance(party, Runner)
-                        else party.ask("single", texts=str(file), calls=calls)["samples_ms"]
-                    )
+                    if isinstance(party, Runner):
+                        samples[name] += time_calls(party.encoder.encode, texts, calls)
+                    else:
+                        samples[name] += party.ask("single", texts=str(file), calls=calls)["samples_ms"]
                 except MirrorError as error:
                     failed.add(name)
                     results.fail("peers", f"{name}, single texts", error)
                 else:
-                    results.single_texts[name] = _result(name, samples[name], ours=ours)
+                    results.single_texts[name] = _result(name, samples[name], ours=isinstance(party, Runner))
             done(name)
 
 

@@ -37,7 +37,7 @@ from typing import Any
 Answer = dict[str, Any]
 
 WARM_CALLS = 3
-"""Untimed calls with single texts: the other parties have just had the caches and cores."""
+"""Untimed calls before single texts are timed: the other parties have just had the caches and cores."""
 
 START_BATCH = 32
 """Texts a batch after a start: what most libraries take by default."""
@@ -114,16 +114,8 @@ class Worker:
 
     def single(self, texts: str, calls: int) -> Answer:
         """Encode one text a call, in turns, after some calls that warm up, and give each call's milliseconds."""
-        model, chosen = self._loaded(), read_json(texts)
-        for text in chosen[:WARM_CALLS]:
-            model.encode([text], 1)
-        samples = []
-        for call in range(calls):
-            one = [chosen[call % len(chosen)]]
-            began = time.perf_counter()
-            model.encode(one, 1)
-            samples.append(1e3 * (time.perf_counter() - began))
-        return {"samples_ms": samples}
+        model = self._loaded()
+        return {"samples_ms": time_calls(lambda one: model.encode(one, 1), read_json(texts), calls)}
 
     def dump(self, batch_size: int, output: str, texts: str | None = None) -> Answer:
         """Write the vectors of all texts, float32 [n, dim]."""
@@ -163,6 +155,19 @@ def serve(library: Library, arguments: Sequence[str]) -> int:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     return 0
+
+
+def time_calls(encode: Callable[[list[str]], Any], texts: Sequence[str], calls: int) -> list[float]:
+    """Time `calls` calls with one text each, in milliseconds, after some that warm up."""
+    for text in texts[:WARM_CALLS]:
+        encode([text])
+    samples = []
+    for call in range(calls):
+        one = [texts[call % len(texts)]]
+        began = time.perf_counter()
+        encode(one)
+        samples.append(1e3 * (time.perf_counter() - began))
+    return samples
 
 
 def peak_bytes() -> int:

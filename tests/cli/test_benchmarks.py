@@ -12,6 +12,7 @@ import pytest
 from benchmarks import compare, latency, serving
 from benchmarks.gateway import running_gateway
 from benchmarks.peer_suite import cosine
+from benchmarks.peers.protocol import time_calls
 from benchmarks.point import Point
 from benchmarks.results import read_report
 from benchmarks.run import main
@@ -101,7 +102,7 @@ def test_an_interrupt_leaves_a_valid_report_marked_as_partial(bundle, texts, tmp
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(bundle, texts, tmp_path, monkeypatch, capsys):
-    run, turn, calls, turns = Rounds.run, latency.time_calls, [], []
+    run, turn, calls, turns = Rounds.run, time_calls, [], []
 
     def interrupted(self: Rounds) -> None:
         calls.append(1)
