@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rich.progress import Progress
@@ -77,22 +77,14 @@ def run_throughput(plan: Plan, runners: Sequence[Runner], results: Results, prog
     if results.has("throughput"):
         return  # rounds take turns within one run: half of them from another day would not
     parties = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
-    failed: set[str] = set()
+
+    def keep(party: Rounds) -> None:
+        point = party.runner.point
+        ceiling = results.ceilings.get((point.engine, point.precision))
+        results.throughput[point.name] = party.result(plan.flop_per_token, ceiling)
+
     with steps(progress, "throughput", len(parties) * (plan.rounds + 1)) as done:
-        for round_, party in interleave(parties, plan.rounds + 1):
-            point = party.runner.point
-            if point.name not in failed:
-                try:
-                    if round_ == 0:
-                        party.runner.encoder.encode(party.texts)
-                    else:
-                        party.run()
-                        ceiling = results.ceilings.get((point.engine, point.precision))
-                        results.throughput[point.name] = party.result(plan.flop_per_token, ceiling)
-                except MirrorError as error:
-                    failed.add(point.name)
-                    results.fail("throughput", point.name, error)
-            done(point.name)
+        _take_turns(parties, plan.rounds, keep, lambda name, error: results.fail("throughput", name, error), done)
     results.finish("throughput")
 
 
@@ -107,25 +99,58 @@ def run_lengths(plan: Plan, runners: Sequence[Runner], results: Results, progres
     spec = plan.manifest.encoder
     tokenizer = bundle_tokenizer(plan.bundle / TOKENIZER_FILE, spec.max_tokens)
     lengths = [length for length in LENGTHS if length <= spec.max_tokens]
-    failed: set[str] = set()
+    left = list(runners)
+
+    def fail(name: str, error: MirrorError) -> None:
+        results.fail("throughput", f"{name}, by length", error)
+
     with steps(progress, "throughput by length", len(lengths) * len(runners) * (plan.rounds + 1)) as done:
         for length in lengths:
             texts = texts_of_length(plan.workload.texts, tokenizer, length, count=TEXTS_A_LENGTH, seed=plan.seed)
-            parties = [Rounds(runner=runner, texts=texts) for runner in runners]
-            for round_, party in interleave(parties, plan.rounds + 1):
-                name = party.runner.point.name
-                if name not in failed:
-                    try:
-                        if round_ == 0:
-                            party.runner.encoder.encode(texts)
-                        else:
-                            party.run()
-                            results.lengths[name, length] = _length_result(party, length)
-                    except MirrorError as error:
-                        failed.add(name)
-                        results.fail("throughput", f"{name}, by length", error)
-                done(f"{name}, {length} tokens")
+
+            def keep(party: Rounds, length: int = length) -> None:
+                results.lengths[party.runner.point.name, length] = _length_result(party, length)
+
+            parties = [Rounds(runner=runner, texts=texts) for runner in left]
+            failed = _take_turns(parties, plan.rounds, keep, fail, done)
+            left = [runner for runner in left if runner.point.name not in failed]
     results.finish("lengths")
+
+
+def _take_turns(
+    parties: Sequence[Rounds],
+    rounds: int,
+    keep: Callable[[Rounds], None],
+    fail: Callable[[str, MirrorError], None],
+    done: Callable[[str], None],
+) -> set[str]:
+    """Warm every party with one whole pass, then let them take turns.
+
+    Args:
+        parties: who takes turns.
+        rounds: how often.
+        keep: called with a party after each of its rounds.
+        fail: called with the name of a party that failed, and how; it is left out from then on.
+        done: called with a party's name after each of its turns.
+
+    Returns:
+        The names of those that failed.
+    """
+    failed: set[str] = set()
+    for round_, party in interleave(parties, rounds + 1):
+        name = party.runner.point.name
+        if name not in failed:
+            try:
+                if round_ == 0:
+                    party.runner.encoder.encode(party.texts)
+                else:
+                    party.run()
+                    keep(party)
+            except MirrorError as error:
+                failed.add(name)
+                fail(name, error)
+        done(name)
+    return failed
 
 
 def _length_result(party: Rounds, tokens: int) -> LengthResult:
