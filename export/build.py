@@ -43,9 +43,6 @@ from training.layout import write_layout
 from training.reference import Reference
 from training.source import Head, resolve
 
-LARGE = 50_000_000
-"""Parameters from which on half as many texts are proven on: BERT-base has 110 million, MiniLM 22."""
-
 Say = Callable[[str], None]
 
 
@@ -175,9 +172,11 @@ def _fill(
         files={},
         artifacts=(),
     )
-    graphs = _export(folder, reference, request, on_stage)
+    (folder / "onnx").mkdir()
+    on_stage("export padded and packed graph")
+    graphs = export_graphs(reference, folder / "onnx", external_data_bytes=request.external_data_bytes)
     on_stage("reference vectors")
-    expected = Expected.of(reference, request.texts or _proving_texts(reference), request.sets)
+    expected = Expected.of(reference, request.texts or parity_texts(), request.sets)
     artifacts: list[Artifact] = []
     refused: list[Refused] = []
 
@@ -223,25 +222,6 @@ def _fill(
     manifest = dataclasses.replace(manifest, files=_hashes(folder))
     write_json(manifest, folder / MANIFEST_FILE)
     return Export(manifest=manifest, refused=tuple(refused))
-
-
-def _proving_texts(reference: Reference) -> tuple[str, ...]:
-    """Take the built-in texts, half of them for a large encoder: each artifact runs over all."""
-    if reference.model.num_parameters() < LARGE:
-        return parity_texts()
-    return parity_texts(short=500, medium=20, long=4)
-
-
-def _export(folder: Path, reference: Reference, request: Request, on_stage: Say) -> Mapping[Layout, Graph]:
-    """Write the fp32 graphs."""
-    (folder / "onnx").mkdir()
-    on_stage("export padded graph")
-    graphs: dict[Layout, Graph] = {}
-    for graph in export_graphs(reference, folder / "onnx", external_data_bytes=request.external_data_bytes):
-        graphs[graph.layout] = graph
-        if graph.layout is Layout.PADDED:
-            on_stage("export packed graph")
-    return graphs
 
 
 def _fp32_files(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from export.beside import beside
 from export.bodies import packed_states, padded_states
 from export.heads import Head, Segments
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
@@ -182,18 +183,25 @@ def export_graphs(
     *,
     token_vectors: bool = True,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Iterator[Graph]:
-    """Write the padded, then the packed graph of an encoder into a folder; each is yielded once it is checked.
+) -> Mapping[Layout, Graph]:
+    """Write the padded and the packed graph of an encoder into a folder, and check them.
 
     Raises:
         EngineError: PyTorch cannot translate the model, or a file breaks the contract.
     """
+    width: int = reference.model.config.hidden_size
+
+    def export(layout: Layout) -> None:
+        path = folder / GRAPH_FILES[layout]
+        export_graph(reference, layout, path, token_vectors=token_vectors, external_data_bytes=external_data_bytes)
+
+    with beside(lambda: export(Layout.PACKED), "export of the packed graph"):
+        export(Layout.PADDED)
+    graphs: dict[Layout, Graph] = {}
     for layout, name in GRAPH_FILES.items():
-        path = folder / name
-        contract = export_graph(
-            reference, layout, path, token_vectors=token_vectors, external_data_bytes=external_data_bytes
-        )
-        yield Graph(layout=layout, path=path, inputs=contract.inputs, outputs=contract.outputs)
+        contract = signature(layout, reference.spec, width, token_vectors=token_vectors)
+        graphs[layout] = Graph(layout=layout, path=folder / name, inputs=contract.inputs, outputs=contract.outputs)
+    return graphs
 
 
 def export_graph(

@@ -246,6 +246,7 @@ def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expec
             truncations_counted_elsewhere(),  # the texts are too long on purpose
             Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, candidate.path) as encoder,
         ):
+            encoder.warm_up()  # compiles shapes side by side, where texts would ask for one after the other
             return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
     with _padded_run(folder / candidate.path, candidate.engine, candidate.precision) as run:
         return prove(padded_encode(run, folder, candidate, spec), expected, floors, what=str(candidate))

@@ -40,7 +40,7 @@ CANARIES = (
 bundle."""
 
 
-def parity_texts(short: int = 1000, medium: int = 40, long: int = 8) -> tuple[str, ...]:
+def parity_texts(short: int = 500, medium: int = 40, long: int = 8) -> tuple[str, ...]:
     """Give first sentences and whole docstrings of this Python's standard library, and the nasty ones.
 
     Args:

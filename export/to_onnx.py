@@ -111,10 +111,7 @@ def run(
     ] = None,
     parity_texts: Annotated[
         Path | None,
-        typer.Option(
-            help="Prove on these texts, one a line. Default: over 1,000 built-in ones of 2 to 20,000 tokens, "
-            "half of them for an encoder of more than 50 million parameters."
-        ),
+        typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones of 2 to 20,000 tokens."),
     ] = None,
     calibration: Annotated[
         Path | None,

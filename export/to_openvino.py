@@ -33,7 +33,7 @@ def run(
     ] = None,
     parity_texts: Annotated[
         Path | None,
-        typer.Option(help="Prove on these texts, one a line. Default: over 1,000 built-in ones, 2 to 20,000 tokens."),
+        typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones, 2 to 20,000 tokens."),
     ] = None,
     sts: Annotated[
         list[str] | None,

@@ -75,7 +75,7 @@ def run(
         typer.Option(help="File of kernel timings to read and extend: the next build is faster.", show_default=False),
     ] = None,
     parity_texts: Annotated[
-        Path | None, typer.Option(help="Prove on these texts, one a line. Default: over 1,000 built-in ones.")
+        Path | None, typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Only check the bundle's graphs: needs neither GPU nor TensorRT.")

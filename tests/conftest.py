@@ -82,11 +82,15 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from export import build
     from export.graphs import GRAPH_FILES, Graph
 
-    def copied(_reference: object, folder: Path, **_options: object) -> Iterator[Graph]:
+    def copied(_reference: object, folder: Path, **_options: object) -> dict[Layout, Graph]:
+        graphs = {}
         for artifact in read_manifest(tiny_bundle).artifacts[:2]:
             path = folder / GRAPH_FILES[artifact.layout]
             shutil.copy(tiny_bundle / artifact.path, path)
-            yield Graph(layout=artifact.layout, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+            graphs[artifact.layout] = Graph(
+                layout=artifact.layout, path=path, inputs=artifact.inputs, outputs=artifact.outputs
+            )
+        return graphs
 
     monkeypatch.setattr(build, "export_graphs", copied)
 

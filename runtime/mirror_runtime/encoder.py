@@ -356,9 +356,13 @@ class Encoder:
         Raises:
             EngineError: the engine failed.
         """
-        for shape in self._ladder.shapes():
+
+        def run(shape: tuple[int, int]) -> None:
             empty = np.zeros((3, *shape), np.int64)
             self.engine.run(PackedRows(input_ids=empty[0], position_ids=empty[1], segment_ids=empty[2]))
+
+        for _ in self._pool.map(run, self._ladder.shapes()):
+            pass
 
     def close(self) -> None:
         """Release the engine. The encoder cannot be used afterwards."""

@@ -35,9 +35,9 @@ _SHORT, _WHOLE = 32, 64
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "bf16"}
 """What is not quantised is computed in this; int8 graphs on a CPU without bf16 in f32."""
 
-_COMPILING = threading.Lock()
-"""Held while models are compiled and tensors are made, by all engines of the process: when two threads make OpenVINO's
-first tensors at the same time, one waits for Python's lock and the other for a static's guard, for ever (2026.4.1)."""
+_FIRST_TENSORS = threading.Lock()
+"""Held while a process looks at its first tensors: when two threads do so at the same time, one waits for Python's lock
+and the other for the guard of a static table of types, for ever (2026.4.1). Later ones only read the table."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,10 @@ class OpenVinoEngine:
         *,
         one_token: bool = False,
     ) -> None:
-        self._core = require("openvino", "openvino").Core()
+        openvino = require("openvino", "openvino")
+        self._core = openvino.Core()
+        with _FIRST_TENSORS:
+            _ = openvino.Tensor(np.zeros(1, np.int64)).data
         self._hint = _hint(self._core, precision)
         self._lengthens = one_token and self._hint == "bf16"
         self.name = EngineName.OPENVINO
@@ -94,6 +97,7 @@ class OpenVinoEngine:
         self.streams = streams or self._cores
         self._graph = graph
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
+        self._compiling: dict[tuple[int, int], threading.Lock] = {}
         try:
             self._model = read_graph(self._core, graph, cache)
         except RuntimeError as error:
@@ -111,7 +115,7 @@ class OpenVinoEngine:
             for name, view in slot.inputs.items():
                 view[:, :length] = getattr(rows, name)
                 view[:, length:] = 0
-            # Not `infer`: it makes tensor objects at each call. Here they are views, made once under `_COMPILING`.
+            # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
             slot.request.start_async()
             slot.request.wait()
             return slot.output[:, : length // TOKENS_PER_SLOT].copy()
@@ -126,7 +130,8 @@ class OpenVinoEngine:
         del self._model
 
     def _compile(self, shape: tuple[int, int]) -> SimpleQueue[_Slot]:
-        with _COMPILING:
+        """Compile a shape, once; several threads compile as many shapes side by side."""
+        with self._compiling.setdefault(shape, threading.Lock()):
             if shape in self._slots:
                 return self._slots[shape]
             pool: SimpleQueue[_Slot] = SimpleQueue()
