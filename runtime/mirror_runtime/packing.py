@@ -208,17 +208,19 @@ def _place(
 
 
 def _counts(rows: int, sizes: Sequence[int], streams: int) -> list[int]:
-    """Cut a number of rows into batches of the given sizes (descending, ending in 1); the last may be part empty."""
+    """Cut a number of rows into batches of the given sizes (descending, ending in 1); the last may be part empty.
+
+    Batches run one on each stream, single rows on all cores one after the other. So many rows go in rounds of one batch
+    a stream: the largest ones while they are full, smaller ones while more than half of the streams have one.
+    """
     counts: list[int] = []
     for rank, size in enumerate(sizes):
-        if rank > 1 and rows < sizes[rank - 1] and 4 * rows >= 3 * sizes[rank - 1]:
-            return [*counts, sizes[rank - 1]]  # one nearly full batch is cheaper than several of the next size
-        # Full batches only while there is one for every stream; the rest is cut smaller.
-        keep = size * streams if rank == 0 and size > 1 else size
-        while rows >= keep:
-            counts.append(size)
-            rows -= size
-    return counts
+        least = size * streams if rank == 0 else size * (streams + 1) / 2
+        while size > 1 and rows >= least:
+            batches = min(streams, -(-rows // size))
+            counts += [size] * batches
+            rows -= size * batches
+    return counts + [1] * rows
 
 
 def _fill(

@@ -95,3 +95,24 @@ def test_padding_of_a_piece_has_its_number_with_a_minus():
     assert row.tolist() == [1] * 3 + [-1] * 5 + [2] * 8 + [3] * 5 + [-3] * 3 + [0] * 8
     assert batch.rows.position_ids[0].tolist() == [*range(8)] * 3 + [0] * 8
     assert batch.rows.input_ids[0].tolist() == [*range(1, 25)] + [0] * 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "streams", "counts"),
+    [
+        (3, 1, [1, 1, 1]),
+        (4, 1, [4]),
+        (16, 1, [16]),
+        (2, 2, [1, 1]),
+        (5, 2, [1] * 5),  # four in one batch would leave a stream with nothing to do
+        (6, 2, [4, 4]),  # two places stay empty, and no stream
+        (9, 2, [4, 4, 1]),
+        (31, 2, [4] * 8),  # large batches come in pairs
+        (32, 2, [16, 16]),
+        (34, 16, [4] * 9),
+    ],
+)
+def test_few_rows_are_cut_so_that_no_stream_waits_for_another(rows, streams, counts):
+    sizes = np.full(rows, LADDER.lengths[0])
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=streams)
+    assert [batch.rows.shape[0] for batch in batches] == counts

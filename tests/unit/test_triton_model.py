@@ -20,6 +20,7 @@ from mirror_runtime import Encoder, EngineError
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.errors import InputError
 from mirror_runtime.tokens import LongTexts
+from mirror_runtime.triton import queueing
 from mirror_runtime.triton.batching import Answer, Failure, FailureKind, Question, answer
 from mirror_runtime.triton.instances import share
 from mirror_runtime.triton.options import ServingOptions
@@ -319,9 +320,10 @@ def serve(model: Any, *requests: FakeRequest) -> list[Any]:
 
 
 class Brake:
-    """Holds the engine until it is let go."""
+    """Holds the engine until it is let go; the workers' alone, for nothing is little enough to be answered at once."""
 
     def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(queueing, "AT_ONCE_TOKENS", 0)
         self.run = model.encoder.engine.run
         self.go = threading.Event()
         self.ran = 0
@@ -380,6 +382,36 @@ def test_wrong_parameters_are_refused_by_name(start, make_bundle, parameters, me
     assert message in str(bad.error)
     assert len(str(bad.error)) < 200
     assert good.error is None
+
+
+def test_what_is_little_goes_back_with_its_call(start, make_bundle):
+    bundle = make_bundle()
+    model = start(bundle, ServingOptions(engine="fake", streams=1))
+    requests = [FakeRequest(b"one"), FakeRequest(b"\xff"), FakeRequest(b"two", b"three")]
+    one, bad, more = model.execute(requests)
+    assert not any(request.answered.is_set() for request in requests)
+    assert bad.error.code == FakeTritonError.INVALID_ARG
+    with Encoder.load(bundle, engine="fake") as encoder:
+        expected = encoder.encode(["one", "two", "three"])
+    served = np.concatenate([response.output_tensors[0].array for response in (one, more)])
+    np.testing.assert_array_equal(served, expected)
+    assert model._gate.in_flight == 0
+    assert model._desk.counts["admitted"] == 3
+
+
+def test_what_is_more_waits_for_the_workers_and_so_does_what_comes_beside_it(start, make_bundle, monkeypatch):
+    model = start(make_bundle(), ServingOptions(engine="fake", streams=1))
+    brake = Brake(model, monkeypatch)
+    monkeypatch.setattr(queueing, "AT_ONCE_TOKENS", 60)
+    much, little = FakeRequest(b"word " * 48), FakeRequest(b"word")  # 62 and 3 tokens, as guessed
+    assert model.execute([much]) == [None]
+    assert model.execute([little]) == [None]
+    brake.go.set()
+    assert much.answered.wait(10)
+    assert little.answered.wait(10)
+    while model._gate.in_flight:
+        time.sleep(0.001)
+    assert model.execute([FakeRequest(b"word")])[0].error is None
 
 
 def test_a_request_that_takes_too_long_to_read_is_refused(start, make_bundle):

@@ -38,6 +38,14 @@ def serve(
     precision: PrecisionOption = "auto",
     streams: StreamsOption = None,
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
+    instances: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Processes that run the model, each on its share of the cores: 2 on 2 cores answer some 15 % more "
+            "single texts of 32 callers, hold twice the memory, and take half as long again for a lone one.",
+        ),
+    ] = 1,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts a request may have.")] = 256,
     max_tokens_in_flight: Annotated[
         int,
@@ -79,6 +87,7 @@ def serve(
             precision=precision,
             streams=streams,
             long_texts=long_texts,
+            instances=instances,
             max_batch_size=max_batch_size,
             max_tokens_in_flight=max_tokens_in_flight,
         ),

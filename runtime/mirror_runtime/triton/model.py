@@ -3,9 +3,9 @@
 Imported inside Triton's stub process alone, where `triton_python_backend_utils` exists. What can be tested without
 Triton lives in `queueing` and what that uses.
 
-`execute` computes nothing: it takes requests or refuses them, and workers answer later. While the engine works, the
-next requests are thus read, tokenised and packed, and what is too much learns it at once instead of waiting in
-Triton's own queue.
+`execute` computes no more than a little: beyond that it takes requests or refuses them, and workers answer later. While
+the engine works, the next requests are thus read, tokenised and packed, and what is too much learns it at once instead
+of waiting in Triton's own queue.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ from mirror_runtime.triton.options import Backend, ServingOptions
 from mirror_runtime.triton.parameters import read_wishes
 from mirror_runtime.triton.queueing import Desk, Job, Outcome
 from mirror_runtime.triton.remote_engine import RemoteEngine
-
-PAUSE_S = 0.005
-"""How long `execute` lets requests gather while every worker is busy. A refusal comes that much later at most."""
 
 
 class TritonPythonModel:
@@ -98,15 +95,20 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Take or refuse requests.
+        """Answer, take or refuse requests.
 
         Nothing is ever raised from here: Triton would fail the whole batch and show clients this file's path.
 
         Returns:
-            For each request a response where it was refused, None where a worker will answer it.
+            For each request a response where it was answered or refused, None where a worker will answer it.
         """
-        self._desk.pause(PAUSE_S)
-        return [self._take(request) for request in requests]
+        read = [self._read(request) for request in requests]
+        offered = iter(self._desk.offer([job for job in read if isinstance(job, Job)]))
+        outcomes = [next(offered) if isinstance(job, Job) else job for job in read]
+        return [
+            None if outcome is None else self._response(outcome, frozenset(request.requested_output_names()))
+            for request, outcome in zip(requests, outcomes, strict=True)
+        ]
 
     def finalize(self) -> None:
         """Answer what was taken, and release the engine."""
@@ -114,7 +116,7 @@ class TritonPythonModel:
         self._reporter.close()
         self.encoder.close()
 
-    def _take(self, request: Any) -> Any | None:
+    def _read(self, request: Any) -> Job | Failure:
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
             wishes = read_wishes(request.parameters(), self.encoder.spec)
@@ -124,22 +126,19 @@ class TritonPythonModel:
             def reply(outcome: Outcome) -> None:
                 sender.send(self._response(outcome, names), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-            refusal = self._desk.take(
-                Job(
-                    question=Question(texts=texts, wishes=wishes),
-                    reply=reply,
-                    is_cancelled=sender.is_cancelled,
-                    timeout_s=request.timeout() / 1e6 or None,
-                )
+            return Job(
+                question=Question(texts=texts, wishes=wishes),
+                reply=reply,
+                is_cancelled=sender.is_cancelled,
+                timeout_s=request.timeout() / 1e6 or None,
             )
         except InputError as error:
-            refusal = Failure(kind=FailureKind.INVALID_ARG, message=str(error))
+            return Failure(kind=FailureKind.INVALID_ARG, message=str(error))
         except Exception:
             # The edge of the process: the waiter gets an answer and the log gets the reason.
             pb_utils.Logger.log_error(f"embed: a request could not be read\n{traceback.format_exc()}")
             message = "the request could not be read; the server's log says why"
-            refusal = Failure(kind=FailureKind.INTERNAL, message=message)
-        return None if refusal is None else self._response(refusal, frozenset())
+            return Failure(kind=FailureKind.INTERNAL, message=message)
 
     def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
         if isinstance(outcome, Failure):

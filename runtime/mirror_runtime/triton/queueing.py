@@ -1,6 +1,8 @@
 """Requests that were taken wait here; workers gather what waits, whoever sent it, and answer it together.
 
-The thread that brings requests never computes, so that it can refuse at once whatever does not fit.
+The thread that brings requests computes what little there is when nothing else is under way: answers that go back with
+the call that brought their requests cost Triton half of what others do. As soon as there is more it leaves all of it to
+the workers, so that it can refuse at once whatever does not fit.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ from mirror_runtime.triton.batching import LARGEST_REQUEST, Answer, Failure, Fai
 _log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = "Answer | Failure"
+
+AT_ONCE_TOKENS = 512
+"""Guessed tokens, for each of the engine's streams, that the thread that brings requests may compute itself: for so
+long it refuses nobody, some 30 ms of one core and a small encoder."""
 
 ASK_AFTER_S = 0.05
 """A request that has waited this long is asked whether its caller has gone; asking costs as much as a short text."""
@@ -69,7 +75,6 @@ class Desk:
         self._batch_tokens = batch_tokens
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
-        self._idle = 0
         self._closed = False
         self._counts: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._work, name=f"mirror-desk-{n}") for n in range(workers)]
@@ -82,32 +87,42 @@ class Desk:
         with self._changed:
             return dict(self._counts)
 
-    def take(self, job: Job) -> Failure | None:
-        """Take a request, or say why not. Returns at once.
+    def offer(self, jobs: Sequence[Job]) -> list[Outcome | None]:
+        """Offer requests that came together.
+
+        What is little is answered here and now when nothing else is in flight. Otherwise each is taken or refused,
+        which takes no time.
 
         Returns:
-            None where it was taken: `job.reply` will be called. A failure where it was refused.
+            For each its answer, or why it was refused; None where it was taken: `job.reply` will be called.
         """
-        size = sum(job.question.sizes)
+        now = time.monotonic()
+        waiting = [_Waiting(job, job.question.tokens(self._encoder.spec.max_tokens), now) for job in jobs]
+        tokens = sum(each.tokens for each in waiting)
+        if self._gate.in_flight + tokens > min(AT_ONCE_TOKENS * self._encoder.engine.streams, self._gate.limit):
+            return [self._take(each) for each in waiting]
+        self._gate.enter(tokens)
+        self._count("admitted", len(jobs))
+        try:
+            return list(self._outcomes(waiting))
+        finally:
+            self._gate.leave(tokens)
+
+    def _take(self, waiting: _Waiting) -> Failure | None:
+        size = sum(waiting.job.question.sizes)
         if size > LARGEST_REQUEST:
             message = f"the request has {size} bytes of text: send at most {LARGEST_REQUEST} in one"
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
-        tokens = job.question.tokens(self._encoder.spec.max_tokens)
         try:
-            self._gate.enter(tokens)
+            self._gate.enter(waiting.tokens)
         except OverloadedError as error:
             self._count("refused")
             return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
         with self._changed:
             self._counts["admitted"] += 1
-            self._queue.append(_Waiting(job, tokens, time.monotonic()))
+            self._queue.append(waiting)
             self._changed.notify()
         return None
-
-    def pause(self, longest_s: float) -> None:
-        """Wait until a worker is free, so that requests gather behind the caller instead of coming one by one."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._idle > 0 and not self._queue, longest_s)
 
     def close(self) -> None:
         """Answer what was taken, and end the workers."""
@@ -126,10 +141,7 @@ class Desk:
     def _next(self) -> list[_Waiting]:
         """Wait for requests and take those that make a batch; none when it is over."""
         with self._changed:
-            self._idle += 1
-            self._changed.notify_all()
             self._changed.wait_for(lambda: self._queue or self._closed)
-            self._idle -= 1
             batch: list[_Waiting] = []
             tokens = 0
             while self._queue and (not batch or tokens + self._queue[0].tokens <= self._batch_tokens):
