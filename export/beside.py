@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -26,7 +27,7 @@ def beside(work: Callable[[], None], what: str) -> Iterator[None]:
     read the weights again.
 
     Args:
-        work: what to do. It must not use PyTorch on more than one thread, nor the terminal.
+        work: what to do. It must not use PyTorch on more than one thread.
         what: names it in messages.
 
     Raises:
@@ -53,10 +54,11 @@ def beside(work: Callable[[], None], what: str) -> Iterator[None]:
             child.join()
             died = f"died with exit status {child.exitcode}"
             raise EngineError(f"the process that does the {what} {died}: it may have been out of memory") from None
+        child.join()
         if error is not None:
             raise error
     finally:
-        child.terminate()
+        child.terminate()  # nothing is left to end but after an error in the block
         child.join()
         receiving.close()
 
@@ -64,6 +66,8 @@ def beside(work: Callable[[], None], what: str) -> Iterator[None]:
 def _child(work: Callable[[], None], sending: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the parent ends this one
     torch.set_num_threads(1)  # the pool's other threads are not in a fork
+    # Nor is the thread that draws progress: had it held the terminal's lock, a warning would wait for it for ever.
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
     error = None
     try:
         work()

@@ -6,12 +6,14 @@ Parity proofs, benchmark workloads and the demo need ragged natural text on mach
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import os
 import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -60,10 +62,26 @@ def standard_library() -> tuple[Documented, ...]:
         Objects by file and position, then those of the built-in C modules. The same Python gives the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
+    with _collector_resting():
+        found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
     for module in sorted(sys.builtin_module_names):
         found.extend(_of_builtin(module))
     return tuple(found)
+
+
+@contextmanager
+def _collector_resting() -> Iterator[None]:
+    """Keep Python's collector from walking all that the process holds, some hundred times, while trees come and go.
+
+    With PyTorch imported that is more than half of the time. The trees hold no cycles: nothing is kept for it.
+    """
+    resting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if resting:
+            gc.enable()
 
 
 def _files(root: Path) -> Iterator[Path]:

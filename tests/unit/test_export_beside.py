@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -42,6 +43,24 @@ def test_a_process_that_dies_is_an_error_that_names_it():
         beside(lambda: os.kill(os.getpid(), signal.SIGKILL), "writing"),
     ):
         pass
+
+
+def test_it_can_warn_while_another_thread_holds_the_terminal(monkeypatch, capfd):
+    class Held:
+        def write(self, _text):
+            time.sleep(600)
+
+        def flush(self):
+            pass
+
+    def warn():
+        sys.stderr.write("from the child")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Held())
+        with beside(warn, "warning"):
+            pass
+    assert "from the child" in capfd.readouterr().err
 
 
 def test_an_error_in_the_block_ends_the_work(tmp_path):

@@ -21,7 +21,7 @@ from mirror_runtime.errors import (
 from mirror_runtime.triton import AsyncClient, Client
 from mirror_runtime.triton.chunks import Served
 from mirror_runtime.triton.retry import FIRST_S, MOST_S, Backoff
-from mirror_runtime.triton.transport import Rejected, Reply, server_error
+from mirror_runtime.triton.transport import Rejected, Reply, read_reply, server_error
 
 
 class Echo:
@@ -196,6 +196,15 @@ def test_another_servers_model_is_named(make_client):
     echo.config = lambda: {"name": "resnet", "max_batch_size": 1, "output": []}  # type: ignore[method-assign]
     with pytest.raises(ServerError, match="model 'resnet' has no output EMBEDDING"):
         make_client(echo).encode(["a"])
+
+
+def test_an_answer_of_another_kind_of_model_is_an_error_that_says_so():
+    class Result:
+        def as_numpy(self, name):
+            return None if name in ("TRUNCATED", "FINGERPRINT") else np.zeros((1, 1))
+
+    with pytest.raises(ServerError, match="the answer has no TRUNCATED, FINGERPRINT: serve the model with"):
+        read_reply(Result())
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def serve(
         int,
         typer.Option(
             min=1,
-            help="Processes that run the model, each on its share of the cores: 2 on 2 cores answer some 15 % more "
-            "single texts of 32 callers, hold twice the memory, and take half as long again for a lone one.",
+            help="Processes that run the model, each on its share of the cores: 2 on 2 cores answer up to 20 % more "
+            "single texts of 32 callers, hold twice the memory, and take 1.4 times as long for a lone one.",
         ),
     ] = 1,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts a request may have.")] = 256,

@@ -106,7 +106,7 @@ class TritonPythonModel:
         offered = iter(self._desk.offer([job for job in read if isinstance(job, Job)]))
         outcomes = [next(offered) if isinstance(job, Job) else job for job in read]
         return [
-            None if outcome is None else self._response(outcome, frozenset(request.requested_output_names()))
+            None if outcome is None else self._answered(request, outcome)
             for request, outcome in zip(requests, outcomes, strict=True)
         ]
 
@@ -135,10 +135,13 @@ class TritonPythonModel:
         except InputError as error:
             return Failure(kind=FailureKind.INVALID_ARG, message=str(error))
         except Exception:
-            # The edge of the process: the waiter gets an answer and the log gets the reason.
-            pb_utils.Logger.log_error(f"embed: a request could not be read\n{traceback.format_exc()}")
-            message = "the request could not be read; the server's log says why"
-            return Failure(kind=FailureKind.INTERNAL, message=message)
+            return _failure("the request could not be read")
+
+    def _answered(self, request: Any, outcome: Outcome) -> Any:
+        try:
+            return self._response(outcome, frozenset(request.requested_output_names()))
+        except Exception:
+            return self._response(_failure("the answer could not be written"), frozenset())
 
     def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
         if isinstance(outcome, Failure):
@@ -165,6 +168,12 @@ class TritonPythonModel:
             batches=stats.executions,
             in_flight=self._gate.in_flight,
         )
+
+
+def _failure(what: str) -> Failure:
+    """Tell the log why something failed, at the edge of the process, and the waiter that it did."""
+    pb_utils.Logger.log_error(f"embed: {what}\n{traceback.format_exc()}")
+    return Failure(kind=FailureKind.INTERNAL, message=f"{what}; the server's log says why")
 
 
 class _TritonHandler(logging.Handler):

@@ -1,8 +1,8 @@
 """Requests that were taken wait here; workers gather what waits, whoever sent it, and answer it together.
 
-The thread that brings requests computes what little there is when nothing else is under way: answers that go back with
-the call that brought their requests cost Triton half of what others do. As soon as there is more it leaves all of it to
-the workers, so that it can refuse at once whatever does not fit.
+The thread that brings requests computes them itself while there is little to do: answers that go back with the call
+that brought their requests cost Triton half of what others do. As soon as there is more it leaves all of it to the
+workers, so that it can refuse at once whatever does not fit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _log = logging.getLogger(__name__)
 Outcome: TypeAlias = "Answer | Failure"
 
 AT_ONCE_TOKENS = 512
-"""Guessed tokens, for each of the engine's streams, that the thread that brings requests may compute itself: for so
-long it refuses nobody, some 30 ms of one core and a small encoder."""
+"""Guessed tokens in flight, for each of the engine's streams, up to which the thread that brings requests computes
+them itself. It refuses nobody meanwhile: for some 30 ms, with a small encoder on one core."""
 
 ASK_AFTER_S = 0.05
 """A request that has waited this long is asked whether its caller has gone; asking costs as much as a short text."""
@@ -90,8 +90,8 @@ class Desk:
     def offer(self, jobs: Sequence[Job]) -> list[Outcome | None]:
         """Offer requests that came together.
 
-        What is little is answered here and now when nothing else is in flight. Otherwise each is taken or refused,
-        which takes no time.
+        While they and what is in flight are little, they are answered here and now. Otherwise each is taken or
+        refused, which takes no time.
 
         Returns:
             For each its answer, or why it was refused; None where it was taken: `job.reply` will be called.

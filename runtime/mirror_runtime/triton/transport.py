@@ -130,6 +130,14 @@ def text_tensor(library: Any, texts: NDArray[Any]) -> Any:
 
 
 def read_reply(result: Any) -> Reply:
-    """Read the model's outputs from tritonclient's result."""
-    vectors, tokens, truncated, fingerprint = (result.as_numpy(name) for name in OUTPUTS)
+    """Read the model's outputs from tritonclient's result.
+
+    Raises:
+        ServerError: one is missing.
+    """
+    found = {name: result.as_numpy(name) for name in OUTPUTS}
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        raise ServerError(f"the answer has no {', '.join(missing)}: serve the model with mirror serve or mirror deploy")
+    vectors, tokens, truncated, fingerprint = found.values()
     return Reply(vectors=vectors, tokens=tokens, truncated=truncated, fingerprint=fingerprint[0, 0].decode())
