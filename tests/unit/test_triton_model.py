@@ -399,14 +399,17 @@ def test_what_is_little_goes_back_with_its_call(start, make_bundle):
     assert model._desk.counts["admitted"] == 3
 
 
-def test_an_answer_that_cannot_be_written_fails_alone(start, pb_utils, make_bundle):
+@pytest.mark.parametrize("at_once", [512, 0], ids=["with its call", "by a worker"])
+def test_an_answer_that_cannot_be_written_fails_alone(start, pb_utils, make_bundle, monkeypatch, at_once):
     def full(name, array):
         if len(array) == 2:
             raise RuntimeError("/dev/shm/triton_python_backend_shm_region_1 is full")
         return FakeTensor(name, array)
 
     pb_utils.Tensor = full
-    one, two = start(make_bundle(), ServingOptions(engine="fake")).execute([FakeRequest(b"a"), FakeRequest(b"b", b"c")])
+    monkeypatch.setattr(queueing, "AT_ONCE_TOKENS", at_once)
+    model = start(make_bundle(), ServingOptions(engine="fake"))
+    one, two = serve(model, FakeRequest(b"a"), FakeRequest(b"b", b"c"))
     assert one.error is None
     assert str(two.error) == "the answer could not be written; the server's log says why"
     assert "is full" in FakeLogger.lines[-1]

@@ -27,7 +27,7 @@ from mirror_runtime.errors import BundleError, InputError, MirrorError
 from mirror_runtime.plan import Decision
 from mirror_runtime.tokens import Tokenizer
 from mirror_runtime.triton.admission import Gate
-from mirror_runtime.triton.batching import Failure, FailureKind, Question
+from mirror_runtime.triton.batching import Answer, Failure, FailureKind, Question
 from mirror_runtime.triton.encoder_model import find_artifact, packed_ladder
 from mirror_runtime.triton.instances import take_share
 from mirror_runtime.triton.metrics import Reading, Reporter
@@ -103,11 +103,11 @@ class TritonPythonModel:
             For each request a response where it was answered or refused, None where a worker will answer it.
         """
         read = [self._read(request) for request in requests]
-        offered = iter(self._desk.offer([job for job in read if isinstance(job, Job)]))
-        outcomes = [next(offered) if isinstance(job, Job) else job for job in read]
+        offered = iter(self._desk.offer([job for job, _ in read if isinstance(job, Job)]))
+        outcomes = [next(offered) if isinstance(job, Job) else job for job, _ in read]
         return [
-            None if outcome is None else self._answered(request, outcome)
-            for request, outcome in zip(requests, outcomes, strict=True)
+            None if outcome is None else self._response(outcome, names)
+            for (_, names), outcome in zip(read, outcomes, strict=True)
         ]
 
     def finalize(self) -> None:
@@ -116,7 +116,8 @@ class TritonPythonModel:
         self._reporter.close()
         self.encoder.close()
 
-    def _read(self, request: Any) -> Job | Failure:
+    def _read(self, request: Any) -> tuple[Job | Failure, frozenset[str]]:
+        """Read a request, and the names of the outputs that it wants."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
             wishes = read_wishes(request.parameters(), self.encoder.spec)
@@ -126,27 +127,29 @@ class TritonPythonModel:
             def reply(outcome: Outcome) -> None:
                 sender.send(self._response(outcome, names), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-            return Job(
+            job = Job(
                 question=Question(texts=texts, wishes=wishes),
                 reply=reply,
                 is_cancelled=sender.is_cancelled,
                 timeout_s=request.timeout() / 1e6 or None,
             )
         except InputError as error:
-            return Failure(kind=FailureKind.INVALID_ARG, message=str(error))
+            return Failure(kind=FailureKind.INVALID_ARG, message=str(error)), frozenset()
         except Exception:
-            return _failure("the request could not be read")
-
-    def _answered(self, request: Any, outcome: Outcome) -> Any:
-        try:
-            return self._response(outcome, frozenset(request.requested_output_names()))
-        except Exception:
-            return self._response(_failure("the answer could not be written"), frozenset())
+            return _failure("the request could not be read"), frozenset()
+        return job, names
 
     def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
-        if isinstance(outcome, Failure):
-            code = getattr(pb_utils.TritonError, outcome.kind.value)
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(outcome.message, code))
+        """Write an outcome; an answer that cannot be written becomes a failure, so that nobody waits for ever."""
+        if isinstance(outcome, Answer):
+            try:
+                return self._written(outcome, names)
+            except Exception:
+                outcome = _failure("the answer could not be written")
+        code = getattr(pb_utils.TritonError, outcome.kind.value)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(outcome.message, code))
+
+    def _written(self, outcome: Answer, names: frozenset[str]) -> Any:
         tensors = [
             pb_utils.Tensor("EMBEDDING", np.ascontiguousarray(outcome.vectors)),
             pb_utils.Tensor("TOKENS", outcome.tokens),
