@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
-from benchmarks.results import Ceiling
+from benchmarks.bandwidth import measure_bandwidth
+from benchmarks.machine_results import Ceiling
+from benchmarks.products import Matrices, compile_openvino, onnxruntime_session
 from benchmarks.session import Plan, Results, steps
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import BundleError, EngineError, MirrorError
@@ -25,11 +25,7 @@ from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
 
-PAIRS = 6
-"""Chained products there and back in one model: enough to make the library's call overhead small."""
 REPETITIONS = 8
-
-_OPENVINO_HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16"}
 
 Sample = Callable[[], None]
 
@@ -69,10 +65,12 @@ def read_shape(bundle: Path) -> EncoderShape:
 
 
 def measure_ceilings(plan: Plan, shape: EncoderShape, results: Results, progress: Progress) -> None:
-    """Measure one ceiling for each engine and precision of the plan; what cannot be measured becomes a failure."""
+    """Measure the memory's rate, then one ceiling for each engine and precision; what cannot be is a failure."""
     if results.has("ceilings"):
         return
-    with steps(progress, "ceilings", len(plan.points)) as done:
+    with steps(progress, "ceilings", 1 + len(plan.points)) as done:
+        results.bandwidth = measure_bandwidth()
+        done("memory")
         for point in plan.points:
             try:
                 results.ceilings[point.engine, point.precision] = measure_ceiling(point.engine, point.precision, shape)
@@ -96,15 +94,12 @@ def measure_ceiling(engine: EngineName, precision: Precision, shape: EncoderShap
 
 
 def _measure(engine: EngineName, precision: Precision, inner: int, outer: int) -> Ceiling:
-    random = np.random.default_rng(0)
-    there = _weights(random, inner, outer)
-    back = _weights(random, outer, inner)
-    x = random.standard_normal((TOKEN_BUDGET, inner), dtype=np.float32)
     threads = usable_cores()
-    if engine is EngineName.OPENVINO and precision in _OPENVINO_HINTS:
-        run, calls = _openvino(precision, x, there, back, threads)
-    elif engine is EngineName.ONNXRUNTIME and precision is Precision.FP32:
-        run, calls = _onnxruntime(x, there, back, threads)
+    matrices = Matrices.draw(TOKEN_BUDGET, inner, outer)
+    if engine is EngineName.OPENVINO:
+        run, calls = _openvino(precision, matrices, threads)
+    elif engine is EngineName.ONNXRUNTIME:
+        run, calls = _onnxruntime(precision, matrices, threads)
     else:
         raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
     run()
@@ -113,7 +108,7 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int) -
         began = time.perf_counter()
         run()
         samples.append(time.perf_counter() - began)
-    flop = calls * PAIRS * 2 * (2 * TOKEN_BUDGET * inner * outer)
+    flop = calls * matrices.flop
     return Ceiling(
         engine=engine,
         precision=precision,
@@ -127,67 +122,24 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int) -
     )
 
 
-def _weights(random: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
-    """Draw a matrix that keeps the variance of what it multiplies, so that no chain overflows or dies out."""
-    return random.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(rows))
-
-
-def _openvino(
-    precision: Precision, x: NDArray[np.float32], there: NDArray[np.float32], back: NDArray[np.float32], threads: int
-) -> tuple[Sample, int]:
-    """Chain products in OpenVINO, one stream a core: the way the runtime fills the machine."""
-    openvino, opset13 = require("openvino", "openvino"), require("openvino.opset13", "openvino")
-    parameter = opset13.parameter(list(x.shape), np.float32)
-    node, w, v = parameter, opset13.constant(there), opset13.constant(back)
-    for _ in range(PAIRS):
-        node = opset13.matmul(opset13.matmul(node, w, False, False), v, False, False)
-    settings = {
-        "INFERENCE_PRECISION_HINT": _OPENVINO_HINTS[precision],
-        "PERFORMANCE_HINT": "THROUGHPUT",
-        "NUM_STREAMS": threads,
-        "INFERENCE_NUM_THREADS": threads,
-    }
+def _openvino(precision: Precision, matrices: Matrices, threads: int) -> tuple[Sample, int]:
+    queue = require("openvino", "openvino").AsyncInferQueue(compile_openvino(precision, matrices, threads), threads)
     calls = 2 * threads
-    try:
-        compiled = openvino.Core().compile_model(openvino.Model([node], [parameter]), "CPU", settings)
-        queue = openvino.AsyncInferQueue(compiled, threads)
-    except RuntimeError as error:
-        raise EngineError(f"openvino cannot compile the ceiling's products: {error}") from error
 
     def run() -> None:
         for _ in range(calls):
-            queue.start_async([x], share_inputs=True)
+            queue.start_async([matrices.x], share_inputs=True)
         queue.wait_all()
 
     return run, calls
 
 
-def _onnxruntime(
-    x: NDArray[np.float32], there: NDArray[np.float32], back: NDArray[np.float32], threads: int
-) -> tuple[Sample, int]:
-    """Chain products in ONNX Runtime, all cores on one call: the way the runtime fills the machine."""
-    onnxruntime, onnx = require("onnxruntime", "cpu"), require("onnx", "bench")
-    helper, numpy_helper = require("onnx.helper", "bench"), require("onnx.numpy_helper", "bench")
-    nodes = []
-    for at in range(PAIRS):
-        nodes.append(helper.make_node("MatMul", [f"x{at}", "there"], [f"y{at}"]))
-        nodes.append(helper.make_node("MatMul", [f"y{at}", "back"], [f"x{at + 1}"]))
-    graph = helper.make_graph(
-        nodes,
-        "products",
-        [helper.make_tensor_value_info("x0", onnx.TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info(f"x{PAIRS}", onnx.TensorProto.FLOAT, list(x.shape))],
-        [numpy_helper.from_array(there, "there"), numpy_helper.from_array(back, "back")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the runtime has it
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+def _onnxruntime(precision: Precision, matrices: Matrices, threads: int) -> tuple[Sample, int]:
+    session = onnxruntime_session(precision, matrices, threads)
     calls = 2
 
     def run() -> None:
         for _ in range(calls):
-            session.run(None, {"x0": x})
+            session.run(None, {"x0": matrices.x})
 
     return run, calls

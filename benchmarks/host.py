@@ -9,11 +9,17 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.results import Host, Source
+from benchmarks.limits import cpu_quota_cores, memory_limit_bytes
+from benchmarks.machine_results import Host
+from benchmarks.results import Source
 from mirror_runtime.host import cpu_flags, cpu_model, memory_bytes, usable_cores
 
 TELLING_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 """CPU features that decide how fast matrix products run in fp32, bf16, fp16 and int8."""
+
+THREAD_PREFIXES = ("OMP_", "OPENBLAS_", "MKL_", "GOMP_", "KMP_", "BLIS_")
+THREAD_VARIABLES = ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""Environment variables by which libraries decide how many threads they start, and how these wait."""
 
 MEASURED_WITH = ("mirror-runtime", "numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
 
@@ -25,12 +31,33 @@ def describe_host() -> Host:
         cpu_model=cpu_model(),
         cores_online=os.cpu_count() or 1,
         cores_usable=usable_cores(),
+        affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
+        cpu_quota_cores=cpu_quota_cores(),
+        memory_limit_bytes=memory_limit_bytes(),
         cpu_flags=tuple(flag for flag in TELLING_FLAGS if flag in flags),
+        clocks_mhz=clocks_mhz(),
+        governor=governor(),
+        thread_environment={name: value for name, value in sorted(os.environ.items()) if _is_of_threads(name)},
         memory_bytes=memory_bytes(),
         os=platform.platform(),
         python=platform.python_version(),
         load_1min_start=os.getloadavg()[0],
     )
+
+
+def clocks_mhz(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[float, ...]:
+    """Give the clock of each logical core at this moment; empty where the system does not say."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    return tuple(float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz"))
+
+
+def governor(file: Path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")) -> str | None:
+    """Give what the system sets the first core's clock by; None where it does not say."""
+    return file.read_text(encoding="ascii").strip() if file.is_file() else None
+
+
+def _is_of_threads(name: str) -> bool:
+    return name.startswith(THREAD_PREFIXES) or name in THREAD_VARIABLES
 
 
 def installed_versions(packages: Sequence[str] = MEASURED_WITH) -> dict[str, str]:

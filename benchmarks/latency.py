@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.progress import Progress
 
+from benchmarks.bandwidth import floor_ms
 from benchmarks.peers.protocol import time_calls
 from benchmarks.results import LatencyResult
 from benchmarks.session import Plan, Results, Runner, steps
@@ -46,17 +47,20 @@ def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progres
                         failed.add(name)
                         results.fail("latency", name, error)
                     else:
-                        results.latency[name, length] = _result(runner, length, samples[name])
+                        results.latency[name, length] = _result(plan, runner, length, samples[name], results)
                 done(f"{name}, {length} tokens")
             results.finish(f"latency {length}")
     results.finish("latency")
 
 
-def _result(runner: Runner, tokens: int, samples: Sequence[float]) -> LatencyResult:
+def _result(plan: Plan, runner: Runner, tokens: int, samples: Sequence[float], results: Results) -> LatencyResult:
+    point = runner.point
+    ceiling = results.ceilings.get((point.engine, point.precision))
     return LatencyResult(
-        point=runner.point,
+        point=point,
         streams=runner.encoder.engine.streams,
         tokens=tokens,
+        floor_ms=floor_ms(tokens, point.precision, plan.flop_per_token, ceiling, results.bandwidth),
         samples_ms=tuple(samples),
         p50_ms=percentile(samples, 50),
         p90_ms=percentile(samples, 90),

@@ -52,7 +52,7 @@ def measure(
         peers: list[PeerPoint] = []
         if Suite.PEERS in wanted:
             peers = prepare_peers(plan, environments.given, environments.folder, Path(scratch), results, progress)
-        if shape is not None and wanted & {Suite.THROUGHPUT, Suite.PEERS}:
+        if shape is not None and wanted & {Suite.LATENCY, Suite.THROUGHPUT, Suite.PEERS}:
             measure_ceilings(plan, shape, results, progress)
         if Suite.STARTUP in wanted:
             run_startup(plan, [*our_starters(plan), *peer_starters(peers, results)], results, progress)

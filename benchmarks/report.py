@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine_results import Host
 from benchmarks.markdown import render_markdown
 from benchmarks.plots import draw_plots
-from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Host, Report, Settings, Source, Subject
+from benchmarks.results import REPORT_FILE, SCHEMA_VERSION, Report, Settings, Source, Subject
 from benchmarks.session import Plan, Results
 from benchmarks.summary import median
 from benchmarks.webpage import render_webpage
@@ -70,6 +71,7 @@ def build_report(
         workload=plan.workload.info,
         settings=settings_of(plan),
         ceilings=tuple(results.ceilings.values()),
+        bandwidth=results.bandwidth,
         latency=tuple(sorted(results.latency.values(), key=lambda r: r.point.name)),
         throughput=tuple(results.throughput.values()),
         lengths=tuple(sorted(results.lengths.values(), key=lambda r: r.point.name)),
@@ -142,6 +144,9 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
             {"engine": c.engine.value, "precision": c.precision.value, "gflop_per_s": c.gflop_per_s}
             for c in report.ceilings
         ],
+        "memory": None
+        if report.bandwidth is None
+        else {"read_gb_per_s": report.bandwidth.read_gb_per_s, "copy_gb_per_s": report.bandwidth.copy_gb_per_s},
         "latency": [
             {"point": r.point.name, "tokens": r.tokens, "p50_ms": r.p50_ms, "p99_ms": r.p99_ms} for r in report.latency
         ],

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from benchmarks.machine_results import Bandwidth, Ceiling, Host
 from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
 from benchmarks.serving_results import ServingResult
-from mirror_runtime.bundle import EngineName, Precision, from_json
+from mirror_runtime.bundle import from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 REPORT_FILE = "report.json"
 
 
@@ -40,27 +41,6 @@ class Suite(str, Enum):
     """How does that compare with other libraries, in the same run?"""
     TRAINING = "training"
     """How long does tuning take and how good is it, beside the published recipe?"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host:
-    """The machine.
-
-    Attributes:
-        cores_online: logical cores of the machine.
-        cores_usable: what affinity and the container's quota leave to this process.
-        cpu_flags: the CPU's features that decide the speed of matrix products.
-        load_1min_start: the system's load average before the first measurement; above ~0.5 others were at work.
-    """
-
-    cpu_model: str
-    cores_online: int
-    cores_usable: int
-    cpu_flags: tuple[str, ...]
-    memory_bytes: int
-    os: str
-    python: str
-    load_1min_start: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,39 +111,19 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceiling:
-    """The rate of bare matrix products in one engine at one precision on all usable cores.
-
-    Attributes:
-        rows, inner, outer: the product [rows, inner] x [inner, outer], chained with its transpose.
-        flop_per_sample: operations in one sample.
-        samples_s: seconds, one per repetition.
-        gflop_per_s: of the fastest sample, for a ceiling must not sink because others were at work.
-    """
-
-    engine: EngineName
-    precision: Precision
-    threads: int
-    rows: int
-    inner: int
-    outer: int
-    flop_per_sample: int
-    samples_s: tuple[float, ...]
-    gflop_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class LatencyResult:
     """One text at a time, in process, warm, tokenising included.
 
     Attributes:
         streams: the engine's parallel streams; a single text uses one of them.
         tokens: exact length of every text, special tokens included.
+        floor_ms: what the machine's bare matrix products or its memory would take; None where either is unknown.
     """
 
     point: Point
     streams: int
     tokens: int
+    floor_ms: float | None
     samples_ms: tuple[float, ...]
     p50_ms: float
     p90_ms: float
@@ -256,6 +216,7 @@ class Report:
         partial: the run was interrupted; what is here was finished, or holds fewer rounds than asked for.
         resumed: when the run was continued after an interrupt; empty for one that ran through.
         finished: the steps that need not be measured again by `--resume`.
+        bandwidth: of the memory; None where no suite wanted it.
         ours_beside_peers: our throughput in the rounds that took turns with the peers.
         single_texts: latency of ours and of the peers, in turns.
     """
@@ -273,6 +234,7 @@ class Report:
     workload: WorkloadInfo
     settings: Settings
     ceilings: tuple[Ceiling, ...]
+    bandwidth: Bandwidth | None
     latency: tuple[LatencyResult, ...]
     throughput: tuple[ThroughputResult, ...]
     lengths: tuple[LengthResult, ...]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.machine_results import Host
 from benchmarks.report import settings_of
-from benchmarks.results import Failure, Host, Report, Source, read_report
+from benchmarks.results import Failure, Report, Source, read_report
 from benchmarks.session import Plan, Results
 from mirror_runtime.errors import InputError
 
@@ -43,6 +44,7 @@ def restore(report: Report) -> Results:
     peers = "peers" in done
     return Results(
         ceilings={(c.engine, c.precision): c for c in report.ceilings if "ceilings" in done},
+        bandwidth=report.bandwidth if "ceilings" in done else None,
         latency={(r.point.name, r.tokens): r for r in report.latency if f"latency {r.tokens}" in done},
         throughput={r.point.name: r for r in report.throughput if "throughput" in done},
         lengths={(r.point.name, r.tokens): r for r in report.lengths if "lengths" in done},

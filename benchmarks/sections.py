@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from benchmarks.blocks import NONE, Block, Section, Table
+from benchmarks.machine_results import Host
 from benchmarks.peer_specs import PEERS
 from benchmarks.results import Report, Suite
 from benchmarks.sections_others import peers, quality, training
@@ -42,7 +43,13 @@ def _conditions(report: Report) -> Section | None:
     rows = [
         ("Machine", f"{host.cpu_model}, {host.cores_usable} of {host.cores_online} logical cores usable"),
         ("CPU features", ", ".join(host.cpu_flags) or NONE),
+        ("Clocks", _clocks(host)),
         ("Memory", f"{host.memory_bytes / 2**30:.1f} GiB"),
+        ("Limits of the process", _limits_of(host)),
+        (
+            "Variables that change threads",
+            ", ".join(f"`{name}={value}`" for name, value in host.thread_environment.items()) or "none set",
+        ),
         ("System", f"{host.os}, Python {host.python}"),
         ("Load average before", f"{host.load_1min_start:.2f} (1 min)"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
@@ -80,6 +87,23 @@ def _conditions(report: Report) -> Section | None:
     if report.settings.quick:
         text += " A quick run has few samples: use it to see that all works, not to decide."
     return Section("Conditions", (Table((), rows), text))
+
+
+def _clocks(host: Host) -> str:
+    """Write the cores' clocks and what sets them."""
+    low, high = min(host.clocks_mhz, default=0.0), max(host.clocks_mhz, default=0.0)
+    spread = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f}"
+    clocks = f"{spread} MHz before the first measurement" if host.clocks_mhz else "not given by the system"
+    return f"{clocks}; governor: {host.governor or 'not given by the system'}"
+
+
+def _limits_of(host: Host) -> str:
+    """Write what affinity and control groups leave of the machine."""
+    cores = ", ".join(map(str, host.affinity)) or "any"
+    quota = "no CPU quota" if host.cpu_quota_cores is None else f"CPU quota of {host.cpu_quota_cores:g} cores"
+    limit = host.memory_limit_bytes
+    memory = "no memory limit" if limit is None else f"memory limit of {limit / 2**30:.1f} GiB"
+    return f"logical cores {cores}; {quota}; {memory}"
 
 
 def noisy_parties(report: Report) -> list[str]:

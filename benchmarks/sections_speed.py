@@ -32,7 +32,27 @@ def ceilings(report: Report) -> Section | None:
         f"One token costs {cost} MFLOP, counting the layers' matrix products alone: attention scores, embeddings, "
         "norms and activations are left out."
     )
-    return Section("Ceilings", (Table(head, rows), text))
+    return Section("Ceilings", (Table(head, rows), text, *_bandwidth(report)))
+
+
+def _bandwidth(report: Report) -> tuple[Block, ...]:
+    """Show how fast memory is, beside the arithmetic."""
+    memory = report.bandwidth
+    if memory is None:
+        return ()
+    rows = [
+        ("read", f"{memory.read_gb_per_s:.1f}", f"{memory.read_gb_per_s / memory.threads:.1f}"),
+        (
+            "copied, read and written bytes together",
+            f"{memory.copy_gb_per_s:.1f}",
+            f"{memory.copy_gb_per_s / memory.threads:.1f}",
+        ),
+    ]
+    text = (
+        f"All usable cores at once, each its part of an array of {memory.array_bytes / 2**20:,.0f} MiB; the last cache "
+        f"holds {memory.cache_bytes / 2**20:,.0f} MiB. The rate is that of the fastest repetition."
+    )
+    return Table(("memory", "GB/s", "per core"), rows), text
 
 
 def throughput(report: Report) -> Section | None:
@@ -111,15 +131,31 @@ def latency(report: Report) -> Section | None:
             f"{r.p90_ms:.2f}",
             f"{r.p99_ms:.2f}",
             f"{r.p999_ms:.2f}",
+            NONE if r.floor_ms is None else f"{r.floor_ms:.2f}",
+            percent(None if r.floor_ms is None else r.floor_ms / r.p50_ms),
             str(len(r.samples_ms)),
             parity(r.point),
         )
         for r in report.latency
     ]
     few = any(len(r.samples_ms) < 300 for r in report.latency)
-    head = ("engine, precision", "tokens", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "n", "min cosine")
+    head = (
+        "engine, precision",
+        "tokens",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "p99.9 ms",
+        "floor ms",
+        "of floor",
+        "n",
+        "min cosine",
+    )
     text = (
         "One text a call, in process, warm, tokenising included, no server and nobody else asking. "
+        "The floor is what the text's matrix products take at the ceiling's rate, on all cores, or what reading their "
+        "weights takes from memory, as far as they are more than the last cache holds: the longer of the two. A text's "
+        "share of it is floor over p50: 100 % is out of reach, and a short text has too few rows to fill the cores. "
         + ("With fewer than 300 samples p99 rests on one to three of them. " if few else "")
         + PARITY_NOTE
     )

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.evalsets import EvaluationSet
+from benchmarks.machine_results import Bandwidth, Ceiling
 from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
-from benchmarks.results import Ceiling, Failure, LatencyResult, LengthResult, StartupResult, Suite, ThroughputResult
+from benchmarks.results import Failure, LatencyResult, LengthResult, StartupResult, Suite, ThroughputResult
 from benchmarks.serving_results import ServingResult
 from benchmarks.workload import Workload
 from mirror_runtime import Encoder
@@ -57,6 +58,7 @@ class Results:
     """
 
     ceilings: dict[tuple[EngineName, Precision], Ceiling] = field(default_factory=dict)
+    bandwidth: Bandwidth | None = None
     latency: dict[tuple[str, int], LatencyResult] = field(default_factory=dict)
     throughput: dict[str, ThroughputResult] = field(default_factory=dict)
     lengths: dict[tuple[str, int], LengthResult] = field(default_factory=dict)

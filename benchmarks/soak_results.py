@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.results import Host, Source, WorkloadInfo
+from benchmarks.machine_results import Host
+from benchmarks.results import Source, WorkloadInfo
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SOAK_FILE = "soak.json"
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.results import Host, Source
+from benchmarks.machine_results import Host
+from benchmarks.results import Source
 from benchmarks.soak_figures import ALL, Findings, counted, drift, growth, judge, restarts, second_half
 from benchmarks.soak_load import Arrivals, Callers, measure_rate
 from benchmarks.soak_requests import Expected, Mix, expect

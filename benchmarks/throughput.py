@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from rich.progress import Progress
 
-from benchmarks.results import Ceiling, LengthResult, ThroughputResult
+from benchmarks.machine_results import Ceiling
+from benchmarks.results import LengthResult, ThroughputResult
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.summary import interleave, median
 from benchmarks.workload import bundle_tokenizer, texts_of_length

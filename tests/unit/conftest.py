@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine_results import Bandwidth, Ceiling, Host
 from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, SweepPoint, TrainingResult, TrainingRun
 from benchmarks.point import Point
 from benchmarks.quality_results import Estimate, QualityResult, QualitySet, SetScore
 from benchmarks.results import (
     REPORT_FILE,
     SCHEMA_VERSION,
-    Ceiling,
     Failure,
-    Host,
     LatencyResult,
     LengthResult,
     Report,
@@ -133,7 +132,13 @@ def report() -> Report:
             cpu_model="a CPU",
             cores_online=4,
             cores_usable=2,
+            affinity=(0, 2),
+            cpu_quota_cores=1.5,
+            memory_limit_bytes=2**33,
             cpu_flags=("avx512_bf16",),
+            clocks_mhz=(2600.0, 3100.0),
+            governor=None,
+            thread_environment={"OMP_NUM_THREADS": "2"},
             memory_bytes=2**34,
             os="Linux",
             python="3.11",
@@ -183,11 +188,21 @@ def report() -> Report:
                 gflop_per_s=500.0,
             ),
         ),
+        bandwidth=Bandwidth(
+            threads=2,
+            array_bytes=2**28,
+            cache_bytes=2**25,
+            read_samples_s=(0.01, 0.012),
+            copy_samples_s=(0.02, 0.022),
+            read_gb_per_s=26.8,
+            copy_gb_per_s=25.6,
+        ),
         latency=(
             LatencyResult(
                 point=POINT,
                 streams=2,
                 tokens=8,
+                floor_ms=0.375,
                 samples_ms=(1.0, 2.0),
                 p50_ms=1.5,
                 p90_ms=1.9,

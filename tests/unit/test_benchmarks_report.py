@@ -34,6 +34,25 @@ def test_a_report_survives_the_way_through_the_file(report, tmp_path):
     ]
 
 
+def test_conditions_say_what_was_set_on_the_machine(report):
+    text = render_markdown(report, {})
+    assert "| Clocks | 2,600 to 3,100 MHz before the first measurement; governor: not given by the system |" in text
+    assert "| Limits of the process | logical cores 0, 2; CPU quota of 1.5 cores; memory limit of 8.0 GiB |" in text
+    assert "| Variables that change threads | `OMP_NUM_THREADS=2` |" in text
+    free = dataclasses.replace(report.host, affinity=(), cpu_quota_cores=None, memory_limit_bytes=None, clocks_mhz=())
+    text = render_markdown(dataclasses.replace(report, host=free), {})
+    assert "| Limits of the process | logical cores any; no CPU quota; no memory limit |" in text
+    assert "| Clocks | not given by the system; governor: " in text
+
+
+def test_memory_and_the_floor_of_a_text_stand_beside_what_was_measured(report):
+    text = render_markdown(report, {})
+    assert "| read | 26.8 | 13.4 |" in text
+    assert "an array of 256 MiB; the last cache holds 32 MiB" in text
+    assert "| openvino bf16 | 8 | 1.50 | 1.90 | 1.99 | 2.00 | 0.38 | 25 % | 2 | 0.999800 |" in text
+    assert json.loads(json.dumps(headline(report, Path())))["memory"]["read_gb_per_s"] == 26.8
+
+
 def test_training_is_shown_as_medians_with_their_spread_and_a_ratio_of_times(report):
     text = render_markdown(report, {})
     assert "| mirror-runtime, recipe sentence | 32.0 | 75.00 (74.00 to 76.00) | 68.50 (68.00 to 69.00) |" in text

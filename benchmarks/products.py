@@ -1,0 +1,188 @@
+"""Chained matrix products in an engine's own library: what `benchmarks.ceilings` times.
+
+Each chain multiplies rows with a matrix and with its way back, in turn, in the precision of an artifact and compiled
+as the runtime compiles one. In int8 the products are those of our int8 graphs: static ranges of the activations,
+symmetric, and weights with a scale a column; each product takes 8-bit numbers and gives 8-bit numbers to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mirror_runtime.bundle import Precision
+from mirror_runtime.errors import EngineError
+from mirror_runtime.extras import require
+
+PAIRS = 6
+"""Chained products there and back in one model: enough to make the library's call overhead small."""
+
+RANGE = 4.0
+"""Of activations in int8, to both sides: they are normally distributed, with a deviation of one."""
+
+_LEVELS = 255
+_HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "f32"}
+"""What is not quantised; in a chain of int8 products that is nothing."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What is multiplied: `x` [rows, inner] with `there` [inner, outer], that with `back` [outer, inner], and again."""
+
+    x: NDArray[np.float32]
+    there: NDArray[np.float32]
+    back: NDArray[np.float32]
+
+    @classmethod
+    def draw(cls, rows: int, inner: int, outer: int) -> Matrices:
+        """Draw matrices that keep the variance of what they multiply, so that no chain overflows or dies out."""
+        random = np.random.default_rng(0)
+
+        def weights(rows: int, columns: int) -> NDArray[np.float32]:
+            return random.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(rows))
+
+        there, back = weights(inner, outer), weights(outer, inner)
+        return cls(random.standard_normal((rows, inner), dtype=np.float32), there, back)
+
+    @property
+    def flop(self) -> int:
+        """Operations of one run of the chain."""
+        rows, inner = self.x.shape
+        return PAIRS * 2 * (2 * rows * inner * self.there.shape[1])
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix in 8 bits with a scale for each column."""
+
+    values: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, matrix: NDArray[np.float32]) -> Quantized:
+        """Quantise a matrix symmetrically."""
+        scales: NDArray[np.float32] = (np.abs(matrix).max(axis=0) / 127).astype(np.float32)
+        return cls(np.round(matrix / scales).astype(np.int8), scales)
+
+
+def compile_openvino(precision: Precision, matrices: Matrices, threads: int) -> Any:
+    """Compile the chain, one stream a core: the way the runtime fills the machine.
+
+    Returns:
+        An `openvino.CompiledModel`.
+
+    Raises:
+        EngineError: there is no chain in this precision, or it cannot be compiled here.
+    """
+    if precision not in _HINTS:
+        raise EngineError(f"no ceiling is measured for openvino {precision.value}")
+    openvino, opset13 = require("openvino", "openvino"), require("openvino.opset13", "openvino")
+    parameter = opset13.parameter(list(matrices.x.shape), np.float32)
+    ends = [opset13.constant(side) for side in (np.float32(-RANGE), np.float32(RANGE))]
+    node = parameter
+    for weights in (matrices.there, matrices.back) * PAIRS:
+        if precision is Precision.INT8:
+            node = opset13.fake_quantize(node, *ends, *ends, _LEVELS)
+            quantized = Quantized.of(weights)
+            wide = opset13.convert(opset13.constant(quantized.values), "f32")
+            factor = opset13.multiply(wide, opset13.constant(quantized.scales[None, :]))
+        else:
+            factor = opset13.constant(weights)
+        node = opset13.matmul(node, factor, False, False)
+    settings = {
+        "INFERENCE_PRECISION_HINT": _HINTS[precision],
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "NUM_STREAMS": threads,
+        "INFERENCE_NUM_THREADS": threads,
+    }
+    try:
+        return openvino.Core().compile_model(openvino.Model([node], [parameter]), "CPU", settings)
+    except RuntimeError as error:
+        raise EngineError(f"openvino cannot compile the ceiling's products: {error}") from error
+
+
+def onnx_model(precision: Precision, matrices: Matrices) -> bytes:
+    """Give the chain as an ONNX file: in int8 with QuantizeLinear and DequantizeLinear around each product.
+
+    Raises:
+        EngineError: there is no chain in this precision.
+    """
+    builders: dict[Precision, Callable[[Any, Matrices], tuple[list[Any], dict[str, NDArray[Any]]]]] = {
+        Precision.FP32: _float_nodes,
+        Precision.INT8: _int8_nodes,
+    }
+    if precision not in builders:
+        raise EngineError(f"no ceiling is measured for onnxruntime {precision.value}")
+    onnx, helper = require("onnx", "bench"), require("onnx.helper", "bench")
+    numpy_helper = require("onnx.numpy_helper", "bench")
+    nodes, constants = builders[precision](helper, matrices)
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(matrices.x.shape))
+        for name in ("x0", nodes[-1].output[0])
+    ]
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], initializers)
+    model: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9
+    ).SerializeToString()
+    return model
+
+
+def onnxruntime_session(precision: Precision, matrices: Matrices, threads: int, optimized: str = "") -> Any:
+    """Open the chain in ONNX Runtime, all cores on one call: the way the runtime fills the machine.
+
+    Args:
+        precision: fp32 or int8.
+        matrices: what is multiplied.
+        threads: of one call.
+        optimized: where to write the graph that runs in the end; nowhere without.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        EngineError: there is no chain in this precision.
+    """
+    model = onnx_model(precision, matrices)
+    onnxruntime = require("onnxruntime", "cpu")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # it warns that an optimised graph is for this machine alone: so are ceilings
+    options.optimized_model_filepath = optimized
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the runtime has it
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _float_nodes(helper: Any, matrices: Matrices) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+    constants: dict[str, NDArray[Any]] = {"there": matrices.there, "back": matrices.back}
+    nodes = [
+        helper.make_node("MatMul", [f"x{at}", weights], [f"x{at + 1}"])
+        for at, weights in enumerate(list(constants) * PAIRS)
+    ]
+    return nodes, constants
+
+
+def _int8_nodes(helper: Any, matrices: Matrices) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+    constants: dict[str, NDArray[Any]] = {
+        "scale": np.asarray(2 * RANGE / (_LEVELS - 1), np.float32),
+        "zero": np.asarray(0, np.int8),
+    }
+    nodes = []
+    for name, matrix in (("there", matrices.there), ("back", matrices.back)):
+        quantized = Quantized.of(matrix)
+        constants |= {name: quantized.values, f"{name}_scale": quantized.scales}
+        constants[f"{name}_zero"] = np.zeros(len(quantized.scales), np.int8)
+        nodes.append(
+            helper.make_node("DequantizeLinear", [name, f"{name}_scale", f"{name}_zero"], [f"{name}_wide"], axis=1)
+        )
+    for at, weights in enumerate(("there", "back") * PAIRS):
+        nodes += [
+            helper.make_node("QuantizeLinear", [f"x{at}", "scale", "zero"], [f"q{at}"]),
+            helper.make_node("DequantizeLinear", [f"q{at}", "scale", "zero"], [f"d{at}"]),
+            helper.make_node("MatMul", [f"d{at}", f"{weights}_wide"], [f"x{at + 1}"]),
+        ]
+    return nodes, constants
