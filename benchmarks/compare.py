@@ -25,6 +25,7 @@ from rich.console import Console
 from benchmarks.changes import CONFIDENCE, POINTS, Change, Verdict, quality_changes
 from benchmarks.results import REPORT_FILE, Report, read_report
 from benchmarks.summary import BOOTSTRAP_DRAWS
+from benchmarks.timed import timed
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
 
@@ -119,28 +120,9 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
 
 def _times(reports: Sequence[Report]) -> dict[str, tuple[str, list[Sequence[float]]]]:
     found: dict[str, tuple[str, list[Sequence[float]]]] = {}
-
-    def add(metric: str, unit: str, samples: Sequence[float], scale: float = 1.0) -> None:
-        found.setdefault(metric, (unit, []))[1].append([sample * scale for sample in samples])
-
     for report in reports:
-        for rate in report.throughput:
-            add(f"throughput, {rate.point.name}", "µs a text", rate.samples_s, 1e6 / rate.texts)
-        for latency in report.latency:
-            add(f"latency, {latency.point.name}, {latency.tokens} tokens", "ms", latency.samples_ms)
-        for served in report.serving:
-            for loop in served.closed:
-                add(
-                    f"serving, {served.name}, {loop.concurrency} x {loop.texts_a_request}",
-                    "µs a text",
-                    [1e6 / rate for rate in loop.rounds_texts_per_s],
-                )
-        for start in report.startup:
-            if start.min_cosine is not None:  # ours; a peer's start is not our regression
-                add(f"startup, {start.party}", "s", start.samples_s)
-        for tuning in report.training:
-            add(f"training, {tuning.party}", "s", [run.seconds for run in tuning.runs])
-            add(f"training error, {tuning.party}", "100 - Spearman", [100 - run.mean for run in tuning.runs])
+        for one in timed(report):
+            found.setdefault(one.metric, (one.unit, []))[1].append(one.samples)
     return found
 
 

@@ -17,6 +17,7 @@ from benchmarks.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.perf_analyzer import find_perf_analyzer
 from benchmarks.quality import Judge, run_quality
 from benchmarks.results import Suite
+from benchmarks.scaling import run_scaling
 from benchmarks.serving import run_serving
 from benchmarks.session import Plan, Results, Runner, loaded
 from benchmarks.startup import our_starters, run_startup
@@ -56,7 +57,9 @@ def measure(
             measure_ceilings(plan, shape, results, progress)
         if Suite.STARTUP in wanted:
             run_startup(plan, [*our_starters(plan), *peer_starters(peers, results)], results, progress)
-        if set(plan.suites) - {Suite.STARTUP, Suite.TRAINING}:
+        if Suite.SCALING in wanted:
+            run_scaling(plan, results, progress)
+        if set(plan.suites) - {Suite.STARTUP, Suite.SCALING, Suite.TRAINING}:
             with loaded(plan, results) as runners:
                 _measure_loaded(plan, runners, peers, environments, results, progress)
     if tuning is not None:

@@ -260,6 +260,29 @@ def _training(report: Report, theme: Theme) -> Figure:
     return figure
 
 
+def _scaling(report: Report, theme: Theme) -> Figure:
+    """Draw what should be two flat lines: a text's time and the memory, against the number of texts."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = _axes(figure, theme, "More texts")
+    memory = axes.twinx()
+    memory.tick_params(colors=theme.ink, which="both")
+    memory.spines[["top"]].set_visible(False)
+    for spine in memory.spines.values():
+        spine.set_color(theme.muted)
+    for result in report.scaling:
+        texts = [size.texts for size in result.sizes]
+        (line,) = axes.plot(texts, [size.us_per_text for size in result.sizes], marker="o", label=result.point.name)
+        memory.plot(texts, [size.peak_bytes / 1e6 for size in result.sizes], "s--", color=line.get_color(), alpha=0.6)
+    axes.set_xscale("log")
+    axes.set_xlabel("texts")
+    axes.set_ylim(bottom=0)
+    memory.set_ylim(bottom=0)
+    axes.set_ylabel("microseconds a text (line)")
+    memory.set_ylabel("peak memory in MB (dashes)", color=theme.ink)
+    _legend(axes, theme)
+    return figure
+
+
 _DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Theme], Figure]]] = {
     "latency": (lambda r: r.latency, _latency),
     "latency_cdf": (lambda r: r.latency, _latency_cdf),
@@ -268,5 +291,6 @@ _DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Them
     "agreement": (lambda r: r.comparisons or len(r.throughput) > 1, _agreement),
     "pareto": (lambda r: len(_worth_and_rate(r)) > 1, _pareto),
     "serving": (lambda r: any(result.open for result in r.serving), _serving),
+    "scaling": (lambda r: any(result.sizes for result in r.scaling), _scaling),
     "training": (lambda r: r.training, _training),
 }

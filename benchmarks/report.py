@@ -84,6 +84,7 @@ def build_report(
         single_texts=tuple(results.single_texts.values()),
         comparisons=tuple(results.comparisons.values()),
         training=tuple(results.training.values()),
+        scaling=tuple(results.scaling.values()),
         failures=tuple(results.failures),
     )
 
@@ -203,6 +204,16 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
         "training": [
             {"party": r.party, "median_s": r.median_s, "mean_spearman": median([run.mean for run in r.runs])}
             for r in report.training
+        ],
+        "scaling": [
+            {
+                "point": r.point.name,
+                "us_per_text": {str(size.texts): size.us_per_text for size in r.sizes},
+                "peak_bytes": {str(size.texts): size.peak_bytes for size in r.sizes},
+                "texts_per_s": {str(one.cores): one.texts_per_s for one in r.cores},
+                "callers_share": None if r.callers is None else r.callers.share,
+            }
+            for r in report.scaling
         ],
         "failures": len(report.failures),
     }

@@ -16,6 +16,7 @@ from benchmarks.machine_results import Bandwidth, Ceiling, Host
 from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
+from benchmarks.scaling_results import ScalingResult
 from benchmarks.serving_results import ServingResult
 from mirror_runtime.bundle import from_json
 from mirror_runtime.errors import BundleError, InputError
@@ -37,6 +38,8 @@ class Suite(str, Enum):
     """What are the vectors worth, by people's scores?"""
     STARTUP = "startup"
     """How long from process start to the first vector?"""
+    SCALING = "scaling"
+    """What do more texts, cores and callers cost?"""
     PEERS = "peers"
     """How does that compare with other libraries, in the same run?"""
     TRAINING = "training"
@@ -247,13 +250,14 @@ class Report:
     single_texts: tuple[SingleTexts, ...]
     comparisons: tuple[Comparison, ...]
     training: tuple[TrainingResult, ...]
+    scaling: tuple[ScalingResult, ...]
     failures: tuple[Failure, ...]
 
     @property
     def measured(self) -> bool:
         """Whether any suite gave a figure (a ceiling alone is none)."""
-        suites = (self.latency, self.throughput, self.startup, self.quality, self.serving, self.peers, self.training)
-        return any(suites)
+        speed = (self.latency, self.throughput, self.startup, self.scaling, self.serving, self.peers)
+        return any((*speed, self.quality, self.training))
 
 
 def read_report(folder: Path) -> Report:

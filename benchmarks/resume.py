@@ -56,6 +56,7 @@ def restore(report: Report) -> Results:
         single_texts={r.party: r for r in report.single_texts if peers},
         comparisons={(c.point.name, c.peer): c for c in report.comparisons if peers},
         training={r.party: r for r in report.training},
+        scaling={r.point.name: r for r in report.scaling},
         failures=[failure for failure in report.failures if _kept(failure, done)],
         finished=list(report.finished),
     )

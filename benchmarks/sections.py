@@ -10,6 +10,7 @@ from benchmarks.machine_results import Host
 from benchmarks.peer_specs import PEERS
 from benchmarks.results import Report, Suite
 from benchmarks.sections_others import peers, quality, training
+from benchmarks.sections_scaling import scaling
 from benchmarks.sections_serving import serving
 from benchmarks.sections_speed import ceilings, latency, startup, throughput
 
@@ -22,7 +23,7 @@ FEWEST_FOR_P99 = 1000
 def sections(report: Report) -> list[Section]:
     """Give the sections of a report that it has content for, conditions and ceilings first."""
     parts = (
-        _conditions, ceilings, throughput, latency, quality, serving, startup, peers, training, limits,
+        _conditions, ceilings, throughput, latency, quality, serving, startup, scaling, peers, training, limits,
     )  # fmt: skip
     return [section for part in parts if (section := part(report)) is not None]
 

@@ -15,6 +15,7 @@ from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, Trainin
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
 from benchmarks.results import Failure, LatencyResult, LengthResult, StartupResult, Suite, ThroughputResult
+from benchmarks.scaling_results import ScalingResult
 from benchmarks.serving_results import ServingResult
 from benchmarks.workload import Workload
 from mirror_runtime import Encoder
@@ -71,6 +72,7 @@ class Results:
     single_texts: dict[str, SingleTexts] = field(default_factory=dict)
     comparisons: dict[tuple[str, str], Comparison] = field(default_factory=dict)
     training: dict[str, TrainingResult] = field(default_factory=dict)
+    scaling: dict[str, ScalingResult] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
 

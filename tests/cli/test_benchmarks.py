@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import compare, latency, serving
+from benchmarks import compare, latency, scaling, serving
 from benchmarks.gateway import running_gateway
 from benchmarks.peer_suite import cosine
 from benchmarks.peers.protocol import time_calls
@@ -22,6 +22,7 @@ from export.build import Request, build
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.errors import MissingExtra, ServerError
+from mirror_runtime.host import usable_cores
 from mirror_runtime.triton.processes import alive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,32 @@ def test_startup_is_measured_in_fresh_processes(bundle, texts, tmp_path):
     (result,) = read_report(output).startup
     assert result.party == "mirror_runtime fake fp32"
     assert len(result.samples_s) == 5
+
+
+def test_scaling_is_measured_in_fresh_processes(bundle, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "QUICK_SIZES", (20, 60))
+    output = tmp_path / "out"
+    arguments = [str(bundle), "--suite", "scaling", "--quick", "--rounds", "2", "--texts", str(texts)]
+    assert main([*arguments, "--output", str(output)]) == 0
+    report = read_report(output)
+    assert not report.failures
+    (result,) = report.scaling
+    assert [(size.texts, len(size.samples_s)) for size in result.sizes] == [(20, 2), (60, 2)]
+    assert all(size.peak_bytes >= size.first_bytes > 10_000_000 for size in result.sizes)
+    assert [one.cores for one in result.cores] == scaling.cores_to_try(usable_cores())
+    assert all(one.cpu_share <= one.cores + 0.2 for one in result.cores)
+    callers = result.callers
+    assert callers is not None
+    assert (callers.callers, callers.texts, len(callers.callers_samples_s)) == (100, 60, 2)
+    queue = callers.queue
+    assert queue.sent == queue.max_waiting + 20 * 100
+    assert queue.answered == queue.accepted == queue.sent - queue.refused
+    assert queue.refused > 0
+    assert queue.min_cosine > 0.999999
+    assert queue.refused_p50_ms is not None
+    assert queue.refused_max_ms is not None
+    assert queue.refused_max_ms >= queue.refused_p50_ms > 0
+    assert f"scaling fake fp32, {scaling.CALLERS} callers" in report.finished
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

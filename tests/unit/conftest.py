@@ -24,6 +24,7 @@ from benchmarks.results import (
     ThroughputResult,
     WorkloadInfo,
 )
+from benchmarks.scaling_results import CallersResult, CoresResult, FullQueue, ScalingResult, SizeResult
 from benchmarks.serving_results import GRPC, ClosedLoop, OpenLoop, Overload, PerfAnalyzerRun, ServerTimes, ServingResult
 from mirror_runtime.bundle import EngineName, Parity, Precision, write_json
 
@@ -292,6 +293,66 @@ def report() -> Report:
                 texts=100,
                 runs=(TrainingRun(seed=42, seconds=640.0, spearman={"a": 73.0, "b": 67.0}, mean=70.0),),
                 median_s=640.0,
+            ),
+        ),
+        scaling=(
+            ScalingResult(
+                point=POINT,
+                sizes=(
+                    SizeResult(
+                        texts=1000,
+                        tokens=17_000,
+                        samples_s=(0.39, 0.41),
+                        us_per_text=400.0,
+                        first_bytes=300_000_000,
+                        peak_bytes=310_000_000,
+                    ),
+                    SizeResult(
+                        texts=16_000,
+                        tokens=272_000,
+                        samples_s=(6.0,),
+                        us_per_text=375.0,
+                        first_bytes=300_000_000,
+                        peak_bytes=320_000_000,
+                    ),
+                ),
+                cores=(
+                    CoresResult(
+                        cores=1,
+                        streams=1,
+                        texts=100,
+                        samples_s=(1.0, 1.0),
+                        cpu_s=(0.99, 0.98),
+                        texts_per_s=100.0,
+                        cpu_share=0.99,
+                    ),
+                    CoresResult(
+                        cores=2,
+                        streams=2,
+                        texts=100,
+                        samples_s=(0.55, 0.5),
+                        cpu_s=(1.0, 0.9),
+                        texts_per_s=190.0,
+                        cpu_share=1.8,
+                    ),
+                ),
+                callers=CallersResult(
+                    callers=100,
+                    texts=100,
+                    offline_samples_s=(0.4, 0.4),
+                    callers_samples_s=(0.5, 0.5),
+                    share=0.8,
+                    queue=FullQueue(
+                        max_waiting=500,
+                        sent=2500,
+                        accepted=900,
+                        answered=900,
+                        min_cosine=0.999999,
+                        refused_samples_ms=(0.1, 0.3),
+                        refused_p50_ms=0.2,
+                        refused_max_ms=0.3,
+                    ),
+                ),
             ),
         ),
         failures=(Failure(suite="peers", party="st onnx", reason="no | such\nfile"),),

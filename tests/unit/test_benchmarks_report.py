@@ -28,6 +28,7 @@ def test_a_report_survives_the_way_through_the_file(report, tmp_path):
         "report.html",
         "report.json",
         "report.md",
+        "scaling.png",
         "serving.png",
         "throughput.png",
         "training.png",
@@ -127,7 +128,7 @@ def test_the_page_has_every_table_and_drawing_and_asks_the_network_for_nothing(r
     page = render_webpage(report)
     for section in sections(report):
         assert f">{section.title}</h2>" in page
-    assert page.count("<figure ") == len(drawable(report)) == 8
+    assert page.count("<figure ") == len(drawable(report)) == 9
     assert not re.search(r"https?://(?!www\.w3\.org)", page)
     assert "<script" not in page
     assert "no | such" in page

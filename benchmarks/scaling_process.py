@@ -1,0 +1,147 @@
+"""What suite `scaling` measures, each in a fresh process of its own that prints one JSON object.
+
+python benchmarks/scaling_process.py '{"what": "cores", "bundle": …, "texts": …, "rounds": 3, …}'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from mirror_runtime import AsyncEncoder, Encoder
+from mirror_runtime.errors import OverloadedError
+from mirror_runtime.host import peak_memory_bytes
+from mirror_runtime.vectors import components
+
+NUMBERS = 10_000_000
+_STRIDE = 6_180_339
+"""Has no factor in common with `NUMBERS`, so that its multiples take every number once; and is its golden section, so
+that the first few of them are spread as evenly as all."""
+
+WAVES = 20
+WAVE_PAUSE_S = 0.002
+TURNS_WAITING = 5
+"""Waves of callers that the queue holds when it is full."""
+
+
+def distinct(texts: Sequence[str], count: int) -> Iterator[str]:
+    """Go round the texts, each time with another number of seven digits at the end: no text comes twice.
+
+    The numbers come in an order in which the first thousand cost as many tokens as all of them.
+    """
+    return (f"{texts[i % len(texts)]} {i * _STRIDE % NUMBERS:07d}" for i in range(count))
+
+
+def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
+    """Encode so many different texts as they come from a generator."""
+    encoder.encode(texts[:64])
+    tokens, first = 0, 0
+    began = time.perf_counter()
+    for encoded in encoder.encode_stream(distinct(texts, count)):
+        tokens += int(encoded.tokens.sum())
+        first = first or peak_memory_bytes()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": tokens, "first_bytes": first, "peak_bytes": peak_memory_bytes()}
+
+
+def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Encode all texts a few times; the first time counts for nothing."""
+    encoder.encode(texts)
+    wall, processor = [], []
+    for _ in range(rounds):
+        began, used = time.perf_counter(), time.process_time()
+        encoder.encode(texts)
+        wall.append(time.perf_counter() - began)
+        processor.append(time.process_time() - used)
+    return {"samples_s": wall, "cpu_s": processor, "streams": encoder.engine.streams}
+
+
+def callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> dict[str, Any]:
+    """Let callers of single texts take turns with one `encode` of the same texts, then meet a full queue."""
+    return asyncio.run(_callers(encoder, texts, count, rounds))
+
+
+async def _callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> dict[str, Any]:
+    offline, online = [], []
+    texts = list(distinct(texts, len(texts)))
+    async with AsyncEncoder(encoder) as shared:
+        for round_ in range(rounds + 1):
+            began = time.perf_counter()
+            encoder.encode(texts)
+            offline.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            await _ask_all(shared, texts, count)
+            online.append(time.perf_counter() - began)
+            if round_ == 0:
+                offline.clear()
+                online.clear()
+    return {"offline_s": offline, "callers_s": online, "queue": await _full_queue(encoder, texts, count)}
+
+
+async def _ask_all(shared: AsyncEncoder, texts: Iterable[str], count: int) -> None:
+    waiting = iter(texts)
+
+    async def caller() -> None:
+        for text in waiting:
+            await shared.encode([text])
+
+    await asyncio.gather(*(caller() for _ in range(count)))
+
+
+async def _full_queue(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
+    """Fill a queue with its first wave, then send waves of callers that come while it is full."""
+    room = TURNS_WAITING * count
+    answers: dict[str, Any] = {}
+    refused_ms: list[float] = []
+
+    async with AsyncEncoder(encoder, max_waiting=room) as shared:
+
+        async def call(text: str, due: float) -> None:
+            try:
+                answers[text] = (await shared.encode([text]))[0]
+            except OverloadedError:
+                refused_ms.append(1e3 * (time.perf_counter() - due))
+
+        coming, calls = distinct(texts, NUMBERS), []
+        for wave in (room, *[count] * WAVES):
+            due = time.perf_counter()
+            calls += [asyncio.create_task(call(text, due)) for text in islice(coming, wave)]
+            await asyncio.sleep(WAVE_PAUSE_S)
+        await asyncio.gather(*calls)
+    expected = components(encoder.encode(list(answers)), encoder.spec)
+    found = components(np.stack(list(answers.values())), encoder.spec)
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return {
+        "max_waiting": room,
+        "sent": len(calls),
+        "answered": len(answers),
+        "min_cosine": float((np.sum(found * expected, axis=1) / norms).min()),
+        "refused_ms": refused_ms,
+    }
+
+
+def main(task: dict[str, Any]) -> dict[str, Any]:
+    """Do what one task says."""
+    texts = json.loads(Path(task["texts"]).read_text(encoding="utf-8"))
+    with Encoder.load(task["bundle"], engine=task["engine"], precision=task["precision"]) as encoder:
+        encoder.warm_up()
+        if task["what"] == "size":
+            return stream(encoder, texts, task["count"])
+        if task["what"] == "cores":
+            return passes(encoder, texts, task["rounds"])
+        return callers(encoder, texts, task["count"], task["rounds"])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))) + "\n")
