@@ -26,6 +26,7 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
 
 REPETITIONS = 8
+QUICK_REPETITIONS = 2
 
 Sample = Callable[[], None]
 
@@ -68,19 +69,23 @@ def measure_ceilings(plan: Plan, shape: EncoderShape, results: Results, progress
     """Measure the memory's rate, then one ceiling for each engine and precision; what cannot be is a failure."""
     if results.has("ceilings"):
         return
+    repetitions = QUICK_REPETITIONS if plan.quick else REPETITIONS
     with steps(progress, "ceilings", 1 + len(plan.points)) as done:
         results.bandwidth = measure_bandwidth()
         done("memory")
         for point in plan.points:
             try:
-                results.ceilings[point.engine, point.precision] = measure_ceiling(point.engine, point.precision, shape)
+                ceiling = measure_ceiling(point.engine, point.precision, shape, repetitions)
+                results.ceilings[point.engine, point.precision] = ceiling
             except MirrorError as error:
                 results.fail("ceilings", point.name, error)
             done(point.name)
     results.finish("ceilings")
 
 
-def measure_ceiling(engine: EngineName, precision: Precision, shape: EncoderShape) -> Ceiling:
+def measure_ceiling(
+    engine: EngineName, precision: Precision, shape: EncoderShape, repetitions: int = REPETITIONS
+) -> Ceiling:
     """Measure the library's best rate over the encoder's own matrix shapes, on all usable cores.
 
     The rows are as many as a full batch of the runtime has tokens.
@@ -89,11 +94,11 @@ def measure_ceiling(engine: EngineName, precision: Precision, shape: EncoderShap
         EngineError: there is no ceiling for this engine and precision.
     """
     outers = sorted({shape.hidden, 3 * shape.hidden, shape.intermediate})
-    candidates = [_measure(engine, precision, shape.hidden, outer) for outer in outers]
+    candidates = [_measure(engine, precision, shape.hidden, outer, repetitions) for outer in outers]
     return max(candidates, key=lambda ceiling: ceiling.gflop_per_s)
 
 
-def _measure(engine: EngineName, precision: Precision, inner: int, outer: int) -> Ceiling:
+def _measure(engine: EngineName, precision: Precision, inner: int, outer: int, repetitions: int) -> Ceiling:
     threads = usable_cores()
     matrices = Matrices.draw(TOKEN_BUDGET, inner, outer)
     if engine is EngineName.OPENVINO:
@@ -104,7 +109,7 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int) -
         raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
     run()
     samples = []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         began = time.perf_counter()
         run()
         samples.append(time.perf_counter() - began)

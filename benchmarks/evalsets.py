@@ -6,15 +6,17 @@ This room measures what ships and imports nothing of training's; two readers of 
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICK_PAIRS = 400
 
 _READ = """
 import dataclasses, json, sys
@@ -50,8 +52,15 @@ class EvaluationSet:
     scores: tuple[float, ...]
 
 
-def read_evaluation_sets(sts: Sequence[Path], words: Sequence[Path]) -> tuple[EvaluationSet, ...]:
+def read_evaluation_sets(
+    sts: Sequence[Path], words: Sequence[Path], *, quick: bool = False
+) -> tuple[EvaluationSet, ...]:
     """Read sets of sentence and of word similarity.
+
+    Args:
+        sts: files of sentence pairs.
+        words: files of word pairs.
+        quick: take the same sample of at most `QUICK_PAIRS` pairs of each; its size is in the set's name.
 
     Raises:
         InputError: there is none, or one cannot be read.
@@ -62,7 +71,18 @@ def read_evaluation_sets(sts: Sequence[Path], words: Sequence[Path]) -> tuple[Ev
     names = [one.name for one in sets]
     if len(set(names)) < len(names):
         raise InputError(f"two evaluation sets have one name: {', '.join(sorted(names))}")
-    return tuple(sets)
+    return tuple(_sample(one) if quick and len(one.scores) > QUICK_PAIRS else one for one in sets)
+
+
+def _sample(one: EvaluationSet) -> EvaluationSet:
+    at = sorted(random.Random(0).sample(range(len(one.scores)), QUICK_PAIRS))
+    return replace(
+        one,
+        name=f"{one.name}, {QUICK_PAIRS} pairs",
+        first=tuple(one.first[i] for i in at),
+        second=tuple(one.second[i] for i in at),
+        scores=tuple(one.scores[i] for i in at),
+    )
 
 
 def _read(group: str, paths: Sequence[Path]) -> list[EvaluationSet]:

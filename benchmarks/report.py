@@ -100,6 +100,7 @@ def settings_of(plan: Plan) -> Settings:
         quick=plan.quick,
         rounds=plan.rounds,
         seed=plan.seed,
+        planted_slowdown=plan.planted_slowdown,
     )
 
 

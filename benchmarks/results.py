@@ -101,6 +101,7 @@ class Settings:
         peers: titles of the other libraries to measure; empty without the suite.
         sets_sha256: of the evaluation sets' files.
         training: what suite training does, in words; None without the suite.
+        planted_slowdown: share by which every engine run was made to take longer on purpose; 0 in a real report.
     """
 
     suites: tuple[Suite, ...]
@@ -111,6 +112,7 @@ class Settings:
     quick: bool
     rounds: int
     seed: int
+    planted_slowdown: float
 
 
 @dataclass(frozen=True, kw_only=True)

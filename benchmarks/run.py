@@ -43,6 +43,7 @@ from mirror_runtime.errors import BundleError, InputError
 ROOT = Path(__file__).resolve().parents[1]
 FULL_ROUNDS = 5
 QUICK_ROUNDS = 3
+TRAINING_SEEDS = 3
 
 _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--suite": tuple(suite.value for suite in Suite),
@@ -68,7 +69,7 @@ def run(
         Shape, typer.Option(help="Lengths of the texts: lines as they are, 96 to 256 tokens, or 5 to 500.")
     ] = Shape.LINES,
     quick: Annotated[
-        bool, typer.Option("--quick", help="At most 1,000 texts, few samples: under 2 minutes on 2 cores.")
+        bool, typer.Option("--quick", help="At most 500 texts, few samples: all suites in under 5 minutes on 2 cores.")
     ] = False,
     engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
@@ -99,10 +100,17 @@ def run(
     words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
-    training_seeds: Annotated[int, typer.Option(min=1, help="Suite training: runs of each of our recipes.")] = 3,
+    training_seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Suite training: runs of each of our recipes. Default: 3, or 1 with --quick."),
+    ] = None,
     reference_seeds: Annotated[
         int, typer.Option(min=0, help="Suite training: runs of the published recipe, minutes each; 0 leaves it out.")
     ] = 1,
+    planted_slowdown: Annotated[
+        float,
+        typer.Option(min=0.0, help="For benchmarks/trust.py: let each engine run take longer by this share, 0.15."),
+    ] = 0.0,
 ) -> None:
     """Measure BUNDLE and write a report."""
     started, began = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
@@ -120,13 +128,13 @@ def run(
             words=tuple(words or ()),
             pooling=pooling,
             recipes=tuple(recipe or ("sentence",)),
-            seeds=training_seeds,
+            seeds=training_seeds or (1 if quick else TRAINING_SEEDS),
             reference_seeds=reference_seeds,
             quick=quick,
         )
     host, versions, source = describe_host(), installed_versions(), describe_source(ROOT)
     peers = _chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else ()
-    sets = read_evaluation_sets(sts or [], words or []) if Suite.QUALITY in suites else ()
+    sets = read_evaluation_sets(sts or [], words or [], quick=quick) if Suite.QUALITY in suites else ()
     manifest = read_manifest(bundle)
     points = select_points(manifest, engine or [], precision or [])
     tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
@@ -144,6 +152,7 @@ def run(
         rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
         seed=seed,
         flop_per_token=None if sizes is None else sizes.flop_per_token,
+        planted_slowdown=planted_slowdown,
     )
     results, spent_s = Results(), 0.0
     resumed: tuple[str, ...] = ()

@@ -19,9 +19,9 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 
 import numpy as np
 
+from benchmarks.peers.protocol import peak_bytes
 from mirror_runtime import AsyncEncoder, Encoder
 from mirror_runtime.errors import OverloadedError
-from mirror_runtime.host import peak_memory_bytes
 from mirror_runtime.vectors import components
 
 NUMBERS = 10_000_000
@@ -50,9 +50,9 @@ def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]
     began = time.perf_counter()
     for encoded in encoder.encode_stream(distinct(texts, count)):
         tokens += int(encoded.tokens.sum())
-        first = first or peak_memory_bytes()
+        first = first or peak_bytes()
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": tokens, "first_bytes": first, "peak_bytes": peak_memory_bytes()}
+    return {"seconds": seconds, "tokens": tokens, "first_bytes": first, "peak_bytes": peak_bytes()}
 
 
 def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any]:

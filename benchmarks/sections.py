@@ -85,6 +85,11 @@ def _conditions(report: Report) -> Section | None:
             f"{100 * STEADY:.0f} % apart. Medians and intervals carry that; measure again on a quiet machine before "
             "small differences count.**"
         )
+    if report.settings.planted_slowdown:
+        text += (
+            f" **Every engine run in this process took {100 * report.settings.planted_slowdown:.0f} % longer on "
+            "purpose: this report tests `benchmarks/compare.py` and says nothing of the runtime.**"
+        )
     if report.settings.quick:
         text += " A quick run has few samples: use it to see that all works, not to decide."
     return Section("Conditions", (Table((), rows), text))

@@ -115,7 +115,9 @@ def _lengths(report: Report) -> tuple[Block, ...]:
         for tokens in sorted({r.tokens for r in report.lengths})
     ]
     head = ("tokens of each text", *(f"{name}, tokens/s" for name in names))
-    text = f"{report.lengths[0].texts} different texts of exactly one length in one call; medians of rounds in turns."
+    counts = sorted({r.texts for r in report.lengths})
+    many = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    text = f"{many} different texts of exactly one length in one call; medians of rounds in turns."
     return Table(head, rows), text, Plot("lengths", "Throughput against length")
 
 

@@ -12,6 +12,7 @@ from rich.progress import Progress
 from benchmarks.evalsets import EvaluationSet
 from benchmarks.machine_results import Bandwidth, Ceiling
 from benchmarks.peer_results import Comparison, PeerResult, SingleTexts, TrainingResult
+from benchmarks.planted import Slowed
 from benchmarks.point import Point
 from benchmarks.quality_results import QualityResult, QualitySet
 from benchmarks.results import Failure, LatencyResult, LengthResult, StartupResult, Suite, ThroughputResult
@@ -33,6 +34,7 @@ class Plan:
         training: what suite training does, in words; None without the suite.
         rounds: how often each party runs; more rounds give narrower intervals.
         seed: of the workload's sample and of the bootstrap.
+        planted_slowdown: see `benchmarks.planted`; 0 for a real measurement.
         flop_per_token: see `benchmarks.ceilings.EncoderShape`; None where it is unknown.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     rounds: int
     seed: int
     flop_per_token: int | None
+    planted_slowdown: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -109,6 +112,8 @@ def loaded(plan: Plan, results: Results) -> Iterator[tuple[Runner, ...]]:
             except MirrorError as error:
                 results.fail("load", point.name, error)
                 continue
+            if plan.planted_slowdown:
+                encoder.engine = Slowed(encoder.engine, plan.planted_slowdown)
             runners.append(Runner(point=point, encoder=stack.enter_context(encoder)))
         yield tuple(runners)
 

@@ -23,6 +23,7 @@ from mirror_runtime.errors import EngineError
 FEWEST_ROUNDS = 5
 QUICK_ROUNDS = 2
 MOST_TEXTS = 1000
+QUICK_MOST_TEXTS = 100
 
 LONGEST_S = 180.0
 """Of one start: a party that has said nothing more by then is ended."""
@@ -97,7 +98,7 @@ def run_startup(plan: Plan, starters: Sequence[Starter], results: Results, progr
     if results.has("startup"):
         return
     rounds = QUICK_ROUNDS if plan.quick else max(FEWEST_ROUNDS, plan.rounds)
-    texts = plan.workload.texts[:MOST_TEXTS]
+    texts = plan.workload.texts[: QUICK_MOST_TEXTS if plan.quick else MOST_TEXTS]
     starts: dict[str, list[Start]] = {starter.party: [] for starter in starters}
     failed: set[str] = set()
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder:

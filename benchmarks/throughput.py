@@ -19,7 +19,11 @@ from mirror_runtime.errors import MirrorError
 LENGTHS = (8, 16, 32, 64, 128, 256)
 """Tokens, special tokens included: those that the encoder's limit allows are measured."""
 
+QUICK_LENGTHS = (16, 64, 256)
+
 TEXTS_A_LENGTH = 256
+QUICK_TOKENS_A_LENGTH = 4096
+"""Short texts are then as many as in a full run, long ones fewer."""
 
 
 @dataclass(kw_only=True)
@@ -99,7 +103,7 @@ def run_lengths(plan: Plan, runners: Sequence[Runner], results: Results, progres
         return
     spec = plan.manifest.encoder
     tokenizer = bundle_tokenizer(plan.bundle / TOKENIZER_FILE, spec.max_tokens)
-    lengths = [length for length in LENGTHS if length <= spec.max_tokens]
+    lengths = [length for length in (QUICK_LENGTHS if plan.quick else LENGTHS) if length <= spec.max_tokens]
     left = list(runners)
 
     def fail(name: str, error: MirrorError) -> None:
@@ -107,7 +111,8 @@ def run_lengths(plan: Plan, runners: Sequence[Runner], results: Results, progres
 
     with steps(progress, "throughput by length", len(lengths) * len(runners) * (plan.rounds + 1)) as done:
         for length in lengths:
-            texts = texts_of_length(plan.workload.texts, tokenizer, length, count=TEXTS_A_LENGTH, seed=plan.seed)
+            count = min(TEXTS_A_LENGTH, QUICK_TOKENS_A_LENGTH // length) if plan.quick else TEXTS_A_LENGTH
+            texts = texts_of_length(plan.workload.texts, tokenizer, length, count=count, seed=plan.seed)
 
             def keep(party: Rounds, length: int = length) -> None:
                 results.lengths[party.runner.point.name, length] = _length_result(party, length)

@@ -17,7 +17,7 @@ from mirror_runtime.errors import InputError
 from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
 
 FULL_TEXTS = 4000
-QUICK_TEXTS = 1000
+QUICK_TEXTS = 500
 
 DRAWS_A_TOKEN = 20
 """Random words tried for a token of a made text before giving up: most are drawn in vain when little room is left."""
@@ -53,7 +53,8 @@ def load_workload(
     Args:
         path: a UTF-8 file with one text a line (blank lines are left out), or None for docstring sentences.
         tokenizer: the bundle's, with the policy truncate.
-        quick: take a seeded sample of at most 1,000 texts. Otherwise a file is used whole, and docstrings up to 4,000.
+        quick: take a seeded sample of at most `QUICK_TEXTS` texts. Otherwise a file is used whole, and
+            docstrings up to 4,000.
         seed: of the sample and its order, and of drawn lengths. A whole file keeps its own order.
         shape: how long the texts are; other than lines, they are made of the lines' words in their order.
 

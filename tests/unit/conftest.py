@@ -175,6 +175,7 @@ def report() -> Report:
             quick=False,
             rounds=3,
             seed=0,
+            planted_slowdown=0.0,
         ),
         ceilings=(
             Ceiling(

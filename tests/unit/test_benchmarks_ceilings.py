@@ -42,9 +42,8 @@ def test_every_onnxruntime_product_of_the_int8_ceiling_runs_in_int8(matrices, tm
 
 
 @pytest.mark.parametrize("engine", [EngineName.OPENVINO, EngineName.ONNXRUNTIME])
-def test_a_ceiling_counts_what_its_samples_did(engine, monkeypatch):
-    monkeypatch.setattr("benchmarks.ceilings.REPETITIONS", 2)
-    ceiling = measure_ceiling(engine, Precision.INT8, EncoderShape(layers=1, hidden=64, intermediate=128))
+def test_a_ceiling_counts_what_its_samples_did(engine):
+    ceiling = measure_ceiling(engine, Precision.INT8, EncoderShape(layers=1, hidden=64, intermediate=128), 2)
     assert ceiling.gflop_per_s == pytest.approx(ceiling.flop_per_sample / min(ceiling.samples_s) / 1e9)
     runs = 2 * ceiling.threads if engine is EngineName.OPENVINO else 2
     assert ceiling.flop_per_sample == runs * 2 * PAIRS * 2 * ceiling.rows * ceiling.inner * ceiling.outer
@@ -53,7 +52,7 @@ def test_a_ceiling_counts_what_its_samples_did(engine, monkeypatch):
 @pytest.mark.parametrize("engine", [EngineName.OPENVINO, EngineName.ONNXRUNTIME])
 def test_a_precision_without_a_ceiling_is_named(engine):
     with pytest.raises(EngineError, match=f"no ceiling is measured for {engine.value} fp16"):
-        measure_ceiling(engine, Precision.FP16, EncoderShape(layers=1, hidden=64, intermediate=128))
+        measure_ceiling(engine, Precision.FP16, EncoderShape(layers=1, hidden=64, intermediate=128), 2)
 
 
 def test_memory_is_read_and_copied_by_all_cores(monkeypatch):
