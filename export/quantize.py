@@ -3,9 +3,9 @@
 Weights take one scale a channel, activations one constant scale a tensor, all symmetric with zero point 0. No scale
 depends on what else is in a batch, so a text's vector does not either; ONNX Runtime's dynamic int8 takes its scales
 from the whole batch, and fails the proof for that. Three things make one scale a tensor enough: SmoothQuant (section 4:
-an activation's channels are divided, the weights' rows multiplied) with its exponent tried layer by layer, the few
-widest channels multiplied in float beside the rest, and room above what calibration saw. A layer that still costs too
-much stays in float, found by letting each out in turn.
+an activation's channels are divided, the weights' rows multiplied) with its exponent tried layer by layer, several
+columns for the few widest channels of a feed-forward layer (`export.columns`), and room above what calibration saw. A
+layer that still costs too much stays in float, found by letting each out in turn.
 
 Library quantisers do not serve here: ONNX Runtime's smooths nothing, NNCF's smooths all layers by one exponent; both
 leave the embedding table, half of a small encoder, in float or under one scale, and neither tells what a layer costs.
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from export.calibration import Calibration, Flow, Origin, Vectors, linear_inputs
+from export.columns import Columns, first_half, widen
 from export.graphs import EXTERNAL_DATA_BYTES, Graph
 from export.halves import write_half
 from export.parity import Floors
@@ -37,9 +38,8 @@ ROOM = 0.005
 EXPONENTS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
 """Of the activations' peaks in the smoothing factor; 0 smooths nothing."""
 
-OUTLIERS = 4
-"""Channels of a layer's input that may stay in float, where this halves its error: a transformer's largest activations
-lie in a few channels, and scales wide enough for them leave too few steps for the rest (LLM.int8, section 3)."""
+GAIN = 0.8
+"""A feed-forward layer is widened where this takes its error to so small a share or less."""
 
 SMALLEST_SCALE = 2.0**-24
 """The smallest positive fp16: scales are fp16 where the rest of a graph is."""
@@ -96,7 +96,7 @@ class Site:
     Attributes:
         smoothing: float32 [channels]: the value is divided, the weights' rows are multiplied by it.
         scale: of the divided value.
-        outliers: int64 [n], channels that are multiplied in float beside the rest.
+        columns: that carry the value's channels.
         error: of the layers' outputs, relative, on calibration text.
         layers: those that read it, as `_layer` names them.
         quantized: False leaves these layers in float.
@@ -104,10 +104,16 @@ class Site:
 
     smoothing: Vectors
     scale: float
-    outliers: NDArray[np.int64]
+    columns: Columns
     error: float
     layers: frozenset[bytes] = frozenset()
     quantized: bool = True
+
+    def rounded_value(self, name: str) -> str:
+        """Name what is rounded of a value that is called `name`."""
+        if self.columns.widened:
+            return f"{name}_staggered"
+        return f"{name}_smooth" if (self.smoothing != 1).any() else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +142,12 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     rewrite = Rewrite(graph)
     form = FORMATS[precision]
     sites: list[Site] = []
-    for flow, nodes in zip(calibration.flows, linear_inputs(rewrite).values(), strict=True):
+    for flow, (name, nodes) in zip(calibration.flows, linear_inputs(rewrite).items(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
         layers = frozenset(_layer(rewrite, node) for node in nodes)
-        sites.append(replace(best_site(flow, weights, form), layers=layers))
+        # Of fp8 more columns resolve no more: its steps grow with the number.
+        widens = precision is Precision.INT8 and first_half(rewrite, name) is not None
+        sites.append(replace(best_site(flow, weights, form, widens=widens), layers=layers))
     target = Floors.of(precision, calibration.spec).reference + ROOM
     cosines = calibration.cosines(_session(graph, sites, form))
     if cosines.min() < target:
@@ -151,43 +159,45 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     return Plan(precision=precision, sites=tuple(sites), worst_cosine=float(cosines.min()))
 
 
-def best_site(flow: Flow, weights: Array, form: Format) -> Site:
-    """Try smoothing exponents, with and without outliers in float, and take what changes the layers' outputs least.
+def best_site(flow: Flow, weights: Array, form: Format, *, widens: bool = False) -> Site:
+    """Try smoothing exponents, and more columns, and take what changes the layers' outputs least.
 
     Args:
         flow: what the layers read.
         weights: float32 [channels, outputs].
         form: the number format.
+        widens: whether the value may have more columns than channels.
     """
-    plain = _best(flow, weights, form, np.zeros(0, np.int64))
-    widest = np.sort(np.argsort(flow.peak)[-OUTLIERS:])
-    split = _best(flow, weights, form, widest)
-    return split if split.error <= plain.error / 2 else plain
+    plain = _best(flow, weights, form, Columns.single(flow.peak.size))
+    if not widens:
+        return plain
+    wide = _best(flow, weights, form, Columns.spread(flow.peak))
+    return wide if wide.error <= GAIN * plain.error else plain
 
 
-def _best(flow: Flow, weights: Array, form: Format, outliers: NDArray[np.int64]) -> Site:
-    """Find the smoothing and the scale for what is left when some channels stay in float."""
-    inner = np.setdiff1d(np.arange(flow.peak.size), outliers)
-    power = max(float(((flow.rows @ weights) ** 2).sum()), 1e-12)
+def _best(flow: Flow, weights: Array, form: Format, columns: Columns) -> Site:
+    """Find the smoothing and the scale for channels in these columns."""
+    channels, stagger = columns.channels, columns.stagger
+    wanted = flow.rows @ weights
+    power = max(float((wanted**2).sum()), 1e-12)
     reaches = REACHES[flow.origin]
     least = max(float(np.quantile(flow.peak, reaches.least)), 1e-5)
-    peak, rows, weights = np.maximum(flow.peak[inner], least), flow.rows[:, inner], weights[inner]
+    peak = (np.maximum(flow.peak, least) / columns.copies).astype(np.float32)
     reach = np.maximum(np.abs(weights).max(1), 1e-5)
-    wanted = rows @ weights
+    rows, weights = flow.rows[:, channels] / columns.copies[channels], weights[channels]
 
-    def attempt(smoothing: Vectors) -> Site:
-        scale = max(float((peak / smoothing).max()) * reaches.headroom / form.largest, SMALLEST_SCALE)
-        values = rounded(rows / smoothing / scale, form).astype(np.float32) * scale
-        stored, scales = quantize_columns(weights * smoothing[:, None], form)
+    def attempt(factor: Vectors) -> Site:
+        scale = max(float((peak / factor).max()) * reaches.headroom / form.largest, SMALLEST_SCALE)
+        values = rounded(rows / factor[channels] / scale + stagger, form).astype(np.float32) * scale
+        stored, scales = quantize_columns(weights * factor[channels, None], form)
         error = float((((values @ (stored.astype(np.float32) * scales)) - wanted) ** 2).sum()) / power
-        whole = np.ones(flow.peak.size, np.float32)
-        whole[inner] = smoothing
-        return Site(smoothing=whole, scale=scale, outliers=outliers, error=error)
+        smoothing = (factor * columns.copies).astype(np.float32)
+        return Site(smoothing=smoothing, scale=scale, columns=columns, error=error)
 
     factors = [peak**exponent for exponent in EXPONENTS]
     factors += [peak**exponent / reach ** (1 - exponent) for exponent in EXPONENTS if 0 < exponent < 1]
-    smoothings = [(factor / np.exp(np.log(factor).mean())).astype(np.float32) for factor in factors]
-    return min((attempt(smoothing) for smoothing in smoothings), key=lambda site: site.error)
+    evened = [(factor / np.exp(np.log(factor).mean())).astype(np.float32) for factor in factors]
+    return min((attempt(factor) for factor in evened), key=lambda site: site.error)
 
 
 def write_quantized_for_gpu(
@@ -276,22 +286,26 @@ def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, 
 
 def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
     graph.opset = max(graph.opset, form.opset)
-    for read, name, site, nodes in _reads(graph, sites):
-        if not site.quantized:
-            continue
-        value = read
-        if (site.smoothing != 1).any():
+    reads = [read for read in _reads(graph, sites) if read[2].quantized]
+    for value, _, site, nodes in reads:
+        if site.columns.widened:
+            half = first_half(graph, value)
+            assert half is not None  # the padded and the packed graph have the same layers
+            widen(graph, half, site.columns, nodes)
+    for value, name, site, nodes in reads:
+        smoothing = site.smoothing[site.columns.channels]
+        if (smoothing != 1).any():
+            graph.node("Mul", [value, graph.add(f"{name}_smoothing", 1 / smoothing)], [f"{name}_smooth"])
             value = f"{name}_smooth"
-            graph.node("Mul", [read, graph.add(f"{name}_smoothing", 1 / site.smoothing)], [value])
+        if site.columns.widened:
+            stagger = graph.add(f"{name}_stagger", site.columns.stagger * np.float32(site.scale))
+            graph.node("Add", [value, stagger], [f"{name}_staggered"])
         scale = graph.add(f"{name}_scale", np.array(site.scale, np.float32))
         zero = graph.add(f"{name}_zero", np.zeros((), form.dtype))
-        graph.node("QuantizeLinear", [value, scale, zero], [f"{name}_quantized"])
+        graph.node("QuantizeLinear", [site.rounded_value(name), scale, zero], [f"{name}_quantized"])
         graph.node("DequantizeLinear", [f"{name}_quantized", scale, zero], [f"{name}_dequantized"])
-        parts = [graph.array(node.input[1]) for node in nodes]
-        together = np.concatenate(parts, axis=1)
-        inner = together * site.smoothing[:, None]
-        inner[site.outliers] = 0  # what these channels saturate to does not count
-        stored, scales = quantize_columns(inner, form)
+        together = np.concatenate([graph.array(node.input[1]) for node in nodes], axis=1)
+        stored, scales = quantize_columns(together * smoothing[:, None], form)
         first = nodes[0].output[0]
         weight = [
             graph.add(f"{first}_weight", stored),
@@ -301,16 +315,25 @@ def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
         graph.node("DequantizeLinear", weight, [f"{first}_weight_dequantized"], axis=1)
         graph.nodes[:] = [node for node in graph.nodes if node not in nodes]
         product = first if len(nodes) == 1 else f"{first}_together"
-        summand = f"{product}_inner" if site.outliers.size else product
-        graph.node("MatMul", [f"{name}_dequantized", f"{first}_weight_dequantized"], [summand])
-        if site.outliers.size:
-            graph.node("Gather", [read, graph.add(f"{first}_outliers", site.outliers)], [f"{first}_wide"], axis=-1)
-            wide = graph.add(f"{first}_wide_weight", together[site.outliers])
-            graph.node("MatMul", [f"{first}_wide", wide], [f"{first}_outer"])
-            graph.node("Add", [summand, f"{first}_outer"], [product])
+        graph.node("MatMul", [f"{name}_dequantized", f"{first}_weight_dequantized"], [product])
         if len(nodes) > 1:
-            sizes = graph.add(f"{first}_sizes", np.array([part.shape[1] for part in parts], np.int64))
-            graph.node("Split", [product, sizes], [node.output[0] for node in nodes], axis=-1)
+            _split(graph, product, nodes)
+
+
+def _split(graph: Rewrite, product: str, nodes: Sequence[NodeProto]) -> None:
+    """Cut one product into those of several layers, behind their biases if each has one: engines fuse one addition."""
+    outputs = [node.output[0] for node in nodes]
+    readers = [node for node in graph.nodes if set(outputs) & set(node.input)]
+    added = {node.input[0]: node for node in readers if node.op_type == "Add" and graph.constant(node.input[1])}
+    if len(readers) == len(added) == len(outputs):
+        sums = [added[name] for name in outputs]
+        bias = graph.add(f"{product}_bias", np.concatenate([graph.array(node.input[1]) for node in sums]))
+        graph.node("Add", [product, bias], [f"{product}_biased"])
+        graph.nodes[:] = [node for node in graph.nodes if node not in sums]
+        product, outputs = f"{product}_biased", [node.output[0] for node in sums]
+    widths = [graph.array(node.input[1]).shape[1] for node in nodes]
+    sizes = graph.add(f"{product}_sizes", np.array(widths, np.int64))
+    graph.node("Split", [product, sizes], outputs, axis=-1)
 
 
 def _quantize_tables(graph: Rewrite) -> None:
@@ -348,7 +371,7 @@ def _by_gain(
     _quantize(rewrite, sites, form)
     switches = [f"{name}_switch" for name in names]
     for name, switch, site in zip(names, switches, sites, strict=True):
-        value = f"{name}_smooth" if (site.smoothing != 1).any() else name
+        value = site.rounded_value(name)
         for node in rewrite.nodes:
             node.input[:] = [f"{name}_chosen" if read == f"{name}_dequantized" else read for read in node.input]
         rewrite.node("Where", [switch, f"{name}_dequantized", value], [f"{name}_chosen"])

@@ -11,9 +11,10 @@ from onnx import numpy_helper
 from export import quantize
 from export.build import Request, build
 from export.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
+from export.columns import SPARE, Columns
 from export.graphs import Graph, export_graph
 from export.halves import write_half
-from export.quantize import FORMATS, best_site, plan_sites, write_quantized, write_quantized_for_gpu
+from export.quantize import FORMATS, GAIN, Site, best_site, plan_sites, write_quantized, write_quantized_for_gpu
 from export.rewrite import Rewrite
 from export.texts import parity_texts
 from export.trt.checks import breaches, graph_precision
@@ -116,16 +117,26 @@ def test_a_text_does_not_depend_on_its_neighbours(tiny_bundle, plans, tmp_path):
     assert cosines(found, again).min() > 0.99999
 
 
-def test_a_few_wide_channels_stay_in_float():
+def wide_flow() -> tuple[Flow, np.ndarray]:
+    """192 channels of which one is far wider than the rest, and a layer's weights."""
     draw = np.random.default_rng(0)
-    values = draw.normal(size=(256, 64)).astype(np.float32)
-    values[::7, 5] = 300
-    weights = draw.normal(size=(64, 32)).astype(np.float32)
-    flow = Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.NORM)
-    chosen = best_site(flow, weights, FORMATS[Precision.INT8])
-    assert 5 in chosen.outliers
-    calm = Flow(peak=np.abs(values[1:7]).max(0), rows=values[1:7], origin=Origin.NORM)
-    assert not best_site(calm, weights, FORMATS[Precision.INT8]).outliers.size
+    values = draw.normal(size=(256, 192)).astype(np.float32)
+    values[:, 5] *= 30
+    return Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION), draw.normal(size=(192, 32)).astype(
+        np.float32
+    )
+
+
+def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
+    flow, weights = wide_flow()
+    form = FORMATS[Precision.INT8]
+    plain, wide = (best_site(flow, weights, form, widens=widens) for widens in (False, True))
+    assert not plain.columns.widened
+    assert wide.columns.copies[5] == 1 + 192 // SPARE
+    assert wide.columns.copies.sum() == 192 + 192 // SPARE
+    assert wide.error <= GAIN * plain.error
+    calm = replace(flow, peak=np.ones_like(flow.peak), rows=np.clip(flow.rows, -1, 1))
+    assert not best_site(calm, weights, form, widens=True).columns.widened
 
 
 def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
@@ -138,18 +149,34 @@ def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
     assert 127 * site.scale * site.smoothing[9] >= 2
 
 
-def test_channels_in_float_are_computed_beside_the_rest(tiny_bundle, plans, tmp_path):
+@pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
+def test_more_columns_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine):
     source, plan = graph_of(tiny_bundle, Layout.PACKED), plans[Precision.INT8]
-    # Scales far too narrow for these two channels, which must not count.
-    split = tuple(replace(s, outliers=np.array([0, 3]), smoothing=_narrow(s.smoothing)) for s in plan.sites)
-    made = write_quantized(source, tmp_path / "q.onnx", replace(plan, sites=split))
-    assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
+    sites = tuple(widened(site) if at % 4 == 3 else site for at, site in enumerate(plan.sites))
+    made = write_quantized(source, tmp_path / "q.onnx", replace(plan, sites=sites))
+    inner = {tuple(tensor.dims) for tensor in onnx.load(made.path).graph.initializer if tensor.name.endswith("_weight")}
+    assert {dims for dims in inner if 64 + 3 in dims}
+    loaded = engine(made.path, Precision.INT8, 1)
+    found = loaded.run(PackedRows(**rows()))
+    loaded.close()
+    assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.98
 
 
-def _narrow(smoothing: np.ndarray) -> np.ndarray:
-    changed = smoothing.copy()
-    changed[[0, 3]] /= 1000
-    return changed
+def widened(site: Site) -> Site:
+    copies = np.ones_like(site.columns.copies)
+    copies[[0, 3]] = 3, 2
+    return replace(site, columns=Columns(copies), smoothing=site.smoothing * copies.astype(np.float32))
+
+
+def test_bias_stands_before_the_split_of_query_key_and_value(tiny_bundle, plans, tmp_path):
+    made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plans[Precision.INT8])
+    graph = onnx.load(made.path).graph
+    producers = {out: node for node in graph.node for out in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == 2
+    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
+    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
+    assert readers == ["Reshape"] * 6
 
 
 def test_layers_are_left_in_float_until_the_worst_text_is_close(tiny_bundle, calibration, plans, monkeypatch):
