@@ -148,7 +148,16 @@ def _figures(bundle: Path, max_tokens: int, passes: int, scratch: Path) -> list[
 
 def _report(bundle: Path, engine: EngineName, precision: Precision, output: Path) -> Report:
     """Let `benchmarks/run.py` measure, in a process of its own."""
-    command = [sys.executable, str(FOLDER / "run.py"), str(bundle), "--suite", "latency", "throughput", "--quick"]
+    command = [
+        sys.executable,
+        str(FOLDER / "run.py"),
+        str(bundle),
+        "--suite",
+        "latency",
+        "throughput",
+        "--quick",
+        "--rounds=5",
+    ]
     _call([*command, "--engine", engine.value, "--precision", precision.value, "--output", str(output)])
     return read_report(output)
 

@@ -74,9 +74,11 @@ def _change(metric: str, unit: str, base: Runs, head: Runs, threshold: float, se
     tail = (100 - CONFIDENCE) / 2
     low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
     ratio = after / before
+    verdict = _judge(ratio, low, high, threshold)
+    if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
+        verdict = Verdict.NOISY  # one sample says nothing of how samples scatter
     return Change(
-        metric=metric, unit=unit, base=before, head=after,
-        ratio=ratio, low=low, high=high, verdict=_judge(ratio, low, high, threshold),
+        metric=metric, unit=unit, base=before, head=after, ratio=ratio, low=low, high=high, verdict=verdict
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ TEXTS_A_LENGTH = 16
 """Different texts that take turns, so that no call repeats the one before."""
 
 FULL_SAMPLES = 2000
-QUICK_SAMPLES = 100
+QUICK_SAMPLES = 60
 
 
 def run_latency(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:

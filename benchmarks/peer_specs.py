@@ -19,12 +19,19 @@ class PeerSpec:
         title: as its makers write it.
         backends: each with the package whose version counts.
         exports: which backends need files that the bundle may lack, and the file that shows they are there.
+        slow: it takes tens of seconds to load.
     """
 
     name: str
     title: str
     backends: Mapping[str, str]
     exports: Mapping[str, str] = field(default_factory=dict)
+    slow: bool = False
+
+    @property
+    def quick(self) -> bool:
+        """Whether a quick run measures it unasked: it converts nothing and loads soon."""
+        return not self.exports and not self.slow
 
 
 PEERS = (
@@ -51,7 +58,7 @@ PEERS = (
         title="plain-loop",
         backends={"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino-async": "openvino"},
     ),
-    PeerSpec(name="infinity", title="infinity", backends={"torch": "infinity-emb"}),
+    PeerSpec(name="infinity", title="infinity", backends={"torch": "infinity-emb"}, slow=True),
 )
 
 

@@ -25,7 +25,7 @@ from mirror_runtime.selection import AUTO, choose
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 QUICK_SIZES = (1_000, 4_000, 16_000)
 LONG = 10_000
-"""Sizes above it are measured once: they last long enough to be their own average."""
+"""Sizes above it are measured once: they last long enough to be their own average. A quick run measures all once."""
 
 CALLERS = 100
 
@@ -97,7 +97,7 @@ def _parts(plan: Plan, point: Point, texts: Path) -> list[Part]:
     count = len(plan.workload.texts)
 
     def size(texts: int) -> Part:
-        repetitions = plan.rounds if texts <= LONG else 1
+        repetitions = plan.rounds if texts <= LONG and not plan.quick else 1
 
         def measure(before: ScalingResult) -> ScalingResult:
             said = [_ask({**task, "what": "size", "count": texts}) for _ in range(repetitions)]

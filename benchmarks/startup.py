@@ -21,7 +21,7 @@ from benchmarks.summary import interleave, median
 from mirror_runtime.errors import EngineError
 
 FEWEST_ROUNDS = 5
-QUICK_ROUNDS = 2
+QUICK_ROUNDS = 1
 MOST_TEXTS = 1000
 QUICK_MOST_TEXTS = 100
 

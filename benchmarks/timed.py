@@ -40,8 +40,7 @@ def _scaling(report: Report) -> Iterator[Timed]:
     for result in report.scaling:
         name = f"scaling, {result.point.name}"
         for size in result.sizes:
-            if len(size.samples_s) > 1:  # one sample says nothing of how samples scatter
-                yield _of_texts(f"{name}, {size.texts} texts", size.samples_s, size.texts)
+            yield _of_texts(f"{name}, {size.texts} texts", size.samples_s, size.texts)
         for limited in result.cores:
             yield _of_texts(f"{name}, {limited.cores} cores", limited.samples_s, limited.texts)
         if (many := result.callers) is not None:

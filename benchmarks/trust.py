@@ -34,6 +34,7 @@ from mirror_runtime.selection import choose
 ROOT = Path(__file__).resolve().parents[1]
 THRESHOLD = 0.07
 PLANTED = 0.15
+QUICK = ("--quick", "--rounds", "5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Runs:
         for run in range(self.runs):
             for side, (title, options) in zip(sides, (("base", ()), ("head", planted)), strict=True):
                 folder = self.output / name / f"{title}-{run + 1}"
-                side.append(self.report(self.bundle, folder, "latency", "throughput", "--quick", *options))
+                side.append(self.report(self.bundle, folder, "latency", "throughput", *QUICK, *options))
         return sides
 
     def report(self, bundle: Path, folder: Path, *suites_and_options: str) -> Report:

@@ -80,6 +80,7 @@ def test_slower_callers_are_caught_and_a_single_sample_is_not_judged(report):
     found = {change.metric: change.verdict for change in changes if change.metric.startswith("scaling")}
     assert found == {
         "scaling, openvino bf16, 1000 texts": Verdict.SAME,
+        "scaling, openvino bf16, 16000 texts": Verdict.NOISY,
         "scaling, openvino bf16, 1 cores": Verdict.SAME,
         "scaling, openvino bf16, 2 cores": Verdict.SAME,
         "scaling, openvino bf16, 100 callers": Verdict.WORSE,
