@@ -275,11 +275,12 @@ def _scaling(report: Report, theme: Theme) -> Figure:
         memory.plot(texts, [size.peak_bytes / 1e6 for size in result.sizes], "s--", color=line.get_color(), alpha=0.6)
     axes.set_xscale("log")
     axes.set_xlabel("texts")
-    axes.set_ylim(bottom=0)
-    memory.set_ylim(bottom=0)
+    sizes = [size for result in report.scaling for size in result.sizes]
+    axes.set_ylim(0, 1.15 * max(size.us_per_text for size in sizes))
+    memory.set_ylim(0, 1.15 * max(size.peak_bytes / 1e6 for size in sizes))
     axes.set_ylabel("microseconds a text (line)")
     memory.set_ylabel("peak memory in MB (dashes)", color=theme.ink)
-    _legend(axes, theme)
+    axes.legend(loc="lower left", frameon=False, labelcolor=theme.ink)
     return figure
 
 
