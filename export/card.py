@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from export.words import head_in_words, markdown_table, rounded_down, short_name
 from mirror_runtime.bundle import Artifact, EncoderSpec, Layout, Manifest, VectorType
 from training.layout import beyond_sentence_transformers
 
@@ -69,61 +69,44 @@ vectors = Encoder.load("path/to/this/folder").encode(["some text"])
 
 def _description(spec: EncoderSpec) -> str:
     kind = "numbers" if spec.vector_type is VectorType.FLOAT32 else f"components ({spec.vector_type.value})"
-    parts = [f"{spec.dim} {kind} a text", f"pooling {spec.pooling.value}"]
-    if spec.layers != (-1,):
-        parts.append(f"layers {', '.join(map(str, spec.layers))} averaged")
-    if spec.dense:
-        parts.append(f"{len(spec.dense)} dense layer{'s' * (len(spec.dense) > 1)} after it")
-    parts.append("unit length" if spec.normalize else "not normalised")
-    if spec.template is not None:
-        parts.append(f"every text set into `{spec.template}`")
-    return f"{', '.join(parts)}, texts of up to {spec.max_tokens} tokens."
+    return f"{spec.dim} {kind} a text, pooling {head_in_words(spec)}, texts of up to {spec.max_tokens} tokens."
 
 
 def _certificates(artifacts: Sequence[Artifact]) -> str:
-    lines = [
-        "| file | engine | precision | MB | floor | worst cosine | mean cosine | largest difference | alone | ranks "
-        "| top 10 |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for artifact in artifacts:
-        parity = artifact.parity
-        lines.append(
-            f"| `{artifact.path}` | {artifact.engine.value} | {artifact.precision.value} | {artifact.size / 1e6:.1f} "
-            f"| {parity.floor} | {_rounded_down(parity.min_cosine)} | {_rounded_down(parity.mean_cosine)} "
-            f"| {parity.max_abs_diff:.1e} | {_rounded_down(parity.neighbour_cosine)} | {parity.spearman:.4f} "
-            f"| {parity.top10_overlap:.1%} |"
+    head = ("file", "engine", "precision", "MB", "floor", "worst cosine", "mean cosine", "largest difference", "alone",
+            "ranks", "top 10")  # fmt: skip
+    rows = [
+        (
+            f"`{artifact.path}`",
+            artifact.engine.value,
+            artifact.precision.value,
+            f"{artifact.size / 1e6:.1f}",
+            str(artifact.parity.floor),
+            rounded_down(artifact.parity.min_cosine),
+            rounded_down(artifact.parity.mean_cosine),
+            f"{artifact.parity.max_abs_diff:.1e}",
+            rounded_down(artifact.parity.neighbour_cosine),
+            f"{artifact.parity.spearman:.4f}",
+            f"{artifact.parity.top10_overlap:.1%}",
         )
-    return "\n".join(lines)
-
-
-def _rounded_down(cosine: float) -> str:
-    """Show six digits, rounded down: 0.9999997 is no claim of 1. What float32 cannot tell from 1 is 1."""
-    return f"{math.floor((cosine + 1e-9) * 1e6) / 1e6:.6f}"
+        for artifact in artifacts
+    ]
+    return markdown_table(head, rows, left=3)
 
 
 def _quality(artifacts: Sequence[Artifact]) -> str:
     names = list(dict.fromkeys(score.name for artifact in artifacts for score in artifact.parity.sts))
     if not names:
         return ""
-    lines = [
-        "",
-        "Spearman correlation with people's scores, in points:",
-        "",
-        "| set | pairs | PyTorch | " + " | ".join(_short_name(artifact) for artifact in artifacts) + " |",
-        "|---|--:|--:|" + "--:|" * len(artifacts),
-    ]
+    rows = []
     for name in names:
         # An artifact that was added later may have been measured on other sets.
         measured = [{score.name: score for score in artifact.parity.sts}.get(name) for artifact in artifacts]
-        figures = " | ".join("" if score is None else f"{score.artifact:.2f}" for score in measured)
+        figures = ("" if score is None else f"{score.artifact:.2f}" for score in measured)
         known = next(score for score in measured if score is not None)
-        lines.append(f"| {name} | {known.pairs:,} | {known.reference:.2f} | {figures} |")
-    return "\n".join([*lines, ""])
-
-
-def _short_name(artifact: Artifact) -> str:
-    return f"{artifact.engine.value} {artifact.precision.value} {artifact.layout.value}"
+        rows.append((name, f"{known.pairs:,}", f"{known.reference:.2f}", *figures))
+    table = markdown_table(("set", "pairs", "PyTorch", *map(short_name, artifacts)), rows, left=1)
+    return f"\nSpearman correlation with people's scores, in points:\n\n{table}\n"
 
 
 def _other_libraries(spec: EncoderSpec, artifacts: Sequence[Artifact]) -> str:

@@ -11,13 +11,11 @@ import numpy as np
 import torch
 
 from export.texts import parity_texts
-from export.whitening import fit_whitening
+from export.whitening import WHITENING_FILE, fit_whitening
 from mirror_runtime.bundle import Activation, Dense, Ditto, VectorType, sha256_texts, write_json
 from mirror_runtime.errors import InputError
 from training.heads import make_dense
 from training.reference import Reference
-
-WHITENING_FILE = "whitening.json"
 
 CALIBRATION_TEXTS = 256
 

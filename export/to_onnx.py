@@ -23,7 +23,8 @@ from export.build import Export, Request, build
 from export.hub import check_hub, push
 from export.spec import Additions, parse_ditto, parse_layers
 from export.texts import read_texts
-from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType, to_json
+from export.words import short_name, summary
+from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.host import peak_memory_bytes
 from training.evalsets import read_sets
@@ -190,7 +191,7 @@ def run(
         "fingerprint": export.manifest.fingerprint,
         "seconds": round(seconds, 1),
         "peak_memory_mb": round(peak_memory_bytes() / 1e6),
-        "artifacts": [_summary(artifact) for artifact in export.manifest.artifacts],
+        "artifacts": [summary(artifact) for artifact in export.manifest.artifacts],
         "refused": [{"artifact": entry.name, "asked": entry.asked, "reason": entry.reason} for entry in export.refused],
         "commit": commit,
     }
@@ -221,27 +222,12 @@ def _built(request: Request, console: Console) -> Export:
     return export
 
 
-def _summary(artifact: Artifact) -> dict[str, object]:
-    return {
-        "path": artifact.path,
-        "engine": artifact.engine.value,
-        "precision": artifact.precision.value,
-        "layout": artifact.layout.value,
-        "size": artifact.size,
-        "min_cosine": artifact.parity.min_cosine,
-        "neighbour_cosine": artifact.parity.neighbour_cosine,
-        "spearman": artifact.parity.spearman,
-        "top10_overlap": artifact.parity.top10_overlap,
-        "sts": to_json(artifact.parity.sts),
-    }
-
-
 def _table(artifacts: Sequence[Artifact]) -> Table:
     table = Table("artifact", "MB", "cosine", "floor", "alone", "ranks", "top 10", "STS", padding=(0, 0))
     for artifact in artifacts:
         parity = artifact.parity
         table.add_row(
-            f"{artifact.engine.value} {artifact.precision.value} {artifact.layout.value}",
+            short_name(artifact),
             f"{artifact.size / 1e6:.1f}",
             f"{parity.min_cosine:.6f}",
             str(parity.floor),

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from mirror_runtime.errors import InputError
 
+WHITENING_FILE = "whitening.json"
+"""In a bundle: what its whitening was fitted on. Its weights are the last dense layer's."""
+
 SMALLEST_SHARE = 1e-8
 """Of the largest variance: a direction with less is noise, and dividing by its deviation would blow it up."""
 

@@ -45,4 +45,4 @@ def test_only_heads_that_sentence_transformers_has_are_offered_to_it(artifacts):
     averaged = dataclasses.replace(SPEC, layers=(1, -1), dense=(dense,), template="query: {text}")
     card = certificate_card(averaged, artifacts, "f")
     assert "SentenceTransformer(" not in card
-    assert "layers 1, -1 averaged, 1 dense layer after it, unit length, every text set into `query: {text}`" in card
+    assert "layers 1, -1 averaged, dense to 8, unit length, every text set into `query: {text}`" in card

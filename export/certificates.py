@@ -1,0 +1,197 @@
+"""The certificates of several bundles side by side: `python export/certificates.py BUNDLE…`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from export.whitening import WHITENING_FILE
+from export.words import head_in_words, markdown_table, rounded_down, summary
+from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
+from mirror_runtime.commandline import application, run_command
+from mirror_runtime.errors import InputError
+
+BUNDLE_COLUMNS = ("bundle", "head", "vector")
+ARTIFACT_COLUMNS = ("engine", "precision", "layout", "MB", "of fp32", "worst cosine", "floor", "alone")
+WORDS = 6
+"""Columns of words, the first ones; figures follow."""
+
+Set = tuple[str, str]
+"""An evaluation set: its name and its file's sha256."""
+
+
+def bundle_cells(name: str, manifest: Manifest) -> tuple[str, str, str]:
+    """Fill the columns of `BUNDLE_COLUMNS`."""
+    spec = manifest.encoder
+    head = head_in_words(spec, whitened=WHITENING_FILE in manifest.files)
+    return name, head, f"{spec.dim} {spec.vector_type.value}"
+
+
+def artifact_cells(artifact: Artifact, whole: Mapping[Layout, int], sets: Sequence[Set]) -> tuple[str, ...]:
+    """Fill the columns of `ARTIFACT_COLUMNS`, and two a set: the reference's score and what the artifact changes.
+
+    Args:
+        artifact: a proven one.
+        whole: bytes of its bundle's fp32 file, by layout.
+        sets: the table's; what the artifact was not measured on stays "-".
+    """
+    parity = artifact.parity
+    scores = {(score.name, score.sha256): score for score in parity.sts}
+    measured = [scores.get(chosen) for chosen in sets]
+    return (
+        artifact.engine.value,
+        artifact.precision.value,
+        artifact.layout.value,
+        f"{artifact.size / 1e6:.1f}",
+        f"{artifact.size / whole[artifact.layout]:.1%}" if artifact.layout in whole else "-",
+        rounded_down(parity.min_cosine),
+        rounded_down(parity.floor),
+        rounded_down(parity.neighbour_cosine),
+        *(
+            cell
+            for score in measured
+            for cell in (
+                ("-", "-") if score is None else (f"{score.reference:.2f}", f"{score.artifact - score.reference:+.2f}")
+            )
+        ),
+    )
+
+
+def whole_sizes(manifest: Manifest) -> dict[Layout, int]:
+    """Give the bytes of a bundle's fp32 graphs, by layout."""
+    return {
+        artifact.layout: artifact.size
+        for artifact in manifest.artifacts
+        if (artifact.engine, artifact.precision) == (EngineName.ONNXRUNTIME, Precision.FP32)
+    }
+
+
+def measured_sets(manifests: Sequence[Manifest]) -> dict[Set, str]:
+    """List the evaluation sets of all bundles with their titles, which tell files of one name apart."""
+    found = dict.fromkeys((s.name, s.sha256) for m in manifests for a in m.artifacts for s in a.parity.sts)
+    names = [name for name, _ in found]
+    return {(name, digest): name if names.count(name) == 1 else f"{name} {digest[:8]}" for name, digest in found}
+
+
+def measured_texts(manifests: Mapping[str, Manifest]) -> list[str]:
+    """Say what the cosines were measured on: worst cosines of other texts are other figures."""
+    found: dict[str, list[str]] = {}
+    for name, manifest in manifests.items():
+        for parity in dict.fromkeys(
+            (a.parity.texts, a.parity.texts_sha256, a.parity.reference) for a in manifest.artifacts
+        ):
+            texts, digest, reference = parity
+            said = f"{texts:,} texts (sha256 {digest[:16]}…) against {reference}"
+            found.setdefault(said, []).append(name)
+    if len(found) == 1:
+        return [f"Cosines of {next(iter(found))}."]
+    return [f"Cosines of {said}: {', '.join(names)}." for said, names in found.items()]
+
+
+def read_bundles(folders: Sequence[Path]) -> dict[str, Manifest]:
+    """Read manifests by the folders' names, or by their paths where two share a name.
+
+    Raises:
+        BundleError: a folder is no bundle.
+        InputError: a folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for folder, path in zip(folders, paths, strict=True):
+        if paths.count(path) > 1:
+            raise InputError(f"{folder} is given twice")
+    short = len({path.name for path in paths}) == len(paths)
+    return {path.name if short else str(path): read_manifest(path) for path in paths}
+
+
+def render(manifests: Mapping[str, Manifest]) -> str:
+    """Write the table in Markdown, one row an artifact."""
+    sets = measured_sets(list(manifests.values()))
+    head = [*BUNDLE_COLUMNS, *ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
+    rows = [
+        (*bundle_cells(name, manifest), *artifact_cells(artifact, whole_sizes(manifest), list(sets)))
+        for name, manifest in manifests.items()
+        for artifact in manifest.artifacts
+    ]
+    return "\n".join([markdown_table(head, rows, left=WORDS), "", *measured_texts(manifests), ""])
+
+
+def tables(manifests: Mapping[str, Manifest]) -> list[Table]:
+    """Draw the same for a terminal: a table a bundle, whose title says what its rows would repeat."""
+    drawn = []
+    for name, manifest in manifests.items():
+        sets = measured_sets([manifest])
+        title = escape(": ".join((name, ", ".join(bundle_cells(name, manifest)[1:]))))
+        table = Table(title=title, title_justify="left", padding=(0, 0))
+        head = [*ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
+        for i, column in enumerate(head, start=len(BUNDLE_COLUMNS)):
+            table.add_column(escape(column), justify="left" if i < WORDS else "right")
+        for artifact in manifest.artifacts:
+            table.add_row(*map(escape, artifact_cells(artifact, whole_sizes(manifest), list(sets))))
+        drawn.append(table)
+    return drawn
+
+
+def run(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(help="Folders that export/to_onnx.py wrote.", metavar="BUNDLE", show_default=False),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Also write one Markdown table of all to this file.", show_default=False)
+    ] = None,
+) -> None:
+    """Show what was proven of bundles: a row an artifact, as their manifests record it. Nothing is measured anew.
+
+    Worst cosine: of any text with the reference's vector. Floor: what it must not fall below. Alone: the worst cosine
+    between a text's vector by itself and among others. For each evaluation set: the reference's Spearman correlation,
+    in points, and what the artifact changes (Δ). The last line of stdout is one JSON object.
+
+    For example:
+
+    python export/certificates.py bundles/mine
+    python export/certificates.py bundles/* --output certificates.md
+    """
+    manifests = read_bundles(bundles)
+    if output is not None:
+        try:
+            output.write_text(render(manifests), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    console = Console(stderr=True, highlight=False)
+    for table in tables(manifests):
+        console.print(table)
+    for line in measured_texts(manifests):
+        console.print(line, markup=False, soft_wrap=True)
+    report = {
+        "bundles": [
+            {
+                "bundle": str(folder),
+                "fingerprint": manifest.fingerprint,
+                **dict(zip(BUNDLE_COLUMNS[1:], bundle_cells(name, manifest)[1:], strict=True)),
+                "artifacts": [summary(artifact) for artifact in manifest.artifacts],
+            }
+            for folder, (name, manifest) in zip(bundles, manifests.items(), strict=True)
+        ],
+        "output": None if output is None else str(output),
+    }
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 on success, 2 on an error that the message explains."""
+    return run_command(application(run), argv, "certificates.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
