@@ -24,8 +24,8 @@ from mirror_runtime.errors import InputError
 
 BUNDLE_COLUMNS = ("bundle", "head", "vector")
 ARTIFACT_COLUMNS = ("engine", "precision", "layout", "MB", "of fp32", "worst cosine", "floor", "alone")
-WORDS = 6
-"""Columns of words, the first ones; figures follow."""
+WORDS = 3
+"""How many columns of an artifact are words, the first ones; figures follow."""
 
 Set = tuple[str, str]
 """An evaluation set: its name and its file's sha256."""
@@ -117,13 +117,19 @@ def read_bundles(folders: Sequence[Path]) -> dict[str, Manifest]:
 def render(manifests: Mapping[str, Manifest]) -> str:
     """Write the table in Markdown, one row an artifact."""
     sets = measured_sets(list(manifests.values()))
-    head = [*BUNDLE_COLUMNS, *ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
+    head = [*BUNDLE_COLUMNS, "file", *ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
     rows = [
-        (*bundle_cells(name, manifest), *artifact_cells(artifact, whole_sizes(manifest), list(sets)))
+        (
+            *bundle_cells(name, manifest),
+            f"`{artifact.path}`",
+            *artifact_cells(artifact, whole_sizes(manifest), list(sets)),
+        )
         for name, manifest in manifests.items()
         for artifact in manifest.artifacts
     ]
-    return "\n".join([markdown_table(head, rows, left=WORDS), "", *measured_texts(manifests), ""])
+    return "\n".join(
+        [markdown_table(head, rows, left=len(BUNDLE_COLUMNS) + 1 + WORDS), "", *measured_texts(manifests), ""]
+    )
 
 
 def tables(manifests: Mapping[str, Manifest]) -> list[Table]:
@@ -134,7 +140,7 @@ def tables(manifests: Mapping[str, Manifest]) -> list[Table]:
         title = escape(": ".join((name, ", ".join(bundle_cells(name, manifest)[1:]))))
         table = Table(title=title, title_justify="left", padding=(0, 0))
         head = [*ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
-        for i, column in enumerate(head, start=len(BUNDLE_COLUMNS)):
+        for i, column in enumerate(head):
             table.add_column(escape(column), justify="left" if i < WORDS else "right")
         for artifact in manifest.artifacts:
             table.add_row(*map(escape, artifact_cells(artifact, whole_sizes(manifest), list(sets))))

@@ -81,6 +81,7 @@ def test_every_artifact_is_a_row_and_nothing_is_rounded_up(bundles, tmp_path, ca
         "bundle": "plain",
         "head": "mean, unit length",
         "vector": "8 float32",
+        "file": "`onnx/model_packed.onnx`",
         "engine": "onnxruntime",
         "precision": "int8",
         "layout": "packed",
