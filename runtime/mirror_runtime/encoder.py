@@ -346,7 +346,7 @@ class Encoder:
         pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
         for batch, output in zip(window.batches, outputs, strict=True):
             pieces[batch.pieces] = output
-        vectors = self._join(pieces, tokenized.owners, len(tokenized.tokens))
+        vectors = self._join(pieces[tokenized.parts], tokenized.owners, len(tokenized.tokens))
         self._counters.add(unpack_s=time.perf_counter() - began)
         return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
 
@@ -400,7 +400,7 @@ class Encoder:
         return out.reshape(-1, out.shape[-1])[batch.slots]
 
     def _join(self, pieces: Vectors, owners: NDArray[np.int64], texts: int) -> Vectors:
-        """Bring pieces [pieces, width] to texts [texts, width].
+        """Bring the vectors [parts, width] of texts' parts to texts [texts, width].
 
         Chunks become the mean of what they stand for, normalised if vectors are, in the encoder's vector type.
         """

@@ -41,11 +41,15 @@ class LongTexts(str, Enum):
 class Tokenized:
     """A window of texts as pieces ready to be packed. A text is one piece unless it was cut into chunks.
 
+    Equal pieces are there once: their vectors are the same. So are those of texts that the tokenizer takes for equal, such
+    as "A dog" and "a  dog" where it ignores case and blanks.
+
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
         lengths: int64 [pieces], tokens of each piece, padding included.
         own: int64 [pieces], of them, those ahead of the padding; None where no piece has any.
-        owners: int64 [pieces], the text each piece belongs to; ascending, a failed text has none.
+        owners: int64 [parts], a text for each piece that is part of it; ascending, a failed text has none.
+        parts: int64 [parts], that piece.
         tokens: int64 [texts], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
         truncated: bool [texts].
         errors: the failed texts, by position.
@@ -55,6 +59,7 @@ class Tokenized:
     lengths: NDArray[np.int64]
     own: NDArray[np.int64] | None
     owners: NDArray[np.int64]
+    parts: NDArray[np.int64]
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     errors: Mapping[int, TextError]
@@ -127,8 +132,9 @@ class Tokenizer:
         )
         tokens = np.zeros(len(texts), np.int64)
         truncated = np.zeros(len(texts), np.bool_)
-        pieces: list[list[int]] = []
+        numbers: dict[tuple[int, ...], int] = {}
         owners: list[int] = []
+        places: list[int] = []
         special = len(self._prefix) + len(self._suffix)
         for i, encoding in zip(good, encodings, strict=True):
             ids: list[int] = encoding.ids
@@ -150,8 +156,9 @@ class Tokenizer:
                 truncated[i] = len(own) > room and len(parts) == 1
             else:
                 parts = [ids]
-            pieces += (self._prefix + part + self._suffix for part in parts)
+            places += [numbers.setdefault(tuple(part), len(numbers)) for part in parts]
             owners += [i] * len(parts)
+        pieces = [[*self._prefix, *part, *self._suffix] for part in numbers]
         own_lengths = None
         if self._pad_to is not None:
             own_lengths = _lengths(pieces)
@@ -162,6 +169,7 @@ class Tokenizer:
             lengths=lengths,
             own=own_lengths,
             owners=np.array(owners, np.int64),
+            parts=np.array(places, np.int64),
             tokens=tokens,
             truncated=truncated,
             errors=errors,

@@ -29,8 +29,7 @@ def make(minilm: Path, policy: LongTexts, max_tokens: int = 64, **options: Any) 
 def test_ids_are_those_of_transformers(minilm):
     ours = make(minilm, LongTexts.TRUNCATE)(TEXTS)
     theirs = AutoTokenizer.from_pretrained(minilm)(TEXTS, truncation=True, max_length=64)["input_ids"]
-    ends = np.cumsum(ours.lengths)
-    assert [ours.ids[end - n : end].tolist() for end, n in zip(ends, ours.lengths, strict=True)] == theirs
+    assert pieces(ours) == theirs
     assert ours.truncated.tolist() == [False] * 7 + [True]
     assert ours.tokens[-1] == 20_002
     assert ours.tokens[1] == 2
@@ -39,7 +38,7 @@ def test_ids_are_those_of_transformers(minilm):
 def test_chunks_cover_the_whole_text(minilm):
     ours = make(minilm, LongTexts.CHUNK)(["short", "word " * 130])
     assert ours.owners.tolist() == [0, 1, 1, 1]
-    assert ours.lengths.tolist() == [3, 64, 64, 130 - 2 * 62 + 2]
+    assert ours.lengths[ours.parts].tolist() == [3, 64, 64, 130 - 2 * 62 + 2]
     assert not ours.truncated.any()
     assert ours.tokens.tolist() == [3, 132]
 
@@ -79,7 +78,17 @@ PROMPT = 'This sentence : "{text}" means [MASK] .'
 
 
 def pieces(tokenized: Tokenized) -> list[list[int]]:
-    return [piece.tolist() for piece in np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])]
+    """The pieces of every text, in the texts' order."""
+    once = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
+    return [once[place].tolist() for place in tokenized.parts]
+
+
+def test_equal_pieces_are_there_once(minilm):
+    ours = make(minilm, LongTexts.CHUNK)(["A dog", "a cat", "a  DOG", None, "a cat", "same " * 124])
+    assert ours.lengths.tolist() == [4, 4, 64]
+    assert ours.owners.tolist() == [0, 1, 2, 4, 5, 5]
+    assert ours.parts.tolist() == [0, 1, 0, 1, 2, 2]
+    assert ours.tokens.tolist() == [4, 4, 4, 0, 4, 126]
 
 
 @pytest.mark.parametrize("template", ["query: {text}", PROMPT, "[MASK]{text}", "un{text}able", "{text}s and so on"])
