@@ -34,6 +34,10 @@ from mirror_runtime.selection import choose
 ROOT = Path(__file__).resolve().parents[1]
 THRESHOLD = 0.07
 PLANTED = 0.15
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+BARE = ("config.json", "model.safetensors", *TOKENIZER)
+"""What an encoder is without its head."""
+
 QUICK = ("--quick", "--rounds", "5")
 
 
@@ -146,9 +150,13 @@ def call(*command: object) -> None:
 
 def _poolings(bundle: Path, sts: Path, output: Path) -> tuple[list[Report], list[Report]]:
     """Judge the bundle, and the same weights exported as if their vector were that of the first token."""
-    wrong = output / "wrong-pooling-bundle"
+    bare, wrong = output / "bare-encoder", output / "wrong-pooling-bundle"
+    bare.mkdir()
+    for name in BARE:  # without the files that record the pooling: the exporter refuses to contradict them
+        if (bundle / name).is_file():
+            shutil.copy(bundle / name, bare / name)
     call(
-        *(sys.executable, ROOT / "export" / "to_onnx.py", bundle, "--output", wrong),
+        *(sys.executable, ROOT / "export" / "to_onnx.py", bare, "--output", wrong),
         *("--pooling", Pooling.CLS.value, "--precision", Precision.FP32.value),
     )
     runs = Runs(bundle=bundle, artifact=_options(EngineName.ONNXRUNTIME, Precision.FP32), runs=1, output=output)
@@ -156,7 +164,8 @@ def _poolings(bundle: Path, sts: Path, output: Path) -> tuple[list[Report], list
         runs.report(which, output / "pooling" / title, "quality", "--sts", str(sts))
         for which, title in ((bundle, "base"), (wrong, "head"))
     )
-    shutil.rmtree(wrong)
+    for folder in (bare, wrong):
+        shutil.rmtree(folder)
     return [right], [other]
 
 

@@ -41,8 +41,8 @@ class LongTexts(str, Enum):
 class Tokenized:
     """A window of texts as pieces ready to be packed. A text is one piece unless it was cut into chunks.
 
-    Equal pieces are there once: their vectors are the same. So are those of texts that the tokenizer takes for equal, such
-    as "A dog" and "a  dog" where it ignores case and blanks.
+    Equal pieces are there once, as their vectors are the same: also those of texts that the tokenizer takes for equal,
+    such as "A dog" and "a  dog" where it ignores case and blanks.
 
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.

@@ -66,6 +66,18 @@ def test_a_run_writes_a_report_and_ends_in_one_json_line(bundle, texts, tmp_path
     assert (output / "report.md").is_file()
 
 
+def test_a_planted_slowdown_is_measured_and_recorded(bundle, texts, tmp_path):
+    rates = []
+    for share in ("0", "40"):
+        output = tmp_path / share
+        arguments = [str(bundle), "--suite", "throughput", "--quick", "--rounds", "2", "--texts", str(texts)]
+        assert main([*arguments, "--planted-slowdown", share, "--output", str(output)]) == 0
+        report = read_report(output)
+        assert report.settings.planted_slowdown == float(share)
+        rates.append(report.throughput[0].texts_per_s)
+    assert rates[0] > 2 * rates[1]
+
+
 def test_startup_is_measured_in_fresh_processes(bundle, texts, tmp_path):
     output = tmp_path / "out"
     assert (
