@@ -125,13 +125,13 @@ def test_the_terminal_shows_templates_as_they_are_and_the_last_line_is_the_repor
     bundles, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "140")
-    changed(bundles[0], pooling=Pooling.MASK, template="a | {text} is [MASK].")
+    changed(bundles[0], pooling=Pooling.MASK, template="a | {text} is [mask].")
     output = tmp_path / "table.md"
     assert main([*map(str, bundles), "--output", str(output)]) == 0
     shown = capsys.readouterr()
-    assert "every text set into `a | {text} is [MASK].`" in shown.err
+    assert "every text set into `a | {text} is [mask].`" in shown.err
     assert "0.987654" in shown.err
-    assert r"`a \| {text} is [MASK].`" in output.read_text(encoding="utf-8"), "a bar would end the cell"
+    assert r"`a \| {text} is [mask].`" in output.read_text(encoding="utf-8"), "a bar would end the cell"
     report = json.loads(shown.out.splitlines()[-1])
     assert [entry["bundle"] for entry in report["bundles"]] == [str(bundle) for bundle in bundles]
     assert report["bundles"][0]["artifacts"][2]["min_cosine"] == 0.9876549
