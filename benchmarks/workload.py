@@ -97,7 +97,7 @@ def texts_of_length(
         InputError: the workload's words do not give that many texts of the length.
     """
     words = sorted({word for text in texts for word in text.split()})
-    lengths = tokenizer(["", *words]).lengths
+    lengths = tokenizer(["", *words]).tokens
     special, sizes = int(lengths[0]), (lengths[1:] - lengths[0]).tolist()
     made: list[str] = []
     chosen: list[str] = []
@@ -141,7 +141,7 @@ def reshape(
 
     words = [word for text in texts for word in text.split()]
     known = list(dict.fromkeys(words))
-    sizes = tokenizer(["", *known]).lengths
+    sizes = tokenizer(["", *known]).tokens
     special = int(sizes[0])
     tokens = dict(zip(known, (sizes[1:] - special).tolist(), strict=True))
     made: list[str] = []
@@ -171,7 +171,7 @@ def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> Worklo
     tokenized = tokenizer(texts)
     if tokenized.errors:
         raise InputError(f"the workload ({source}) holds a bad text: {next(iter(tokenized.errors.values()))}")
-    lengths = [float(length) for length in tokenized.lengths]
+    lengths = [float(length) for length in tokenized.lengths[tokenized.parts]]  # truncated: a text is one part
     return WorkloadInfo(
         source=source,
         texts=len(texts),
