@@ -26,7 +26,7 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
 
 REPETITIONS = 8
-QUICK_REPETITIONS = 2
+QUICK_REPETITIONS = 1
 
 Sample = Callable[[], None]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK_PAIRS = 400
+QUICK_PAIRS = 250
 
 _READ = """
 import dataclasses, json, sys

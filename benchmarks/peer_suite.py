@@ -31,7 +31,7 @@ from mirror_runtime.errors import MirrorError, PeerError
 BATCH_SIZES = (8, 16, 32, 64, 128)
 QUICK_BATCH_SIZES = (16, 64)
 FULL_SWEEP_TEXTS = 1024
-QUICK_SWEEP_TEXTS = 128
+QUICK_SWEEP_TEXTS = 64
 
 
 @dataclass(kw_only=True)

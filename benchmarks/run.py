@@ -69,7 +69,7 @@ def run(
         Shape, typer.Option(help="Lengths of the texts: lines as they are, 96 to 256 tokens, or 5 to 500.")
     ] = Shape.LINES,
     quick: Annotated[
-        bool, typer.Option("--quick", help="At most 500 texts, few samples: all suites in under 5 minutes on 2 cores.")
+        bool, typer.Option("--quick", help="At most 300 texts, few samples: all suites in under 5 minutes on 2 cores.")
     ] = False,
     engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,

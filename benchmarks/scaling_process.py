@@ -29,7 +29,7 @@ _STRIDE = 6_180_339
 """Has no factor in common with `NUMBERS`, so that its multiples take every number once; and is its golden section, so
 that the first few of them are spread as evenly as all."""
 
-WARM_TEXTS = 2048
+WARM_TEXTS = 512
 
 WAVES = 20
 WAVE_PAUSE_S = 0.002
@@ -46,7 +46,7 @@ def distinct(texts: Sequence[str], count: int) -> Iterator[str]:
 
 
 def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
-    """Encode so many different texts as they come from a generator; the first window once before, untimed."""
+    """Encode so many different texts as they come from a generator; some of them once before, untimed."""
     for _ in encoder.encode_stream(distinct(texts, min(count, WARM_TEXTS))):
         pass  # shapes are compiled meanwhile
     tokens, first = 0, 0

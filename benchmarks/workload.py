@@ -17,7 +17,7 @@ from mirror_runtime.errors import InputError
 from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
 
 FULL_TEXTS = 4000
-QUICK_TEXTS = 500
+QUICK_TEXTS = 300
 
 DRAWS_A_TOKEN = 20
 """Random words tried for a token of a made text before giving up: most are drawn in vain when little room is left."""
