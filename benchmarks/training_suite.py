@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
 
+from benchmarks.evalsets import read_evaluation_sets
 from benchmarks.peer_results import TrainingResult, TrainingRun
 from benchmarks.session import Results, steps
 from benchmarks.summary import interleave, median
@@ -39,7 +40,7 @@ class TrainingPlan:
         recipes: of training/tune.py.
         seeds: one run each.
         reference_seeds: runs of the published recipe, which takes many times as long; 0 leaves it out.
-        quick: tune on the first `QUICK_TEXTS` texts alone.
+        quick: tune on the first `QUICK_TEXTS` texts alone, and judge by a sample of each set of sentences.
     """
 
     base: Path
@@ -88,6 +89,7 @@ def run_training(plan: TrainingPlan, results: Results, progress: Progress) -> No
         return
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
         corpus, texts = _corpus(plan, Path(scratch))
+        plan = replace(plan, sts=_sampled(plan.sts, Path(scratch))) if plan.quick and plan.sts else plan
         trainers = _trainers(plan, corpus)
         runs = {party: list(result.runs) for party, result in results.training.items()}
         failed: set[str] = set()
@@ -133,6 +135,17 @@ def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:
     short = scratch / plan.corpus.name
     short.write_text("\n".join(texts[:QUICK_TEXTS]) + "\n", encoding="utf-8")
     return short, min(len(texts), QUICK_TEXTS)
+
+
+def _sampled(sts: Sequence[Path], scratch: Path) -> tuple[Path, ...]:
+    """Write the pairs that a quick run judges by, in a layout that training/evaluate.py reads."""
+    files = []
+    for one in read_evaluation_sets(sts, (), quick=True):
+        files.append(scratch / f"{one.name}.tsv")
+        pairs = zip(one.scores, one.first, one.second, strict=True)
+        rows = "".join(f"{score}\t{first}\t{second}\n" for score, first, second in pairs)
+        files[-1].write_text(f"score\tsentence1\tsentence2\n{rows}", encoding="utf-8")
+    return tuple(files)
 
 
 def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
