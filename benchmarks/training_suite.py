@@ -23,7 +23,7 @@ from mirror_runtime.errors import EngineError, InputError
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE_PARTY = "published recipe (padded, fp32)"
 REFERENCE_SCRIPT = ROOT / "benchmarks" / "peers" / "mirror_bert_recipe.py"
-QUICK_TEXTS = 400
+QUICK_TEXTS = 200
 FIRST_SEED = 42
 
 

@@ -256,7 +256,7 @@ def test_training_lets_our_recipe_and_the_published_one_take_turns(bundle, texts
     assert (ours.party, reference.party) == ("mirror-runtime, recipe sentence", REFERENCE_PARTY)
     for result in report.training:
         (run,) = result.runs
-        assert (result.texts, run.seed) == (400, 42)
+        assert (result.texts, run.seed) == (200, 42)
         assert run.seconds > 0
         assert run.mean == pytest.approx(run.spearman["pairs"])
     assert main([*command[:-4], "--training-seeds", "1"]) == 2  # no set to judge by
