@@ -283,7 +283,7 @@ def padded_encode(run: Run, folder: Path, candidate: Candidate, spec: EncoderSpe
                 f"a text that is to prove the graphs cannot be encoded: {min(tokenized.errors.items())[1]}"
             )
         starts = np.cumsum(tokenized.lengths) - tokenized.lengths
-        vectors = np.zeros((len(texts), spec.dim), np.float32)
+        vectors = np.zeros((tokenized.lengths.size, spec.dim), np.float32)
         for batch in _padded_batches(tokenized.lengths):
             mask = np.arange(tokenized.lengths[batch].max())[None, :] < tokenized.lengths[batch, None]
             input_ids = np.zeros(mask.shape, np.int64)
@@ -295,7 +295,7 @@ def padded_encode(run: Run, folder: Path, candidate: Candidate, spec: EncoderSpe
             }
             wanted = {tensor.name: feed[tensor.name] for tensor in candidate.inputs}
             vectors[batch] = components(run(wanted), spec)
-        return vectors
+        return vectors[tokenized.parts]  # each text is one part: too long ones are truncated
 
     return encode
 

@@ -57,7 +57,8 @@ def write_samples(
         pad_to=spec.pad_to if layout is Layout.PACKED else None,  # the padded graph fills up by itself
     )
     tokenized = tokenizer(chosen)
-    vectors = reference.encode(chosen)
+    # Texts of equal tokens are one piece: the first of them speaks for it.
+    vectors = reference.encode(chosen)[np.unique(tokenized.parts, return_index=True)[1]]
     batches = _packed(tokenized, packed_ladder(spec)) if layout is Layout.PACKED else _padded(tokenized)
     stored: dict[str, NDArray[np.generic] | float | str] = {
         "floor": FLOORS[precision],
