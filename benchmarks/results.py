@@ -80,10 +80,15 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadInfo:
-    """The texts that were encoded. Token counts include special tokens, after truncation to the encoder's limit."""
+    """The texts that were encoded. Token counts include special tokens, after truncation to the encoder's limit.
+
+    Attributes:
+        distinct: texts that differ in their tokens from all others: the runtime computes equal ones of a window once.
+    """
 
     source: str
     texts: int
+    distinct: int
     texts_sha256: str
     tokens_mean: float
     tokens_p50: float

@@ -62,7 +62,8 @@ def _conditions(report: Report) -> Section | None:
         ),
         (
             "Workload",
-            f"{work.texts} texts ({work.source}); tokens: mean {work.tokens_mean:.1f}, p50 {work.tokens_p50:.0f}, "
+            f"{work.texts} texts ({work.source}), {work.distinct} of them distinct; "
+            f"tokens: mean {work.tokens_mean:.1f}, p50 {work.tokens_p50:.0f}, "
             f"p90 {work.tokens_p90:.0f}, max {work.tokens_max}; {work.truncated} truncated; sha256 "
             f"`{work.texts_sha256[:16]}`",
         ),

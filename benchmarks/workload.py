@@ -175,6 +175,7 @@ def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> Worklo
     return WorkloadInfo(
         source=source,
         texts=len(texts),
+        distinct=tokenized.lengths.size,
         texts_sha256=sha256_texts(texts),
         tokens_mean=sum(lengths) / len(lengths),
         tokens_p50=percentile(lengths, 50),

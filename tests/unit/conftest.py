@@ -165,6 +165,7 @@ def report() -> Report:
             tokens_p90=22.0,
             tokens_max=60,
             truncated=0,
+            distinct=99,
         ),
         settings=Settings(
             suites=(Suite.LATENCY, Suite.PEERS),

@@ -21,7 +21,7 @@ def test_a_file_keeps_its_order_and_loses_blank_lines(tokenizer, tmp_path):
     workload = load_workload(file, tokenizer, quick=False, seed=0)
     assert [text.split()[0] for text in workload.texts] == ["second", "first"]
     info = workload.info
-    assert (info.texts, info.tokens_max, info.truncated) == (2, 32, 1)  # the limit cuts the second
+    assert (info.texts, info.distinct, info.tokens_max, info.truncated) == (2, 2, 32, 1)  # the limit cuts the second
     assert info.tokens_mean == (4 + 32) / 2
 
 
