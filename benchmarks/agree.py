@@ -138,7 +138,7 @@ def _figures(bundle: Path, max_tokens: int, passes: int, scratch: Path) -> list[
             unit="ms",
             texts=files[1],
             way=SINGLE,
-            passes=passes * len(workload) // (4 * calls_a_pass),  # takes about as long as the other
+            passes=max(1, passes * len(workload) // (4 * calls_a_pass)),  # takes about as long as the other
             per_pass=lambda seconds: 1e3 * seconds / calls_a_pass,
             # The mean: it is what a difference of whole processes gives.
             reported=lambda report: float(np.mean(next(r.samples_ms for r in report.latency if r.tokens == TOKENS))),

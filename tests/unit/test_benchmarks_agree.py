@@ -10,6 +10,7 @@ import pytest
 from benchmarks import agree
 from benchmarks.encode_passes import BATCH, SINGLE
 from benchmarks.latency import TEXTS_A_LENGTH
+from benchmarks.workload import QUICK_TEXTS
 from mirror_runtime.bundle import EngineName, Precision
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,7 @@ def stopwatch(tmp_path, monkeypatch, report):
 
 def test_what_twice_the_texts_take_longer_is_the_figure(bundle, stopwatch, capsys):
     arguments = [str(bundle), "--engine", "fake", "--precision", "fp32", "--rounds", "2", "--passes", "2"]
-    stopwatch(batch=500 / 190, single=TEXTS_A_LENGTH * 0.0016)
+    stopwatch(batch=QUICK_TEXTS / 190, single=TEXTS_A_LENGTH * 0.0016)
     assert agree.main(arguments) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["throughput"]["hyperfine"] == pytest.approx([190, 190])
@@ -57,7 +58,9 @@ def test_what_twice_the_texts_take_longer_is_the_figure(bundle, stopwatch, capsy
     assert line["latency, 8 tokens"]["ours"] == [1.5, 1.5]
 
 
-@pytest.mark.parametrize(("batch", "single", "apart"), [(500 / 150, 0.0015, "throughput"), (2.5, 0.0012, "latency")])
+@pytest.mark.parametrize(
+    ("batch", "single", "apart"), [(QUICK_TEXTS / 150, 0.0015, "throughput"), (QUICK_TEXTS / 200, 0.0012, "latency")]
+)
 def test_figures_that_are_apart_are_named_and_the_status_says_so(bundle, stopwatch, capsys, batch, single, apart):
     stopwatch(batch=batch, single=TEXTS_A_LENGTH * single)
     assert agree.main([str(bundle), "--engine", "fake", "--precision", "fp32", "--rounds", "1"]) == 1
