@@ -3,7 +3,9 @@
     python benchmarks/compare.py BASE HEAD [--threshold 0.07] [--output comparison.md]
 
 BASE and HEAD are report folders, or folders of report folders: several runs of each side that took turns (A B A B) see
-the drift between processes, which the rounds inside one run cannot. Exit status 1 when something got worse.
+the drift between processes, which the rounds inside one run cannot. A change counts when it is larger than the
+threshold and than what a side's own runs are apart; with a single run on a side, than 35 %. Exit status 1 when
+something got worse.
 """
 
 from __future__ import annotations
@@ -28,6 +30,14 @@ from benchmarks.summary import BOOTSTRAP_DRAWS
 from benchmarks.timed import timed
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
+
+ALONE = 0.35
+"""What a single run of a side may be off: processes of the same code were as far apart in a lone text's latency, for
+the rounds inside a process share its luck with memory and what else the machine does."""
+
+MANY = 5
+"""Runs of a side. Over 20 quick runs of one commit on a machine that others disturbed, every ten in a row compared with
+each other raised no alarm, and with 15 % planted each time one; with three a side there was one alarm in thirty."""
 
 Runs = Sequence[Sequence[float]]
 """Samples of one metric: one sequence a run; smaller is better."""
@@ -74,7 +84,7 @@ def _change(metric: str, unit: str, base: Runs, head: Runs, threshold: float, se
     tail = (100 - CONFIDENCE) / 2
     low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
     ratio = after / before
-    verdict = _judge(ratio, low, high, threshold)
+    verdict = _judge(ratio, low, high, threshold, max(threshold, _apart(base), _apart(head)))
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample says nothing of how samples scatter
     return Change(
@@ -82,14 +92,24 @@ def _change(metric: str, unit: str, base: Runs, head: Runs, threshold: float, se
     )  # fmt: skip
 
 
-def _judge(ratio: float, low: float, high: float, threshold: float) -> Verdict:
-    if ratio > 1 + threshold and low > 1:
+def _judge(ratio: float, low: float, high: float, threshold: float, needed: float) -> Verdict:
+    if ratio > 1 + needed and low > 1:
         return Verdict.WORSE
-    if ratio < 1 / (1 + threshold) and high < 1:
+    if ratio < 1 / (1 + needed) and high < 1:
         return Verdict.BETTER
     if 1 / (1 + threshold) <= ratio <= 1 + threshold:
         return Verdict.SAME
     return Verdict.NOISY
+
+
+def _apart(runs: Runs) -> float:
+    """Say how far the runs of one side are apart, slowest over fastest minus 1: a change must be larger to be one.
+
+    Of `MANY` runs or more the slowest and the fastest do not count: one that was disturbed must not hide a change.
+    """
+    medians = sorted(float(np.median(run)) for run in runs)
+    inner = medians[1:-1] if len(medians) >= MANY else medians
+    return ALONE if len(medians) == 1 else inner[-1] / inner[0] - 1
 
 
 def _quality(metric: str, base: float | None, head: float | None) -> Change:
@@ -193,7 +213,8 @@ def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, 
         *rows,
         "",
         f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse. A verdict needs a change of more than "
-        f"{100 * threshold:.0f} % whose interval does not hold 1; for quality, of more than {POINTS} points of "
+        f"{100 * threshold:.0f} %, and of more than the runs of a side are apart (with a single run, {100 * ALONE:.0f} "
+        f"%), whose interval does not hold 1; for quality, of more than {POINTS} points of "
         "Spearman whose paired interval does not hold 0.",
     ]
     return "\n".join(lines) + "\n"

@@ -99,7 +99,7 @@ def run(
         "reports/trust"
     ),
     pairs: Annotated[int, typer.Option(min=1, help="Comparisons of the same code with itself.")] = 10,
-    runs: Annotated[int, typer.Option(min=1, help="Of each side of a comparison, in turns, as in CI.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Of each side of a comparison, in turns, as in CI.")] = 5,
     engine: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
 ) -> None:

@@ -53,6 +53,19 @@ def test_fifteen_percent_slower_is_caught_and_named(noisy):
     assert verdicts(compare(head, base, threshold=0.07), "throughput") == {Verdict.BETTER}
 
 
+def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
+    steady, unsteady = [noisy(i) for i in range(5)], [noisy(i, slower=s) for i, s in enumerate((1, 1.3, 1, 1.3, 1.1))]
+    slower = [noisy(10 + i, slower=1.15) for i in range(5)]
+    assert verdicts(compare(steady, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
+    assert verdicts(compare(unsteady, [noisy(i, slower=1.3) for i in range(5)], threshold=0.07), "throughput") == {
+        Verdict.NOISY
+    }
+    disturbed = [*steady[:4], noisy(4, slower=2.0)]
+    assert verdicts(compare(disturbed, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
+    assert verdicts(compare(steady[:1], slower[:1], threshold=0.07), "throughput") == {Verdict.NOISY}
+    assert verdicts(compare(steady[:1], [noisy(9, slower=1.6)], threshold=0.07), "throughput") == {Verdict.WORSE}
+
+
 def test_the_same_speed_again_raises_no_alarm(noisy):
     for seed in range(0, 60, 6):
         base, head = [noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)]
