@@ -57,7 +57,7 @@ def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
     steady, unsteady = [noisy(i) for i in range(5)], [noisy(i, slower=s) for i, s in enumerate((1, 1.3, 1, 1.3, 1.1))]
     slower = [noisy(10 + i, slower=1.15) for i in range(5)]
     assert verdicts(compare(steady, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
-    assert verdicts(compare(unsteady, [noisy(i, slower=1.3) for i in range(5)], threshold=0.07), "throughput") == {
+    assert verdicts(compare(unsteady, [noisy(i, slower=1.2) for i in range(5)], threshold=0.07), "throughput") == {
         Verdict.NOISY
     }
     disturbed = [*steady[:4], noisy(4, slower=2.0)]
