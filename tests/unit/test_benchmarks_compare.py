@@ -60,7 +60,7 @@ def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
     assert verdicts(compare(unsteady, [noisy(i, slower=1.2) for i in range(5)], threshold=0.07), "throughput") == {
         Verdict.NOISY
     }
-    disturbed = [*steady[:4], noisy(4, slower=2.0)]
+    disturbed = [*steady, noisy(5), noisy(6, slower=2.0)]
     assert verdicts(compare(disturbed, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
     assert verdicts(compare(steady[:1], slower[:1], threshold=0.07), "throughput") == {Verdict.NOISY}
     assert verdicts(compare(steady[:1], [noisy(9, slower=1.6)], threshold=0.07), "throughput") == {Verdict.WORSE}
