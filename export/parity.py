@@ -39,7 +39,7 @@ from mirror_runtime.tokens import LongTexts, Tokenizer
 from mirror_runtime.vectors import components
 from training.evalsets import EvaluationSet
 from training.metrics import spearman
-from training.reference import Reference
+from training.reference import Reference, padded_batches
 
 FLOORS = {
     Precision.FP32: 0.99999,
@@ -68,9 +68,6 @@ NEIGHBOURS = 24
 STEP, LONGEST = 25, 600
 """Characters: besides, one text of each such step up to the longest is run alone. A text alone runs in a row of its own
 length, of 16, 32, 48 tokens and so on, each compiled by itself: each is to be met."""
-
-PADDED_TEXTS, PADDED_TOKENS = 32, 4096
-"""Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
 
 PAIRS_A_TEXT = 8
 """Random other texts that each text's similarity is ranked with."""
@@ -284,7 +281,7 @@ def padded_encode(run: Run, folder: Path, candidate: Candidate, spec: EncoderSpe
             )
         starts = np.cumsum(tokenized.lengths) - tokenized.lengths
         vectors = np.zeros((tokenized.lengths.size, spec.dim), np.float32)
-        for batch in _padded_batches(tokenized.lengths):
+        for batch in padded_batches(tokenized.lengths):
             mask = np.arange(tokenized.lengths[batch].max())[None, :] < tokenized.lengths[batch, None]
             input_ids = np.zeros(mask.shape, np.int64)
             input_ids[mask] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in batch])
@@ -298,20 +295,6 @@ def padded_encode(run: Run, folder: Path, candidate: Candidate, spec: EncoderSpe
         return vectors[tokenized.parts]  # each text is one part: too long ones are truncated
 
     return encode
-
-
-def _padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut the texts, by ascending length, into batches within `PADDED_TEXTS` and `PADDED_TOKENS`."""
-    order = np.argsort(lengths, kind="stable")
-    at = 0
-    while at < order.size:
-        size = 1
-        while (
-            size < PADDED_TEXTS and at + size < order.size and (size + 1) * lengths[order[at + size]] <= PADDED_TOKENS
-        ):
-            size += 1
-        yield order[at : at + size]
-        at += size
 
 
 def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> Parity:

@@ -23,6 +23,9 @@ from training.heads import Tokens, finish, load_dense, pool, project, values
 from training.layout import SPECIAL_TOKENS
 from training.source import Source
 
+PADDED_TEXTS, PADDED_TOKENS = 32, 4096
+"""Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -83,7 +86,7 @@ class Reference:
             ),
         )
 
-    def encode(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts.
 
         Texts longer than `spec.max_tokens` are truncated. Texts of like length share a batch, which changes nothing
@@ -92,15 +95,15 @@ class Reference:
         Returns:
             float32 [n, dim], in the order of the texts: what the vector type's numbers stand for.
         """
-        return self._encode(texts, batch_size, lambda pooled: values(finish(pooled, self.dense, self.spec), self.spec))
+        return self._encode(texts, lambda pooled: values(finish(pooled, self.dense, self.spec), self.spec))
 
-    def encode_uncut(self, texts: Sequence[str], batch_size: int = 32) -> NDArray[np.float32]:
+    def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts up to the last dense layer: neither cut nor normalised, and in float32 whatever the spec says.
 
         Returns:
             float32 [n, width], in the order of the texts.
         """
-        return self._encode(texts, batch_size, lambda pooled: project(pooled, self.dense))
+        return self._encode(texts, lambda pooled: project(pooled, self.dense))
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Give each text's token ids: of template and text together, special tokens included.
@@ -124,19 +127,17 @@ class Reference:
         rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
         return [_shortened(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
 
-    def _encode(
-        self, texts: Sequence[str], batch_size: int, head: Callable[[torch.Tensor], torch.Tensor]
-    ) -> NDArray[np.float32]:
+    def _encode(self, texts: Sequence[str], head: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
         ids = self.tokenize(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        lengths = np.array([self.spec.pad_to or len(row) for row in ids], np.int64)
+        order = list(padded_batches(lengths))
         parts = []
-        for start in range(0, len(texts), batch_size):
+        for batch in order:
             with torch.inference_mode():
-                parts.append(head(pool(self._run([ids[i] for i in order[start : start + batch_size]]), self.spec)))
+                parts.append(head(pool(self._run([ids[i] for i in batch]), self.spec)))
         if not parts:
             return np.zeros((0, self.spec.dim), np.float32)
-        vectors = torch.cat(parts)
-        array: NDArray[np.float32] = vectors[torch.tensor(order).argsort()].numpy()
+        array: NDArray[np.float32] = torch.cat(parts)[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
         return array
 
     def _run(self, ids: list[list[int]]) -> Tokens:
@@ -165,6 +166,27 @@ class Reference:
         if str(self.tokenizer.mask_token) in begin:
             return found & (found.cumsum(dim=1) == 1)
         return found & (found.flip(1).cumsum(dim=1).flip(1) == 1)
+
+
+def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut texts, by ascending length, into batches within `PADDED_TEXTS` and `PADDED_TOKENS`.
+
+    Args:
+        lengths: int64 [n], each text's tokens.
+
+    Yields:
+        int64 [m], the texts of a batch; a text longer than `PADDED_TOKENS` is one by itself.
+    """
+    order = np.argsort(lengths, kind="stable")
+    at = 0
+    while at < order.size:
+        size = 1
+        while (
+            size < PADDED_TEXTS and at + size < order.size and (size + 1) * lengths[order[at + size]] <= PADDED_TOKENS
+        ):
+            size += 1
+        yield order[at : at + size]
+        at += size
 
 
 def _shortened(
