@@ -148,7 +148,7 @@ def _throughput(report: Report, theme: Theme) -> Figure:
     )
     axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
     axes.margins(x=0.15)
-    axes.set_xlabel("texts a second (median; whiskers: slowest and fastest round; grey: peers)")
+    axes.set_xlabel("texts a second, median\nwhiskers: slowest and fastest round; grey: peers")
     return figure
 
 
