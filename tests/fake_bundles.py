@@ -58,3 +58,9 @@ def write_fake_bundle(
     )
     write_json(manifest, folder / MANIFEST_FILE)
     return folder
+
+
+def busy_texts() -> list[bytes]:
+    """256 different texts of 62 tokens each: equal ones would be computed once."""
+    letters = "abcdefghijklmnop"
+    return [f"{a} {b} {'busy ' * 58}".encode() for a in letters for b in letters]

@@ -15,10 +15,11 @@ import tritonclient.http
 
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository import write_temporary_repository
+from tests.fake_bundles import busy_texts
 
 pytestmark = pytest.mark.serving
 
-HEAVY = [b"word " * 60] * 256
+HEAVY = busy_texts()
 """Some 17,000 tokens, as guessed: 29 such requests are within the limit below, and keep two cores busy for a while."""
 
 LIMIT = 500_000

@@ -14,11 +14,12 @@ import pytest
 import tritonclient.grpc
 
 from mirror_runtime.triton import Client
+from tests.fake_bundles import busy_texts
 from tests.serving.mirror_serve import Load, MirrorServe, wait_until
 
 pytestmark = pytest.mark.serving
 
-BUSY = [b"busy " * 60] * 256
+BUSY = busy_texts()
 """Some tenths of a second for the fake engine."""
 
 

@@ -23,6 +23,7 @@ from mirror_runtime.tokens import LongTexts
 from mirror_runtime.triton import Client, Server, ServingOptions, Statistics
 from mirror_runtime.triton.repository import write_repository
 from mirror_runtime.triton.server import SHARED_MEMORY
+from tests.fake_bundles import busy_texts
 
 pytestmark = pytest.mark.serving
 
@@ -124,7 +125,7 @@ def test_sixteen_lengths_share_executions(server: Server, raw: tritonclient.grpc
     with server.client() as client:
         before, batches_before = settled_statistics(client), reading(server, "mirror_batches_total")
         # The first request keeps the model busy while the sixteen arrive, as traffic would.
-        answers = send_together(raw, [[b"busy " * 60] * 256, *requests])
+        answers = send_together(raw, [busy_texts(), *requests])
         wait_until(lambda: client.statistics().inferences - before.inferences >= 256 + 16)
         after = client.statistics()
     assert not [answer for answer in answers if isinstance(answer, Exception)]
@@ -137,7 +138,7 @@ def test_invalid_utf8_fails_its_request_and_spares_the_neighbours(
     raw: tritonclient.grpc.InferenceServerClient, fake_bundle: Path
 ) -> None:
     good = [f"neighbour number {i}" for i in range(8)]
-    requests = [[b"busy " * 60] * 256, *([text.encode()] for text in good[:4]), [b"fine", b"bad \xff"]]
+    requests = [busy_texts(), *([text.encode()] for text in good[:4]), [b"fine", b"bad \xff"]]
     requests += [[text.encode()] for text in good[4:]]
     answers = send_together(raw, requests)
     failed = [i for i, answer in enumerate(answers) if isinstance(answer, Exception)]
