@@ -101,7 +101,8 @@ def test_first_use_from_many_threads_at_once_does_not_deadlock(minilm_bundle: Pa
 import threading
 from mirror_runtime import Encoder
 encoders = [Encoder.load({str(minilm_bundle)!r}, engine="openvino", precision="fp32", streams=2) for _ in range(2)]
-threads = [threading.Thread(target=lambda e=e, n=n: e.encode(["a b c " * n] * 40)) for e in encoders for n in (1, 9)]
+def run(e, n): e.encode(["a b c %d " % i * n for i in range(40)])
+threads = [threading.Thread(target=run, args=(e, n)) for e in encoders for n in (1, 9)]
 [t.start() for t in threads]
 [t.join() for t in threads]
 """

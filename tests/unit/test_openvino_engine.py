@@ -12,7 +12,8 @@ from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.engines import openvino_engine
 from mirror_runtime.host import has_bf16
 
-TEXTS = ["the cat sat on the mat", "a dog"] * 60
+# All different: equal ones are computed once, and a single row has a single stream.
+TEXTS = [f"the cat sat on the mat {'dog ' * (i % 30)}{'a ' * (i // 30)}" for i in range(120)]
 
 
 @pytest.fixture
