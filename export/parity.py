@@ -56,8 +56,8 @@ NEIGHBOUR_FLOOR = 0.999
 CHANCE_STEPS = 4
 """Components of an int8 vector that may be rounded the other way."""
 
-CHANCE_BITS = 2
-"""Bits of a binary vector that may flip besides those that the angle to the reference's vector explains."""
+CHANCE_OF_BITS = 1e-4
+"""How often a binary vector at the largest angle that is allowed may have more flipped bits than its floor allows."""
 
 STS_DROP = 0.5
 """Points of Spearman correlation that an artifact may lose on an evaluation set."""
@@ -144,33 +144,51 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Floors:
-    """The smallest cosines that any text may have.
+    """The smallest cosines that any text may have, and all of them on average.
 
     Attributes:
         reference: to the reference's vector.
         neighbour: between its vector alone and its vector among others.
+        mean: to the references' vectors, averaged over the texts; it exceeds `reference` where chance decides single
+            texts.
     """
 
     reference: float
     neighbour: float
+    mean: float
 
     @classmethod
     def of(cls, precision: Precision, spec: EncoderSpec) -> Floors:
         """Give the floors of a precision, for the vectors that an encoder gives.
 
         Bits are coarse: vectors at an angle of a have a share a / pi of different bits, on average, and one bit of 384
-        is a cosine of 0.995 already. Their floors follow from the precision's angle.
+        is a cosine of 0.995 already. How many a single text flips is chance, and how many all of them do is not: the
+        average is held to the precision's angle, each text to what is rare at that angle.
         """
         reference, neighbour = FLOORS[precision], max(FLOORS[precision], NEIGHBOUR_FLOOR)
+        mean = reference
         if spec.vector_type is VectorType.BINARY:
+            mean = 1 - 2 * math.acos(reference) / math.pi
             reference, neighbour = (
-                1 - 2 * (math.acos(cosine) / math.pi + CHANCE_BITS / spec.dim) for cosine in (reference, neighbour)
+                1 - (2 * _most_flips(math.acos(cosine) / math.pi, spec.dim) + 1) / spec.dim  # half a bit of room
+                for cosine in (reference, neighbour)
             )
         elif spec.int8_scale is not None and spec.normalize:
             reference, neighbour = (
                 cosine - _rounding_loss(cosine, spec.dim, spec.int8_scale) for cosine in (reference, neighbour)
             )
-        return cls(reference=reference, neighbour=neighbour)
+            mean = reference
+        return cls(reference=reference, neighbour=neighbour, mean=mean)
+
+
+def _most_flips(share: float, dim: int) -> int:
+    """Give the bits of `dim` that flip, each with probability `share`, in all but `CHANCE_OF_BITS` of all vectors."""
+    within = 0.0
+    for flips in range(dim + 1):
+        within += math.comb(dim, flips) * share**flips * (1 - share) ** (dim - flips)
+        if within >= 1 - CHANCE_OF_BITS:
+            return flips
+    return dim
 
 
 def _rounding_loss(cosine: float, dim: int, step: float) -> float:
@@ -308,7 +326,8 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
 
     Raises:
         ParityError: a vector is not finite, is farther from the reference than the floor allows, or moves when other
-            texts share its batch; or the artifact loses more than `STS_DROP` points on an evaluation set.
+            texts share its batch; all of them are farther on average than theirs; or the artifact loses more than
+            `STS_DROP` points on an evaluation set.
     """
     texts, floor = expected.texts, floors.reference
     vectors = encode(texts)
@@ -326,6 +345,11 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     _check_distance(together, alone, sample, floors.neighbour, f"{what}: vectors depend on the other texts of a batch")
     _check_distance(alone, expected.vectors[picked], sample, floor, f"{what}: texts alone differ from the reference")
     cosines = _cosines(vectors, expected.vectors)
+    if cosines.mean() < floors.mean:
+        raise ParityError(
+            f"{what} differs from {expected.reference}: its cosine over {len(texts)} texts is {cosines.mean():.6f} on "
+            f"average, below {floors.mean:.6f}"
+        )
     return Parity(
         reference=expected.reference,
         texts=len(texts),
