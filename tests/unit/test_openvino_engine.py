@@ -1,6 +1,7 @@
 """A shape serves only when its vectors are right, on all its streams."""
 
 import logging
+import time
 from typing import Any, cast
 
 import numpy as np
@@ -73,6 +74,39 @@ def test_one_stream_has_nobody_to_disagree_with(tiny_bundle, damage):
     damage(0)
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=1, cache_dir=None) as encoder:
         assert np.isfinite(encoder.encode(TEXTS)).all()
+
+
+class _Request:
+    """Takes so many seconds in each round."""
+
+    def __init__(self, seconds):
+        self._seconds, self.rounds = iter(seconds), 0
+
+    def start_async(self):
+        self.rounds += 1
+
+    def wait(self):
+        time.sleep(next(self._seconds))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [
+        ([(0.2, 0.2, 0.2), (0.2, 0.2, 0.2)], 1),
+        ([(0.2, 0.2, 0.2), (0.5, 0.2, 0.2)], 2),  # one stream ran both
+        ([(0.2, 0.2, 0.2), (0.5, 0.5, 0.5)], 3),
+        ([(0.002, 0.002, 0.002), (0.002, 0.002, 0.002)], 3),  # too quick to tell
+    ],
+)
+def test_streams_are_compared_until_all_have_run(seconds, rounds):
+    output = np.ones((2, 4, 8), np.float32)
+    requests = [_Request(each) for each in seconds]
+    slots = [openvino_engine._Slot(cast(Any, request), {}, output) for request in requests]
+    assert openvino_engine._agree(slots)
+    assert [request.rounds for request in requests] == [rounds, rounds]
+    other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
+    again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
+    assert not openvino_engine._agree([again, other])
 
 
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")

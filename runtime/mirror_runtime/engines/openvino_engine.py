@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +29,11 @@ _ATTEMPTS = 3
 a busy machine (2026.4.1): one stream of a model gave vectors of its own for every text."""
 
 _ROUNDS = 3
-"""How often streams are compared: on a busy machine one of them may take what was meant for the other."""
+"""How often streams are compared at most: on a busy machine one of them may take what was meant for the other."""
+
+_APART, _LONG = 1.5, 0.02
+"""A round is the last if it took all streams this many seconds and none this many times as long as another: what one
+stream runs for two takes it twice as long. Threads that start later blur shorter ones."""
 
 _SHORT, _WHOLE = 32, 64
 """See `one_token`."""
@@ -144,7 +150,7 @@ class OpenVinoEngine:
         """Compile a shape for streams that all give the same vectors."""
         for _ in range(_ATTEMPTS):
             slots = self._compiled_slots(shape)
-            if shape[0] == 1 or _agree(slots):
+            if shape[0] == 1 or len(slots) == 1 or _agree(slots):
                 return slots
             _log.warning("openvino's streams disagree on rows %s: %s is compiled again", shape, self._graph.name)
         raise EngineError(
@@ -174,18 +180,25 @@ class OpenVinoEngine:
 
 
 def _agree(slots: Sequence[_Slot]) -> bool:
-    """Run one text in every row on all streams at once, several times, and tell whether they gave the same bits."""
+    """Run one text in every row on all streams at once, until all have, and tell whether they gave the same bits."""
     for slot in slots:
         for name, view in slot.inputs.items():
             # Three positions and the first token are what every encoder has.
             view[...] = {"input_ids": 0, "segment_ids": 1}.get(name, np.arange(view.shape[1]) % 3)
-    for _ in range(_ROUNDS):
-        for slot in slots:
-            slot.request.start_async()
-        for slot in slots:
-            slot.request.wait()
-        if not all(np.array_equal(slot.output, slots[0].output, equal_nan=True) for slot in slots):
-            return False
+
+    def took(slot: _Slot) -> float:
+        slot.request.start_async()
+        slot.request.wait()
+        return time.perf_counter() - started
+
+    with ThreadPoolExecutor(len(slots)) as threads:
+        for _ in range(_ROUNDS):
+            started = time.perf_counter()
+            seconds = list(threads.map(took, slots))
+            if not all(np.array_equal(slot.output, slots[0].output, equal_nan=True) for slot in slots):
+                return False
+            if min(seconds) > _LONG and max(seconds) < _APART * min(seconds):
+                break
     return True
 
 
