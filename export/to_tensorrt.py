@@ -19,7 +19,8 @@ from rich.console import Console
 from export.texts import read_texts
 from export.trt.artifact import SCRIPT_FILE, Options, build_plan, check_bundle, prove_provider, write_script
 from export.trt.builder import trtexec_line
-from mirror_runtime.bundle import Artifact, EngineName, Layout, Precision
+from export.words import summary
+from mirror_runtime.bundle import EngineName, Layout, Precision
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import TOKEN_BUDGET
@@ -78,7 +79,8 @@ def run(
         Path | None, typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only check the bundle's graphs: needs neither GPU nor TensorRT.")
+        bool,
+        typer.Option("--check", help="Only check whether plans can be built: needs neither GPU nor TensorRT."),
     ] = False,
     script: Annotated[
         Path | None,
@@ -94,12 +96,13 @@ def run(
     console = Console(stderr=True, highlight=False)
     if sum((check, script is not None)) > 1:
         raise InputError("--check and --script are two things to do: give one")
+    layout = Layout.PADDED if padded else Layout.PACKED
     if check:
-        _check(bundle)
+        _check(bundle, layout)
         return
     options = Options(
         precision=precision,
-        layout=Layout.PADDED if padded else Layout.PACKED,
+        layout=layout,
         batch_tokens=tuple(batch_tokens or ()),
         level=level,
         workspace_gib=workspace,
@@ -127,27 +130,18 @@ def run(
         artifact = build_plan(bundle, options, texts, show)
     else:
         artifact = prove_provider(bundle, EngineName(engine.value), options, texts, show)
-    _report({"bundle": str(bundle), **_row(artifact), "seconds": round(time.perf_counter() - began, 1)})
+    _report({"bundle": str(bundle), **summary(artifact), "seconds": round(time.perf_counter() - began, 1)})
 
 
-def _check(bundle: Path) -> None:
-    """Print a report of every graph; a breach is an error."""
+def _check(bundle: Path, layout: Layout) -> None:
+    """Print a report of every graph; a precision of which no graph of the layout can be built is an error."""
     reports = check_bundle(bundle)
     _report({"bundle": str(bundle), "graphs": reports})
-    broken = [str(entry["graph"]) for entry in reports if entry["breaches"]]
+    asked = [entry for entry in reports if entry["layout"] == layout.value]
+    fit = {entry["precision"] for entry in asked if not entry["breaches"]}
+    broken = [str(entry["graph"]) for entry in asked if entry["precision"] not in fit]
     if broken:
         raise EngineError(f"not fit for TensorRT: {', '.join(broken)}; the breaches are listed above")
-
-
-def _row(artifact: Artifact) -> dict[str, object]:
-    return {
-        "path": artifact.path,
-        "engine": artifact.engine.value,
-        "precision": artifact.precision.value,
-        "layout": artifact.layout.value,
-        "min_cosine": artifact.parity.min_cosine,
-        "size": artifact.size,
-    }
 
 
 def _report(content: dict[str, object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +92,8 @@ def check_bundle(bundle: Path) -> list[dict[str, object]]:
     """Hold every ONNX file of a bundle against the rules.
 
     Returns:
-        A report for each file, with its precision and breaches.
+        A report for each file, with its layout, precision and breaches. A plan needs one without breaches: an int8
+        file for CPUs, which also quantises its tables, may lie beside it.
 
     Raises:
         BundleError: the folder is no bundle, or is damaged.
@@ -104,7 +105,8 @@ def check_bundle(bundle: Path) -> list[dict[str, object]]:
     for path in _graphs(manifest):
         view = GraphView.load(bundle / path)
         summary = report(bundle / path, breaches(view))
-        reports.append({**summary, "graph": path, "precision": graph_precision(view).value})
+        layout, precision = _layout(_signature(bundle / path)[0]), graph_precision(view)
+        reports.append({**summary, "graph": path, "layout": layout.value, "precision": precision.value})
     return reports
 
 
@@ -120,8 +122,7 @@ def choose_graph(bundle: Path, manifest: Manifest, options: Options) -> Chosen:
     refused: EngineError | None = None
     for path in _graphs(manifest):
         inputs, outputs = _signature(bundle / path)
-        layout = Layout.PACKED if any(tensor.name == "segment_ids" for tensor in inputs) else Layout.PADDED
-        if layout is not options.layout:
+        if _layout(inputs) is not options.layout:
             continue
         view = GraphView.load(bundle / path)
         holds = graph_precision(view)
@@ -324,6 +325,11 @@ def _signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
     sides = [value for value in graph.input if value.name not in weights], list(graph.output)
     inputs, outputs = (tuple(map(_tensor_spec, side)) for side in sides)
     return inputs, outputs
+
+
+def _layout(inputs: Sequence[TensorSpec]) -> Layout:
+    """Tell a packed graph, which reads segments, from a padded one."""
+    return Layout.PACKED if any(tensor.name == "segment_ids" for tensor in inputs) else Layout.PADDED
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:

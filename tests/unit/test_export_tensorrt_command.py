@@ -19,7 +19,7 @@ from export.trt import builder, prove_plan
 from export.trt.builder import Gpu as BuildGpu
 from export.trt.builder import read_request
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest
+from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest, sha256_file
 from mirror_runtime.engines import load_engine
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.packing import PackedRows
@@ -194,8 +194,6 @@ def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
 
 def _rewrite(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     """Change the packed graph, and the manifest with it."""
-    from mirror_runtime.bundle import sha256_file
-
     model = onnx.load(graph_of(bundle))
     change(model)
     onnx.save(model, graph_of(bundle))
@@ -204,19 +202,39 @@ def _rewrite(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
     (bundle / "manifest.json").write_text(json.dumps(data))
 
 
-def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
-    def fuse(model: onnx.ModelProto) -> None:
-        erf = next(node for node in model.graph.node if node.op_type == "Erf")
-        erf.op_type, erf.domain, erf.name = "Gelu", "com.microsoft", "fused_gelu"
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+def _fuse(model: onnx.ModelProto) -> None:
+    """Put an operator into a graph that TensorRT does not know."""
+    erf = next(node for node in model.graph.node if node.op_type == "Erf")
+    erf.op_type, erf.domain, erf.name = "Gelu", "com.microsoft", "fused_gelu"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
-    _rewrite(bundle, fuse)
+
+def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
+    _rewrite(bundle, _fuse)
     assert run(bundle, "--check") == 2
     captured = capsys.readouterr()
     assert "onnx/model_packed.onnx" in captured.err
     assert "Gelu fused_gelu: its domain is com.microsoft" in captured.out
     assert run(bundle, "--precision", "fp32") == 2
     assert "Gelu fused_gelu" in capsys.readouterr().err
+
+
+def test_check_passes_over_a_graph_beside_which_there_is_a_fit_one(bundle: Path, capsys: Any):
+    other = graph_of(bundle).with_name("model_packed_gpu.onnx")
+    shutil.copy(graph_of(bundle), other)
+    _rewrite(bundle, _fuse)
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["files"]["onnx/model_packed_gpu.onnx"] = sha256_file(other)
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    assert run(bundle, "--check") == 0
+    breaches = {g["graph"]: len(g["breaches"]) for g in json.loads(capsys.readouterr().out)["graphs"]}
+    assert breaches["onnx/model_packed.onnx"] > 0
+    assert breaches["onnx/model_packed_gpu.onnx"] == 0
+    other.unlink()
+    del data["files"]["onnx/model_packed_gpu.onnx"]
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    assert run(bundle, "--check") == 2
+    assert run(bundle, "--check", "--padded") == 0
 
 
 def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
