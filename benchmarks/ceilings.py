@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +16,15 @@ from rich.progress import Progress
 
 from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.machine_results import Ceiling
-from benchmarks.products import Matrices, compile_openvino, onnxruntime_session
+from benchmarks.products import Matrices, repeated
 from benchmarks.session import Plan, Results, steps
 from mirror_runtime.bundle import EngineName, Precision
-from mirror_runtime.errors import BundleError, EngineError, MirrorError
-from mirror_runtime.extras import require
+from mirror_runtime.errors import BundleError, MirrorError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
 
 REPETITIONS = 8
 QUICK_REPETITIONS = 1
-
-Sample = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +97,7 @@ def measure_ceiling(
 def _measure(engine: EngineName, precision: Precision, inner: int, outer: int, repetitions: int) -> Ceiling:
     threads = usable_cores()
     matrices = Matrices.draw(TOKEN_BUDGET, inner, outer)
-    if engine is EngineName.OPENVINO:
-        run, calls = _openvino(precision, matrices, threads)
-    elif engine is EngineName.ONNXRUNTIME:
-        run, calls = _onnxruntime(precision, matrices, threads)
-    else:
-        raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
+    run, calls = repeated(engine, precision, matrices, streams=threads, turns=2)
     run()
     samples = []
     for _ in range(repetitions):
@@ -125,26 +116,3 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int, r
         samples_s=tuple(samples),
         gflop_per_s=flop / min(samples) / 1e9,
     )
-
-
-def _openvino(precision: Precision, matrices: Matrices, threads: int) -> tuple[Sample, int]:
-    queue = require("openvino", "openvino").AsyncInferQueue(compile_openvino(precision, matrices, threads), threads)
-    calls = 2 * threads
-
-    def run() -> None:
-        for _ in range(calls):
-            queue.start_async([matrices.x], share_inputs=True)
-        queue.wait_all()
-
-    return run, calls
-
-
-def _onnxruntime(precision: Precision, matrices: Matrices, threads: int) -> tuple[Sample, int]:
-    session = onnxruntime_session(precision, matrices, threads)
-    calls = 2
-
-    def run() -> None:
-        for _ in range(calls):
-            session.run(None, {"x0": matrices.x})
-
-    return run, calls

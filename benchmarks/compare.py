@@ -4,8 +4,9 @@
 
 BASE and HEAD are report folders, or folders of report folders: several runs of each side that took turns (A B A B) see
 the drift between processes, which the rounds inside one run cannot. A change counts when it is larger than the
-threshold and than what each side's own runs are apart, on average; with a single run on a side, than 35 %. Exit status
-1 when something got worse.
+threshold and than what each side's own runs are apart, on average; with a single run on a side, than 35 %. Times beside
+which a yardstick was measured are held against each other in its units, so that a machine that others slow down
+meanwhile is no change. Exit status 1 when something got worse.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.console import Console
 from benchmarks.changes import CONFIDENCE, POINTS, Change, Verdict, quality_changes
 from benchmarks.results import REPORT_FILE, Report, read_report
 from benchmarks.summary import BOOTSTRAP_DRAWS
-from benchmarks.timed import timed
+from benchmarks.timed import Timed, timed
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
 
@@ -49,7 +50,8 @@ Runs = Sequence[Sequence[float]]
 def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float, seed: int = 0) -> list[Change]:
     """Compare every metric that either side has.
 
-    Times are compared by their medians; the interval is a bootstrap over runs and, within a run, over samples.
+    Times are compared by their medians, in yardsticks where all runs have them; the interval is a bootstrap over runs
+    and, within a run, over samples.
 
     Args:
         base: one or several runs.
@@ -63,30 +65,29 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
     changes = quality_changes(base, head, seed=seed)
     left, right = _times(base), _times(head)
     for metric in dict.fromkeys((*left, *right)):
-        unit, before = left.get(metric, ("", ()))
-        unit, after = right.get(metric, (unit, ()))
-        changes.append(_change(metric, unit, before, after, threshold, seed))
+        before, after = left.get(metric, ()), right.get(metric, ())
+        changes.append(_change(metric, before, after, threshold, seed))
     left_cosines, right_cosines = _cosines(base), _cosines(head)
     for metric in dict.fromkeys((*left_cosines, *right_cosines)):
         changes.append(_quality(metric, left_cosines.get(metric), right_cosines.get(metric)))
     return changes
 
 
-def _change(metric: str, unit: str, base: Runs, head: Runs, threshold: float, seed: int) -> Change:
-    if not base or not head:
-        verdict = Verdict.LOST if base else Verdict.NEW
+def _change(metric: str, left: Sequence[Timed], right: Sequence[Timed], threshold: float, seed: int) -> Change:
+    unit = next(one.unit for one in (*left, *right))
+    before, after = _median([one.samples for one in left]), _median([one.samples for one in right])
+    if before is None or after is None:
+        verdict = Verdict.LOST if left else Verdict.NEW
         nan = float("nan")
         return Change(
-            metric=metric, unit=unit, base=_median(base), head=_median(head),
-            ratio=nan, low=nan, high=nan, verdict=verdict,
+            metric=metric, unit=unit, base=before, head=after, ratio=nan, low=nan, high=nan, verdict=verdict
         )  # fmt: skip
-    before, after = _median(base), _median(head)
-    assert before is not None  # there are samples
-    assert after is not None
+    scaled = all(one.yardstick for one in (*left, *right))
+    base, head = ([one.in_yardsticks if scaled else one.samples for one in side] for side in (left, right))
     draws = _bootstrap(head, seed) / _bootstrap(base, seed + 1)
     tail = (100 - INTERVAL) / 2
     low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
-    ratio = after / before
+    ratio = float(_typical(head) / _typical(base))
     verdict = _judge(ratio, low, high, threshold, max(threshold, (_apart(base) + _apart(head)) / 2))
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample says nothing of how samples scatter
@@ -129,7 +130,11 @@ def _quality(metric: str, base: float | None, head: float | None) -> Change:
 
 
 def _median(runs: Runs) -> float | None:
-    return float(np.median([np.median(run) for run in runs])) if runs else None
+    return _typical(runs) if runs else None
+
+
+def _typical(runs: Runs) -> float:
+    return float(np.median([np.median(run) for run in runs]))
 
 
 def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
@@ -143,11 +148,11 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     return draws
 
 
-def _times(reports: Sequence[Report]) -> dict[str, tuple[str, list[Sequence[float]]]]:
-    found: dict[str, tuple[str, list[Sequence[float]]]] = {}
+def _times(reports: Sequence[Report]) -> dict[str, list[Timed]]:
+    found: dict[str, list[Timed]] = {}
     for report in reports:
         for one in timed(report):
-            found.setdefault(one.metric, (one.unit, []))[1].append(one.samples)
+            found.setdefault(one.metric, []).append(one)
     return found
 
 
@@ -215,10 +220,11 @@ def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, 
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse. A verdict needs a change of more than "
-        f"{100 * threshold:.0f} %, and of more than the runs of a side are apart, on average (a single run counts "
-        f"{100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval does not hold 1; for quality, of more than {POINTS} "
-        f"points of Spearman whose paired {CONFIDENCE:.0f} % interval does not hold 0.",
+        f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse. Those of latency and throughput are of "
+        "times over a yardstick, bare matrix products that were timed beside them, where every run has one. A verdict "
+        f"needs a change of more than {100 * threshold:.0f} %, and of more than the runs of a side are apart, on "
+        f"average (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval does not hold 1; for "
+        f"quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval does not hold 0.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -61,7 +61,7 @@ def measure(
             run_scaling(plan, results, progress)
         if set(plan.suites) - {Suite.STARTUP, Suite.SCALING, Suite.TRAINING}:
             with loaded(plan, results) as runners:
-                _measure_loaded(plan, runners, peers, environments, results, progress)
+                _measure_loaded(plan, runners, shape, peers, environments, results, progress)
     if tuning is not None:
         run_training(tuning, results, progress)
 
@@ -69,6 +69,7 @@ def measure(
 def _measure_loaded(
     plan: Plan,
     runners: Sequence[Runner],
+    shape: EncoderShape | None,
     peers: Sequence[PeerPoint],
     environments: Environments,
     results: Results,
@@ -76,11 +77,11 @@ def _measure_loaded(
 ) -> None:
     if Suite.LATENCY in plan.suites:
         try:
-            run_latency(plan, runners, results, progress)
+            run_latency(plan, runners, shape, results, progress)
         except InputError as error:  # too few words for texts of exact lengths: the other suites do not need them
             results.fail(Suite.LATENCY.value, "all", error)
     if Suite.THROUGHPUT in plan.suites:
-        run_throughput(plan, runners, results, progress)
+        run_throughput(plan, runners, shape, results, progress)
         try:
             run_lengths(plan, runners, results, progress)
         except InputError as error:

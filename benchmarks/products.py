@@ -1,4 +1,4 @@
-"""Chained matrix products in an engine's own library: what `benchmarks.ceilings` times.
+"""Chained matrix products in an engine's own library: what `benchmarks.ceilings` and `benchmarks.yardstick` time.
 
 Each chain multiplies rows with a matrix and with its way back, in turn, in the precision of an artifact and compiled
 as the runtime compiles one. In int8 the products are those of our int8 graphs: static ranges of the activations,
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.bundle import Precision
+from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
+from mirror_runtime.host import usable_cores
 
 PAIRS = 6
 """Chained products there and back in one model: enough to make the library's call overhead small."""
@@ -69,8 +70,54 @@ class Quantized:
         return cls(np.round(matrix / scales).astype(np.int8), scales)
 
 
-def compile_openvino(precision: Precision, matrices: Matrices, threads: int) -> Any:
-    """Compile the chain, one stream a core: the way the runtime fills the machine.
+def repeated(
+    engine: EngineName, precision: Precision, matrices: Matrices, *, streams: int, turns: int
+) -> tuple[Callable[[], None], int]:
+    """Give what runs the chain as the runtime runs an encoder, and how often one call of it does.
+
+    Args:
+        engine: openvino runs a chain on each stream at once, onnxruntime has all cores on one.
+        precision: of an artifact.
+        matrices: what is multiplied.
+        streams: for openvino: one a core fills the machine, one has all cores on it.
+        turns: how often each stream runs it.
+
+    Raises:
+        EngineError: there is no chain for this engine and precision, or it cannot be compiled here.
+    """
+    if engine is EngineName.OPENVINO:
+        compiled = compile_openvino(precision, matrices, threads=usable_cores(), streams=streams)
+        requests = [compiled.create_infer_request() for _ in range(streams)]
+        for request in requests:
+            request.get_input_tensor(0).data[...] = matrices.x
+
+        def run() -> None:
+            for _ in range(turns):
+                for request in requests:
+                    request.start_async()
+                for request in requests:
+                    request.wait()
+
+        return run, turns * streams
+    if engine is EngineName.ONNXRUNTIME:
+        session = onnxruntime_session(precision, matrices, usable_cores())
+
+        def run_session() -> None:
+            for _ in range(turns):
+                session.run(None, {"x0": matrices.x})
+
+        return run_session, turns
+    raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
+
+
+def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, streams: int) -> Any:
+    """Compile the chain.
+
+    Args:
+        precision: fp32, bf16 or int8.
+        matrices: what is multiplied.
+        threads: of all streams together.
+        streams: chains that can run at once.
 
     Returns:
         An `openvino.CompiledModel`.
@@ -95,8 +142,8 @@ def compile_openvino(precision: Precision, matrices: Matrices, threads: int) -> 
         node = opset13.matmul(node, factor, False, False)
     settings = {
         "INFERENCE_PRECISION_HINT": _HINTS[precision],
-        "PERFORMANCE_HINT": "THROUGHPUT",
-        "NUM_STREAMS": threads,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
     }
     try:

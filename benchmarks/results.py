@@ -128,6 +128,7 @@ class LatencyResult:
         streams: the engine's parallel streams; a single text uses one of them.
         tokens: exact length of every text, special tokens included.
         floor_ms: what the machine's bare matrix products or its memory would take; None where either is unknown.
+        yardstick_ms: one a round, of as many samples each; see `benchmarks.yardstick`. Empty where there is none.
     """
 
     point: Point
@@ -139,6 +140,7 @@ class LatencyResult:
     p90_ms: float
     p99_ms: float
     p999_ms: float
+    yardstick_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +153,7 @@ class ThroughputResult:
         ceiling_share: useful operations a second over the machine's bare matrix-product rate; None without a ceiling.
         tokenize_share, pack_share, infer_share, unpack_share: each stage's seconds over the rounds' wall
             seconds. Stages overlap and infer counts every stream, so they need not add up to 1.
+        yardstick_s: one a round; see `benchmarks.yardstick`. Empty where there is none.
     """
 
     point: Point
@@ -168,6 +171,7 @@ class ThroughputResult:
     pack_share: float
     infer_share: float
     unpack_share: float
+    yardstick_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from rich.progress import Progress
 
+from benchmarks.ceilings import EncoderShape
 from benchmarks.machine_results import Ceiling
 from benchmarks.results import LengthResult, ThroughputResult
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.summary import interleave, median
 from benchmarks.workload import bundle_tokenizer, texts_of_length
+from benchmarks.yardstick import Yardstick, beside_batches
 from mirror_runtime.bundle import TOKENIZER_FILE
 from mirror_runtime.errors import MirrorError
 
@@ -28,11 +30,17 @@ QUICK_TOKENS_A_LENGTH = 2048
 
 @dataclass(kw_only=True)
 class Rounds:
-    """The rounds of one runner: seconds of each, and what the encoder's counters gained over all of them."""
+    """The rounds of one runner: seconds of each, and what the encoder's counters gained over all of them.
+
+    Attributes:
+        yardstick: measured after each round, if there is one.
+    """
 
     runner: Runner
     texts: Sequence[str]
+    yardstick: Yardstick | None = None
     samples_s: list[float] = field(default_factory=list)
+    yardstick_s: list[float] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -50,6 +58,8 @@ class Rounds:
         for name in ("tokens", "slots", "tokenize_s", "pack_s", "infer_s", "unpack_s"):
             gained = getattr(after, name) - getattr(before, name)
             self.counters[name] = self.counters.get(name, 0) + gained
+        if self.yardstick is not None:
+            self.yardstick_s.append(self.yardstick())
 
     def result(self, flop_per_token: int | None, ceiling: Ceiling | None) -> ThroughputResult:
         """Sum up the rounds so far."""
@@ -74,14 +84,20 @@ class Rounds:
             pack_share=self.counters["pack_s"] / wall,
             infer_share=self.counters["infer_s"] / wall,
             unpack_share=self.counters["unpack_s"] / wall,
+            yardstick_s=tuple(self.yardstick_s),
         )
 
 
-def run_throughput(plan: Plan, runners: Sequence[Runner], results: Results, progress: Progress) -> None:
+def run_throughput(
+    plan: Plan, runners: Sequence[Runner], shape: EncoderShape | None, results: Results, progress: Progress
+) -> None:
     """Warm every runner with one whole pass, then let them take turns."""
     if results.has("throughput"):
         return  # rounds take turns within one run: half of them from another day would not
-    parties = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
+    parties = [
+        Rounds(runner=runner, texts=plan.workload.texts, yardstick=beside_batches(runner.point, shape, results))
+        for runner in runners
+    ]
 
     def keep(party: Rounds) -> None:
         point = party.runner.point

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from benchmarks.results import Report
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One metric of one run; smaller is better."""
+    """One metric of one run; smaller is better.
+
+    Attributes:
+        yardstick: seconds or milliseconds, one a round, of as many samples each: see `benchmarks.yardstick`. Empty
+            where there is none.
+    """
 
     metric: str
     unit: str
     samples: Sequence[float]
+    yardstick: Sequence[float] = ()
+
+    @property
+    def in_yardsticks(self) -> Sequence[float]:
+        """The samples, each over the yardstick of its round."""
+        rounds = zip(np.array_split(np.asarray(self.samples), len(self.yardstick)), self.yardstick, strict=True)
+        return [float(sample) for samples, yardstick in rounds for sample in samples / yardstick]
 
 
 def timed(report: Report) -> Iterator[Timed]:
     """Give every timed metric of our own; a peer's times are not our regression."""
     for rate in report.throughput:
-        yield _of_texts(f"throughput, {rate.point.name}", rate.samples_s, rate.texts)
+        yield replace(
+            _of_texts(f"throughput, {rate.point.name}", rate.samples_s, rate.texts), yardstick=rate.yardstick_s
+        )
     for latency in report.latency:
-        yield Timed(f"latency, {latency.point.name}, {latency.tokens} tokens", "ms", latency.samples_ms)
+        name = f"latency, {latency.point.name}, {latency.tokens} tokens"
+        yield Timed(name, "ms", latency.samples_ms, latency.yardstick_ms)
     for served in report.serving:
         for loop in served.closed:
             metric = f"serving, {served.name}, {loop.concurrency} x {loop.texts_a_request}"

@@ -17,6 +17,7 @@ from benchmarks.point import Point
 from benchmarks.results import read_report
 from benchmarks.run import main
 from benchmarks.throughput import Rounds
+from benchmarks.timed import timed
 from benchmarks.training_suite import REFERENCE_PARTY
 from export.build import Request, build
 from mirror_runtime import Encoder
@@ -64,6 +65,26 @@ def test_a_run_writes_a_report_and_ends_in_one_json_line(bundle, texts, tmp_path
     assert rate.ceiling_share is None
     assert [failure.reason for failure in report.failures] == ["no ceiling is measured for fake fp32"]
     assert (output / "report.md").is_file()
+
+
+def test_every_round_of_a_real_engine_has_its_yardstick(tiny_bundle, texts, tmp_path):
+    output = tmp_path / "out"
+    arguments = [
+        str(tiny_bundle),
+        "--suite",
+        "latency",
+        "throughput",
+        "--quick",
+        "--rounds",
+        "3",
+        "--texts",
+        str(texts),
+    ]
+    assert main([*arguments, "--engine", "onnxruntime", "--precision", "fp32", "--output", str(output)]) == 0
+    report = read_report(output)
+    assert [len(rate.yardstick_s) for rate in report.throughput] == [3]
+    assert [len(result.yardstick_ms) for result in report.latency] == [3] * len(report.latency)
+    assert all(len(one.in_yardsticks) == len(one.samples) for one in timed(report))
 
 
 def test_a_planted_slowdown_is_measured_and_recorded(bundle, texts, tmp_path):

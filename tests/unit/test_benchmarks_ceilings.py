@@ -26,11 +26,13 @@ def ran_as(compiled) -> list[tuple[str, str]]:
 
 
 def test_every_openvino_product_of_the_int8_ceiling_runs_in_int8(matrices):
-    ran = ran_as(compile_openvino(Precision.INT8, matrices, 1))
+    ran = ran_as(compile_openvino(Precision.INT8, matrices, threads=1, streams=1))
     assert len(ran) == 2 * PAIRS
     assert {precision for precision, _ in ran} == {"i8"}
     assert all(primitive.endswith("_i8") for _, primitive in ran), ran
-    assert {precision for precision, _ in ran_as(compile_openvino(Precision.FP32, matrices, 1))} == {"f32"}
+    assert {precision for precision, _ in ran_as(compile_openvino(Precision.FP32, matrices, threads=1, streams=1))} == {
+        "f32"
+    }
 
 
 def test_every_onnxruntime_product_of_the_int8_ceiling_runs_in_int8(matrices, tmp_path):

@@ -9,6 +9,7 @@ from benchmarks.changes import Verdict
 from benchmarks.compare import compare, main, read_side, warnings
 from benchmarks.ranks import spearman
 from benchmarks.serving_results import GATEWAY
+from benchmarks.timed import Timed
 from mirror_runtime.errors import InputError
 
 
@@ -71,6 +72,49 @@ def test_the_same_speed_again_raises_no_alarm(noisy):
         base, head = [noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)]
         found = {change.verdict for change in compare(base, head, threshold=0.07)}
         assert found <= {Verdict.SAME, Verdict.NOISY}, f"seed {seed}"
+
+
+def beside(report, yardstick: float):
+    """Give a report whose yardsticks took so long, in seconds and in milliseconds."""
+    return dataclasses.replace(
+        report,
+        throughput=tuple(
+            dataclasses.replace(r, yardstick_s=(yardstick,) * len(r.samples_s)) for r in report.throughput
+        ),
+        latency=tuple(dataclasses.replace(r, yardstick_ms=(yardstick,) * 5) for r in report.latency),
+    )
+
+
+@pytest.mark.parametrize(
+    ("slower", "machine", "verdict"),
+    [
+        (1.3, 1.3, Verdict.SAME),  # the machine was slower
+        (1.15, 1.0, Verdict.WORSE),
+        (1.0, 0.8, Verdict.WORSE),  # a faster machine hides slower code
+        (1.0, 1.25, Verdict.BETTER),
+    ],
+)
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_times_are_held_against_each_other_in_yardsticks(noisy, kind, slower, machine, verdict):
+    base = [beside(noisy(i), 1.0) for i in range(3)]
+    head = [beside(noisy(10 + i, slower=slower), machine) for i in range(3)]
+    assert verdicts(compare(base, head, threshold=0.07), kind) == {verdict}
+    shown = next(change for change in compare(base, head, threshold=0.07) if change.metric.startswith("throughput"))
+    assert shown.base is not None
+    assert shown.head is not None
+    assert shown.head / shown.base == pytest.approx(slower, rel=0.05)  # absolute times, as measured
+
+
+def test_without_a_yardstick_in_every_run_times_are_compared_as_they_are(noisy):
+    base = [noisy(0), *(beside(noisy(i), 1.0) for i in (1, 2))]
+    head = [beside(noisy(10 + i), 1.3) for i in range(3)]
+    found = {change.verdict for change in compare(base, head, threshold=0.07)}
+    assert found <= {Verdict.SAME, Verdict.NOISY}
+
+
+def test_each_round_has_its_own_yardstick():
+    one = Timed("x", "ms", [1.0, 2.0, 6.0, 8.0], [1.0, 2.0])
+    assert one.in_yardsticks == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_vectors_farther_from_the_reference_are_worse(noisy):
