@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
@@ -147,7 +148,7 @@ def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, 
         "INFERENCE_NUM_THREADS": threads,
     }
     try:
-        return openvino.Core().compile_model(openvino.Model([node], [parameter]), "CPU", settings)
+        return shared_core().compile_model(openvino.Model([node], [parameter]), "CPU", settings)
     except RuntimeError as error:
         raise EngineError(f"openvino cannot compile the ceiling's products: {error}") from error
 

@@ -14,6 +14,7 @@ from export.parity import Candidate, Expected, prove_artifact
 from export.texts import parity_texts
 from export.variants import VARIANTS
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, check_files, read_manifest
+from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.host import has_bf16
@@ -102,7 +103,7 @@ def convert(graph: Path, path: Path) -> None:
     """
     openvino = require("openvino", "openvino")
     try:
-        model = openvino.Core().read_model(graph)
+        model = shared_core().read_model(graph)
     except RuntimeError as error:
         raise InputError(f"openvino cannot read {graph.name}: {error}") from error
     openvino.save_model(model, path, compress_to_fp16=False)

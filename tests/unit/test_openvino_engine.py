@@ -1,6 +1,8 @@
 """A shape serves only when its vectors are right, on all its streams."""
 
 import logging
+import subprocess
+import sys
 import time
 from typing import Any, cast
 
@@ -107,6 +109,29 @@ def test_streams_are_compared_until_all_have_run(seconds, rounds):
     other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
     again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
     assert not openvino_engine._agree([again, other])
+
+
+_TWO_ENCODERS_AND_A_SIGNAL = """
+import os, signal, sys, time
+from mirror_runtime import Encoder
+encoders = [Encoder.load(sys.argv[1], engine="openvino", precision="fp32", cache_dir=None) for _ in range(2)]
+for encoder in encoders:
+    encoder.encode(["text"])
+while encoders:
+    encoders.pop(0).close()
+del encoder
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
+    command = [sys.executable, "-X", "faulthandler", "-c", _TWO_ENCODERS_AND_A_SIGNAL, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
 
 
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EngineName, Precision
 from mirror_runtime.engines.openvino_cache import read_graph
+from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
@@ -92,7 +93,7 @@ class OpenVinoEngine:
         one_token: bool = False,
     ) -> None:
         openvino = require("openvino", "openvino")
-        self._core = openvino.Core()
+        self._core = shared_core()
         with _FIRST_TENSORS:
             _ = openvino.Tensor(np.zeros(1, np.int64)).data
         self._hint = _hint(self._core, precision)
@@ -216,7 +217,7 @@ def compile_padded(graph: Path, precision: Precision) -> Any:
         MissingExtra: openvino is not installed.
         EngineError: as `OpenVinoEngine`.
     """
-    core = require("openvino", "openvino").Core()
+    core = shared_core()
     settings = {"INFERENCE_PRECISION_HINT": _hint(core, precision), "INFERENCE_NUM_THREADS": usable_cores()}
     try:
         model = core.read_model(graph)
