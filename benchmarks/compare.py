@@ -40,8 +40,9 @@ MANY = 5
 """Runs of a side whose slowest and fastest do not count for how far they are apart."""
 
 INTERVAL = 90.0
-"""Percent, for times. Chosen on 30 quick runs of one commit: five against five, no false alarm in 24 comparisons,
-and with 15 % planted all were caught, where 99 % missed half. Work that comes and goes beside the runs defeats it."""
+"""Percent, for times. Chosen on quick runs of one commit, five against five, and checked on fresh ones with yardsticks:
+ten comparisons without an alarm, and 15 % planted seen in every metric. Work that comes and goes beside the runs
+still defeats it."""
 
 Runs = Sequence[Sequence[float]]
 """Samples of one metric: one sequence a run; smaller is better."""
