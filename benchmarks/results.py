@@ -21,7 +21,7 @@ from benchmarks.serving_results import ServingResult
 from mirror_runtime.bundle import from_json
 from mirror_runtime.errors import BundleError, InputError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 REPORT_FILE = "report.json"
 
 
