@@ -45,8 +45,8 @@ def test_a_closed_loop_goes_round_all_requests_and_counts_each():
     assert len(load.samples_ms) == len(backend.calls) - 3  # each caller warmed up with one
     assert 0.2 <= load.wall_s < 0.5
     assert min(load.samples_ms) >= 2
-    # One worker, three callers: each waits for the others.
-    assert sorted(load.samples_ms)[len(load.samples_ms) // 2] > 5
+    # One worker, three callers: each waits for the others, in whatever order the lock lets them in.
+    assert np.mean(load.samples_ms) > 5
 
 
 def test_time_counts_from_the_moment_a_request_was_due():

@@ -114,6 +114,7 @@ def test_streams_are_compared_until_all_have_run(seconds, rounds):
 _TWO_ENCODERS_AND_A_SIGNAL = """
 import os, signal, sys, time
 from mirror_runtime import Encoder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what runs in the background
 encoders = [Encoder.load(sys.argv[1], engine="openvino", precision="fp32", cache_dir=None) for _ in range(2)]
 for encoder in encoders:
     encoder.encode(["text"])
