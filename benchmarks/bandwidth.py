@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.machine_results import Bandwidth, Ceiling
+from benchmarks.stopwatch import seconds_of
 from mirror_runtime.bundle import Precision
 from mirror_runtime.host import usable_cores
 
@@ -75,9 +75,4 @@ def last_cache_bytes(folder: Path = _CPU) -> int:
 def _samples(work: Callable[[], object]) -> tuple[float, ...]:
     """Time some repetitions after one untimed."""
     work()
-    samples = []
-    for _ in range(REPETITIONS):
-        began = time.perf_counter()
-        work()
-        samples.append(time.perf_counter() - began)
-    return tuple(samples)
+    return seconds_of(work, REPETITIONS)

@@ -8,7 +8,6 @@ so that a share of 1 is out of reach.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from benchmarks.bandwidth import measure_bandwidth
 from benchmarks.machine_results import Ceiling
 from benchmarks.products import Matrices, repeated
 from benchmarks.session import Plan, Results, steps
+from benchmarks.stopwatch import seconds_of
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import BundleError, MirrorError
 from mirror_runtime.host import usable_cores
@@ -99,11 +99,7 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int, r
     matrices = Matrices.draw(TOKEN_BUDGET, inner, outer)
     run, calls = repeated(engine, precision, matrices, streams=threads, turns=2)
     run()
-    samples = []
-    for _ in range(repetitions):
-        began = time.perf_counter()
-        run()
-        samples.append(time.perf_counter() - began)
+    samples = seconds_of(run, repetitions)
     flop = calls * matrices.flop
     return Ceiling(
         engine=engine,
@@ -113,6 +109,6 @@ def _measure(engine: EngineName, precision: Precision, inner: int, outer: int, r
         inner=inner,
         outer=outer,
         flop_per_sample=flop,
-        samples_s=tuple(samples),
+        samples_s=samples,
         gflop_per_s=flop / min(samples) / 1e9,
     )

@@ -8,14 +8,14 @@ slows both it does not show, such as another release of the library: absolute ti
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 
 from benchmarks.ceilings import EncoderShape
 from benchmarks.point import Point
 from benchmarks.products import Matrices, repeated
 from benchmarks.session import Results
+from benchmarks.stopwatch import seconds_of
+from benchmarks.summary import median
 from mirror_runtime.errors import EngineError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
@@ -55,12 +55,7 @@ def _yardstick(
         return None
 
     def seconds() -> float:
-        samples = []
-        for _ in range(runs):
-            began = time.perf_counter()
-            run()
-            samples.append(time.perf_counter() - began)
-        return median(samples)
+        return median(seconds_of(run, runs))
 
-    seconds()
+    seconds()  # warms it up
     return seconds

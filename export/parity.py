@@ -166,19 +166,18 @@ class Floors:
         average is held to the precision's angle, each text to what is rare at that angle.
         """
         reference, neighbour = FLOORS[precision], max(FLOORS[precision], NEIGHBOUR_FLOOR)
-        mean = reference
         if spec.vector_type is VectorType.BINARY:
             mean = 1 - 2 * math.acos(reference) / math.pi
             reference, neighbour = (
                 1 - (2 * _most_flips(math.acos(cosine) / math.pi, spec.dim) + 1) / spec.dim  # half a bit of room
                 for cosine in (reference, neighbour)
             )
-        elif spec.int8_scale is not None and spec.normalize:
+            return cls(reference=reference, neighbour=neighbour, mean=mean)
+        if spec.int8_scale is not None and spec.normalize:
             reference, neighbour = (
                 cosine - _rounding_loss(cosine, spec.dim, spec.int8_scale) for cosine in (reference, neighbour)
             )
-            mean = reference
-        return cls(reference=reference, neighbour=neighbour, mean=mean)
+        return cls(reference=reference, neighbour=neighbour, mean=reference)
 
 
 def _most_flips(share: float, dim: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -105,7 +105,7 @@ def check_bundle(bundle: Path) -> list[dict[str, object]]:
     for path in _graphs(manifest):
         view = GraphView.load(bundle / path)
         summary = report(bundle / path, breaches(view))
-        layout, precision = _layout(_signature(bundle / path)[0]), graph_precision(view)
+        layout, precision = _layout(view.inputs), graph_precision(view)
         reports.append({**summary, "graph": path, "layout": layout.value, "precision": precision.value})
     return reports
 
@@ -122,7 +122,7 @@ def choose_graph(bundle: Path, manifest: Manifest, options: Options) -> Chosen:
     refused: EngineError | None = None
     for path in _graphs(manifest):
         inputs, outputs = _signature(bundle / path)
-        if _layout(inputs) is not options.layout:
+        if _layout({tensor.name for tensor in inputs}) is not options.layout:
             continue
         view = GraphView.load(bundle / path)
         holds = graph_precision(view)
@@ -327,9 +327,9 @@ def _signature(path: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ..
     return inputs, outputs
 
 
-def _layout(inputs: Sequence[TensorSpec]) -> Layout:
+def _layout(inputs: Container[str]) -> Layout:
     """Tell a packed graph, which reads segments, from a padded one."""
-    return Layout.PACKED if any(tensor.name == "segment_ids" for tensor in inputs) else Layout.PADDED
+    return Layout.PACKED if "segment_ids" in inputs else Layout.PADDED
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
