@@ -21,6 +21,7 @@ class Slowed:
         self.name = engine.name
         self.precision = engine.precision
         self.streams = engine.streams
+        self.row_step = engine.row_step
         self._engine = engine
         self._share = share
 

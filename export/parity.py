@@ -65,10 +65,6 @@ STS_DROP = 0.5
 NEIGHBOURS = 24
 """Texts that are also run alone, spread over the lengths that occur."""
 
-STEP, LONGEST = 25, 600
-"""Characters: besides, one text of each such step up to the longest is run alone. A text alone runs in a row of its own
-length, of 16, 32, 48 tokens and so on, each compiled by itself: each is to be met."""
-
 PAIRS_A_TEXT = 8
 """Random other texts that each text's similarity is ranked with."""
 
@@ -260,10 +256,33 @@ def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expec
             truncations_counted_elsewhere(),  # the texts are too long on purpose
             Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, candidate.path) as encoder,
         ):
-            encoder.warm_up()  # compiles shapes side by side, where texts would ask for one after the other
+            # First: it compiles shapes side by side, where texts would ask for one after the other.
+            prove_shapes(encoder, expected, floors, what=str(candidate))
             return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
     with _padded_run(folder / candidate.path, candidate.engine, candidate.precision) as run:
         return prove(padded_encode(run, folder, candidate, spec), expected, floors, what=str(candidate))
+
+
+def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: str) -> None:
+    """Compare vectors from a full batch of every shape that the encoder runs in with the reference's.
+
+    Args:
+        encoder: runs the artifact.
+        expected: texts and reference vectors.
+        floors: of its precision and vector type.
+        what: names the artifact in messages.
+
+    Raises:
+        ParityError: a vector is not finite, or is farther from the reference than the floor allows.
+        EngineError: the engine cannot run a shape.
+    """
+    for shape, held, vectors in encoder.encode_shapes(expected.texts):
+        texts = [expected.texts[i] for i in held]
+        rows = f"{what} in rows of {shape[0]} x {shape[1]} tokens"
+        found = components(vectors, encoder.spec)
+        check_finite(found, texts, rows)
+        problem = f"{rows} differs from {expected.reference}"
+        _check_distance(found, expected.vectors[held], texts, floors.reference, problem)
 
 
 @contextmanager
@@ -334,8 +353,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
     by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     count = min(NEIGHBOURS, len(texts))
-    steps = {len(text) // STEP: i for i, text in enumerate(texts) if len(text) <= LONGEST}
-    picked = list(dict.fromkeys([*(by_length[i * len(texts) // count] for i in range(count)), *steps.values()]))
+    picked = [by_length[i * len(texts) // count] for i in range(count)]
     sample = [texts[i] for i in picked]
     together = encode(sample)
     alone = np.concatenate([encode([text]) for text in sample])

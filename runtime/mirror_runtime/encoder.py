@@ -27,7 +27,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
-from mirror_runtime.packing import Batch, Ladder, PackedRows, pack
+from mirror_runtime.packing import Batch, Ladder, PackedRows, pack, pack_shape
 from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
@@ -86,6 +86,7 @@ class Encoder:
         self.engine = engine
         self._tokenizer = tokenizer
         self._ladder = ladder
+        self._bulk = ladder if engine.row_step is None else ladder.for_bulk(engine.row_step)
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
         # Calls of one batch run in their caller's thread: this keeps them and the pool together at `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
@@ -219,7 +220,9 @@ class Encoder:
     @property
     def rows(self) -> str:
         """The row lengths that texts are packed into and the tokens of a full batch, in words."""
-        return f"{', '.join(map(str, self._ladder.lengths))} tokens, batches of {self._ladder.budget}"
+        halfway = ", ".join(map(str, self._bulk.halfway))
+        in_bulk = f" (many of a kind: {halfway})" if halfway else ""
+        return f"{', '.join(map(str, self._ladder.lengths))} tokens{in_bulk}, batches of {self._ladder.budget}"
 
     @property
     def stats(self) -> Stats:
@@ -292,13 +295,20 @@ class Encoder:
         return self._stream(iter(texts), window)
 
     def begin(
-        self, texts: Sequence[object], *, direct: bool = False, long_texts: Sequence[LongTexts] | None = None
+        self,
+        texts: Sequence[object],
+        *,
+        direct: bool = False,
+        bulk: bool = False,
+        long_texts: Sequence[LongTexts] | None = None,
     ) -> Window:
         """Tokenise and pack some texts and hand their batches to the engine.
 
         Args:
             texts: a list, whose bad items are named by `finish`.
             direct: run what is a single batch at once, in this thread: no hop to another one, which a short text feels.
+            bulk: also use the row lengths that are for many texts. `warm_up` leaves them out: the first batches of each
+                wait until it is compiled.
             long_texts: the policy of each text that is too long; None for the encoder's own.
 
         Raises:
@@ -307,7 +317,8 @@ class Encoder:
         began = time.perf_counter()
         tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
-        batches = pack(tokenized.ids, tokenized.lengths, self._ladder, streams=self.engine.streams, own=tokenized.own)
+        ladder = self._bulk if bulk else self._ladder
+        batches = pack(tokenized.ids, tokenized.lengths, ladder, streams=self.engine.streams, own=tokenized.own)
         packed_at = time.perf_counter()
         truncated = int(tokenized.truncated.sum())
         if truncated:
@@ -351,18 +362,46 @@ class Encoder:
         return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
 
     def warm_up(self) -> None:
-        """Run every shape once, so that no later call waits for a compilation.
+        """Run every shape once but those for bulk, so that no later `begin` waits for a compilation.
 
         Raises:
             EngineError: the engine failed.
         """
 
         def run(shape: tuple[int, int]) -> None:
-            empty = np.zeros((3, *shape), np.int64)
-            self.engine.run(PackedRows(input_ids=empty[0], position_ids=empty[1], segment_ids=empty[2]))
+            # A text in every row, as an engine may compare what its streams make of them. The first token and three
+            # positions are what every encoder has.
+            positions = np.broadcast_to(np.arange(shape[1]) % 3, shape)
+            ones = np.ones(shape, np.int64)
+            self.engine.run(PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones))
 
         for _ in self._pool.map(run, self._ladder.shapes()):
             pass
+
+    def encode_shapes(self, texts: Sequence[str]) -> Iterator[tuple[tuple[int, int], NDArray[np.int64], Vectors]]:
+        """Run one batch of every shape, those for bulk too, filled with the longest texts that fit: for a proof.
+
+        Args:
+            texts: best of all lengths; bad ones and those of several pieces are left out.
+
+        Yields:
+            A shape (rows, row length); int64 [m], the positions of the texts that were in it; their vectors [m, width].
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        tokenized = self._tokenizer(texts)
+        owners, parts = tokenized.owners, tokenized.parts
+        whole = np.bincount(owners, minlength=len(texts))[owners] == 1
+        text_of = np.full(tokenized.lengths.size, -1)
+        text_of[parts[whole]] = owners[whole]
+
+        def run(shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.int64], Vectors]:
+            batch = pack_shape(tokenized.ids, tokenized.lengths, shape, own=tokenized.own)
+            held = text_of[batch.pieces]
+            return shape, held[held >= 0], self._run(batch)[held >= 0]
+
+        yield from self._pool.map(run, self._bulk.shapes())
 
     def close(self) -> None:
         """Release the engine. The encoder cannot be used afterwards."""
@@ -381,7 +420,7 @@ class Encoder:
         running: deque[Window] = deque()
         try:
             while chunk := list(islice(texts, window)):
-                running.append(self.begin(chunk, direct=len(chunk) < window and not running))
+                running.append(self.begin(chunk, direct=len(chunk) < window and not running, bulk=True))
                 if len(running) > 2:
                     yield self.finish(running.popleft())
             while running:

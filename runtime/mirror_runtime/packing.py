@@ -7,7 +7,7 @@ lengths and row counts come from a short `Ladder`, so that an engine compiles fe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,10 +70,12 @@ class Ladder:
     Attributes:
         lengths: row lengths, ascending; each is double the one before, the first is the everyday one.
         budget: tokens of a full batch.
+        halfway: lengths halfway to one of `lengths`, ascending, for full batches alone: see `for_bulk`.
     """
 
     lengths: tuple[int, ...]
     budget: int = TOKEN_BUDGET
+    halfway: tuple[int, ...] = ()
 
     @staticmethod
     def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET) -> Ladder:
@@ -86,15 +88,29 @@ class Ladder:
             lengths.append(min(2 * lengths[-1], _blocks(max_tokens)))
         return Ladder(lengths=tuple(lengths), budget=budget)
 
+    def for_bulk(self, step: int = BLOCK) -> Ladder:
+        """Give the ladder for many texts: this one, and the lengths halfway to each of its lengths.
+
+        Texts of like lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where there
+        are full batches of such rows for every stream, shorter ones are worth the shapes that they cost.
+
+        Args:
+            step: the lengths are whole multiples of it, and where none lies between two lengths there is none.
+        """
+        below = (self.lengths[0] // 2, *self.lengths[:-1])
+        steps = [(a, -(-(a + b) // (2 * step)) * step, b) for a, b in zip(below, self.lengths, strict=True)]
+        return replace(self, halfway=tuple(length for a, length, b in steps if a < length < b))
+
     def row_counts(self, length: int) -> tuple[int, ...]:
-        """Row counts for rows of `length`, descending: a full batch, a quarter, one."""
+        """Row counts for rows of `length`, descending: a full batch, a quarter, one; halfway a full batch alone."""
         full = max(1, self.budget // length)
-        return tuple(sorted({full, max(1, full // 4), 1}, reverse=True))
+        return (full,) if length in self.halfway else tuple(sorted({full, max(1, full // 4), 1}, reverse=True))
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Every (rows, length) that `pack` can produce; small ones first."""
         short = tuple((1, length) for length in range(BLOCK, self.lengths[0], BLOCK))
-        return short + tuple((rows, length) for length in self.lengths for rows in reversed(self.row_counts(length)))
+        lengths = sorted(self.lengths + self.halfway)
+        return short + tuple((rows, length) for length in lengths for rows in reversed(self.row_counts(length)))
 
 
 def pack(
@@ -129,18 +145,49 @@ def pack(
         return list(_fill(ids, starts, lengths, np.arange(lengths.size), np.zeros_like(lengths), [1], length, own))
     order = np.argsort(-lengths, kind="stable")
     rows, row_lengths = _assign(lengths[order], ladder)
+    if ladder.halfway:
+        rows, row_lengths = _shorten(rows, row_lengths, lengths[order], ladder, streams)
     by_row = np.argsort(rows, kind="stable")  # a row's pieces stay longest first
     order, rows = order[by_row], rows[by_row]
     batches: list[Batch] = []
     opened = 0
     for length in dict.fromkeys(row_lengths):
-        # Longer rows are opened first, so that the rows of one length have successive numbers.
+        # Longer rows have smaller numbers, so that the rows of one length have successive ones.
         count = row_lengths.count(length)
         begin, end = np.searchsorted(rows, (opened, opened + count))
         counts = _counts(count, ladder.row_counts(length), streams)
         batches += _fill(ids, starts, lengths, order[begin:end], rows[begin:end] - opened, counts, length, own)
         opened += count
     return batches
+
+
+def pack_shape(
+    ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    shape: tuple[int, int],
+    *,
+    own: NDArray[np.int64] | None = None,
+) -> Batch:
+    """Fill one batch of a shape with the longest pieces that fit; places stay empty where there are too few.
+
+    Texts meet the shapes that their lengths ask for; a proof has to meet them all.
+
+    Args:
+        ids: see `pack`.
+        lengths: see `pack`, of any length.
+        shape: rows and row length.
+        own: see `pack`.
+    """
+    count, length = shape
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] <= length]
+    rows, _ = _assign(lengths[order], Ladder(lengths=(length,)))
+    by_row = np.argsort(rows, kind="stable")
+    order, rows = order[by_row], rows[by_row]
+    held = slice(np.searchsorted(rows, count))  # rows beyond the batch are left out
+    starts = np.cumsum(lengths) - lengths
+    (batch,) = _fill(ids, starts, lengths, order[held], rows[held], [count], length, own)
+    return batch
 
 
 def _assign(sizes: NDArray[np.int64], ladder: Ladder) -> tuple[NDArray[np.int64], list[int]]:
@@ -155,7 +202,8 @@ def _assign(sizes: NDArray[np.int64], ladder: Ladder) -> tuple[NDArray[np.int64]
     open_rows: list[dict[int, list[int]]] = [{} for _ in range(ladder.lengths[-1] + 1)]
     roomiest = 0  # no open row has more free space than this
     distinct, firsts = np.unique(-sizes, return_index=True)
-    for size, at, end in zip((-distinct).tolist(), firsts.tolist(), [*firsts[1:].tolist(), sizes.size], strict=True):
+    ends = np.append(firsts, sizes.size)[1:]
+    for size, at, end in zip((-distinct).tolist(), firsts.tolist(), ends.tolist(), strict=True):
         placed = at
         for space in range(size, roomiest + 1):  # the tightest rows first
             for slots in sorted(open_rows[space]):
@@ -205,6 +253,34 @@ def _place(
         if filled and space > size * pieces and slots > pieces:
             open_rows[space - size * pieces].setdefault(slots - pieces, []).extend(filled)
     return stop
+
+
+def _shorten(
+    rows: NDArray[np.int64], row_lengths: list[int], sizes: NDArray[np.int64], ladder: Ladder, streams: int
+) -> tuple[NDArray[np.int64], list[int]]:
+    """Shorten rows whose pieces need no more to the length halfway, as many as give every stream full batches.
+
+    Args:
+        rows: int64 [pieces], each piece's row.
+        row_lengths: of each row, longest first.
+        sizes: int64 [pieces], each piece's tokens.
+        ladder: the shapes.
+        streams: batches that run at once.
+
+    Returns:
+        As `_assign`: rows by their new numbers, and their lengths.
+    """
+    needed = np.maximum(np.bincount(rows, weights=sizes), np.bincount(rows) * TOKENS_PER_SLOT)
+    lengths = np.array(row_lengths)
+    for halfway in ladder.halfway:
+        length = next(length for length in ladder.lengths if length > halfway)
+        fitting = np.flatnonzero((lengths == length) & (needed <= halfway))
+        round_of_batches = ladder.row_counts(halfway)[0] * streams
+        lengths[fitting[fitting.size % round_of_batches :]] = halfway
+    order = np.argsort(-lengths, kind="stable")
+    numbers = np.empty_like(order)
+    numbers[order] = np.arange(order.size)
+    return numbers[rows], lengths[order].tolist()
 
 
 def _counts(rows: int, sizes: Sequence[int], streams: int) -> list[int]:

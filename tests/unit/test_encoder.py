@@ -8,6 +8,7 @@ import pytest
 
 from mirror_runtime import Encoder, EngineError, InputError, TextError
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.engines.fake import FakeEngine
 
 
 @pytest.fixture
@@ -139,12 +140,55 @@ def test_stats_add_up(encoder):
     assert 0.8 < stats.tokens / stats.slots <= 1.0
 
 
-def test_warm_up_runs_every_shape(encoder, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(encoder, monkeypatch):
+    """The shapes that the engine runs."""
+    shapes = []
     run = encoder.engine.run
-    monkeypatch.setattr(encoder.engine, "run", lambda rows: (seen.append(rows.shape), run(rows))[1])
+    monkeypatch.setattr(encoder.engine, "run", lambda rows: (shapes.append(rows.shape), run(rows))[1])
+    return shapes
+
+
+def test_warm_up_runs_every_shape_that_calls_outside_bulk_need(encoder, seen):
     encoder.warm_up()
     assert sorted(seen) == sorted(encoder._ladder.shapes())
+
+
+ALIKE = [f"{i} " + "word " * 36 for i in range(100)]
+"""Of 39 tokens, and pieces of their own."""
+
+
+def test_many_texts_of_one_length_run_in_shorter_rows_with_the_same_vectors(encoder, seen):
+    vectors = encoder.encode(ALIKE)
+    assert seen.count((21, 48)) == 4
+    seen.clear()
+    everyday = encoder.finish(encoder.begin(ALIKE)).vectors
+    assert {length for _, length in seen} == {64}
+    np.testing.assert_array_equal(vectors, everyday)
+
+
+def test_an_engine_of_fixed_shapes_is_asked_for_no_others(make_bundle, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "row_step", property(lambda self: None, lambda self, value: None), raising=False)
+    with Encoder.load(make_bundle(), engine="fake", streams=2) as encoder:
+        encoder.encode(ALIKE)
+        assert encoder._bulk.shapes() == encoder._ladder.shapes()
+        assert "many of a kind" not in encoder.rows
+
+
+def test_every_shape_is_run_for_a_proof_and_gives_the_texts_vectors(encoder, seen):
+    texts = [*ragged(300), *ALIKE, "too long " * 80, *ragged(2)]
+    expected = encoder.encode(texts)
+    seen.clear()
+    for shape, held, vectors in encoder.encode_shapes(texts):
+        assert held.size >= shape[0], "each row holds a text"
+        np.testing.assert_array_equal(vectors, expected[held])
+    assert sorted(seen) == sorted(encoder._bulk.shapes())
+
+
+def test_texts_in_several_pieces_prove_no_shape(make_bundle):
+    long = " ".join(f"word{i}" for i in range(60))
+    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
+        assert all(held.tolist() in ([0], []) for _, held, _ in encoder.encode_shapes(["short", long]))
 
 
 def test_one_short_call_runs_in_its_callers_thread_and_many_batches_in_the_pool(encoder, monkeypatch):

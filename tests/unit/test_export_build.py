@@ -21,6 +21,7 @@ from export.build import Request, build
 from export.texts import CANARIES
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, check_files, read_canaries, read_manifest
+from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
 from training.reference import Reference
@@ -69,6 +70,18 @@ def test_a_wrong_head_fails_the_export_and_leaves_nothing(tiny_bert, tmp_path, m
     with pytest.raises(ParityError, match="packed"):
         build(request(tiny_bert, tmp_path / "bundle"))
     assert left_behind(tmp_path) == []
+
+
+def test_one_wrong_shape_is_refused(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    run = OpenVinoEngine.run
+
+    def wrong(self, rows):
+        vectors = run(self, rows)
+        return vectors[:, ::-1] if rows.shape == (21, 48) else vectors
+
+    monkeypatch.setattr(OpenVinoEngine, "run", wrong)
+    (refused,) = build(request(tiny_bert, tmp_path / "bundle")).refused
+    assert "openvino fp32 packed in rows of 21 x 48 tokens differs from" in refused.reason
 
 
 def test_nan_weights_are_refused(tiny_bert, tmp_path):

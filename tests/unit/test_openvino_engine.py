@@ -14,6 +14,7 @@ from mirror_runtime import Encoder, EngineError
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.engines import openvino_engine
 from mirror_runtime.host import has_bf16
+from mirror_runtime.packing import PackedRows
 
 # All different: equal ones are computed once, and a single row has a single stream.
 TEXTS = [f"the cat sat on the mat {'dog ' * (i % 30)}{'a ' * (i // 30)}" for i in range(120)]
@@ -67,7 +68,7 @@ def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, 
     damage(100)
     with (
         Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
-        pytest.raises(EngineError, match=r"different vectors for one text, 3 times over: run .* with streams=1"),
+        pytest.raises(EngineError, match=r"different vectors for one batch, 3 times over: run .* with streams=1"),
     ):
         encoder.encode(TEXTS)
 
@@ -104,11 +105,13 @@ def test_streams_are_compared_until_all_have_run(seconds, rounds):
     output = np.ones((2, 4, 8), np.float32)
     requests = [_Request(each) for each in seconds]
     slots = [openvino_engine._Slot(cast(Any, request), {}, output) for request in requests]
-    assert openvino_engine._agree(slots)
+    ids = np.ones((2, 16), np.int64)
+    rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
+    assert openvino_engine._agree(slots, rows)
     assert [request.rounds for request in requests] == [rounds, rounds]
     other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
     again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
-    assert not openvino_engine._agree([again, other])
+    assert not openvino_engine._agree([again, other], rows)
 
 
 _TWO_ENCODERS_AND_A_SIGNAL = """

@@ -3,9 +3,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirror_runtime.packing import BLOCK, Ladder, _assign, pack
+from mirror_runtime.packing import BLOCK, Ladder, _assign, pack, pack_shape
 
 LADDER = Ladder.up_to(256)
+BULK = LADDER.for_bulk()
 
 
 def test_the_ladder_doubles_and_ends_at_the_limit():
@@ -16,21 +17,33 @@ def test_the_ladder_doubles_and_ends_at_the_limit():
     assert LADDER.row_counts(64) == (16, 4, 1)
 
 
+def test_the_ladder_for_bulk_has_the_lengths_halfway():
+    assert BULK.lengths == LADDER.lengths
+    assert BULK.halfway == (48, 96, 192)
+    assert BULK.row_counts(192) == (5,)
+    assert set(BULK.shapes()) - set(LADDER.shapes()) == {(21, 48), (10, 96), (5, 192)}
+    assert Ladder.up_to(384).for_bulk().halfway == (48, 96, 192, 320)
+    assert LADDER.for_bulk(64).halfway == (192,)
+    assert Ladder.up_to(64, base=32).for_bulk().halfway == (48,)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.one_of(st.integers(1, 256), st.integers(1, 5)), max_size=300),
+    lengths=st.lists(st.one_of(st.integers(1, 256), st.integers(1, 5), st.integers(129, 192)), max_size=300),
     streams=st.integers(1, 4),
+    ladder=st.sampled_from([LADDER, BULK]),
 )
-@example(lengths=[4] * 10 + [1] * 60, streams=1)  # a row runs out of slots before it runs out of tokens
-def test_every_token_lands_once_in_its_own_segment(lengths, streams):
+@example(lengths=[4] * 10 + [1] * 60, streams=1, ladder=LADDER)  # a row runs out of slots before it runs out of tokens
+@example(lengths=[33] * 21 + [1] * 294, streams=1, ladder=BULK)  # 48 tokens would do, and have too few slots
+def test_every_token_lands_once_in_its_own_segment(lengths, streams, ladder):
     sizes = np.array(lengths, np.int64)
     ids = np.arange(1, sizes.sum() + 1)
     starts = np.concatenate(([0], np.cumsum(sizes)))
-    batches = pack(ids, sizes, LADDER, streams=streams)
+    batches = pack(ids, sizes, ladder, streams=streams)
     seen: list[int] = []
     for batch in batches:
         rows, length = batch.rows.shape
-        assert (rows, length) in LADDER.shapes()
+        assert (rows, length) in ladder.shapes()
         assert length % BLOCK == 0
         assert batch.tokens == np.count_nonzero(batch.rows.input_ids)
         assert ((batch.rows.input_ids > 0) == (batch.rows.segment_ids > 0)).all()
@@ -48,6 +61,48 @@ def test_ragged_short_texts_fill_the_rows():
     batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=2)
     slots = sum(batch.rows.input_ids.size for batch in batches)
     assert sizes.sum() / slots > 0.97
+
+
+@pytest.mark.parametrize("size", [40, 90, 150])
+def test_texts_of_one_length_get_rows_of_three_quarters(size):
+    sizes = np.full(1000, size)
+    everyday, bulk = (
+        sum(batch.rows.input_ids.size for batch in pack(np.ones(sizes.sum(), np.int64), sizes, ladder, streams=2))
+        for ladder in (LADDER, BULK)
+    )
+    assert bulk < 0.8 * everyday
+
+
+def test_ragged_texts_leave_nothing_to_shorten():
+    sizes = np.random.default_rng(1).integers(5, 257, 4000)
+    ids = np.ones(sizes.sum(), np.int64)
+    shapes = [batch.rows.shape for batch in pack(ids, sizes, BULK, streams=2)]
+    assert shapes == [batch.rows.shape for batch in pack(ids, sizes, LADDER, streams=2)]
+
+
+@pytest.mark.parametrize(("rows", "shortened"), [(9, 0), (10, 10), (19, 10), (20, 20), (23, 20)])
+def test_rows_are_shortened_in_full_batches_for_every_stream(rows, shortened):
+    sizes = np.full(rows, 150)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, BULK, streams=2)
+    assert [batch.rows.shape for batch in batches if batch.rows.shape[1] == 192] == [(5, 192)] * (shortened // 5)
+    assert sum(batch.pieces.size for batch in batches if batch.rows.shape[1] == 256) == rows - shortened
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 256), max_size=200), shape=st.sampled_from(BULK.shapes()))
+def test_a_shape_is_filled_with_the_longest_pieces_that_fit(lengths, shape):
+    sizes = np.array(lengths, np.int64)
+    ids = np.arange(1, sizes.sum() + 1)
+    starts = np.cumsum(sizes) - sizes
+    batch = pack_shape(ids, sizes, shape)
+    assert batch.rows.shape == shape
+    assert len(set(batch.pieces.tolist())) == batch.pieces.size
+    fitting = sorted(sizes[sizes <= shape[1]].tolist(), reverse=True)
+    assert sorted(sizes[batch.pieces].tolist(), reverse=True)[: shape[0]] == fitting[: shape[0]]
+    for piece, slot in zip(batch.pieces, batch.slots, strict=True):
+        row, segment = divmod(int(slot), shape[1] // 4)
+        mine = batch.rows.segment_ids[row] == segment + 1
+        assert (batch.rows.input_ids[row][mine] == ids[starts[piece] :][: sizes[piece]]).all()
 
 
 def test_pieces_of_one_size_are_placed_as_one_by_one():

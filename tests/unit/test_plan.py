@@ -76,7 +76,7 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
         assert encoder.decision.source is Source.PLAN
         assert (encoder.engine.name, encoder.engine.streams) == (EngineName.OPENVINO, 2)
-        assert encoder.rows == "32, 64 tokens, batches of 512"
+        assert encoder.rows == "32, 64 tokens (many of a kind: 48), batches of 512"
         np.testing.assert_allclose(encoder.encode(["the cat", "a dog"]), ruled, atol=1e-5)
     with Encoder.load(tiny_bundle, cache_dir=cache, streams=1) as encoder:
         assert encoder.engine.streams == 1, "what the caller names goes before the plan"
@@ -85,7 +85,7 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
         assert encoder.decision.source is Source.PLAN
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", cache_dir=cache) as encoder:
         assert encoder.decision.source is Source.ASKED
-        assert encoder.rows == "64 tokens, batches of 1024"
+        assert encoder.rows == "64 tokens (many of a kind: 48), batches of 1024"
     for nothing in ({"plan": None, "cache_dir": cache}, {"cache_dir": None}):
         with Encoder.load(tiny_bundle, **nothing) as encoder:
             assert encoder.decision.source is Source.RULE

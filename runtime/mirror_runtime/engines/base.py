@@ -16,11 +16,14 @@ class Engine(Protocol):
         name: the library.
         precision: what it runs in: exactly what was asked for.
         streams: how many calls of `run` it serves at once; the caller keeps that many in flight.
+        row_step: row lengths that are whole multiples of it cost what their tokens cost; None where each further shape
+            must be built ahead or holds the weights once more on a GPU.
     """
 
     name: EngineName
     precision: Precision
     streams: int
+    row_step: int | None
 
     def run(self, rows: PackedRows) -> Vectors:
         """Compute the pooled vectors of one batch. Safe to call from several threads.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, EngineName, Precision
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.vectors import Vectors, round_vectors
 
 
@@ -16,6 +16,7 @@ class FakeEngine:
         self.name = EngineName.FAKE
         self.precision = precision
         self.streams = streams or 1
+        self.row_step: int | None = BLOCK
         self._spec = spec
 
     def run(self, rows: PackedRows) -> Vectors:

@@ -12,7 +12,7 @@ from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 
 PRECISION_KEY = "mirror_precision"
 """Metadata of an ONNX file whose products are not in fp32: what they are in."""
@@ -40,6 +40,7 @@ class OnnxRuntimeEngine:
         self.name = EngineName.ONNXRUNTIME
         self.precision: Precision = precision
         self.streams = streams or 1
+        self.row_step: int | None = BLOCK
         threads = max(1, usable_cores() // self.streams)
         self._session = open_session(graph, threads=threads, fused=precision is not Precision.FP8)
         held = self._session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, Precision.FP32.value)

@@ -151,6 +151,7 @@ class OnnxRuntimeGpuEngine:
         self.name = name
         self.precision: Precision = precision
         self.streams = streams or 1
+        self.row_step: int | None = None
         self._graph = graph
         self._cache = cache
         self._bound: dict[Shape, _Bound] = {}

@@ -21,7 +21,7 @@ from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,22 @@ class _Slot:
         inputs = {name: request.get_input_tensor(i).data for i, name in enumerate(names)}
         return cls(request=request, inputs=inputs, output=request.get_output_tensor(0).data)
 
+    def fill(self, rows: PackedRows) -> None:
+        """Write rows into the inputs, which may be longer."""
+        length = rows.shape[1]
+        for name, view in self.inputs.items():
+            view[:, :length] = getattr(rows, name)
+            view[:, length:] = 0
+
+    def run(self) -> None:
+        # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
+        self.request.start_async()
+        self.request.wait()
+
+    def vectors(self, length: int) -> NDArray[np.float32]:
+        """Copy what rows of this length gave."""
+        return self.output[:, : length // TOKENS_PER_SLOT].copy()
+
 
 class OpenVinoEngine:
     """Runs packed graphs on OpenVINO's CPU plugin: in fp32, lowered to bf16 by the plugin, or in int8.
@@ -67,7 +83,8 @@ class OpenVinoEngine:
     An int8 file's quantised products run in int8, the rest in bf16 where the CPU has it, else in fp32.
 
     Shapes are compiled when first needed: a batch of many rows for throughput, with as many streams as asked for and
-    the cores shared among them; a single row for latency, with all cores on one stream.
+    the cores shared among them; a single row for latency, with all cores on one stream. All streams run the first batch
+    of a shape, and must agree.
 
     Args:
         graph: the packed ONNX file.
@@ -102,6 +119,7 @@ class OpenVinoEngine:
         self.precision = precision
         self._cores = usable_cores()
         self.streams = streams or self._cores
+        self.row_step: int | None = _WHOLE if self._lengthens else BLOCK
         self._graph = graph
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
@@ -116,16 +134,14 @@ class OpenVinoEngine:
         """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
         count, length = rows.shape
         shape = (count, -(-length // _WHOLE) * _WHOLE) if self._lengthens and length > _SHORT else rows.shape
-        pool = self._slots.get(shape) or self._compile(shape)
+        if shape not in self._slots and (first := self._compile(shape, rows)) is not None:
+            return first
+        pool = self._slots[shape]
         slot = pool.get()
         try:
-            for name, view in slot.inputs.items():
-                view[:, :length] = getattr(rows, name)
-                view[:, length:] = 0
-            # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
-            slot.request.start_async()
-            slot.request.wait()
-            return slot.output[:, : length // TOKENS_PER_SLOT].copy()
+            slot.fill(rows)
+            slot.run()
+            return slot.vectors(length)
         except RuntimeError as error:
             raise EngineError(f"openvino failed on rows {shape}: {error}") from error
         finally:
@@ -136,26 +152,33 @@ class OpenVinoEngine:
         self._slots.clear()
         del self._model
 
-    def _compile(self, shape: tuple[int, int]) -> SimpleQueue[_Slot]:
-        """Compile a shape, once; several threads compile as many shapes side by side."""
+    def _compile(self, shape: tuple[int, int], rows: PackedRows) -> NDArray[np.float32] | None:
+        """Compile a shape, once; several threads compile as many shapes side by side.
+
+        Returns:
+            The rows' vectors, where the streams have run them to be compared.
+        """
         with self._compiling.setdefault(shape, threading.Lock()):
             if shape in self._slots:
-                return self._slots[shape]
+                return None
+            slots = self._agreeing_slots(shape, rows)
+            compared = len(slots) > 1 and shape[0] > 1
+            vectors = slots[0].vectors(rows.shape[1]) if compared else None
             pool: SimpleQueue[_Slot] = SimpleQueue()
-            for slot in self._agreeing_slots(shape):
+            for slot in slots:
                 pool.put(slot)
             self._slots[shape] = pool
-            return pool
+            return vectors
 
-    def _agreeing_slots(self, shape: tuple[int, int]) -> list[_Slot]:
-        """Compile a shape for streams that all give the same vectors."""
+    def _agreeing_slots(self, shape: tuple[int, int], rows: PackedRows) -> list[_Slot]:
+        """Compile a shape for streams that all give the same vectors for some rows; single rows have one stream."""
         for _ in range(_ATTEMPTS):
             slots = self._compiled_slots(shape)
-            if shape[0] == 1 or len(slots) == 1 or _agree(slots):
+            if shape[0] == 1 or len(slots) == 1 or _agree(slots, rows):
                 return slots
             _log.warning("openvino's streams disagree on rows %s: %s is compiled again", shape, self._graph.name)
         raise EngineError(
-            f"openvino's streams gave different vectors for one text, {_ATTEMPTS} times over: run {self._graph.name} "
+            f"openvino's streams gave different vectors for one batch, {_ATTEMPTS} times over: run {self._graph.name} "
             "with streams=1, or on onnxruntime"
         )
 
@@ -180,16 +203,13 @@ class OpenVinoEngine:
         return [_Slot.of(compiled.create_infer_request(), self._inputs) for _ in range(self.streams)]
 
 
-def _agree(slots: Sequence[_Slot]) -> bool:
-    """Run one text in every row on all streams at once, until all have, and tell whether they gave the same bits."""
+def _agree(slots: Sequence[_Slot], rows: PackedRows) -> bool:
+    """Run the same rows on all streams at once, until all have, and tell whether they gave the same bits."""
     for slot in slots:
-        for name, view in slot.inputs.items():
-            # Three positions and the first token are what every encoder has.
-            view[...] = {"input_ids": 0, "segment_ids": 1}.get(name, np.arange(view.shape[1]) % 3)
+        slot.fill(rows)
 
     def took(slot: _Slot) -> float:
-        slot.request.start_async()
-        slot.request.wait()
+        slot.run()
         return time.perf_counter() - started
 
     with ThreadPoolExecutor(len(slots)) as threads:

@@ -222,6 +222,7 @@ class TensorRtEngine:
         self.name = EngineName.TENSORRT
         self.precision: Precision = precision
         self.streams = streams or STREAMS
+        self.row_step: int | None = None
         self._plan = LoadedPlan(plan, self.streams)
 
     def run(self, rows: PackedRows) -> Vectors:

@@ -28,6 +28,7 @@ class RemoteEngine:
         self.name = artifact.engine
         self.precision = artifact.precision
         self.streams = streams
+        self.row_step: int | None = None
         self._inputs = [(tensor.name, np.dtype(tensor.dtype)) for tensor in artifact.inputs]
         self._output = artifact.outputs[0].name
         self._version = version
