@@ -27,7 +27,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
-from mirror_runtime.packing import Batch, Ladder, PackedRows, pack, pack_shape
+from mirror_runtime.packing import BLOCK, Batch, Ladder, PackedRows, pack, pack_shape
 from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
@@ -86,7 +86,7 @@ class Encoder:
         self.engine = engine
         self._tokenizer = tokenizer
         self._ladder = ladder
-        self._bulk = ladder if engine.row_step is None else ladder.for_bulk(engine.row_step)
+        self._bulk = ladder if engine.row_step is None else ladder.for_bulk()
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
         # Calls of one batch run in their caller's thread: this keeps them and the pool together at `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
@@ -199,7 +199,12 @@ class Encoder:
         engine = load_engine(
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept
         )
-        ladder = Ladder.up_to(spec.pad_to or spec.max_tokens, base=decision.row_tokens, budget=decision.batch_tokens)
+        ladder = Ladder.up_to(
+            spec.pad_to or spec.max_tokens,
+            base=decision.row_tokens,
+            budget=decision.batch_tokens,
+            step=engine.row_step or BLOCK,
+        )
         return cls(manifest, decision, engine, tokenizer, ladder)
 
     @property

@@ -70,35 +70,38 @@ class Ladder:
     Attributes:
         lengths: row lengths, ascending; each is double the one before, the first is the everyday one.
         budget: tokens of a full batch.
+        step: lengths of more than two blocks are whole multiples of it.
         halfway: lengths halfway to one of `lengths`, ascending, for full batches alone: see `for_bulk`.
     """
 
     lengths: tuple[int, ...]
     budget: int = TOKEN_BUDGET
+    step: int = BLOCK
     halfway: tuple[int, ...] = ()
 
     @staticmethod
-    def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET) -> Ladder:
+    def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET, step: int = BLOCK) -> Ladder:
         """Build the ladder for pieces of up to `max_tokens`: base, 2 base, … and the first that holds them all.
 
-        The last length is cut to the next multiple of 16, so that 384 does not cost 512.
+        The last length is cut to the next multiple of the step, so that 384 does not cost 512.
         """
-        lengths = [base]
+        lengths = [_row_length(base, step)]
         while lengths[-1] < max_tokens:
-            lengths.append(min(2 * lengths[-1], _blocks(max_tokens)))
-        return Ladder(lengths=tuple(lengths), budget=budget)
+            lengths.append(min(2 * lengths[-1], _row_length(max_tokens, step)))
+        return Ladder(lengths=tuple(lengths), budget=budget, step=step)
 
-    def for_bulk(self, step: int = BLOCK) -> Ladder:
+    def row_length(self, tokens: int) -> int:
+        """Give the shortest length that a row of so many tokens may have."""
+        return _row_length(tokens, self.step)
+
+    def for_bulk(self) -> Ladder:
         """Give the ladder for many texts: this one, and the lengths halfway to each of its lengths.
 
         Texts of like lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where there
         are full batches of such rows for every stream, shorter ones are worth the shapes that they cost.
-
-        Args:
-            step: the lengths are whole multiples of it, and where none lies between two lengths there is none.
         """
         below = (self.lengths[0] // 2, *self.lengths[:-1])
-        steps = [(a, -(-(a + b) // (2 * step)) * step, b) for a, b in zip(below, self.lengths, strict=True)]
+        steps = [(a, self.row_length(-(-(a + b) // 2)), b) for a, b in zip(below, self.lengths, strict=True)]
         return replace(self, halfway=tuple(length for a, length, b in steps if a < length < b))
 
     def row_counts(self, length: int) -> tuple[int, ...]:
@@ -108,9 +111,12 @@ class Ladder:
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Every (rows, length) that `pack` can produce; small ones first."""
-        short = tuple((1, length) for length in range(BLOCK, self.lengths[0], BLOCK))
+        short = {self.row_length(tokens) for tokens in range(BLOCK, self.lengths[0], BLOCK)} - {self.lengths[0]}
         lengths = sorted(self.lengths + self.halfway)
-        return short + tuple((rows, length) for length in lengths for rows in reversed(self.row_counts(length)))
+        return (
+            *((1, length) for length in sorted(short)),
+            *((rows, length) for length in lengths for rows in reversed(self.row_counts(length))),
+        )
 
 
 def pack(
@@ -140,7 +146,7 @@ def pack(
         return []
     starts = np.cumsum(lengths) - lengths
     # Few short texts: one row just long enough, for latency.
-    length = max(_blocks(int(lengths.sum())), _blocks(TOKENS_PER_SLOT * lengths.size))
+    length = ladder.row_length(max(int(lengths.sum()), TOKENS_PER_SLOT * lengths.size))
     if length <= ladder.lengths[0]:
         return list(_fill(ids, starts, lengths, np.arange(lengths.size), np.zeros_like(lengths), [1], length, own))
     order = np.argsort(-lengths, kind="stable")
@@ -348,6 +354,7 @@ def _fill(
         row += count
 
 
-def _blocks(tokens: int) -> int:
-    """Round up to a whole number of blocks."""
-    return -(-tokens // BLOCK) * BLOCK
+def _row_length(tokens: int, step: int) -> int:
+    """Round up to a whole number of blocks, and beyond two of them of steps."""
+    multiple = BLOCK if tokens <= 2 * BLOCK else step
+    return -(-tokens // multiple) * multiple

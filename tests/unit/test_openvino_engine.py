@@ -92,6 +92,21 @@ class _Request:
         time.sleep(next(self._seconds))
 
 
+class _Broken(_Request):
+    """Fails as OpenVINO does."""
+
+    def wait(self):
+        raise RuntimeError("Exception from src/inference")
+
+
+def test_what_openvino_cannot_run_is_an_engine_error():
+    slot = openvino_engine._Slot(
+        cast(Any, _Broken([])), {"input_ids": np.ones((4, 64), np.int64)}, np.ones(0, np.float32)
+    )
+    with pytest.raises(EngineError, match=r"openvino failed on rows \(4, 64\): Exception from src"):
+        slot.run()
+
+
 @pytest.mark.parametrize(
     ("seconds", "rounds"),
     [

@@ -23,8 +23,19 @@ def test_the_ladder_for_bulk_has_the_lengths_halfway():
     assert BULK.row_counts(192) == (5,)
     assert set(BULK.shapes()) - set(LADDER.shapes()) == {(21, 48), (10, 96), (5, 192)}
     assert Ladder.up_to(384).for_bulk().halfway == (48, 96, 192, 320)
-    assert LADDER.for_bulk(64).halfway == (192,)
-    assert Ladder.up_to(64, base=32).for_bulk().halfway == (48,)
+    assert Ladder.up_to(64, base=32).for_bulk().halfway == (48,), "24 is no whole number of blocks"
+
+
+def test_a_step_rules_all_lengths_of_more_than_two_blocks():
+    ladder = Ladder.up_to(300, step=64)
+    assert ladder.lengths == (64, 128, 256, 320)
+    assert Ladder.up_to(100, base=48, step=64).lengths == (64, 128)
+    assert Ladder.up_to(100, base=32, step=64).lengths == (32, 64, 128)
+    assert ladder.for_bulk().halfway == (192,)
+    assert [shape for shape in ladder.shapes() if shape[1] < 64] == [(1, 16), (1, 32)]
+    for tokens, length in ((9, 16), (30, 32), (33, 64), (50, 64)):
+        (batch,) = pack(np.ones(tokens, np.int64), np.array([tokens]), ladder)
+        assert batch.rows.shape == (1, length)
 
 
 @settings(max_examples=200, deadline=None)

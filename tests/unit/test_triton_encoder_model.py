@@ -14,6 +14,7 @@ from mirror_runtime.bundle import (
     EngineName,
     Layout,
     Manifest,
+    Pooling,
     Precision,
     TensorSpec,
     read_manifest,
@@ -22,7 +23,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.engines.plan_card import PlanCard, card_path
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import Ladder
-from mirror_runtime.triton.encoder_model import EncoderModel, render_encoder
+from mirror_runtime.triton.encoder_model import EncoderModel, packed_ladder, render_encoder
 from mirror_runtime.triton.options import Backend, ServingOptions
 
 NAMES = ("input_ids", "position_ids", "segment_ids")
@@ -166,3 +167,18 @@ def test_one_of_several_precisions_must_be_named(manifest):
     assert config.backend == "onnxruntime"
     with pytest.raises(InputError, match="9 streams on 8 cores"):
         rendered(bundle, read, backend=Backend.ONNXRUNTIME, precision="int8", streams=9)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "backend", "short"),
+    [
+        (Pooling.CLS, Backend.OPENVINO, [16, 32]),
+        (Pooling.MEAN, Backend.OPENVINO, [16, 32, 48]),
+        (Pooling.CLS, Backend.ONNXRUNTIME, [16, 32, 48]),
+    ],
+)
+def test_openvino_runs_one_token_heads_in_lengths_that_it_gets_right(manifest, pooling, backend, short):
+    _, made = manifest(EngineName.OPENVINO, Precision.BF16)
+    asked = dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, pooling=pooling))
+    ladder = packed_ladder(asked, ServingOptions(backend=backend))
+    assert [length for _, length in ladder.shapes() if length < 64] == short

@@ -16,8 +16,8 @@ class Engine(Protocol):
         name: the library.
         precision: what it runs in: exactly what was asked for.
         streams: how many calls of `run` it serves at once; the caller keeps that many in flight.
-        row_step: row lengths that are whole multiples of it cost what their tokens cost; None where each further shape
-            must be built ahead or holds the weights once more on a GPU.
+        row_step: row lengths of more than 32 tokens are to be whole multiples of it. None where a shape besides the
+            ladder's is dear: built ahead, or the weights once more on a GPU.
     """
 
     name: EngineName

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.bundle import TOKENS_PER_SLOT, EngineName, Precision
+from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.engines.openvino_cache import read_graph
 from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import EngineError
@@ -36,8 +36,9 @@ _APART, _LONG = 1.5, 0.02
 """A round is the last if it took all streams this many seconds and none this many times as long as another: what one
 stream runs for two takes it twice as long. Threads that start later blur shorter ones."""
 
-_SHORT, _WHOLE = 32, 64
-"""See `one_token`."""
+ONE_TOKEN_STEP = 64
+"""The row step of graphs whose last layer computes one token a text, in its slot. OpenVINO (2026.4.1) gets wrong what
+the 12 slots of 48 tokens ask, in bf16 always and in fp32 where rows are many; 4, 8 and multiples of 16 are right."""
 
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "bf16"}
 """What is not quantised is computed in this; int8 graphs on a CPU without bf16 in f32."""
@@ -61,20 +62,23 @@ class _Slot:
         return cls(request=request, inputs=inputs, output=request.get_output_tensor(0).data)
 
     def fill(self, rows: PackedRows) -> None:
-        """Write rows into the inputs, which may be longer."""
-        length = rows.shape[1]
+        """Write rows into the inputs."""
         for name, view in self.inputs.items():
-            view[:, :length] = getattr(rows, name)
-            view[:, length:] = 0
+            view[...] = getattr(rows, name)
 
     def run(self) -> None:
-        # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
-        self.request.start_async()
-        self.request.wait()
+        """Compute.
 
-    def vectors(self, length: int) -> NDArray[np.float32]:
-        """Copy what rows of this length gave."""
-        return self.output[:, : length // TOKENS_PER_SLOT].copy()
+        Raises:
+            EngineError: OpenVINO failed.
+        """
+        try:
+            # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
+            self.request.start_async()
+            self.request.wait()
+        except RuntimeError as error:
+            shape = next(view.shape for view in self.inputs.values())
+            raise EngineError(f"openvino failed on rows {shape}: {error}") from error
 
 
 class OpenVinoEngine:
@@ -91,9 +95,7 @@ class OpenVinoEngine:
         precision: fp32, bf16 or int8.
         streams: batches in flight; None means one for each core.
         cache: see `load_engine`.
-        one_token: whether the graph's last layer computes one token a text, in its slot. In bf16 OpenVINO gets wrong
-            what 12 such slots ask of 48 tokens (2026.4.1; 4, 8 and 16 are right): rows of more than 32 tokens are then
-            lengthened to whole multiples of 64.
+        one_token: whether the graph's last layer computes one token a text, in its slot: see `ONE_TOKEN_STEP`.
 
     Raises:
         MissingExtra: openvino is not installed.
@@ -114,12 +116,11 @@ class OpenVinoEngine:
         with _FIRST_TENSORS:
             _ = openvino.Tensor(np.zeros(1, np.int64)).data
         self._hint = _hint(self._core, precision)
-        self._lengthens = one_token and self._hint == "bf16"
         self.name = EngineName.OPENVINO
         self.precision = precision
         self._cores = usable_cores()
         self.streams = streams or self._cores
-        self.row_step: int | None = _WHOLE if self._lengthens else BLOCK
+        self.row_step: int | None = ONE_TOKEN_STEP if one_token else BLOCK
         self._graph = graph
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
@@ -132,18 +133,14 @@ class OpenVinoEngine:
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
-        count, length = rows.shape
-        shape = (count, -(-length // _WHOLE) * _WHOLE) if self._lengthens and length > _SHORT else rows.shape
-        if shape not in self._slots and (first := self._compile(shape, rows)) is not None:
+        if rows.shape not in self._slots and (first := self._compile(rows)) is not None:
             return first
-        pool = self._slots[shape]
+        pool = self._slots[rows.shape]
         slot = pool.get()
         try:
             slot.fill(rows)
             slot.run()
-            return slot.vectors(length)
-        except RuntimeError as error:
-            raise EngineError(f"openvino failed on rows {shape}: {error}") from error
+            return slot.output.copy()
         finally:
             pool.put(slot)
 
@@ -152,31 +149,32 @@ class OpenVinoEngine:
         self._slots.clear()
         del self._model
 
-    def _compile(self, shape: tuple[int, int], rows: PackedRows) -> NDArray[np.float32] | None:
-        """Compile a shape, once; several threads compile as many shapes side by side.
+    def _compile(self, rows: PackedRows) -> NDArray[np.float32] | None:
+        """Compile the shape of some rows, once; several threads compile as many shapes side by side.
 
         Returns:
             The rows' vectors, where the streams have run them to be compared.
         """
+        shape = rows.shape
         with self._compiling.setdefault(shape, threading.Lock()):
             if shape in self._slots:
                 return None
-            slots = self._agreeing_slots(shape, rows)
-            compared = len(slots) > 1 and shape[0] > 1
-            vectors = slots[0].vectors(rows.shape[1]) if compared else None
+            compared = self.streams > 1 and shape[0] > 1  # single rows have one stream
+            slots = self._agreeing_slots(rows) if compared else self._compiled_slots(shape)
+            vectors = slots[0].output.copy() if compared else None
             pool: SimpleQueue[_Slot] = SimpleQueue()
             for slot in slots:
                 pool.put(slot)
             self._slots[shape] = pool
             return vectors
 
-    def _agreeing_slots(self, shape: tuple[int, int], rows: PackedRows) -> list[_Slot]:
-        """Compile a shape for streams that all give the same vectors for some rows; single rows have one stream."""
+    def _agreeing_slots(self, rows: PackedRows) -> list[_Slot]:
+        """Compile the shape of some rows for streams that all give the same vectors for them."""
         for _ in range(_ATTEMPTS):
-            slots = self._compiled_slots(shape)
-            if shape[0] == 1 or len(slots) == 1 or _agree(slots, rows):
+            slots = self._compiled_slots(rows.shape)
+            if _agree(slots, rows):
                 return slots
-            _log.warning("openvino's streams disagree on rows %s: %s is compiled again", shape, self._graph.name)
+            _log.warning("openvino's streams disagree on rows %s: %s is compiled again", rows.shape, self._graph.name)
         raise EngineError(
             f"openvino's streams gave different vectors for one batch, {_ATTEMPTS} times over: run {self._graph.name} "
             "with streams=1, or on onnxruntime"
