@@ -147,6 +147,7 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path, number: signal.Sig
                 response.read()
                 answered.append(response.status)
             except (OSError, http.client.HTTPException) as error:
+                connection.close()
                 if not fresh:  # a new connection may find the port closed, or closing: nothing was taken
                     broken.append(error)
                 return
