@@ -6,7 +6,7 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-from mirror_runtime.bundle import ONE_TOKEN, EncoderSpec, EngineName, Precision
+from mirror_runtime.bundle import EncoderSpec, EngineName, Precision
 from mirror_runtime.engines.base import Engine
 from mirror_runtime.errors import EngineError
 
@@ -49,9 +49,9 @@ def load_engine(
     if streams is not None and streams < 1:
         raise EngineError(f"streams is {streams}: it must be at least 1")
     if name is EngineName.OPENVINO:
-        from mirror_runtime.engines.openvino_engine import OpenVinoEngine
+        from mirror_runtime.engines.openvino_engine import OpenVinoEngine, row_step_of
 
-        return OpenVinoEngine(graph, precision, streams, cache, one_token=spec.pooling in ONE_TOKEN)
+        return OpenVinoEngine(graph, precision, streams, cache, row_step=row_step_of(spec.pooling))
     if name is EngineName.ONNXRUNTIME:
         from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 

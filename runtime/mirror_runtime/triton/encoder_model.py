@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from mirror_runtime.bundle import ONE_TOKEN, Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
-from mirror_runtime.engines.openvino_engine import ONE_TOKEN_STEP
+from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
+from mirror_runtime.engines.openvino_engine import row_step_of
 from mirror_runtime.engines.plan_card import PlanCard, read_card
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import BLOCK, ROW_TOKENS, TOKEN_BUDGET, Ladder
@@ -116,7 +116,7 @@ def packed_ladder(manifest: Manifest, options: ServingOptions) -> Ladder:
         spec.pad_to or spec.max_tokens,
         base=options.row_tokens or ROW_TOKENS,
         budget=options.batch_tokens or TOKEN_BUDGET,
-        step=ONE_TOKEN_STEP if options.backend is Backend.OPENVINO and spec.pooling in ONE_TOKEN else BLOCK,
+        step=row_step_of(spec.pooling) if options.backend is Backend.OPENVINO else BLOCK,
     )
 
 
