@@ -209,13 +209,14 @@ def _shape(bundle: Path) -> tuple[EncoderShape | None, BundleError | None]:
 
 
 def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
-    """Give the peers that were asked for; else all, or those that a quick run takes."""
-    known = [spec.title for spec in PEERS]
-    if unknown := [title for title in titles if title not in known]:
-        raise InputError(f"--peer {unknown[0]}: known are {', '.join(known)}")
+    """Give the peers that were asked for, in any case; else all, or those that a quick run takes."""
+    known = {spec.title.lower(): spec.title for spec in PEERS}
+    if unknown := [title for title in titles if title.lower() not in known]:
+        raise InputError(f"--peer {unknown[0]}: known are {', '.join(known.values())}")
     if not titles:
         return tuple(spec.title for spec in PEERS if not quick or spec.quick)
-    return tuple(title for title in known if title in titles)
+    asked = {title.lower() for title in titles}
+    return tuple(title for name, title in known.items() if name in asked)
 
 
 def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:

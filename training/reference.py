@@ -26,6 +26,9 @@ from training.source import Source
 PADDED_TEXTS, PADDED_TOKENS = 32, 4096
 """Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
 
+PADDED_FILL = 0.85
+"""Least share of a padded batch's tokens that is no padding: where lengths grow fast, batches end early."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
@@ -169,7 +172,7 @@ class Reference:
 
 
 def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut texts, by ascending length, into batches within `PADDED_TEXTS` and `PADDED_TOKENS`.
+    """Cut texts, by ascending length, into batches within `PADDED_TEXTS`, `PADDED_TOKENS` and `PADDED_FILL`.
 
     Args:
         lengths: int64 [n], each text's tokens.
@@ -178,15 +181,15 @@ def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         int64 [m], the texts of a batch; a text longer than `PADDED_TOKENS` is one by itself.
     """
     order = np.argsort(lengths, kind="stable")
-    at = 0
-    while at < order.size:
-        size = 1
-        while (
-            size < PADDED_TEXTS and at + size < order.size and (size + 1) * lengths[order[at + size]] <= PADDED_TOKENS
-        ):
-            size += 1
-        yield order[at : at + size]
-        at += size
+    begin = used = 0
+    for at, length in enumerate(lengths[order].tolist()):
+        size, used = at + 1 - begin, used + length
+        padded = size * length
+        if size > 1 and (size > PADDED_TEXTS or padded > PADDED_TOKENS or used < PADDED_FILL * padded):
+            yield order[begin:at]
+            begin, used = at, length
+    if order.size:
+        yield order[begin:]
 
 
 def _shortened(

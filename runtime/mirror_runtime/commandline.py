@@ -50,7 +50,7 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> 
     """Repeat a list option before each of its values, which is the form that typer knows.
 
     A value that the list does not know ends it, so that an argument after the list stays an argument. A list of None
-    knows every value (file names): the next option ends it.
+    knows every value (file names): the next option ends it. Upper and lower case are the option's own affair.
     """
     result: list[str] = []
     option = ""
@@ -59,7 +59,7 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> 
             option = argument if argument in lists else ""
         elif option and result[-1] != option:
             known = lists[option]
-            if known is None or argument in known:
+            if known is None or argument.lower() in map(str.lower, known):
                 result.append(option)
             else:
                 option = ""

@@ -225,8 +225,8 @@ class Encoder:
     @property
     def rows(self) -> str:
         """The row lengths that texts are packed into and the tokens of a full batch, in words."""
-        halfway = ", ".join(map(str, self._bulk.halfway))
-        in_bulk = f" (many of a kind: {halfway})" if halfway else ""
+        between = ", ".join(map(str, self._bulk.between))
+        in_bulk = f" (many of a kind: {between})" if between else ""
         return f"{', '.join(map(str, self._ladder.lengths))} tokens{in_bulk}, batches of {self._ladder.budget}"
 
     @property
@@ -323,7 +323,7 @@ class Encoder:
         tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
         ladder = self._bulk if bulk else self._ladder
-        batches = pack(tokenized.ids, tokenized.lengths, ladder, streams=self.engine.streams, own=tokenized.own)
+        batches = self._pack(tokenized, ladder)
         packed_at = time.perf_counter()
         truncated = int(tokenized.truncated.sum())
         if truncated:
@@ -384,7 +384,9 @@ class Encoder:
             pass
 
     def encode_shapes(self, texts: Sequence[str]) -> Iterator[tuple[tuple[int, int], NDArray[np.int64], Vectors]]:
-        """Run one batch of every shape, those for bulk too, filled with the longest texts that fit: for a proof.
+        """Run one batch of every shape, those for bulk too, that `encode` of the same texts leaves out: for a proof.
+
+        It is filled with the longest texts that fit. What `encode` runs with empty rows alone counts as left out.
 
         Args:
             texts: best of all lengths; bad ones and those of several pieces are left out.
@@ -406,7 +408,10 @@ class Encoder:
             held = text_of[batch.pieces]
             return shape, held[held >= 0], self._run(batch)[held >= 0]
 
-        yield from self._pool.map(run, self._bulk.shapes())
+        windows = (self._tokenizer(texts[at : at + WINDOW]) for at in range(0, len(texts), WINDOW))
+        batches = (batch.rows for window in windows for batch in self._pack(window, self._bulk))
+        filled = {rows.shape for rows in batches if rows.segment_ids[:, 0].all()}
+        yield from self._pool.map(run, [shape for shape in self._bulk.shapes() if shape not in filled])
 
     def close(self) -> None:
         """Release the engine. The encoder cannot be used afterwards."""
@@ -434,6 +439,9 @@ class Encoder:
             for left in running:
                 for output in left.outputs:
                     output.cancel()
+
+    def _pack(self, tokenized: Tokenized, ladder: Ladder) -> list[Batch]:
+        return pack(tokenized.ids, tokenized.lengths, ladder, streams=self.engine.streams, own=tokenized.own)
 
     def _run(self, batch: Batch) -> Vectors:
         """Run one batch and keep the vectors [m, width] of its pieces."""

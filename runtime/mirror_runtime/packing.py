@@ -71,13 +71,13 @@ class Ladder:
         lengths: row lengths, ascending; each is double the one before, the first is the everyday one.
         budget: tokens of a full batch.
         step: lengths of more than two blocks are whole multiples of it.
-        halfway: lengths halfway to one of `lengths`, ascending, for full batches alone: see `for_bulk`.
+        between: lengths between those of `lengths`, ascending, for full batches alone: see `for_bulk`.
     """
 
     lengths: tuple[int, ...]
     budget: int = TOKEN_BUDGET
     step: int = BLOCK
-    halfway: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
 
     @staticmethod
     def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET, step: int = BLOCK) -> Ladder:
@@ -95,24 +95,26 @@ class Ladder:
         return _row_length(tokens, self.step)
 
     def for_bulk(self) -> Ladder:
-        """Give the ladder for many texts: this one, and the lengths halfway to each of its lengths.
+        """Give the ladder for many texts: this one, and three quarters and seven eighths of its lengths.
 
         Texts of like lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where there
         are full batches of such rows for every stream, shorter ones are worth the shapes that they cost.
         """
-        below = (self.lengths[0] // 2, *self.lengths[:-1])
-        steps = [(a, self.row_length(-(-(a + b) // 2)), b) for a, b in zip(below, self.lengths, strict=True)]
-        return replace(self, halfway=tuple(length for a, length, b in steps if a < length < b))
+        between = set()
+        for low, high in zip((self.lengths[0] // 2, *self.lengths[:-1]), self.lengths, strict=True):
+            shorter = {self.row_length(high - (high - low) // part) for part in (2, 4)}
+            between |= {length for length in shorter if low < length < high}
+        return replace(self, between=tuple(sorted(between)))
 
     def row_counts(self, length: int) -> tuple[int, ...]:
-        """Row counts for rows of `length`, descending: a full batch, a quarter, one; halfway a full batch alone."""
+        """Row counts for rows of `length`, descending: a full batch, a quarter, one; between a full batch alone."""
         full = max(1, self.budget // length)
-        return (full,) if length in self.halfway else tuple(sorted({full, max(1, full // 4), 1}, reverse=True))
+        return (full,) if length in self.between else tuple(sorted({full, max(1, full // 4), 1}, reverse=True))
 
     def shapes(self) -> tuple[tuple[int, int], ...]:
         """Every (rows, length) that `pack` can produce; small ones first."""
         short = {self.row_length(tokens) for tokens in range(BLOCK, self.lengths[0], BLOCK)} - {self.lengths[0]}
-        lengths = sorted(self.lengths + self.halfway)
+        lengths = sorted(self.lengths + self.between)
         return (
             *((1, length) for length in sorted(short)),
             *((rows, length) for length in lengths for rows in reversed(self.row_counts(length))),
@@ -140,18 +142,18 @@ def pack(
         own: int64 [pieces], tokens of each piece ahead of its padding; None where no piece has any.
 
     Returns:
-        The batches, longest rows first, covering every piece once.
+        The batches, longest rows first, single rows last, covering every piece once.
     """
     if lengths.size == 0:
         return []
-    starts = np.cumsum(lengths) - lengths
     # Few short texts: one row just long enough, for latency.
     length = ladder.row_length(max(int(lengths.sum()), TOKENS_PER_SLOT * lengths.size))
     if length <= ladder.lengths[0]:
-        return list(_fill(ids, starts, lengths, np.arange(lengths.size), np.zeros_like(lengths), [1], length, own))
+        return [_row(ids, lengths, length, own)]
+    starts = np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
     rows, row_lengths = _assign(lengths[order], ladder)
-    if ladder.halfway:
+    if ladder.between:
         rows, row_lengths = _shorten(rows, row_lengths, lengths[order], ladder, streams)
     by_row = np.argsort(rows, kind="stable")  # a row's pieces stay longest first
     order, rows = order[by_row], rows[by_row]
@@ -164,7 +166,8 @@ def pack(
         counts = _counts(count, ladder.row_counts(length), streams)
         batches += _fill(ids, starts, lengths, order[begin:end], rows[begin:end] - opened, counts, length, own)
         opened += count
-    return batches
+    # A single row wants all cores, a batch of many one: beside each other both are slower.
+    return sorted(batches, key=lambda batch: batch.rows.shape[0] == 1)
 
 
 def pack_shape(
@@ -264,7 +267,7 @@ def _place(
 def _shorten(
     rows: NDArray[np.int64], row_lengths: list[int], sizes: NDArray[np.int64], ladder: Ladder, streams: int
 ) -> tuple[NDArray[np.int64], list[int]]:
-    """Shorten rows whose pieces need no more to the length halfway, as many as give every stream full batches.
+    """Shorten rows whose pieces need no more to a length between, as many as give every stream full batches.
 
     Args:
         rows: int64 [pieces], each piece's row.
@@ -278,11 +281,11 @@ def _shorten(
     """
     needed = np.maximum(np.bincount(rows, weights=sizes), np.bincount(rows) * TOKENS_PER_SLOT)
     lengths = np.array(row_lengths)
-    for halfway in ladder.halfway:
-        length = next(length for length in ladder.lengths if length > halfway)
-        fitting = np.flatnonzero((lengths == length) & (needed <= halfway))
-        round_of_batches = ladder.row_counts(halfway)[0] * streams
-        lengths[fitting[fitting.size % round_of_batches :]] = halfway
+    for between in ladder.between:  # what one length leaves over is for the next one
+        length = next(length for length in ladder.lengths if length > between)
+        fitting = np.flatnonzero((lengths == length) & (needed <= between))
+        round_of_batches = ladder.row_counts(between)[0] * streams
+        lengths[fitting[fitting.size % round_of_batches :]] = between
     order = np.argsort(-lengths, kind="stable")
     numbers = np.empty_like(order)
     numbers[order] = np.arange(order.size)
@@ -303,6 +306,34 @@ def _counts(rows: int, sizes: Sequence[int], streams: int) -> list[int]:
             counts += [size] * batches
             rows -= size * batches
     return counts + [1] * rows
+
+
+def _row(ids: NDArray[np.int64], lengths: NDArray[np.int64], length: int, own: NDArray[np.int64] | None) -> Batch:
+    """Lay few pieces out in one row, one after another: what a lone text waits for, so without `_fill`'s sorting.
+
+    Args:
+        ids: the pieces' tokens.
+        lengths: each piece's tokens.
+        length: tokens of the row.
+        own: each piece's tokens ahead of its padding; None where no piece has any.
+    """
+    arrays = np.zeros((3, 1, length), np.int64)
+    input_ids, position_ids, segment_ids = arrays
+    input_ids[0, : ids.size] = ids
+    at = 0
+    for number, size in enumerate(lengths.tolist()):
+        position_ids[0, at : at + size] = np.arange(size)
+        segment_ids[0, at : at + size] = number + 1
+        if own is not None:
+            segment_ids[0, at + own[number] : at + size] = -(number + 1)
+        at += size
+    slots = np.arange(lengths.size)
+    return Batch(
+        rows=PackedRows(input_ids=input_ids, position_ids=position_ids, segment_ids=segment_ids),
+        pieces=slots,
+        slots=slots,
+        tokens=at if own is None else int(own.sum()),
+    )
 
 
 def _fill(

@@ -242,6 +242,7 @@ def test_an_engine_that_is_not_in_the_library_is_a_failed_point(make_bundle, mak
         (["{bundle}", "--output", "{bundle}"], "holds no report to replace"),
         (["{bundle}", "--peer-env", "nobody=x"], "NAME=DIR"),
         (["{bundle}", "--suite", "peers", "--peer", "nobody"], "known are sentence-transformers"),
+        (["--suite", "peers", "--peer", "plain-loop", "ctranslate2", "{absent}"], "is not a bundle"),
         (["{bundle}", "--suite", "quality"], "needs --sts or --words"),
         (["{bundle}", "--suite", "quality", "--sts", "{absent}"], "cannot be read"),
         (["{bundle}", "--resume"], "--resume: "),

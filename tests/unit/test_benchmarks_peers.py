@@ -21,6 +21,7 @@ from benchmarks.peer_suite import prepare_peers, run_peers
 from benchmarks.peers.installed import installed_bytes
 from benchmarks.peers.worker import PeerWorker
 from benchmarks.quality import Judge
+from benchmarks.run import _chosen_peers
 from benchmarks.session import Plan, Results, loaded, select_points
 from benchmarks.startup import Starter, our_starters, run_start
 from benchmarks.workload import bundle_tokenizer, load_workload
@@ -298,6 +299,10 @@ def test_packages_and_all_that_they_need_are_counted():
     assert not {"torch", "onnxruntime", "pytest"} & needed
     assert 10e6 < installed_bytes({"numpy"}) < installed_bytes({"numpy", "openvino"}) <= our_bytes(EngineName.OPENVINO)
     assert environment_bytes(Path(sys.executable)) > our_bytes(EngineName.OPENVINO)
+
+
+def test_a_peer_is_chosen_in_any_case():
+    assert _chosen_peers(["ctranslate2", "Plain-Loop"], quick=False) == ("CTranslate2", "plain-loop")
 
 
 def test_only_the_chosen_peers_are_prepared(plan, script, progress, tmp_path):
