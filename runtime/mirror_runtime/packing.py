@@ -95,7 +95,9 @@ class Ladder:
         return _row_length(tokens, self.step)
 
     def for_bulk(self) -> Ladder:
-        """Give the ladder for many texts: this one, and three quarters and seven eighths of its lengths.
+        """Give the ladder for many texts: this one, and lengths half and three quarters of the way to each.
+
+        Where those double, that is three quarters and seven eighths of each, in whole steps.
 
         Texts of like lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where there
         are full batches of such rows for every stream, shorter ones are worth the shapes that they cost.
