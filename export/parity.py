@@ -256,15 +256,14 @@ def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expec
             truncations_counted_elsewhere(),  # the texts are too long on purpose
             Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, candidate.path) as encoder,
         ):
-            parity = prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
             prove_shapes(encoder, expected, floors, what=str(candidate))
-            return parity
+            return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
     with _padded_run(folder / candidate.path, candidate.engine, candidate.precision) as run:
         return prove(padded_encode(run, folder, candidate, spec), expected, floors, what=str(candidate))
 
 
 def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: str) -> None:
-    """Compare vectors from a full batch of every shape that `prove` has not filled with the reference's.
+    """Compare vectors from a full batch of every shape that `prove` leaves out with the reference's.
 
     Args:
         encoder: runs the artifact.
@@ -354,8 +353,10 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
     count = min(NEIGHBOURS, len(texts))
     picked = [by_length[i * len(texts) // count] for i in range(count)]
-    sample, together = [texts[i] for i in picked], vectors[picked]
+    sample = [texts[i] for i in picked]
+    together = encode(sample)
     alone = np.concatenate([encode([text]) for text in sample])
+    check_finite(together, sample, what)
     check_finite(alone, sample, what)
     _check_distance(together, alone, sample, floors.neighbour, f"{what}: vectors depend on the other texts of a batch")
     _check_distance(alone, expected.vectors[picked], sample, floor, f"{what}: texts alone differ from the reference")

@@ -70,7 +70,7 @@ def test_vectors_that_depend_on_neighbours_are_refused(expected):
 
     def leaky(texts):
         found = lookup(table)(texts)
-        return found if len(texts) > 1 else found + np.float32(0.1) * np.roll(found, 1, axis=1)
+        return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.1) * found.mean(0)
 
     with pytest.raises(ParityError, match="depend on the other texts"):
         prove(leaky, expected, FP32, what="x")
@@ -81,7 +81,7 @@ def test_int8_may_not_depend_on_neighbours_either(expected):
 
     def leaky(texts):
         found = lookup(table)(texts)
-        return found if len(texts) > 1 else found + np.float32(0.07) * np.roll(found, 1, axis=1)
+        return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.07) * np.roll(found, 1, axis=1)
 
     prove(lookup(table), expected, INT8, what="x")
     with pytest.raises(ParityError, match=r"depend on the other texts of a batch.*cosine below 0\.999"):

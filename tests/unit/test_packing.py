@@ -92,7 +92,8 @@ def test_ragged_texts_leave_little_to_shorten(longest, share):
 
 
 @pytest.mark.parametrize(
-    ("rows", "three_quarters", "seven_eighths"), [(7, 0, 0), (9, 0, 8), (10, 10, 0), (19, 10, 8), (20, 20, 0)]
+    ("rows", "three_quarters", "seven_eighths"),
+    [(7, 0, 0), (9, 0, 8), (10, 10, 0), (19, 10, 8), (20, 20, 0), (23, 20, 0)],
 )
 def test_rows_are_shortened_in_full_batches_for_every_stream(rows, three_quarters, seven_eighths):
     sizes = np.full(rows, 150)
