@@ -191,26 +191,6 @@ def _scatter(theme: Theme, title: str, marks: Sequence[_Mark]) -> tuple[Figure, 
     return figure, axes
 
 
-def _agreement(report: Report, theme: Theme) -> Figure:
-    """Draw speed against the worst disagreement with the reference: up and to the left is better."""
-    agreement = {c.peer: c.min_cosine for c in report.comparisons}
-    ours = report.ours_beside_peers or report.throughput
-    marks = [_Mark(name=r.point.name, x=_distance(r.point.parity.min_cosine), y=r.texts_per_s, ours=True) for r in ours]
-    marks += [
-        _Mark(name=r.name, x=_distance(agreement[r.name]), y=r.texts_per_s, ours=False)
-        for r in report.peers
-        if r.name in agreement
-    ]
-    figure, axes = _scatter(theme, "Speed and agreement", marks)
-    axes.set_xscale("log")
-    axes.set_xlabel("1 - worst cosine (left is closer; squares: peers, compared with our vectors)")
-    return figure
-
-
-def _distance(cosine: float) -> float:
-    return max(1 - cosine, 1e-8)  # of a logarithmic axis
-
-
 def _worth_and_rate(report: Report) -> list[tuple[QualityResult, float]]:
     """Give the parties whose quality and speed are both known; beside peers, their rates are of the same rounds."""
     ours = report.ours_beside_peers or report.throughput
@@ -289,7 +269,6 @@ _DRAWINGS: Mapping[str, tuple[Callable[[Report], object], Callable[[Report, Them
     "latency_cdf": (lambda r: r.latency, _latency_cdf),
     "throughput": (lambda r: r.throughput or r.peers, _throughput),
     "lengths": (lambda r: r.lengths, _lengths),
-    "agreement": (lambda r: r.comparisons or len(r.throughput) > 1, _agreement),
     "pareto": (lambda r: len(_worth_and_rate(r)) > 1, _pareto),
     "serving": (lambda r: any(result.open for result in r.serving), _serving),
     "scaling": (lambda r: any(result.sizes for result in r.scaling), _scaling),

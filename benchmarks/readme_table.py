@@ -19,10 +19,9 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 
 import typer
 
-from benchmarks.blocks import NONE, Table, cosine_text
+from benchmarks.blocks import NONE, Table
 from benchmarks.markdown import table_lines
 from benchmarks.results import Report, read_report
-from mirror_runtime.bundle import Precision
 from mirror_runtime.commandline import application, run_command
 from mirror_runtime.errors import InputError
 
@@ -32,13 +31,16 @@ _BLOCK = re.compile(r"(<!-- benchmark: )(.+?)( -->\n)(.*?)(<!-- /benchmark -->)"
 
 
 def render_table(report: Report) -> str:
-    """Give conditions and table as Markdown: parties by rate, with start, agreement and quality beside it.
+    """Return conditions and table as Markdown: parties by rate, as ratios to the fastest peer, with quality beside it.
+
+    Ratios, because parties that took turns share the machine's mood; an absolute rate of a busy machine means nothing.
 
     Raises:
         InputError: the report has no peers to compare with.
     """
     if not report.peers:
         raise InputError("the report has no peers: run benchmarks/run.py with --suite peers startup quality")
+    best = max(r.texts_per_s for r in report.peers)
     work, host = report.workload, report.host
     conditions = (
         f"{work.texts:,} texts (mean {work.tokens_mean:.1f} tokens), {report.subject.base_model}, tokenising included, "
@@ -46,16 +48,13 @@ def render_table(report: Report) -> str:
         "at its best batch size:"
     )
     quality = {result.party: f"{result.mean.value:.2f}" for result in report.quality}
-    starts = {result.party: f"{result.median_s:.1f} s" for result in report.startup}
     rows = [
         (
             r.texts_per_s,
             (
                 f"**Mirror Runtime, {r.point.name}**",
                 r.point.precision.value,
-                f"**{r.texts_per_s:,.0f}**",
-                starts.get(f"mirror_runtime {r.point.name}", NONE),
-                cosine_text(r.point.parity.min_cosine),
+                f"**{r.texts_per_s / best:.2f} x**",
                 quality.get(r.point.name, NONE),
             ),
         )
@@ -67,31 +66,22 @@ def render_table(report: Report) -> str:
             (
                 f"{r.peer} {r.version}, {r.backend}",
                 r.precision,
-                f"{r.texts_per_s:,.0f}",
-                starts.get(r.name, NONE),
-                _agreement(report, r.name),
+                f"{r.texts_per_s / best:.2f} x",
                 quality.get(r.name, NONE),
             ),
         )
         for r in report.peers
     ]
-    head = ("party", "computes in", "texts/s", "start to first vector", "worst cosine", "Spearman x 100")
+    head = ("party", "computes in", "rate", "Spearman x 100")
     rows.sort(key=lambda row: -row[0])
     table = Table(head, [cells for _, cells in rows])
     return f"{conditions}\n\n{table_lines(table.head, table.rows)}\n\n{_note(report)}\n"
 
 
-def _agreement(report: Report, peer: str) -> str:
-    """Give a peer's worst cosine to our fp32, or where that was not measured to the nearest of ours."""
-    found = [c for c in report.comparisons if c.peer == peer]
-    exact = [c for c in found if c.point.precision is Precision.FP32] or found
-    return cosine_text(max(c.min_cosine for c in exact)) if exact else NONE
-
-
 def _note(report: Report) -> str:
     sets = ", ".join(one.name for one in report.quality_sets)
     scores = f" Spearman is the mean over {sets}." if sets else ""
-    return f"Worst cosine: ours to PyTorch fp32 when the artifact was exported, a peer's to ours in this run.{scores}"
+    return f"Rates are medians, as ratios to the fastest peer.{scores}"
 
 
 def run(

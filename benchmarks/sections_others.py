@@ -90,7 +90,7 @@ def peers(report: Report) -> Section | None:
         blocks += [_single_texts(report), _SINGLE_NOTE]
     if report.comparisons:
         blocks += [_ratios(report), _RATIOS_NOTE]
-    return Section("Peers", (*blocks, Plot("agreement", "Speed against agreement with the reference")))
+    return Section("Peers", tuple(blocks))
 
 
 _RATIOS_NOTE = (

@@ -24,10 +24,10 @@ def test_the_table_is_written_and_checked(readme, capsys):
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmark: benchmarks/reports/a-day -->\n100 texts (mean 15.0 tokens), m, ")
     assert text.endswith("<!-- /benchmark -->\nafter\n")
-    assert "| **Mirror Runtime, openvino bf16** | bf16 | **200** | – | 0.999800 | 78.00 |" in text
-    assert "| st 5, torch | float32 | 95 | – | 0.999700 | 78.25 |" in text
+    assert "| **Mirror Runtime, openvino bf16** | bf16 | **2.11 x** | 78.00 |" in text
+    assert "| st 5, torch | float32 | 1.00 x | 78.25 |" in text
     assert main(["--check", *options]) == 0
-    readme.write_text(text.replace("**200**", "**201**"))
+    readme.write_text(text.replace("**2.11 x**", "**2.12 x**"))
     assert main(["--check", *options]) == 1
     assert "is not that of benchmarks/reports/a-day" in capsys.readouterr().err
 

@@ -20,7 +20,6 @@ def test_a_report_survives_the_way_through_the_file(report, tmp_path):
     assert read_report(tmp_path / "out") == report
     assert '"scores": [0.0, 1.0, 2.0, 3.0]' in (tmp_path / "out" / "report.json").read_text()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "agreement.png",
         "latency.png",
         "latency_cdf.png",
         "lengths.png",
@@ -128,7 +127,7 @@ def test_the_page_has_every_table_and_drawing_and_asks_the_network_for_nothing(r
     page = render_webpage(report)
     for section in sections(report):
         assert f">{section.title}</h2>" in page
-    assert page.count("<figure ") == len(drawable(report)) == 9
+    assert page.count("<figure ") == len(drawable(report)) == 8
     assert not re.search(r"https?://(?!www\.w3\.org)", page)
     assert "<script" not in page
     assert "no | such" in page
