@@ -32,7 +32,7 @@ from benchmarks.results import Report, read_report
 from benchmarks.summary import median
 from benchmarks.workload import bundle_tokenizer, load_workload, texts_of_length
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
-from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
+from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.selection import choose
 

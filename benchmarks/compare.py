@@ -29,7 +29,7 @@ from benchmarks.changes import CONFIDENCE, POINTS, Change, Verdict, quality_chan
 from benchmarks.results import REPORT_FILE, Report, read_report
 from benchmarks.summary import BOOTSTRAP_DRAWS
 from benchmarks.timed import Timed, timed
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 ALONE = 0.35

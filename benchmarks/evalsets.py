@@ -21,7 +21,7 @@ QUICK_PAIRS = 250
 _READ = """
 import dataclasses, json, sys
 from mirror_runtime.errors import InputError
-from training.evalsets import read_sets
+from evaluation.sets import read_sets
 try:
     sets = [one for path in sys.argv[1:] for one in read_sets(path)]
 except InputError as error:

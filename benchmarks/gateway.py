@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks.point import Point
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
-from mirror_runtime.triton.server import launcher
+from mirror_runtime.triton.server.server import launcher
 
 STARTUP_S = 120.0
 STOP_S = 10.0

@@ -14,8 +14,8 @@ from benchmarks.serving_results import Overload
 from benchmarks.summary import percentile, thin
 from mirror_runtime.bundle import from_json, to_json
 from mirror_runtime.errors import BundleError, ServerError
-from mirror_runtime.triton.processes import group_members, resident_bytes
-from mirror_runtime.triton.server import launcher
+from mirror_runtime.triton.server.processes import group_members, resident_bytes
+from mirror_runtime.triton.server.server import launcher
 
 TEXTS_A_REQUEST = 16
 """Single texts would cost the sender more than the server, on the same cores."""

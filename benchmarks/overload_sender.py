@@ -18,8 +18,8 @@ from typing import Protocol
 from benchmarks.load import arrivals
 from benchmarks.summary import percentile
 from mirror_runtime.bundle import from_json, to_json
+from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.errors import MirrorError, OverloadedError, ServerError
-from mirror_runtime.triton.async_client import AsyncClient
 
 FACTOR = 2.0
 """What is offered, over what the server can do."""

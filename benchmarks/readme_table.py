@@ -22,7 +22,7 @@ import typer
 from benchmarks.blocks import NONE, Table
 from benchmarks.markdown import table_lines
 from benchmarks.results import Report, read_report
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,7 @@ from benchmarks.session import Plan, Results, select_points
 from benchmarks.training_suite import TrainingPlan
 from benchmarks.workload import Shape, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
-from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
+from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import BundleError, InputError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.load import Caller, Connect, Load, closed_loop, open_loop, requests_of
 from benchmarks.serving_results import OpenLoop, ServerTimes
 from benchmarks.summary import percentile, thin
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
-from mirror_runtime.triton.repository import MODEL_NAME
-from mirror_runtime.triton.server import Server
+from mirror_runtime.triton.server.server import Server
 
 KEPT_UP = 0.95
 

@@ -20,11 +20,12 @@ from benchmarks.serving_results import GATEWAY, GRPC, ServingResult
 from benchmarks.session import Plan, Results, Runner, steps
 from benchmarks.turns import Turns
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import EngineError, MirrorError, PeerError, ServerError
 from mirror_runtime.selection import AUTO, choose
-from mirror_runtime.triton.options import ServingOptions
-from mirror_runtime.triton.repository import MODEL_NAME, write_temporary_repository
-from mirror_runtime.triton.server import Server
+from mirror_runtime.triton.repository.options import ServingOptions
+from mirror_runtime.triton.repository.render import write_temporary_repository
+from mirror_runtime.triton.server.server import Server
 
 LOOPS = ((1, 1), (8, 1), (32, 1), (4, 32))
 """Callers and texts a request."""

@@ -26,7 +26,7 @@ from benchmarks.soak_results import SOAK_FILE, Settings, Thresholds
 from benchmarks.soak_run import Seen, build_report, prepare, soak
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
-from mirror_runtime.commandline import application, run_command, truncations_counted_elsewhere
+from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.folders import whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]

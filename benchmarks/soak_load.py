@@ -13,6 +13,9 @@ import numpy as np
 
 from benchmarks.soak_requests import Expected, Mix, Request, Wish
 from benchmarks.soak_tally import Outcome, Tally
+from mirror_runtime.client.async_client import AsyncClient
+from mirror_runtime.client.async_transports import AsyncGrpcTransport, AsyncHttpTransport
+from mirror_runtime.client.protocol import MODEL_NAME, AsyncTransport, Parameters, Rejected
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -21,10 +24,6 @@ from mirror_runtime.errors import (
     ServerError,
     UnavailableError,
 )
-from mirror_runtime.triton.async_client import AsyncClient
-from mirror_runtime.triton.async_transports import AsyncGrpcTransport, AsyncHttpTransport
-from mirror_runtime.triton.repository import MODEL_NAME
-from mirror_runtime.triton.transport import AsyncTransport, Parameters, Rejected
 
 TIMEOUT_S = 10.0
 """Of a request. At a share of what the server can do nothing takes nearly as long."""

@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import IO
 
 from benchmarks.soak_results import Ending, Process
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
-from mirror_runtime.triton import launch
-from mirror_runtime.triton.processes import alive, group_members, kill_group, runners
-from mirror_runtime.triton.repository import MODEL_NAME
-from mirror_runtime.triton.server import SHARED_MEMORY, STARTUP_S
+from mirror_runtime.triton.server import launch
+from mirror_runtime.triton.server.processes import alive, group_members, kill_group, runners
+from mirror_runtime.triton.server.server import SHARED_MEMORY, STARTUP_S
 
 END_S = 60.0
 """From SIGTERM to the end: more than `mirror serve` gives the requests that it has accepted."""

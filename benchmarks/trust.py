@@ -27,7 +27,7 @@ from benchmarks.changes import Change, Verdict
 from benchmarks.compare import compare
 from benchmarks.results import Report, read_report
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.selection import choose
 

@@ -14,7 +14,7 @@ from benchmarks.summary import percentile
 from mirror_runtime.bundle import sha256_texts
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
-from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 FULL_TEXTS = 4000
 QUICK_TEXTS = 300

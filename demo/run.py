@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.corpus import QUESTIONS, functions
+from encoders.reference import Reference
+from encoders.source import resolve
 from mirror_runtime import Encoder, MirrorError
 from mirror_runtime.bundle import Pooling
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.triton import Server
-from mirror_runtime.triton.container import container_command
-from mirror_runtime.triton.distribution import find_distribution
-from training.reference import Reference
-from training.source import resolve
+from mirror_runtime.triton.repository.container import container_command
+from mirror_runtime.triton.server.distribution import find_distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED_TEXTS = 512

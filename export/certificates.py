@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.whitening import WHITENING_FILE
-from export.words import head_in_words, markdown_table, rounded_down, summary
+from export.bundle.whitening import WHITENING_FILE
+from export.bundle.words import head_in_words, markdown_table, rounded_down, summary
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 BUNDLE_COLUMNS = ("bundle", "head", "vector")

@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from export.build import Export, Request, build
-from export.hub import check_hub, push
-from export.spec import Additions, parse_ditto, parse_layers
-from export.texts import read_texts
-from export.words import short_name, summary
+from encoders.source import Head
+from evaluation.sets import read_sets
+from export.bundle.build import Export, Request, build
+from export.bundle.head_options import Additions, parse_ditto, parse_layers
+from export.bundle.hub import check_hub, push
+from export.bundle.words import short_name, summary
+from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.host import peak_memory_bytes
-from training.evalsets import read_sets
-from training.source import Head
 
 
 def run(

@@ -15,11 +15,11 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 import typer
 from rich.console import Console
 
-from export.openvino_ir import FILES, add_ir
-from export.texts import read_texts
+from evaluation.sets import read_sets
+from export.bundle.openvino_ir import FILES, add_ir
+from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Precision
-from mirror_runtime.commandline import application, run_command
-from training.evalsets import read_sets
+from mirror_runtime.cli.run import application, run_command
 
 
 def run(

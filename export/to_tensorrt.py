@@ -16,12 +16,12 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 import typer
 from rich.console import Console
 
-from export.texts import read_texts
-from export.trt.artifact import SCRIPT_FILE, Options, build_plan, check_bundle, prove_provider, write_script
-from export.trt.builder import trtexec_line
-from export.words import summary
+from export.bundle.words import summary
+from export.proof.proof_texts import read_texts
+from export.tensorrt.artifact import SCRIPT_FILE, Options, build_plan, check_bundle, prove_provider, write_script
+from export.tensorrt.builder import trtexec_line
 from mirror_runtime.bundle import EngineName, Layout, Precision
-from mirror_runtime.commandline import application, run_command
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import TOKEN_BUDGET
 
@@ -35,7 +35,7 @@ class Target(str, Enum):
 
 
 class Hardware(str, Enum):
-    """Keys of `export.trt.builder.HARDWARE`."""
+    """Keys of `export.tensorrt.builder.HARDWARE`."""
 
     NONE = "none"
     AMPERE_PLUS = "ampere-plus"

@@ -17,14 +17,15 @@ import typer
 from rich.console import Console
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.commandline import run_command
+from mirror_runtime.cli.run import run_command
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.plan import read_plan
 from mirror_runtime.selection import AUTO
-from mirror_runtime.tokens import LongTexts
-from mirror_runtime.triton.container import container_command
-from mirror_runtime.triton.encoder_model import ENGINES
-from mirror_runtime.triton.options import Backend, ServingOptions
-from mirror_runtime.triton.repository import MODEL_NAME, write_repository
+from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.triton.model.backend_model import ENGINES
+from mirror_runtime.triton.repository.container import container_command
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from mirror_runtime.triton.repository.render import write_repository
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,9 +17,8 @@ from mirror_runtime.bundle import (
     TensorSpec,
     read_manifest,
 )
-from tests.fake_bundles import PARITY, write_fake_bundle
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.fake_bundles import PARITY, write_fake_bundle
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,7 +65,7 @@ def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny random BERT with mean pooling as a bundle, proven on a few texts in fp32. Copy it to change it."""
-    from export.build import Request, build
+    from export.bundle.build import Request, build
 
     output = tmp_path_factory.mktemp("tiny") / "bundle"
     # The last one has the tokens of another: equal texts are computed once, and each still has its vector.
@@ -88,8 +87,8 @@ def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let exports of the tiny random BERT with mean pooling take that bundle's graphs: tracing is what takes long."""
-    from export import build
-    from export.graphs import GRAPH_FILES, Graph
+    from export.bundle import build
+    from export.graph.trace import GRAPH_FILES, Graph
 
     def copied(_reference: object, folder: Path, **_options: object) -> dict[Layout, Graph]:
         graphs = {}
@@ -188,8 +187,8 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give a plain Hugging Face folder of a family, by `model_type`: see `tests.tiny_encoders`."""
-    from tests.tiny_encoders import write_tiny_encoder
+    """Give a plain Hugging Face folder of a family, by `model_type`: see `tests.support.tiny_encoders`."""
+    from tests.support.tiny_encoders import write_tiny_encoder
 
     root = tmp_path_factory.mktemp("families")
 

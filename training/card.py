@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evaluation.similarity import AGGREGATION, Report, difference
 from mirror_runtime.bundle import EncoderSpec
 from training.checkpoint import Step
+from training.contamination import Overlap
 from training.corpus import Corpus
-from training.evaluation import AGGREGATION, Report, difference
 from training.objective import Objective
-from training.overlap import Overlap
 from training.recipe import TuneConfig
 
 

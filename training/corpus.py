@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Example
-from training.evalsets import read_texts
+from training.contamination import Overlap, Watch
 from training.formats import Records
-from training.overlap import Overlap, Watch
 
 MEASURED_TEXTS = 50_000
 """The length report looks at no more texts than these, evenly spaced: tokenising millions would take minutes."""

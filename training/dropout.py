@@ -33,6 +33,10 @@ class WordDropout(nn.Module):
         """Zero elements at random and scale the others, in training mode alone; shape and dtype stay."""
         return word_dropout(values, self.p) if self.training else values
 
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Attend with this dropout on the probabilities; see the function `attend`. Called by `encoders.families`."""
+        return attend(query, key, value, mask, self.p)
+
 
 def word_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
     """Zero each element with probability `p`, independently, and divide the others by the probability of staying.
@@ -96,7 +100,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
 def set_dropout(model: PreTrainedModel, p: float) -> Iterator[None]:
     """Give every dropout of a model the probability `p` while the block runs, in the fast form on a CPU.
 
-    Attention asks its layer's dropout module: see `training.families`.
+    Attention asks its layer's dropout module: see `encoders.families`.
     """
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     dropouts = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Dropout)]

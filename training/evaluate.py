@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from encoders.reference import Reference
+from encoders.source import resolve
+from evaluation.sets import EvaluationSet, read_sets
+from evaluation.similarity import AGGREGATION, CLOSE, Group, Report, difference, evaluate, flat
 from mirror_runtime.bundle import Pooling
-from mirror_runtime.commandline import run_command
+from mirror_runtime.cli.run import run_command
 from mirror_runtime.errors import InputError
-from training.evalsets import EvaluationSet, read_sets
-from training.evaluation import AGGREGATION, CLOSE, Group, Report, difference, evaluate, flat
-from training.reference import Reference
-from training.source import resolve
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

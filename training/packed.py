@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from encoders import families
 from mirror_runtime.bundle import Pooling
-from training import families
 
 BLOCK = 16
 """Row lengths are multiples of this: attention kernels are slow for others."""
@@ -152,7 +152,7 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
     """Run the model over packed rows and pool each text.
 
     Args:
-        model: an encoder of one of `training.families`; the rows are moved to its device.
+        model: an encoder of one of `encoders.families`; the rows are moved to its device.
         packed: the texts.
         pooling: one of `POOLINGS`; `mean_padded` needs rows that were packed with `pad_to`.
         layers: whose outputs are averaged before pooling, see `EncoderSpec`.
@@ -171,7 +171,7 @@ def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
     """Run the model over packed rows.
 
     Args:
-        model: an encoder of one of `training.families`; the rows are moved to its device.
+        model: an encoder of one of `encoders.families`; the rows are moved to its device.
         packed: the texts.
 
     Returns:

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from encoders.reference import Reference
+from encoders.source import Source, resolve
+from encoders.write import write_layout
+from evaluation.sets import EvaluationSet
+from evaluation.similarity import Group, Report, difference, evaluate, flat
 from mirror_runtime.bundle import ENCODER_FILE, EncoderSpec, Pooling, to_json
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
 from training.card import render_card
 from training.checkpoint import Checkpoint, Step
+from training.contamination import Overlap
 from training.corpus import Corpus, CorpusRequest, Lengths, measure_lengths, read_corpus
 from training.curve import CURVE_PACKAGE, draw_curve
-from training.evalsets import EvaluationSet
-from training.evaluation import Group, Report, difference, evaluate, flat
 from training.events import Events, open_events
 from training.hardware import Hardware, choose_hardware
-from training.layout import write_layout
-from training.overlap import Overlap
 from training.recipe import TuneConfig
-from training.reference import Reference
-from training.source import Source, resolve
 from training.trainer import steps_in, train
 
 VERSIONED = ("mirror-runtime", "torch", "transformers", "tokenizers", "numpy", "accelerate", "safetensors")

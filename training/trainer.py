@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from encoders.reference import Reference
 from mirror_runtime.bundle import to_json
 from mirror_runtime.errors import InputError
 from training.augment import Example
@@ -23,7 +24,6 @@ from training.hardware import Hardware, choose_hardware
 from training.objective import Objective, nt_xent
 from training.packed import PackedTexts, encode_packed
 from training.recipe import Schedule, TuneConfig
-from training.reference import Reference
 from training.self_guided import SelfGuided
 
 __all__ = ["Hardware", "Step", "choose_hardware", "steps_in", "train"]

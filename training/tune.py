@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mirror_runtime.bundle import Pooling
-from mirror_runtime.commandline import run_command
+from mirror_runtime.cli.run import run_command
 from training.augment import MaskViews
 from training.checkpoint import Step
+from training.contamination import Overlap
 from training.corpus import CorpusRequest
 from training.evaluate import load_sets, show
 from training.objective import Objective, Variant
-from training.overlap import Overlap
 from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
 from training.run import Job, Start, Summary, Watcher, tune
 

@@ -19,7 +19,7 @@ from mirror_runtime.errors import (
     TextError,
 )
 from mirror_runtime.stats import Stats
-from mirror_runtime.tokens import LongTexts
+from mirror_runtime.tokenizer import LongTexts
 
 if TYPE_CHECKING:
     from mirror_runtime.async_encoder import AsyncEncoder, AsyncStats

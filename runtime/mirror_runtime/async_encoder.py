@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
-from mirror_runtime.tokens import defect
+from mirror_runtime.tokenizer import defect
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 UNDER_WAY = 2

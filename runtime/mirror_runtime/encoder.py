@@ -31,7 +31,7 @@ from mirror_runtime.packing import BLOCK, Batch, Ladder, PackedRows, pack, pack_
 from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
-from mirror_runtime.tokens import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, width_of
 
 _log = logging.getLogger(__name__)

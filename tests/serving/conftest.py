@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mirror_runtime.triton.options import ServingOptions
-from mirror_runtime.triton.repository import write_temporary_repository
-from mirror_runtime.triton.server import Server
-from tests.fake_bundles import write_fake_bundle
+from mirror_runtime.triton.repository.options import ServingOptions
+from mirror_runtime.triton.repository.render import write_temporary_repository
+from mirror_runtime.triton.server.server import Server
+from tests.support.fake_bundles import write_fake_bundle
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import tritonclient.grpc
 import tritonclient.http
 
 from mirror_runtime.triton import Server, ServingOptions
-from mirror_runtime.triton.repository import write_temporary_repository
-from tests.fake_bundles import busy_texts
+from mirror_runtime.triton.repository.render import write_temporary_repository
+from tests.support.fake_bundles import busy_texts
 
 pytestmark = pytest.mark.serving
 

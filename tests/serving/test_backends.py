@@ -22,9 +22,9 @@ from mirror_runtime.bundle import (
 )
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton import Server, ServingOptions
-from mirror_runtime.triton.options import Backend
-from mirror_runtime.triton.repository import write_repository, write_temporary_repository
-from tests.fake_bundles import PARITY
+from mirror_runtime.triton.repository.options import Backend
+from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
+from tests.support.fake_bundles import PARITY
 
 pytestmark = pytest.mark.serving
 

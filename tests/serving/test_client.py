@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from mirror_runtime import Encoder, TextError
 from mirror_runtime.errors import DeadlineExceededError, ServerError, UnavailableError
 from mirror_runtime.triton import AsyncClient, Client, Server
-from mirror_runtime.triton.processes import runners
+from mirror_runtime.triton.server.processes import runners
 
 pytestmark = pytest.mark.serving
 

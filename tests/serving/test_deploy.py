@@ -28,8 +28,8 @@ from mirror_runtime.bundle import (
 )
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton import AsyncClient, Client, ServingOptions
-from mirror_runtime.triton.deploy import deploy
-from tests.serving.mirror_serve import Load, MirrorServe, wait_until
+from mirror_runtime.triton.server.deploy import deploy
+from tests.support.mirror_serve import Load, MirrorServe, wait_until
 
 pytestmark = pytest.mark.serving
 

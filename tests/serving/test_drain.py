@@ -14,8 +14,8 @@ import pytest
 import tritonclient.grpc
 
 from mirror_runtime.triton import Client
-from tests.fake_bundles import busy_texts
-from tests.serving.mirror_serve import Load, MirrorServe, wait_until
+from tests.support.fake_bundles import busy_texts
+from tests.support.mirror_serve import Load, MirrorServe, wait_until
 
 pytestmark = pytest.mark.serving
 

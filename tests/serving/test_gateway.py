@@ -20,11 +20,11 @@ import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.triton import Server
-from tests.gateways import vectors
+from tests.support.gateways import vectors
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.serving
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["", "a", "Zwei Häuser am See 🏠", *(" ".join(["word"] * n) for n in range(1, 90, 5))]
 
 

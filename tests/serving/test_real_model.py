@@ -8,7 +8,7 @@ import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.triton import Server, ServingOptions
-from mirror_runtime.triton.repository import write_repository
+from mirror_runtime.triton.repository.render import write_repository
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 

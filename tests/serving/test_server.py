@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from mirror_runtime import Encoder, TextError
 from mirror_runtime.errors import InputError, ServerError
-from mirror_runtime.tokens import LongTexts
+from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton import Client, Server, ServingOptions, Statistics
-from mirror_runtime.triton.repository import write_repository
-from mirror_runtime.triton.server import SHARED_MEMORY
-from tests.fake_bundles import busy_texts
+from mirror_runtime.triton.repository.render import write_repository
+from mirror_runtime.triton.server.server import SHARED_MEMORY
+from tests.support.fake_bundles import busy_texts
 
 pytestmark = pytest.mark.serving
 

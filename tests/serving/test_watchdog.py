@@ -10,7 +10,7 @@ import pytest
 import tritonclient.grpc
 
 from mirror_runtime.triton import Client
-from tests.serving.mirror_serve import Load, MirrorServe, wait_until
+from tests.support.mirror_serve import Load, MirrorServe, wait_until
 
 pytestmark = pytest.mark.serving
 
@@ -18,7 +18,7 @@ IMPATIENT = """
 import sys
 from pathlib import Path
 from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
-from mirror_runtime.triton.watchdog import Patience
+from mirror_runtime.triton.server.health import Patience
 
 serve(
     Path(sys.argv[1]),

@@ -15,10 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import mirror_runtime
-from mirror_runtime.gateway.bodies import openai_body, tei_body
 from mirror_runtime.gateway.errors import Refusal, refusal_of, refusal_of_validation, shown, unavailable
-from mirror_runtime.gateway.gate import CLIENT_GONE, Gate, response_of
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
+from mirror_runtime.gateway.middleware import CLIENT_GONE, Gate, response_of
+from mirror_runtime.gateway.responses import openai_body, tei_body
 from mirror_runtime.gateway.schema import (
     EmbeddingsAnswer,
     EmbeddingsRequest,

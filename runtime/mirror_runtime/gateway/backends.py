@@ -8,9 +8,9 @@ from typing import Protocol
 
 from mirror_runtime.async_encoder import AsyncEncoder
 from mirror_runtime.bundle import VectorType
+from mirror_runtime.client.chunks import Served
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError
-from mirror_runtime.triton.chunks import Served
 
 PROBE = "Is anybody there?"
 """The text of an inference that is made to see whether inferences succeed."""

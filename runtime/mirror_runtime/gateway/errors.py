@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
+from mirror_runtime.client.protocol import Rejected
 from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, TextError, UnavailableError
-from mirror_runtime.triton.transport import Rejected
 
 RETRY_AFTER_S = 1
 """What a client is told to wait where nobody knows better: a full queue of short texts is gone after seconds."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from mirror_runtime.tokens import defect
+from mirror_runtime.tokenizer import defect
 
 
 def _texts(value: Any) -> Any:

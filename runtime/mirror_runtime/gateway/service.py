@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mirror_runtime.client.chunks import Served
 from mirror_runtime.errors import EngineError
 from mirror_runtime.gateway.backends import PROBE, Backend
 from mirror_runtime.gateway.errors import Refusal, overloaded, refusal_of, unavailable
 from mirror_runtime.gateway.metrics import Metrics
 from mirror_runtime.gateway.settings import Settings
-from mirror_runtime.triton.chunks import Served
 
 FRESH_S = 1.0
 """How long a success or failure is believed: a probe a second costs nothing, however many ask."""

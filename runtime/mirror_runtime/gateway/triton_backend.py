@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirror_runtime.bundle import VectorType
+from mirror_runtime.client.async_client import AsyncClient
+from mirror_runtime.client.calls import check_options, read_facts
+from mirror_runtime.client.chunks import Served
+from mirror_runtime.client.grpc_transport import GrpcTransport
+from mirror_runtime.client.http_transport import HttpTransport
+from mirror_runtime.client.protocol import MODEL_NAME, Transport
 from mirror_runtime.errors import MirrorError, ServerError, UnavailableError
 from mirror_runtime.gateway.backends import ModelCard, check_vector_type
-from mirror_runtime.triton.async_client import AsyncClient
-from mirror_runtime.triton.calls import check_options, read_facts
-from mirror_runtime.triton.chunks import Served
-from mirror_runtime.triton.grpc_transport import GrpcTransport
-from mirror_runtime.triton.http_transport import HttpTransport
-from mirror_runtime.triton.repository import MODEL_NAME
-from mirror_runtime.triton.transport import Transport
 from mirror_runtime.vectors import dtype_of_type
 
 _POLL_S = 0.5

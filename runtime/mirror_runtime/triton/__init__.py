@@ -3,11 +3,11 @@
 Importing this package loads neither tritonclient nor pytriton: each is imported when it is first needed.
 """
 
-from mirror_runtime.triton.async_client import AsyncClient
-from mirror_runtime.triton.chunks import Served
-from mirror_runtime.triton.client import Client, Statistics
-from mirror_runtime.triton.options import ServingOptions
-from mirror_runtime.triton.server import Server
-from mirror_runtime.triton.service import ServiceOptions, serve
+from mirror_runtime.client.async_client import AsyncClient
+from mirror_runtime.client.chunks import Served
+from mirror_runtime.client.client import Client, Statistics
+from mirror_runtime.triton.repository.options import ServingOptions
+from mirror_runtime.triton.server.server import Server
+from mirror_runtime.triton.server.supervisor import ServiceOptions, serve
 
 __all__ = ["AsyncClient", "Client", "Served", "Server", "ServiceOptions", "ServingOptions", "Statistics", "serve"]

@@ -1,0 +1,1 @@
+"""The PyTorch encoder: found, read, run packed or padded, and written. Used by training, export and evaluation."""

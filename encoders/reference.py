@@ -1,0 +1,287 @@
+"""The plain PyTorch definition of an encoder: what every artefact's vectors are compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from encoders.pooling import Tokens, finish, load_dense, pool, project, values
+from encoders.source import Source
+from encoders.write import SPECIAL_TOKENS
+from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
+from mirror_runtime.errors import BundleError
+
+PADDED_TEXTS, PADDED_TOKENS = 32, 4096
+"""Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
+
+PADDED_FILL = 0.85
+"""Least share of a padded batch's tokens that is no padding: where lengths grow fast, batches end early."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """An encoder as Hugging Face runs it: fp32, evaluation mode, one padded text a row.
+
+    Attributes:
+        model: gives token vectors.
+        tokenizer: the fast tokenizer.
+        spec: head and limits.
+        dense: the head's dense layers, as `spec.dense` describes them.
+
+    Raises:
+        BundleError: the model or the tokenizer lacks what the head reads, or the dense layers do not fit.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: EncoderSpec
+    dense: tuple[nn.Sequential, ...] = ()
+
+    def __post_init__(self) -> None:
+        config: Any = self.model.config
+        depth, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+        spec, name = self.spec, self.spec.base_model
+        for layer in spec.layers:
+            if not -depth - 1 <= layer <= depth:
+                raise BundleError(f"{name} has {depth} layers and no layer {layer}: they count from 0, the embeddings")
+        if spec.ditto is not None and not (0 <= spec.ditto.layer < depth and 0 <= spec.ditto.head < heads):
+            raise BundleError(
+                f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
+                "both count from 0"
+            )
+        if len(self.dense) != len(spec.dense):
+            raise BundleError(f"{name} has {len(self.dense)} dense layers where {len(spec.dense)} are recorded")
+        if spec.dense and spec.dense[0].in_features != width:
+            raise BundleError(f"{name} gives {width} components and its dense layer reads {spec.dense[0].in_features}")
+        if spec.dim > (spec.dense[-1].out_features if spec.dense else width):
+            raise BundleError(f"{name} has {width} components: it cannot give {spec.dim}")
+        if spec.pooling is Pooling.MASK and (spec.template or "").count(self.tokenizer.mask_token or "\0") != 1:
+            raise BundleError(
+                f"pooling mask needs {self.tokenizer.mask_token or 'a mask token'} once in the template, "
+                f"which is {spec.template!r}"
+            )
+
+    @classmethod
+    def load(cls, source: Source) -> Reference:
+        """Load weights (as fp32) and tokenizer of a resolved encoder.
+
+        Raises:
+            BundleError: a weight or a special token that the forward pass needs is missing.
+        """
+        return cls(
+            model=load_model(source),
+            tokenizer=load_tokenizer(source),
+            spec=source.spec,
+            dense=tuple(
+                load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
+            ),
+        )
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode texts.
+
+        Texts longer than `spec.max_tokens` are truncated. Texts of like length share a batch, which changes nothing
+        but the time it takes.
+
+        Returns:
+            float32 [n, dim], in the order of the texts: what the vector type's numbers stand for.
+        """
+        return self._encode(texts, lambda pooled: values(finish(pooled, self.dense, self.spec), self.spec))
+
+    def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode texts up to the last dense layer: neither cut nor normalised, and in float32 whatever the spec says.
+
+        Returns:
+            float32 [n, width], in the order of the texts.
+        """
+        return self._encode(texts, lambda pooled: project(pooled, self.dense))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Give each text's token ids: of template and text together, special tokens included.
+
+        Too many lose tokens that lie wholly within the text, from its end.
+        """
+        if not texts:
+            return []
+        limit, template = min(self.spec.max_tokens, self.spec.pad_to or self.spec.max_tokens), self.spec.template
+        if template is None:
+            ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+            return ids
+        encoded = self.tokenizer(
+            [template.replace("{text}", text) for text in texts],
+            truncation=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
+        )
+        begin = template.index("{text}")
+        rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
+        return [_shortened(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
+
+    def _encode(self, texts: Sequence[str], head: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
+        ids = self.tokenize(texts)
+        lengths = np.array([self.spec.pad_to or len(row) for row in ids], np.int64)
+        order = list(padded_batches(lengths))
+        parts = []
+        for batch in order:
+            with torch.inference_mode():
+                parts.append(head(pool(self._run([ids[i] for i in batch]), self.spec)))
+        if not parts:
+            return np.zeros((0, self.spec.dim), np.float32)
+        array: NDArray[np.float32] = torch.cat(parts)[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
+        return array
+
+    def _run(self, ids: list[list[int]]) -> Tokens:
+        spec = self.spec
+        length = spec.pad_to or max(map(len, ids))
+        input_ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in ids])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+        marked = attention = None
+        if spec.pooling is Pooling.MASK:
+            marked = self._marked(input_ids)
+        if spec.ditto is None:
+            out = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+        else:
+            with eager_attention(self.model):
+                out = self.model(
+                    input_ids=input_ids, attention_mask=mask, output_hidden_states=True, output_attentions=True
+                )
+            attention = out.attentions[spec.ditto.layer][:, spec.ditto.head]
+        return Tokens(states=out.hidden_states, mask=mask, marked=marked, attention=attention)
+
+    def _marked(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Find the template's own mask token, which a text may hold too: the last one, or the first, of each row."""
+        assert self.spec.template is not None
+        begin, _, _ = self.spec.template.partition("{text}")
+        found: torch.Tensor = input_ids == self.tokenizer.mask_token_id
+        if str(self.tokenizer.mask_token) in begin:
+            return found & (found.cumsum(dim=1) == 1)
+        return found & (found.flip(1).cumsum(dim=1).flip(1) == 1)
+
+
+def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Cut texts, by ascending length, into batches within `PADDED_TEXTS`, `PADDED_TOKENS` and `PADDED_FILL`.
+
+    Args:
+        lengths: int64 [n], each text's tokens.
+
+    Yields:
+        int64 [m], the texts of a batch; a text longer than `PADDED_TOKENS` is one by itself.
+    """
+    order = np.argsort(lengths, kind="stable")
+    begin = used = 0
+    for at, length in enumerate(lengths[order].tolist()):
+        size, used = at + 1 - begin, used + length
+        padded = size * length
+        if size > 1 and (size > PADDED_TEXTS or padded > PADDED_TOKENS or used < PADDED_FILL * padded):
+            yield order[begin:at]
+            begin, used = at, length
+    if order.size:
+        yield order[begin:]
+
+
+def _shortened(
+    ids: list[int], offsets: list[tuple[int, int]], added: list[int], begin: int, end: int, limit: int
+) -> list[int]:
+    """Drop tokens within characters `begin` to `end`, the last ones first, until `limit` are left."""
+    own = [i for i, (a, b) in enumerate(offsets) if not added[i] and begin <= a and b <= end]
+    dropped = set(own[len(own) - max(0, len(ids) - limit) :] if len(ids) > limit else ())
+    return [token for i, token in enumerate(ids) if i not in dropped]
+
+
+def load_model(source: Source) -> PreTrainedModel:
+    """Load the encoder's weights as fp32, in evaluation mode.
+
+    Raises:
+        BundleError: the file lacks weights of the encoder, which would be left at random values.
+    """
+    try:
+        with _quiet_transformers():
+            load: Any = AutoModel.from_pretrained
+            model, loading = load(
+                source.folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"the weights in {source.folder} cannot be loaded: {error}") from error
+    missing = {name for name in loading["missing_keys"] if not name.startswith("pooler.")}
+    if missing or loading["mismatched_keys"]:
+        names = ", ".join(sorted(missing) or sorted(str(key) for key in loading["mismatched_keys"]))
+        raise BundleError(f"{source.folder} lacks weights that config.json asks for: {names}")
+    if loading["missing_keys"]:
+        model.pooler = None  # no weights were given for it and no pooling of ours reads it
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer: exactly what `tokenizer.json` says, which is what every other tool reads.
+
+    The family's own class only says what the special tokens are called: transformers 5 builds its classes anew from
+    their vocabulary, and splits some texts otherwise than the file does.
+
+    Raises:
+        BundleError: it cannot be loaded, or has no padding token.
+    """
+    path = source.folder / TOKENIZER_FILE
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise BundleError(f"{path} is not a tokenizer: {error}") from error
+    try:
+        with _quiet_transformers():
+            known = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, use_fast=True)
+        tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=backend,
+            model_max_length=known.model_max_length,
+            model_input_names=known.model_input_names,
+            **{name: str(token) for name in SPECIAL_TOKENS if (token := getattr(known, name)) is not None},
+        )
+    except (OSError, ValueError) as error:
+        raise BundleError(f"the tokenizer in {source.folder} cannot be loaded: {error}") from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        raise BundleError(f"the tokenizer in {source.folder} must be one with a padding token")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model compute attention in matrix products, which gives its probabilities, and put it back afterwards."""
+    config: Any = model.config
+    before = config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep loading silent: transformers lists the unused head of a masked language model as if that were a fault."""
+    logger = logging.getLogger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

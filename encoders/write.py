@@ -1,0 +1,208 @@
+"""Write an encoder as a folder that sentence-transformers, text-embeddings-inference and our own export load.
+
+The schema is the older one of sentence-transformers, which its releases 5 and 6 still read and other servers require.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from encoders.pooling import WEIGHTS_FILE
+from encoders.sentence_transformers import ACTIVATION_CLASSES, LEGACY_POOLING_KEYS, POOLING_MODES, PROMPT, dense_folder
+from mirror_runtime.bundle import (
+    ENCODER_FILE,
+    TOKENIZER_FILE,
+    Activation,
+    Dense,
+    EncoderSpec,
+    Pooling,
+    VectorType,
+    write_json,
+)
+from mirror_runtime.folders import umask
+
+SPECIAL_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "bos_token", "eos_token")
+
+TRUNCATION_LEFTOVERS = (
+    "max_length",
+    "stride",
+    "truncation_side",
+    "truncation_strategy",
+    "padding_side",
+    "pad_to_multiple_of",
+)
+"""Keys that earlier calls leave in `tokenizer_config.json`. fastembed cuts at `max_length`."""
+
+FOLDER_LEFTOVERS = ("is_local", "local_files_only", "name_or_path", "auto_map")
+"""Keys that describe the machine the tokenizer was loaded on."""
+
+CARD_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings-inference")
+
+
+def write_layout(
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spec: EncoderSpec,
+    card: str,
+    dense: Sequence[nn.Sequential] = (),
+) -> None:
+    """Write weights (fp32), tokenizer, head and `encoder.json`.
+
+    A head that sentence-transformers lacks (see `beyond_sentence_transformers`) gets no `modules.json`: a tool that
+    would pool otherwise then has to be told so, and the card says it.
+
+    Args:
+        folder: is made if need be. Writing is not atomic: see `mirror_runtime.folders`.
+        model: the encoder.
+        tokenizer: its fast tokenizer.
+        spec: what decides a vector.
+        card: the model card's text; the front matter is put before it.
+        dense: the head's dense layers, as `spec.dense` describes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder, model)
+    _write_tokenizer(folder, tokenizer, spec)
+    for index, (described, layer) in enumerate(zip(spec.dense, dense, strict=True)):
+        _write_dense(folder / dense_folder(index), described, layer.state_dict())
+    lacking = beyond_sentence_transformers(spec)
+    if lacking:
+        card += (
+            f"\n\nThis encoder has {lacking}. sentence-transformers cannot express that, so this folder has no "
+            "`modules.json`: read it with Mirror Runtime.\n"
+        )
+    else:
+        _write_modules(folder, spec, model.config.hidden_size)
+    (folder / "README.md").write_text(_front_matter(spec) + card.strip() + "\n", encoding="utf-8")
+    write_json(spec, folder / ENCODER_FILE)
+
+
+def beyond_sentence_transformers(spec: EncoderSpec) -> str:
+    """Say what of a head has no equivalent among the modules of sentence-transformers; empty where all has."""
+    if spec.pooling is Pooling.MEAN_PADDED:
+        return f"an average over the text padded to {spec.pad_to} tokens (`mean_padded`)"
+    if spec.pooling not in POOLING_MODES.values():
+        return f"the pooling `{spec.pooling.value}`"
+    if spec.layers != (-1,):
+        return f"an average of layers {', '.join(map(str, spec.layers))}"
+    if spec.template is not None and not spec.template.endswith("{text}"):
+        return f"the template `{spec.template}`, which goes on behind the text"
+    if spec.vector_type in (VectorType.INT8, VectorType.BINARY):
+        return f"{spec.vector_type.value} vectors"
+    return ""
+
+
+def _write_weights(folder: Path, model: PreTrainedModel) -> None:
+    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors makes it private
+    config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
+    for name in ("_name_or_path", "torch_dtype", "is_decoder", "add_cross_attention"):
+        config.pop(name, None)
+    _dump(folder / "config.json", config | {"dtype": "float32"})
+
+
+def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: EncoderSpec) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        state = json.loads((Path(scratch) / TOKENIZER_FILE).read_text(encoding="utf-8"))
+        config = json.loads((Path(scratch) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _dump(folder / TOKENIZER_FILE, state | {"truncation": None, "padding": None}, indent=None)
+    for name in (*TRUNCATION_LEFTOVERS, *FOLDER_LEFTOVERS):
+        config.pop(name, None)
+    special = {name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
+    config |= special | {
+        # Both releases of transformers read tokenizer.json as it is with this class, and with few others.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": tokenizer.model_input_names,
+        "model_max_length": spec.max_tokens,
+    }
+    _dump(folder / "tokenizer_config.json", config)
+    _dump(folder / "special_tokens_map.json", special)
+    if state["model"]["type"] == "WordPiece":
+        vocabulary: Mapping[str, int] = state["model"]["vocab"]
+        lines = [token for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+        (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]) -> None:
+    """Write a dense layer where and how sentence-transformers has it; `weights` are those of `make_dense`."""
+    folder.mkdir(exist_ok=True)
+    named = {name.replace("0.", "linear.", 1): value.contiguous() for name, value in weights.items()}
+    save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o666 & ~umask())
+    _dump(
+        folder / "config.json",
+        {
+            "in_features": dense.in_features,
+            "out_features": dense.out_features,
+            "bias": dense.bias,
+            "activation_function": ACTIVATION_CLASSES[dense.activation],
+        },
+    )
+
+
+def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
+    names = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    names += [(dense_folder(i), "Dense") for i in range(len(spec.dense))]
+    given = spec.dense[-1].out_features if spec.dense else width
+    if spec.dim < given:
+        # sentence-transformers keeps no record of a cut, but a dense layer that passes the first components on is one.
+        cut = Dense(in_features=given, out_features=spec.dim, bias=False, activation=Activation.IDENTITY)
+        names.append((dense_folder(len(spec.dense)), "Dense"))
+        _write_dense(folder / names[-1][0], cut, {"0.weight": torch.eye(spec.dim, given)})
+    if spec.normalize:
+        names.append((f"{len(names)}_Normalize", "Normalize"))
+    _dump(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(names)
+        ],
+    )
+    for path, _ in names:
+        (folder / path).mkdir(exist_ok=True)
+    mode = next(name for name, pooling in POOLING_MODES.items() if pooling is spec.pooling)
+    _dump(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": width}
+        | {key: name == mode for key, name in LEGACY_POOLING_KEYS.items()}
+        | {"include_prompt": True},
+    )
+    # sentence-transformers' own lower-casing stays off: tokenizer.json already does what the model was trained with
+    _dump(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_tokens, "do_lower_case": False})
+    prompt = None if spec.template is None else spec.template.removesuffix("{text}")
+    _dump(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {},
+            "prompts": {} if prompt is None else {PROMPT: prompt},
+            "default_prompt_name": None if prompt is None else PROMPT,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def _front_matter(spec: EncoderSpec) -> str:
+    alone = bool(beyond_sentence_transformers(spec))
+    library = "transformers" if alone else "sentence-transformers"
+    lines = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
+    if spec.revision is not None:  # only a hub name is a valid base_model there
+        lines.append(f"base_model: {spec.base_model}")
+    tags = CARD_TAGS[1:3] if alone else CARD_TAGS
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", "", ""])
+
+
+def _dump(path: Path, value: Any, indent: int | None = 2) -> None:
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The bundle's folder: built, updated, described and published."""

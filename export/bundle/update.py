@@ -1,0 +1,81 @@
+"""Artifacts added to a bundle that exists already, on the machine that they are for; it stays whole throughout."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from export.bundle.card import CARD_FILE, write_card
+from mirror_runtime.bundle import MANIFEST_FILE, Artifact, Manifest, read_manifest, sha256_file, write_json
+from mirror_runtime.errors import InputError
+
+
+@contextmanager
+def amending(bundle: Path) -> Iterator[Path]:
+    """Give an empty folder inside a bundle, for what is being made; it vanishes when the block ends.
+
+    Raises:
+        InputError: the bundle cannot be written, or another process is adding to it.
+    """
+    try:
+        handle = os.open(bundle, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{bundle} cannot be opened: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in bundle.glob(".partial-*"):  # of killed processes: this one holds the lock
+            shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=bundle))
+    except BlockingIOError:
+        os.close(handle)
+        raise InputError(f"another process is adding to {bundle}: wait for it") from None
+    except OSError as error:
+        os.close(handle)
+        raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def add_artifacts(bundle: Path, made: Path, artifacts: Sequence[Artifact]) -> Manifest:
+    """Move new files into a bundle and name them, and their artifacts, in its manifest, which is written last.
+
+    Args:
+        bundle: the bundle.
+        made: folder given by `amending`; everything in it moves to the same relative path of the bundle.
+        artifacts: what was proven. One of the same engine, precision and layout as before takes that one's place.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        InputError: the bundle cannot be written.
+    """
+    manifest = read_manifest(bundle)
+    files = dict(manifest.files)
+    new = {(a.engine, a.precision, a.layout) for a in artifacts}
+    kept = tuple(a for a in manifest.artifacts if (a.engine, a.precision, a.layout) not in new)
+    amended = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))
+    try:
+        if (bundle / CARD_FILE).is_file():
+            shutil.copyfile(bundle / CARD_FILE, made / CARD_FILE)
+            write_card(made, amended)
+        for path in sorted(p for p in made.rglob("*") if p.is_file()):
+            relative = path.relative_to(made)
+            (bundle / relative).parent.mkdir(parents=True, exist_ok=True)
+            files[relative.as_posix()] = sha256_file(path)
+            os.replace(path, bundle / relative)
+        amended = dataclasses.replace(amended, files=files)
+        write_json(amended, made / MANIFEST_FILE)
+        os.replace(made / MANIFEST_FILE, bundle / MANIFEST_FILE)
+    except OSError as error:
+        raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
+    return amended

@@ -1,0 +1,103 @@
+"""fp16 and bf16 written into a graph: strongly typed, so that TensorRT and CUDA compute what the file says.
+
+The library converters do not serve here: those of onnxruntime.transformers and onnxconverter_common know fp16 only and
+leave pairs of casts around blocked nodes; nvidia-modelopt's `onnx` extra wants another build of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from export.graph.rewrite import Array, Rewrite, checked
+from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
+from mirror_runtime.bundle import Precision
+from mirror_runtime.errors import EngineError
+
+HALVES: Mapping[Precision, int] = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
+
+_NUMPY: Mapping[int, np.dtype[np.generic]] = {
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+
+LARGEST_FP16 = 65504.0
+
+SCALES_OPSET = 19
+"""The first whose scales of QuantizeLinear may be half precision."""
+
+
+def write_half(
+    source: Graph,
+    path: Path,
+    half: Precision,
+    *,
+    precision: Precision | None = None,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
+) -> Graph:
+    """Write a graph with weights, matrix products and softmax in fp16 or bf16, and its head in fp32.
+
+    LayerNormalization stays one operator with `stash_type` 1: half in and out, statistics in fp32. What follows the
+    last of them (pooling, dense layers, norms) is computed in fp32, and the inputs and outputs are the source's.
+
+    Args:
+        source: fp32, or quantised with fp32 around it.
+        path: the file to write.
+        half: fp16 or bf16.
+        precision: what the file says its matrix products are in; None for `half` itself.
+        external_data_bytes: see `EXTERNAL_DATA_BYTES`.
+
+    Raises:
+        EngineError: a number of the graph is infinite in fp16.
+    """
+    kind = HALVES[half]
+    graph = Rewrite(source.path)
+    backbone = graph.backbone()
+    types = graph.element_types()
+    halved = {name for name in backbone if types.get(name) == TensorProto.FLOAT and name not in graph.inputs}
+    body = [node for node in graph.nodes if any(out in backbone for out in node.output)]
+    head = [node for node in graph.nodes if not any(out in backbone for out in node.output)]
+    halves = {name: f"{name}_half" if graph.constant(name) else name for name in halved}
+    for name in sorted(halved):
+        if graph.constant(name) is not None:
+            graph.add(halves[name], _halve(graph.array(name), kind, name))
+    for node in body:
+        node.input[:] = [halves.get(name, name) for name in node.input]
+        _retype(node, kind)
+    for name in sorted(halved):
+        # fp32 again for the head, and for values that are outputs of the graph themselves.
+        readers = [node for node in head if name in node.input]
+        if graph.constant(name) is None and (readers or name in graph.outputs):
+            inner = f"{name}_half"
+            for node in body:
+                node.input[:] = [inner if read == name else read for read in node.input]
+                node.output[:] = [inner if out == name else out for out in node.output]
+            graph.node("Cast", [inner], [name], to=TensorProto.FLOAT)
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in body):
+        graph.opset = max(graph.opset, SCALES_OPSET)
+    graph.save(path, precision or half, external_data_bytes=external_data_bytes)
+    return checked(source, path)
+
+
+def _halve(values: Array, kind: int, name: str) -> Array:
+    largest = np.abs(values).max(initial=0.0)
+    if kind == TensorProto.FLOAT16 and not largest <= LARGEST_FP16:
+        raise EngineError(f"{name} reaches {largest:.3g}, which fp16 cannot hold: export bf16")
+    return values.astype(_NUMPY[kind])
+
+
+def _retype(node: NodeProto, kind: int) -> None:
+    """Turn what a node says of fp32 into the half type: casts and constants made in place."""
+    for attribute in node.attribute:
+        if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT:
+            attribute.i = kind
+        elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(_half_tensor(attribute.t, kind, node.name))
+
+
+def _half_tensor(tensor: TensorProto, kind: int, name: str) -> TensorProto:
+    return numpy_helper.from_array(_halve(numpy_helper.to_array(tensor), kind, name), tensor.name)

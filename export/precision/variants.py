@@ -1,0 +1,106 @@
+"""Files of other precisions, made from the fp32 graphs: which, under which names, and what proves them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from export.graph.trace import Graph
+from export.precision.calibration import Calibration
+from export.precision.half_precision import HALVES, write_half
+from export.precision.quantize import plan_sites, write_quantized, write_quantized_for_gpu
+from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The files of one precision.
+
+    Attributes:
+        files: by layout; a layout that is absent is not written.
+        gpu_files: by layout, for TensorRT and CUDA, which compute what is not quantised in fp16.
+        engines: that prove a file, by layout; ONNX Runtime proves what is for GPUs.
+        aliases: more names for the padded file, which other tools look for.
+    """
+
+    files: Mapping[Layout, str] = field(default_factory=dict)
+    gpu_files: Mapping[Layout, str] = field(default_factory=dict)
+    engines: tuple[EngineName, ...] = (EngineName.ONNXRUNTIME,)
+    aliases: tuple[str, ...] = ()
+
+
+VARIANTS: Mapping[Precision, Variant] = {
+    Precision.FP16: Variant(files={Layout.PADDED: "model_fp16.onnx", Layout.PACKED: "model_packed_fp16.onnx"}),
+    # ONNX Runtime has no bf16 on the CPU; OpenVINO runs this file as it runs the fp32 file lowered to bf16.
+    Precision.BF16: Variant(files={Layout.PACKED: "model_packed_bf16.onnx"}, engines=(EngineName.OPENVINO,)),
+    Precision.INT8: Variant(
+        # transformers.js, optimum and infinity look for the first name, sentence-transformers' users for the alias.
+        files={Layout.PADDED: "model_quantized.onnx", Layout.PACKED: "model_packed_int8.onnx"},
+        gpu_files={Layout.PACKED: "model_packed_gpu_int8.onnx"},
+        engines=(EngineName.ONNXRUNTIME, EngineName.OPENVINO),
+        aliases=("model_qint8_avx512_vnni.onnx",),
+    ),
+    Precision.FP8: Variant(gpu_files={Layout.PACKED: "model_packed_fp8.onnx"}),
+}
+
+
+def write_variant(
+    folder: Path,
+    graphs: Mapping[Layout, Graph],
+    precision: Precision,
+    *,
+    spec: EncoderSpec,
+    calibration: Sequence[str] | None,
+    external_data_bytes: int,
+    gpu: bool = False,
+) -> Iterator[Graph]:
+    """Write the files of one precision beside the fp32 graphs; each is checked.
+
+    Args:
+        folder: the bundle in the making, which holds the tokenizer.
+        graphs: fp32.
+        precision: a key of `VARIANTS`.
+        spec: the encoder's.
+        calibration: texts to find scales on; None takes built-in ones. fp16 needs none.
+        external_data_bytes: see `export.graph.trace.EXTERNAL_DATA_BYTES`.
+        gpu: write the files for GPUs too, where there are others.
+
+    Raises:
+        EngineError: the precision cannot hold the weights.
+        InputError: the calibration texts cannot be encoded.
+    """
+    variant = VARIANTS[precision]
+    if precision in HALVES:
+        for layout, name in variant.files.items():
+            path = graphs[layout].path.with_name(name)
+            yield write_half(graphs[layout], path, precision, external_data_bytes=external_data_bytes)
+        return
+    packed = graphs[Layout.PACKED].path
+    measured = Calibration.run(packed, folder, spec, calibration)
+    plan = plan_sites(packed, measured, precision)
+    for layout, name in variant.files.items():
+        path = graphs[layout].path.with_name(name)
+        yield write_quantized(graphs[layout], path, plan, external_data_bytes=external_data_bytes)
+    for layout, name in variant.gpu_files.items() if gpu or not variant.files else ():
+        path = graphs[layout].path.with_name(name)
+        yield write_quantized_for_gpu(graphs[layout], path, plan, external_data_bytes=external_data_bytes)
+
+
+def provers(graph: Graph, precision: Precision) -> tuple[EngineName, ...]:
+    """Name the engines that prove a file of `write_variant`."""
+    variant = VARIANTS[precision]
+    for_cpu = graph.layout is Layout.PACKED and graph.path.name not in variant.gpu_files.values()
+    return variant.engines if for_cpu else (EngineName.ONNXRUNTIME,)
+
+
+def write_aliases(path: Path, precision: Precision) -> None:
+    """Give a proven padded file its other names: hard links where the file system has them, else copies."""
+    for name in VARIANTS[precision].aliases if precision in VARIANTS else ():
+        alias = path.with_name(name)
+        try:
+            os.link(path, alias)
+        except OSError:  # another kind of file system: a copy is the same to every reader
+            shutil.copyfile(path, alias)

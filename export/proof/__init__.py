@@ -1,0 +1,1 @@
+"""The certificate of an artifact: its vectors against PyTorch's."""

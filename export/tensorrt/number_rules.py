@@ -1,0 +1,231 @@
+"""Numbers that half precision cannot hold: mask fills, epsilons, sums, and rows of attention that see nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto
+from onnx.reference import ReferenceEvaluator
+
+from export.tensorrt.view import Breach, GraphView, floats
+
+HALVES: Mapping[int, str] = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+LARGEST: Mapping[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895313892515355e38}
+SMALLEST: Mapping[int, float] = {TensorProto.FLOAT16: 2.0**-24, TensorProto.BFLOAT16: 2.0**-133}
+"""The largest and the smallest positive number of each type."""
+
+ROOM = 32752.0
+"""Largest magnitude of a number that is added to fp16 scores: the sum of two such stays finite."""
+
+SUMS = frozenset({"ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "CumSum"})
+
+MASKS = frozenset({"segment_ids", "attention_mask"})
+"""Inputs that say which positions are text."""
+
+LENGTH = 64
+"""Of the rows that masks are computed for."""
+
+_CARRIERS = frozenset(
+    {
+        *("Add", "Sub", "Mul", "Neg", "Where", "Cast", "Concat", "Expand", "Gather", "Identity", "Reshape", "Slice"),
+        *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
+    }
+)
+"""Operators that hand a constant on, so that a Cast behind them meets it."""
+
+
+def check_constants(view: GraphView) -> Iterator[Breach]:
+    """Refuse constants that are not finite, or that half precision makes infinite or zero.
+
+    Mask fills must leave room for the score that they are added to.
+    """
+    for name, tensor in view.constants.items():
+        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, *HALVES):
+            continue
+        array = view.constant(name)
+        assert array is not None  # its name is a constant's
+        values = np.abs(floats(array))
+        place = _place(view, name)
+        if not np.isfinite(values).all():
+            yield Breach(
+                rule="constants",
+                node=place,
+                problem=f"{name} holds infinity or NaN (a mask fill of -3.4e38 becomes -inf in fp16): use -10000",
+            )
+            continue
+        if (
+            tensor.data_type == TensorProto.FLOAT16
+            and values.size == 1
+            and values.max() > ROOM
+            and _is_added(view, name)
+        ):
+            yield Breach(
+                rule="constants",
+                node=place,
+                problem=f"{name} is {floats(array).min():.4g} and overflows fp16 when a score is added: use -10000",
+            )
+        if tensor.data_type in HALVES or values.size > 64:
+            continue  # what is fp16 already is finite, and weights are checked where they are cast, by their type
+        largest, positive = values.max(initial=0.0), values[values > 0]
+        for half in _casts(view, name):
+            if largest > LARGEST[half]:
+                problem = f"{name} reaches {largest:.4g} and becomes infinite in {HALVES[half]}: use -10000"
+            elif positive.size and positive.min() < SMALLEST[half]:
+                problem = f"{name} is {positive.min():.4g} and becomes 0 in {HALVES[half]}: keep it in fp32"
+            else:
+                continue
+            yield Breach(rule="constants", node=place, problem=problem)
+
+
+def check_sums(view: GraphView) -> Iterator[Breach]:
+    """Refuse long sums in half precision (pooling, norms, taken-apart LayerNorm), and divisors that may be 0 in it."""
+    for node in view.nodes:
+        half = HALVES.get(view.types.get(node.input[0], 0)) if node.input else None
+        if half is None:
+            continue
+        if node.op_type in SUMS:
+            yield Breach(
+                rule="sums",
+                node=view.label(node),
+                problem=f"it adds up in {half}: cast to fp32 before it (LayerNormalization, whole, does so itself)",
+            )
+        if node.op_type == "Div" and (floor := view.producer.get(node.input[1])) is not None:
+            bounds = [view.constant(name) for name in floor.input if name in view.constants]
+            if floor.op_type in ("Max", "Clip") and any(b is not None and (floats(b) == 0).all() for b in bounds):
+                yield Breach(
+                    rule="sums", node=view.label(node), problem=f"its divisor's floor is 0 in {half}: divide in fp32"
+                )
+
+
+def check_masks(view: GraphView) -> Iterator[Breach]:
+    """Refuse attention in which a position may see nothing: its softmax is NaN, or spreads over what is not its text.
+
+    The mask is cut out of the graph and computed for rows with several texts, with one, and with none at all.
+    """
+    depends = _dependencies(view)
+    masks: dict[str, str] = {}
+    for node in view.nodes:
+        if node.op_type != "Softmax":
+            continue
+        mask = _mask_of(view, node, depends)
+        if mask is None:
+            yield Breach(
+                rule="masks", node=view.label(node), problem="nothing masks its scores: texts would see each other"
+            )
+        else:
+            masks.setdefault(mask, view.label(node))
+    for mask, label in masks.items():
+        values = _compute(view, mask)
+        if values.dtype == np.bool_:
+            blind = ~values.any(-1)
+        elif not np.isfinite(values.astype(np.float64)).all():
+            yield Breach(rule="masks", node=label, problem=f"its mask {mask} holds infinity or NaN: fill with -10000")
+            continue
+        else:
+            blind = values.astype(np.float64).max(-1) < -1.0
+        # Only what every position has: slots without a text may see nothing, since their vectors are zeros anyway.
+        if values.shape[-2:] == (LENGTH, LENGTH) and blind.any():
+            yield Breach(
+                rule="masks",
+                node=label,
+                problem=f"its mask {mask} leaves {int(blind.sum())} positions that see nothing: "
+                "let empty positions see each other",
+            )
+
+
+def _compute(view: GraphView, name: str) -> NDArray[np.generic]:
+    """Compute one value, for rows of several texts, of one, and of none."""
+    wanted: set[str] = {name}
+    nodes: list[NodeProto] = []
+    for node in reversed(view.nodes):
+        if wanted & set(node.output):
+            nodes.insert(0, node)
+            wanted |= set(node.input)
+    segments = np.array([[1] * 8 + [2] * 24 + [3] * 16 + [0] * 16, [1] * LENGTH, [0] * LENGTH], np.int64)
+    positions = np.array([[*range(8), *range(24), *range(16), *[0] * 16], [*range(LENGTH)], [0] * LENGTH], np.int64)
+    samples = {
+        "segment_ids": segments,
+        "position_ids": positions,
+        "attention_mask": (segments > 0).astype(np.int64),
+    }
+    # Of any other input a mask reads the size alone.
+    feed = {source: samples.get(source, np.zeros_like(segments)) for source in sorted(wanted & view.inputs.keys())}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "mask",
+        [view.inputs[source] for source in feed],
+        [onnx.helper.make_empty_tensor_value_info(name)],
+        [tensor for key, tensor in view.constants.items() if key in wanted and key not in view.producer],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", view.opset)])
+    with np.errstate(over="ignore"):  # what overflows is infinite, and named by the caller
+        results: Any = ReferenceEvaluator(model).run(None, feed)
+    return np.asarray(results[0])
+
+
+def _dependencies(view: GraphView) -> dict[str, frozenset[str]]:
+    """Which graph inputs' values each value is computed from; their sizes do not count."""
+    depends = {name: frozenset({name}) for name in view.inputs}
+    for node in view.nodes:
+        names = () if node.op_type in ("Shape", "Size") else node.input
+        sources = frozenset[str]().union(*(depends.get(name, frozenset()) for name in names))
+        depends |= dict.fromkeys(node.output, sources)
+    return depends
+
+
+def _mask_of(view: GraphView, softmax: NodeProto, depends: dict[str, frozenset[str]]) -> str | None:
+    """Find what is added to a softmax's scores, or what chooses among them, and comes from the mask input alone."""
+    name = softmax.input[0]
+    while (node := view.producer.get(name)) is not None:
+        if node.op_type in ("Add", "Where", "Sub"):
+            for operand in node.input:
+                sources = depends.get(operand, frozenset())
+                if sources & MASKS and sources <= {*MASKS, "position_ids"}:
+                    return operand
+        if node.op_type not in (
+            "Cast",
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Identity",
+            "Where",
+            "QuantizeLinear",
+            "DequantizeLinear",
+        ):
+            return None
+        name = node.input[0]
+    return None
+
+
+def _casts(view: GraphView, name: str) -> set[int]:
+    """Half-precision types that a constant is cast to, behind operators that hand it on."""
+    found: set[int] = set()
+    seen = {name}
+    todo = [name]
+    while todo:
+        for node in view.consumers.get(todo.pop(), []):
+            if node.op_type not in _CARRIERS:
+                continue
+            for output in node.output:
+                kind = view.types.get(output, 0)
+                if node.op_type == "Cast" and kind in HALVES:
+                    found.add(kind)
+                elif output not in seen and kind in (TensorProto.FLOAT, TensorProto.DOUBLE):
+                    seen.add(output)
+                    todo.append(output)
+    return found
+
+
+def _is_added(view: GraphView, name: str) -> bool:
+    return any(node.op_type in ("Where", "Add", "Sub", "Mul") for node in view.consumers.get(name, []))
+
+
+def _place(view: GraphView, name: str) -> str:
+    """Name the node where a constant is met: its first consumer."""
+    consumers = view.consumers.get(name)
+    return view.label(consumers[0]) if consumers else "graph"

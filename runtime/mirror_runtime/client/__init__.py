@@ -1,0 +1,1 @@
+"""Vectors from a running Triton server. Needs the `client` extra alone."""

@@ -1,0 +1,222 @@
+"""The second model, `encoder`: a packed graph in one of Triton's own backends, and its `config.pbtxt`.
+
+`embed` sends it whole batches of packed rows, so nothing is left to batch there: `max_batch_size` is 0. That is also
+what the OpenVINO backend needs, which cannot batch rows of free length, and it keeps Triton from waiting for company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
+from mirror_runtime.engines.openvino_engine import row_step_of
+from mirror_runtime.engines.plan_card import PlanCard, read_card
+from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.packing import BLOCK, ROW_TOKENS, TOKEN_BUDGET, Ladder
+from mirror_runtime.selection import AUTO
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
+
+ENCODER_NAME = "encoder"
+
+ENGINES: Mapping[Backend, EngineName] = MappingProxyType(
+    {
+        Backend.ONNXRUNTIME: EngineName.ONNXRUNTIME,
+        Backend.OPENVINO: EngineName.OPENVINO,
+        Backend.TENSORRT: EngineName.TENSORRT,
+    }
+)
+"""Whose artifacts a backend runs."""
+
+_FILES = {Backend.ONNXRUNTIME: "model.onnx", Backend.OPENVINO: "model.onnx", Backend.TENSORRT: "model.plan"}
+
+_TYPES = {
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "int8": "TYPE_INT8",
+    "uint8": "TYPE_UINT8",
+}
+
+_CONFIG = """\
+# Rendered from a bundle's manifest by mirror_runtime.triton.model.backend_model: change that file, not this one.
+name: "{name}"
+backend: "{backend}"
+default_model_filename: "{file}"
+# Requests are batches of packed rows already.
+max_batch_size: 0
+input [
+{inputs}
+]
+output [
+{outputs}
+]
+version_policy {{ latest {{ num_versions: 1 }} }}
+{instances}
+# Every shape that packing produces, so that no request waits for a compilation.
+model_warmup [
+{warmup}
+]
+{extra}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderModel:
+    """What runs behind `embed`.
+
+    Attributes:
+        artifact: the packed graph, or TensorRT's plan.
+        backend: what runs it.
+        shapes: rows and row length of every batch that will come.
+        streams: batches that run side by side.
+        card: of TensorRT's plan; None for graphs.
+    """
+
+    artifact: Artifact
+    backend: Backend
+    shapes: tuple[tuple[int, int], ...]
+    streams: int
+    card: PlanCard | None = None
+
+    @property
+    def file(self) -> str:
+        """The graph's name in the model's version folder."""
+        return _FILES[self.backend]
+
+    @classmethod
+    def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> EncoderModel:
+        """Choose what runs, for a machine with so many cores.
+
+        Raises:
+            EngineError: the bundle has no packed artifact, or several, for what is asked; or a plan lacks profiles.
+            InputError: the options contradict each other, or the backend cannot do what is asked.
+        """
+        artifact = find_artifact(manifest, options)
+        default = {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores, Backend.TENSORRT: 2}[options.backend]
+        streams = options.streams or default
+        if options.backend is not Backend.TENSORRT and streams > cores:
+            raise InputError(f"{streams} streams on {cores} cores would take each other's time: ask for {cores}")
+        card = read_card(bundle / artifact.path) if options.backend is Backend.TENSORRT else None
+        ladder = packed_ladder(manifest, options)
+        missing = [shape for shape in ladder.shapes() if card is not None and shape not in _static_shapes(card)]
+        if missing:
+            raise EngineError(
+                f"{artifact.path} has no static profile for rows {missing[0]}: build it with export/to_tensorrt.py"
+            )
+        return cls(artifact=artifact, backend=options.backend, shapes=ladder.shapes(), streams=streams, card=card)
+
+
+def packed_ladder(manifest: Manifest, options: ServingOptions) -> Ladder:
+    """Give the shapes that `embed` packs into."""
+    spec = manifest.encoder
+    return Ladder.up_to(
+        spec.pad_to or spec.max_tokens,
+        base=options.row_tokens or ROW_TOKENS,
+        budget=options.batch_tokens or TOKEN_BUDGET,
+        step=row_step_of(spec.pooling) if options.backend is Backend.OPENVINO else BLOCK,
+    )
+
+
+def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
+    """Find the packed artifact that a backend is to run.
+
+    Raises:
+        EngineError: there is none, or more than one and no precision is named.
+        InputError: the options contradict each other, or the backend cannot do what is asked.
+    """
+    engine = ENGINES[options.backend]
+    if options.engine not in (AUTO, engine.value):
+        raise InputError(f"the backend {options.backend.value} runs engine {engine.value}, not {options.engine}")
+    packed = [a for a in manifest.artifacts if a.engine is engine and a.layout is Layout.PACKED]
+    fitting = [a for a in packed if options.precision in (AUTO, a.precision.value)]
+    if not fitting or (options.precision == AUTO and len({a.precision for a in fitting}) > 1):
+        has = ", ".join(a.precision.value for a in packed) or "none"
+        raise EngineError(
+            f"the backend {options.backend.value} needs one packed artifact of {engine.value} and precision "
+            f"{options.precision}; the bundle has {has}. Name one with --precision, or export it"
+        )
+    if options.backend is Backend.OPENVINO and fitting[0].precision is Precision.FP32:
+        raise InputError(
+            "Triton's OpenVINO backend has no setting for fp32: on CPUs with bf16 it would compute in bf16. "
+            "Ask for bf16, or for the backend python"
+        )
+    return fitting[0]
+
+
+def render_encoder(model: EncoderModel, cores: int) -> str:
+    """Give the text of the second model's `config.pbtxt`.
+
+    Args:
+        model: what runs.
+        cores: of the machine that will serve; the streams share them.
+    """
+    artifact = model.artifact
+    return _CONFIG.format(
+        name=ENCODER_NAME,
+        backend=model.backend.value,
+        file=model.file,
+        inputs=",\n".join(_tensor(tensor) for tensor in artifact.inputs),
+        outputs=",\n".join(_tensor(tensor) for tensor in artifact.outputs),
+        instances=_instances(model),
+        warmup=",\n".join(_warmup(shape, artifact.inputs) for shape in model.shapes),
+        extra=_parameters(model, cores) + _cuda_graphs(model),
+    )
+
+
+def _tensor(tensor: TensorSpec) -> str:
+    dims = ", ".join(str(d) if isinstance(d, int) else "-1" for d in tensor.shape)
+    return f'  {{ name: "{tensor.name}" data_type: {_TYPES[tensor.dtype]} dims: [ {dims} ] }}'
+
+
+def _instances(model: EncoderModel) -> str:
+    """Write the instance group: without a count, Triton would make two for ONNX Runtime, each on every core."""
+    if model.card is None:
+        return f"instance_group [\n  {{ kind: KIND_CPU count: {model.streams} }}\n]"
+    profiles = ", ".join(f'"{number}"' for number in range(len(model.card.profiles)))
+    return f"instance_group [\n  {{ kind: KIND_GPU count: {model.streams} profile: [ {profiles} ] }}\n]"
+
+
+def _warmup(shape: tuple[int, int], inputs: Sequence[TensorSpec]) -> str:
+    rows, length = shape
+    zeros = "\n".join(
+        f'    inputs {{ key: "{tensor.name}" value: {{ data_type: {_TYPES[tensor.dtype]} '
+        f"dims: [ {rows}, {length} ] zero_data: true }} }}"
+        for tensor in inputs
+    )
+    return f'  {{\n    name: "{rows} rows of {length}"\n    batch_size: 1\n{zeros}\n  }}'
+
+
+def _parameters(model: EncoderModel, cores: int) -> str:
+    """Write the backend's settings: threads are shared among what runs side by side, never multiplied."""
+    if model.backend is Backend.ONNXRUNTIME:
+        settings = {"intra_op_thread_count": str(max(1, cores // model.streams)), "inter_op_thread_count": "1"}
+    elif model.backend is Backend.OPENVINO:
+        settings = {"NUM_STREAMS": str(model.streams), "INFERENCE_NUM_THREADS": str(cores), "HINT_BF16": "YES"}
+    else:
+        return ""
+    lines = ",\n".join(f'  {{ key: "{key}" value: {{ string_value: "{value}" }} }}' for key, value in settings.items())
+    return f"parameters [\n{lines}\n]\n"
+
+
+def _cuda_graphs(model: EncoderModel) -> str:
+    if model.card is None:
+        return ""
+    specs = ",\n".join(
+        "      { batch_size: 0 "
+        + " ".join(
+            f'input {{ key: "{tensor.name}" value: {{ dim: [ {rows}, {length} ] }} }}'
+            for tensor in model.artifact.inputs
+        )
+        + " }"
+        for rows, length in model.shapes
+    )
+    return f"optimization {{\n  cuda {{\n    graphs: true\n    graph_spec [\n{specs}\n    ]\n  }}\n}}\n"
+
+
+def _static_shapes(card: PlanCard) -> set[tuple[int, ...]]:
+    """Give the shapes for which a plan has a profile of its own."""
+    shapes = [next(iter(profile.values())) for profile in card.profiles]
+    return {least for least, _, most in shapes if least == most}

@@ -1,0 +1,55 @@
+"""An engine that lives in another model of the same Triton server, reached from inside `embed` (BLS)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mirror_runtime.bundle import Artifact
+from mirror_runtime.errors import EngineError
+from mirror_runtime.packing import PackedRows
+from mirror_runtime.triton.model.backend_model import ENCODER_NAME
+from mirror_runtime.vectors import Vectors
+
+
+class RemoteEngine:
+    """Runs packed rows on the model `encoder`. Safe to call from several threads.
+
+    Args:
+        pb_utils: Triton's module, which only its stub process has.
+        artifact: what the other model runs: names and types of its tensors.
+        streams: how many batches it runs side by side.
+        version: of the other model: the same as of `embed`, so that tokenizer and graph move together.
+    """
+
+    def __init__(self, pb_utils: Any, artifact: Artifact, streams: int, version: int) -> None:
+        self._pb_utils = pb_utils
+        self.name = artifact.engine
+        self.precision = artifact.precision
+        self.streams = streams
+        self.row_step: int | None = None
+        self._inputs = [(tensor.name, np.dtype(tensor.dtype)) for tensor in artifact.inputs]
+        self._output = artifact.outputs[0].name
+        self._version = version
+
+    def run(self, rows: PackedRows) -> Vectors:
+        """Compute [R, L // 4, width]; see `Engine.run`."""
+        tensors = [
+            self._pb_utils.Tensor(name, getattr(rows, name).astype(kind, copy=False)) for name, kind in self._inputs
+        ]
+        response = self._pb_utils.InferenceRequest(
+            model_name=ENCODER_NAME,
+            model_version=self._version,
+            requested_output_names=[self._output],
+            inputs=tensors,
+            preferred_memory=self._pb_utils.PreferredMemory(self._pb_utils.TRITONSERVER_MEMORY_CPU),
+        ).exec()
+        if response.has_error():
+            reason = response.error().message()
+            raise EngineError(f"the model {ENCODER_NAME} failed on rows {rows.shape}: {reason}")
+        out: Vectors = self._pb_utils.get_output_tensor_by_name(response, self._output).as_numpy()
+        return np.array(out)  # the response's memory goes with it
+
+    def close(self) -> None:
+        """Nothing to release: the other model is the server's."""

@@ -1,0 +1,1 @@
+"""The model repository that Triton reads, rendered from a bundle's manifest."""

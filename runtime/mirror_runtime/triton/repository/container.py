@@ -1,0 +1,47 @@
+"""The command that serves a model repository in NVIDIA's container."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from mirror_runtime.bundle import EngineName
+from mirror_runtime.triton.repository.options import Backend
+
+CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
+
+
+def container_command(
+    repository: Path | str,
+    source: Path | str,
+    *,
+    engine: str = "auto",
+    backend: Backend = Backend.PYTHON,
+) -> str:
+    """Give the one shell command that serves a model repository in NVIDIA's container.
+
+    The sources are mounted read-only and copied inside, because building a package writes beside its sources.
+
+    Args:
+        repository: the model repository on the host.
+        source: a clone of this project on the host.
+        engine: which engine's packages to install; "auto" installs both CPU engines.
+        backend: what runs the graph; none of Triton's own needs packages of ours for it, and TensorRT needs the GPUs.
+    """
+    extras = {EngineName.ONNXRUNTIME.value: "[cpu]", EngineName.OPENVINO.value: "[openvino]"}.get(
+        engine, "[cpu,openvino]"
+    )
+    if backend is not Backend.PYTHON:
+        extras = ""
+    gpus = " --gpus=all" if backend is Backend.TENSORRT else ""
+    server = "tritonserver --model-repository=/models --model-control-mode=none --disable-auto-complete-config"
+    inside = (
+        "mkdir /tmp/mirror && cp -r /src/pyproject.toml /src/README.md /src/LICENSE /src/runtime /tmp/mirror"
+        f" && pip install --quiet '/tmp/mirror{extras}' && exec {server}"
+    )
+    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002))
+    return (
+        f"docker run --rm{gpus} --shm-size=1g {ports} -e PIP_BREAK_SYSTEM_PACKAGES=1"
+        f" -v {shlex.quote(f'{repository}:/models:ro')} -v {shlex.quote(f'{source}:/src:ro')}"
+        f' {CONTAINER_IMAGE} sh -c "{inside}"'
+    )

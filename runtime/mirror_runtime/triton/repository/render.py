@@ -1,0 +1,281 @@
+"""Render a Triton model repository from a bundle's manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mirror_runtime.bundle import (
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    EngineName,
+    Layout,
+    Manifest,
+    check_files,
+    read_manifest,
+)
+from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
+from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.host import usable_cores
+from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
+from mirror_runtime.triton.model.backend_model import ENCODER_NAME, EncoderModel, render_encoder
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from mirror_runtime.vectors import width_of
+
+MODEL_SOURCE = '''\
+"""What Triton loads: the model itself ships in the mirror_runtime package."""
+
+from mirror_runtime.triton.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+_CONFIG = """\
+# Rendered from a bundle's manifest by mirror_runtime.triton.repository: change that file, not this one.
+name: "{name}"
+backend: "python"
+max_batch_size: {max_batch_size}
+input [
+  {{ name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }}
+]
+output [
+  {{ name: "EMBEDDING" data_type: {data_type} dims: [ {width} ] }},
+  {{ name: "TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }},
+  {{ name: "TRUNCATED" data_type: TYPE_BOOL dims: [ 1 ] }},
+  {{ name: "FINGERPRINT" data_type: TYPE_STRING dims: [ 1 ] }}
+]
+version_policy {{ latest {{ num_versions: 1 }} }}
+# Empty on purpose: a queue size, a timeout or a priority makes Triton stall requests for up to 500 ms. What is too much
+# the model refuses itself.
+dynamic_batching {{ }}
+# Off on purpose: its key leaves request parameters out, and server 2.51 keeps errors in it, as empty answers.
+response_cache {{ enable: false }}
+# Each instance is a process with an engine of its own, bound to its share of the cores.
+instance_group [
+  {{ kind: KIND_CPU count: {instances} }}
+]
+{warmup}parameters [
+{parameters}
+]
+"""
+
+
+_WARMUP = """\
+model_warmup [
+  {
+    name: "one short text"
+    batch_size: 1
+    inputs { key: "TEXT" value: { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "short" } }
+  },
+  {
+    name: "one long text"
+    batch_size: 1
+    inputs { key: "TEXT" value: { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "long" } }
+  }
+]
+"""
+
+
+def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
+    """Give the text of `config.pbtxt`.
+
+    Args:
+        manifest: the bundle's.
+        options: how to serve it.
+        bundle: the bundle's folder, absolute or relative to the version folder `embed/1`.
+    """
+    parameters = {
+        "bundle": bundle,
+        **options.to_parameters(),
+        "fingerprint": manifest.fingerprint,
+        # For whoever speaks to clients in the model's name, such as the gateway.
+        "base_model": manifest.encoder.base_model,
+        "max_tokens": str(manifest.encoder.max_tokens),
+        "normalize": str(manifest.encoder.normalize).lower(),
+    }
+    return _CONFIG.format(
+        name=MODEL_NAME,
+        max_batch_size=options.max_batch_size,
+        data_type=DATA_TYPES[manifest.encoder.vector_type],
+        width=width_of(manifest.encoder),
+        instances=options.instances,
+        # A model cannot reach another one before the server is ready, which waits for the warm-up.
+        warmup=_WARMUP if options.backend is Backend.PYTHON else "",
+        parameters=",\n".join(
+            f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
+        ),
+    )
+
+
+def render_warmup(manifest: Manifest) -> dict[str, bytes]:
+    """Give the warm-up files by name: real text, since Triton's own random strings come out empty.
+
+    The long text stays far below `max_tokens`, so that it passes whatever the policy for long texts is.
+    """
+    long = " ".join(["the"] * max(1, manifest.encoder.max_tokens // 4))
+    return {"short": _length_prefixed("The house is warm."), "long": _length_prefixed(long)}
+
+
+def write_model(manifest: Manifest, folder: Path, options: ServingOptions, *, bundle: str = "bundle") -> None:
+    """Write the model's folder, all but the bundle, into an existing empty `folder`."""
+    (folder / "1").mkdir()
+    (folder / "warmup").mkdir()
+    (folder / "1" / "model.py").write_text(MODEL_SOURCE, encoding="utf-8")
+    for name, content in render_warmup(manifest).items():
+        (folder / "warmup" / name).write_bytes(content)
+    (folder / "config.pbtxt").write_text(render_config(manifest, options, bundle=bundle), encoding="utf-8")
+
+
+def write_repository(
+    bundle: Path,
+    repository: Path,
+    options: ServingOptions,
+    *,
+    link: bool = False,
+    overwrite: bool = False,
+    cores: int | None = None,
+) -> Path:
+    """Write `repository/embed`, which holds its own copy of the bundle and can be moved anywhere.
+
+    With one of Triton's own backends, `repository/encoder` is written too: it has the graph, and `embed` only what it
+    needs beside it. Each folder appears whole or not at all.
+
+    Args:
+        bundle: what to serve; its files are compared with the manifest's hashes first.
+        repository: the model repository; made where absent.
+        options: how to serve it.
+        link: share the bundle's files by hard links where the file system allows it.
+        overwrite: replace model folders that are there already.
+        cores: of the machine that will serve, which Triton's own backends must be told; None for this machine's.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        BundleError: `bundle` is no bundle, or a file of it is missing or changed.
+        EngineError: the bundle has no artifact for the engine and precision asked for.
+        InputError: a model's folder exists and `overwrite` is not set, or cannot be written; or the options do not
+            fit the backend.
+    """
+    manifest = read_manifest(bundle)
+    cores = cores or usable_cores()
+    encoder = None
+    if options.backend is Backend.PYTHON:
+        _check_choice(manifest, options)
+    else:
+        encoder = EncoderModel.of(bundle, manifest, options, cores)
+        options = _named(options, encoder)
+    check_files(bundle, manifest)
+    target = repository / MODEL_NAME
+    present = [repository / name for name in (ENCODER_NAME, MODEL_NAME) if (repository / name).exists()]
+    if present and not overwrite:
+        raise InputError(f"{present[-1]} exists: choose another --output, or pass --overwrite")
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        # Beside the repository's models would be a model to Triton if a kill left it there: keep it out of the way.
+        scratch = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=repository.resolve().parent))
+    except OSError as error:
+        raise InputError(f"{repository} cannot be written: {error.strerror}") from error
+    try:
+        fresh = scratch / MODEL_NAME
+        fresh.mkdir()
+        write_model(manifest, fresh, options)
+        copy = link_or_copy if link else shutil.copy2
+        if encoder is None:
+            shutil.copytree(bundle, fresh / "1" / "bundle", copy_function=copy)
+        else:
+            _copy_for_tokenizing(bundle, fresh / "1" / "bundle")
+            _write_encoder(bundle, scratch / ENCODER_NAME, encoder, cores, copy)
+        _put_in_place(scratch, repository)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(scratch)
+    return target
+
+
+def write_temporary_repository(bundle: Path, repository: Path, options: ServingOptions) -> None:
+    """Write a repository that refers to the bundle where it lies instead of copying it.
+
+    Raises:
+        BundleError: `bundle` is no bundle.
+        InputError: the options want one of Triton's own backends, which only its container has.
+    """
+    if options.backend is not Backend.PYTHON:
+        raise InputError(f"the backend {options.backend.value} runs in NVIDIA's container alone: ask for python")
+    manifest = read_manifest(bundle)
+    folder = repository / MODEL_NAME
+    folder.mkdir()
+    write_model(manifest, folder, options, bundle=str(bundle.resolve()))
+
+
+def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
+    """See that what is asked for is in the bundle; whether it runs is for the machine that will serve to say."""
+    if options.engine == EngineName.FAKE.value:
+        return
+    packed = [(a.engine.value, a.precision.value) for a in manifest.artifacts if a.layout is Layout.PACKED]
+    if not any(options.engine in ("auto", e) and options.precision in ("auto", p) for e, p in packed):
+        proven = ", ".join(f"{e} {p}" for e, p in packed) or "none"
+        raise EngineError(
+            f"the bundle has no packed artifact for engine {options.engine}, precision {options.precision}; "
+            f"it has {proven}. Ask for one of these or export it"
+        )
+
+
+def _named(options: ServingOptions, encoder: EncoderModel) -> ServingOptions:
+    """Write down for `embed` what was chosen for `encoder`."""
+    artifact = encoder.artifact
+    return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
+
+
+def _put_in_place(scratch: Path, repository: Path) -> None:
+    """Replace the models by the new ones; an `encoder` that nothing uses any more goes too."""
+    for name in (ENCODER_NAME, MODEL_NAME):
+        if (repository / name).exists():
+            os.replace(repository / name, scratch / f"replaced-{name}")
+        if (scratch / name).exists():
+            os.replace(scratch / name, repository / name)
+
+
+def _copy_for_tokenizing(bundle: Path, folder: Path) -> None:
+    """Copy what `embed` needs of a bundle whose graph runs elsewhere."""
+    folder.mkdir()
+    for name in (MANIFEST_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE):
+        if (bundle / name).exists():  # the last one only where a pooling reads padding
+            shutil.copy2(bundle / name, folder)
+
+
+def _write_encoder(
+    bundle: Path, folder: Path, encoder: EncoderModel, cores: int, copy: Callable[[str, str], object]
+) -> None:
+    (folder / "1").mkdir(parents=True)
+    graph = bundle / encoder.artifact.path
+    copy(str(graph), str(folder / "1" / encoder.file))
+    beside = graph.with_name(f"{graph.name}_data")  # large graphs refer to their weights by this very name
+    if beside.exists():
+        copy(str(beside), str(folder / "1" / beside.name))
+    (folder / "config.pbtxt").write_text(render_encoder(encoder, cores), encoding="utf-8")
+
+
+def _length_prefixed(text: str) -> bytes:
+    """Encode one element of a BYTES tensor: its length as 4 little-endian bytes, then the bytes."""
+    raw = text.encode("utf-8")
+    return struct.pack("<I", len(raw)) + raw
+
+
+def _quoted(text: str) -> str:
+    """Escape a text for a protobuf text-format string in double quotes."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Copy a file as `shutil.copytree` asks for it, by a hard link where that can be had."""
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links: --link promises sharing only where possible
+        shutil.copy2(source, target)

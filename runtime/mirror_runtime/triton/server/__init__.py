@@ -1,0 +1,1 @@
+"""The tritonserver process on this machine: started, supervised, checked, deployed to."""

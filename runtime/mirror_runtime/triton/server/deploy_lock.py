@@ -1,0 +1,146 @@
+"""One deployment at a time into a model repository, seen by the process that serves it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from mirror_runtime.errors import InputError, ServerError
+from mirror_runtime.triton.server.control import Access
+
+ACCESS_FILE = ".mirror-serve.json"
+LOCK_FILE = ".mirror-deploy.lock"
+
+_POLL_S = 0.02
+_TRIES = 25
+
+
+@contextlib.contextmanager
+def deploying(repository: Path) -> Iterator[None]:
+    """Hold a repository for one deployment. The lock goes with the process: a kill leaves none behind.
+
+    Raises:
+        InputError: another process deploys into it, or it cannot be written.
+    """
+    try:
+        handle = os.open(repository / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise InputError(f"{repository} cannot be written: {error.strerror}") from error
+    try:
+        if not _locks(handle, fcntl.LOCK_EX):
+            raise InputError(f"another process deploys into {repository}: wait for it")
+        try:
+            yield
+        finally:
+            os.utime(handle)  # tells the server's watchdog that there was one, should it have missed it
+    finally:
+        os.close(handle)
+
+
+class Swaps:
+    """What the server's watchdog asks: have models been replaced on purpose?
+
+    Args:
+        repository: the model repository; it need not be one that deployments write into.
+    """
+
+    def __init__(self, repository: Path) -> None:
+        self._lock = repository / LOCK_FILE
+        self._seen = self._touched()
+
+    def new(self) -> bool:
+        """Tell whether a deployment is under way, or has ended since the last call."""
+        try:
+            handle = os.open(self._lock, os.O_RDONLY)
+        except OSError:  # nobody has ever deployed here
+            return False
+        try:
+            under_way = not _locks(handle, fcntl.LOCK_SH)
+        finally:
+            os.close(handle)
+        touched = self._touched()
+        news, self._seen = under_way or touched != self._seen, touched
+        return news
+
+    def _touched(self) -> int:
+        try:
+            return self._lock.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+
+class Announcement:
+    """The file in a repository that tells `mirror deploy` which server serves it. A context manager.
+
+    It holds the server's key: its owner alone may read it. A lock on it says that the process which wrote it lives.
+
+    Args:
+        repository: the model repository.
+
+    Raises:
+        InputError: another process serves the repository.
+        OSError: the repository cannot be written; deployments cannot reach this server then.
+    """
+
+    def __init__(self, repository: Path) -> None:
+        self._path = repository / ACCESS_FILE
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        if not _locks(self._handle, fcntl.LOCK_EX):
+            os.close(self._handle)
+            raise InputError(f"another mirror serve runs on {repository}: stop it first")
+        os.ftruncate(self._handle, 0)
+
+    def write(self, access: Access) -> None:
+        """Say how the server is reached now."""
+        content = json.dumps(asdict(access)).encode()
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, content, 0)
+
+    def __enter__(self) -> Announcement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+def serving(repository: Path) -> Access | None:
+    """Give the server that serves a repository; None where none does.
+
+    Raises:
+        ServerError: it is starting, or its owner is somebody else.
+    """
+    path = repository / ACCESS_FILE
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ServerError(f"the server of {repository} is another user's: {path}: {error.strerror}") from error
+    try:
+        if _locks(handle, fcntl.LOCK_SH):
+            return None  # left behind by a kill
+        content = os.pread(handle, 4096, 0)
+    finally:
+        os.close(handle)
+    if not content:
+        raise ServerError(f"the server of {repository} is starting: try again when it serves")
+    return Access(**json.loads(content))
+
+
+def _locks(handle: int, kind: int) -> bool:
+    """Try to lock a file. Who only looks holds a shared lock for a moment, which must not look like a rival."""
+    for _ in range(_TRIES if kind == fcntl.LOCK_EX else 1):
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_POLL_S)
+        else:
+            return True
+    return False

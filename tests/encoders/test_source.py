@@ -1,0 +1,292 @@
+"""Finding an encoder and knowing what it computes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from encoders.reference import Reference
+from encoders.source import Head, resolve
+from mirror_runtime.bundle import Ditto, EncoderSpec, Pooling, write_json
+from mirror_runtime.errors import BundleError, InputError
+
+Edit = Callable[[Any], object]
+
+
+@pytest.fixture
+def copy(tiny_bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bert, tmp_path / "encoder"))
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit(path: Path, change: Edit) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    change(value)
+    write(path, value)
+
+
+def make_old(folder: Path) -> None:
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    write(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds)
+        ],
+    )
+    write(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+    )
+    write(folder / "sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": False})
+
+
+def make_new(folder: Path) -> None:
+    kinds = [
+        ("", "base.modules.transformer.Transformer"),
+        ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+    ]
+    write(
+        folder / "modules.json",
+        [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+            for i, (path, kind) in enumerate(kinds)
+        ],
+    )
+    write(
+        folder / "1_Pooling" / "config.json",
+        {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True},
+    )
+    write(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
+
+
+def test_a_plain_folder_needs_its_pooling_said(tiny_bert: Path) -> None:
+    with pytest.raises(BundleError, match="--pooling"):
+        resolve(str(tiny_bert))
+    assert resolve(str(tiny_bert), pooling=Pooling.CLS).spec == EncoderSpec(
+        base_model="tiny-bert",
+        revision=None,
+        family="bert",
+        pooling=Pooling.CLS,
+        normalize=False,
+        max_tokens=64,
+        dim=32,
+        pad_to=None,
+    )
+
+
+def test_both_schemas_of_sentence_transformers_are_read(copy: Path) -> None:
+    make_old(copy)
+    old = resolve(str(copy)).spec
+    assert (old.pooling, old.normalize, old.max_tokens) == (Pooling.CLS, True, 40)
+    make_new(copy)
+    new = resolve(str(copy)).spec
+    assert (new.pooling, new.normalize, new.max_tokens) == (Pooling.MEAN, False, 64)
+
+
+def test_weights_may_lie_in_the_transformer_modules_own_folder(copy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    make_old(root)
+    copy.rename(root / "0_Transformer")
+    edit(root / "modules.json", lambda modules: modules[0].update(path="0_Transformer"))
+    (root / "sentence_bert_config.json").rename(root / "0_Transformer" / "sentence_bert_config.json")
+    source = resolve(str(root))
+    assert source.folder == root / "0_Transformer"
+    assert source.spec.max_tokens == 40
+
+
+def test_a_run_folder_says_everything_itself(copy: Path) -> None:
+    spec = EncoderSpec(
+        base_model="some/base",
+        revision="abc",
+        family="bert",
+        pooling=Pooling.MEAN_PADDED,
+        normalize=True,
+        max_tokens=30,
+        dim=32,
+        pad_to=30,
+    )
+    write_json(spec, copy / "encoder.json")
+    assert resolve(str(copy)).spec == spec
+    with pytest.raises(BundleError, match="pads to 30 tokens, fewer than the 40"):
+        resolve(str(copy), max_tokens=40)
+    edit(copy / "encoder.json", lambda value: value.update(dim=33))
+    with pytest.raises(BundleError, match=r"dim 33 and config\.json 32"):
+        resolve(str(copy))
+
+
+def test_what_is_asked_for_replaces_limits_but_never_the_recorded_pooling(copy: Path) -> None:
+    make_old(copy)
+    spec = resolve(str(copy), max_tokens=20, normalize=False, pooling=Pooling.CLS).spec
+    assert (spec.max_tokens, spec.normalize) == (20, False)
+    with pytest.raises(BundleError, match="made with pooling cls, not mean"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+    with pytest.raises(BundleError, match="64 positions, fewer than the 65"):
+        resolve(str(copy), max_tokens=65)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "causal language model"),
+        (lambda c: c.update(is_decoder=True), "causal language model"),
+        (lambda c: c.update(model_type="t5"), "model_type 't5': the supported families are bert, roberta"),
+        (lambda c: c.update(auto_map={"AutoModel": "code.Model"}), "code of its own"),
+        (lambda c: c.update(position_embedding_type="relative_key"), "relative_key position embeddings"),
+        (lambda c: c.pop("hidden_size"), "no hidden_size"),
+    ],
+)
+def test_models_that_cannot_be_reproduced_are_refused(copy: Path, change: Edit, message: str) -> None:
+    edit(copy / "config.json", change)
+    with pytest.raises(BundleError, match=message):
+        resolve(str(copy), pooling=Pooling.MEAN)
+
+
+def test_missing_parts_are_named(copy: Path) -> None:
+    (copy / "tokenizer.json").rename(copy / "kept.json")
+    with pytest.raises(BundleError, match=r"no tokenizer\.json"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(BundleError, match=r"pickled weights only.*model\.safetensors"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+    (copy / "pytorch_model.bin").unlink()
+    with pytest.raises(BundleError, match="no weights"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+    (copy / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(BundleError, match="cannot be read as JSON"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+    (copy / "config.json").unlink()
+    with pytest.raises(BundleError, match=r"no config\.json"):
+        resolve(str(copy), pooling=Pooling.MEAN)
+
+
+def test_heads_that_cannot_be_reproduced_are_refused_by_name(copy: Path) -> None:
+    make_old(copy)
+    edit(copy / "1_Pooling" / "config.json", lambda c: c.update(pooling_mode_max_tokens=True))
+    with pytest.raises(BundleError, match=r"pooling cls \+ max"):
+        resolve(str(copy))
+    make_old(copy)
+    edit(copy / "modules.json", lambda m: m.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}))
+    with pytest.raises(BundleError, match=r"Normalize, Dense: .* is the order"):
+        resolve(str(copy))
+    make_old(copy)
+    edit(copy / "modules.json", lambda m: m.append({"path": "3_X", "type": "sentence_transformers.models.LSTM"}))
+    with pytest.raises(BundleError, match=r"sentence_transformers\.models\.LSTM"):
+        resolve(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"activation_function": "own.Swish"}, r"activation own\.Swish: identity, tanh, relu, gelu"),
+        ({"use_residual": True}, "something else than the text's vector"),
+        ({"module_input_name": "token_embeddings"}, "something else than the text's vector"),
+        ({"in_features": None}, "does not say in_features"),
+    ],
+)
+def test_dense_layers_of_other_kinds_are_refused(copy: Path, config: dict[str, Any], problem: str) -> None:
+    make_old(copy)
+    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(copy / "modules.json", lambda m: m.insert(2, dense))
+    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True} | config)
+    with pytest.raises(BundleError, match=problem):
+        resolve(str(copy))
+
+
+def test_dense_weights_are_never_unpickled(copy: Path) -> None:
+    make_old(copy)
+    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(copy / "modules.json", lambda m: m.insert(2, dense))
+    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True})
+    (copy / "3_Dense" / "pytorch_model.bin").write_bytes(b"pickled")
+    source = resolve(str(copy))
+    assert (source.spec.dim, source.dense) == (8, (copy / "3_Dense",))
+    with pytest.raises(BundleError, match="never opened"):
+        Reference.load(source)
+
+
+def test_a_default_prompt_is_a_template(copy: Path) -> None:
+    make_old(copy)
+    write(copy / "config_sentence_transformers.json", {"prompts": {"query": "query: "}, "default_prompt_name": "query"})
+    assert resolve(str(copy)).spec.template == "query: {text}"
+    with pytest.raises(BundleError, match=r"made with template query: \{text\}, not passage: \{text\}"):
+        resolve(str(copy), head=Head(template="passage: {text}"))
+    edit(copy / "1_Pooling" / "config.json", lambda c: c.update(include_prompt=False))
+    with pytest.raises(BundleError, match="prompt 'query'"):
+        resolve(str(copy))
+
+
+def test_a_template_may_be_given_to_an_encoder_without_one(copy: Path) -> None:
+    make_old(copy)
+    assert resolve(str(copy), head=Head(template="query: {text}")).spec.template == "query: {text}"
+    with pytest.raises(BundleError, match="made with layers"):
+        resolve(str(copy), head=Head(layers=(0, -1)))
+
+
+@pytest.mark.parametrize(
+    ("head", "problem"),
+    [
+        (Head(pooling=Pooling.MEAN, layers=(3,)), "2 layers and no layer 3"),
+        (Head(ditto=Ditto(layer=2, head=0)), "no head 2:0"),
+        (Head(pooling=Pooling.MASK, template="{text} means it."), r"\[MASK\] once in the template"),
+        (Head(pooling=Pooling.MASK), "needs a template"),
+        (Head(pooling=Pooling.DITTO), "ditto alone needs it"),
+    ],
+)
+def test_heads_that_the_encoder_lacks_are_refused(tiny_bert: Path, head: Head, problem: str) -> None:
+    with pytest.raises(BundleError, match=problem):
+        Reference.load(resolve(str(tiny_bert), head=head))
+
+
+def test_weights_that_are_cut_short_or_lack_a_tensor_are_one_clear_error(copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    source = resolve(str(copy), pooling=Pooling.MEAN)
+    with pytest.raises(BundleError, match=r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"):
+        Reference.load(source)
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(BundleError, match="cannot be loaded"):
+        Reference.load(source)
+
+
+@pytest.mark.parametrize("name", ["./absent", "a/b/c", "~/absent", ""])
+def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(name: str) -> None:
+    with pytest.raises(BundleError, match="does not exist"):
+        resolve(name)
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(name: str, **_: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(BundleError, match=r"owner/name at revision v2 .*check the name and the network"):
+        resolve("owner/name", revision="v2")
+
+
+def test_a_hub_name_is_recorded_with_its_commit(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def give(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    spec = resolve("owner/name", revision="v2", pooling=Pooling.MEAN).spec
+    assert (spec.base_model, spec.revision) == ("owner/name", "encoder")
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
+    assert not [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or "py" in pattern]
+    with pytest.raises(InputError, match="is for hub names"):
+        resolve(str(copy), revision="v2", pooling=Pooling.MEAN)

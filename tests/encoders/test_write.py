@@ -1,0 +1,224 @@
+"""The folder that is written, and who can read it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from encoders.pooling import make_dense
+from encoders.reference import Reference
+from encoders.source import Head, resolve
+from encoders.write import write_layout
+from mirror_runtime.bundle import Activation, Dense, Ditto, Pooling, VectorType, read_encoder
+
+RAGGED = ["a", "", "the cat sat on the mat", "?!", "a man " * 40, "Dogs, playing the guitar by a RIVER", "  \t "]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def written(base: Path, folder: Path, pooling: Pooling | None, **options: Any) -> Reference:
+    reference = Reference.load(resolve(str(base), pooling=pooling, **options))
+    write_layout(folder, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="# A card")
+    return reference
+
+
+def cosines(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return np.asarray((left * right).sum(axis=1) / norms)
+
+
+@pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.CLS])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_gives_the_reference_vectors(
+    tiny_bert: Path, tmp_path: Path, pooling: Pooling, normalize: bool
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = written(tiny_bert, tmp_path / "run", pooling, max_tokens=30, normalize=normalize)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    vectors = reference.encode(RAGGED)
+    np.testing.assert_allclose(model.encode(RAGGED), vectors, atol=1e-5)
+    np.testing.assert_allclose(model.encode(RAGGED[3]), vectors[3], atol=1e-5)
+    norms = np.linalg.norm(vectors, axis=1)
+    assert np.allclose(norms, 1, atol=1e-5) == normalize
+
+
+@pytest.mark.parametrize("pooling", [Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.LAST])
+def test_sentence_transformers_has_these_poolings_too(tiny_bert: Path, tmp_path: Path, pooling: Pooling) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    reference = written(tiny_bert, tmp_path / "run", pooling, max_tokens=30)
+    model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    np.testing.assert_allclose(model.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
+    # Without our own file the folder says the same.
+    (tmp_path / "run" / "encoder.json").unlink()
+    assert resolve(str(tmp_path / "run")).spec.pooling is pooling
+
+
+def with_dense(base: Path, **changes: Any) -> Reference:
+    """The encoder with two dense layers of random weights behind its mean."""
+    dense = (
+        Dense(in_features=32, out_features=24, bias=True, activation=Activation.TANH),
+        Dense(in_features=24, out_features=16, bias=False, activation=Activation.GELU),
+    )
+    draw = torch.Generator().manual_seed(0)
+    layers = tuple(
+        make_dense(
+            one,
+            torch.randn(one.out_features, one.in_features, generator=draw),
+            torch.randn(one.out_features, generator=draw) if one.bias else None,
+        )
+        for one in dense
+    )
+    plain = Reference.load(resolve(str(base), pooling=Pooling.MEAN, max_tokens=30))
+    spec = dataclasses.replace(plain.spec, dense=dense, template="the cat: {text}", **({"dim": 16} | changes))
+    return dataclasses.replace(plain, spec=spec, dense=layers)
+
+
+@pytest.mark.parametrize("changes", [{}, {"normalize": True}, {"dim": 8}, {"dim": 8, "normalize": True}])
+def test_dense_layers_a_cut_and_a_prompt_survive_in_sentence_transformers(
+    tiny_bert: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    run = tmp_path / "run"
+    reference = with_dense(tiny_bert, **changes)
+    write_layout(
+        run,
+        model=reference.model,
+        tokenizer=reference.tokenizer,
+        spec=reference.spec,
+        dense=reference.dense,
+        card="",
+    )
+    vectors = reference.encode(RAGGED)
+    assert vectors.shape == (len(RAGGED), reference.spec.dim)
+    np.testing.assert_allclose(SentenceTransformer(str(run), device="cpu").encode(RAGGED), vectors, atol=1e-5)
+    again = Reference.load(resolve(str(run)))
+    assert again.spec == reference.spec
+    assert np.array_equal(again.encode(RAGGED), vectors)
+    # What sentence-transformers reads is what we read when our own file is not there: the cut is a dense layer then.
+    (run / "encoder.json").unlink()
+    theirs = Reference.load(resolve(str(run)))
+    assert len(theirs.dense) == 2 + ("dim" in changes)
+    assert theirs.spec.template == "the cat: {text}"
+    np.testing.assert_allclose(theirs.encode(RAGGED), vectors, atol=1e-5)
+
+
+def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    run = tmp_path / "run"
+    reference = with_dense(tiny_bert, normalize=True)
+    write_layout(
+        run,
+        model=reference.model,
+        tokenizer=reference.tokenizer,
+        spec=reference.spec,
+        dense=reference.dense,
+        card="",
+    )
+    SentenceTransformer(str(run), device="cpu").save(str(tmp_path / "theirs"))
+    theirs = Reference.load(resolve(str(tmp_path / "theirs"), max_tokens=30))
+    np.testing.assert_allclose(theirs.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "reason"),
+    [
+        (Head(pooling=Pooling.MASK, template="{text} is [MASK]"), {}, "pooling `mask`"),
+        (Head(ditto=Ditto(layer=0, head=1)), {}, "pooling `ditto`"),
+        (Head(pooling=Pooling.MEAN, layers=(0, -1)), {}, "average of layers 0, -1"),
+        (Head(pooling=Pooling.MEAN, template="a {text} ."), {}, "goes on behind the text"),
+        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.BINARY}, "binary vectors"),
+        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.INT8, "int8_scale": 0.1}, "int8 vectors"),
+    ],
+)
+def test_heads_beyond_sentence_transformers_are_not_passed_off_as_its_own(
+    tiny_bert: Path, tmp_path: Path, head: Head, changes: dict[str, Any], reason: str
+) -> None:
+    run = tmp_path / "run"
+    source = resolve(str(tiny_bert), head=head, max_tokens=30)
+    reference = Reference.load(dataclasses.replace(source, spec=dataclasses.replace(source.spec, **changes)))
+    write_layout(run, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="")
+    assert not (run / "modules.json").exists()
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert reason in card
+    assert "sentence-transformers\n" not in card.split("---")[1]
+    again = Reference.load(resolve(str(run)))
+    assert again.spec == reference.spec
+    assert np.array_equal(again.encode(RAGGED), reference.encode(RAGGED))
+
+
+@pytest.mark.parity
+def test_real_weights_on_ragged_real_text_survive_the_round_trip(minilm: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    names = ("json", "pathlib", "argparse", "os", "logging", "random")
+    docs = [value.__doc__ for name in names for value in vars(__import__(name)).values() if callable(value)]
+    texts = [line for doc in docs if doc for line in (doc.strip(), doc.strip().split("\n")[0])][:120]
+    assert min(map(len, texts)) < 40
+    assert max(map(len, texts)) > 1000
+    reference = written(minilm, tmp_path / "run", None)
+    vectors = reference.encode(texts)
+    theirs = SentenceTransformer(str(tmp_path / "run"), device="cpu").encode(texts)
+    assert cosines(vectors, theirs).min() >= 0.99999
+    again = Reference.load(resolve(str(tmp_path / "run")))
+    assert again.spec == reference.spec
+    assert np.array_equal(again.encode(texts[:8]), reference.encode(texts[:8]))
+    alone = np.concatenate([reference.encode([text]) for text in texts[:40]])
+    assert cosines(vectors[:40], alone).min() >= 0.99999
+
+
+def test_the_folder_holds_what_other_tools_read(tiny_bert: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    reference = written(tiny_bert, run, Pooling.CLS, max_tokens=30, normalize=True)
+    reference.encode(RAGGED)
+    assert read_encoder(run) == reference.spec
+    assert [module["type"] for module in read(run / "modules.json")] == [
+        f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Normalize")
+    ]
+    pooling = read(run / "1_Pooling" / "config.json")
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_cls_token", "include_prompt"]
+    assert read(run / "sentence_bert_config.json") == {"max_seq_length": 30, "do_lower_case": False}
+    config = read(run / "config.json")
+    assert (config["model_type"], config["architectures"]) == ("bert", ["BertModel"])
+    assert config["max_position_embeddings"] == 64
+    assert read(run / "special_tokens_map.json")["mask_token"] == "[MASK]"
+    vocabulary = (run / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert {token: i for i, token in enumerate(vocabulary)} == reference.tokenizer.get_vocab()
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n")
+    assert "- text-embeddings-inference\n---\n\n# A card\n" in card
+    assert (run / "model.safetensors").stat().st_mode == (run / "config.json").stat().st_mode
+    assert str(tmp_path) not in "".join(path.read_text("utf-8") for path in run.rglob("*.json"))
+
+
+def test_truncation_and_padding_state_does_not_leak_into_the_tokenizer(tiny_bert: Path, tmp_path: Path) -> None:
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=30))
+    reference.encode(["a man " * 40])  # leaves truncation at 30 in the tokenizer
+    assert reference.tokenizer.backend_tokenizer.truncation is not None
+    write_layout(tmp_path, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="")
+    state = read(tmp_path / "tokenizer.json")
+    assert (state["truncation"], state["padding"]) == (None, None)
+    config = read(tmp_path / "tokenizer_config.json")
+    assert (config["model_max_length"], config["pad_token"]) == (30, "[PAD]")
+    assert not config.keys() & {"max_length", "truncation_strategy", "stride", "name_or_path"}
+
+
+def test_mean_padded_is_not_passed_off_as_a_pooling_of_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
+    reference = written(tiny_bert, tmp_path / "run", Pooling.MEAN_PADDED, max_tokens=30)
+    assert not (tmp_path / "run" / "modules.json").exists()
+    assert not (tmp_path / "run" / "1_Pooling").exists()
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "padded to 30 tokens" in card
+    assert "sentence-transformers\n" not in card.split("---")[1]
+    again = Reference.load(resolve(str(tmp_path / "run")))
+    assert again.spec.pooling is Pooling.MEAN_PADDED
+    assert np.array_equal(again.encode(RAGGED), reference.encode(RAGGED))

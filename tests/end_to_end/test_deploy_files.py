@@ -1,0 +1,192 @@
+"""The files of deploy/: valid by their schemas, and true to the programs that they start."""
+
+import json
+import re
+import subprocess
+import sys
+
+import kubernetes_validate
+import pytest
+import typer.main
+import yaml
+
+from mirror_runtime.cli.main import app
+from mirror_runtime.gateway.metrics import Metrics
+from mirror_runtime.triton.repository.container import CONTAINER_IMAGE
+from tests.support.paths import ROOT
+
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+OLDEST, NEWEST = "1.30", "1.37"
+"""Versions of Kubernetes that the manifests are checked against; 1.30 is the first with all that they use."""
+
+
+def documents(name: str):
+    return list(yaml.safe_load_all((KUBERNETES / name).read_text()))
+
+
+def resources() -> list[str]:
+    (kustomization,) = documents("kustomization.yaml")
+    return kustomization["resources"]
+
+
+@pytest.fixture(scope="module")
+def pod():
+    (deployment,) = documents("deployment.yaml")
+    return deployment["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+@pytest.mark.parametrize("name", resources())
+def test_manifests_fit_kubernetes_own_schemas(name, version):
+    for document in documents(name):
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_schemas_would_notice_a_mistake():
+    (deployment,) = documents("deployment.yaml")
+    deployment["spec"]["template"]["spec"]["terminationGracePeriod"] = 75
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
+        kubernetes_validate.validate(deployment, NEWEST, strict=True)
+
+
+def test_every_manifest_is_applied_or_a_helm_values_file():
+    others = {"kustomization.yaml", "prometheus-adapter.yaml"}
+    assert {path.name for path in KUBERNETES.glob("*.yaml")} == {*resources(), *others}
+
+
+def test_compose_fits_its_schema():
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_publishes_on_loopback_alone_and_pins_its_images():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services = compose["services"]
+    assert set(services) == {"triton", "gateway", "prometheus", "grafana"}
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        if "image" in service:
+            assert re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+", service["image"])
+        for mount in service.get("volumes", ()):
+            source = mount.split(":")[0]
+            assert not source.startswith(".") or (DEPLOY / source).exists()
+        if "build" in service:
+            assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).samefile(
+                DEPLOY / "Dockerfile"
+            )
+    prometheus = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    targets = [target for job in prometheus["scrape_configs"] for target in job["static_configs"][0]["targets"]]
+    assert {target.split(":")[0] for target in targets} <= set(services)
+
+
+def test_images_are_pinned_and_built_from_files_that_exist():
+    text = (DEPLOY / "Dockerfile").read_text()
+    images = re.findall(r"^FROM (\S+) AS (\w+)$", text, re.MULTILINE)
+    assert [name for _, name in images] == ["triton", "gateway"]
+    assert images[0][0] == CONTAINER_IMAGE
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", images[1][0])
+    assert text.count("pip install -c constraints.txt") == 2
+    assert {"CVE-2025-23319", "CVE-2025-33201", "CVE-2026-24206"} <= set(re.findall(r"CVE-\d{4}-\d+", text))
+    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text()
+    for copied in {
+        name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for name in line.split()
+    }:
+        assert (DEPLOY.parent / copied).exists()
+        assert f"!{copied}\n" in ignored, f"{copied} never reaches the builder"
+
+
+def test_every_option_of_the_gateway_exists(pod):
+    gateway = typer.main.get_group(app).commands["gateway"]
+    known = {option for parameter in gateway.params for option in parameter.opts}
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["gateway"]["command"]
+    text = (DEPLOY / "Dockerfile").read_text()
+    image = [*json.loads(re.findall(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[0])[2:]]
+    used = [argument.split("=")[0] for argument in (*pod["containers"][0]["args"], *compose, *image)]
+    assert {option for option in used if option.startswith("--")} <= known
+    assert "--host" in image
+
+
+def triton_flags(arguments) -> dict[str, str]:
+    assert arguments[0] == "tritonserver"
+    return dict(argument.removeprefix("--").split("=") for argument in arguments[1:] if "=" in argument)
+
+
+def test_tritons_flags_are_the_images_and_its_port_is_the_pods_own(pod):
+    text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
+    image = json.loads(re.findall(r"^CMD (\[\"tritonserver.*\])$", text, re.MULTILINE)[0])
+    (triton,) = pod["initContainers"]
+    own = triton_flags(triton["args"])
+    assert own.pop("grpc-address") == "127.0.0.1"
+    baked = triton_flags(image)
+    assert baked.pop("grpc-address") == "0.0.0.0"
+    assert own == baked
+    for flag in ("--disable-auto-complete-config", "--model-control-mode=none", "--allow-http=false"):
+        assert flag in image
+        assert flag in triton["args"]
+
+
+def test_a_pod_drains_is_probed_by_inference_and_has_its_memory(pod):
+    (triton,), (gateway,) = pod["initContainers"], pod["containers"]
+    assert triton["restartPolicy"] == "Always", "no sidecar: it would have to end before the gateway starts"
+    for probe in (gateway["startupProbe"], gateway["readinessProbe"], triton["livenessProbe"]):
+        assert probe["httpGet"]["path"] == "/health"
+        assert probe["timeoutSeconds"] > 10, "the gateway's own probe takes 10 s at most"
+    sleep = gateway["lifecycle"]["preStop"]["sleep"]["seconds"]
+    options = dict(argument.removeprefix("--").split("=") for argument in gateway["args"])
+    exit_timeout = int(triton_flags(triton["args"])["exit-timeout-secs"])
+    longest = sleep + float(options["drain"]) + float(options["timeout"]) + 1 + exit_timeout
+    assert pod["terminationGracePeriodSeconds"] > longest
+    (shm,) = (mount["name"] for mount in triton["volumeMounts"] if mount["mountPath"] == "/dev/shm")
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes[shm]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+    for container in (triton, gateway):
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+    assert {"monitoring"} == {
+        source["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in documents("network.yaml")[0]["spec"]["ingress"]
+        for source in rule.get("from", ())
+    }
+
+
+def test_selectors_and_the_autoscaler_name_what_is_there():
+    (deployment,) = documents("deployment.yaml")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert documents("service.yaml")[0]["spec"]["selector"] == labels
+    assert documents("disruption.yaml")[0]["spec"]["selector"]["matchLabels"] == labels
+    assert documents("network.yaml")[0]["spec"]["podSelector"]["matchLabels"] == labels
+    scaler = documents("autoscaler.yaml")[0]["spec"]
+    assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+    assert "replicas" not in deployment["spec"], "an apply would undo the autoscaler"
+    (rule,) = documents("prometheus-adapter.yaml")[0]["rules"]["custom"]
+    assert scaler["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
+
+
+def metrics_named(text: str) -> set[str]:
+    return set(re.findall(r"\b(?:mirror|nv|process)_[a-z_]+", text)) - {"mirror_queue_seconds"}
+
+
+def test_dashboard_and_autoscaler_ask_for_metrics_that_exist():
+    board = json.loads((DEPLOY / "grafana/dashboards/mirror.json").read_text())
+    asked = {
+        name for panel in board["panels"] for target in panel["targets"] for name in metrics_named(target["expr"])
+    } | metrics_named((KUBERNETES / "prometheus-adapter.yaml").read_text())
+    families = list(Metrics().registry.collect())
+    gateway = {sample.name for family in families for sample in family.samples}
+    # Families with labels have no sample before their first event.
+    gateway |= {f"{family.name}{end}" for family in families for end in ("_total", "_bucket")}
+    source = (DEPLOY.parent / "runtime/mirror_runtime/triton/model/metrics.py").read_text()
+    model = set(re.findall(r'"(mirror_[a-z_]+)"', source))
+    missing = asked - gateway - model - {"nv_inference_count", "nv_inference_exec_count"}
+    assert not missing
+    assert len(board["panels"]) == len({panel["id"] for panel in board["panels"]}) == 9
+    provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())
+    (source_of_data,) = provisioned["datasources"]
+    for panel in board["panels"]:
+        assert panel["datasource"]["uid"] == source_of_data["uid"]
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == source_of_data["uid"]

@@ -1,0 +1,41 @@
+"""Both exported layouts of every family against Hugging Face's own forward pass, on each fp32 engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from encoders.families import FAMILIES
+from export.bundle.build import Request, build
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision
+from tests.support.tiny_encoders import ragged_texts
+
+PROVEN = {
+    (EngineName.ONNXRUNTIME, Layout.PADDED),
+    (EngineName.ONNXRUNTIME, Layout.PACKED),
+    (EngineName.OPENVINO, Layout.PACKED),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "camembert"])  # that is RoBERTa again
+def test_both_layouts_are_exact(tiny_encoder: Callable[[str], Path], family: str, tmp_path: Path) -> None:
+    request = Request(
+        encoder=str(tiny_encoder(family)),
+        output=tmp_path / "bundle",
+        pooling=Pooling.MEAN,
+        texts=ragged_texts(),
+        precisions=(Precision.FP32,),
+    )
+    exported = build(request)
+    assert not exported.refused
+    proven = {(artifact.engine, artifact.layout): artifact for artifact in exported.manifest.artifacts}
+    assert set(proven) >= PROVEN
+    for artifact in proven.values():
+        assert artifact.parity.min_cosine >= 0.99999
+        assert artifact.parity.max_abs_diff < 1e-5
+        names = [tensor.name for tensor in artifact.inputs]
+        assert ("token_type_ids" in names) == (artifact.layout is Layout.PADDED and FAMILIES[family].token_types)
+        proto = onnx.load(request.output / artifact.path)
+        assert {entry.domain for entry in proto.opset_import} == {""}

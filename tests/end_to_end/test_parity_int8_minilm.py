@@ -1,0 +1,86 @@
+"""Real weights in int8: the graph that this project writes, and the naive one that the proof refuses."""
+
+import dataclasses
+
+import onnx
+import pytest
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from evaluation.sets import read_sets
+from export.graph.trace import Graph
+from export.precision.calibration import Calibration
+from export.precision.quantize import plan_sites, write_quantized
+from export.proof import parity
+from export.proof.parity import Candidate, Expected, prove_artifact
+from export.proof.proof_texts import parity_texts
+from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
+from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY
+from mirror_runtime.errors import ParityError
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def packed(minilm_bundle) -> Graph:
+    artifact = next(a for a in read_manifest(minilm_bundle).artifacts if a.path == "onnx/model_packed.onnx")
+    path = minilm_bundle / artifact.path
+    return Graph(layout=Layout.PACKED, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+
+
+@pytest.fixture(scope="module")
+def expected(minilm, shared) -> Expected:
+    texts = parity_texts(short=200, medium=12, long=4)
+    (stsb,) = read_sets(str(shared / "data/sts/stsb-test.tsv"))
+    some = dataclasses.replace(stsb, first=stsb.first[:300], second=stsb.second[:300], scores=stsb.scores[:300])
+    return Expected.of(Reference.load(resolve(str(minilm))), texts, [some])
+
+
+def candidate(bundle, graph: Graph, engine: EngineName) -> Candidate:
+    return Candidate(
+        path=graph.path.relative_to(bundle).as_posix(),
+        layout=graph.layout,
+        engine=engine,
+        precision=Precision.INT8,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+    )
+
+
+def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, expected):
+    manifest = read_manifest(minilm_bundle)
+    calibration = Calibration.run(packed.path, minilm_bundle, manifest.encoder)
+    plan = plan_sites(packed.path, calibration, Precision.INT8)
+    assert sum(site.quantized for site in plan.sites) >= 20  # of 24: what runs in float runs no faster
+    path = minilm_bundle / "onnx" / "under_test_int8.onnx"
+    try:
+        made = write_quantized(packed, path, plan)
+        assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
+        for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
+            proof = prove_artifact(minilm_bundle, candidate(minilm_bundle, made, engine), manifest, expected)
+            assert proof.min_cosine >= 0.98
+            assert proof.neighbour_cosine >= 0.999
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_naive_dynamic_int8_is_refused_for_its_distance_and_for_its_neighbours(
+    minilm_bundle, packed, expected, monkeypatch
+):
+    path = minilm_bundle / "onnx" / "under_test_dynamic.onnx"
+    try:
+        quantize_dynamic(packed.path, path, weight_type=QuantType.QInt8, per_channel=True)
+        proto = onnx.load(path)
+        proto.metadata_props.add(key=PRECISION_KEY, value=Precision.INT8.value)
+        onnx.save(proto, path)
+        made = dataclasses.replace(packed, path=path)
+        manifest = read_manifest(minilm_bundle)
+        naive = candidate(minilm_bundle, made, EngineName.ONNXRUNTIME)
+        with pytest.raises(ParityError, match="differs from PyTorch"):
+            prove_artifact(minilm_bundle, naive, manifest, expected)
+        monkeypatch.setitem(parity.FLOORS, Precision.INT8, 0.9)
+        with pytest.raises(ParityError, match="depend on the other texts"):
+            prove_artifact(minilm_bundle, naive, manifest, expected)
+    finally:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""`python training/evaluate.py` as a user runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+from training.evaluate import main
+
+SCRIPT = ROOT / "training" / "evaluate.py"
+TEXTS = ["the cat", "a dog", "cat dog", "a man", "the river", "playing a guitar", "mat", "on the mat"]
+
+
+@pytest.fixture
+def sts(tmp_path: Path) -> Path:
+    path = tmp_path / "some-sts.tsv"
+    rows = [f"{(i * 7) % 6}\t{TEXTS[i % 8]}\t{TEXTS[(i * 3 + 1) % 8]}" for i in range(30)]
+    path.write_text("score\tsentence1\tsentence2\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    path = tmp_path / "some-words.txt"
+    path.write_text("".join(f"{a}\t{b}\t{n}\n" for a, b, n in zip("abcdefgh", "bdfhaceg", range(8), strict=True)))
+    return path
+
+
+def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, words: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(tiny_bert, second)
+    command = [sys.executable, SCRIPT, tiny_bert, second, "--sts", sts, "--words", words, words, "--pooling", "cls"]
+    done = subprocess.run(
+        [*map(str, command), "--output", "r/report.json"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert json.loads((tmp_path / "r" / "report.json").read_text()) == report
+    first, other = report["encoders"]
+    assert (first["encoder"], first["pooling"]) == (str(tiny_bert), "cls")
+    assert first["aggregation"].startswith("all: ")
+    assert [(s["name"], s["group"], s["pairs"]) for s in first["sets"]] == [
+        ("some-sts", "sts", 30),
+        ("some-words", "words", 8),
+        ("some-words", "words", 8),
+    ]
+    assert first["sets"] == other["sets"]
+    assert first["sets"][0]["spearman_low"] < first["sets"][0]["spearman"] < first["sets"][0]["spearman_high"]
+    assert first["means"]["words"]["mean"] == pytest.approx(first["sets"][1]["spearman"])
+    (change,) = report["differences"]
+    assert (change["encoder"], change["over"]) == (str(second), str(tiny_bert))
+    assert change["means"]["sts"] == {"mean": 0, "mean_low": 0, "mean_high": 0}
+    for shown in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "anisotropy"):
+        assert shown in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to evaluate on: give --sts or --words files"),
+        (["--sts", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
+        (["--sts", "{sts}"], "does not record its pooling"),
+        (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
+        (["--sts", "{sts}", "--pooling", "mean", "--max-tokens", "65"], "has 64 positions"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    tiny_bert: Path, sts: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main([str(tiny_bert), *(option.format(sts=sts) for option in options)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert message in line

@@ -1,0 +1,288 @@
+"""Bundles appear whole or not at all, and only proven."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.bundle import build as building
+from export.bundle.build import Request, build
+from export.graph import trace as graphs
+from export.proof import parity
+from export.proof.proof_texts import CANARIES
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, check_files, read_canaries, read_manifest
+from mirror_runtime.engines.openvino_engine import OpenVinoEngine
+from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
+from mirror_runtime.folders import whole_folder
+from tests.support.paths import ROOT
+
+TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
+
+
+def request(source: Path, output: Path, **changes) -> Request:
+    base = Request(encoder=str(source), output=output, pooling=Pooling.MEAN, texts=TEXTS, precisions=(Precision.FP32,))
+    return dataclasses.replace(base, **changes)
+
+
+def left_behind(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_bundle_is_complete_hashed_and_gives_the_reference_vectors(tiny_bundle, tiny_bert):
+    manifest = read_manifest(tiny_bundle)
+    check_files(tiny_bundle, manifest)
+    on_disk = {p.relative_to(tiny_bundle).as_posix() for p in tiny_bundle.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert on_disk == set(manifest.files)
+    assert [a.layout for a in manifest.artifacts][:2] == [Layout.PADDED, Layout.PACKED]
+    expected = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).encode(TEXTS)
+    with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
+        np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-4)
+    assert [canary.text for canary in read_canaries(tiny_bundle)] == list(CANARIES)
+
+
+def test_sentence_transformers_reads_the_bundle(tiny_bundle, tiny_bert):
+    from sentence_transformers import SentenceTransformer
+
+    expected = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).encode(TEXTS)
+    found = SentenceTransformer(str(tiny_bundle), device="cpu").encode(list(TEXTS))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_wrong_head_fails_the_export_and_leaves_nothing(tiny_bert, tmp_path, monkeypatch):
+    right = graphs.PackedEncoder.__init__
+
+    def wrong(self, reference):
+        right(self, dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, pooling=Pooling.CLS)))
+
+    monkeypatch.setattr(graphs.PackedEncoder, "__init__", wrong)
+    with pytest.raises(ParityError, match="packed"):
+        build(request(tiny_bert, tmp_path / "bundle"))
+    assert left_behind(tmp_path) == []
+
+
+def test_one_wrong_shape_is_refused(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    run = OpenVinoEngine.run
+
+    def wrong(self, rows):
+        vectors = run(self, rows)
+        return vectors[:, ::-1] if rows.shape == (21, 48) else vectors
+
+    monkeypatch.setattr(OpenVinoEngine, "run", wrong)
+    (refused,) = build(request(tiny_bert, tmp_path / "bundle")).refused
+    assert "openvino fp32 packed in rows of 21 x 48 tokens differs from" in refused.reason
+
+
+def test_nan_weights_are_refused(tiny_bert, tmp_path):
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = next(key for key in weights if key.endswith("output.dense.bias"))
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ParityError, match="NaN or infinity"):
+        build(request(source, tmp_path / "bundle"))
+    assert left_behind(tmp_path) == ["source"]
+
+
+def test_overwriting_keeps_the_old_bundle_until_the_new_one_is_proven(
+    tiny_bundle, tiny_bert, tiny_graphs, tmp_path, monkeypatch
+):
+    old = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    before = (old / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match="--overwrite"):
+        build(request(tiny_bert, old))
+
+    def refuse(*_args):
+        raise ParityError("on purpose")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "prove_artifact", refuse)
+        with pytest.raises(ParityError, match="on purpose"):
+            build(request(tiny_bert, old, overwrite=True))
+    assert (old / "manifest.json").read_bytes() == before
+    check_files(old, read_manifest(old))
+    build(request(tiny_bert, old, overwrite=True, max_tokens=32))
+    assert read_manifest(old).encoder.max_tokens == 32
+    assert left_behind(tmp_path) == ["bundle"]
+
+
+def without(name):
+    return lambda source: (source / name).unlink()
+
+
+def cut_weights(source):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_header(source):
+    path = source / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def pickle_only(source):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+
+
+def configure(**changes):
+    def change(source):
+        path = source / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (configure(model_type="mamba"), "model_type 'mamba'"),
+        (configure(auto_map={"AutoModel": "modeling.Own"}), "code of its own"),
+        (configure(hidden_size=48), "cannot be loaded|lacks weights"),
+        (without("tokenizer.json"), "has no tokenizer.json"),
+        (without("model.safetensors"), "model.safetensors is missing"),
+        (without("config.json"), "no config.json"),
+        (pickle_only, "pickled weights only.*convert them to model.safetensors"),
+        (cut_weights, "cannot be loaded"),
+        (break_header, "cannot be loaded"),
+    ],
+    ids=["architecture", "remote-code", "shapes", "tokenizer", "weights", "config", "pickle", "truncated", "corrupted"],
+)
+def test_a_bad_encoder_is_one_error_and_a_good_bundle_stays(tiny_bundle, tiny_bert, tmp_path, spoil, problem):
+    good = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    spoil(source)
+    with pytest.raises(BundleError, match=problem):
+        build(request(source, good, overwrite=True))
+    assert read_manifest(good) == read_manifest(tiny_bundle)
+    check_files(good, read_manifest(good))
+    assert left_behind(tmp_path) == ["bundle", "source"]
+
+
+def test_two_exports_into_one_folder_do_not_meet(tiny_bundle, tiny_bert, tmp_path):
+    good = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with whole_folder(good, overwrite=True, marker="manifest.json") as other:
+        with pytest.raises(InputError, match="another process is writing"):
+            build(request(tiny_bert, good, overwrite=True))
+        assert other.is_dir()
+        shutil.copytree(tiny_bundle, other, dirs_exist_ok=True)
+    check_files(good, read_manifest(good))
+
+
+def spoiled(monkeypatch, engine, precision):
+    """Make one engine and precision give vectors that are turned away from the reference."""
+    right = parity.prove
+
+    def turned(encode, expected, floors, *, what):
+        if what != spoiled_name:
+            return right(encode, expected, floors, what=what)
+        return right(lambda texts: np.roll(encode(texts), 1, axis=1), expected, floors, what=what)
+
+    spoiled_name = f"{engine} {precision} packed"
+    monkeypatch.setattr(parity, "prove", turned)
+
+
+def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "openvino", "fp32")
+    output = tmp_path / "bundle"
+    export = build(request(tiny_bert, output))
+    (refused,) = export.refused
+    assert (refused.name, refused.asked) == ("openvino fp32 packed", True)
+    assert "Worst: " in refused.reason
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    assert {a.engine for a in manifest.artifacts} == {EngineName.ONNXRUNTIME}
+    assert (output / "onnx/model_packed.onnx").is_file(), "another artifact has proven it"
+    assert "openvino" not in (output / "README.md").read_text(encoding="utf-8")
+    again = build(request(tiny_bert, tmp_path / "again", precisions=None))
+    assert [entry.asked for entry in again.refused] == [False]
+
+
+def test_without_the_fp32_graphs_there_is_no_bundle(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+    spoiled(monkeypatch, "onnxruntime", "fp32")
+    with pytest.raises(ParityError, match="onnxruntime fp32 packed differs"):
+        build(request(tiny_bert, tmp_path / "bundle"))
+    assert left_behind(tmp_path) == []
+
+
+def test_an_encoder_that_is_loaded_already_is_not_loaded_again(tiny_bert, tiny_graphs, tmp_path):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    export = build(request(tmp_path / "absent", tmp_path / "bundle"), reference=reference)
+    assert export.manifest.encoder == reference.spec
+
+
+def test_a_full_disk_is_one_clear_error(tiny_bert, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        build(request(tiny_bert, tmp_path / "bundle"))
+    assert left_behind(tmp_path) == []
+
+
+def test_a_precision_with_files_of_its_own_has_the_names_that_tools_look_for(tiny_bert, tiny_graphs, tmp_path):
+    output = tmp_path / "bundle"
+    build(request(tiny_bert, output, precisions=(Precision.FP32, Precision.INT8), calibration=TEXTS))
+    manifest = read_manifest(output)
+    check_files(output, manifest)
+    (padded,) = (a for a in manifest.artifacts if (a.precision, a.layout) == (Precision.INT8, Layout.PADDED))
+    assert padded.path == "onnx/model_quantized.onnx"
+    assert manifest.files[padded.path] == manifest.files["onnx/model_qint8_avx512_vnni.onnx"]
+    assert padded.parity.neighbour_cosine >= 0.999
+    proven = {a.path for a in manifest.artifacts} | {"onnx/model_qint8_avx512_vnni.onnx"}
+    assert {path.relative_to(output).as_posix() for path in (output / "onnx").iterdir()} == proven
+
+
+def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_bert, tmp_path):
+    source = shutil.copytree(tiny_bert, tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][0] = 1e5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    export = build(request(source, tmp_path / "bundle", precisions=(Precision.FP32, Precision.FP16)))
+    (refused,) = export.refused
+    assert (refused.name, refused.asked) == ("fp16", True)
+    assert "fp16 cannot hold" in refused.reason
+    check_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
+    assert not list((tmp_path / "bundle/onnx").glob("*fp16*"))
+
+
+def test_what_cannot_be_proven_here_is_not_promised(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "installed", lambda _: False)
+    with pytest.raises(MissingExtra, match="openvino"):
+        build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_bert, tmp_path):
+    output = tmp_path / "bundle"
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"the cat sat on mat {i} times\n" for i in range(3000)), encoding="utf-8")
+    options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", str(texts)]
+    command = [sys.executable, "export/to_onnx.py", str(tiny_bert), "--output", str(output), *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob(".bundle.partial-*/onnx/model_packed.onnx")):
+            assert process.poll() is None, "the export ended before it could be killed"
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    (partial,) = tmp_path.glob(".bundle.partial-*")
+    assert not output.exists()
+    assert not (partial / "manifest.json").exists()
+    build(request(tiny_bert, output))
+    assert left_behind(tmp_path) == ["bundle", "texts.txt"]

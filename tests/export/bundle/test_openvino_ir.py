@@ -1,0 +1,79 @@
+"""OpenVINO IR in a bundle: names that others load, proofs, and a bundle that failure leaves alone."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from export import to_openvino
+from export.bundle import openvino_ir
+from export.bundle.openvino_ir import add_ir
+from export.proof import parity
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest, sha256_file
+from mirror_runtime.errors import InputError, MissingExtra, ParityError
+from mirror_runtime.host import has_bf16
+
+TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path):
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def content(bundle):
+    return {path.relative_to(bundle).as_posix(): sha256_file(path) for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_the_padded_graph_is_proven_and_entered(bundle, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(text for text in TEXTS if text), encoding="utf-8")
+    assert to_openvino.main([str(bundle), "--precision", "fp32", "--parity-texts", str(texts)]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["artifacts"]
+    assert row["path"] == "openvino/openvino_model.xml"
+    assert row["min_cosine"] >= 0.99999
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    assert "openvino/openvino_model.bin" in manifest.files
+    artifact = manifest.artifacts[-1]
+    assert (artifact.engine, artifact.layout) == (EngineName.OPENVINO, Layout.PADDED)
+    assert artifact.size == sum((bundle / f"openvino/openvino_model.{kind}").stat().st_size for kind in ("xml", "bin"))
+
+
+@pytest.mark.skipif(not has_bf16(), reason="OpenVINO runs bf16 only on CPUs with bf16 instructions")
+def test_the_packed_bf16_graph_serves_from_then_on(bundle):
+    (artifact,) = add_ir(bundle, [Precision.BF16], texts=TEXTS)
+    assert artifact.path == "openvino/openvino_model_packed_bf16.xml"
+    with Encoder.load(bundle, engine="openvino", precision="bf16") as encoder:
+        assert encoder.encode(["the cat sat"]).shape == (1, 32)
+
+
+def test_a_breach_leaves_the_bundle_as_it_was(bundle, monkeypatch):
+    before = content(bundle)
+    monkeypatch.setitem(parity.FLOORS, Precision.FP32, 1.0)  # not one bit may differ
+    with pytest.raises(ParityError):
+        add_ir(bundle, [Precision.FP32], texts=TEXTS)
+    assert content(bundle) == before
+
+
+def test_a_precision_the_bundle_lacks_is_named_with_the_cure(bundle):
+    before = content(bundle)
+    with pytest.raises(InputError, match=r"no padded graph in int8: export it with export/to_onnx.py --precision int8"):
+        add_ir(bundle, [Precision.INT8], texts=TEXTS)
+    assert content(bundle) == before
+    with pytest.raises(InputError, match="fp16 is not written as OpenVINO IR"):
+        add_ir(bundle, [Precision.FP16], texts=TEXTS)
+
+
+def test_a_graph_that_openvino_cannot_read_is_named(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"openvino cannot read broken\.onnx"):
+        openvino_ir.convert(tmp_path / "broken.onnx", tmp_path / "broken.xml")
+
+
+def test_without_openvino_the_extra_is_named(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtra, match="openvino"):
+        add_ir(bundle, [Precision.FP32], texts=TEXTS)

@@ -1,0 +1,95 @@
+"""Whitening: what it makes of a corpus's vectors, and that it is one dense layer of the encoder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.bundle.head_options import Additions, add, whiten
+from export.bundle.whitening import fit_whitening
+from mirror_runtime.bundle import Pooling, VectorType
+from mirror_runtime.errors import InputError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXTS = [f"{a} {b}{word}" for a in LETTERS[:13] for b in LETTERS[::3] for word in ("cat", " on the mat")]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_bert: Path) -> Reference:
+    return Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+
+
+def skewed(count: int = 400, width: int = 12) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    return (draw.normal(size=(count, width)) @ draw.normal(size=(width, width)) + 3).astype(np.float32)
+
+
+@pytest.mark.parametrize("dim", [12, 5])
+def test_the_covariance_becomes_the_identity(dim):
+    vectors = skewed()
+    fit = fit_whitening(vectors, dim)
+    white = vectors @ fit.weight.T + fit.bias
+    assert white.shape == (400, dim)
+    np.testing.assert_allclose(white.mean(0), np.zeros(dim), atol=1e-4)
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(dim), atol=1e-3)
+
+
+def test_the_directions_of_largest_variance_are_kept():
+    vectors = skewed()
+    fit = fit_whitening(vectors, 5)
+    values = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
+    assert fit.variance == pytest.approx(values[:5].sum() / values.sum(), rel=1e-4)
+    more = fit_whitening(vectors, 6)
+    np.testing.assert_allclose(np.abs(more.weight[:5]), np.abs(fit.weight), rtol=1e-3)
+    assert fit_whitening(vectors, 12).variance == pytest.approx(1)
+
+
+def test_bad_corpora_are_refused_with_the_cure():
+    with pytest.raises(InputError, match="5 texts cannot fix 12 directions"):
+        fit_whitening(skewed(5), 12)
+    with pytest.raises(InputError, match="components, so give 1 to 12"):
+        fit_whitening(skewed(), 13)
+    flat = np.repeat(skewed(200, 3), 4, axis=1)
+    with pytest.raises(InputError, match="spread over 3 directions only"):
+        fit_whitening(flat, 12)
+
+
+def test_an_encoder_is_whitened_by_one_dense_layer(reference):
+    whitened, fitted = whiten(reference, TEXTS, 16)
+    assert (fitted.texts, fitted.dim) == (len(TEXTS), 16)
+    (dense,) = whitened.spec.dense
+    assert (dense.in_features, dense.out_features, whitened.spec.dim, whitened.spec.normalize) == (32, 16, 16, True)
+    white = whitened.encode_uncut(TEXTS)
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(16), atol=2e-3)
+    unit = white / np.linalg.norm(white, axis=1, keepdims=True)
+    np.testing.assert_allclose(whitened.encode(TEXTS), unit, atol=1e-5)
+
+
+def test_additions_come_in_order_whitening_cut_type(reference):
+    additions = Additions(whiten=tuple(TEXTS), whiten_dim=16, dim=8, vector_type=VectorType.INT8)
+    made, _ = add(reference, additions)
+    assert (made.spec.dense[0].out_features, made.spec.dim, made.spec.vector_type) == (16, 8, VectorType.INT8)
+    whitened, _ = whiten(reference, TEXTS, 16)
+    cut = whitened.encode(TEXTS)[:, :8]
+    cut /= np.linalg.norm(cut, axis=1, keepdims=True)
+    found = made.encode(TEXTS)
+    scale = made.spec.int8_scale or 0
+    steps = found / scale
+    np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
+    # Calibrated on other text, so that a few components here are clipped.
+    np.testing.assert_allclose(found, cut.clip(-127 * scale, 127 * scale), atol=0.51 * scale)
+
+
+def test_what_contradicts_the_encoder_is_refused(reference):
+    with pytest.raises(InputError, match="give --whiten CORPUS"):
+        Additions(whiten_dim=4)
+    with pytest.raises(InputError, match="--dim is 33: the vectors have 32"):
+        add(reference, Additions(dim=33))
+    cut, _ = add(reference, Additions(dim=16))
+    with pytest.raises(InputError, match="cut or rounded vectors"):
+        whiten(cut, TEXTS)
+    bits, _ = add(reference, Additions(vector_type=VectorType.BINARY))
+    with pytest.raises(InputError, match="cannot become int8"):
+        add(bits, Additions(vector_type=VectorType.INT8))

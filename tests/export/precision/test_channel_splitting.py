@@ -1,0 +1,99 @@
+"""Further columns: staggered roundings are finer, and a layer is widened where only an activation stands behind it."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.graph.rewrite import Rewrite
+from export.precision.channel_splitting import SPARE, Columns, first_half, widen
+
+
+def graph(tmp_path, *, reader="MatMul", between=(), second_reader=None) -> Rewrite:
+    """x [2, 4] -> product, bias, tanh, what is between -> `v`, and what reads it."""
+    draw = np.random.default_rng(0)
+    constants = {
+        "w": draw.normal(size=(4, 6)),
+        "b": draw.normal(size=6),
+        "u": draw.normal(size=(6, 3)),
+        "s": np.ones(1),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["q"]),
+        helper.make_node("Tanh", ["q"], ["t"]),
+        *between,
+        helper.make_node("Mul", ["t2" if between else "t", "s"], ["v"]),
+        helper.make_node(reader, ["v", "u"] if reader == "MatMul" else ["v"], ["y"]),
+    ]
+    outputs = ["y"]
+    if second_reader is not None:
+        nodes.append(helper.make_node("Relu", [second_reader], ["z"]))
+        outputs.append("z")
+    made = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
+        [helper.make_empty_tensor_value_info(name) for name in outputs],
+        [numpy_helper.from_array(values.astype(np.float32), name) for name, values in constants.items()],
+    )
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "g.onnx")
+    return Rewrite(tmp_path / "g.onnx")
+
+
+def test_the_first_half_of_a_feed_forward_is_found(tmp_path):
+    half = first_half(graph(tmp_path), "v")
+    assert half is not None
+    assert (half.product.output[0], half.addition.output[0]) == ("p", "q")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reader": "Neg"},
+        {"second_reader": "v"},
+        {"second_reader": "t"},
+        {"second_reader": "q"},
+        {"second_reader": "p"},
+        {"between": (helper.make_node("Softmax", ["t"], ["t2"]),)},
+        {"between": (helper.make_node("Mul", ["t", "b"], ["t2"]),)},
+    ],
+    ids=str,
+)
+def test_what_others_read_or_move_is_not_widened(tmp_path, changes):
+    assert first_half(graph(tmp_path, **changes), "v") is None
+
+
+def test_a_value_of_its_own_is_not_widened(tmp_path):
+    assert first_half(graph(tmp_path), "x") is None
+
+
+def test_a_widened_graph_computes_the_same(tmp_path):
+    plain, wide = graph(tmp_path), graph(tmp_path)
+    half = first_half(wide, "v")
+    assert half is not None
+    readers = [node for node in wide.nodes if node.op_type == "MatMul" and node.input[0] == "v"]
+    widen(wide, half, Columns(np.array([1, 3, 1, 1, 2, 1])), readers)
+    assert wide.array("w").shape == (4, 9)
+    feed = {"x": np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)}
+    found, wanted = (made.session().run(None, feed)[0] for made in (wide, plain))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_spare_columns_go_to_the_highest_peaks():
+    peak = np.ones(3 * SPARE, np.float32)
+    peak[[7, 9]] = 10, 4
+    columns = Columns.spread(peak)
+    assert columns.copies[7] == 3  # 10, then 5, then 3.3, when 4 is higher
+    assert columns.copies[9] == 2
+    assert columns.copies.sum() == 3 * SPARE + 3
+    assert columns.channels[-3:].tolist() == [7, 7, 9]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_staggered_roundings_resolve_a_kth_of_a_step(count):
+    columns = Columns(np.array([count]))
+    values = np.linspace(-3, 3, 1001)
+    together = np.rint(values[:, None] + columns.stagger).sum(1) / count
+    assert np.abs(together - values).max() <= 0.5 / count + 1e-6
+    assert columns.stagger.sum() == pytest.approx(0, abs=1e-6)

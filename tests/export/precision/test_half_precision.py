@@ -1,0 +1,105 @@
+"""fp16 and bf16 inside the graph: types that agree, a head in fp32, vectors that stay."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.graph.trace import Graph, export_graph
+from export.precision.half_precision import HALVES, write_half
+from export.tensorrt.checks import breaches, graph_precision
+from export.tensorrt.view import GraphView
+from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest
+from mirror_runtime.engines.onnxruntime_engine import open_session
+from mirror_runtime.engines.openvino_engine import OpenVinoEngine
+from mirror_runtime.errors import EngineError
+from mirror_runtime.host import has_bf16
+from mirror_runtime.packing import PackedRows
+
+
+def graph_of(bundle: Path, layout: Layout) -> Graph:
+    artifact: Artifact = next(a for a in read_manifest(bundle).artifacts if a.layout is layout)
+    return Graph(layout=layout, path=bundle / artifact.path, inputs=artifact.inputs, outputs=artifact.outputs)
+
+
+def rows(vocabulary: int = 60) -> dict[str, np.ndarray]:
+    """Two rows of 16: three texts and a rest of 4, and one text that fills its row."""
+    draw = np.random.default_rng(0)
+    segments = np.array([[1] * 5 + [2] * 4 + [3] * 3 + [0] * 4, [1] * 16])
+    positions = np.array([[*range(5), *range(4), *range(3), *range(4)], [*range(16)]])
+    ids = draw.integers(5, vocabulary, segments.shape)
+    return {"input_ids": ids, "position_ids": positions, "segment_ids": segments}
+
+
+def texts_of(output: np.ndarray) -> np.ndarray:
+    return output[[0, 0, 0, 1], [0, 1, 2, 0]]
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def run(path: Path, feed: dict[str, np.ndarray]) -> np.ndarray:
+    return open_session(path, threads=1).run(["embedding"], feed)[0]
+
+
+@pytest.mark.parametrize("half", list(HALVES))
+@pytest.mark.parametrize("layout", list(Layout))
+def test_products_are_in_half_and_the_head_and_both_ends_are_not(tiny_bundle, tmp_path, half, layout):
+    source = graph_of(tiny_bundle, layout)
+    made = write_half(source, tmp_path / "half.onnx", half)
+    assert (made.inputs, made.outputs) == (source.inputs, source.outputs)
+    view = GraphView.load(made.path)
+    assert graph_precision(view) is half
+    assert not breaches(view)
+    kinds = {node.output[0]: view.types[node.output[0]] for node in view.nodes}
+    norms = [n for n in view.nodes if n.op_type in ("LayerNormalization", "Softmax")]
+    assert {kinds[n.output[0]] for n in norms} == {HALVES[half]}
+    assert {kinds[n.output[0]] for n in view.nodes if n.op_type in ("Sqrt", "ReduceSum")} == {TensorProto.FLOAT}
+    assert made.path.stat().st_size < 0.6 * source.path.stat().st_size
+
+
+def test_fp16_vectors_stay_close(tiny_bundle, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_half(source, tmp_path / "half.onnx", Precision.FP16)
+    wanted, found = (run(graph.path, rows()) for graph in (source, made))
+    assert found.dtype == np.float32
+    assert cosines(texts_of(found), texts_of(wanted)).min() > 0.9999
+    assert not found[0, 3].any()  # an empty slot
+
+
+@pytest.mark.skipif(not has_bf16(), reason="OpenVINO runs bf16 files only on CPUs with bf16 instructions")
+def test_bf16_vectors_stay_close(tiny_bundle, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_half(source, tmp_path / "half.onnx", Precision.BF16)
+    engine = OpenVinoEngine(made.path, Precision.BF16, 1)
+    found = engine.run(PackedRows(**rows()))
+    engine.close()
+    assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.999
+
+
+def test_a_weight_beyond_fp16_is_refused_and_bf16_named(tiny_bundle, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    proto = onnx.load(source.path)
+    weight = next(t for t in proto.graph.initializer if len(t.dims) == 2 and "embeddings" in t.name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e6), weight.name))
+    onnx.save(proto, tmp_path / "wide.onnx")
+    wide = Graph(layout=Layout.PACKED, path=tmp_path / "wide.onnx", inputs=source.inputs, outputs=source.outputs)
+    with pytest.raises(EngineError, match="which fp16 cannot hold: export bf16"):
+        write_half(wide, tmp_path / "half.onnx", Precision.FP16)
+    write_half(wide, tmp_path / "half.onnx", Precision.BF16)
+
+
+def test_a_family_with_other_operators_is_halved_too(tiny_encoder, tmp_path):
+    reference = Reference.load(resolve(str(tiny_encoder("mpnet")), pooling=Pooling.MEAN))
+    path = tmp_path / "packed.onnx"
+    contract = export_graph(reference, Layout.PACKED, path)
+    source = Graph(layout=Layout.PACKED, path=path, inputs=contract.inputs, outputs=contract.outputs)
+    made = write_half(source, tmp_path / "half.onnx", Precision.FP16)
+    assert not [breach for breach in breaches(GraphView.load(made.path)) if breach.rule != "masks"]
+    found, wanted = (texts_of(run(graph.path, rows(20))) for graph in (made, source))
+    assert cosines(found, wanted).min() > 0.9999

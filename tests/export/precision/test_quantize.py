@@ -1,0 +1,286 @@
+"""int8 and fp8 inside the graph: symmetric, constant scales, close vectors, and neighbours that do not matter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.bundle.build import Request, build
+from export.graph.rewrite import Rewrite
+from export.graph.trace import Graph, export_graph
+from export.precision import quantize
+from export.precision.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
+from export.precision.channel_splitting import SPARE, Columns
+from export.precision.half_precision import write_half
+from export.precision.quantize import (
+    FORMATS,
+    GAIN,
+    Site,
+    best_site,
+    plan_sites,
+    write_quantized,
+    write_quantized_for_gpu,
+)
+from export.proof.proof_texts import parity_texts
+from export.tensorrt.checks import breaches, graph_precision
+from export.tensorrt.view import GraphView
+from mirror_runtime.bundle import Layout, Pooling, Precision, read_manifest
+from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from mirror_runtime.engines.openvino_engine import OpenVinoEngine
+from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.packing import PackedRows
+from tests.export.precision.test_half_precision import cosines, graph_of, rows, run, texts_of
+
+WORDS = ["the cat sat on the mat.", "a man is playing a guitar", "dog", "river 3 times, the dog?", "on on on on on on"]
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_bundle):
+    spec = read_manifest(tiny_bundle).encoder
+    return Calibration.run(graph_of(tiny_bundle, Layout.PACKED).path, tiny_bundle, spec, WORDS * 8)
+
+
+@pytest.fixture(scope="module")
+def plans(tiny_bundle, calibration):
+    packed = graph_of(tiny_bundle, Layout.PACKED).path
+    return {precision: plan_sites(packed, calibration, precision) for precision in FORMATS}
+
+
+def quantizers(path: Path) -> list[tuple[onnx.NodeProto, np.ndarray, np.ndarray]]:
+    """Every Q and DQ node with its scale and zero point."""
+    graph = onnx.load(path).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    return [(n, constants[n.input[1]], constants[n.input[2]]) for n in nodes]
+
+
+def test_scales_are_constant_and_symmetric_and_channels_are_for_weights(tiny_bundle, plans, tmp_path):
+    made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plans[Precision.INT8])
+    found = quantizers(made.path)
+    assert found
+    for node, scale, zero in found:
+        assert not zero.any()
+        assert zero.dtype == np.int8
+        assert (scale > 0).all()
+        assert scale.size == 1 or node.input[0].endswith("_weight")
+    products = [n for n in onnx.load(made.path).graph.node if n.op_type == "MatMul"]
+    assert (
+        sum(n.input[1].endswith("_weight_dequantized") for n in products) == 8
+    )  # 2 layers: query-key-value and 3 more
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
+def test_int8_vectors_stay_close_on_each_engine(tiny_bundle, plans, tmp_path, engine):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
+    loaded = engine(made.path, Precision.INT8, 1)
+    found = loaded.run(PackedRows(**rows()))
+    loaded.close()
+    assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.98
+
+
+def test_the_plan_of_the_packed_graph_fits_the_padded_one(tiny_bundle, plans, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PADDED)
+    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
+    feed = {"input_ids": rows()["input_ids"][:, :9], "attention_mask": np.ones((2, 9), np.int64)}
+    feed["token_type_ids"] = np.zeros((2, 9), np.int64)
+    feed["attention_mask"][0, 6:] = 0
+    sessions = (Rewrite(graph.path).session() for graph in (source, made))
+    wanted, found = (session.run(["sentence_embedding"], feed)[0] for session in sessions)
+    assert cosines(found, wanted).min() > 0.98
+
+
+@pytest.mark.parametrize("precision", list(FORMATS))
+def test_the_files_for_gpus_keep_every_rule_of_tensorrt(tiny_bundle, plans, tmp_path, precision):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_quantized_for_gpu(source, tmp_path / "q.onnx", plans[precision])
+    view = GraphView.load(made.path)
+    assert not breaches(view)
+    assert graph_precision(view) is precision
+    engine = OnnxRuntimeEngine(made.path, precision, 1)
+    found = engine.run(PackedRows(**rows()))
+    assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.97
+
+
+def test_the_file_for_cpus_is_small_and_tensorrt_names_what_it_cannot_take(tiny_bundle, plans, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
+    tables = [t for t in onnx.load(made.path).graph.initializer if "embeddings" in t.name and len(t.dims) == 2]
+    assert {tensor.data_type for tensor in tables if tensor.dims[1] > 1} == {onnx.TensorProto.INT8}
+    assert any("Gather" in breach.node or "Gather" in breach.problem for breach in breaches(GraphView.load(made.path)))
+
+
+def test_a_text_does_not_depend_on_its_neighbours(tiny_bundle, plans, tmp_path):
+    made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plans[Precision.INT8])
+    one = rows()
+    other = {**one, "input_ids": one["input_ids"].copy()}
+    other["input_ids"][0, 5:] = 7
+    other["input_ids"][1] = 9
+    found, again = (run(made.path, feed)[0, :1] for feed in (one, other))
+    assert cosines(found, again).min() > 0.99999
+
+
+def wide_flow() -> tuple[Flow, np.ndarray]:
+    """192 channels of which one is far wider than the rest, and a layer's weights."""
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(256, 192)).astype(np.float32)
+    values[:, 5] *= 30
+    return Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION), draw.normal(size=(192, 32)).astype(
+        np.float32
+    )
+
+
+def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
+    flow, weights = wide_flow()
+    form = FORMATS[Precision.INT8]
+    plain, wide = (best_site(flow, weights, form, widens=widens) for widens in (False, True))
+    assert not plain.columns.widened
+    assert wide.columns.copies[5] == 1 + 192 // SPARE
+    assert wide.columns.copies.sum() == 192 + 192 // SPARE
+    assert wide.error <= GAIN * plain.error
+    calm = replace(flow, peak=np.ones_like(flow.peak), rows=np.clip(flow.rows, -1, 1))
+    assert not best_site(calm, weights, form, widens=True).columns.widened
+
+
+def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(256, 64)).astype(np.float32)
+    values[:, 9] *= 0.01
+    weights = draw.normal(size=(64, 32)).astype(np.float32)
+    flow = Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
+    site = best_site(flow, weights, FORMATS[Precision.INT8])
+    assert 127 * site.scale * site.smoothing[9] >= 2
+
+
+@pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
+def test_more_columns_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine):
+    source, plan = graph_of(tiny_bundle, Layout.PACKED), plans[Precision.INT8]
+    sites = tuple(widened(site) if at % 4 == 3 else site for at, site in enumerate(plan.sites))
+    made = write_quantized(source, tmp_path / "q.onnx", replace(plan, sites=sites))
+    inner = {tuple(tensor.dims) for tensor in onnx.load(made.path).graph.initializer if tensor.name.endswith("_weight")}
+    assert {dims for dims in inner if 64 + 3 in dims}
+    loaded = engine(made.path, Precision.INT8, 1)
+    found = loaded.run(PackedRows(**rows()))
+    loaded.close()
+    assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.98
+
+
+def widened(site: Site) -> Site:
+    copies = np.ones_like(site.columns.copies)
+    copies[[0, 3]] = 3, 2
+    return replace(site, columns=Columns(copies), smoothing=site.smoothing * copies.astype(np.float32))
+
+
+def test_bias_stands_before_the_split_of_query_key_and_value(tiny_bundle, plans, tmp_path):
+    made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plans[Precision.INT8])
+    graph = onnx.load(made.path).graph
+    producers = {out: node for node in graph.node for out in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == 2
+    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
+    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
+    assert readers == ["Reshape"] * 6
+
+
+def test_layers_are_left_in_float_until_the_worst_text_is_close(tiny_bundle, calibration, plans, monkeypatch):
+    packed = graph_of(tiny_bundle, Layout.PACKED).path
+    before = plans[Precision.INT8]
+    assert all(site.quantized for site in before.sites)
+    target = 1 - (1 - before.worst_cosine) / 2
+    monkeypatch.setattr(quantize, "ROOM", target - 0.98)
+    plan = plan_sites(packed, calibration, Precision.INT8)
+    left_out = sum(not site.quantized for site in plan.sites)
+    assert 0 < left_out < len(plan.sites)
+    assert plan.worst_cosine >= target
+
+
+def test_attention_is_told_from_other_values(tiny_bundle):
+    graph = Rewrite(graph_of(tiny_bundle, Layout.PACKED).path)
+    names = linear_inputs(graph)
+    assert len(names) == 8  # two layers: what attention reads, what it gives, what the feed-forward reads and gives
+
+
+def test_the_calibration_sees_attention_and_the_own_tokens_alone(calibration):
+    assert [flow.origin for flow in calibration.flows] == [
+        Origin.NORM,
+        Origin.ATTENTION,
+        Origin.NORM,
+        Origin.ACTIVATION,
+    ] * 2
+    assert all(np.isfinite(flow.peak).all() and flow.rows.shape[1] == flow.peak.size for flow in calibration.flows)
+
+
+def test_calibration_texts_prove_nothing():
+    texts = [text for text, _ in zip(calibration_texts(), range(300), strict=False)]
+    assert len(texts) == 300
+    assert not {text for text in texts if text} & set(parity_texts())
+
+
+def test_calibration_texts_without_a_token_are_an_error(tiny_bundle):
+    spec = read_manifest(tiny_bundle).encoder
+    with pytest.raises(InputError, match="give --calibration"):
+        Calibration.run(graph_of(tiny_bundle, Layout.PACKED).path, tiny_bundle, spec, [])
+
+
+def test_a_file_runs_in_its_own_precision_alone(tiny_bundle, plans, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
+    with pytest.raises(EngineError, match="is a graph in int8, not fp32"):
+        OnnxRuntimeEngine(made.path, Precision.FP32, 1)
+    with pytest.raises(EngineError, match="is a graph in fp32, not int8"):
+        OnnxRuntimeEngine(source.path, Precision.INT8, 1)
+    with pytest.raises(EngineError, match="no bf16 kernels"):
+        OnnxRuntimeEngine(source.path, Precision.BF16, 1)
+    with pytest.raises(EngineError, match="is a graph in int8: it cannot run in fp32"):
+        OpenVinoEngine(made.path, Precision.FP32, 1)
+    with pytest.raises(EngineError, match="is a graph in floating point: it cannot run in int8"):
+        OpenVinoEngine(source.path, Precision.INT8, 1)
+
+
+def test_large_weights_go_beside_the_file(tiny_bundle, plans, tmp_path):
+    source = graph_of(tiny_bundle, Layout.PACKED)
+    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8], external_data_bytes=1000)
+    assert (tmp_path / "q.onnx_data").is_file()
+    whole = write_quantized(source, tmp_path / "whole.onnx", plans[Precision.INT8])
+    np.testing.assert_array_equal(run(made.path, rows()), run(whole.path, rows()))
+
+
+def test_sites_without_smoothing_have_no_product_for_it(tiny_bundle, plans, tmp_path):
+    plan = plans[Precision.INT8]
+    plain = replace(plan, sites=tuple(replace(s, smoothing=np.ones_like(s.smoothing)) for s in plan.sites))
+    made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plain)
+    assert not [n for n in onnx.load(made.path).graph.node if n.output[0].endswith("_smooth")]
+
+
+def test_an_encoder_that_prunes_its_last_layer_is_quantised_too(tiny_bert, tiny_bundle, tmp_path):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
+    contract = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
+    source = Graph(layout=Layout.PACKED, path=tmp_path / "cls.onnx", inputs=contract.inputs, outputs=contract.outputs)
+    calibration = Calibration.run(source.path, tiny_bundle, reference.spec, WORDS * 8)
+    plan = plan_sites(source.path, calibration, Precision.INT8)
+    made = write_quantized(source, tmp_path / "q.onnx", plan)
+    assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
+    half = write_half(source, tmp_path / "half.onnx", Precision.FP16)
+    assert cosines(texts_of(run(half.path, rows())), texts_of(run(source.path, rows()))).min() > 0.9999
+
+
+def test_the_plan_fits_both_graphs_of_an_encoder_that_computes_cls_alone(tiny_bert, tmp_path):
+    texts = (*WORDS, "", "the river and the dog are on the mat. " * 3)
+    built = build(
+        Request(
+            encoder=str(tiny_bert),
+            output=tmp_path / "bundle",
+            pooling=Pooling.CLS,
+            precisions=(Precision.INT8,),
+            texts=texts,
+            calibration=tuple(WORDS * 8),
+        )
+    )
+    proven = {(a.layout, a.parity.min_cosine > 0.98) for a in built.manifest.artifacts if a.precision is Precision.INT8}
+    assert proven == {(Layout.PADDED, True), (Layout.PACKED, True)}
+    assert not built.refused

@@ -1,0 +1,195 @@
+"""The gate itself: what it must refuse, and what it must not see as a fault."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from evaluation.sets import EvaluationSet
+from export.proof.parity import FLOORS, Expected, Floors, _quality, prove
+from export.proof.proof_texts import NASTY, parity_texts, read_texts
+from mirror_runtime.bundle import EncoderSpec, Pooling, Precision, VectorType
+from mirror_runtime.errors import InputError, ParityError
+
+SPEC = EncoderSpec(
+    base_model="x", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=8
+)
+FP32, INT8 = Floors.of(Precision.FP32, SPEC), Floors.of(Precision.INT8, SPEC)
+TEXTS = tuple(f"text {i}" for i in range(40))
+
+
+def vectors() -> np.ndarray:
+    raw = np.random.default_rng(0).normal(size=(len(TEXTS), 8)).astype(np.float32)
+    return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def expected() -> Expected:
+    return Expected(texts=TEXTS, vectors=vectors(), reference="PyTorch")
+
+
+def lookup(table: np.ndarray):
+    return lambda texts: table[[TEXTS.index(text) for text in texts]]
+
+
+def test_equal_vectors_pass_and_what_was_achieved_is_kept(expected):
+    parity = prove(lookup(vectors()), expected, FP32, what="x")
+    assert parity.texts == 40
+    assert parity.min_cosine == pytest.approx(1.0)
+    assert parity.max_abs_diff == 0.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_refused_by_name(expected, bad):
+    table = vectors()
+    table[7, 3] = bad
+    with pytest.raises(ParityError, match="NaN or infinity for 1 of 40 texts, such as 'text 7'"):
+        prove(lookup(table), expected, FP32, what="x")
+
+
+def test_a_reference_that_is_not_finite_is_refused():
+    with pytest.raises(ParityError, match="the reference"):
+        Expected(texts=TEXTS, vectors=vectors() * np.float32("nan"), reference="PyTorch")
+
+
+def test_the_worst_text_is_named(expected):
+    table = vectors()
+    table[11] = -table[11]
+    with pytest.raises(ParityError, match="Worst: 'text 11' cosine -1"):
+        prove(lookup(table), expected, FP32, what="x")
+
+
+def test_a_missing_normalisation_is_seen_although_every_cosine_is_one(expected):
+    with pytest.raises(ParityError, match="of its length"):
+        prove(lookup(vectors() * np.float32(3)), expected, FP32, what="x")
+
+
+def test_vectors_that_depend_on_neighbours_are_refused(expected):
+    table = vectors()
+
+    def leaky(texts):
+        found = lookup(table)(texts)
+        return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.1) * found.mean(0)
+
+    with pytest.raises(ParityError, match="depend on the other texts"):
+        prove(leaky, expected, FP32, what="x")
+
+
+def test_int8_may_not_depend_on_neighbours_either(expected):
+    table = vectors()
+
+    def leaky(texts):
+        found = lookup(table)(texts)
+        return found if len(texts) in (1, len(TEXTS)) else found + np.float32(0.07) * np.roll(found, 1, axis=1)
+
+    prove(lookup(table), expected, INT8, what="x")
+    with pytest.raises(ParityError, match=r"depend on the other texts of a batch.*cosine below 0\.999"):
+        prove(leaky, expected, INT8, what="x")
+
+
+def test_ranks_and_nearest_texts_see_what_the_cosine_forgives(expected):
+    noise = np.random.default_rng(1).normal(size=(len(TEXTS), 8)).astype(np.float32)
+    parity = prove(lookup(vectors() + np.float32(0.03) * noise), expected, INT8, what="x")
+    assert 0.9 < parity.spearman < 0.9999
+    assert 0.7 < parity.top10_overlap < 1
+    exact = prove(lookup(vectors()), expected, INT8, what="x")
+    assert exact.spearman == pytest.approx(1.0)
+    assert exact.top10_overlap == 1.0
+
+
+def test_texts_with_equal_vectors_tie(expected):
+    table = np.repeat(vectors()[:1], len(TEXTS), axis=0)
+    same = dataclasses.replace(expected, vectors=table)
+    moved = table + np.float32(1e-7) * np.arange(len(TEXTS), dtype=np.float32)[:, None]
+    parity = prove(lookup(moved), same, FP32, what="x")
+    assert (parity.spearman, parity.top10_overlap) == (1.0, 1.0)
+
+
+def test_lost_quality_fails_although_the_floor_holds(expected):
+    chosen = EvaluationSet(name="pairs", first=TEXTS[:10], second=TEXTS[10:20], scores=np.arange(10.0), sha256="0" * 64)
+    measured = dataclasses.replace(expected, sets=(chosen,), scores=(_quality(lookup(vectors()), chosen),))
+    parity = prove(lookup(vectors()), measured, INT8, what="x")
+    assert parity.sts[0].artifact == parity.sts[0].reference
+    better = dataclasses.replace(measured, scores=(parity.sts[0].reference + 0.6,))
+    with pytest.raises(ParityError, match="pairs drops from"):
+        prove(lookup(vectors()), better, INT8, what="x")
+
+
+BITS = dataclasses.replace(SPEC, vector_type=VectorType.BINARY, dim=384)
+
+
+def at_angle_of(cosine: float, *, texts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give bits, as 1 and -1, of random vectors and of others that have this cosine to them."""
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(texts, 384))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    across = draw.normal(size=vectors.shape)
+    across -= (across * vectors).sum(1, keepdims=True) * vectors
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    turned = cosine * vectors + math.sqrt(1 - cosine**2) * across
+    return np.where(vectors > 0, 1.0, -1.0), np.where(turned > 0, 1.0, -1.0)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.INT8])
+def test_bits_are_held_to_the_angle_together_and_to_what_is_rare_there_alone(precision):
+    floors = Floors.of(precision, BITS)
+    before, after = at_angle_of(FLOORS[precision], texts=20_000)
+    cosines = (before * after).mean(1)
+    beyond = float((cosines < floors.reference).mean())
+    half_the_room = float((cosines < (floors.reference + floors.mean) / 2).mean())
+    assert beyond <= 3e-4  # 1e-4 was meant: 2 of 20,000
+    assert half_the_room > 2e-3
+    assert cosines.mean() == pytest.approx(floors.mean, abs=2e-4)
+    assert floors.reference < floors.mean
+    assert floors.reference <= floors.neighbour
+
+
+@pytest.mark.parametrize(("share", "within"), [(0.9, True), (1.2, False)])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.INT8])
+def test_bits_of_500_texts_tell_a_larger_angle_from_a_smaller_one(precision, share, within):
+    wanted, found = at_angle_of(math.cos(share * math.acos(FLOORS[precision])), texts=500)
+    texts = tuple(f"text {i}" for i in range(500))
+    table = dict(zip(texts, found.astype(np.float32), strict=True))
+    expected = Expected(texts=texts, vectors=wanted.astype(np.float32), reference="PyTorch")
+    floors = dataclasses.replace(Floors.of(precision, BITS), reference=-1.0, neighbour=-1.0)
+
+    def proven() -> None:
+        prove(lambda chosen: np.stack([table[text] for text in chosen]), expected, floors, what="x")
+
+    if within:
+        proven()
+    else:
+        with pytest.raises(ParityError, match="on average, below"):
+            proven()
+
+
+def test_one_text_whose_bits_are_another_s_is_refused():
+    wanted, found = at_angle_of(1.0, texts=40)
+    found[[3, 4]] = found[[4, 3]]
+    expected = Expected(texts=TEXTS, vectors=wanted.astype(np.float32), reference="PyTorch")
+    with pytest.raises(ParityError, match=r"2 of 40 texts"):
+        prove(lookup(found.astype(np.float32)), expected, Floors.of(Precision.INT8, BITS), what="x")
+
+
+def test_built_in_texts_are_many_ragged_and_the_same_each_time():
+    texts = parity_texts()
+    assert len(texts) >= 500
+    assert texts == parity_texts()
+    assert set(NASTY) <= set(texts)
+    assert max(map(len, texts)) == 100_000
+    assert len({len(text) for text in texts}) > 100
+
+
+def test_texts_are_read_one_a_line(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n\n two\u2028still two\n", encoding="utf-8")
+    assert read_texts(path) == ("one", " two\u2028still two")
+
+
+@pytest.mark.parametrize(("content", "problem"), [(b"\n \n", "holds no text"), (b"\xff\xfe", "no UTF-8")])
+def test_a_file_without_usable_texts_is_refused(tmp_path, content, problem):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=problem):
+        read_texts(path)

@@ -1,0 +1,449 @@
+"""The build of a TensorRT plan, against the real bindings of TensorRT 10 and 11: order of calls, names, arguments."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.tensorrt import builder, prove_plan
+from export.tensorrt.builder import BuildError, BuildRequest, Gpu, build, read_request, sidecar_path, trtexec_line
+from export.tensorrt.profiles import check_profiles, packed_profiles, padded_profiles
+from mirror_runtime.bundle import TensorSpec
+from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
+from mirror_runtime.engines.plan_card import read_card
+from mirror_runtime.errors import EngineError
+from mirror_runtime.packing import Ladder
+from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
+
+GPU = Gpu(name="NVIDIA L4", compute_capability="8.9")
+INPUTS = tuple(
+    TensorSpec(name=name, dtype="int64", shape=("rows", "length"))
+    for name in ("input_ids", "position_ids", "segment_ids")
+)
+SOURCES = tuple(Path(str(module.__file__)) for module in (builder, prove_plan, tensorrt_engine, plan_card, cuda_device))
+
+REMOVED_IN_11 = {
+    "BuilderFlag": {"FP16", "BF16", "INT8", "FP8", "INT4", "FP4", "WEIGHTLESS"}
+    | {"OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"},
+    "NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH"},
+    "TacticSource": {"CUBLAS", "CUBLAS_LT", "CUDNN"},
+    "IBuilderConfig": {"int8_calibrator", "set_calibration_profile", "get_calibration_profile", "algorithm_selector"},
+    "Builder": {"platform_has_fast_fp16", "platform_has_fast_int8", "platform_has_tf32"},
+    "OnnxParser": {"supports_model", "parse_with_weight_descriptors"},
+    "ICudaEngine": {
+        *("device_memory_size", "get_device_memory_size_for_profile", "weight_streaming_budget"),
+        "create_execution_context_without_device_memory",
+    },
+    "IExecutionContext": {"all_shape_inputs_specified"},
+}
+"""What TensorRT 11 took away, by the class that had it in 10."""
+
+
+def members(version: str, kind: str) -> set[str]:
+    spec = binding(version)
+    return set(spec["enums"].get(kind, ())) | set(spec["classes"].get(kind, {"members": ()})["members"])
+
+
+def chains(source: str) -> Iterator[tuple[str, ...]]:
+    """Every `trt.A.B` and `self._trt.A.B` of a source, as ("A", "B")."""
+    inner: set[ast.AST] = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Attribute) or node in inner:
+            continue
+        names, value = [node.attr], node.value
+        while isinstance(value, ast.Attribute) and value.attr != "_trt":
+            inner.add(value)
+            names.append(value.attr)
+            value = value.value
+        root = value.id if isinstance(value, ast.Name) else getattr(value, "attr", "")
+        if root in ("trt", "_trt"):
+            yield tuple(reversed(names))
+
+
+def missing(source: str, version: str) -> list[str]:
+    """Names that a source takes from `tensorrt` and that the binding of a version does not have."""
+    spec = binding(version)
+    plain = {*spec["constants"], "__version__", "nptype"}
+    absent = []
+    for first, *rest in chains(source):
+        known = first in plain or first in spec["classes"] or first in spec["enums"]
+        if known and rest and first not in plain:
+            severity = set(spec["enums"].get(f"{first}.Severity", ()))
+            known = rest[0] in members(version, first) | severity
+        if not known:
+            absent.append(".".join((first, *rest)))
+    return absent
+
+
+def attributes(source: str) -> set[str]:
+    """Every attribute of anything that a source reads, writes or calls."""
+    return {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_name_that_our_sources_take_from_tensorrt_is_in_the_real_binding(version: str):
+    used = [chain for source in SOURCES for chain in chains(source.read_text(encoding="utf-8"))]
+    assert ("BuilderFlag", "TF32") in used
+    assert ("ExecutionContextAllocationStrategy", "USER_MANAGED") in used
+    assert len(used) > 25
+    for source in SOURCES:
+        assert missing(source.read_text(encoding="utf-8"), version) == [], source.name
+    assert set(builder.HARDWARE.values()) == members(version, "HardwareCompatibilityLevel")
+
+
+def test_what_11_removed_is_in_the_real_10_not_in_the_real_11_and_not_in_our_sources():
+    ten, eleven = VERSIONS
+    for kind, names in REMOVED_IN_11.items():
+        assert names <= members(ten, kind), kind
+        assert not names & members(eleven, kind), kind
+    for source in SOURCES:
+        used = attributes(source.read_text(encoding="utf-8"))
+        instance = {name for kind, names in REMOVED_IN_11.items() if kind not in ("BuilderFlag",) for name in names}
+        assert not used & instance, source.name
+        flags = {chain[1] for chain in chains(source.read_text(encoding="utf-8")) if chain[0] == "BuilderFlag"}
+        assert not flags & REMOVED_IN_11["BuilderFlag"], source.name
+
+
+def test_a_removed_flag_in_our_source_would_be_found():
+    source = Path(builder.__file__).read_text(encoding="utf-8")
+    broken = source.replace("trt.BuilderFlag.VERSION_COMPATIBLE", "trt.BuilderFlag.FP16")
+    assert broken != source
+    assert missing(broken, VERSIONS[0]) == []
+    assert missing(broken, VERSIONS[1]) == ["BuilderFlag.FP16"]
+
+
+def request_in(folder: Path, **changes: Any) -> BuildRequest:
+    (folder / "model_packed.onnx").write_bytes(b"graph")
+    profiles = packed_profiles(INPUTS, Ladder.up_to(64))
+    digest = builder._sha256(b"graph")
+    request = BuildRequest("model_packed.onnx", digest, "model_packed.plan", "fp16", "packed", profiles)
+    return replace(request, **changes)
+
+
+def answers(profiles: int, **changes: Any) -> dict[str, Any]:
+    """What a TensorRT that builds a packed encoder says; input 3 is the output."""
+    names = [*(tensor.name for tensor in INPUTS), "embedding"]
+    inputs = iter(names)
+    counted = iter(range(1000))
+    return {
+        "INetworkDefinition.num_inputs": 3,
+        "ITensor.name": lambda: next(inputs),
+        "IBuilderConfig.add_optimization_profile": lambda profile: next(counted),
+        "Builder.build_serialized_network": b"plan",
+        "ITimingCache.serialize": b"timings",
+        "ICudaEngine.num_optimization_profiles": profiles,
+        "ICudaEngine.num_layers": 2,
+        "EngineInspector.get_layer_information": lambda i, form: ('{"Name": "_gemm_mha_v2"}', '{"Name": "head"}')[i],
+        "ICudaEngine.num_io_tensors": 4,
+        "ICudaEngine.get_tensor_name": lambda i: names[i],
+        **changes,
+    }
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, version: str, given: dict[str, Any]) -> FakeTensorRT:
+    trt = FakeTensorRT(binding(version), given)
+    io = trt.TensorIOMode
+    trt.answers.setdefault("ICudaEngine.get_tensor_mode", lambda name: io.OUTPUT if name == "embedding" else io.INPUT)
+    types = {"embedding": trt.DataType.FLOAT}
+    trt.answers.setdefault("ICudaEngine.get_tensor_dtype", lambda name: types.get(name, trt.DataType.INT64))
+    trt.answers.setdefault(
+        "ICudaEngine.get_tensor_shape", lambda name: (-1, -1, 8) if name == "embedding" else (-1, -1)
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    return trt
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_build_calls_both_majors_in_the_documented_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
+):
+    request = request_in(tmp_path, workspace_gib=2.0, level=4, timing_cache="timing.cache")
+    trt = fake(monkeypatch, version, answers(len(request.profiles)))
+    build(request, tmp_path, gpu=GPU)
+    called = trt.names()
+    order = [
+        *("Logger()", "Builder()", "Builder.create_network", "OnnxParser()", "OnnxParser.parse_from_file"),
+        *("Builder.create_builder_config", "IBuilderConfig.clear_flag", "IBuilderConfig.set_memory_pool_limit"),
+        *("Builder.create_optimization_profile", "IOptimizationProfile.set_shape"),
+        *("IBuilderConfig.add_optimization_profile", "IBuilderConfig.create_timing_cache"),
+        *("IBuilderConfig.set_timing_cache", "Builder.is_network_supported", "Builder.build_serialized_network"),
+        *("Runtime()", "Runtime.deserialize_cuda_engine", "ICudaEngine.create_engine_inspector"),
+        "EngineInspector.get_layer_information",
+    ]
+    assert [name for name in dict.fromkeys(called) if name in order] == order
+    calls = dict(trt.calls)
+    strongly_typed = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert calls["Builder.create_network"] == (1 << int(strongly_typed),)  # bit 1 in TensorRT 10, bit 0 in 11
+    assert calls["IBuilderConfig.clear_flag"] == (trt.BuilderFlag.TF32,)
+    assert calls["IBuilderConfig.builder_optimization_level="] == (4,)
+    assert calls["IBuilderConfig.set_memory_pool_limit"] == (trt.MemoryPoolType.WORKSPACE, 2 << 30)
+    assert calls["IBuilderConfig.set_timing_cache"][1] is False
+    assert "IBuilderConfig.set_flag" not in called
+    assert "IBuilderConfig.hardware_compatibility_level=" not in called
+    shapes = [args for name, args in trt.calls if name == "IOptimizationProfile.set_shape"]
+    assert shapes[0] == ("input_ids", (1, 16), (1, 16), (1, 16))
+    assert len(shapes) == 3 * len(request.profiles)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str):
+    request = request_in(tmp_path, version_compatible=True, hardware="same-compute-capability")
+    trt = fake(monkeypatch, version, answers(len(request.profiles)))
+    build(request, tmp_path, gpu=GPU)
+    calls = dict(trt.calls)
+    assert calls["IBuilderConfig.set_flag"] == (trt.BuilderFlag.VERSION_COMPATIBLE,)
+    level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    assert calls["IBuilderConfig.hardware_compatibility_level="] == (level,)
+
+
+def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    request = request_in(tmp_path, timing_cache="timing.cache")
+    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (0.99995, 0.9999))
+    assert (tmp_path / "model_packed.plan").read_bytes() == b"plan"
+    assert (tmp_path / "timing.cache").read_bytes() == b"timings"
+    assert json.loads((tmp_path / "model_packed.plan.layers.json").read_text())[1] == '{"Name": "head"}'
+    card = read_card(tmp_path / "model_packed.plan")
+    assert (card.tensorrt, card.gpu, card.compute_capability) == (VERSIONS[1], "NVIDIA L4", "8.9")
+    assert (card.precision.value, card.layout.value, card.onnx_sha256) == ("fp16", "packed", request.onnx_sha256)
+    assert (card.layers, card.fused_attention, card.min_cosine) == (2, 1, 0.99995)
+    assert [profile["input_ids"][2] for profile in card.profiles] == list(Ladder.up_to(64).shapes())
+    assert [(t.name, t.dtype, t.shape) for t in card.outputs] == [("embedding", "float32", (-1, -1, 8))]
+
+
+def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    request = request_in(tmp_path, timing_cache="timing.cache")
+    (tmp_path / "timing.cache").write_bytes(b"earlier")
+    trt = fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    build(request, tmp_path, gpu=GPU)
+    assert dict(trt.calls)["IBuilderConfig.create_timing_cache"] == (b"earlier",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"OnnxParser.parse_from_file": False, "OnnxParser.num_errors": 1, "ParserError.node_name": "add_7"}, "add_7"),
+        ({"IBuilderConfig.add_optimization_profile": -1}, "refuses profile 0"),
+        ({"IBuilderConfig.set_timing_cache": False}, "timing cache of another GPU"),
+        ({"Builder.is_network_supported": False}, "cannot build"),
+        ({"Builder.build_serialized_network": None}, "built no engine"),
+        ({"Runtime.deserialize_cuda_engine": None}, "cannot load the engine"),
+        ({"ICudaEngine.num_optimization_profiles": 1}, "has 1 profiles"),
+    ],
+)
+def test_a_failure_of_tensorrt_is_one_clear_error_and_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], message: str
+):
+    request = request_in(tmp_path, timing_cache="timing.cache")
+    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles), **changes))
+    with pytest.raises(BuildError, match=message):
+        build(request, tmp_path, gpu=GPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
+
+
+@pytest.mark.parametrize("worst", [0.99, float("nan")])
+def test_a_plan_whose_vectors_are_not_the_references_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worst: float
+):
+    request = request_in(tmp_path)
+    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    with pytest.raises(BuildError, match=r"below 0\.9999"):
+        build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (worst, 0.9999))
+    assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
+
+
+def test_another_graph_than_the_request_names_is_refused(tmp_path: Path):
+    request = request_in(tmp_path)
+    (tmp_path / "model_packed.onnx").write_bytes(b"other")
+    with pytest.raises(BuildError, match="copy it again"):
+        build(request, tmp_path, gpu=GPU)
+
+
+def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    trt = fake(monkeypatch, VERSIONS[1], {})
+    trt.__version__ = "8.6.1"
+    with pytest.raises(BuildError, match="too old"):
+        build(request_in(tmp_path), tmp_path, gpu=GPU)
+
+
+@pytest.mark.parametrize("changes", [{"level": 6}, {"hardware": "all"}, {"workspace_gib": 0.0}])
+def test_a_setting_out_of_range_is_refused(tmp_path: Path, changes: dict[str, Any]):
+    with pytest.raises(BuildError, match=next(iter(changes))):
+        request_in(tmp_path, **changes)
+
+
+def test_a_request_survives_the_way_to_another_machine(tmp_path: Path):
+    request = request_in(tmp_path, workspace_gib=1.5)
+    builder.write_request(request, tmp_path / "request.json")
+    assert read_request(tmp_path / "request.json") == request
+    (tmp_path / "request.json").write_text("{}")
+    with pytest.raises(BuildError, match="no build request"):
+        read_request(tmp_path / "request.json")
+
+
+def test_the_copied_script_runs_alone_and_says_what_is_missing(tmp_path: Path):
+    """`-S` and `-I`: without our packages, without this repository and without tensorrt."""
+    builder.write_request(request_in(tmp_path), tmp_path / "request.json")
+    script = tmp_path / "build_engine.py"
+    script.write_bytes(Path(builder.__file__).read_bytes())
+    done = subprocess.run([sys.executable, "-I", "-S", str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: tensorrt cannot be imported")
+    assert not sidecar_path(tmp_path / "model_packed.plan").exists()
+
+
+def test_trtexec_gets_the_same_build(tmp_path: Path):
+    profiles = packed_profiles(INPUTS, Ladder.up_to(64))[:2]
+    line = trtexec_line(
+        request_in(tmp_path, profiles=profiles, workspace_gib=2.0, version_compatible=True, hardware="ampere-plus")
+    )
+    assert line == (
+        "trtexec --onnx=model_packed.onnx --saveEngine=model_packed.plan --stronglyTyped"
+        " --profile=0 --minShapes=input_ids:1x16,position_ids:1x16,segment_ids:1x16"
+        " --optShapes=input_ids:1x16,position_ids:1x16,segment_ids:1x16"
+        " --maxShapes=input_ids:1x16,position_ids:1x16,segment_ids:1x16"
+        " --profile=1 --minShapes=input_ids:1x32,position_ids:1x32,segment_ids:1x32"
+        " --optShapes=input_ids:1x32,position_ids:1x32,segment_ids:1x32"
+        " --maxShapes=input_ids:1x32,position_ids:1x32,segment_ids:1x32"
+        " --builderOptimizationLevel=3 --profilingVerbosity=detailed --noTF32 --memPoolSize=workspace:2048M"
+        " --versionCompatible --hardwareCompatibilityLevel=ampere+"
+    )
+
+
+def test_packed_profiles_are_static_and_cover_every_shape_that_packing_makes():
+    ladder = Ladder.up_to(384)
+    profiles = packed_profiles(INPUTS, ladder)
+    check_profiles(profiles, INPUTS, 384)
+    assert [profile["segment_ids"][1] for profile in profiles] == list(ladder.shapes())
+    assert all(len(set(shapes)) == 1 for profile in profiles for shapes in profile.values())
+
+
+def test_padded_profiles_hold_every_length_once():
+    inputs = (TensorSpec(name="input_ids", dtype="int64", shape=("b", "s")),)
+    profiles = padded_profiles(inputs, 200)
+    check_profiles(profiles, inputs, 200)
+    lengths = [
+        length for profile in profiles for length in range(profile["input_ids"][0][1], profile["input_ids"][2][1] + 1)
+    ]
+    assert lengths == list(range(1, 201))
+
+
+def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], Ladder.up_to(64)))
+    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
+        build(request, tmp_path, gpu=GPU)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((2, 64), (1, 64), (2, 64)), "min <= opt <= max"),
+        (((0, 64), (1, 64), (2, 64)), "min <= opt <= max"),
+        (((1, 60), (1, 60), (1, 60)), "multiples of 16"),
+        (((1, 32), (1, 32), (1, 32)), "holds 32 tokens; the encoder takes texts of 64"),
+    ],
+)
+def test_profiles_that_do_not_add_up_are_refused(shapes: Any, message: str):
+    with pytest.raises(EngineError, match=message):
+        check_profiles([dict.fromkeys((t.name for t in INPUTS), shapes)], INPUTS, 64)
+
+
+def test_profiles_that_leave_out_or_contradict_an_input_are_refused():
+    good = packed_profiles(INPUTS, Ladder.up_to(64))[-1]
+    with pytest.raises(EngineError, match="the graph's inputs are"):
+        check_profiles([{"input_ids": good["input_ids"]}], INPUTS, 64)
+    with pytest.raises(EngineError, match="different shapes"):
+        check_profiles([{**good, "input_ids": ((1, 16),) * 3}], INPUTS, 64)
+    with pytest.raises(EngineError, match="at least one"):
+        check_profiles([], INPUTS, 64)
+
+
+class FakeDriver:
+    """GPU memory in a dictionary; running the engine copies the answer into its output."""
+
+    stream = 7
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+
+    def put(self, array: np.ndarray) -> int:
+        self.memory[256 * (len(self.memory) + 1)] = array.copy()
+        return 256 * len(self.memory)
+
+    def get(self, address: int, array: np.ndarray) -> None:
+        array[...] = self.memory[address]
+
+    def free(self, address: int) -> None:
+        assert address in self.memory
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_short_proof_finds_the_worst_of_all_stored_texts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, noise: float
+):
+    """Two batches of two texts; the engine is off by `noise` in the second text of the first."""
+    vectors = np.random.default_rng(0).normal(size=(2, 2, 8)).astype(np.float32)
+    outs = np.zeros((2, 1, 4, 8), np.float32)
+    outs[:, 0, :2] = vectors
+    outs[0, 0, 1] += noise
+    stored: dict[str, Any] = {"batches": 2, "floor": 0.9999, "output": "embedding"}
+    for batch in range(2):
+        stored |= {f"{batch}/input/{tensor.name}": np.ones((1, 16), np.int64) for tensor in INPUTS}
+        stored |= {f"{batch}/slots": np.array([0, 1]), f"{batch}/vectors": vectors[batch]}
+    np.savez(tmp_path / "samples.npz", **stored)
+    driver, pending = FakeDriver(), iter(outs)
+    addresses: dict[str, int] = {}
+
+    def run(stream: int) -> bool:
+        driver.memory[addresses["embedding"]] = next(pending)
+        return stream == 7
+
+    changes = {
+        "ICudaEngine.get_tensor_profile_shape": lambda name, i: [(1, 16)] * 3,
+        "IExecutionContext.get_tensor_shape": lambda name: (1, 4, 8) if name == "embedding" else (1, 16),
+        "IExecutionContext.set_tensor_address": lambda name, address: addresses.update({name: address}) or True,
+        "IExecutionContext.execute_async_v3": run,
+        "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
+    }
+    trt = fake(monkeypatch, version, answers(1, **changes))
+    engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(b"plan")
+    worst, floor = prove_plan.prove(trt, engine, tmp_path / "samples.npz", driver)
+    found, wanted = outs[0, 0, 1], vectors[0, 1]
+    expected = float(found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted))
+    assert worst == pytest.approx(expected, abs=1e-6)
+    assert floor == 0.9999
+    assert (worst >= floor) == (noise == 0.0)
+
+
+def test_the_stand_in_refuses_what_the_binding_refuses():
+    trt = FakeTensorRT(binding(VERSIONS[1]), {})
+    logger = trt.Logger(trt.Logger.WARNING)
+    config = trt.Builder(logger).create_builder_config()
+    with pytest.raises(AttributeError, match=r"no writable IBuilderConfig\.int8"):
+        config.int8_calibrator = None
+    with pytest.raises(TypeError, match="clear_flag"):
+        config.clear_flag("TF32")
+    with pytest.raises(TypeError, match="set_memory_pool_limit"):
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
+    with pytest.raises(AttributeError, match=r"no Builder\.platform_has_fast_fp16"):
+        _ = trt.Builder(logger).platform_has_fast_fp16
+
+
+def test_no_gpu_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def absent(name: str) -> Sequence[str]:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", absent)
+    with pytest.raises(BuildError, match="--script"):
+        builder.this_gpu()

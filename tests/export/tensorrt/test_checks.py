@@ -1,0 +1,373 @@
+"""Each rule for TensorRT graphs: a sound graph passes, and a graph broken on purpose is refused by name."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.graph.trace import Graph, export_graph
+from export.precision.calibration import Calibration
+from export.precision.half_precision import write_half
+from export.precision.quantize import plan_sites, write_quantized
+from export.tensorrt.checks import breaches, graph_precision, require_clean
+from export.tensorrt.view import GraphView
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, read_manifest
+from mirror_runtime.errors import EngineError
+
+ATTENTION = """
+<ir_version: 9, opset_import: ["" : {opset}]>
+packed (int64[rows,length] input_ids, int64[rows,length] position_ids, int64[rows,length] segment_ids)
+    => (float[rows,length,8] embedding)
+{{
+    words = Gather (table, input_ids)
+    places = Gather (positions, position_ids)
+    tokens = Add (words, places)
+    queries = MatMul (tokens, weight)
+    turned = Transpose <perm = [0, 2, 1]> (tokens)
+    products = MatMul (queries, turned)
+    scores = Mul (products, scale)
+    axis1 = Constant <value_ints = [1]> ()
+    axis2 = Constant <value_ints = [2]> ()
+    down = Unsqueeze (segment_ids, axis2)
+    across = Unsqueeze (segment_ids, axis1)
+    same = Equal (down, across)
+    mask = Where (same, zero, blocked)
+    masked = Add (scores, mask)
+    attention = Softmax <axis = -1> (masked)
+    seen = MatMul (attention, tokens)
+    normal = LayerNormalization (seen, gain)
+    wide = Cast <to = 1> (normal)
+    axes = Constant <value_ints = [2]> ()
+    square = Mul (wide, wide)
+    total = ReduceSum (square, axes)
+    floored = Max (total, tiny)
+    length = Sqrt (floored)
+    embedding = Div (wide, length)
+}}
+"""
+
+
+def half_graph(opset: int = 21, dtype: type = np.float16) -> onnx.ModelProto:
+    """Attention over packed rows in fp16, with its head in fp32: small, and of the exporter's own shape."""
+    model = onnx.parser.parse_model(ATTENTION.format(opset=opset))
+    random = np.random.default_rng(0)
+    constants = {
+        "table": random.normal(size=(16, 8)).astype(dtype),
+        "positions": random.normal(size=(64, 8)).astype(dtype),
+        "weight": random.normal(size=(8, 8)).astype(dtype),
+        "gain": np.ones(8, dtype),
+        "scale": np.array(0.125, dtype),
+        "zero": np.array(0, dtype),
+        "blocked": np.array(-10_000, dtype),
+        "tiny": np.array(1e-24, np.float32),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    for i, node in enumerate(model.graph.node):
+        node.name = f"node_{i}_{node.output[0]}"
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def quantized_graph() -> onnx.ModelProto:
+    """The same with symmetric int8 at the product with the weight: one scale for tokens, one a column of weights."""
+    model = half_graph()
+    weight = floats_of(model, "weight")
+    scales = np.abs(weight).max(0) / 127
+    remove(model, "weight")
+    put(model, "weight_int8", np.round(weight / scales).astype(np.int8))
+    put(model, "weight_scale", scales.astype(np.float16))
+    put(model, "weight_zero", np.zeros(8, np.int8))
+    put(model, "tokens_scale", np.array(0.02, np.float16))
+    put(model, "tokens_zero", np.array(0, np.int8))
+    nodes = [
+        helper.make_node("QuantizeLinear", ["tokens", "tokens_scale", "tokens_zero"], ["tokens_q"], "q_tokens"),
+        helper.make_node("DequantizeLinear", ["tokens_q", "tokens_scale", "tokens_zero"], ["tokens_dq"], "dq_tokens"),
+        helper.make_node(
+            "DequantizeLinear", ["weight_int8", "weight_scale", "weight_zero"], ["weight"], "dq_weight", axis=1
+        ),
+    ]
+    at = next(i for i, node in enumerate(model.graph.node) if node.output[0] == "queries")
+    model.graph.node[at].input[0] = "tokens_dq"
+    for node in reversed(nodes):
+        model.graph.node.insert(at, node)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def found(model: onnx.ModelProto) -> list[str]:
+    return [str(breach) for breach in breaches(GraphView(model))]
+
+
+def only(model: onnx.ModelProto, rule: str, *parts: str) -> None:
+    """Every breach is of one rule, and one of them names all of this."""
+    messages = found(model)
+    assert messages
+    assert all(message.endswith(f"[{rule}]") for message in messages), messages
+    assert any(all(part in message for part in parts) for message in messages), messages
+
+
+def node(model: onnx.ModelProto, output: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if output in node.output)
+
+
+def floats_of(model: onnx.ModelProto, name: str) -> np.ndarray:
+    values = numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
+    return np.asarray(values, np.float64)
+
+
+def remove(model: onnx.ModelProto, name: str) -> None:
+    model.graph.initializer.remove(next(t for t in model.graph.initializer if t.name == name))
+
+
+def put(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:
+    """Add a constant, or change it."""
+    if any(tensor.name == name for tensor in model.graph.initializer):
+        remove(model, name)
+    model.graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def test_a_sound_half_precision_graph_has_no_breach():
+    assert found(half_graph()) == []
+    assert graph_precision(GraphView(half_graph())) is Precision.FP16
+
+
+def test_a_sound_symmetric_int8_graph_has_no_breach():
+    assert found(quantized_graph()) == []
+    assert graph_precision(GraphView(quantized_graph())) is Precision.INT8
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(np.float32, Precision.FP32), (ml_dtypes.bfloat16, Precision.BF16)])
+def test_a_graph_of_another_precision_is_recognised_and_sound(dtype: type, precision: Precision):
+    model = half_graph(22, dtype)
+    assert found(model) == []
+    assert graph_precision(GraphView(model)) is precision
+
+
+def test_a_contrib_operator_is_refused_by_name():
+    model = half_graph()
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    softmax = node(model, "attention")
+    softmax.op_type, softmax.domain = "BiasSoftmax", "com.microsoft"
+    assert any(
+        "BiasSoftmax node_14_attention" in message and "com.microsoft" in message and message.endswith("[domain]")
+        for message in found(model)
+    )
+
+
+def test_an_operator_without_support_is_refused_with_the_way_out():
+    model = half_graph()
+    model.graph.node.append(helper.make_node("DynamicQuantizeLinear", ["embedding"], ["a", "b", "c"], "dynamic"))
+    only(model, "operator", "dynamic", "static QDQ")
+
+
+def test_an_output_of_unknown_size_is_refused():
+    model = half_graph()
+    model.graph.node.append(helper.make_node("NonZero", ["embedding"], ["places_of"], "nonzero"))
+    only(model, "operator", "nonzero", "CUDA graph")
+
+
+def test_a_type_that_an_operator_does_not_take_is_refused():
+    model = half_graph()
+    model.graph.node.append(helper.make_node("Cast", ["embedding"], ["bytes"], "to_int8", to=TensorProto.INT8))
+    only(model, "operator", "to_int8", "bytes is INT8")
+
+
+@pytest.mark.parametrize("fill", [-np.inf, np.finfo(np.float32).min])
+def test_a_fill_of_the_smallest_float_is_refused_in_fp16(fill):
+    model = half_graph()
+    with np.errstate(over="ignore"):
+        put(model, "blocked", np.array(fill, np.float32).astype(np.float16))
+    messages = found(model)
+    assert any("node_12_mask" in m and "blocked holds infinity" in m and "[constants]" in m for m in messages), messages
+
+
+def test_a_fill_that_a_cast_makes_infinite_is_refused():
+    model = half_graph()
+    put(model, "blocked", np.array(np.finfo(np.float32).min, np.float32))
+    put(model, "zero", np.array(0, np.float32))
+    at = next(i for i, n in enumerate(model.graph.node) if "mask" in n.output)
+    model.graph.node[at].output[0] = "mask32"
+    model.graph.node.insert(at + 1, helper.make_node("Cast", ["mask32"], ["mask"], "narrow", to=TensorProto.FLOAT16))
+    messages = found(model)
+    assert any("node_12_mask" in m and "becomes infinite in fp16" in m for m in messages), messages
+
+
+def test_a_fill_without_room_for_the_score_is_refused():
+    model = half_graph()
+    put(model, "blocked", np.array(-65504, np.float16))
+    only(model, "constants", "node_12_mask", "overflows fp16")
+
+
+def test_an_epsilon_that_vanishes_in_fp16_is_refused():
+    model = half_graph()
+    put(model, "small", np.array(1e-12, np.float32))
+    model.graph.node.append(helper.make_node("Cast", ["small"], ["none"], "narrow", to=TensorProto.FLOAT16))
+    only(model, "constants", "narrow", "becomes 0 in fp16")
+
+
+def test_a_head_that_sums_in_half_precision_is_refused():
+    model = half_graph()
+    put(model, "tiny", np.array(0, np.float16))
+    cast = node(model, "wide")
+    cast.attribute[0].i = TensorProto.FLOAT16
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    only(model, "sums", "node_20_total", "adds up in fp16")
+
+
+def test_a_node_of_two_types_is_refused_under_strong_typing():
+    model = half_graph()
+    put(model, "scale", np.array(0.125, np.float32))
+    only(model, "types", "node_6_scores", "scale is tensor(float) beside products, which is tensor(float16)")
+
+
+def test_types_are_checked_behind_a_breach_too():
+    model = half_graph()
+    put(model, "scale", np.array(0.125, np.float32))
+    put(model, "gain", np.ones(8, np.float32))
+    messages = found(model)
+    assert any("node_16_normal" in message and "gain is tensor(float)" in message for message in messages), messages
+
+
+def test_an_opset_outside_the_parsers_range_is_refused():
+    model = half_graph()
+    model.opset_import[0].version = 25
+    only(model, "opset", "25", "9 to 24")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda m: put(m, "tokens_zero", np.array(3, np.int8)), ("q_tokens", "tokens_zero is 3, not 0", "symmetric")),
+        (lambda m: put(m, "weight_zero", np.full(8, -1, np.int8)), ("dq_weight", "weight_zero is 1, not 0")),
+        (lambda m: put(m, "tokens_scale", np.array(0, np.float16)), ("q_tokens", "positive")),
+        (lambda m: put(m, "weight_scale", np.ones(4, np.float16)), ("dq_weight", "4 scales for 8 channels", "axis 1")),
+        (lambda m: put(m, "tokens_scale", np.ones(8, np.float16)), ("q_tokens", "activations take one scale")),
+        (lambda m: node(m, "weight").attribute[0].__setattr__("i", 5), ("dq_weight", "axis is 5")),
+    ],
+)
+def test_a_breach_of_the_quantisation_rules_is_named(
+    change: Callable[[onnx.ModelProto], None], parts: tuple[str, ...]
+) -> None:
+    model = quantized_graph()
+    change(model)
+    only(model, "quantization", *parts)
+
+
+def test_an_asymmetric_uint8_quantisation_is_refused():
+    model = quantized_graph()
+    put(model, "tokens_zero", np.array(128, np.uint8))
+    messages = found(model)
+    assert any("q_tokens" in m and "UINT8" in m and "[quantization]" in m for m in messages), messages
+    assert any("q_tokens" in m and "128, not 0" in m for m in messages), messages
+
+
+def test_half_precision_scales_need_their_opset():
+    model = quantized_graph()
+    model.opset_import[0].version = 18
+    messages = found(model)
+    assert any("q_tokens" in m and "needs opset 19" in m for m in messages), messages
+
+
+def test_a_scale_of_another_type_is_refused():
+    model = quantized_graph()
+    put(model, "tokens_scale", np.array(0.02, np.float32))
+    messages = found(model)
+    assert any("q_tokens" in m and "give both one type" in m for m in messages), messages
+
+
+def test_only_a_dequantisation_may_read_a_quantised_value():
+    model = quantized_graph()
+    node(model, "queries").input[0] = "tokens_q"
+    messages = found(model)
+    assert any("q_tokens" in m and "only DequantizeLinear may follow" in m for m in messages), messages
+
+
+def test_attention_without_a_mask_is_refused():
+    model = half_graph()
+    node(model, "attention").input[0] = "scores"
+    only(model, "masks", "node_14_attention", "nothing masks")
+
+
+def test_a_mask_that_leaves_empty_positions_blind_is_refused():
+    model = half_graph()
+    put(model, "nothing", np.array(0, np.int64))
+    at = next(i for i, n in enumerate(model.graph.node) if "mask" in n.output)
+    model.graph.node.insert(at, helper.make_node("And", ["same", "own"], ["both"], "both"))
+    model.graph.node.insert(at, helper.make_node("Greater", ["down", "nothing"], ["own"], "own"))
+    node(model, "mask").input[0] = "both"
+    only(model, "masks", "node_14_attention", "80 positions that see nothing")
+
+
+def test_a_refused_file_is_named_with_its_first_breaches(tmp_path: Path):
+    model = quantized_graph()
+    put(model, "tokens_zero", np.array(3, np.int8))
+    with pytest.raises(EngineError, match=r"model_packed_int8.onnx is not fit for TensorRT: QuantizeLinear q_tokens"):
+        require_clean(GraphView(model), tmp_path / "model_packed_int8.onnx")
+
+
+def test_a_truncated_file_is_one_clear_error(tmp_path: Path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(half_graph().SerializeToString()[:-100])
+    with pytest.raises(EngineError, match=r"cannot be read as ONNX"):
+        GraphView.load(path)
+    with pytest.raises(EngineError, match=r"cannot be read as ONNX"):
+        GraphView.load(tmp_path / "absent.onnx")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_bundle: Path) -> Graph:
+    """The tiny BERT's packed graph in fp32, as exported."""
+    path = tiny_bundle / "onnx" / "model_packed.onnx"
+    (artifact,) = (
+        a
+        for a in read_manifest(tiny_bundle).artifacts
+        if a.layout is Layout.PACKED and a.engine is EngineName.ONNXRUNTIME and a.precision is Precision.FP32
+    )
+    return Graph(layout=Layout.PACKED, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+
+
+@pytest.mark.parametrize("half", [Precision.FP16, Precision.BF16])
+def test_exported_half_precision_graphs_pass_every_check(exported: Graph, tmp_path: Path, half: Precision):
+    path = tmp_path / "model_packed_half.onnx"
+    write_half(exported, path, half)
+    view = GraphView.load(path)
+    assert [str(breach) for breach in breaches(view)] == []
+    assert graph_precision(view) is half
+
+
+def test_exported_int8_graphs_pass_every_check_and_those_with_int8_tables_do_not(
+    exported: Graph, tiny_bundle: Path, tmp_path: Path
+):
+    spec = read_manifest(tiny_bundle).encoder
+    texts = ["the cat sat on the mat.", "a man is playing a guitar", "dog river", *"abcdefgh"]
+    calibration = Calibration.run(exported.path, tiny_bundle, spec, texts)
+    plan = plan_sites(exported.path, calibration, Precision.INT8)
+    for tables in (False, True):
+        path = tmp_path / f"int8_{tables}.onnx"
+        write_quantized(exported, path, plan, tables=tables)
+        view = GraphView.load(path)
+        assert graph_precision(view) is Precision.INT8
+        rules = {breach.rule for breach in breaches(view)}
+        assert rules == ({"operator"} if tables else set())
+    whole = dataclasses.replace(exported, path=tmp_path / "int8_False.onnx")
+    write_half(whole, tmp_path / "rest.onnx", Precision.FP16, precision=Precision.INT8)
+    rest = GraphView.load(tmp_path / "rest.onnx")
+    assert [str(breach) for breach in breaches(rest)] == []
+    assert TensorProto.FLOAT16 in {rest.types.get(node.input[0]) for node in rest.nodes if node.op_type == "Softmax"}
+
+
+@pytest.mark.parametrize("pooling", [Pooling.CLS, Pooling.MAX])
+def test_heads_that_read_one_position_or_all_are_fit_for_tensorrt(tiny_bert: Path, tmp_path: Path, pooling: Pooling):
+    """With one position needed the last layer computes only the slots, whose mask reads the positions too."""
+    reference = Reference.load(resolve(str(tiny_bert), pooling=pooling))
+    for layout in Layout:
+        path = tmp_path / f"{layout.value}.onnx"
+        export_graph(reference, layout, path)
+        assert [str(breach) for breach in breaches(GraphView.load(path))] == []

@@ -1,0 +1,309 @@
+"""`to_tensorrt.py` from bundle to proven artifact, on a GPU of stand-ins that computes what the graph computes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from export import to_tensorrt
+from export.proof.proof_texts import CANARIES
+from export.tensorrt import builder, prove_plan
+from export.tensorrt.builder import Gpu as BuildGpu
+from export.tensorrt.builder import read_request
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest, sha256_file
+from mirror_runtime.engines import load_engine
+from mirror_runtime.engines.plan_card import read_card
+from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import Vectors
+from tests.support import fake_gpu
+from tests.support.tensorrt_binding import VERSIONS
+
+TEXTS = ("the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "river", *"abcdefgh")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    return copy
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS), encoding="utf-8")
+    return path
+
+
+def graph_of(bundle: Path) -> Path:
+    return bundle / "onnx" / "model_packed.onnx"
+
+
+def with_gpu(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, noise: float = 0.0, version: str = VERSIONS[1]
+) -> fake_gpu.Gpu:
+    """A GPU on which a plan of the packed graph gives that graph's vectors, and noise."""
+    spec = read_manifest(bundle).encoder
+    plain = load_engine(EngineName.ONNXRUNTIME, Precision.FP32, graph_of(bundle), spec=spec)
+
+    def compute(rows: PackedRows) -> Vectors:
+        vectors = plain.run(rows)
+        return vectors + np.float32(noise) * np.sin(np.arange(vectors.size, dtype=np.float32)).reshape(vectors.shape)
+
+    gpu = fake_gpu.install(monkeypatch, version, compute, spec.dim)
+    monkeypatch.setattr(builder, "this_gpu", lambda: BuildGpu(fake_gpu.NAME, fake_gpu.COMPUTE_CAPABILITY))
+    inputs = iter(fake_gpu.INPUTS)
+    added = iter(range(1000))
+    profiles: list[int] = []
+
+    def add(profile: Any) -> int:
+        profiles.append(next(added))
+        return profiles[-1]
+
+    gpu.trt.answers |= {
+        "INetworkDefinition.num_inputs": 3,
+        "ITensor.name": lambda: next(inputs),
+        "IBuilderConfig.add_optimization_profile": add,
+        "Builder.build_serialized_network": b"plan",
+        "ITimingCache.serialize": b"timings",
+        "ICudaEngine.num_optimization_profiles": lambda: len(profiles),
+        "ICudaEngine.get_tensor_shape": lambda name: (-1, -1, spec.dim) if name == "embedding" else (-1, -1),
+    }
+    return gpu
+
+
+def run(*arguments: object) -> int:
+    return to_tensorrt.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_plan_is_built_proven_added_and_served(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path, capsys: Any, version: str
+):
+    gpu = with_gpu(monkeypatch, bundle, version=version)
+    cache = tmp_path / "timing.cache"
+    options = ("--precision", "fp32", "--parity-texts", texts, "--timing-cache", cache, "--batch-tokens", 2048)
+    assert run(bundle, *options) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["path"], report["engine"]) == ("tensorrt/model_packed.plan", "tensorrt")
+    assert report["min_cosine"] > 0.99999
+    manifest = read_manifest(bundle)
+    check_files(bundle, manifest)
+    (artifact,) = (a for a in manifest.artifacts if a.engine is EngineName.TENSORRT)
+    assert (artifact.precision, artifact.layout) == (Precision.FP32, Layout.PACKED)
+    assert artifact.parity.texts == len({*TEXTS, *CANARIES})
+    assert artifact.toolchain["tensorrt"] == version
+    assert read_card(bundle / artifact.path).profiles[-1]["input_ids"][2][1] >= manifest.encoder.max_tokens
+    shapes = {profile["input_ids"][2] for profile in read_card(bundle / artifact.path).profiles}
+    assert {(16, 64), (32, 64)} <= shapes
+    assert cache.read_bytes() == b"timings"
+    assert not list(bundle.glob(".partial-*"))
+    with (
+        Encoder.load(bundle, engine="tensorrt", precision="fp32") as encoder,
+        Encoder.load(bundle, engine="onnxruntime", precision="fp32") as plain,
+    ):
+        np.testing.assert_allclose(encoder.encode(TEXTS), plain.encode(TEXTS), atol=1e-6)
+    assert gpu.trt.__version__ == version
+
+
+def test_a_plan_that_misses_the_floor_leaves_the_bundle_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, capsys: Any
+):
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    with_gpu(monkeypatch, bundle, noise=0.05)
+    assert run(bundle, "--precision", "fp32", "--parity-texts", texts) == 2
+    assert "cosine below 0.99999" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+
+
+def test_a_precision_that_the_bundle_does_not_hold_is_refused(bundle: Path, capsys: Any):
+    (bundle / "manifest.json").write_text(_only(bundle, {"onnx/model.onnx", "onnx/model_packed.onnx"}))
+    assert run(bundle, "--precision", "fp16") == 2
+    error = capsys.readouterr().err
+    assert "no packed graph in fp16; it has onnx/model_packed.onnx (fp32)" in error
+    assert "--precision fp16" in error
+
+
+def _only(bundle: Path, graphs: set[str]) -> str:
+    """The manifest without the other graphs' files."""
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["files"] = {k: v for k, v in data["files"].items() if not k.endswith(".onnx") or k in graphs}
+    data["artifacts"] = [a for a in data["artifacts"] if a["path"] in data["files"]]
+    return json.dumps(data)
+
+
+def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, capsys: Any
+):
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    assert run(bundle, "--precision", "fp32") == 2
+    assert "mirror-runtime[tensorrt]" in capsys.readouterr().err
+    with_gpu(monkeypatch, bundle)
+
+    def absent() -> BuildGpu:
+        raise builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
+
+    monkeypatch.setattr(builder, "this_gpu", absent)
+    assert run(bundle, "--precision", "fp32") == 2
+    assert "no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_a_provider_that_is_absent_is_refused_before_minutes_of_reference_vectors(bundle: Path, capsys: Any):
+    assert run(bundle, "--precision", "fp32", "--engine", "onnxruntime-cuda") == 2
+    error = capsys.readouterr().err
+    assert "CUDAExecutionProvider" in error
+    assert "reference vectors" not in error
+
+
+def test_a_providers_artifact_is_proven_and_added(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, capsys: Any
+):
+    from dataclasses import replace
+
+    from mirror_runtime.engines import onnxruntime_gpu
+
+    name = EngineName.ONNXRUNTIME_CUDA
+    on_cpu = replace(onnxruntime_gpu.PROVIDERS[name], name="CPUExecutionProvider", device="cpu", options=lambda *_: {})
+    monkeypatch.setattr(onnxruntime_gpu, "PROVIDERS", {name: on_cpu})
+    assert run(bundle, "--precision", "fp32", "--engine", name.value, "--parity-texts", texts) == 0
+    (artifact,) = (a for a in read_manifest(bundle).artifacts if a.engine is name)
+    assert artifact.path == "onnx/model_packed.onnx"
+    assert artifact.parity.min_cosine > 0.99999
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["engine"] == name.value
+
+
+def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
+    (bundle / "manifest.json").write_text(_only(bundle, {"onnx/model.onnx", "onnx/model_packed.onnx"}))
+    assert run(bundle, "--check") == 0
+    graphs = json.loads(capsys.readouterr().out)["graphs"]
+    assert [(g["graph"], g["precision"], g["breaches"]) for g in graphs] == [
+        ("onnx/model.onnx", "fp32", []),
+        ("onnx/model_packed.onnx", "fp32", []),
+    ]
+
+
+def _rewrite(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the packed graph, and the manifest with it."""
+    model = onnx.load(graph_of(bundle))
+    change(model)
+    onnx.save(model, graph_of(bundle))
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["files"]["onnx/model_packed.onnx"] = sha256_file(graph_of(bundle))
+    (bundle / "manifest.json").write_text(json.dumps(data))
+
+
+def _fuse(model: onnx.ModelProto) -> None:
+    """Put an operator into a graph that TensorRT does not know."""
+    erf = next(node for node in model.graph.node if node.op_type == "Erf")
+    erf.op_type, erf.domain, erf.name = "Gelu", "com.microsoft", "fused_gelu"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
+    _rewrite(bundle, _fuse)
+    assert run(bundle, "--check") == 2
+    captured = capsys.readouterr()
+    assert "onnx/model_packed.onnx" in captured.err
+    assert "Gelu fused_gelu: its domain is com.microsoft" in captured.out
+    assert run(bundle, "--precision", "fp32") == 2
+    assert "Gelu fused_gelu" in capsys.readouterr().err
+
+
+def test_check_passes_over_a_graph_beside_which_there_is_a_fit_one(bundle: Path, capsys: Any):
+    other = graph_of(bundle).with_name("model_packed_gpu.onnx")
+    shutil.copy(graph_of(bundle), other)
+    _rewrite(bundle, _fuse)
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["files"]["onnx/model_packed_gpu.onnx"] = sha256_file(other)
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    assert run(bundle, "--check") == 0
+    breaches = {g["graph"]: len(g["breaches"]) for g in json.loads(capsys.readouterr().out)["graphs"]}
+    assert breaches["onnx/model_packed.onnx"] > 0
+    assert breaches["onnx/model_packed_gpu.onnx"] == 0
+    other.unlink()
+    del data["files"]["onnx/model_packed_gpu.onnx"]
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    assert run(bundle, "--check") == 2
+    assert run(bundle, "--check", "--padded") == 0
+
+
+def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
+    graph_of(bundle).write_bytes(graph_of(bundle).read_bytes()[:-10])
+    assert run(bundle, "--check") == 2
+    assert "corrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_script_folder_builds_and_proves_what_the_bundle_holds(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path, capsys: Any, padded: bool
+):
+    folder = tmp_path / "target"
+    options = ("--precision", "fp32", "--script", folder, "--parity-texts", texts)
+    assert run(bundle, *options, *(["--padded"] if padded else [])) == 0
+    assert "trtexec --onnx=model" in capsys.readouterr().err
+    graph = "model.onnx" if padded else "model_packed.onnx"
+    written = {"build_engine.py", "prove_plan.py", "request.json", "samples.npz", graph}
+    assert {path.name for path in folder.iterdir()} == written
+    assert (folder / graph).read_bytes() == (bundle / "onnx" / graph).read_bytes()
+    assert (folder / "prove_plan.py").read_bytes() == Path(prove_plan.__file__).read_bytes()
+    request = read_request(folder / "request.json")
+    assert (request.layout, request.timing_cache) == ("padded" if padded else "packed", "timing.cache")
+    stored = np.load(folder / "samples.npz")
+    batches = range(int(stored["batches"]))
+    assert sum(stored[f"{i}/vectors"].shape[0] for i in batches) == len(TEXTS)
+    held = [profile["input_ids"] for profile in request.profiles]
+    for i in batches:
+        shape = stored[f"{i}/input/input_ids"].shape
+        assert any(all(a <= x <= b for a, x, b in zip(low, shape, high, strict=True)) for low, _, high in held)
+
+
+def test_stored_samples_are_what_the_graph_gives(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path
+):
+    import onnxruntime
+
+    for padded, output in ((False, "embedding"), (True, "sentence_embedding")):
+        folder = tmp_path / str(padded)
+        flags = ["--padded"] if padded else []
+        assert run(bundle, "--precision", "fp32", "--script", folder, "--parity-texts", texts, *flags) == 0
+        graph = folder / ("model.onnx" if padded else "model_packed.onnx")
+        session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        stored = np.load(folder / "samples.npz")
+        assert str(stored["output"]) == output
+        for i in range(int(stored["batches"])):
+            prefix = f"{i}/input/"
+            feed = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
+            (found,) = session.run([output], feed)
+            wanted = stored[f"{i}/vectors"]
+            np.testing.assert_allclose(found.reshape(-1, wanted.shape[1])[stored[f"{i}/slots"]], wanted, atol=1e-4)
+
+
+def test_things_that_exclude_each_other_are_refused(bundle: Path, tmp_path: Path, capsys: Any):
+    assert run(bundle, "--check", "--script", tmp_path / "s") == 2
+    assert "give one" in capsys.readouterr().err
+    assert run(bundle, "--engine", "onnxruntime-cuda", "--padded") == 2
+    assert "runs packed graphs" in capsys.readouterr().err
+    assert run(bundle, "--precision", "fp32", "--script", tmp_path / "s", "--workspace", "0") == 2
+    assert "workspace_gib is 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_builds_proves_and_serves_a_plan(bundle: Path, texts: Path, capsys: Any):
+    if find_spec("tensorrt") is None or shutil.which("nvidia-smi") is None:
+        pytest.skip("needs an NVIDIA GPU and pip install 'mirror-runtime[tensorrt]'")
+    assert run(bundle, "--precision", "fp32", "--parity-texts", texts, "--level", 1) == 0, capsys.readouterr().err
+    with (
+        Encoder.load(bundle, engine="tensorrt", precision="fp32") as encoder,
+        Encoder.load(bundle, engine="onnxruntime", precision="fp32") as plain,
+    ):
+        np.testing.assert_allclose(encoder.encode(TEXTS), plain.encode(TEXTS), atol=2e-3)

@@ -1,0 +1,199 @@
+"""Certificates of several bundles: every figure is its manifest's, and what differs in kind is not put together."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from export.bundle.whitening import WHITENING_FILE
+from export.bundle.words import head_in_words
+from export.certificates import main
+from mirror_runtime.bundle import (
+    MANIFEST_FILE,
+    Activation,
+    Artifact,
+    Dense,
+    Ditto,
+    EngineName,
+    Layout,
+    Pooling,
+    Precision,
+    StsScore,
+    VectorType,
+    read_manifest,
+    write_json,
+)
+from tests.support.paths import ROOT
+
+SCORE = StsScore(name="stsb-test", pairs=1379, sha256="0" * 64, reference=82.034, artifact=81.9)
+WHITENING = Dense(in_features=8, out_features=4, bias=True, activation=Activation.IDENTITY)
+
+
+def changed(folder: Path, files: dict[str, str] | None = None, **spec: object) -> Path:
+    """Change what a bundle's manifest says of its head."""
+    manifest = read_manifest(folder)
+    encoder = dataclasses.replace(manifest.encoder, **spec)  # type: ignore[arg-type]
+    manifest = dataclasses.replace(manifest, encoder=encoder, files={**manifest.files, **(files or {})})
+    write_json(manifest, folder / MANIFEST_FILE)
+    return folder
+
+
+@pytest.fixture
+def bundles(make_bundle: Callable[..., Path], make_artifact: Callable[..., Artifact]) -> tuple[Path, Path]:
+    """A bundle of three artifacts, and a whitened one of one artifact that was measured on a set."""
+
+    def proven(precision: Precision, layout: Layout, size: int, **parity: object) -> Artifact:
+        artifact = make_artifact(EngineName.ONNXRUNTIME, precision, layout)
+        return dataclasses.replace(artifact, size=size, parity=dataclasses.replace(artifact.parity, **parity))  # type: ignore[arg-type]
+
+    plain = make_bundle(
+        name="plain",
+        artifacts=(
+            proven(Precision.FP32, Layout.PADDED, 90_000_000),
+            proven(Precision.FP32, Layout.PACKED, 80_000_000),
+            proven(
+                Precision.INT8, Layout.PACKED, 24_000_000,
+                min_cosine=0.9876549, floor=0.98, neighbour_cosine=0.99951239, sts=(SCORE,),
+            ),
+        ),
+    )  # fmt: skip
+    other = dataclasses.replace(SCORE, sha256="1" * 64, artifact=82.1)
+    whitened = make_bundle(name="whitened", artifacts=(proven(Precision.FP32, Layout.PACKED, 1, sts=(other,)),))
+    return plain, changed(whitened, {WHITENING_FILE: "0" * 64}, dense=(WHITENING,), dim=2)
+
+
+def rows(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_every_artifact_is_a_row_and_nothing_is_rounded_up(bundles, tmp_path, capsys):
+    output = tmp_path / "table.md"
+    assert main([str(bundles[0]), "--output", str(output)]) == 0
+    head, *body = rows(output.read_text(encoding="utf-8"))
+    assert len(body) == 3
+    assert dict(zip(head, body[2], strict=True)) == {
+        "bundle": "plain",
+        "head": "mean, unit length",
+        "vector": "8 float32",
+        "file": "`onnx/model_packed.onnx`",
+        "engine": "onnxruntime",
+        "precision": "int8",
+        "layout": "packed",
+        "MB": "24.0",
+        "of fp32": "30.0%",
+        "worst cosine": "0.987654",
+        "floor": "0.980000",
+        "alone": "0.999512",
+        "stsb-test": "82.03",
+        "Δ": "-0.13",
+    }
+    assert body[0][-2:] == ["-", "-"], "what was not measured is no figure"
+    assert "Cosines of 1 texts (sha256 0000000000000000…) against tests." in output.read_text(encoding="utf-8")
+
+
+def test_sets_of_one_name_and_other_content_have_columns_of_their_own(bundles, tmp_path, capsys):
+    output = tmp_path / "table.md"
+    assert main([*map(str, bundles), "--output", str(output)]) == 0
+    head, *body = rows(output.read_text(encoding="utf-8"))
+    assert head[-4:] == ["stsb-test 00000000", "Δ", "stsb-test 11111111", "Δ"]
+    assert body[2][-4:] == ["82.03", "-0.13", "-", "-"]
+    assert body[3][:3] == ["whitened", "mean, whitened to 4, unit length", "2 float32"]
+    assert body[3][-4:] == ["-", "-", "82.03", "+0.07"]
+
+
+def test_bundles_proven_on_other_texts_are_told_apart(bundles, capsys):
+    manifest = read_manifest(bundles[1])
+    (artifact,) = manifest.artifacts
+    parity = dataclasses.replace(artifact.parity, texts=7, texts_sha256="f" * 64)
+    write_json(
+        dataclasses.replace(manifest, artifacts=(dataclasses.replace(artifact, parity=parity),)),
+        bundles[1] / MANIFEST_FILE,
+    )
+    assert main([*map(str, bundles)]) == 0
+    shown = capsys.readouterr().err
+    assert "Cosines of 1 texts (sha256 0000000000000000…) against tests: plain." in shown
+    assert "Cosines of 7 texts (sha256 ffffffffffffffff…) against tests: whitened." in shown
+
+
+def test_the_terminal_shows_templates_as_they_are_and_the_last_line_is_the_report(
+    bundles, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "140")
+    changed(bundles[0], pooling=Pooling.MASK, template="a | {text} is [mask].")
+    output = tmp_path / "table.md"
+    assert main([*map(str, bundles), "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert "every text set into `a | {text} is [mask].`" in shown.err
+    assert "0.987654" in shown.err
+    assert r"`a \| {text} is [mask].`" in output.read_text(encoding="utf-8"), "a bar would end the cell"
+    report = json.loads(shown.out.splitlines()[-1])
+    assert [entry["bundle"] for entry in report["bundles"]] == [str(bundle) for bundle in bundles]
+    assert report["bundles"][0]["artifacts"][2]["min_cosine"] == 0.9876549
+    assert report["bundles"][0]["artifacts"][2]["floor"] == 0.98
+    assert report["output"] == str(output)
+
+
+def test_bundles_of_one_name_are_shown_by_their_paths(make_bundle, make_artifact, tmp_path, capsys):
+    artifacts = (make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),)
+    first = make_bundle(name="first", artifacts=artifacts)
+    (tmp_path / "more").mkdir()
+    second = make_bundle(name="more/first", artifacts=artifacts)
+    output = tmp_path / "table.md"
+    assert main([str(first), str(second), "--output", str(output)]) == 0
+    assert [row[0] for row in rows(output.read_text(encoding="utf-8"))[1:]] == [str(first), str(second)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"pooling": Pooling.MEAN_PADDED, "pad_to": 50}, "mean_padded to 50 tokens, unit length"),
+        ({"pooling": Pooling.DITTO, "ditto": Ditto(layer=0, head=9)}, "ditto 0:9, unit length"),
+        ({"layers": (1, -1), "normalize": False}, "mean, layers 1, -1 averaged, not normalised"),
+        (
+            {
+                "dense": (dataclasses.replace(WHITENING, out_features=8, activation=Activation.TANH), WHITENING),
+                "dim": 4,
+            },
+            "mean, dense to 8 and tanh, whitened to 4, unit length",
+        ),
+        ({"vector_type": VectorType.BINARY}, "mean, unit length"),
+    ],
+)
+def test_a_head_is_told_in_the_order_that_a_text_goes(bundles, spec, words):
+    encoder = read_manifest(changed(bundles[0], **spec)).encoder
+    assert head_in_words(encoder, whitened=True) == words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["{plain}", "{root}"], "{root} is not a bundle"),
+        (["{root}/nowhere"], "{root}/nowhere is not a bundle"),
+        (["{plain}", "{plain}"], "{plain} is given twice"),
+        (["{plain}", "--output", "{root}/no/table.md"], "--output {root}/no/table.md cannot be written: No such file"),
+    ],
+)
+def test_a_mistake_is_one_line(bundles, tmp_path, capsys, arguments, problem):
+    places = {"plain": bundles[0], "root": tmp_path}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("error: ") == 1
+    assert f"error: {problem.format(**places)}" in shown.err
+    assert shown.out == ""
+
+
+def test_run_by_path_it_loads_no_torch(bundles):
+    command = [sys.executable, "-X", "importtime", "export/certificates.py", str(bundles[0])]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "99"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "export.bundle.words" in imported
+    assert not imported & {"torch", "transformers", "onnxruntime", "openvino"}

@@ -1,0 +1,78 @@
+"""The export command: one JSON line at the end, one clear line where the input cannot be used."""
+
+import json
+
+import pytest
+
+from export.proof import parity
+from export.to_onnx import main
+from mirror_runtime.bundle import Precision, check_files, read_manifest
+
+
+def test_the_last_line_of_stdout_is_the_report(tiny_bert, tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
+    output = tmp_path / "bundle"
+    options = ["--pooling", "cls", "--precision", "fp32", "--max-tokens", "32", "--parity-texts", str(texts)]
+    assert main([str(tiny_bert), "--output", str(output), *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    manifest = read_manifest(output)
+    assert report["fingerprint"] == manifest.fingerprint
+    assert len(report["artifacts"]) == len(manifest.artifacts)
+    assert manifest.encoder.max_tokens == 32
+
+
+def test_a_precision_that_was_asked_for_and_misses_its_floor_is_status_1(
+    tiny_bert, tiny_graphs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(parity.FLOORS, Precision.FP16, 1.0)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
+    output = tmp_path / "bundle"
+    options = ["--pooling", "mean", "--precision", "fp32", "fp16", "--parity-texts", str(texts)]
+    assert main([str(tiny_bert), "--output", str(output), *options]) == 1
+    shown = capsys.readouterr()
+    assert "refused: onnxruntime fp16 padded" in shown.err
+    assert "Worst: '" in shown.err
+    report = json.loads(shown.out.splitlines()[-1])
+    assert {entry["asked"] for entry in report["refused"]} == {True}
+    assert {entry["precision"] for entry in report["artifacts"]} == {"fp32"}
+    check_files(output, read_manifest(output))
+    assert not list((output / "onnx").glob("*fp16*")), "what is not proven is not there"
+
+
+def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_graphs, tmp_path, capsys):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text(
+        "score\tsentence1\tsentence2\n5\tthe cat sat\ta cat sat\n3\ta man\ta dog\n0\tmat\ta guitar playing\n",
+        encoding="utf-8",
+    )
+    output = tmp_path / "bundle"
+    options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", str(pairs), "--sts", str(pairs)]
+    assert main([str(tiny_bert), "--output", str(output), *options]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (score,) = report["artifacts"][0]["sts"]
+    assert (score["name"], score["pairs"]) == ("pairs", 3)
+    assert score["artifact"] == pytest.approx(score["reference"])
+    assert "| pairs | 3 |" in (output / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["./nowhere"], "does not exist"),
+        (["{tiny}"], "--pooling mean"),
+        (["{tiny}", "--pooling", "mean", "--precision", "int8", "--calibration", "missing.txt"], "missing.txt cannot"),
+        (["{tiny}", "--pooling", "mean", "--sts", "missing.tsv"], "missing.tsv"),
+        (["{tiny}", "--pooling", "mean", "--max-tokens", "65"], "64 positions"),
+        (["{tiny}", "--pooling", "mean", "--parity-texts", "missing.txt"], "missing.txt cannot be read"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(tiny_bert, tmp_path, capsys, arguments, problem):
+    filled = [argument.format(tiny=tiny_bert) for argument in arguments]
+    assert main([*filled, "--output", str(tmp_path / "bundle")]) == 2
+    shown = capsys.readouterr().err
+    assert problem in shown
+    assert shown.count("error: ") == 1
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,51 @@
+import pytest
+
+from mirror_runtime.cli import doctor
+from mirror_runtime.cli.main import main
+
+
+def test_this_machine_can_run_what_setup_installed(capsys):
+    assert main(["doctor", "--json"]) in (0, 1)
+    diagnosis = doctor.diagnose()
+    assert diagnosis.abilities["onnxruntime fp32"] == "yes"
+    assert diagnosis.abilities["openvino fp32"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("installed", "problem"),
+    [
+        ({"onnxruntime": "1", "onnxruntime-gpu": "1"}, "overwrite each other's files"),
+        ({"openvino": "1", "numpy": "2.1", "nvidia-pytriton": "0.7"}, "wants numpy below 2"),
+        ({}, "no engine is installed"),
+    ],
+)
+def test_known_traps_are_named_with_their_cure(monkeypatch, capsys, installed, problem):
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    assert main(["doctor"]) == 1
+    assert any(problem in found for found in doctor.diagnose().problems)
+    assert "problem:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("installed", "abilities"),
+    [
+        ({}, {"tensorrt": "mirror-runtime[tensorrt]", "onnxruntime cuda": "mirror-runtime[gpu]"}),
+        ({"tensorrt": "11.4.0.106"}, {"tensorrt": "mirror-runtime[tensorrt]"}),
+        ({"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0"}, {"tensorrt": "yes"}),
+        (
+            {"tensorrt": "11.4.0.106", "onnxruntime-gpu": "1.31.1"},
+            {"onnxruntime cuda": "yes", "onnxruntime tensorrt": "wants TensorRT 10 and 11.4.0.106"},
+        ),
+        ({"tensorrt": "10.16.1.11", "onnxruntime-gpu": "1.31.1"}, {"onnxruntime tensorrt": "yes"}),
+    ],
+)
+def test_what_a_gpu_still_needs_is_named(monkeypatch, installed, abilities):
+    monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    found = doctor.diagnose().abilities
+    assert all(part in found[name] for name, part in abilities.items())
+
+
+def test_without_a_gpu_its_engines_say_so(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU is seen"

@@ -1,0 +1,366 @@
+"""The clients' own work, with a transport that needs no server: chunks, order, refusals, and the texts at fault."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mirror_runtime.client.chunks import Served
+from mirror_runtime.client.protocol import Rejected, Reply, read_reply, server_error
+from mirror_runtime.client.retry import FIRST_S, MOST_S, Backoff
+from mirror_runtime.errors import (
+    DeadlineExceededError,
+    InputError,
+    MissingExtra,
+    OverloadedError,
+    ServerError,
+    TextError,
+    UnavailableError,
+)
+from mirror_runtime.triton import AsyncClient, Client
+
+
+class Echo:
+    """Answers with each text's length as its vector, and refuses requests that hold "bad"."""
+
+    def __init__(self, body_bytes: int = 1000) -> None:
+        self.body_bytes = body_bytes
+        self.sent: list[list[bytes]] = []
+        self.given: list[tuple[dict[str, Any], float]] = []
+        self.refusals: list[Exception] = []
+        self.fingerprints = ["old"]
+        self.waiting = 0
+        self.most_waiting = 0
+        self.parameters: dict[str, Any] = {}
+
+    def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Callable[[], Reply]:
+        assert texts.ndim == 2
+        assert texts.shape[1] == 1
+        raw = list(texts[:, 0])
+        self.sent.append(raw)
+        self.given.append((parameters, timeout_s))
+        self.waiting += 1
+        self.most_waiting = max(self.most_waiting, self.waiting)
+
+        def wait() -> Reply:
+            self.waiting -= 1
+            if self.refusals:
+                raise self.refusals.pop(0)
+            if b"down" in raw:
+                raise ServerError("the server is down")
+            if b"bad" in raw:
+                raise Rejected(f"[request id: 7] text {raw.index(b'bad')}: not to my taste")
+            sizes = np.array([[len(text)] for text in raw])
+            fingerprint = self.fingerprints.pop(0) if len(self.fingerprints) > 1 else self.fingerprints[0]
+            return Reply(
+                vectors=sizes.astype(np.float32),
+                tokens=sizes.astype(np.int32),
+                truncated=sizes > 5,
+                fingerprint=fingerprint,
+            )
+
+        return wait
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "name": "embed",
+            "max_batch_size": 64,
+            "output": [{"name": "EMBEDDING", "data_type": "TYPE_FP32", "dims": ["1"]}],
+            "parameters": self.parameters,
+        }
+
+    def statistics(self) -> dict[str, Any]:
+        return {"inference_count": "12"}
+
+    def close(self) -> None: ...
+
+
+class AsyncEcho:
+    """The same for asyncio."""
+
+    def __init__(self, echo: Echo) -> None:
+        self.echo = echo
+        self.body_bytes = echo.body_bytes
+
+    async def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Reply:
+        wait = self.echo.submit(texts, parameters, timeout_s)
+        await asyncio.sleep(0.001)
+        return wait()
+
+    async def config(self, timeout_s: float) -> dict[str, Any]:
+        return self.echo.config()
+
+    async def close(self) -> None: ...
+
+
+class AsyncAsSync:
+    """An `AsyncClient` whose calls run in an event loop each, to put both clients to the same tests."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.client = client
+
+    def encode(self, *given: Any, **options: Any) -> Any:
+        return self._run(self.client.encode(*given, **options))
+
+    def encode_detailed(self, *given: Any, **options: Any) -> Served:
+        return self._run(self.client.encode_detailed(*given, **options))
+
+    def fingerprint(self) -> str:
+        return self._run(self.client.fingerprint())
+
+    @staticmethod
+    def _run(awaitable: Awaitable[Any]) -> Any:
+        async def run() -> Any:
+            return await awaitable
+
+        return asyncio.run(run())
+
+
+@pytest.fixture(params=["client", "asyncio"])
+def make_client(monkeypatch, request):
+    def make(echo: Echo, **options: Any) -> Any:
+        monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: echo)
+        monkeypatch.setattr("mirror_runtime.client.async_client.AsyncGrpcTransport", lambda *_: AsyncEcho(echo))
+        return Client(**options) if request.param == "client" else AsyncAsSync(AsyncClient(**options))
+
+    return make
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """Pauses take no time, and are noted."""
+    pauses: list[float] = []
+    real = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        pauses.extend([seconds] if seconds != 0.001 else [])
+        await real(0)
+
+    monkeypatch.setattr("mirror_runtime.client.client.time.sleep", pauses.append)
+    monkeypatch.setattr("mirror_runtime.client.async_client.asyncio.sleep", sleep)
+    return pauses
+
+
+def test_order_is_kept_over_requests_in_flight(make_client):
+    echo = Echo()
+    texts = ["x" * (i % 9) for i in range(100)]
+    encoded = make_client(echo, in_flight=3).encode_detailed(iter(texts), batch_size=8)
+    assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
+    assert encoded.tokens.tolist() == [len(text) for text in texts]
+    assert encoded.truncated.tolist() == [len(text) > 5 for text in texts]
+    assert [len(chunk) for chunk in echo.sent] == [8] * 12 + [4]
+    assert echo.most_waiting == 3
+
+
+def test_requests_stay_under_the_transports_bytes(make_client):
+    echo = Echo(body_bytes=100)
+    encoded = make_client(echo).encode_detailed(["a" * 40, "ü" * 20, "c" * 40, "d" * 101, "e"])
+    assert all(sum(len(text) + 4 for text in chunk) <= 100 for chunk in echo.sent)
+    assert [len(chunk) for chunk in echo.sent] == [2, 2]
+    assert list(encoded.errors) == [3]
+    assert "is 101 bytes" in str(encoded.errors[3])
+    assert encoded.vectors[:, 0].tolist() == [40, 40, 40, 0, 1]
+
+
+def test_the_texts_at_fault_are_found_and_the_others_kept(make_client):
+    texts = [f"text number {i}" for i in range(40)]
+    for position in (0, 7, 8, 39):
+        texts[position] = "bad"
+    encoded = make_client(Echo()).encode_detailed(texts, batch_size=16)
+    assert {i: str(e) for i, e in encoded.errors.items()} == {i: f"text {i}: not to my taste" for i in (0, 7, 8, 39)}
+    assert encoded.vectors[:, 0].tolist() == [0.0 if t == "bad" else float(len(t)) for t in texts]
+
+
+def test_encode_raises_for_the_first_text_at_fault(make_client):
+    with pytest.raises(TextError, match="text 3: not to my taste"):
+        make_client(Echo()).encode(["a", "b", "c", "bad", "d", "bad"], batch_size=2)
+
+
+def test_a_failing_server_is_not_mistaken_for_a_bad_text(make_client):
+    with pytest.raises(ServerError, match="the server is down"):
+        make_client(Echo()).encode_detailed(["a", "down", "b"])
+
+
+def test_counters_that_are_left_out_are_zero(monkeypatch):
+    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Echo())
+    statistics = Client().statistics()
+    assert (statistics.inferences, statistics.executions) == (12, 0)
+
+
+def test_another_servers_model_is_named(make_client):
+    echo = Echo()
+    echo.config = lambda: {"name": "resnet", "max_batch_size": 1, "output": []}  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match="model 'resnet' has no output EMBEDDING"):
+        make_client(echo).encode(["a"])
+
+
+def test_an_answer_of_another_kind_of_model_is_an_error_that_says_so():
+    class Result:
+        def as_numpy(self, name):
+            return None if name in ("TRUNCATED", "FINGERPRINT") else np.zeros((1, 1))
+
+    with pytest.raises(ServerError, match="the answer has no TRUNCATED, FINGERPRINT: serve the model with"):
+        read_reply(Result())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "http://127.0.0.1:8000"}, "without a scheme"),
+        ({"protocol": "smtp"}, "protocol is 'smtp'"),
+        ({"in_flight": 0}, "in_flight is 0"),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"batch_tokens": 0}, "batch_tokens 0"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_options_are_checked(options, message, kind):
+    with pytest.raises(InputError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
+    monkeypatch.setitem(__import__("sys").modules, f"tritonclient.{protocol}", None)
+    with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
+        Client(protocol=protocol)
+    with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
+        asyncio.run(AsyncClient(protocol=protocol).encode(["a"]))
+
+
+def test_the_server_names_its_vector_space(make_client):
+    echo = Echo()
+    client = make_client(echo)
+    with pytest.raises(ServerError, match="names no fingerprint"):
+        client.fingerprint()
+    echo.parameters = {"fingerprint": {"string_value": "0123456789abcdef"}}
+    assert client.fingerprint() == "0123456789abcdef"
+
+
+def test_requests_stay_under_the_budget_of_tokens(make_client):
+    echo = Echo(body_bytes=10**6)
+    texts = ["x" * length for length in (40, 40, 40, 4000, 40, 4, 4, 4, 4)]
+    encoded = make_client(echo, batch_tokens=36, in_flight=1).encode_detailed(texts)
+    assert [[len(text) for text in chunk] for chunk in echo.sent] == [[40, 40, 40], [4000], [40, 4, 4, 4, 4]]
+    assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
+
+
+def test_what_the_caller_asks_for_goes_with_every_request(make_client):
+    echo = Echo()
+    client = make_client(echo)
+    client.encode(["a", "b"], 1, truncate=False, dimensions=1, prompt="query: ")
+    assert [parameters for parameters, _ in echo.given] == [
+        {"truncate": False, "dimensions": 1, "prompt": "query: "},
+    ] * 2
+    client.encode(["a"])
+    assert echo.given[-1][0] == {}
+
+
+def test_a_refusal_is_tried_again_and_nothing_else_is(make_client, no_pauses):
+    echo = Echo()
+    echo.refusals = [OverloadedError("full", 0.25), UnavailableError("starting"), UnavailableError("starting")]
+    client = make_client(echo, in_flight=1)
+    assert client.encode(["a", "bc"], 1)[:, 0].tolist() == [1, 2]
+    assert [chunk[0] for chunk in echo.sent] == [b"a", b"a", b"a", b"a", b"bc"]
+    assert len(no_pauses) == 3
+    assert 0.25 <= no_pauses[0] <= 0.25 + FIRST_S, "the server's hint comes first"
+    echo.refusals = [ServerError("a failure")]
+    with pytest.raises(ServerError, match="a failure"):
+        client.encode(["a"])
+    assert len(no_pauses) == 3
+    echo.refusals = [DeadlineExceededError("slow")]
+    with pytest.raises(DeadlineExceededError, match="slow"):
+        client.encode(["a"])
+    assert len(no_pauses) == 3
+
+
+def test_the_refusal_itself_is_raised_when_time_is_over(make_client, no_pauses):
+    echo = Echo()
+    echo.refusals = [OverloadedError("full", 5.0)]
+    with pytest.raises(OverloadedError, match="full"):
+        make_client(echo).encode(["a"], deadline_s=4.0)
+    assert no_pauses == [], "a pause that ends after the deadline is not made"
+    assert echo.given[0][1] <= 4.0, "a request gets what is left of the deadline"
+    echo.refusals = [UnavailableError("down")] * 1000
+    with pytest.raises(UnavailableError, match="down"):
+        make_client(echo, timeout_s=0.05).encode(["a"])
+
+
+def test_a_deadline_holds_for_all_requests_together(make_client):
+    class Slow(Echo):
+        def submit(self, texts, parameters, timeout_s):
+            wait = super().submit(texts, parameters, timeout_s)
+
+            def slowly() -> Reply:
+                time.sleep(0.05)
+                return wait()
+
+            return slowly
+
+    echo = Slow()
+    with pytest.raises(DeadlineExceededError, match="the time given to encode is over"):
+        make_client(echo, in_flight=1).encode([str(i) for i in range(100)], 1, deadline_s=0.2)
+    assert 1 < len(echo.sent) < 8
+
+
+def test_a_call_gives_the_vectors_of_one_model(make_client):
+    echo = Echo()
+    echo.fingerprints = ["old", "old", "new"]
+    encoded = make_client(echo, in_flight=1).encode_detailed(["a", "bc", "def", "ghij"], 1)
+    assert encoded.fingerprint == "new"
+    assert [chunk[0] for chunk in echo.sent] == [b"a", b"bc", b"def", b"ghij", b"a", b"bc"]
+    assert encoded.vectors[:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_model_that_changes_all_the_time_is_an_error(make_client):
+    echo = Echo()
+    echo.fingerprints = [str(i) for i in range(100)]
+    with pytest.raises(ServerError, match="replaced again and again"):
+        make_client(echo).encode(["a", "b"], 1)
+
+
+def test_another_vector_space_than_the_wanted_one_is_refused(make_client):
+    with pytest.raises(ServerError, match="gives vectors of old where new is expected"):
+        make_client(Echo(), fingerprint="new").encode(["a"])
+    assert make_client(Echo(), fingerprint="old").encode(["a"]).shape == (1, 1)
+
+
+def test_pauses_grow_at_random_up_to_a_bound():
+    asked: list[tuple[float, float]] = []
+
+    def jitter(low: float, high: float) -> float:
+        asked.append((low, high))
+        return high
+
+    backoff = Backoff(time.monotonic() + 1000, jitter)
+    pauses = [backoff.pause(UnavailableError("no")) for _ in range(8)]
+    assert pauses == [FIRST_S * 2**i for i in range(6)] + [MOST_S, MOST_S]
+    assert all(low == 0 for low, _ in asked), "full jitter"
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "hint"),
+    [
+        ("UNAVAILABLE", "too many tokens wait: retry after 40 ms", OverloadedError, 0.04),
+        ("HTTP 503", "too many tokens wait: retry in 1.5 s", OverloadedError, 1.5),
+        ("UNAVAILABLE", "failed to connect to all addresses", UnavailableError, None),
+        ("HTTP 503", "the server is stopping: try again", UnavailableError, None),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceededError, None),
+        ("UNAVAILABLE", "the timeout of 9 µs was over before work on it began", DeadlineExceededError, None),
+        ("INVALID_ARGUMENT", "text 0: no", Rejected, None),
+        ("HTTP 400", "text 0: no", Rejected, None),
+        ("INTERNAL", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
+        ("HTTP 500", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
+        ("INTERNAL", "encoding failed", ServerError, None),
+        ("NOT_FOUND", "unknown model", ServerError, None),
+    ],
+)
+def test_what_a_server_answers_becomes_the_exception_that_says_it(code, message, kind, hint):
+    error = server_error("127.0.0.1:8001", code, message)
+    assert type(error) is kind
+    assert message in str(error)
+    assert getattr(error, "retry_after_s", None) == hint

@@ -1,0 +1,143 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+
+from mirror_runtime import Encoder
+from mirror_runtime.cli.main import main
+
+ROWS = 9000
+
+
+@pytest.fixture
+def bundle(make_bundle) -> Path:
+    return make_bundle()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text("".join(f"row {i} {'word ' * (i % 17)}\n" for i in range(ROWS)))
+    return path
+
+
+def arguments(bundle: Path, source: Path, output: Path, *more: str) -> list[str]:
+    return ["encode", str(bundle), str(source), "-o", str(output), "--engine", "fake", *more]
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    result: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return result
+
+
+def test_a_text_file_becomes_an_array(bundle, corpus, tmp_path, capsys):
+    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 0
+    assert last_json(capsys)["texts"] == ROWS
+    array = np.load(tmp_path / "out.npy")
+    with Encoder.load(bundle, engine="fake") as encoder:
+        np.testing.assert_array_equal(array, encoder.encode(corpus.read_text().splitlines()))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_parquet_holds_vectors_counts_and_marks(bundle, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"body": "short"}) + "\n" + json.dumps({"body": "word " * 99}) + "\n")
+    assert main(arguments(bundle, source, tmp_path / "out.parquet", "--text-column", "body")) == 0
+    assert last_json(capsys)["truncated"] == 1
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["truncated"] == [False, True]
+    assert table["tokens"] == [3, 101]
+    with Encoder.load(bundle, engine="fake") as encoder:
+        np.testing.assert_array_equal(np.float32(table["embedding"]), encoder.encode(["short", "word " * 99]))
+
+
+def test_an_empty_file_gives_no_rows(bundle, tmp_path, capsys):
+    source = tmp_path / "in.txt"
+    source.write_bytes(b"")
+    for name in ("out.npy", "out.parquet"):
+        assert main(arguments(bundle, source, tmp_path / name)) == 0
+        assert last_json(capsys)["texts"] == 0
+    assert np.load(tmp_path / "out.npy").shape == (0, 8)
+
+
+def test_killed_and_run_again_gives_the_bytes_of_an_undisturbed_run(bundle, corpus, tmp_path, capsys):
+    assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
+    output = tmp_path / "killed.npy"
+    state = tmp_path / "killed.npy.partial" / "state.json"
+    command = [sys.executable, "-m", "mirror_runtime.cli", *arguments(bundle, corpus, output)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed: make the corpus longer"
+    assert 0 < json.loads(state.read_text())["progress"]["texts"] < ROWS
+    assert not output.exists()
+    with (tmp_path / "killed.npy.partial" / "vectors").open("ab") as torn:
+        torn.write(b"half a row")
+    capsys.readouterr()
+    assert main(arguments(bundle, corpus, output)) == 0
+    assert 0 < int(str(last_json(capsys)["resumed_after"])) < ROWS
+    assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+def test_an_unfinished_run_of_something_else_is_refused(bundle, corpus, tmp_path, capsys):
+    output = tmp_path / "out.npy"
+    with corpus.open("a") as stream:
+        stream.write("bad \udcff".encode("utf-8", "surrogateescape").decode("latin-1") + "\n")
+    corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
+    assert main(arguments(bundle, corpus, output)) == 2
+    assert f"line {ROWS + 2}: not UTF-8" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(arguments(bundle, corpus, output, "--long-texts", "chunk")) == 2
+    assert "long_texts was 'truncate' and is 'chunk'" in capsys.readouterr().err
+
+
+def test_two_writers_of_one_output_are_kept_apart(bundle, corpus, tmp_path, capsys):
+    import fcntl
+
+    folder = tmp_path / "out.npy.partial"
+    folder.mkdir()
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def test_bad_rows_stop_or_are_zeroed_as_asked(bundle, tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n{"text": null}\n{"text": "lone \\ud800"}\n{"text": "b"}\n')
+    assert main(arguments(bundle, source, tmp_path / "out.npy")) == 2
+    assert "row 2: is NoneType, not str" in capsys.readouterr().err
+    assert main(arguments(bundle, source, tmp_path / "out.npy", "--bad-texts", "zero")) == 0
+    assert last_json(capsys)["failed"] == 2
+    array = np.load(tmp_path / "out.npy")
+    assert [bool(row.any()) for row in array] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
+        ("absent.txt", "out.npy", "does not exist"),
+        ("in.txt", "out.csv", "is none of .npy, .parquet"),
+        ("in.txt", "no/such/out.npy", "is no folder"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(bundle, corpus, tmp_path, capsys, source, output, message):
+    assert main(arguments(bundle, tmp_path / source, tmp_path / output)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_is_no_bundle_gets_status_2(tmp_path, corpus, capsys):
+    assert main(arguments(tmp_path, corpus, tmp_path / "out.npy")) == 2
+    assert "is not a bundle" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path)]) == 2

@@ -1,0 +1,171 @@
+"""ONNX Runtime's GPU engine: its options, its refusals, and its way of binding arrays, run on the CPU provider."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.graph.trace import export_graph
+from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Pooling, Precision
+from mirror_runtime.engines import installed, load_engine, onnxruntime_gpu
+from mirror_runtime.engines.onnxruntime_gpu import PROVIDERS, OnnxRuntimeGpuEngine, tensorrt_options
+from mirror_runtime.errors import EngineError
+from mirror_runtime.packing import Ladder, PackedRows, pack
+
+CUDA, TENSORRT = EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT
+DOCUMENTED = {
+    *("device_id", "trt_max_workspace_size", "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable"),
+    *("trt_engine_cache_enable", "trt_engine_cache_path", "trt_engine_cache_prefix"),
+    *("trt_timing_cache_enable", "trt_timing_cache_path", "trt_builder_optimization_level", "trt_cuda_graph_enable"),
+    *("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes", "trt_layer_norm_fp32_fallback"),
+}
+"""Of the TensorRT provider, from ONNX Runtime's documentation; the 1.31.1 GPU wheel's provider holds these strings."""
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EncoderSpec]:
+    source = resolve(str(tiny_bert), pooling=Pooling.MEAN)
+    path = tmp_path_factory.mktemp("onnx") / "model_packed.onnx"
+    export_graph(Reference.load(source), Layout.PACKED, path)
+    return path, source.spec
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same code path, with the CPU provider where the CUDA one would be."""
+
+    def nothing(*_: Any) -> Mapping[str, str]:
+        return {}
+
+    changed = {
+        name: replace(provider, name="CPUExecutionProvider", device="cpu", options=nothing)
+        for name, provider in PROVIDERS.items()
+    }
+    monkeypatch.setattr(onnxruntime_gpu, "PROVIDERS", changed)
+
+
+def batches() -> list[PackedRows]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 60, 40)
+    ids = random.integers(5, 60, int(lengths.sum()))
+    return [batch.rows for batch in pack(ids, lengths, Ladder.up_to(64, budget=256))]
+
+
+@pytest.mark.parametrize("name", [CUDA, TENSORRT])
+def test_bound_arrays_give_the_vectors_of_the_plain_session(
+    on_the_cpu: None, packed: tuple[Path, EncoderSpec], name: EngineName
+):
+    graph, spec = packed
+    engine = load_engine(name, Precision.FP32, graph, spec=spec)
+    plain = load_engine(EngineName.ONNXRUNTIME, Precision.FP32, graph, spec=spec)
+    rows = batches()
+    assert len({batch.shape for batch in rows}) > 1
+    kept = [(engine.run(batch), plain.run(batch)) for batch in (*rows, *reversed(rows))]
+    # Compared after all runs: a result that is a view of the engine's memory would have changed by now.
+    for found, wanted in kept:
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    engine.close()
+
+
+def test_a_provider_that_is_not_in_the_package_is_refused_with_the_cure(packed: tuple[Path, EncoderSpec]):
+    if PROVIDERS[CUDA].name in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is installed here: its providers are in the package")
+    graph, spec = packed
+    with pytest.raises(EngineError, match=r"no CUDAExecutionProvider .*mirror-runtime\[gpu\]"):
+        load_engine(CUDA, Precision.FP32, graph, spec=spec)
+    with pytest.raises(EngineError, match=r"no TensorrtExecutionProvider .*TensorRT 10 .*engine tensorrt"):
+        load_engine(TENSORRT, Precision.FP16, graph, spec=spec)
+    assert not installed(CUDA)
+
+
+def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(
+    monkeypatch: pytest.MonkeyPatch, packed: tuple[Path, EncoderSpec]
+):
+    """What ONNX Runtime does where libnvinfer.so.10 is absent: a warning, and a session on another provider."""
+
+    class Dropped(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: str, options: Any, providers: Any) -> None:
+            assert [name for name, _ in providers] == ["TensorrtExecutionProvider"]
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+            super().__init__(path, options, providers=["CPUExecutionProvider"])
+
+    fake = types.SimpleNamespace(
+        **{name: getattr(onnxruntime, name) for name in ("SessionOptions", "OrtValue")},
+        InferenceSession=Dropped,
+        get_available_providers=lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"],
+    )
+    monkeypatch.setattr(onnxruntime_gpu, "require", lambda module, extra: fake)
+    graph, spec = packed
+    engine = load_engine(TENSORRT, Precision.FP16, graph, spec=spec)
+    with pytest.raises(EngineError, match=r"did not come up \(CPUExecutionProvider would run instead\).*TensorRT 10"):
+        engine.run(batches()[0])
+
+
+def test_fp8_is_refused(packed: tuple[Path, EncoderSpec]):
+    with pytest.raises(EngineError, match="choose engine tensorrt"):
+        OnnxRuntimeGpuEngine(CUDA, packed[0], Precision.FP8, None, None)
+
+
+@pytest.mark.parametrize(
+    ("precision", "flag"),
+    [
+        (Precision.FP32, None),
+        (Precision.FP16, "trt_fp16_enable"),
+        (Precision.BF16, "trt_bf16_enable"),
+        (Precision.INT8, "trt_int8_enable"),
+    ],
+)
+def test_the_tensorrt_provider_gets_one_static_profile_and_its_cache(precision: Precision, flag: str | None):
+    options = tensorrt_options((4, 64), precision, Path("onnx/model_packed.onnx"), Path("cache"))
+    assert set(options) <= DOCUMENTED
+    shapes = "input_ids:4x64,position_ids:4x64,segment_ids:4x64"
+    assert {options[f"trt_profile_{which}_shapes"] for which in ("min", "opt", "max")} == {shapes}
+    assert options["trt_engine_cache_prefix"] == "model_packed-4x64"
+    assert options["trt_engine_cache_path"] == str(Path("cache/onnxruntime-tensorrt"))
+    assert options["trt_cuda_graph_enable"] == "1"
+    assert {key for key in options if key in DOCUMENTED and key.split("_")[1] in ("fp16", "bf16", "int8")} == (
+        {flag} if flag else set()
+    )
+
+
+def test_without_a_cache_folder_the_tensorrt_provider_keeps_nothing():
+    options = tensorrt_options((1, 16), Precision.FP16, Path("model_packed.onnx"), None)
+    assert not [key for key in options if "cache" in key]
+
+
+def test_a_static_session_computes_nothing_about_shapes(packed: tuple[Path, EncoderSpec], tmp_path: Path):
+    """A CUDA graph holds no node that runs on the CPU, where shape arithmetic does: told both sizes, none is left."""
+    import onnx
+
+    graph, _ = packed
+    options = onnxruntime.SessionOptions()
+    options.add_free_dimension_override_by_name("rows", 4)
+    options.add_free_dimension_override_by_name("length", 64)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "static.onnx")
+    onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    left = {node.op_type for node in onnx.load(tmp_path / "static.onnx").graph.node}
+    assert "MatMul" in left
+    assert not left & {"Shape", "Range", "ConstantOfShape", "Size", "NonZero"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [CUDA, TENSORRT])
+def test_a_real_gpu_gives_the_vectors_of_the_cpu(packed: tuple[Path, EncoderSpec], name: EngineName):
+    if PROVIDERS[name].name not in onnxruntime.get_available_providers():
+        pytest.skip(f"needs an NVIDIA GPU and onnxruntime-gpu with {PROVIDERS[name].name}")
+    graph, spec = packed
+    engine = load_engine(name, Precision.FP32, graph, spec=spec)
+    plain = load_engine(EngineName.ONNXRUNTIME, Precision.FP32, graph, spec=spec)
+    for batch in (*batches(), *batches()):
+        np.testing.assert_allclose(engine.run(batch), plain.run(batch), atol=2e-3)
+    engine.close()

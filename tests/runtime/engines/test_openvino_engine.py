@@ -1,0 +1,179 @@
+"""A shape serves only when its vectors are right, on all its streams."""
+
+import logging
+import subprocess
+import sys
+import time
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from export.bundle.build import Request, build
+from mirror_runtime import Encoder, EngineError
+from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
+from mirror_runtime.engines import openvino_engine
+from mirror_runtime.host import has_bf16
+from mirror_runtime.packing import PackedRows
+
+# All different: equal ones are computed once, and a single row has a single stream.
+TEXTS = [f"the cat sat on the mat {'dog ' * (i % 30)}{'a ' * (i // 30)}" for i in range(120)]
+
+
+@pytest.fixture
+def damage(monkeypatch):
+    """Have one stream of the first `times` models give other vectors, as a damaged copy of the weights does."""
+
+    def plant(times):
+        make, compiled = openvino_engine._Slot.of, []
+
+        def of(request, names):
+            slot = make(request, names)
+            compiled.append(slot)
+            if len(compiled) % 2 == 0 and len(compiled) <= 2 * times:
+                return openvino_engine._Slot(slot.request, slot.inputs, cast(Any, _Damaged(slot.output)))
+            return slot
+
+        monkeypatch.setattr(openvino_engine._Slot, "of", of)
+        return compiled
+
+    return plant
+
+
+class _Damaged:
+    def __init__(self, output):
+        self._output = output
+
+    def __array__(self, dtype=None, copy=None):
+        return self._output + np.float32(0.5)
+
+    def __getitem__(self, key):
+        return np.asarray(self)[key]
+
+
+def test_streams_that_disagree_are_compiled_again_and_the_log_says_so(tiny_bundle, damage, caplog):
+    with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
+        wanted = encoder.encode(TEXTS)
+    damage(1)
+    with (
+        caplog.at_level(logging.WARNING),
+        Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
+    ):
+        vectors = encoder.encode(TEXTS)
+    np.testing.assert_allclose(vectors, wanted, atol=1e-4)
+    assert "streams disagree" in caplog.text
+
+
+def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, damage):
+    damage(100)
+    with (
+        Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
+        pytest.raises(EngineError, match=r"different vectors for one batch, 3 times over: run .* with streams=1"),
+    ):
+        encoder.encode(TEXTS)
+
+
+def test_one_stream_has_nobody_to_disagree_with(tiny_bundle, damage):
+    damage(0)
+    with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=1, cache_dir=None) as encoder:
+        assert np.isfinite(encoder.encode(TEXTS)).all()
+
+
+class _Request:
+    """Takes so many seconds in each round."""
+
+    def __init__(self, seconds):
+        self._seconds, self.rounds = iter(seconds), 0
+
+    def start_async(self):
+        self.rounds += 1
+
+    def wait(self):
+        time.sleep(next(self._seconds))
+
+
+class _Broken(_Request):
+    """Fails as OpenVINO does."""
+
+    def wait(self):
+        raise RuntimeError("Exception from src/inference")
+
+
+def test_what_openvino_cannot_run_is_an_engine_error():
+    slot = openvino_engine._Slot(
+        cast(Any, _Broken([])), {"input_ids": np.ones((4, 64), np.int64)}, np.ones(0, np.float32)
+    )
+    with pytest.raises(EngineError, match=r"openvino failed on rows \(4, 64\): Exception from src"):
+        slot.run()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rounds"),
+    [
+        ([(0.2, 0.2, 0.2), (0.2, 0.2, 0.2)], 1),
+        ([(0.2, 0.2, 0.2), (0.5, 0.2, 0.2)], 2),  # one stream ran both
+        ([(0.2, 0.2, 0.2), (0.5, 0.5, 0.5)], 3),
+        ([(0.002, 0.002, 0.002), (0.002, 0.002, 0.002)], 3),  # too quick to tell
+    ],
+)
+def test_streams_are_compared_until_all_have_run(seconds, rounds):
+    output = np.ones((2, 4, 8), np.float32)
+    requests = [_Request(each) for each in seconds]
+    slots = [openvino_engine._Slot(cast(Any, request), {}, output) for request in requests]
+    ids = np.ones((2, 16), np.int64)
+    rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
+    assert openvino_engine._agree(slots, rows)
+    assert [request.rounds for request in requests] == [rounds, rounds]
+    other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
+    again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
+    assert not openvino_engine._agree([again, other], rows)
+
+
+_TWO_ENCODERS_AND_A_SIGNAL = """
+import os, signal, sys, time
+from mirror_runtime import Encoder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what runs in the background
+encoders = [Encoder.load(sys.argv[1], engine="openvino", precision="fp32", cache_dir=None) for _ in range(2)]
+for encoder in encoders:
+    encoder.encode(["text"])
+while encoders:
+    encoders.pop(0).close()
+del encoder
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
+    command = [sys.executable, "-X", "faulthandler", "-c", _TWO_ENCODERS_AND_A_SIGNAL, str(tiny_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
+def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
+    texts = [f"{'on ' * words}the mat" for words in range(1, 70, 5)]
+    bundle = tmp_path / "bundle"
+    for name in ("config.json", "model.safetensors", *(path.name for path in minilm.glob("*token*")), "vocab.txt"):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "plain" / name).symlink_to(minilm / name)
+    request = Request(
+        encoder=str(tmp_path / "plain"),
+        output=bundle,
+        pooling=Pooling.CLS,
+        precisions=(Precision.BF16,),
+        texts=tuple(texts),
+    )
+    assert not build(request).refused
+    manifest = read_manifest(bundle)
+    path = next(a.path for a in manifest.artifacts if a.precision is Precision.BF16)
+    with (
+        Encoder.of_graph(bundle, manifest, EngineName.ONNXRUNTIME, Precision.FP32, "onnx/model_packed.onnx") as exact,
+        Encoder.of_graph(bundle, manifest, EngineName.OPENVINO, Precision.BF16, path) as encoder,
+    ):
+        wanted, found = (np.concatenate([e.encode([text]) for text in texts]) for e in (exact, encoder))
+    cosines = (wanted * found).sum(1) / np.linalg.norm(wanted, axis=1) / np.linalg.norm(found, axis=1)
+    assert cosines.min() > 0.9995

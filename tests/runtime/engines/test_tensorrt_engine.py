@@ -1,0 +1,270 @@
+"""The TensorRT engine on stand-ins for TensorRT and CUDA that obey the real bindings and compute what they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Pooling, Precision, TensorSpec, to_json
+from mirror_runtime.engines import load_engine
+from mirror_runtime.engines.fake import FakeEngine
+from mirror_runtime.engines.plan_card import PlanCard, card_path, check_card, read_card
+from mirror_runtime.engines.tensorrt_engine import LoadedPlan
+from mirror_runtime.errors import EngineError, MissingExtra
+from mirror_runtime.packing import Ladder, PackedRows, pack
+from tests.support.fake_gpu import Gpu, install
+from tests.support.tensorrt_binding import VERSIONS
+
+DIM = 8
+SPEC = EncoderSpec(
+    base_model="tests", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=DIM
+)
+INPUTS = ("input_ids", "position_ids", "segment_ids")
+LADDER = Ladder.up_to(64, budget=256)
+
+
+@pytest.fixture(params=VERSIONS)
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return install(monkeypatch, request.param, FakeEngine(Precision.FP16, 1, SPEC).run, DIM)
+
+
+def write_plan(folder: Path, version: str, **changes: Any) -> Path:
+    plan = folder / "model_packed_fp16.plan"
+    plan.write_bytes(b"plan")
+    card = PlanCard(
+        format_version=1,
+        tensorrt=version,
+        gpu="NVIDIA L4",
+        compute_capability="8.9",
+        platform="Linux x86_64",
+        precision=Precision.FP16,
+        layout=Layout.PACKED,
+        onnx="model_packed_fp16.onnx",
+        onnx_sha256="0" * 64,
+        plan_sha256="0" * 64,
+        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=(-1, -1)) for name in INPUTS),
+        outputs=(TensorSpec(name="embedding", dtype="float32", shape=(-1, -1, DIM)),),
+        profiles=tuple({name: (shape, shape, shape) for name in INPUTS} for shape in LADDER.shapes()),
+        level=3,
+        workspace_gib=None,
+        version_compatible=False,
+        hardware="none",
+        layers=2,
+        fused_attention=1,
+        min_cosine=None,
+        build_s=1.0,
+    )
+    data = to_json(dataclasses.replace(card, **changes))
+    card_path(plan).write_text(json.dumps(data))
+    return plan
+
+
+def batches(count: int = 40) -> list[PackedRows]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(2, 60, count)
+    ids = random.integers(5, 900, int(lengths.sum()))
+    return [batch.rows for batch in pack(ids, lengths, LADDER)]
+
+
+def test_vectors_are_what_the_plan_computes_for_every_shape_and_twice(gpu: Gpu, tmp_path: Path):
+    plan = write_plan(tmp_path, gpu.trt.__version__)
+    engine = load_engine(EngineName.TENSORRT, Precision.FP16, plan, spec=SPEC)
+    assert (engine.name, engine.precision, engine.streams) == (EngineName.TENSORRT, Precision.FP16, 2)
+    rows = batches()
+    assert len({r.shape for r in rows}) > 1
+    for batch in (*rows, *reversed(rows)):
+        np.testing.assert_array_equal(engine.run(batch), FakeEngine(Precision.FP16, 1, SPEC).run(batch))
+    engine.close()
+
+
+def test_each_shape_gets_one_context_one_profile_and_one_graph(gpu: Gpu, tmp_path: Path):
+    engine = load_engine(
+        EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), streams=1, spec=SPEC
+    )
+    rows = batches()
+    shapes = list(dict.fromkeys(batch.shape for batch in rows))
+    for batch in (*rows, *rows):
+        engine.run(batch)
+    chosen = [args[0] for name, args in gpu.trt.calls if name == "IExecutionContext.set_optimization_profile_async"]
+    assert [LADDER.shapes()[index] for index in chosen] == shapes
+    strategies = [args[0] for name, args in gpu.trt.calls if name == "ICudaEngine.create_execution_context"]
+    assert strategies == [gpu.trt.ExecutionContextAllocationStrategy.USER_MANAGED] * len(shapes)
+    assert gpu.cuda.names().count("cudaGraphInstantiate") == len(shapes)
+    assert gpu.cuda.names().count("cudaGraphLaunch") == 2 * len(rows)
+    # TensorRT itself is asked to queue only for the first run of a shape and for its capture.
+    assert gpu.trt.names().count("IExecutionContext.execute_async_v3") == 2 * len(shapes)
+    engine.close()
+
+
+def test_a_context_is_set_up_before_it_runs_and_runs_before_it_is_captured(gpu: Gpu, tmp_path: Path):
+    engine = load_engine(
+        EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), streams=1, spec=SPEC
+    )
+    gpu.trt.calls.clear()
+    engine.run(batches(1)[0])
+    contexts = [name.split(".")[1] for name in gpu.trt.names() if name.startswith("IExecutionContext.")]
+    assert list(dict.fromkeys(contexts)) == [
+        "set_device_memory",
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "get_tensor_shape",
+        "set_tensor_address",
+        "execute_async_v3",
+    ]
+    called = gpu.cuda.names()
+    capture = called.index("cudaStreamBeginCapture")
+    assert called[capture - 1] == "cudaStreamSynchronize"
+    assert called[capture:] == [
+        "cudaStreamBeginCapture",
+        *["cudaMemcpyAsync"] * 4,
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphDestroy",
+        "cudaGraphLaunch",
+        "cudaStreamSynchronize",
+    ]
+    copies = [args for name, args in gpu.cuda.calls if name == "cudaMemcpyAsync"][-4:]
+    bound = [args[1] for name, args in gpu.trt.calls if name == "IExecutionContext.set_tensor_address"]
+    assert [args[0] for args in copies[:3]] == bound[:3]
+    assert copies[3][1] == bound[3]
+    engine.close()
+
+
+def test_threads_share_the_lanes_without_mixing_vectors(gpu: Gpu, tmp_path: Path):
+    engine = load_engine(
+        EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), streams=1, spec=SPEC
+    )
+    rows = batches(80)
+    with ThreadPoolExecutor(4) as pool:
+        for batch, found in zip(rows * 3, pool.map(engine.run, rows * 3), strict=True):
+            np.testing.assert_array_equal(found, FakeEngine(Precision.FP16, 1, SPEC).run(batch))
+    engine.close()
+
+
+def test_closing_gives_all_memory_back(gpu: Gpu, tmp_path: Path):
+    engine = load_engine(EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), spec=SPEC)
+    for batch in batches():
+        engine.run(batch)
+    assert gpu.cuda.memory
+    engine.close()
+    assert not gpu.cuda.memory
+    called = gpu.cuda.names()
+    assert called.count("cudaGraphExecDestroy") == called.count("cudaGraphInstantiate")
+    assert called.count("cudaStreamDestroy") == called.count("cudaStreamCreateWithFlags")
+
+
+def test_free_shapes_run_without_a_graph_and_keep_no_memory(gpu: Gpu, tmp_path: Path):
+    shapes = ((1, 4), (2, 64), (4, 64))
+    profiles: Any = ({name: shapes for name in INPUTS},)
+    plan = LoadedPlan(write_plan(tmp_path, gpu.trt.__version__, profiles=profiles), streams=1)
+    held = len(gpu.cuda.memory)
+    (batch,) = batches(1)
+    found = plan.run({name: getattr(batch, name) for name in INPUTS})
+    np.testing.assert_array_equal(found["embedding"], FakeEngine(Precision.FP16, 1, SPEC).run(batch))
+    assert "cudaStreamBeginCapture" not in gpu.cuda.names()
+    assert len(gpu.cuda.memory) == held
+    plan.close()
+
+
+def test_rows_without_a_profile_are_refused_with_what_there_is(gpu: Gpu, tmp_path: Path):
+    engine = load_engine(EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), spec=SPEC)
+    arrays = np.ones((3, 80), np.int64)
+    with pytest.raises(EngineError, match=r"no profile for \(3, 80\).*1x16.*4x64"):
+        engine.run(PackedRows(input_ids=arrays, position_ids=arrays, segment_ids=arrays))
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"Runtime.deserialize_cuda_engine": None}, "truncated"),
+        ({"ICudaEngine.create_execution_context": None}, "memory may be full"),
+    ],
+)
+def test_what_tensorrt_cannot_do_is_one_clear_error(gpu: Gpu, tmp_path: Path, answer: dict[str, Any], message: str):
+    gpu.trt.answers |= answer
+    with pytest.raises(EngineError, match=message):
+        load_engine(EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), spec=SPEC).run(
+            batches(1)[0]
+        )
+
+
+def test_a_version_compatible_plan_may_bring_its_loader(gpu: Gpu, tmp_path: Path):
+    plan = write_plan(tmp_path, "10.0.1", version_compatible=True)
+    load_engine(EngineName.TENSORRT, Precision.FP16, plan, spec=SPEC).close()
+    assert ("Runtime.engine_host_code_allowed=", (True,)) in gpu.trt.calls
+
+
+def test_another_precision_or_layout_than_the_plans_is_refused(tmp_path: Path):
+    plan = write_plan(tmp_path, VERSIONS[1])
+    with pytest.raises(EngineError, match="computes in fp16, not in fp32"):
+        load_engine(EngineName.TENSORRT, Precision.FP32, plan, spec=SPEC)
+    with pytest.raises(EngineError, match="packed rows need a packed plan"):
+        load_engine(
+            EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, VERSIONS[1], layout=Layout.PADDED), spec=SPEC
+        )
+
+
+def test_a_plan_without_a_card_is_refused(tmp_path: Path):
+    plan = write_plan(tmp_path, VERSIONS[1])
+    card_path(plan).unlink()
+    with pytest.raises(EngineError, match=r"no readable card model_packed_fp16\.plan\.json"):
+        read_card(plan)
+    card_path(plan).write_text('{"format_version": 2}')
+    with pytest.raises(EngineError, match="no card of format version 1"):
+        read_card(plan)
+
+
+@pytest.mark.parametrize(
+    ("card", "here", "message"),
+    [
+        ({}, {"tensorrt": "11.3.0.99"}, "of TensorRT 11.4.0.106 and 11.3.0.99 is installed"),
+        ({}, {"gpu": "NVIDIA H200"}, "built for NVIDIA L4"),
+        ({}, {"compute_capability": "9.0"}, "compute capability 8.9"),
+        ({"version_compatible": True}, {"tensorrt": "10.16.1.11"}, "older, is installed"),
+        ({"hardware": "ampere-plus"}, {"gpu": "Tesla T4", "compute_capability": "7.5"}, "this is Tesla T4"),
+        ({"hardware": "same-compute-capability"}, {"compute_capability": "9.0"}, "this is NVIDIA L4"),
+        ({"hardware": "everything"}, {}, "known are none"),
+    ],
+)
+def test_a_plan_of_another_machine_is_refused(tmp_path: Path, card: dict[str, Any], here: dict[str, str], message: str):
+    read = read_card(write_plan(tmp_path, "11.4.0.106", **card))
+    default = {"tensorrt": "11.4.0.106", "gpu": "NVIDIA L4", "compute_capability": "8.9"}
+    with pytest.raises(EngineError, match=message.replace(".", r"\.")):
+        check_card(read, **{**default, **here})
+
+
+@pytest.mark.parametrize(
+    ("card", "here"),
+    [
+        ({}, {}),
+        ({"version_compatible": True, "tensorrt": "10.16.1.11"}, {}),
+        ({"hardware": "ampere-plus"}, {"gpu": "NVIDIA H200", "compute_capability": "9.0"}),
+        ({"hardware": "same-compute-capability"}, {"gpu": "NVIDIA L40S"}),
+    ],
+)
+def test_a_plan_that_may_run_here_does(tmp_path: Path, card: dict[str, Any], here: dict[str, str]):
+    version = card.pop("tensorrt", "11.4.0.106")
+    read = read_card(write_plan(tmp_path, version, **card))
+    check_card(read, **{"tensorrt": "11.4.0.106", "gpu": "NVIDIA L4", "compute_capability": "8.9", **here})
+
+
+def test_without_tensorrt_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtra, match=r"mirror-runtime\[tensorrt\]"):
+        load_engine(EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, VERSIONS[1]), spec=SPEC)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here: nothing to refuse")
+def test_the_real_cuda_binding_without_a_gpu_is_one_clear_error(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "cuda.bindings.runtime")
+    with pytest.raises(EngineError, match="no NVIDIA GPU can be used here"):
+        load_engine(EngineName.TENSORRT, Precision.FP16, write_plan(tmp_path, gpu.trt.__version__), spec=SPEC)

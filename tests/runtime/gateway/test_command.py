@@ -1,0 +1,82 @@
+"""Mistakes on the command line are named before anything is served."""
+
+import socket
+
+import pytest
+
+from mirror_runtime.cli.main import main
+from mirror_runtime.errors import InputError
+from mirror_runtime.gateway.settings import Settings, read_keys
+
+LONG = "a-key-of-many-characters"
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Run `mirror gateway`, which refuses to start, and give its message."""
+    monkeypatch.delenv("MIRROR_API_KEY", raising=False)
+
+    def run(*arguments: object) -> str:
+        assert main(["gateway", *map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return run
+
+
+def test_one_backend_is_named(refused, gateway_bundle):
+    assert "give either a bundle or --triton" in refused()
+    assert "give either a bundle or --triton" in refused(gateway_bundle, "--triton", "127.0.0.1:8001")
+    assert "protocol is 'carrier pigeon'" in refused(
+        "--triton", "h:1", "--triton-protocol", "carrier pigeon", "--port", 0
+    )
+
+
+def test_limits_that_make_no_sense(refused, gateway_bundle):
+    fake = (gateway_bundle, "--engine", "fake", "--port", 0)
+    assert "--dimensions 8: this encoder's vectors have 8; give 1 to 7" in refused(*fake, "--dimensions", 8)
+    assert "less than the 100 texts" in refused(*fake, "--max-batch", 100, "--max-in-flight", 50)
+
+
+def test_a_port_that_is_taken_and_one_where_nobody_is(refused, gateway_bundle):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} on 127.0.0.1 cannot be used" in refused(gateway_bundle, "--engine", "fake", "--port", port)
+    assert str(port) in refused("--triton", f"127.0.0.1:{port}", "--wait", 0, "--port", 0, "--timeout", 2)
+
+
+def test_int8_vectors_are_refused(refused, gateway_bundle, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "int8"
+    shutil.copytree(gateway_bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["encoder"] |= {"vector_type": "int8", "int8_scale": 0.01}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "gives int8 vectors, which" in refused(folder, "--engine", "fake", "--port", 0)
+
+
+def test_keys_come_from_a_file_or_the_environment_and_no_message_holds_one(refused, tmp_path, monkeypatch):
+    keys = tmp_path / "keys"
+    keys.write_text(f"{LONG}-1\n\n  {LONG}-2  \n")
+    assert read_keys(keys, {}) == (f"{LONG}-1", f"{LONG}-2")
+    assert read_keys(None, {"MIRROR_API_KEY": LONG}) == (LONG,)
+    assert read_keys(None, {}) == ()
+    assert LONG not in repr(Settings(model="m", keys=(LONG,)))
+    with pytest.raises(InputError, match="use one of them"):
+        read_keys(keys, {"MIRROR_API_KEY": LONG})
+    for content in ("", "short\n", f"{LONG}\nshort\n", f"{LONG}-ü\n"):
+        keys.write_text(content)
+        with pytest.raises(InputError, match="at least 16 printable ASCII") as error:
+            read_keys(keys, {})
+        assert LONG not in str(error.value)
+    keys.write_bytes(b"\xff\xfe" * 20)
+    with pytest.raises(InputError, match="cannot be read: it is not text"):
+        read_keys(keys, {})
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        read_keys(tmp_path / "absent", {})
+    monkeypatch.setenv("MIRROR_API_KEY", "secret-short")
+    assert "secret" not in refused("bundle")

@@ -1,0 +1,120 @@
+"""The real `openai` client against a gateway: it must not see a difference."""
+
+import asyncio
+
+import numpy as np
+import openai
+import pytest
+
+from mirror_runtime import Encoder
+from tests.support.gateways import FINGERPRINT, MODEL, running, vectors
+
+TEXTS = ["", "a", "Zwei Häuser am See 🏠", "one\x00two", *(" ".join(["word"] * n) for n in range(1, 60, 7))]
+
+
+@pytest.fixture(scope="module")
+def gateway(gateway_bundle):
+    with running(gateway_bundle, dimensions=(4,)) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def client(gateway):
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_vectors_are_the_encoders_to_the_bit(client, gateway, encoding):
+    given = {} if encoding is None else {"encoding_format": encoding}
+    answer = client.embeddings.create(model=MODEL, input=TEXTS, **given)
+    expected = gateway.encoder.encode_detailed(TEXTS)
+    assert [item.index for item in answer.data] == list(range(len(TEXTS)))
+    found = [item.embedding for item in answer.data]
+    if encoding == "base64":  # asked for by name, the client leaves it to the caller
+        import base64
+
+        found = [np.frombuffer(base64.b64decode(text), "<f4") for text in found]
+    np.testing.assert_array_equal(np.asarray(found, np.float32), expected.vectors)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == expected.tokens.sum()
+    assert answer.model == MODEL
+
+
+def test_one_text_is_a_list_of_one(client, gateway):
+    answer = client.embeddings.create(model=MODEL, input="one text", user="someone")
+    np.testing.assert_array_equal(vectors([answer.data[0].embedding]), gateway.encoder.encode(["one text"]))
+    assert len(answer.data) == 1
+
+
+def test_fewer_dimensions_are_cut_and_scaled_again(client, gateway):
+    answer = client.embeddings.create(model=MODEL, input=TEXTS, dimensions=4, encoding_format="float")
+    cut = gateway.encoder.encode(TEXTS)[:, :4]
+    expected = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    np.testing.assert_array_equal(vectors([item.embedding for item in answer.data]), expected)
+    full = client.embeddings.create(model=MODEL, input="a", dimensions=8)
+    np.testing.assert_array_equal(vectors([full.data[0].embedding]), gateway.encoder.encode(["a"]))
+
+
+def test_many_async_callers_get_their_own(gateway):
+    async def main():
+        async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            answers = await asyncio.gather(
+                *(client.embeddings.create(model=MODEL, input=[f"text {i}", "shared"]) for i in range(40))
+            )
+            return vectors([[item.embedding for item in answer.data] for answer in answers])
+
+    found = asyncio.run(main())
+    np.testing.assert_array_equal(found[:, 0], gateway.encoder.encode([f"text {i}" for i in range(40)]))
+    np.testing.assert_array_equal(found[:, 1], np.repeat(gateway.encoder.encode(["shared"]), 40, axis=0))
+
+
+def test_truncation_and_the_vector_space_are_reported(client):
+    raw = client.embeddings.with_raw_response.create(model=MODEL, input=["short", "word " * 100, "short"])
+    assert raw.headers["x-truncated"] == "1"
+    assert raw.headers["x-vector-space"] == FINGERPRINT
+    assert raw.parse().model_extra["truncated"] == [1]
+
+
+def test_the_clients_exceptions_are_the_usual_ones(client):
+    with pytest.raises(openai.NotFoundError, match="the model here is 'mini', not 'other'"):
+        client.embeddings.create(model="other", input="a")
+    with pytest.raises(openai.BadRequestError, match="may have 4, 8") as wrong:
+        client.embeddings.create(model=MODEL, input="a", dimensions=5)
+    assert (wrong.value.param, wrong.value.code) == ("dimensions", "dimensions_not_allowed")
+    with pytest.raises(openai.UnprocessableEntityError, match="token ids"):
+        client.embeddings.create(model=MODEL, input=[1, 2, 3])
+    assert [model.id for model in client.models.list()] == [MODEL]
+
+
+def test_a_key_opens_and_others_do_not(gateway_bundle):
+    keys = ("first-key-of-sixteen", "second-key-of-sixteen")
+    with running(gateway_bundle, keys=keys) as locked:
+        for key in keys:
+            with openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key, max_retries=0) as client:
+                assert client.embeddings.create(model=MODEL, input="a").data
+        for key in ("", "first-key-of-sixtee", "first-key-of-sixteenx", "first-key-of-sixteen second-key-of-sixteen"):
+            reply = locked.send(
+                "POST", "/v1/embeddings", {"model": MODEL, "input": "a"}, {"Authorization": f"Bearer {key}"}
+            )
+            assert reply.status == 401
+            assert reply.error["code"] == "invalid_api_key"
+            assert reply.headers["www-authenticate"] == "Bearer"
+        basic = locked.send("GET", "/info", headers={"Authorization": f"Basic {keys[0]}"})
+        unread = locked.send("POST", "/embed", b"{no json")  # refused before its body is looked at
+        nowhere = locked.send("GET", "/what/is/here")
+        assert [basic.status, unread.status, nowhere.status] == [401, 401, 401]
+        for path in ("/health", "/metrics", "/docs", "/openapi.json"):
+            assert locked.send("GET", path).status == 200
+        schemes = locked.send("GET", "/openapi.json").json["components"]["securitySchemes"]
+        assert schemes == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+
+
+def test_a_real_models_vectors_arrive(tiny_bundle):
+    texts = ["the cat sat on the mat.", "a man is playing a guitar", ""]
+    with running(tiny_bundle, engine="onnxruntime") as gateway, Encoder.load(tiny_bundle, engine="onnxruntime") as own:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.embeddings.create(model=MODEL, input=texts)
+        expected = own.encode(texts)
+    found = vectors([item.embedding for item in answer.data])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.linalg.norm(found[0] - found[1]) > 0.1

@@ -1,0 +1,110 @@
+"""Bad requests: each gets its status and a reason that names the field, and leaves a healthy gateway behind."""
+
+import pytest
+
+from tests.support.gateways import MODEL, running
+
+JSON = {"Content-Type": "application/json"}
+V1, TEI = "/v1/embeddings", "/embed"
+
+
+@pytest.fixture(scope="module")
+def gateway(gateway_bundle):
+    with running(gateway_bundle, max_batch=4, max_body_bytes=10_000) as gateway:
+        yield gateway
+
+
+def fields(**changes):
+    return {"model": MODEL, "input": "a", **changes}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "reason"),
+    [
+        (V1, b"", 422, None, "must be a JSON object"),
+        (V1, b"{", 400, None, "the body is no JSON"),
+        (V1, b'{"model": "mini", "input": "a"', 400, None, "the body is no JSON"),
+        (V1, b'{"input": "\xff\xfe"}', 400, None, "error parsing the body"),
+        (V1, b"[" * 9_000, 400, None, ""),
+        (V1, [], 422, None, "must be a JSON object"),
+        (V1, "text", 422, None, "must be a JSON object"),
+        (V1, {}, 422, "input", "Field required"),
+        (V1, {"input": "a"}, 422, "model", "Field required"),
+        (V1, fields(model=None), 422, "model", "valid string"),
+        (V1, fields(model=7), 422, "model", "valid string"),
+        (V1, fields(model=""), 404, "model", "the model here is 'mini', not ''"),
+        (V1, fields(model="x" * 5000), 404, "model", "x" * 100 + "…"),
+        (V1, fields(model="\ud800"), 404, "model", "not '?'"),
+        (V1, fields(input=None), 422, "input", "NoneType, not str"),
+        (V1, fields(input=[]), 422, "input", "at least one text"),
+        (V1, fields(input={}), 422, "input", "dict, not str"),
+        (V1, fields(input=["a", 7]), 422, "input", "text 1: is int"),
+        (V1, fields(input=["a", None]), 422, "input", "text 1: is NoneType"),
+        (V1, fields(input=["a", ["b"]]), 422, "input", "text 1: is list"),
+        (V1, fields(input=[[]]), 422, "input", "text 0: is list"),
+        (V1, fields(input=True), 422, "input", "is bool, not str"),
+        (V1, fields(input=3.5), 422, "input", "is float, not str"),
+        (V1, fields(input=[1, 2, 3]), 422, "input", "token ids"),
+        (V1, fields(input=[[1, 2], [3]]), 422, "input", "token ids"),
+        (V1, fields(input=["fine", "lone \ud800"]), 422, "input", "text 1: holds a lone surrogate at character 5"),
+        (V1, fields(input=["a"] * 5), 413, "input", "5 texts in one request: at most 4"),
+        (V1, fields(input="a" * 20_000), 413, None, "more than 10000 bytes"),
+        (V1, fields(encoding_format="int8"), 422, "encoding_format", "'float' or 'base64'"),
+        (V1, fields(encoding_format=None), 422, "encoding_format", "'float' or 'base64'"),
+        (V1, fields(dimensions=0), 422, "dimensions", "greater than or equal to 1"),
+        (V1, fields(dimensions=-1), 422, "dimensions", "greater than or equal to 1"),
+        (V1, fields(dimensions="4"), 422, "dimensions", "valid integer"),
+        (V1, fields(dimensions=4.5), 422, "dimensions", "valid integer"),
+        (V1, fields(dimensions=4), 400, "dimensions", "may have 8"),
+        (V1, fields(dimensions=9), 400, "dimensions", "may have 8"),
+        (V1, fields(dimensions=10**30), 400, "dimensions", "may have 8"),
+        (V1, fields(user=7), 422, "user", "valid string"),
+        (V1, fields(truncate=True), 422, "truncate", "not permitted"),
+        (V1, fields(**{"x" * 900: 1}), 422, "x" * 100 + "…", "not permitted"),
+        (TEI, {}, 422, "inputs", "Field required"),
+        (TEI, {"input": "a"}, 422, "inputs", "Field required"),
+        (TEI, {"inputs": ["a", 7]}, 422, "inputs", "text 1: is int"),
+        (TEI, {"inputs": "a", "normalize": "yes"}, 422, "normalize", "valid boolean"),
+        (TEI, {"inputs": "a", "normalize": False}, 400, "normalize", "length 1 from the start"),
+        (TEI, {"inputs": "a", "truncate": 1}, 422, "truncate", "valid boolean"),
+        (TEI, {"inputs": "word " * 100, "truncate": False}, 413, "inputs", "text 0 has 102 tokens"),
+        (TEI, {"inputs": "a", "prompt_name": "query"}, 422, "prompt_name", "not permitted"),
+    ],
+)
+def test_a_bad_request_is_named_and_harms_nobody(gateway, path, body, status, param, reason):
+    reply = gateway.send("POST", path, body, JSON)
+    assert reply.status == status, reply.body
+    assert reply.error["param"] == param
+    assert reason in reply.error["message"]
+    assert reply.error["type"] == "invalid_request_error"
+    assert reply.headers["x-request-id"]
+    assert len(reply.body) < 1200, "what the client sent comes back"
+    for leak in ("Traceback", ".py", "/work", "pydantic"):
+        assert leak not in reply.body.decode()
+    assert gateway.embed("still well").status == 200
+
+
+def test_other_mistakes(gateway):
+    form = gateway.send("POST", V1, b"input=a", {"Content-Type": "application/x-www-form-urlencoded"})
+    assert form.status == 422
+    assert "Content-Type: application/json" in form.error["message"]
+    wrong_method = gateway.send("GET", V1)
+    assert (wrong_method.status, wrong_method.error["code"]) == (405, "method_not_allowed")
+    assert wrong_method.headers["allow"] == "POST"
+    nowhere = gateway.send("POST", "/v1/completions", {})
+    assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
+    assert gateway.send("GET", "/info/").status == 404
+
+
+def test_a_body_that_does_not_say_its_length_is_counted(gateway):
+    chunks = iter([b'{"model": "mini", "input": "', *([b"a" * 4096] * 20), b'"}'])
+    reply = gateway.send("POST", V1, chunks, JSON)
+    assert reply.status == 413
+    assert "more than 10000 bytes" in reply.error["message"]
+    assert gateway.embed("still well").status == 200
+
+
+def test_a_much_too_large_body_gets_its_answer(gateway):
+    reply = gateway.send("POST", V1, b"x" * 5_000_000, JSON)
+    assert reply.status == 413
+    assert gateway.embed("still well").status == 200

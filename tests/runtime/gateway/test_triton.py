@@ -1,0 +1,157 @@
+"""A Triton server behind the gateway, played by a stand-in: what it says of itself, refuses, and becomes."""
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from mirror_runtime.client import async_client
+from mirror_runtime.client.protocol import Reply
+from mirror_runtime.errors import InputError, OverloadedError, ServerError, UnavailableError
+from mirror_runtime.gateway import triton_backend
+from mirror_runtime.gateway.metrics import Metrics
+from mirror_runtime.gateway.service import Service
+from mirror_runtime.gateway.settings import Settings
+from mirror_runtime.gateway.triton_backend import Address, TritonBackend, fetch_card
+
+PARAMETERS = {
+    "base_model": "some/encoder",
+    "fingerprint": "first",
+    "max_tokens": "64",
+    "normalize": "true",
+    "long_texts": "truncate",
+    "engine": "openvino",
+    "precision": "bf16",
+}
+ADDRESS = Address(url="127.0.0.1:8001")
+
+
+class Server:
+    def __init__(self) -> None:
+        self.parameters = dict(PARAMETERS)
+        self.data_type = "TYPE_FP32"
+        self.refusals: list[Exception] = []
+        self.calls = 0
+
+    def config(self):
+        self.calls += 1
+        if self.refusals:
+            raise self.refusals.pop()
+        return {
+            "name": "embed",
+            "max_batch_size": 256,
+            "output": [{"name": "EMBEDDING", "data_type": self.data_type, "dims": [4]}],
+            "parameters": {name: {"string_value": value} for name, value in self.parameters.items()},
+        }
+
+    def submit(self, texts):
+        if self.refusals:
+            raise self.refusals.pop()
+        count = len(texts)
+        return Reply(
+            vectors=np.eye(4, dtype=np.float32)[np.arange(count) % 4],
+            tokens=np.full((count, 1), 3, np.int32),
+            truncated=np.zeros((count, 1), np.bool_),
+            fingerprint=self.parameters["fingerprint"],
+        )
+
+
+class Connection:
+    """To one server, for threads."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def config(self):
+        return self.server.config()
+
+    def close(self):
+        pass
+
+
+class AsyncConnection:
+    """To one server, for asyncio."""
+
+    body_bytes = 1_000_000
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def config(self, timeout_s):
+        return self.server.config()
+
+    async def submit(self, texts, parameters, timeout_s):
+        return self.server.submit(texts)
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = Server()
+    monkeypatch.setattr(triton_backend, "GrpcTransport", lambda url, model, timeout_s: Connection(server))
+    monkeypatch.setattr(async_client, "AsyncGrpcTransport", lambda url, model: AsyncConnection(server))
+    return server
+
+
+def test_the_card_is_what_the_configuration_says(server):
+    card = fetch_card(ADDRESS, 1.0)
+    assert (card.model, card.fingerprint, card.dim, card.max_tokens) == ("some/encoder", "first", 4, 64)
+    assert (card.normalized, card.engine, card.precision) == (True, "openvino", "bf16")
+
+
+def test_a_server_that_is_not_up_yet_is_waited_for(server, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_POLL_S", 0.01)
+    server.refusals = [UnavailableError("away")] * 3
+    assert fetch_card(ADDRESS, 1.0, wait_s=5).dim == 4
+    assert server.calls == 4
+    server.refusals = [UnavailableError("away")]
+    with pytest.raises(UnavailableError):
+        fetch_card(ADDRESS, 1.0)
+
+
+@pytest.mark.parametrize("missing", ["base_model", "max_tokens", "normalize", "fingerprint"])
+def test_an_old_repository_is_named_with_the_cure(server, missing):
+    del server.parameters[missing]
+    with pytest.raises(ServerError, match=rf"does not say its {missing}: write its repository again"):
+        fetch_card(ADDRESS, 1.0)
+
+
+@pytest.mark.parametrize("data_type", ["TYPE_INT8", "TYPE_UINT8"])
+def test_vectors_that_are_no_floats_are_refused(server, data_type):
+    server.data_type = data_type
+    with pytest.raises(InputError, match="answers cannot hold"):
+        fetch_card(ADDRESS, 1.0)
+
+
+def test_a_full_server_is_refused_at_once_and_a_passing_absence_is_bridged(server):
+    async def main():
+        backend = TritonBackend(ADDRESS, fetch_card(ADDRESS, 1.0), timeout_s=10)
+        await backend.encode(["a"])
+        server.refusals = [OverloadedError("full", retry_after_s=5)]
+        began = time.monotonic()
+        with pytest.raises(OverloadedError):
+            await backend.encode(["a"])
+        assert time.monotonic() - began < 1
+        server.refusals = [UnavailableError("being replaced")]
+        return await backend.encode(["a"])
+
+    assert asyncio.run(main()).vectors.shape == (1, 4)
+
+
+def test_a_replaced_model_is_labelled_with_its_own_fingerprint(server):
+    async def main():
+        backend = TritonBackend(ADDRESS, fetch_card(ADDRESS, 1.0), timeout_s=10)
+        service = Service(backend, Settings(model="m"), Metrics())
+        before = await service.encode(["a"])
+        server.parameters |= {"fingerprint": "second", "max_tokens": "128"}
+        after = await service.encode(["a"])
+        return before.fingerprint, after.fingerprint, backend.card, service.metrics.page(backend.card).decode()
+
+    before, after, card, page = asyncio.run(main())
+    assert (before, after) == ("first", "second")
+    assert (card.fingerprint, card.max_tokens) == ("second", 128)
+    assert 'fingerprint="second"' in page
+    assert 'fingerprint="first"' not in page

@@ -1,0 +1,184 @@
+"""float16, int8 and packed bits, all the way from the engine to files, servers and proofs."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import tritonclient.grpc.model_config_pb2 as triton_proto
+from google.protobuf import text_format
+
+from mirror_runtime import Encoder
+from mirror_runtime.async_encoder import AsyncEncoder
+from mirror_runtime.bundle import MANIFEST_FILE, Pooling, VectorType, read_manifest, write_json
+from mirror_runtime.cli.main import main
+from mirror_runtime.client.client import Client
+from mirror_runtime.client.protocol import Reply
+from mirror_runtime.errors import BundleError, ServerError
+from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.triton.model.batching import Answer, Question, answer, cut
+from mirror_runtime.triton.repository.options import ServingOptions
+from mirror_runtime.triton.repository.render import render_config
+from mirror_runtime.vectors import components, dtype_of, round_vectors, width_of
+
+DIM = 16
+TEXTS = ["a cat", "", "two dogs on a mat", "word " * 40]
+KINDS = [
+    (VectorType.FLOAT16, np.dtype("float16"), 16, "TYPE_FP16"),
+    (VectorType.INT8, np.dtype("int8"), 16, "TYPE_INT8"),
+    (VectorType.BINARY, np.dtype("uint8"), 2, "TYPE_UINT8"),
+]
+
+
+@pytest.fixture
+def typed(make_bundle: Callable[..., Path]) -> Callable[..., Path]:
+    """Write a bundle for the fake engine whose vectors are of a type."""
+
+    def make(kind: VectorType, max_tokens: int = 64) -> Path:
+        bundle = make_bundle(max_tokens=max_tokens, dim=DIM, name=kind.value)
+        manifest = read_manifest(bundle)
+        scale = 0.005 if kind is VectorType.INT8 else None
+        spec = dataclasses.replace(manifest.encoder, vector_type=kind, int8_scale=scale)
+        write_json(dataclasses.replace(manifest, encoder=spec), bundle / MANIFEST_FILE)
+        return bundle
+
+    return make
+
+
+def encode(bundle: Path, texts: list[Any], **options: Any) -> Any:
+    with Encoder.load(bundle, engine="fake", **options) as encoder:
+        return encoder.encode(texts)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
+def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, _triton):
+    bundle, plain = typed(kind), typed(VectorType.FLOAT32)
+    found, floats = encode(bundle, TEXTS), encode(plain, TEXTS)
+    spec = read_manifest(bundle).encoder
+    assert (found.dtype, found.shape) == (dtype, (4, width))
+    assert (dtype_of(spec), width_of(spec)) == (dtype, width)
+    np.testing.assert_array_equal(found, round_vectors(floats, spec))
+    cosines = (components(found, spec) * floats).sum(1) / np.linalg.norm(components(found, spec), axis=1)
+    assert cosines.min() > (0.7 if kind is VectorType.BINARY else 0.9995)
+    assert encode(bundle, []).dtype == dtype
+    with Encoder.load(bundle, engine="fake") as encoder:
+        detailed = encoder.encode_detailed(["a cat", None])
+    assert detailed.vectors.dtype == dtype
+    assert not detailed.vectors[1].any()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
+def test_the_mean_of_chunks_is_taken_of_what_they_stand_for(typed, kind, dtype, width, _triton):
+    bundle = typed(kind, max_tokens=12)
+    spec = read_manifest(bundle).encoder
+    parts = components(encode(bundle, ["cat " * 10, "cat " * 10, "cat " * 5]), spec)
+    mean = parts.mean(0)
+    expected = round_vectors((mean / np.linalg.norm(mean))[None], spec)
+    found = encode(bundle, ["dog", "cat " * 25], long_texts="chunk")
+    assert (found.dtype, found.shape) == (dtype, (2, width))
+    np.testing.assert_array_equal(found[1:], expected)
+    np.testing.assert_array_equal(found[:1], encode(bundle, ["dog"]))
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
+def test_files_hold_the_vector_type(typed, tmp_path, capsys, kind, dtype, width, _triton):
+    bundle, source = typed(kind), tmp_path / "in.txt"
+    source.write_text("".join(f"{text}\n" for text in TEXTS))
+    for name in ("out.npy", "out.parquet"):
+        assert main(["encode", str(bundle), str(source), "-o", str(tmp_path / name), "--engine", "fake"]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["vector_type"] == kind.value
+    array = np.load(tmp_path / "out.npy")
+    assert (array.dtype, array.shape) == (dtype, (4, width))
+    np.testing.assert_array_equal(array, encode(bundle, TEXTS))
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table.schema.field("embedding").type.value_type.to_pandas_dtype() == dtype
+    np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), dtype), array)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width", "triton"), KINDS)
+def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
+    bundle = typed(kind)
+    text = render_config(read_manifest(bundle), ServingOptions(engine="fake"))
+    embedding = text_format.Parse(text, triton_proto.ModelConfig()).output[0]
+    assert triton_proto.DataType.Name(embedding.data_type) == triton
+    assert list(embedding.dims) == [width]
+    with Encoder.load(bundle, engine="fake") as encoder:
+        (given,) = answer(encoder, [Question(texts=np.array([[b"a cat"]], np.object_))], LongTexts.TRUNCATE)
+    assert isinstance(given, Answer)
+    assert (given.vectors.dtype, given.vectors.shape) == (dtype, (1, width))
+
+
+@pytest.mark.parametrize("kind", VectorType)
+def test_fewer_dimensions_are_the_leading_components(typed, kind):
+    with Encoder.load(typed(kind), engine="fake") as encoder:
+        spec, vectors = encoder.spec, encoder.encode(["a cat", "a dog"])
+    shorter = cut(vectors, 8, spec)
+    assert shorter.dtype == vectors.dtype
+    assert shorter.shape == (2, 1 if kind is VectorType.BINARY else 8)
+    leading = components(vectors, spec)[:, :8]
+    kept = np.unpackbits(shorter, axis=-1) * 2.0 - 1 if kind is VectorType.BINARY else shorter.astype(np.float64)
+    cosines = (leading * kept).sum(1) / np.linalg.norm(leading, axis=1) / np.linalg.norm(kept, axis=1)
+    assert cosines.min() > 0.99999
+    if kind in (VectorType.FLOAT32, VectorType.FLOAT16):
+        np.testing.assert_allclose(np.linalg.norm(kept, axis=1), 1, atol=2e-3)
+
+
+class Served:
+    """A transport to a server whose vectors are of a type."""
+
+    body_bytes = 1000
+
+    def __init__(self, triton: str, dtype: Any, width: int) -> None:
+        self.output = {"name": "EMBEDDING", "data_type": triton, "dims": [str(width)]}
+        self.vectors = np.ones((1, width), dtype)
+
+    def submit(self, texts: Any, parameters: Any, timeout_s: float) -> Callable[[], Reply]:
+        one = np.ones((1, 1), np.int32)
+        return lambda: Reply(vectors=self.vectors, tokens=one, truncated=one > 1, fingerprint="0123456789abcdef")
+
+    def config(self) -> dict[str, Any]:
+        return {"name": "embed", "max_batch_size": 64, "output": [self.output]}
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(("kind", "dtype", "width", "triton"), KINDS)
+def test_the_client_gives_the_servers_type(monkeypatch, kind, dtype, width, triton):
+    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Served(triton, dtype, width))
+    vectors = Client().encode(["a cat"])
+    assert (vectors.dtype, vectors.shape) == (dtype, (1, width))
+    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Served("TYPE_STRING", dtype, width))
+    with pytest.raises(ServerError, match="none of ours"):
+        Client().encode(["a cat"])
+
+
+def test_the_async_encoder_gives_the_type_too(typed):
+    async def go(encoder: Encoder) -> Any:
+        async with AsyncEncoder(encoder) as many:
+            return await many.encode(["a cat", "a dog"])
+
+    with Encoder.load(typed(VectorType.BINARY), engine="fake") as encoder:
+        found = asyncio.run(go(encoder))
+    assert (found.dtype, found.shape) == (np.uint8, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"vector_type": VectorType.BINARY, "dim": 12}, "need a multiple of 8"),
+        ({"vector_type": VectorType.INT8}, "int8 needs it"),
+        ({"int8_scale": 0.1}, "int8 needs it"),
+        ({"vector_type": VectorType.INT8, "int8_scale": 0.0}, "must be a positive number"),
+        ({"vector_type": VectorType.INT8, "int8_scale": float("nan")}, "must be a positive number"),
+        ({"pooling": Pooling.MASK}, "needs a template"),
+    ],
+)
+def test_impossible_specs_are_refused(typed, changes, problem):
+    spec = read_manifest(typed(VectorType.FLOAT32)).encoder
+    with pytest.raises(BundleError, match=problem):
+        dataclasses.replace(spec, **changes)

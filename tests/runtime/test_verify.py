@@ -1,0 +1,126 @@
+"""`verify` tells four things apart: agreement, drift, corruption, another model."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mirror_runtime import Encoder, verify
+from mirror_runtime.bundle import (
+    CANARIES_FILE,
+    MANIFEST_FILE,
+    Canaries,
+    Canary,
+    EngineName,
+    Pooling,
+    fingerprint,
+    read_canaries,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
+from mirror_runtime.canaries import Verdict, compare
+from mirror_runtime.cli.main import main
+from mirror_runtime.errors import BundleError
+
+CANARIES = tuple(Canary(text=str(i), vector=tuple(float(i == j) for j in range(4))) for i in range(4))
+
+
+def stored() -> np.ndarray:
+    return np.array([canary.vector for canary in CANARIES], np.float32)
+
+
+@pytest.fixture
+def copy(tiny_bundle, tmp_path) -> Path:
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+def rewrite(bundle: Path, **changes) -> None:
+    """Change the manifest, with the hashes of what lies there now."""
+    manifest = read_manifest(bundle)
+    files = {name: sha256_file(bundle / name) for name in manifest.files}
+    write_json(dataclasses.replace(manifest, **{"files": files, **changes}), bundle / MANIFEST_FILE)
+
+
+def turned(vector: tuple[float, ...], cosine: float) -> tuple[float, ...]:
+    """Give a vector of the same length at a known angle."""
+    v = np.array(vector)
+    other = np.roll(v, 1) - v * (np.roll(v, 1) @ v) / (v @ v)
+    other *= np.linalg.norm(v) / np.linalg.norm(other)
+    return tuple(cosine * v + np.sqrt(1 - cosine**2) * other)
+
+
+def report(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda v: v, Verdict.AGREES),
+        (lambda v: v + 0.1 * np.roll(v, 1, axis=1), Verdict.DRIFTED),
+        (lambda v: v * 2, Verdict.DRIFTED),
+        (lambda v: v[::-1], Verdict.ANOTHER_MODEL),
+        (lambda v: v * np.float32("nan"), Verdict.BROKEN),
+        (lambda v: v[:, :3], Verdict.BROKEN),
+    ],
+    ids=["same", "turned", "longer", "others", "nan", "cut"],
+)
+def test_what_the_canaries_say(change, verdict):
+    compared = compare(change(stored()), CANARIES, 0.9999)
+    assert compared.verdict is verdict
+    assert bool(compared.problem) == (verdict is not Verdict.AGREES)
+
+
+def test_a_good_bundle_agrees_and_the_encoder_names_the_same_space(tiny_bundle, capsys):
+    assert main(["verify", str(tiny_bundle)]) == 0
+    said = report(capsys)
+    assert {entry["verdict"] for entry in said["artifacts"]} == {"agrees"}
+    with Encoder.load(tiny_bundle, engine="fake") as encoder:
+        assert encoder.fingerprint == said["fingerprint"] == read_manifest(tiny_bundle).fingerprint
+    assert main(["verify", str(tiny_bundle), "--fingerprint", said["fingerprint"]]) == 0
+
+
+@pytest.mark.parametrize(("cosine", "verdict"), [(0.99, "drifted"), (0.3, "another model")])
+def test_vectors_that_this_machine_computes_otherwise_are_drift_unless_no_rounding_explains_them(
+    copy, capsys, cosine, verdict
+):
+    canaries = tuple(Canary(text=c.text, vector=turned(c.vector, cosine)) for c in read_canaries(copy))
+    write_json(Canaries(canaries=canaries), copy / CANARIES_FILE)
+    rewrite(copy)
+    assert main(["verify", str(copy)]) == 1
+    said = report(capsys)
+    assert said["failed"] == said["ran"] > 0
+    assert {entry["verdict"] for entry in said["artifacts"]} == {verdict}
+    assert said["artifacts"][0]["min_cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "onnx/model_packed.onnx", "tokenizer.json"])
+def test_a_changed_byte_is_corruption(copy, name):
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"corrupted: {name} differ"):
+        verify.verify(copy)
+
+
+def test_whole_files_of_another_vector_space_are_another_model(copy, capsys):
+    spec = dataclasses.replace(read_manifest(copy).encoder, pooling=Pooling.CLS)
+    rewrite(copy, encoder=spec)
+    with pytest.raises(BundleError, match="another model than it says"):
+        verify.verify(copy)
+    rewrite(copy, fingerprint=fingerprint(spec, read_manifest(copy).files))
+    wanted = "0" * 16
+    assert main(["verify", str(copy), "--fingerprint", wanted]) == 2
+    assert f"where {wanted} is expected" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_installed_is_no_agreement(tiny_bundle, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "installed", lambda name: name is EngineName.FAKE)
+    assert main(["verify", str(tiny_bundle)]) == 1
+    said = report(capsys)
+    assert said["ran"] == said["failed"] == 0
+    assert said["not_run"] == len(said["artifacts"]) > 0

@@ -1,0 +1,184 @@
+"""The second model's configuration, held against the rules that Triton's own backends were seen to have."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc.model_config_pb2 as triton_proto
+from google.protobuf import text_format
+
+from mirror_runtime.bundle import (
+    Artifact,
+    EngineName,
+    Layout,
+    Manifest,
+    Pooling,
+    Precision,
+    TensorSpec,
+    read_manifest,
+    to_json,
+)
+from mirror_runtime.engines.plan_card import PlanCard, card_path
+from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.packing import Ladder
+from mirror_runtime.triton.model.backend_model import EncoderModel, packed_ladder, render_encoder
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
+
+NAMES = ("input_ids", "position_ids", "segment_ids")
+SHAPES = Ladder.up_to(64).shapes()
+
+
+def artifact_of(make: Callable[..., Artifact], engine: EngineName, precision: Precision) -> Artifact:
+    path = "tensorrt/model_packed.plan" if engine is EngineName.TENSORRT else "onnx/model_packed.onnx"
+    inputs = tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in NAMES)
+    return dataclasses.replace(make(engine, precision), path=path, inputs=inputs)
+
+
+@pytest.fixture
+def manifest(make_bundle, make_artifact) -> Callable[..., tuple[Path, Manifest]]:
+    def make(engine: EngineName, *precisions: Precision) -> tuple[Path, Manifest]:
+        bundle = make_bundle(artifacts=tuple(artifact_of(make_artifact, engine, p) for p in precisions))
+        return bundle, read_manifest(bundle)
+
+    return make
+
+
+def rendered(bundle: Path, manifest: Manifest, cores: int = 8, **options) -> triton_proto.ModelConfig:
+    model = EncoderModel.of(bundle, manifest, ServingOptions(**options), cores)
+    return text_format.Parse(render_encoder(model, cores), triton_proto.ModelConfig())
+
+
+def write_card(bundle: Path, shapes: tuple[tuple[int, int], ...]) -> None:
+    (bundle / "tensorrt").mkdir(exist_ok=True)
+    card = PlanCard(
+        format_version=1,
+        tensorrt="10.0",
+        gpu="a GPU",
+        compute_capability="9.0",
+        platform="Linux x86_64",
+        precision=Precision.FP16,
+        layout=Layout.PACKED,
+        onnx="model_packed.onnx",
+        onnx_sha256="0",
+        plan_sha256="0",
+        inputs=(),
+        outputs=(),
+        profiles=tuple({name: (shape, shape, shape) for name in NAMES} for shape in shapes),
+        level=3,
+        workspace_gib=None,
+        version_compatible=False,
+        hardware="none",
+        layers=1,
+        fused_attention=0,
+        min_cosine=None,
+        build_s=1.0,
+    )
+    card_path(bundle / "tensorrt" / "model_packed.plan").write_text(json.dumps(to_json(card)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "engine", "precision", "file"),
+    [
+        (Backend.ONNXRUNTIME, EngineName.ONNXRUNTIME, Precision.FP32, "model.onnx"),
+        (Backend.OPENVINO, EngineName.OPENVINO, Precision.BF16, "model.onnx"),
+        (Backend.TENSORRT, EngineName.TENSORRT, Precision.FP16, "model.plan"),
+    ],
+)
+def test_every_backend_gets_whole_batches_of_free_shape_and_is_warm(manifest, backend, engine, precision, file):
+    bundle, read = manifest(engine, precision)
+    write_card(bundle, SHAPES)
+    config = rendered(bundle, read, backend=backend, streams=2)
+    assert (config.name, config.backend, config.default_model_filename) == ("encoder", backend.value, file)
+    # OpenVINO's backend cannot batch rows of free length, and nothing is left to batch.
+    assert config.max_batch_size == 0
+    assert not config.HasField("dynamic_batching")
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
+        (name, triton_proto.TYPE_INT64, [-1, -1]) for name in NAMES
+    ]
+    assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [
+        ("embedding", triton_proto.TYPE_FP32, [-1, -1, 8])
+    ]
+    assert config.version_policy.latest.num_versions == 1
+    warm = {tuple(warmup.inputs["segment_ids"].dims) for warmup in config.model_warmup}
+    assert warm == set(SHAPES)
+    assert all(warmup.batch_size == 1 and set(warmup.inputs) == set(NAMES) for warmup in config.model_warmup)
+    assert all(each.zero_data for warmup in config.model_warmup for each in warmup.inputs.values())
+
+
+@pytest.mark.parametrize(("streams", "cores"), [(1, 8), (2, 8), (3, 8), (8, 8)])
+def test_onnxruntime_instances_share_the_cores(manifest, streams, cores):
+    bundle, read = manifest(EngineName.ONNXRUNTIME, Precision.FP32)
+    config = rendered(bundle, read, cores, backend=Backend.ONNXRUNTIME, streams=streams)
+    (group,) = config.instance_group
+    assert group.kind == triton_proto.ModelInstanceGroup.KIND_CPU
+    assert group.count == streams, "left out, it would be two"
+    threads = int(config.parameters["intra_op_thread_count"].string_value)
+    assert threads >= 1
+    assert streams * threads <= cores, "0 or more would give each instance every core"
+    assert config.parameters["inter_op_thread_count"].string_value == "1"
+
+
+def test_openvino_streams_are_its_instances_and_share_the_cores(manifest):
+    bundle, read = manifest(EngineName.OPENVINO, Precision.BF16)
+    config = rendered(bundle, read, 4, backend=Backend.OPENVINO)
+    said = {key: value.string_value for key, value in config.parameters.items()}
+    assert said == {"NUM_STREAMS": "4", "INFERENCE_NUM_THREADS": "4", "HINT_BF16": "YES"}
+    assert config.instance_group[0].count == 4
+
+
+def test_tensorrt_has_every_profile_and_a_cuda_graph_for_every_shape(manifest):
+    bundle, read = manifest(EngineName.TENSORRT, Precision.FP16)
+    write_card(bundle, SHAPES)
+    config = rendered(bundle, read, backend=Backend.TENSORRT)
+    (group,) = config.instance_group
+    assert (group.kind, group.count) == (triton_proto.ModelInstanceGroup.KIND_GPU, 2)
+    assert list(group.profile) == [str(number) for number in range(len(SHAPES))]
+    assert config.optimization.cuda.graphs
+    specs = config.optimization.cuda.graph_spec
+    assert {tuple(spec.input["input_ids"].dim) for spec in specs} == set(SHAPES)
+    assert all(spec.batch_size == 0 and set(spec.input) == set(NAMES) for spec in specs)
+    assert not config.parameters
+
+
+def test_a_plan_without_a_profile_for_a_packed_shape_is_refused(manifest):
+    bundle, read = manifest(EngineName.TENSORRT, Precision.FP16)
+    write_card(bundle, SHAPES[:-1])
+    with pytest.raises(EngineError, match=r"no static profile for rows \(16, 64\)"):
+        rendered(bundle, read, backend=Backend.TENSORRT)
+
+
+def test_what_a_backend_cannot_do_is_refused(manifest):
+    bundle, read = manifest(EngineName.OPENVINO, Precision.FP32)
+    with pytest.raises(InputError, match="no setting for fp32"):
+        rendered(bundle, read, backend=Backend.OPENVINO)
+    with pytest.raises(EngineError, match="the bundle has none"):
+        rendered(bundle, read, backend=Backend.TENSORRT)
+    with pytest.raises(InputError, match="runs engine openvino, not fake"):
+        rendered(bundle, read, backend=Backend.OPENVINO, engine="fake")
+
+
+def test_one_of_several_precisions_must_be_named(manifest):
+    bundle, read = manifest(EngineName.ONNXRUNTIME, Precision.FP32, Precision.INT8)
+    with pytest.raises(EngineError, match=r"the bundle has fp32, int8\. Name one"):
+        rendered(bundle, read, backend=Backend.ONNXRUNTIME)
+    config = rendered(bundle, read, backend=Backend.ONNXRUNTIME, precision="int8")
+    assert config.backend == "onnxruntime"
+    with pytest.raises(InputError, match="9 streams on 8 cores"):
+        rendered(bundle, read, backend=Backend.ONNXRUNTIME, precision="int8", streams=9)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "backend", "short"),
+    [
+        (Pooling.CLS, Backend.OPENVINO, [16, 32]),
+        (Pooling.MEAN, Backend.OPENVINO, [16, 32, 48]),
+        (Pooling.CLS, Backend.ONNXRUNTIME, [16, 32, 48]),
+    ],
+)
+def test_openvino_runs_one_token_heads_in_lengths_that_it_gets_right(manifest, pooling, backend, short):
+    _, made = manifest(EngineName.OPENVINO, Precision.BF16)
+    asked = dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, pooling=pooling))
+    ladder = packed_ladder(asked, ServingOptions(backend=backend))
+    assert [length for _, length in ladder.shapes() if length < 64] == short

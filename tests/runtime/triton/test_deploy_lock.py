@@ -1,0 +1,85 @@
+"""What `mirror serve` and `mirror deploy` leave in a repository for each other, and how a present version is read."""
+
+import json
+
+import pytest
+
+from mirror_runtime.errors import BundleError, InputError, ServerError
+from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.triton.repository.options import ServingOptions
+from mirror_runtime.triton.repository.render import write_temporary_repository
+from mirror_runtime.triton.server.control import Access
+from mirror_runtime.triton.server.deploy import deploy, present_options
+from mirror_runtime.triton.server.deploy_lock import ACCESS_FILE, Announcement, deploying, serving
+from mirror_runtime.triton.server.supervisor import serve
+
+ACCESS = Access(address="127.0.0.1:1", key="secret", pid=2)
+
+
+def test_a_server_is_found_while_its_process_lives(tmp_path):
+    assert serving(tmp_path) is None
+    with Announcement(tmp_path) as announcement:
+        with pytest.raises(ServerError, match="is starting"):
+            serving(tmp_path)
+        announcement.write(ACCESS)
+        assert serving(tmp_path) == ACCESS
+        announcement.write(Access(address="127.0.0.1:1", key="k", pid=3))
+        assert serving(tmp_path) == Access(address="127.0.0.1:1", key="k", pid=3)
+        assert (tmp_path / ACCESS_FILE).stat().st_mode & 0o777 == 0o600
+    assert serving(tmp_path) is None
+
+
+def test_what_a_killed_server_left_counts_for_nothing(tmp_path):
+    (tmp_path / ACCESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "key": "old", "pid": 1}))
+    assert serving(tmp_path) is None
+    with Announcement(tmp_path) as announcement:
+        announcement.write(ACCESS)
+        assert serving(tmp_path) == ACCESS
+
+
+def test_two_servers_or_two_deployments_at_once_are_refused(tmp_path):
+    with Announcement(tmp_path), pytest.raises(InputError, match="another mirror serve runs on"):
+        Announcement(tmp_path)
+    with deploying(tmp_path), pytest.raises(InputError, match="another process deploys into"), deploying(tmp_path):
+        pass
+    with deploying(tmp_path):
+        pass
+
+
+def test_the_present_options_are_read_back(make_bundle, tmp_path):
+    options = ServingOptions(engine="fake", streams=3, long_texts=LongTexts.CHUNK, max_batch_size=12)
+    assert present_options(tmp_path / "embed") == ServingOptions()
+    write_temporary_repository(make_bundle(), tmp_path, options)
+    assert present_options(tmp_path / "embed") == options
+
+
+@pytest.mark.parametrize("config", ['name: "embed" backend: "python"', "no protobuf at all", "max_batch_size: -"])
+def test_a_model_of_somebody_else_is_not_replaced(tmp_path, config):
+    (tmp_path / "config.pbtxt").write_text(config)
+    with pytest.raises(InputError, match="is no configuration that this project wrote"):
+        present_options(tmp_path)
+
+
+def test_a_bundle_that_nothing_could_prove_changes_nothing(make_bundle, tmp_path):
+    repository = tmp_path / "models"
+    with pytest.raises(BundleError):  # its fingerprint is made up
+        deploy(make_bundle(), repository)
+    with pytest.raises(BundleError, match="no-such"):
+        deploy(tmp_path / "no-such", repository)
+    assert not repository.exists()
+
+
+def test_options_are_for_bundles_alone(make_bundle, tmp_path):
+    repository = tmp_path / "models"
+    repository.mkdir()
+    write_temporary_repository(make_bundle(), repository, ServingOptions(engine="fake"))
+    with pytest.raises(InputError, match="leave out the options"):
+        serve(repository, options=ServingOptions(engine="fake"))
+    with pytest.raises(BundleError):
+        serve(tmp_path / "nothing")
+
+
+def test_a_repository_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), deploying(tmp_path / "file"):
+        pass

@@ -1,0 +1,303 @@
+"""The model repository: what is committed, what is rendered, and what is written."""
+
+import json
+import os
+import shlex
+import struct
+
+import pytest
+import tritonclient.grpc.model_config_pb2 as triton_proto
+from google.protobuf import text_format
+
+from export import to_triton
+from mirror_runtime.bundle import (
+    FORMAT_VERSION,
+    EncoderSpec,
+    EngineName,
+    Manifest,
+    Pooling,
+    Precision,
+    check_files,
+    read_manifest,
+)
+from mirror_runtime.errors import BundleError, EngineError, InputError
+from mirror_runtime.plan import Goal, Host, Measured, Plan, Setting, write_plan
+from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.triton.repository.container import container_command
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from mirror_runtime.triton.repository.render import (
+    MODEL_SOURCE,
+    render_config,
+    render_warmup,
+    write_repository,
+    write_temporary_repository,
+)
+from tests.support.paths import ROOT
+
+COMMITTED = ROOT / "triton_models" / "embed"
+
+MINILM = Manifest(
+    format_version=FORMAT_VERSION,
+    created_by="tests",
+    encoder=EncoderSpec(
+        base_model="sentence-transformers/all-MiniLM-L6-v2",
+        revision=None,
+        family="bert",
+        pooling=Pooling.MEAN,
+        normalize=True,
+        max_tokens=256,
+        dim=384,
+        pad_to=None,
+    ),
+    fingerprint="0123456789abcdef",
+    files={},
+    artifacts=(),
+)
+
+
+def parsed(text: str) -> triton_proto.ModelConfig:
+    """Read a configuration the way Triton does; an unknown field or a syntax error raises."""
+    return text_format.Parse(text, triton_proto.ModelConfig())
+
+
+def test_the_committed_model_is_what_is_rendered():
+    assert (COMMITTED / "config.pbtxt").read_text(encoding="utf-8") == render_config(MINILM, ServingOptions())
+    assert (COMMITTED / "1" / "model.py").read_text(encoding="utf-8") == MODEL_SOURCE
+    warmup = render_warmup(MINILM)
+    assert {path.name: path.read_bytes() for path in (COMMITTED / "warmup").iterdir()} == warmup
+
+
+def test_config_says_what_triton_must_know():
+    config = parsed(render_config(MINILM, ServingOptions(max_batch_size=64, streams=2)))
+    assert (config.name, config.backend, config.max_batch_size) == ("embed", "python", 64)
+    assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [
+        ("EMBEDDING", triton_proto.TYPE_FP32, [384]),
+        ("TOKENS", triton_proto.TYPE_INT32, [1]),
+        ("TRUNCATED", triton_proto.TYPE_BOOL, [1]),
+        ("FINGERPRINT", triton_proto.TYPE_STRING, [1]),
+    ]
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("TEXT", triton_proto.TYPE_STRING, [1])]
+    assert [(g.kind, g.count) for g in config.instance_group] == [(triton_proto.ModelInstanceGroup.KIND_CPU, 1)]
+    assert config.HasField("dynamic_batching")
+    # Any of these makes Triton stall requests for up to 500 ms.
+    assert config.dynamic_batching == triton_proto.ModelDynamicBatching()
+    assert config.version_policy.latest.num_versions == 1
+    assert not config.response_cache.enable
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert ServingOptions.of_parameters(parameters, 64) == ServingOptions(max_batch_size=64, streams=2)
+    said = {name: parameters[name] for name in ("bundle", "engine", "streams", "long_texts", "fingerprint")}
+    assert said == {
+        "bundle": "bundle",
+        "engine": "auto",
+        "streams": "2",
+        "long_texts": "truncate",
+        "fingerprint": "0123456789abcdef",
+    }
+
+
+def test_instances_and_all_options_are_what_was_asked_for():
+    options = ServingOptions(instances=3, max_tokens_in_flight=9, long_texts=LongTexts.CHUNK)
+    config = parsed(render_config(MINILM, options))
+    assert [(g.kind, g.count) for g in config.instance_group] == [(triton_proto.ModelInstanceGroup.KIND_CPU, 3)]
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    assert ServingOptions.of_parameters(parameters, config.max_batch_size) == options
+
+
+@pytest.mark.parametrize("path", ['a "quoted" name', "back\\slash", "ünïcode", "new\nline"])
+def test_any_path_survives_the_configuration(path):
+    config = parsed(render_config(MINILM, ServingOptions(), bundle=path))
+    assert config.parameters["bundle"].string_value == path
+
+
+def test_warmup_holds_length_prefixed_text_that_fits_the_encoder():
+    for name, content in render_warmup(MINILM).items():
+        (length,) = struct.unpack("<I", content[:4])
+        assert length == len(content) - 4, name
+        assert 0 < len(content[4:].decode("utf-8").split()) <= 64
+
+
+def test_options_are_checked():
+    with pytest.raises(InputError, match="max_batch_size is 0"):
+        ServingOptions(max_batch_size=0)
+    with pytest.raises(InputError, match="streams is 0"):
+        ServingOptions(streams=0)
+    with pytest.raises(InputError, match="row_tokens and batch_tokens belong together"):
+        ServingOptions(row_tokens=64)
+    with pytest.raises(InputError, match="need engine, precision and streams"):
+        ServingOptions(row_tokens=64, batch_tokens=1024)
+
+
+def a_plan(**changes) -> Plan:
+    setting = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
+    measured = Measured(
+        setting=setting, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True
+    )
+    fields = {
+        "format_version": 1,
+        "goal": Goal.THROUGHPUT,
+        "floor": 0.999,
+        "fingerprint": "0123456789abcdef",
+        "host": Host(cpu="a CPU", features="0", cores=8),
+        "versions": {},
+        "texts": 100,
+        "rounds": 3,
+        "chosen": setting,
+        "measured": (measured,),
+    }
+    return Plan(**{**fields, **changes})
+
+
+def test_a_plan_fills_what_is_left_open():
+    options = ServingOptions(max_batch_size=8).follow(a_plan(), "0123456789abcdef")
+    assert options.setting == a_plan().chosen
+    assert options.max_batch_size == 8
+    assert ServingOptions(streams=1).follow(a_plan(), "0123456789abcdef").streams == 1
+    with pytest.raises(InputError, match="the plan is for the bundle 0123456789abcdef, not fed"):
+        ServingOptions().follow(a_plan(), "fed")
+    with pytest.raises(InputError, match="accepted nothing for engine onnxruntime"):
+        ServingOptions(engine="onnxruntime").follow(a_plan(), "0123456789abcdef")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_repository_holds_its_own_bundle(make_bundle, tmp_path, link):
+    bundle = make_bundle()
+    folder = write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"), link=link)
+    assert folder == tmp_path / "repo" / "embed"
+    copy = folder / "1" / "bundle"
+    check_files(copy, read_manifest(copy))
+    assert os.path.samefile(copy / "tokenizer.json", bundle / "tokenizer.json") == link
+    assert parsed((folder / "config.pbtxt").read_text(encoding="utf-8")).output[0].dims == [8]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"], "nothing may be left beside"
+
+
+def test_links_become_copies_where_the_file_system_has_none(make_bundle, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = write_repository(make_bundle(), tmp_path / "repo", ServingOptions(engine="fake"), link=True)
+    check_files(folder / "1" / "bundle", read_manifest(folder / "1" / "bundle"))
+
+
+def test_a_changed_bundle_is_refused_and_nothing_is_written(make_bundle, tmp_path):
+    bundle = make_bundle()
+    (bundle / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(BundleError, match=r"tokenizer\.json differ"):
+        write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
+    assert not (tmp_path / "repo").exists()
+
+
+def test_a_failure_half_way_leaves_what_was_there(make_bundle, tmp_path, monkeypatch):
+    bundle = make_bundle()
+    folder = write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
+    before = (folder / "config.pbtxt").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copy2", full)
+    with pytest.raises(InputError, match="No space left"):
+        write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake", max_batch_size=1), overwrite=True)
+    assert (folder / "config.pbtxt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"]
+
+
+def test_an_existing_model_is_replaced_only_when_asked(make_bundle, tmp_path):
+    bundle = make_bundle()
+    write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
+    (tmp_path / "repo" / "embed" / "old").touch()
+    with pytest.raises(InputError, match="--overwrite"):
+        write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
+    assert (tmp_path / "repo" / "embed" / "old").exists()
+    write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"), overwrite=True)
+    assert not (tmp_path / "repo" / "embed" / "old").exists()
+
+
+def test_what_the_bundle_does_not_hold_cannot_be_served(make_bundle, make_artifact, tmp_path):
+    artifact = make_artifact(EngineName.ONNXRUNTIME, Precision.FP32)
+    bundle = make_bundle(artifacts=(artifact,))
+    for engine, precision in (("openvino", "auto"), ("auto", "bf16"), ("warp", "auto")):
+        with pytest.raises(EngineError, match="it has onnxruntime fp32"):
+            write_repository(bundle, tmp_path / "repo", ServingOptions(engine=engine, precision=precision))
+    write_repository(bundle, tmp_path / "repo", ServingOptions())
+
+
+def test_a_temporary_repository_refers_to_the_bundle(make_bundle, tmp_path):
+    bundle = make_bundle()
+    (tmp_path / "repo").mkdir()
+    write_temporary_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
+    config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert config.parameters["bundle"].string_value == str(bundle)
+    assert not (tmp_path / "repo" / "embed" / "1" / "bundle").exists()
+
+
+def test_the_container_command_is_one_shell_command_on_loopback():
+    words = shlex.split(container_command("/data/my repo", "/src/clone", engine="openvino"))
+    assert words[:3] == ["docker", "run", "--rm"]
+    assert "/data/my repo:/models:ro" in words
+    assert "/src/clone:/src:ro" in words
+    assert [word for word in words if ":8000" in word] == ["127.0.0.1:8000:8000"]
+    assert words[-3:-1] == ["sh", "-c"]
+    assert "pip install --quiet '/tmp/mirror[openvino]'" in words[-1]
+
+
+def test_to_triton_writes_a_repository_and_ends_in_one_json_line(make_bundle, tmp_path, capsys):
+    arguments = [str(make_bundle()), "--output", str(tmp_path / "repo"), "--engine", "fake", "--long-texts", "chunk"]
+    assert to_triton.main(arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["repository"] == str(tmp_path / "repo")
+    assert (report["dim"], report["fingerprint"]) == (8, "0123456789abcdef")
+    assert report["container"].startswith("docker run")
+    config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert config.parameters["long_texts"].string_value == LongTexts.CHUNK.value
+
+
+def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
+    bundle = make_bundle(artifacts=(make_artifact(EngineName.OPENVINO, Precision.BF16),))
+    write_plan(a_plan(), tmp_path / "plan.json")
+    arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--plan", str(tmp_path / "plan.json")]
+    assert to_triton.main(arguments) == 0, capsys.readouterr().err
+    config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    said = {name: config.parameters[name].string_value for name in ("engine", "precision", "streams", "row_tokens")}
+    assert said == {"engine": "openvino", "precision": "bf16", "streams": "4", "row_tokens": "32"}
+
+
+def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, tmp_path, capsys):
+    bundle = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
+    (bundle / "onnx").mkdir()
+    (bundle / "onnx" / "model_packed.onnx").write_bytes(b"a graph")
+    arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--backend", "onnxruntime", "--cores", "8"]
+    assert to_triton.main([*arguments, "--streams", "2"]) == 0, capsys.readouterr().err
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["backend"] == "onnxruntime"
+    assert "'/tmp/mirror'" in report["container"], "none of our engines is needed there"
+    repository = tmp_path / "repo"
+    assert (repository / "encoder" / "1" / "model.onnx").read_bytes() == b"a graph"
+    kept = {path.name for path in (repository / "embed" / "1" / "bundle").iterdir()}
+    assert kept == {"manifest.json", "tokenizer.json"}, "the graph lies there once"
+    encoder = parsed((repository / "encoder" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert encoder.parameters["intra_op_thread_count"].string_value == "4"
+    embed = parsed((repository / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
+    assert not embed.model_warmup, "one model cannot reach another before the server is ready"
+    said = {key: value.string_value for key, value in embed.parameters.items()}
+    assert (said["backend"], said["engine"], said["precision"], said["streams"]) == (
+        *("onnxruntime", "onnxruntime", "fp32", "2"),
+    )
+    assert to_triton.main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert to_triton.main([str(bundle), "--output", str(repository), "--engine", "fake", "--overwrite"]) == 0
+    assert [path.name for path in repository.iterdir()] == ["embed"], "the encoder that nobody uses is gone"
+
+
+def test_a_backend_is_not_served_by_the_wheel(make_bundle, tmp_path):
+    with pytest.raises(InputError, match="container alone"):
+        write_temporary_repository(make_bundle(), tmp_path, ServingOptions(backend=Backend.OPENVINO))
+
+
+def test_to_triton_says_what_is_wrong_without_a_traceback(tmp_path, capsys):
+    assert to_triton.main([str(tmp_path / "absent"), "--output", str(tmp_path / "repo")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "is not a bundle" in captured.err
+    assert "Traceback" not in captured.err
+    assert to_triton.main(["--no-such-flag"]) == 2

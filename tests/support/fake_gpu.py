@@ -1,0 +1,172 @@
+"""A GPU of two stand-ins: TensorRT and CUDA, which obey the real bindings and compute what a test tells them."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import Vectors
+from tests.support.tensorrt_binding import FakeTensorRT, StandIn, binding
+
+INPUTS = ("input_ids", "position_ids", "segment_ids")
+NAME, COMPUTE_CAPABILITY = "NVIDIA L4", "8.9"
+
+Compute = Callable[[PackedRows], Vectors]
+"""What a packed engine gives for rows."""
+
+
+class FakeCuda:
+    """`cuda.bindings.runtime` over host memory: the same signatures; graphs replay what was queued while capturing."""
+
+    def __init__(self) -> None:
+        self._real = importlib.import_module("cuda.bindings.runtime")
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.memory: dict[int, Any] = {}
+        self.capturing: list[Callable[[], object]] | None = None
+        self.graphs: dict[int, list[Callable[[], object]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self._real, name)
+        if not inspect.isroutine(real):
+            return real
+
+        def call(*args: Any) -> Any:
+            inspect.signature(real).bind(*args)
+            self.calls.append((name, args))
+            answer = getattr(type(self), f"do_{name}", None)
+            values = answer(self, *args) if answer is not None else ()
+            return (self._real.cudaError_t.cudaSuccess, *values)
+
+        call.__name__ = name
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def queue(self, work: Callable[[], object]) -> None:
+        if self.capturing is None:
+            work()
+        else:
+            self.capturing.append(work)
+
+    def do_cudaGetDeviceCount(self) -> tuple[int]:
+        return (1,)
+
+    def do_cudaGetDeviceProperties(self, device: int) -> tuple[Any]:
+        return (types.SimpleNamespace(name=NAME.encode(), major=8, minor=9),)
+
+    def do_cudaStreamCreateWithFlags(self, flags: int) -> tuple[int]:
+        return (100 + len(self.calls),)
+
+    def do_cudaMalloc(self, size: int) -> tuple[int]:
+        block = ctypes.create_string_buffer(size)
+        self.memory[ctypes.addressof(block)] = block
+        return (ctypes.addressof(block),)
+
+    do_cudaMallocHost = do_cudaMalloc
+
+    def do_cudaFree(self, address: int) -> tuple[()]:
+        del self.memory[address]
+        return ()
+
+    do_cudaFreeHost = do_cudaFree
+
+    def do_cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> tuple[()]:
+        self.queue(lambda: ctypes.memmove(to, source, size))
+        return ()
+
+    def do_cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:
+        self.capturing = []
+        return ()
+
+    def do_cudaStreamEndCapture(self, stream: Any) -> tuple[int]:
+        assert self.capturing is not None
+        self.graphs[len(self.graphs) + 1] = self.capturing
+        self.capturing = None
+        return (len(self.graphs),)
+
+    def do_cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int]:
+        return (graph,)
+
+    def do_cudaGraphLaunch(self, graph: int, stream: Any) -> tuple[()]:
+        for work in self.graphs[graph]:
+            work()
+        return ()
+
+
+class Context:
+    """What TensorRT keeps in one execution context, and what the engine in it computes."""
+
+    def __init__(self, compute: Compute, dim: int) -> None:
+        self.compute = compute
+        self.dim = dim
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def array(self, name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory = (ctypes.c_uint8 * size).from_address(self.addresses[name])
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+    def output_shape(self) -> tuple[int, int, int]:
+        rows, length = self.shapes["input_ids"]
+        return rows, length // 4, self.dim
+
+    def run(self) -> None:
+        rows = PackedRows(**{name: self.array(name, np.int64, self.shapes[name]) for name in INPUTS})
+        self.array("embedding", np.float32, self.output_shape())[...] = self.compute(rows)
+
+
+@dataclasses.dataclass
+class Gpu:
+    """The two stand-ins of one test."""
+
+    trt: FakeTensorRT
+    cuda: FakeCuda
+
+
+def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim: int) -> Gpu:
+    """Put the stand-ins where `tensorrt` and `cuda.bindings.runtime` are imported from."""
+    cuda = FakeCuda()
+    names = (*INPUTS, "embedding")
+
+    def create_execution_context(strategy: Any) -> StandIn:
+        """Give each context answers of its own."""
+        state = Context(compute, dim)
+        own = FakeTensorRT(trt.spec, {})
+        own.calls, own.enums = trt.calls, trt.enums
+        own.answers = {
+            **trt.answers,
+            "IExecutionContext.set_input_shape": lambda name, shape: state.shapes.update({name: shape}) or True,
+            "IExecutionContext.set_tensor_address": lambda name, at: state.addresses.update({name: at}) or True,
+            "IExecutionContext.get_tensor_shape": lambda name: state.shapes.get(name) or state.output_shape(),
+            "IExecutionContext.execute_async_v3": lambda stream: cuda.queue(state.run) or True,
+        }
+        return StandIn(own, "IExecutionContext")
+
+    trt = FakeTensorRT(
+        binding(version),
+        {
+            "ICudaEngine.create_execution_context": create_execution_context,
+            "ICudaEngine.device_memory_size_v2": 4096,
+            "ICudaEngine.num_io_tensors": 4,
+            "ICudaEngine.get_tensor_name": lambda i: names[i],
+            "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
+        },
+    )
+    io, kinds = trt.TensorIOMode, trt.DataType
+    trt.answers["ICudaEngine.get_tensor_mode"] = lambda name: io.OUTPUT if name == "embedding" else io.INPUT
+    trt.answers["ICudaEngine.get_tensor_dtype"] = lambda name: kinds.FLOAT if name == "embedding" else kinds.INT64
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    return Gpu(trt=trt, cuda=cuda)

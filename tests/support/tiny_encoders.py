@@ -1,0 +1,117 @@
+"""Tiny random encoders of every family, each with a small tokenizer of the family's own kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from export.proof.proof_texts import NASTY, parity_texts
+
+BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+ANGLES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+POSITIONS = 64
+"""Tokens of the longest text."""
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DISTILBERT_SIZES = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SIZES),
+    "roberta": ("Roberta", SIZES | {"type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRoberta", SIZES | {"type_vocab_size": 1}),
+    "camembert": ("Camembert", SIZES | {"type_vocab_size": 1}),
+    "distilbert": ("DistilBert", DISTILBERT_SIZES),
+    "electra": ("Electra", SIZES | {"embedding_size": 16}),
+    "mpnet": ("MPNet", SIZES),
+}
+"""Prefix of the classes in transformers, and the sizes, by `model_type`."""
+
+
+def write_tiny_encoder(family: str, folder: Path) -> None:
+    """Write a plain Hugging Face folder: random weights (2 layers, 32 wide), and a tokenizer that knows some English.
+
+    As most repositories do, it names the family's own tokenizer class.
+
+    Weights are drawn ten times wider than usual, so that attention and position change the vectors visibly, and the
+    padding tokens' rows are not zero, so that reading them by mistake shows.
+    """
+    prefix, sizes = MODELS[family]
+    tokenizer = tokenizer_of(family)
+    special = ANGLES if tokenizer.token_to_id("<pad>") is not None else BRACKETS
+    pad, unk, cls, sep, mask = (special[i] for i in ((1, 3, 0, 2, 4) if special is ANGLES else range(5)))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        unk_token=unk,
+        cls_token=cls,
+        sep_token=sep,
+        mask_token=mask,
+        model_max_length=POSITIONS,
+    ).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": f"{prefix}Tokenizer"}))
+    first = 2 if special is ANGLES else 0
+    config = getattr(transformers, f"{prefix}Config")(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=POSITIONS + first,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.token_to_id(pad),
+        **sizes,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{prefix}Model")(config)
+        for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
+            torch.nn.init.normal_(table.weight, std=0.2)
+    model.save_pretrained(folder)
+
+
+def ragged_texts(count: int = 40) -> tuple[str, ...]:
+    """Give some of the built-in texts that a graph is proven with, the nasty ones among them, and spelt out tokens."""
+    texts = parity_texts(short=count, medium=6, long=2)
+    return (*texts, "<s> </s> <pad> <mask> <unk> are words here", "<pad><pad>", "a [PAD] b <pad> c")
+
+
+def tokenizer_of(family: str) -> Tokenizer:
+    """Train a tokenizer: byte-level BPE (RoBERTa), Unigram (XLM-R, CamemBERT), else WordPiece."""
+    if family == "roberta":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=600, special_tokens=list(ANGLES), initial_alphabet=alphabet, show_progress=False
+        )
+        processor: Any = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    elif family in ("xlm-roberta", "camembert"):
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=list(ANGLES), unk_token="<unk>", show_progress=False
+        )
+        processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        )
+    else:
+        special = ANGLES if family == "mpnet" else BRACKETS
+        unk = special[3] if special is ANGLES else special[1]
+        tokenizer = Tokenizer(models.WordPiece(unk_token=unk))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=list(special), show_progress=False)
+        if family == "mpnet":
+            processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
+        else:
+            processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.train_from_iterator([text for text in parity_texts(short=300) if text not in NASTY], trainer)
+    tokenizer.post_processor = processor
+    return tokenizer

@@ -1,0 +1,235 @@
+"""Reading raw text, pairs and columns; leaving out repeats and evaluation texts; sampling."""
+
+import gzip
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from encoders.reference import load_tokenizer
+from encoders.source import resolve
+from mirror_runtime.bundle import Pooling, sha256_file
+from mirror_runtime.errors import InputError, MissingExtra
+from training.contamination import Overlap, normalise
+from training.corpus import Corpus, CorpusRequest, measure_lengths, read_corpus
+
+
+def read(*files: object, **options: object) -> Corpus:
+    return read_corpus(CorpusRequest(files=tuple(map(str, files)), **options))  # type: ignore[arg-type]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_lines_are_stripped_and_repeats_dropped_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "\ufeff second \r\n\n first\nsecond\n  \nfirst\nlast")
+    corpus = read(path)
+    assert corpus.examples == corpus.texts == ("second", "first", "last")
+    assert (corpus.lines, corpus.empty, corpus.duplicates) == (7, 2, 2)
+    assert corpus.files[0].sha256 == sha256_file(path)
+    assert corpus.sha256 == hashlib.sha256(b"second\nfirst\nlast\n").hexdigest()
+
+
+def test_a_line_separator_inside_a_line_does_not_end_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "one\u2028still one\ntwo\n")
+    assert read(path).texts == ("one\u2028still one", "two")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\n \n\t\n", "is empty"),
+        (b"only one line\n", "one distinct line"),
+        (b"same\nsame\n same\n", "one distinct line"),
+        (b"a\nb\nc\n", "one character only"),
+        (b"one\n\x7fELF\x00\x01 junk\n", "line 2 holds NUL bytes"),
+        ("one\ntwo\nd\xe9j\xe0\n".encode("latin-1"), "not UTF-8 in line 3"),
+        ("one\ntwo\n".encode("utf-16"), "not"),
+    ],
+)
+def test_unusable_text_is_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "text.txt", content)
+    with pytest.raises(InputError, match=message) as caught:
+        read(path)
+    assert "text.txt" in str(caught.value)
+
+
+def test_an_absent_file_and_a_folder_are_clear_errors(tmp_path: Path) -> None:
+    for name in ("absent.txt", "absent.parquet", "absent.txt.gz"):
+        with pytest.raises(InputError, match=r"cannot be read: .*No such file"):
+            read(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(tmp_path)
+
+
+def test_files_are_joined_and_repeats_count_across_them(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.txt", "a cat\na dog\n")
+    two = write(tmp_path / "two.txt.gz", gzip.compress(b"a dog\na man\n"))
+    corpus = read(one, two)
+    assert corpus.texts == ("a cat", "a dog", "a man")
+    assert [(file.name, file.lines, file.duplicates) for file in corpus.files] == [
+        ("one.txt", 2, 0),
+        ("two.txt.gz", 2, 1),
+    ]
+    assert corpus.files[1].sha256 == hashlib.sha256(b"a dog\na man\n").hexdigest()
+    write(two, gzip.compress(b"a dog\na man\n" * 1000)[:-20])
+    with pytest.raises(InputError, match=r"two.txt.gz cannot be read"):
+        read(two)
+
+
+def test_json_lines_give_a_column_or_bare_strings(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.jsonl", '{"text": "a cat", "n": 1}\n\n"a dog"\n{"text": null}\n{"text": " a man "}\n')
+    corpus = read(path)
+    assert (corpus.texts, corpus.empty) == (("a cat", "a dog", "a man"), 2)
+    assert read(write(path, '{"q": "x y"}\n{"q": "z w"}\n'), columns=("q",)).texts == ("x y", "z w")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "line 2: not JSON"),
+        ("[1]", "line 2: a list where an object is expected"),
+        ('{"body": "x"}', "line 2: no column 'text', only 'body'. Name the right one with --column"),
+        ('{"text": 7}', "line 2: column 'text' holds a int where text is expected"),
+    ],
+)
+def test_bad_json_lines_name_the_line(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(write(tmp_path / "text.jsonl", f'{{"text": "fine"}}\n{line}\n'))
+
+
+def test_parquet_gives_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "text.parquet"
+    parquet.write_table(pa.table({"body": ["a cat", None, "a dog", "a cat"], "n": [1, 2, 3, 4]}), path)
+    corpus = read(path, columns=("body",))
+    assert (corpus.texts, corpus.lines, corpus.empty, corpus.duplicates) == (("a cat", "a dog"), 4, 1, 1)
+    with pytest.raises(InputError, match="no column 'text', only 'body', 'n'"):
+        read(path)
+    with pytest.raises(InputError, match="row 1: column 'n' holds a int"):
+        read(path, columns=("n",))
+    with pytest.raises(InputError, match="is not a Parquet file"):
+        read(write(path, b"junk"))
+
+
+def test_pairs_come_from_tabs_and_from_two_columns(tmp_path: Path) -> None:
+    expected = (("a cat", "one cat"), ("a dog", "one dog"))
+    lines = write(tmp_path / "pairs.tsv", "a cat\t one cat\n\na dog\tone dog\na cat\tone cat\n")
+    corpus = read(lines, pairs=True)
+    assert (corpus.examples, corpus.empty, corpus.duplicates, corpus.has_pairs) == (expected, 1, 1, True)
+    assert corpus.texts == ("a cat", "one cat", "a dog", "one dog")
+    rows = write(tmp_path / "p.jsonl", "".join(json.dumps({"q": a, "a": b}) + "\n" for a, b in expected))
+    assert read(rows, pairs=True, columns=("q", "a")).examples == expected
+    with pytest.raises(InputError, match=r"--column names 1 columns.*pairs need two"):
+        read(rows, pairs=True, columns=("q",))
+
+
+@pytest.mark.parametrize(("line", "tabs"), [("no tab here", 0), ("a\tb\tc", 2), ("a\t", 1), ("\tb", 1)])
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, tabs: int) -> None:
+    path = write(tmp_path / "pairs.tsv", f"fine\talso fine\n{line}\n")
+    with pytest.raises(InputError, match=f"line 2: a pair is two texts .* this line has {tabs} TABs"):
+        read(path, pairs=True)
+
+
+def test_columns_are_refused_where_nothing_has_any(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--column is for JSON lines, Parquet and data sets"):
+        read(write(tmp_path / "text.txt", "a cat\na dog\n"), columns=("text",))
+
+
+def test_a_sample_is_even_keeps_order_and_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "text.txt", "".join(f"line {i:04}\n" for i in range(1000)))
+    one, again, other = (read(path, sample=100, seed=seed) for seed in (1, 1, 2))
+    assert one.examples == again.examples != other.examples
+    assert list(one.texts) == sorted(set(one.texts))
+    assert (len(one.examples), one.sampled_from) == (100, 1000)
+    drawn = [sum(int(t[5:]) < 500 for t in read(path, sample=100, seed=seed).texts) for seed in range(20)]
+    assert 45 < sum(drawn) / 20 < 55
+    assert (len(read(path, sample=2000).texts), read(path, sample=2000).sampled_from) == (1000, None)
+    with pytest.raises(InputError, match="--sample is 1"):
+        read(path, sample=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("A man is playing a guitar.", "a man is playing a guitar"),
+        ("  A MAN  is\tplaying, a “guitar”! ", "a man is playing a guitar"),
+        ("Straße", "strasse"),
+        ("don't", "dont"),
+        ("हिन्दी।", "हिन्दी"),
+        ("?!", "?!"),
+    ],
+)
+def test_texts_are_compared_without_case_punctuation_and_spacing(text: str, form: str) -> None:
+    assert normalise(text) == form
+
+
+def test_evaluation_texts_are_left_out_and_reported(tmp_path: Path) -> None:
+    text = write(tmp_path / "text.txt", "A cat sat.\na  CAT sat\nA dog sat\nA man sat\nA river\n")
+    sts = write(tmp_path / "sts.tsv", "score\tsentence1\tsentence2\n1\ta cat, sat\tunseen\n2\tunseen\tx\n3\ta\tb\n")
+    lines = write(tmp_path / "lines.txt", "a river!\na lake\n")
+    corpus = read(text, exclude=(str(sts), str(lines)))
+    assert (corpus.texts, corpus.excluded) == (("A dog sat", "A man sat"), 3)
+    assert corpus.overlaps == (
+        Overlap(file="sts.tsv", texts=5, found=1),
+        Overlap(file="lines.txt", texts=2, found=1),
+    )
+    assert corpus.overlaps[1].share == 0.5
+    assert corpus.overlap_with([("x", ["a MAN sat", "nothing"])]) == (Overlap(file="x", texts=2, found=1),)
+    with pytest.raises(InputError, match="4 of 5 distinct lines are in --exclude files"):
+        read(text, exclude=(str(sts), str(write(lines, "a river\na man sat\n"))))
+
+
+def test_a_pair_is_left_out_for_either_text(tmp_path: Path) -> None:
+    pairs = write(tmp_path / "p.tsv", "a cat\tx\ny\ta cat\nkeep\tthis\nand\tthat\n")
+    corpus = read(pairs, pairs=True, exclude=(str(write(tmp_path / "e.txt", "A cat\n")),))
+    assert corpus.examples == (("keep", "this"), ("and", "that"))
+
+
+def test_the_published_overlap_is_found_again(shared: Path) -> None:
+    """Measured independently for reference/papers.md, section 1.7, on the same 10,000 sentences."""
+    sts = shared / "data" / "sts"
+    corpus = read(
+        shared / "data" / "mirror_corpus" / "sentences_10k.txt",
+        exclude=tuple(str(sts / f"{name}.tsv") for name in ("stsb-test", "sts2013", "sts2014")),
+    )
+    assert len(corpus.texts) + corpus.excluded == corpus.lines - corpus.empty - corpus.duplicates
+    assert [round(100 * overlap.share, 1) for overlap in corpus.overlaps] == [8.7, 39.0, 46.2]
+
+
+def test_lengths_are_counted_in_tokens(tmp_path: Path, tiny_bert: Path) -> None:
+    tokenizer = load_tokenizer(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    texts = [" ".join(["cat"] * n) for n in range(1, 101)]
+    tokenizer(["the cat"], truncation=True, max_length=5)  # what an earlier call set must not cut these
+    lengths = measure_lengths(read(write(tmp_path / "t.txt", "\n".join(texts))), tokenizer, 50)
+    assert (lengths.texts, lengths.p50, lengths.p95, lengths.max, lengths.over) == (100, 52, 97, 102, 0.52)
+
+
+def test_a_data_set_is_read_by_name_and_a_missing_one_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local folder stands for a hub name: the library reads both in the same way."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", '{"text": "a cat"}\n{"text": "a dog"}\n')
+    write(folder / "test.jsonl", '{"text": "a man"}\n{"text": "a river"}\n')
+    corpus = read(f"hf:{folder}")
+    assert corpus.texts == ("a cat", "a dog")
+    assert corpus.files[0].sha256 == corpus.sha256
+    assert read(f"hf:{folder}:test").texts == ("a man", "a river")
+    with pytest.raises(InputError, match="no column 'body', only 'text'"):
+        read(f"hf:{folder}", columns=("body",))
+    with pytest.raises(InputError, match=r"split absent\) cannot be read: check the name and the network"):
+        read(f"hf:{folder}:absent")
+    with pytest.raises(InputError, match="cannot be read: check the name and the network"):
+        read(f"hf:{tmp_path}/absent")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"datasets is not installed: pip install 'mirror-runtime\[train\]'"):
+        read(f"hf:{folder}")

@@ -1,0 +1,101 @@
+"""The fast dropout is dropout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from encoders.families import hidden_states
+from encoders.reference import Reference
+from encoders.source import resolve
+from mirror_runtime.bundle import Pooling
+from training.dropout import WordDropout, set_dropout, word_dropout
+
+
+def hidden(model: Any, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return hidden_states(model, ids, positions, allowed)[0][-1]
+
+
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rate_and_scale_are_right(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    values = word_dropout(torch.ones(1001, 1000, dtype=dtype), p)
+    assert values.dtype is dtype
+    rate = (values == 0).double().mean().item()
+    assert rate == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
+    precision = 1e-4 if dtype is torch.float32 else 1e-2
+    assert values[values != 0].unique().tolist() == [pytest.approx(1 / (1 - p), rel=precision)]
+
+
+def test_elements_are_independent_of_each_other_and_of_their_place() -> None:
+    """Four elements come from one random word: neither their rates nor their pairs may show it."""
+    torch.manual_seed(1)
+    dropped = (word_dropout(torch.ones(400_000, 4), 0.3) == 0).double()
+    assert dropped.mean(dim=0).tolist() == pytest.approx([0.3] * 4, abs=0.004)
+    covariance = torch.cov(dropped.T)
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.002
+    assert torch.cov(torch.stack([dropped[1:].flatten(), dropped[:-1].flatten()]))[0, 1].abs() < 0.002
+
+
+def test_one_seed_gives_the_same_mask_and_the_next_draw_another() -> None:
+    values = torch.randn(37, 5)
+    torch.manual_seed(3)
+    first, second = word_dropout(values, 0.5), word_dropout(values, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(word_dropout(values, 0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_gradient_follows_the_mask() -> None:
+    values = torch.ones(1000, requires_grad=True)
+    dropped = word_dropout(values, 0.5)
+    dropped.sum().backward()
+    assert values.grad is not None
+    assert torch.equal(values.grad, dropped.detach())
+
+
+def test_nothing_is_dropped_at_zero_or_in_evaluation() -> None:
+    values = torch.randn(10)
+    assert torch.equal(word_dropout(values, 0.0), values)
+    assert torch.equal(WordDropout(0.9).eval()(values), values)
+
+
+def test_a_model_gets_the_rate_everywhere_and_its_own_modules_back(tiny_bert: Path) -> None:
+    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    before = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    with set_dropout(model, 0.37):
+        fast = [module.p for module in model.modules() if isinstance(module, WordDropout)]
+        assert fast == [0.37] * len(before)
+        assert not [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert [module for module in model.modules() if isinstance(module, nn.Dropout)] == before
+
+
+def test_attention_is_that_of_pytorch_but_for_the_mask(tiny_bert: Path) -> None:
+    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    ids = torch.randint(5, 40, (3, 16), generator=torch.Generator().manual_seed(0))
+    allowed = (torch.arange(16) // 5)[:, None] == (torch.arange(16) // 5)[None, :]
+    allowed = allowed.expand(3, 1, 16, 16)
+    expected = hidden(model, ids, allowed)
+    with set_dropout(model, 0.5):
+        torch.testing.assert_close(hidden(model, ids, allowed), expected, atol=1e-5, rtol=1e-5)
+        model.train()
+        torch.manual_seed(0)
+        noisy = hidden(model, ids, allowed)
+    assert (noisy - expected).abs().max() > 0.1
+
+
+def test_attention_probabilities_are_dropped_too(tiny_bert: Path) -> None:
+    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    ids, allowed = torch.full((1, 16), 7), torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    with set_dropout(model, 0.5):
+        for module in model.modules():
+            if isinstance(module, WordDropout):
+                module.eval()  # what is left is the attention's own, which asks its layer whether it is training
+        model.get_submodule("encoder.layer.0.attention.self.dropout").training = True
+        torch.manual_seed(0)
+        first, second = (hidden(model, ids, allowed) for _ in range(2))
+    assert not torch.equal(first, second)

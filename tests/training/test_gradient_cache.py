@@ -1,0 +1,125 @@
+"""Gradients in pieces are the gradients of the whole, in the memory of a piece."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from mirror_runtime.bundle import Pooling
+from training.dropout import set_dropout
+from training.gradient_cache import accumulate
+from training.objective import nt_xent
+from training.packed import encode_packed, pack
+from training.recipe import Device, TuneConfig, TunePrecision
+from training.trainer import Hardware, Step, train
+
+FP32 = Hardware(device=Device.CPU, precision=TunePrecision.FP32)
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "man", "playing", "guitar", "river")
+TEXTS = [" ".join(WORDS[(i * j) % 10] for j in range(1, 3 + i % 9)) + f" {i}" for i in range(60)]
+
+
+def load(folder: Path) -> Reference:
+    return Reference.load(resolve(str(folder), pooling=Pooling.MEAN))
+
+
+def gradients(folder: Path, rows: int, cached: bool) -> tuple[float, torch.Tensor]:
+    """Give loss and gradient of one batch with dropout; the plain way keeps the graphs of all pieces."""
+    reference = load(folder)
+    model = reference.model
+    packed = pack(reference.tokenizer([*TEXTS, *TEXTS])["input_ids"], length=64, pad_id=0)
+    places, pieces = zip(*packed.split(rows), strict=True)
+    assert len(pieces) > 1
+
+    def encode(piece: int) -> torch.Tensor:
+        return encode_packed(model, pieces[piece], Pooling.MEAN)
+
+    def loss_of(vectors: torch.Tensor) -> torch.Tensor:
+        return nt_xent(vectors[:60], vectors[60:], 0.04, torch.arange(60))
+
+    model.train()
+    torch.manual_seed(5)
+    with set_dropout(model, 0.3):
+        if cached:
+            loss = accumulate(places, encode, loss_of, torch.default_generator)
+        else:
+            parts = [encode(piece) for piece in range(len(pieces))]
+            loss = loss_of(torch.cat(parts)[torch.cat(places).argsort()])
+            loss.backward()
+    after = torch.rand(1)
+    grads = [value.grad.flatten() for value in model.parameters() if value.grad is not None]
+    return loss.item() + after.item(), torch.cat(grads)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_gradients_with_dropout_equal_those_of_the_plain_loss(tiny_bert: Path, rows: int) -> None:
+    plain, expected = gradients(tiny_bert, rows, cached=False)
+    loss, gradient = gradients(tiny_bert, rows, cached=True)
+    assert loss == pytest.approx(plain, rel=1e-6)  # and the generator is where it would have been
+    assert ((gradient - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def most_saved_bytes(folder: Path, pairs: int, micro_batch_tokens: int | None) -> int:
+    """Give the largest sum of bytes that the model's graph holds between two backward passes."""
+    texts = [f"{TEXTS[i % 60]} {i}" for i in range(pairs)]
+    config = TuneConfig(batch_size=pairs, max_tokens=48, micro_batch_tokens=micro_batch_tokens)
+    held, most = 0, 0
+
+    def pack_hook(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        nonlocal held, most
+        size = tensor.numel() * tensor.element_size()
+        size *= tensor.shape[-1:] != (pairs * 2,)  # the loss's own matrix is not the model's
+        held += size
+        most = max(most, held)
+        return tensor, size
+
+    def unpack_hook(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+        nonlocal held
+        held -= saved[1]
+        return saved[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, unpack_hook):
+        train(load(folder), texts, config, FP32, lambda _: None)
+    return most
+
+
+def test_memory_does_not_grow_with_the_batch(tiny_bert: Path) -> None:
+    few, many = (most_saved_bytes(tiny_bert, pairs, 256) for pairs in (50, 1000))
+    assert many < 1.5 * few
+    assert most_saved_bytes(tiny_bert, 1000, None) > 10 * many
+
+
+def test_two_runs_in_pieces_give_the_same_weights_and_the_losses_of_one_piece(tiny_bert: Path) -> None:
+    def tuned(micro_batch_tokens: int | None, dropout: float) -> tuple[torch.Tensor, list[tuple[float, int]]]:
+        config = TuneConfig(batch_size=20, max_tokens=48, dropout=dropout, micro_batch_tokens=micro_batch_tokens)
+        reference, steps = load(tiny_bert), list[Step]()
+        train(reference, TEXTS, config, FP32, steps.append)
+        weights = torch.cat([value.flatten() for value in reference.model.state_dict().values()])
+        return weights, [(step.loss, step.tokens) for step in steps]
+
+    (first, _), (second, _) = tuned(128, 0.1), tuned(128, 0.1)
+    assert torch.equal(first, second)
+    (_, in_pieces), (_, at_once) = tuned(128, 0.0), tuned(None, 0.0)
+    assert [tokens for _, tokens in in_pieces] == [tokens for _, tokens in at_once]
+    assert [loss for loss, _ in in_pieces] == pytest.approx([loss for loss, _ in at_once], rel=1e-4)
+
+
+def test_bf16_weights_are_cast_once_a_pass(tiny_bert: Path) -> None:
+    hardware = dataclasses.replace(FP32, precision=TunePrecision.BF16)
+    config = TuneConfig(batch_size=60, max_tokens=48, micro_batch_tokens=128)
+    reference = load(tiny_bert)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        train(reference, TEXTS, config, hardware, lambda _: None)
+
+    def is_forward_cast(event: Any) -> bool:
+        if event.name != "aten::_to_copy" or event.input_shapes[0] != [64, 32]:
+            return False
+        while event.cpu_parent is not None:
+            event = event.cpu_parent
+        return not event.name.startswith("autograd::engine")
+
+    layers, passes = 2, 2
+    assert sum(map(is_forward_cast, profile.events())) == layers * passes

@@ -1,0 +1,241 @@
+"""A run from names to a folder: what is in it, and that nothing is where it failed."""
+
+import dataclasses
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from evaluation.sets import read_sets
+from evaluation.similarity import Group
+from mirror_runtime.bundle import Pooling
+from mirror_runtime.errors import EngineError, InputError, MissingExtra
+from tests.support.paths import ROOT
+from training import run
+from training.checkpoint import Step
+from training.corpus import CorpusRequest
+from training.curve import draw_curve
+from training.hardware import choose_hardware
+from training.recipe import Device, TuneConfig, TunePrecision
+from training.run import Job, Start, Watcher, tune
+
+SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
+
+
+class Recorder(Watcher):
+    def __init__(self) -> None:
+        self.started: list[Start] = []
+        self.steps: list[Step] = []
+        self.evaluated: dict[str, list[tuple[int, int]]] = {}
+
+    def start(self, start: Start) -> None:
+        self.started.append(start)
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def evaluate(self, encoder: str, done: int, total: int) -> None:
+        self.evaluated.setdefault(encoder, []).append((done, total))
+
+
+@pytest.fixture
+def job(tiny_bert: Path, tmp_path: Path) -> Job:
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("".join(f"the cat no. {i} is playing the guitar by a river\n" for i in range(40)))
+    return Job(
+        base=str(tiny_bert),
+        pooling=Pooling.MEAN,
+        corpus=CorpusRequest(files=(str(corpus),)),
+        output=tmp_path / "out" / "run",
+        config=SMALL,
+    )
+
+
+@pytest.fixture
+def sts(tmp_path: Path) -> Path:
+    path = tmp_path / "some-sts.tsv"
+    texts = ["The cat no. 3 is playing the guitar, by a river!", "a dog", "a man sat", "mat", "on the mat", "a cat"]
+    rows = [f"{(i * 7) % 6}\t{texts[i % 6]}\t{texts[(i * i + 1) % 6]}\n" for i in range(30)]
+    path.write_text("score\tsentence1\tsentence2\n" + "".join(rows))
+    return path
+
+
+def test_a_measured_run_says_before_and_after(job: Job, sts: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recorder = Recorder()
+    summary = tune(
+        dataclasses.replace(job, sets={Group.STS: read_sets(str(sts))}, tensorboard=True, checkpoint_every=3), recorder
+    )
+    folder = job.output
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]  # the checkpoint is gone, too
+    assert [step.step for step in recorder.steps] == [1, 2, 3, 4, 5]
+    assert {name: seen[-1] for name, seen in recorder.evaluated.items()} == {"before": (6, 6), "after": (6, 6)}
+    assert summary.before is not None
+    assert summary.after is not None
+    assert summary.before.results[0].spearman != summary.after.results[0].spearman
+
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["before"] == summary.before.to_json()
+    assert evaluation["after"] == summary.after.to_json()
+    assert evaluation["overlap"] == [{"file": "some-sts", "texts": 6, "found": 1, "share": 0.1667}]
+    report = json.loads((folder / "train.json").read_text(encoding="utf-8"))
+    assert report["settings"]["seed"] == 42
+    assert report["corpus"]["tokens"] == {"texts": 40, "p50": 16, "p95": 16, "max": 16, "over": 0.0, "max_tokens": 48}
+    assert report["corpus"]["files"][0]["name"] == "text.txt"
+    assert report["result"]["sts_after"] == round(summary.after.results[0].spearman.value, 3)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    figures = [str(measured.results[0].spearman) for measured in (summary.before, summary.after)]
+    row = next(line for line in card.splitlines() if line.startswith("| some-sts | 30 "))
+    assert row.startswith(f"| some-sts | 30 | {figures[0]} | {figures[1]} | ")
+    assert row.endswith("| 16.7% |")
+    assert "![loss](loss.png)" in card
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [scalar.value for scalar in events.Scalars("loss")] == pytest.approx([s.loss for s in recorder.steps])
+    assert events.Scalars("spearman/some-sts")[0].value == pytest.approx(summary.after.results[0].spearman.value)
+
+    with Image.open(folder / "loss.png") as image:
+        assert np.asarray(image.convert("L")).std() > 5  # something is drawn
+    ours = Reference.load(resolve(str(folder))).encode(["the cat", "a river runs"])
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(["the cat", "a river runs"])
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+
+
+def test_pairs_are_learnt_from(job: Job, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"the cat no. {i}\ta dog no. {i}\n" for i in range(20)))
+    recorder = Recorder()
+    tune(dataclasses.replace(job, corpus=CorpusRequest(files=(str(pairs),), pairs=True)), recorder)
+    assert recorder.started[0].corpus.examples[1] == ("the cat no. 1", "a dog no. 1")
+    assert len(recorder.steps) == 2
+    assert "20 pairs of texts" in (job.output / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_killed_run_goes_on_and_says_so(job: Job) -> None:
+    class Killed(Recorder):
+        def step(self, step: Step) -> None:
+            super().step(step)
+            if step.step == 4:
+                raise KeyboardInterrupt
+
+    job = dataclasses.replace(job, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        tune(job, Killed())
+    assert [path.name for path in job.output.parent.iterdir()] == [".run.checkpoint"]
+    recorder = Recorder()
+    tune(job, recorder)
+    assert recorder.started[0].checkpoint == job.output.with_name(".run.checkpoint")
+    assert [path.name for path in job.output.parent.iterdir()] == ["run"]
+    whole = dataclasses.replace(job, output=job.output.with_name("whole"), checkpoint_every=None)
+    tune(whole)
+    for name in ("model.safetensors", "encoder.json"):
+        assert (job.output / name).read_bytes() == (whole.output / name).read_bytes()
+    losses = [json.loads(line)["loss"] for line in (whole.output / "metrics.jsonl").read_text().splitlines()]
+    assert losses == [step.loss for step in recorder.steps]
+
+
+@pytest.mark.parametrize("broken", ["write_layout", "draw_curve"])
+def test_a_disk_that_fills_up_is_one_clear_error(job: Job, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, broken, full)
+    with pytest.raises(InputError, match=r"run cannot be written: No space left on device\. Nothing was left there"):
+        tune(job)
+    assert list(job.output.parent.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_weights_is_refused_before_the_first_step(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    recorder = Recorder()
+    with pytest.raises(InputError, match=r"needs about \d+ MiB, and its disk has 1 MiB left"):
+        tune(job, recorder)
+    assert recorder.started == []
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job) -> None:
+    """The kernel refuses to let files grow, as a full disk or a quota would; safetensors writes past Python's files."""
+    script = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from training.tune import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+sys.exit(main(sys.argv[1:]))
+"""
+    options = ["--base", job.base, "--corpus", job.corpus.files[0], "--output", str(job.output), "--pooling", "mean"]
+    command = [sys.executable, "-c", script, *options, "--batch-size", "8", "--max-tokens", "48"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert hasattr(signal, "SIGXFSZ")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "run cannot be written: " in line
+    assert "File too large" in line
+    assert "Traceback" not in done.stderr
+    assert list(job.output.parent.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_the_first_step(job: Job) -> None:
+    recorder = Recorder()
+    with pytest.raises(InputError, match="/proc/nothing/run cannot be written"):
+        tune(dataclasses.replace(job, output=Path("/proc/nothing/run")), recorder)
+    assert recorder.started == []
+
+
+def test_a_full_device_names_the_cure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "train", full)
+    with pytest.raises(EngineError, match="give a --micro-batch-tokens"):
+        tune(job)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "matplotlib.figure"])
+def test_a_missing_package_names_its_extra(job: Job, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    recorder = Recorder()
+    with pytest.raises(MissingExtra, match=r"is not installed: pip install 'mirror-runtime\[train\]'"):
+        tune(dataclasses.replace(job, tensorboard=True), recorder)
+    assert recorder.started == []
+    assert list(job.output.parent.iterdir()) == []
+
+
+def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), rank=1, processes=2)
+    seen: list[Any] = []
+    monkeypatch.setattr(run, "choose_hardware", lambda *_: second)
+
+    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, checkpoint: Any) -> None:
+        seen.append(hardware)
+        on_step(Step(step=1, loss=1.0, tokens=1, seconds=1.0))
+
+    monkeypatch.setattr(run, "train", train)
+    recorder = Recorder()
+    summary = tune(job, recorder)
+    assert (seen, summary.steps, summary.start.hardware.writes) == ([second], 1, False)
+    assert (recorder.started, recorder.steps) == ([], [])
+    assert not job.output.parent.exists()
+
+
+def test_a_curve_of_one_step_is_drawn(tmp_path: Path) -> None:
+    draw_curve([Step(step=1, loss=2.0, tokens=3, seconds=0.1)], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,318 @@
+"""The tuning loop on a tiny random BERT."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoders.reference import Reference
+from encoders.source import resolve
+from mirror_runtime.bundle import Ditto, Pooling
+from mirror_runtime.errors import EngineError, InputError
+from training.augment import MaskViews
+from training.batches import batches, group
+from training.checkpoint import Step
+from training.hardware import Hardware, choose_hardware
+from training.objective import Objective, Variant, nt_xent
+from training.packed import POOLINGS
+from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
+from training.self_guided import SelfGuided
+from training.trainer import learning_rate, steps_in, train
+
+FP32 = Hardware(device=Device.CPU, precision=TunePrecision.FP32)
+BF16 = Hardware(device=Device.CPU, precision=TunePrecision.BF16)
+_LETTERS = random.Random(0)
+TEXTS = [" ".join(_LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4 + i % 20)) + f" {i % 10}" for i in range(40)]
+SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48)
+
+
+def tuned(
+    folder: Path, config: TuneConfig = SMALL, hardware: Hardware = FP32, pooling: Pooling = Pooling.MEAN
+) -> tuple[Reference, list[Step]]:
+    limit = config.max_tokens if pooling is Pooling.MEAN_PADDED else None
+    reference = Reference.load(resolve(str(folder), pooling=pooling, max_tokens=limit))
+    steps: list[Step] = []
+    train(reference, TEXTS, config, hardware, steps.append)
+    return reference, steps
+
+
+def weights(reference: Reference) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in reference.model.state_dict().values()])
+
+
+@pytest.mark.parametrize("hardware", [FP32, BF16])
+def test_one_seed_gives_identical_weights_and_another_seed_others(tiny_bert: Path, hardware: Hardware) -> None:
+    first, steps = tuned(tiny_bert, hardware=hardware)
+    torch.rand(7)  # the state of the global generator before a run does not matter
+    second, _ = tuned(tiny_bert, hardware=hardware)
+    other, _ = tuned(tiny_bert, dataclasses.replace(SMALL, seed=43), hardware)
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    assert torch.equal(weights(first), weights(second))
+    assert not torch.equal(weights(first), weights(other))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_loss_falls(tiny_bert: Path, pooling: Pooling) -> None:
+    config = dataclasses.replace(SMALL, epochs=16, temperature=0.1, lr=2e-3)
+    reference, steps = tuned(tiny_bert, config, pooling=pooling)
+    losses = [step.loss for step in steps]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert not reference.model.training
+
+
+def test_without_dropout_and_mask_the_first_loss_is_that_of_two_equal_views(tiny_bert: Path) -> None:
+    """The first step's loss is what the reference's vectors give, and texts that tokenise alike are no negatives."""
+    texts = [*TEXTS, *(text.upper() for text in TEXTS[:3])]
+    groups = torch.tensor([*range(len(TEXTS)), 0, 1, 2])
+    config = dataclasses.replace(SMALL, batch_size=len(texts), mask_length=0, dropout=0.0)
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=48))
+    vectors = torch.from_numpy(reference.encode(texts))
+    expected = nt_xent(vectors, vectors, config.temperature, groups).item()
+    steps: list[Step] = []
+    train(reference, texts, config, FP32, steps.append)
+    assert steps[0].loss == pytest.approx(expected, rel=1e-4)
+    assert steps[0].tokens == 2 * sum(map(len, reference.tokenizer(texts, truncation=True, max_length=48)["input_ids"]))
+
+
+def test_bf16_is_close_to_fp32_and_is_used(tiny_bert: Path) -> None:
+    (exact, exact_steps), (rough, rough_steps) = tuned(tiny_bert, hardware=FP32), tuned(tiny_bert, hardware=BF16)
+    assert rough_steps[0].loss == pytest.approx(exact_steps[0].loss, rel=0.1)
+    assert rough_steps[0].loss != exact_steps[0].loss
+    assert rough.model.dtype is exact.model.dtype is torch.float32
+
+
+def test_texts_that_tokenise_alike_share_a_group(tiny_bert: Path) -> None:
+    tokenizer = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).tokenizer
+    ids = tokenizer(["The cat", "the  CAT", "the dog"])["input_ids"]
+    assert group(ids).tolist() == [0, 0, 2]
+
+
+def test_every_weight_that_a_vector_depends_on_is_tuned(tiny_bert: Path) -> None:
+    before = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model.state_dict()
+    after, _ = tuned(tiny_bert)
+    same = [name for name, value in after.model.state_dict().items() if torch.equal(value, before[name])]
+    assert same == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_bert: Path) -> None:
+    with pytest.raises(InputError, match=r"(loss is nan at step \d|weights are not finite).*Lower --lr"):
+        tuned(tiny_bert, dataclasses.replace(SMALL, lr=1e30))
+
+
+def test_a_corpus_smaller_than_a_batch_is_refused(tiny_bert: Path) -> None:
+    with pytest.raises(InputError, match="40 distinct lines, fewer than one batch of 41"):
+        tuned(tiny_bert, dataclasses.replace(SMALL, batch_size=41))
+
+
+def test_a_tokenizer_without_mask_token_is_refused_unless_nothing_is_masked(tiny_bert: Path) -> None:
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    reference.tokenizer.mask_token = None
+    with pytest.raises(InputError, match="no mask token: say --mask-length 0"):
+        train(reference, TEXTS, SMALL, FP32, lambda _: None)
+    train(reference, TEXTS, dataclasses.replace(SMALL, mask_length=0), FP32, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("temperature", -0.1),
+        ("mask_length", -1),
+        ("dropout", 1.0),
+        ("drift", -1.0),
+        ("warmup", 1.0),
+        ("beta2", 1.0),
+        ("weight_decay", float("inf")),
+        ("clip", 0.0),
+        ("drophead", 1.0),
+        ("max_tokens", 2),
+        ("micro_batch_tokens", 47),
+        ("seed", -1),
+    ],
+)
+def test_settings_that_make_no_sense_name_their_option(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is"):
+        dataclasses.replace(SMALL, **{name: value})  # type: ignore[arg-type]
+
+
+def test_recipes_are_the_published_ones() -> None:
+    assert TuneConfig() == RECIPES[Recipe.SENTENCE]
+    rows = {
+        recipe: (c.epochs, c.max_tokens, c.mask_length, c.temperature, c.batch_size, c.lr)
+        for recipe, c in RECIPES.items()
+    }
+    assert rows == {
+        Recipe.SENTENCE: (1, 50, 5, 0.04, 200, 2e-5),
+        Recipe.PHRASE: (2, 25, 2, 0.04, 200, 2e-5),
+        Recipe.WORD: (2, 25, 0, 0.2, 200, 2e-5),
+        Recipe.SELF_GUIDED: (1, 128, 0, 0.01, 16, 5e-5),
+        Recipe.MIRROR_PLUS: (1, 50, 5, 0.05, 200, 2e-5),
+        Recipe.MIRROR_CLS: (1, 50, 5, 0.03, 200, 3e-5),
+    }
+    assert [recipe for recipe, c in RECIPES.items() if c.repetition] == [Recipe.MIRROR_PLUS]
+    guided = RECIPES[Recipe.SELF_GUIDED]
+    assert (guided.objective, guided.variant, guided.drift) == (Objective.SELF_GUIDED, Variant.OPT3, 0.1)
+    assert (guided.schedule, guided.warmup, guided.beta2) == (Schedule.LINEAR, 0.1, 0.9)
+    assert (guided.weight_decay, guided.clip) == (0.0, 1.0)
+    assert steps_in(10_000, RECIPES[Recipe.WORD]) == 100
+    assert steps_in(9_255, RECIPES[Recipe.SENTENCE]) == 46
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="sees no NVIDIA GPU"):
+        choose_hardware(Device.CUDA, TunePrecision.AUTO)
+    assert choose_hardware(Device.AUTO, TunePrecision.FP32) == FP32
+    assert choose_hardware(Device.CPU, TunePrecision.AUTO).precision is not TunePrecision.AUTO
+
+
+GUIDED = dataclasses.replace(RECIPES[Recipe.SELF_GUIDED], batch_size=8, max_tokens=48, epochs=6, lr=1e-3)
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_self_guided_tuning_lowers_the_loss_and_leaves_the_embeddings_alone(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, variant: Variant
+) -> None:
+    monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 64)
+    config = dataclasses.replace(GUIDED, variant=variant, temperature=0.05)
+    reference, steps = tuned(tiny_bert, config, pooling=Pooling.CLS)
+    losses = [step.loss for step in steps]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    before = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS)).model.state_dict()
+    same = {name for name, value in reference.model.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {name for name in before if name.startswith("embeddings.")}
+    assert all(parameter.requires_grad for parameter in reference.model.parameters())
+
+
+def test_the_first_self_guided_loss_is_that_of_hugging_faces_layers(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without dropout, both the vectors and the frozen copy's layers come from the weights at the start."""
+    monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 64)
+    config = dataclasses.replace(GUIDED, batch_size=len(TEXTS), dropout=0.0)
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
+    batch = reference.tokenizer(TEXTS, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    mask = batch["attention_mask"][:, :, None]
+    with torch.no_grad():
+        states = reference.model(**batch, output_hidden_states=True).hidden_states
+        views = torch.stack([state.masked_fill(mask == 0, -1e9).amax(dim=1) for state in states], dim=1)
+        torch.manual_seed(config.seed)
+        guide = SelfGuided(reference.model, Variant.OPT3, config.temperature, config.drift)
+        loss = guide.loss(states[-1][:, 0], views, torch.arange(len(TEXTS)))
+    steps: list[Step] = []
+    train(reference, TEXTS, config, FP32, steps.append)
+    assert steps[0].loss == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_drift_is_the_squared_distance_from_the_start_with_its_gradient(tiny_bert: Path) -> None:
+    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS)).model
+    guide = SelfGuided(model, Variant.OPT3, 0.01, 0.25)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+            parameter.grad = torch.zeros_like(parameter)
+    penalty = guide.add_drift()
+    found = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    moved = torch.cat([(now - then).flatten() for now, then in zip(parameters, start, strict=True)])
+    expected = 0.25 * moved.square().sum()
+    assert penalty == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, right in zip(found, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+def test_pairs_are_the_two_views_and_nothing_is_masked(tiny_bert: Path) -> None:
+    pairs = [(text, f"{text} and a guitar by the river") for text in TEXTS]
+    config = dataclasses.replace(SMALL, batch_size=len(pairs), dropout=0.0)
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=48))
+    reference.tokenizer.mask_token = None
+    sides = [torch.from_numpy(reference.encode(list(side))) for side in zip(*pairs, strict=True)]
+    expected = nt_xent(sides[0], sides[1], config.temperature, torch.arange(len(pairs))).item()
+    steps: list[Step] = []
+    train(reference, pairs, config, FP32, steps.append)
+    assert steps[0].loss == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(InputError, match="single texts, not from pairs"):
+        train(reference, pairs, dataclasses.replace(GUIDED, mask_length=0), FP32, steps.append)
+
+
+def test_pairs_that_share_a_text_are_no_negatives_of_each_other() -> None:
+    a, b, c, d, e = ([token] for token in range(5))
+    assert group([a, b, c], [d, d, e]).tolist() == [0, 0, 2]
+    assert group([a, b, c], [b, c, d]).tolist() == [0, 0, 0]
+    assert group([a, b, c], [a, b, c]).tolist() == [0, 1, 2]
+    assert group([a, b, a], [c, d, d]).tolist() == [0, 0, 0]
+
+
+def views(folder: Path, **settings: object) -> list[tuple[str, str]]:
+    """Give what one step looks at, as text."""
+    reference = Reference.load(resolve(str(folder), pooling=Pooling.MEAN))
+    texts = [f"the cat no. {i} is playing the guitar" for i in range(8)]
+    (batch,) = batches(reference, texts, dataclasses.replace(SMALL, **settings), FP32)  # type: ignore[arg-type]
+    decoded = [
+        str(reference.tokenizer.decode(batch.packed.input_ids[batch.packed.text_ids == text + 1])) for text in range(16)
+    ]
+    return list(zip(decoded[:8], decoded[8:], strict=True))
+
+
+def test_masking_can_be_of_the_second_view_of_both_or_by_the_letter(tiny_bert: Path) -> None:
+    assert all("[MASK]" not in first and "[MASK]" in second for first, second in views(tiny_bert))
+    both = views(tiny_bert, mask_views=MaskViews.BOTH)
+    assert all("[MASK]" in first and "[MASK]" in second for first, second in both)
+    assert sum(first != second for first, second in both) >= 6
+    assert all(
+        "[MASK]" not in first and "[MASK]" in second for first, second in views(tiny_bert, reference_masking=True)
+    )
+    with pytest.raises(InputError, match="leave --mask-views out"):
+        dataclasses.replace(SMALL, reference_masking=True, mask_views=MaskViews.BOTH)
+
+
+def test_repetition_lengthens_second_views_alone(tiny_bert: Path) -> None:
+    plain = views(tiny_bert, mask_length=0)
+    repeated = views(tiny_bert, mask_length=0, repetition=0.5)
+    assert [first for first, _ in repeated] == [first for first, _ in plain]
+    assert sum(len(second) > len(first) for first, second in repeated) >= 4
+    assert views(tiny_bert, mask_length=0, repetition=0.5) == repeated
+
+
+def test_the_learning_rate_rises_and_falls_as_scheduled() -> None:
+    def rates(schedule: Schedule, warmup: float) -> list[float]:
+        config = dataclasses.replace(SMALL, schedule=schedule, warmup=warmup)
+        return [learning_rate(step, 8, config) for step in range(1, 9)]
+
+    assert rates(Schedule.CONSTANT, 0.0) == [1.0] * 8
+    assert rates(Schedule.CONSTANT, 0.5) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+    assert rates(Schedule.LINEAR, 0.0) == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert rates(Schedule.LINEAR, 0.25) == pytest.approx([0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    cosine = rates(Schedule.COSINE, 0.0)
+    assert cosine[4] == pytest.approx(0.5)
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[-1] > 0
+
+
+def test_clipping_bounds_the_gradient_and_drophead_changes_the_run(tiny_bert: Path) -> None:
+    plain = weights(tuned(tiny_bert)[0])
+    assert torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, clip=1e9))[0]))
+    # AdamW undoes any factor that is the same in all steps, so the clip shows only where steps differ
+    assert not torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, clip=1e-3))[0]))
+    assert not torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, drophead=0.5))[0]))
+
+
+def test_a_head_that_is_not_learnt_is_refused(tiny_bert: Path) -> None:
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    spec = dataclasses.replace(reference.spec, pooling=Pooling.DITTO, ditto=Ditto(layer=0, head=0))
+    other = dataclasses.replace(reference, spec=spec)
+    with pytest.raises(InputError, match="an encoder with pooling ditto cannot be tuned"):
+        train(other, TEXTS, SMALL, FP32, lambda _: None)
+
+
+def test_a_template_is_part_of_every_view(tiny_bert: Path) -> None:
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    templated = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, template="river: {text}"))
+    bare, longer = (next(batches(one, TEXTS, SMALL, FP32)) for one in (reference, templated))
+    assert longer.tokens == bare.tokens + 2 * SMALL.batch_size * 2  # "river" and ":" in both views
