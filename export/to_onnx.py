@@ -22,7 +22,7 @@ from rich.table import Table
 from encoders.source import Head
 from evaluation.sets import read_sets
 from export.bundle.build import Export, Request, build
-from export.bundle.head_options import Additions, parse_ditto, parse_layers
+from export.bundle.head_options import HeadOptions, parse_ditto, parse_layers
 from export.bundle.hub import check_hub, push
 from export.bundle.words import short_name, summary
 from export.proof.proof_texts import read_texts
@@ -162,7 +162,7 @@ def run(
             ditto=parse_ditto(ditto) if ditto else None,
             template=template,
         ),
-        additions=Additions(
+        additions=HeadOptions(
             whiten=read_texts(whiten) if whiten else None,
             whiten_dim=whiten_dim,
             dim=dim,

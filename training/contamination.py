@@ -46,7 +46,7 @@ class Overlap:
         return self.found / max(1, self.texts)
 
 
-class Watch:
+class ContaminationCheck:
     """Evaluation texts to look for while a corpus goes by.
 
     Args:

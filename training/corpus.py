@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Example
-from training.contamination import Overlap, Watch
+from training.contamination import ContaminationCheck, Overlap
 from training.formats import Records
 
 MEASURED_TEXTS = 50_000
@@ -117,7 +117,7 @@ class Corpus:
         Args:
             files: each evaluation set's name and texts.
         """
-        watch = Watch(files)
+        watch = ContaminationCheck(files)
         watch.meets(self.texts)
         return watch.overlaps()
 
@@ -158,7 +158,7 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in request.files]
     if request.columns and not any(source.has_columns for source in sources):
         raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
-    watch = Watch((Path(name).name, read_texts(name)) for name in request.exclude)
+    watch = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
     kept = _Sample(request.sample, request.seed)
     seen: set[int] = set()
     files = tuple(_read_file(source, watch, kept, seen) for source in sources)
@@ -217,7 +217,7 @@ class _Sample:
         return [record for _, record in sorted(self._kept)]
 
 
-def _read_file(source: Records, watch: Watch, kept: _Sample, seen: set[int]) -> CorpusFile:
+def _read_file(source: Records, watch: ContaminationCheck, kept: _Sample, seen: set[int]) -> CorpusFile:
     lines = empty = duplicates = excluded = 0
     for record in source:
         lines += 1

@@ -15,7 +15,7 @@ from encoders.source import Head, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
 from export.bundle.card import write_card
-from export.bundle.head_options import Additions, add, write_fitted
+from export.bundle.head_options import HeadOptions, add, write_fitted
 from export.graph.trace import EXTERNAL_DATA_BYTES, Graph, export_graphs, parts
 from export.precision.variants import VARIANTS, provers, write_aliases, write_variant
 from export.proof.parity import Candidate, Expected, prove_artifact
@@ -71,7 +71,7 @@ class Request:
     revision: str | None = None
     pooling: Pooling | None = None
     head: Head | None = None
-    additions: Additions = field(default_factory=Additions)
+    additions: HeadOptions = field(default_factory=HeadOptions)
     max_tokens: int | None = None
     precisions: tuple[Precision, ...] | None = None
     calibration: tuple[str, ...] | None = None
@@ -140,7 +140,7 @@ def build(request: Request, on_stage: Say = lambda _: None, *, reference: Refere
             max_tokens=request.max_tokens,
         )
         reference = Reference.load(source)
-    if request.additions != Additions():
+    if request.additions != HeadOptions():
         on_stage("extend the head")
     reference, fitted = add(reference, request.additions)
     with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:

@@ -21,7 +21,7 @@ CALIBRATION_TEXTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Additions:
+class HeadOptions:
     """What is added behind the recorded head, in this order.
 
     Attributes:
@@ -84,7 +84,7 @@ def parse_ditto(word: str) -> Ditto:
     return Ditto(layer=int(layer), head=int(head))
 
 
-def add(reference: Reference, additions: Additions) -> tuple[Reference, Fitted | None]:
+def add(reference: Reference, additions: HeadOptions) -> tuple[Reference, Fitted | None]:
     """Extend an encoder's head.
 
     Returns:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from encoders.reference import Reference
 from encoders.source import resolve
 from evaluation.sets import EvaluationSet
-from export.bundle.update import add_artifacts, amending
+from export.bundle.update import add_artifacts, updating
 from export.graph.trace import GRAPH_FILES, Graph, parts
 from export.precision.half_precision import write_half
 from export.precision.variants import VARIANTS
@@ -68,7 +68,7 @@ def add_ir(
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     chosen = _precisions(manifest, precisions)
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         (made / FOLDER).mkdir()
         written = [(p, graph) for p in chosen for graph in _write(bundle, manifest, p, made / FOLDER, on_stage)]
         on_stage("reference vectors")

@@ -17,7 +17,7 @@ from mirror_runtime.errors import InputError
 
 
 @contextmanager
-def amending(bundle: Path) -> Iterator[Path]:
+def updating(bundle: Path) -> Iterator[Path]:
     """Give an empty folder inside a bundle, for what is being made; it vanishes when the block ends.
 
     Raises:
@@ -50,7 +50,7 @@ def add_artifacts(bundle: Path, made: Path, artifacts: Sequence[Artifact]) -> Ma
 
     Args:
         bundle: the bundle.
-        made: folder given by `amending`; everything in it moves to the same relative path of the bundle.
+        made: folder given by `updating`; everything in it moves to the same relative path of the bundle.
         artifacts: what was proven. One of the same engine, precision and layout as before takes that one's place.
 
     Returns:

@@ -17,7 +17,7 @@ from export.proof.proof_texts import parity_texts
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
-from mirror_runtime.packing import Ladder, pack
+from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
 from mirror_runtime.vectors import components
 
@@ -61,7 +61,7 @@ class Origin(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
+class ActivationStats:
     """What was seen of the value that one or several linear layers read.
 
     Attributes:
@@ -91,7 +91,7 @@ class Calibration:
     feeds: tuple[Mapping[str, NDArray[np.int64]], ...]
     slots: tuple[NDArray[np.int64], ...]
     vectors: Vectors
-    flows: tuple[Flow, ...]
+    flows: tuple[ActivationStats, ...]
 
     @classmethod
     def run(cls, graph: Path, bundle: Path, spec: EncoderSpec, texts: Sequence[str] | None = None) -> Calibration:
@@ -127,7 +127,7 @@ class Calibration:
                 peaks[at].append(np.abs(own).max(0))
                 rows[at].append(own[draw.random(len(own)) < share])
         flows = (
-            Flow(peak=np.max(p, axis=0), rows=np.concatenate(r), origin=_origin(rewrite, name))
+            ActivationStats(peak=np.max(p, axis=0), rows=np.concatenate(r), origin=_origin(rewrite, name))
             for name, p, r in zip(names, peaks, rows, strict=True)
         )
         return cls(spec=spec, feeds=feeds, slots=slots, vectors=np.concatenate(vectors), flows=tuple(flows))
@@ -208,7 +208,7 @@ def _batches(
     window = tokenizer(chosen)
     if not window.lengths.size or window.errors:
         raise InputError("the calibration texts cannot be encoded: give --calibration a file of real text, one a line")
-    batches = pack(window.ids, window.lengths, Ladder.up_to(spec.max_tokens))
+    batches = pack(window.ids, window.lengths, ShapeSet.up_to(spec.max_tokens))
     feeds = tuple(
         {name: getattr(batch.rows, name) for name in ("input_ids", "position_ids", "segment_ids")} for batch in batches
     )

@@ -26,7 +26,7 @@ from onnx import NodeProto, TensorProto
 
 from export.graph.rewrite import Array, Rewrite, checked
 from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
-from export.precision.calibration import Calibration, Flow, Origin, Vectors, linear_inputs
+from export.precision.calibration import ActivationStats, Calibration, Origin, Vectors, linear_inputs
 from export.precision.channel_splitting import Columns, first_half, widen
 from export.precision.half_precision import write_half
 from export.proof.parity import Floors
@@ -46,7 +46,7 @@ SMALLEST_SCALE = 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reach:
+class RangeMargin:
     """How far beyond what calibration saw a scale reaches. Clipping never paid: other texts' peaks cost more.
 
     Attributes:
@@ -58,12 +58,12 @@ class Reach:
     least: float
 
 
-REACHES: Mapping[Origin, Reach] = {
-    Origin.NORM: Reach(headroom=1.2, least=0.5),
+REACHES: Mapping[Origin, RangeMargin] = {
+    Origin.NORM: RangeMargin(headroom=1.2, least=0.5),
     # An average over ordinary text is smaller than the vectors, which one word over and over brings out again.
-    Origin.ATTENTION: Reach(headroom=2.0, least=0.5),
+    Origin.ATTENTION: RangeMargin(headroom=2.0, least=0.5),
     # Most channels fire on few texts: one that calibration never saw firing may fire as the others do.
-    Origin.ACTIVATION: Reach(headroom=1.2, least=0.8),
+    Origin.ACTIVATION: RangeMargin(headroom=1.2, least=0.8),
 }
 """Found on MiniLM: calibrated on docstrings, the worst of 1,000 STS-B sentences rose from cosine 0.974 to 0.990."""
 
@@ -90,7 +90,7 @@ FORMATS: Mapping[Precision, Format] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class QuantizedInput:
     """How the value that one or several linear layers read is quantised.
 
     Attributes:
@@ -127,7 +127,7 @@ class Plan:
     """
 
     precision: Precision
-    sites: tuple[Site, ...]
+    sites: tuple[QuantizedInput, ...]
     worst_cosine: float
 
 
@@ -141,7 +141,7 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     """
     rewrite = Rewrite(graph)
     form = FORMATS[precision]
-    sites: list[Site] = []
+    sites: list[QuantizedInput] = []
     for flow, (name, nodes) in zip(calibration.flows, linear_inputs(rewrite).items(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
         layers = frozenset(_layer(rewrite, node) for node in nodes)
@@ -159,7 +159,7 @@ def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> P
     return Plan(precision=precision, sites=tuple(sites), worst_cosine=float(cosines.min()))
 
 
-def best_site(flow: Flow, weights: Array, form: Format, *, widens: bool = False) -> Site:
+def best_site(flow: ActivationStats, weights: Array, form: Format, *, widens: bool = False) -> QuantizedInput:
     """Try smoothing exponents, and more columns, and take what changes the layers' outputs least.
 
     Args:
@@ -175,7 +175,7 @@ def best_site(flow: Flow, weights: Array, form: Format, *, widens: bool = False)
     return wide if wide.error <= GAIN * plain.error else plain
 
 
-def _best(flow: Flow, weights: Array, form: Format, columns: Columns) -> Site:
+def _best(flow: ActivationStats, weights: Array, form: Format, columns: Columns) -> QuantizedInput:
     """Find the smoothing and the scale for channels in these columns."""
     channels, stagger = columns.channels, columns.stagger
     wanted = flow.rows @ weights
@@ -186,13 +186,13 @@ def _best(flow: Flow, weights: Array, form: Format, columns: Columns) -> Site:
     reach = np.maximum(np.abs(weights).max(1), 1e-5)
     rows, weights = flow.rows[:, channels] / columns.copies[channels], weights[channels]
 
-    def attempt(factor: Vectors) -> Site:
+    def attempt(factor: Vectors) -> QuantizedInput:
         scale = max(float((peak / factor).max()) * reaches.headroom / form.largest, SMALLEST_SCALE)
         values = rounded(rows / factor[channels] / scale + stagger, form).astype(np.float32) * scale
         stored, scales = quantize_columns(weights * factor[channels, None], form)
         error = float((((values @ (stored.astype(np.float32) * scales)) - wanted) ** 2).sum()) / power
         smoothing = (factor * columns.copies).astype(np.float32)
-        return Site(smoothing=smoothing, scale=scale, columns=columns, error=error)
+        return QuantizedInput(smoothing=smoothing, scale=scale, columns=columns, error=error)
 
     factors = [peak**exponent for exponent in EXPONENTS]
     factors += [peak**exponent / reach ** (1 - exponent) for exponent in EXPONENTS if 0 < exponent < 1]
@@ -264,7 +264,7 @@ def _layer(graph: Rewrite, node: NodeProto) -> bytes:
     return name
 
 
-def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, list[NodeProto]]]:
+def _reads(graph: Rewrite, sites: Sequence[QuantizedInput]) -> list[tuple[str, str, QuantizedInput, list[NodeProto]]]:
     """Bring a graph's linear layers to the sites of the packed graph.
 
     A value may belong to two sites: where the packed graph computes [CLS] alone in the last layer, its query reads
@@ -274,7 +274,7 @@ def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, 
         The value that is read, a name for what is made of it, its site, and the layers.
     """
     of_layer = {layer: at for at, site in enumerate(sites) for layer in site.layers}
-    reads: list[tuple[str, str, Site, list[NodeProto]]] = []
+    reads: list[tuple[str, str, QuantizedInput, list[NodeProto]]] = []
     for value, nodes in linear_inputs(graph).items():
         readers: dict[int, list[NodeProto]] = {}
         for node in nodes:
@@ -284,7 +284,7 @@ def _reads(graph: Rewrite, sites: Sequence[Site]) -> list[tuple[str, str, Site, 
     return reads
 
 
-def _quantize(graph: Rewrite, sites: Sequence[Site], form: Format) -> None:
+def _quantize(graph: Rewrite, sites: Sequence[QuantizedInput], form: Format) -> None:
     graph.opset = max(graph.opset, form.opset)
     reads = [read for read in _reads(graph, sites) if read[2].quantized]
     for value, _, site, nodes in reads:
@@ -353,14 +353,14 @@ def _quantize_tables(graph: Rewrite) -> None:
         graph.node("Mul", [f"{result}_number", f"{result}_scale"], [result])
 
 
-def _session(graph: Path, sites: Sequence[Site], form: Format) -> Any:
+def _session(graph: Path, sites: Sequence[QuantizedInput], form: Format) -> Any:
     rewrite = Rewrite(graph)
     _quantize(rewrite, sites, form)
     return rewrite.session(fused=form.dtype == np.int8)
 
 
 def _by_gain(
-    graph: Path, sites: Sequence[Site], form: Format, calibration: Calibration, cosines: NDArray[np.float32]
+    graph: Path, sites: Sequence[QuantizedInput], form: Format, calibration: Calibration, cosines: NDArray[np.float32]
 ) -> list[int]:
     """Order the sites by how much closer the worst text comes when the value of that site alone is not rounded.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
 
-NASTY = (
+EDGE_CASES = (
     "",
     " ",
     "\t\n",
@@ -54,7 +54,7 @@ def parity_texts(short: int = 500, medium: int = 40, long: int = 8) -> tuple[str
         *_spread(list(dict.fromkeys(item.summary for item in documented if item.summary)), short),
         *_spread([text for text in whole if 200 <= len(text) <= 800], medium),
         *_spread([text for text in whole if len(text) > 2500], long),
-        *NASTY,
+        *EDGE_CASES,
     ]
     return tuple(dict.fromkeys(texts))
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from export.bundle.update import add_artifacts, amending
+from export.bundle.update import add_artifacts, updating
 from export.graph.trace import parts
 from export.proof.parity import Candidate, Expected, prove_artifact
 from export.proof.proof_texts import parity_texts
@@ -229,7 +229,7 @@ def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, sa
     require("tensorrt", "tensorrt")
     require("cuda.bindings.runtime", "tensorrt")
     request = request_for(bundle, chosen, manifest.encoder, options)
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         (made / FOLDER).mkdir()
         plan = (made / FOLDER / request.plan).absolute()
         try:
@@ -273,7 +273,7 @@ def prove_provider(
     )
     # Before minutes of reference vectors: whether the provider is there at all.
     load_engine(engine, options.precision, bundle / chosen.path, spec=manifest.encoder).close()
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         parity = _prove(bundle, candidate, manifest, texts, say)
         size = sum(part.stat().st_size for part in parts(bundle / chosen.path))
         artifact = _artifact(candidate, chosen.path, size, parity, "onnxruntime")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from export.tensorrt.builder import Profile
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, TensorSpec
 from mirror_runtime.errors import EngineError
-from mirror_runtime.packing import BLOCK, TOKEN_BUDGET, Ladder
+from mirror_runtime.packing import BLOCK, TOKEN_BUDGET, ShapeSet
 
 PADDED_BATCH = (1, 8, 32)
 """Smallest, usual and largest number of texts in a batch of a padded engine."""
@@ -16,12 +16,12 @@ FIRST_BUCKET = 32
 """Longest text of the first padded profile, in tokens; each profile's is double the one before."""
 
 
-def packed_ladder(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> Ladder:
+def packed_ladder(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> ShapeSet:
     """Give the shapes that the runtime packs this encoder's texts into, where no plan says otherwise."""
-    return Ladder.up_to(spec.pad_to or spec.max_tokens, budget=budget)
+    return ShapeSet.up_to(spec.pad_to or spec.max_tokens, budget=budget)
 
 
-def packed_profiles(inputs: Sequence[TensorSpec], ladder: Ladder) -> tuple[Profile, ...]:
+def packed_profiles(inputs: Sequence[TensorSpec], ladder: ShapeSet) -> tuple[Profile, ...]:
     """Give one static profile (min = opt = max) for each shape that packing can produce."""
     return tuple({tensor.name: (shape, shape, shape) for tensor in inputs} for shape in ladder.shapes())
 

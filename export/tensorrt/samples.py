@@ -13,7 +13,7 @@ from encoders.reference import Reference
 from export.proof.parity import FLOORS
 from export.tensorrt.profiles import PADDED_BATCH, packed_ladder
 from mirror_runtime.bundle import TOKENIZER_FILE, Layout, Precision, TensorSpec
-from mirror_runtime.packing import Ladder, pack
+from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 SAMPLES = 48
@@ -72,7 +72,7 @@ def write_samples(
     np.savez_compressed(path, batches=count, **stored)
 
 
-def _packed(tokenized: Tokenized, ladder: Ladder) -> Iterator[Sample]:
+def _packed(tokenized: Tokenized, ladder: ShapeSet) -> Iterator[Sample]:
     for batch in pack(tokenized.ids, tokenized.lengths, ladder, own=tokenized.own):
         rows = batch.rows
         feed = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "segment_ids": rows.segment_ids}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.bundle import Canary
 
-STRANGE = 0.9
+DIFFERENT_MODEL_BELOW = 0.9
 """A worst cosine below this is no rounding of any precision, nor another CPU: another model made the vectors."""
 
 
@@ -62,7 +62,7 @@ def compare(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: flo
     off = float((np.linalg.norm(found - expected, axis=1) / lengths).max())
     worst, bound = float(cosines.min()), math.sqrt(2 - 2 * floor)
     verdict, problem = Verdict.AGREES, ""
-    if worst < min(STRANGE, floor):
+    if worst < min(DIFFERENT_MODEL_BELOW, floor):
         verdict, problem = Verdict.ANOTHER_MODEL, f"another model's vectors: cosine {worst:.6f}"
     elif worst < floor:
         verdict, problem = Verdict.DRIFTED, f"vectors drifted: cosine {worst:.6f} is below {floor}"

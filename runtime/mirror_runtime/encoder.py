@@ -27,7 +27,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
-from mirror_runtime.packing import BLOCK, Batch, Ladder, PackedRows, pack, pack_shape
+from mirror_runtime.packing import BLOCK, Batch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
@@ -79,7 +79,7 @@ class Encoder:
     """
 
     def __init__(
-        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, ladder: Ladder
+        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, ladder: ShapeSet
     ) -> None:
         self.manifest = manifest
         self.decision = decision
@@ -199,7 +199,7 @@ class Encoder:
         engine = load_engine(
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept
         )
-        ladder = Ladder.up_to(
+        ladder = ShapeSet.up_to(
             spec.pad_to or spec.max_tokens,
             base=decision.row_tokens,
             budget=decision.batch_tokens,
@@ -440,7 +440,7 @@ class Encoder:
                 for output in left.outputs:
                     output.cancel()
 
-    def _pack(self, tokenized: Tokenized, ladder: Ladder) -> list[Batch]:
+    def _pack(self, tokenized: Tokenized, ladder: ShapeSet) -> list[Batch]:
         return pack(tokenized.ids, tokenized.lengths, ladder, streams=self.engine.streams, own=tokenized.own)
 
     def _run(self, batch: Batch) -> Vectors:

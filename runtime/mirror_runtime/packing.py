@@ -1,7 +1,7 @@
 """Token ids to packed rows, and slots back to pieces: the idea that runs through the house.
 
 A batch is R rows of L tokens, each row holding several pieces one after another, told apart by segment ids. The row
-lengths and row counts come from a short `Ladder`, so that an engine compiles few static shapes.
+lengths and row counts come from a short `ShapeSet`, so that an engine compiles few static shapes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ladder:
+class ShapeSet:
     """The static shapes an encoder runs in.
 
     Attributes:
@@ -80,7 +80,7 @@ class Ladder:
     between: tuple[int, ...] = ()
 
     @staticmethod
-    def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET, step: int = BLOCK) -> Ladder:
+    def up_to(max_tokens: int, *, base: int = ROW_TOKENS, budget: int = TOKEN_BUDGET, step: int = BLOCK) -> ShapeSet:
         """Build the ladder for pieces of up to `max_tokens`: base, 2 base, … and the first that holds them all.
 
         The last length is cut to the next multiple of the step, so that 384 does not cost 512.
@@ -88,13 +88,13 @@ class Ladder:
         lengths = [_row_length(base, step)]
         while lengths[-1] < max_tokens:
             lengths.append(min(2 * lengths[-1], _row_length(max_tokens, step)))
-        return Ladder(lengths=tuple(lengths), budget=budget, step=step)
+        return ShapeSet(lengths=tuple(lengths), budget=budget, step=step)
 
     def row_length(self, tokens: int) -> int:
         """Give the shortest length that a row of so many tokens may have."""
         return _row_length(tokens, self.step)
 
-    def for_bulk(self) -> Ladder:
+    def for_bulk(self) -> ShapeSet:
         """Give the ladder for many texts: this one, and lengths half and three quarters of the way to each.
 
         Where those double, that is three quarters and seven eighths of each, in whole steps.
@@ -126,7 +126,7 @@ class Ladder:
 def pack(
     ids: NDArray[np.int64],
     lengths: NDArray[np.int64],
-    ladder: Ladder,
+    ladder: ShapeSet,
     *,
     streams: int = 1,
     own: NDArray[np.int64] | None = None,
@@ -192,7 +192,7 @@ def pack_shape(
     count, length = shape
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] <= length]
-    rows, _ = _assign(lengths[order], Ladder(lengths=(length,)))
+    rows, _ = _assign(lengths[order], ShapeSet(lengths=(length,)))
     by_row = np.argsort(rows, kind="stable")
     order, rows = order[by_row], rows[by_row]
     held = slice(np.searchsorted(rows, count))  # rows beyond the batch are left out
@@ -201,7 +201,7 @@ def pack_shape(
     return batch
 
 
-def _assign(sizes: NDArray[np.int64], ladder: Ladder) -> tuple[NDArray[np.int64], list[int]]:
+def _assign(sizes: NDArray[np.int64], ladder: ShapeSet) -> tuple[NDArray[np.int64], list[int]]:
     """Assign pieces, given in descending size, to rows, all pieces of one size at once.
 
     Returns:
@@ -267,7 +267,7 @@ def _place(
 
 
 def _shorten(
-    rows: NDArray[np.int64], row_lengths: list[int], sizes: NDArray[np.int64], ladder: Ladder, streams: int
+    rows: NDArray[np.int64], row_lengths: list[int], sizes: NDArray[np.int64], ladder: ShapeSet, streams: int
 ) -> tuple[NDArray[np.int64], list[int]]:
     """Shorten rows whose pieces need no more to a length between, as many as give every stream full batches.
 

@@ -38,7 +38,7 @@ class Goal(str, Enum):
     """Texts a second when there are many."""
 
 
-class Source(str, Enum):
+class PlanSource(str, Enum):
     """Who decided how a bundle runs."""
 
     ASKED = "asked"
@@ -95,7 +95,7 @@ class Setting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Trial:
     """What a setting gave on this host; medians of rounds in which all settings took turns.
 
     Attributes:
@@ -141,7 +141,7 @@ class Plan:
     texts: int
     rounds: int
     chosen: Setting
-    measured: tuple[Measured, ...]
+    measured: tuple[Trial, ...]
 
     def best(self, engine: str = AUTO, precision: str = AUTO) -> Setting | None:
         """Give the best accepted setting of what was asked for; None where nothing such was accepted."""
@@ -152,7 +152,7 @@ class Plan:
             for m in self.measured
             if m.accepted and engine in (AUTO, m.setting.engine) and precision in (AUTO, m.setting.precision)
         ]
-        return min(fitting, key=lambda m: merit(m, self.goal)).setting if fitting else None
+        return min(fitting, key=lambda m: objective(m, self.goal)).setting if fitting else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +175,10 @@ class Decision:
     streams: int | None = None
     row_tokens: int = ROW_TOKENS
     batch_tokens: int = TOKEN_BUDGET
-    source: Source = Source.ASKED
+    source: PlanSource = PlanSource.ASKED
 
 
-def merit(measured: Measured, goal: Goal) -> float:
+def objective(measured: Trial, goal: Goal) -> float:
     """Give the number that a goal wants small."""
     return measured.p50_ms if goal is Goal.LATENCY else -measured.texts_per_s
 
@@ -203,7 +203,7 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: Plan | None) -
             engine=name,
             precision=runs_in,
             artifact=artifact,
-            source=Source.RULE if open_choice else Source.ASKED,
+            source=PlanSource.RULE if open_choice else PlanSource.ASKED,
         )
     name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
     return Decision(
@@ -213,7 +213,7 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: Plan | None) -
         streams=setting.streams,
         row_tokens=setting.row_tokens,
         batch_tokens=setting.batch_tokens,
-        source=Source.PLAN,
+        source=PlanSource.PLAN,
     )
 
 

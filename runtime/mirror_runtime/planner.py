@@ -25,11 +25,11 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
-    Measured,
     Plan,
     Setting,
+    Trial,
     installed_versions,
-    merit,
+    objective,
     this_host,
 )
 from mirror_runtime.vectors import components
@@ -44,7 +44,7 @@ MARGIN = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
+class Budget:
     """How long to measure.
 
     Attributes:
@@ -60,7 +60,7 @@ class Effort:
     survivors: int = 2
 
 
-QUICK = Effort(texts=256, singles=8, rounds=2, survivors=1)
+QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class _Way:
+class _Candidate:
     """A setting that runs here, and its samples."""
 
     setting: Setting
@@ -113,13 +113,13 @@ class Planner:
         *,
         goal: Goal = Goal.THROUGHPUT,
         floor: float = FLOOR,
-        effort: Effort | None = None,
+        effort: Budget | None = None,
         cache_dir: str | Path | None = AUTO_CACHE,
         report: Callable[[Step], None] = lambda _: None,
     ) -> None:
         if not 0 < floor <= 1:
             raise InputError(f"floor is {floor}: it is a cosine, such as {FLOOR}")
-        self._effort = effort or Effort()
+        self._effort = effort or Budget()
         if not texts:
             raise InputError("there are no texts to measure with: give some")
         self._bundle = bundle
@@ -133,7 +133,7 @@ class Planner:
         self._floor = floor
         self._cache_dir = cache_dir
         self._report = report
-        self._measured: dict[Setting, Measured] = {}
+        self._measured: dict[Setting, Trial] = {}
         self._best: Setting | None = None
         self.refused: dict[str, str] = {}
         """Artifacts that were not measured, by name, with the reason."""
@@ -171,7 +171,7 @@ class Planner:
             texts=len(self._texts),
             rounds=self._effort.rounds,
             chosen=self._best,
-            measured=tuple(sorted(self._measured.values(), key=lambda m: merit(m, self._goal))),
+            measured=tuple(sorted(self._measured.values(), key=lambda m: objective(m, self._goal))),
         )
 
     def _candidates(self) -> dict[tuple[EngineName, Precision], Setting]:
@@ -211,7 +211,7 @@ class Planner:
             self._choose([way.setting for way in ways])
             self._report(Step(name=name, done=turns, turns=turns))
 
-    def _open(self, setting: Setting, stack: ExitStack) -> _Way | None:
+    def _open(self, setting: Setting, stack: ExitStack) -> _Candidate | None:
         """Load a setting, check its vectors and run its shapes; None, with the reason kept, where it cannot run."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
@@ -222,9 +222,9 @@ class Planner:
         except EngineError as error:
             self.refused[f"{setting.engine.value} {setting.precision.value}"] = str(error)
             return None
-        return _Way(setting, encoder, check, [], [])
+        return _Candidate(setting, encoder, check, [], [])
 
-    def _turn(self, way: _Way) -> None:
+    def _turn(self, way: _Candidate) -> None:
         began = time.perf_counter()
         way.encoder.encode(self._texts)
         way.bulk_s.append(time.perf_counter() - began)
@@ -233,9 +233,9 @@ class Planner:
             way.encoder.encode([text])
             way.single_s.append(time.perf_counter() - began)
 
-    def _summary(self, way: _Way) -> Measured:
+    def _summary(self, way: _Candidate) -> Trial:
         certified = min(a.parity.min_cosine for a in self._manifest.artifacts if _is(a, way.setting))
-        return Measured(
+        return Trial(
             setting=way.setting,
             texts_per_s=len(self._texts) / statistics.median(way.bulk_s),
             p50_ms=1000 * statistics.median(way.single_s),
@@ -245,7 +245,7 @@ class Planner:
         )
 
     def _merit(self, setting: Setting) -> float:
-        return merit(self._measured[setting], self._goal)
+        return objective(self._measured[setting], self._goal)
 
     def _choose(self, rivals: Sequence[Setting]) -> None:
         """Replace the best so far where a setting measured beside it is clearly better."""

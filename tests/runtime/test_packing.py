@@ -3,17 +3,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mirror_runtime.packing import BLOCK, Ladder, _assign, pack, pack_shape
+from mirror_runtime.packing import BLOCK, ShapeSet, _assign, pack, pack_shape
 
-LADDER = Ladder.up_to(256)
+LADDER = ShapeSet.up_to(256)
 BULK = LADDER.for_bulk()
 
 
 def test_the_ladder_doubles_and_ends_at_the_limit():
-    assert Ladder.up_to(50).lengths == (64,)
-    assert Ladder.up_to(256).lengths == (64, 128, 256)
-    assert Ladder.up_to(384).lengths == (64, 128, 256, 384)
-    assert Ladder.up_to(500).lengths == (64, 128, 256, 512)
+    assert ShapeSet.up_to(50).lengths == (64,)
+    assert ShapeSet.up_to(256).lengths == (64, 128, 256)
+    assert ShapeSet.up_to(384).lengths == (64, 128, 256, 384)
+    assert ShapeSet.up_to(500).lengths == (64, 128, 256, 512)
     assert LADDER.row_counts(64) == (16, 4, 1)
 
 
@@ -22,15 +22,15 @@ def test_the_ladder_for_bulk_has_three_quarters_and_seven_eighths():
     assert BULK.between == (48, 96, 112, 192, 224)
     assert BULK.row_counts(192) == (5,)
     assert set(BULK.shapes()) - set(LADDER.shapes()) == {(21, 48), (10, 96), (9, 112), (5, 192), (4, 224)}
-    assert Ladder.up_to(384).for_bulk().between == (48, 96, 112, 192, 224, 320, 352)
-    assert Ladder.up_to(64, base=32).for_bulk().between == (48,), "24, 28 and 56 are no whole numbers of blocks"
+    assert ShapeSet.up_to(384).for_bulk().between == (48, 96, 112, 192, 224, 320, 352)
+    assert ShapeSet.up_to(64, base=32).for_bulk().between == (48,), "24, 28 and 56 are no whole numbers of blocks"
 
 
 def test_a_step_rules_all_lengths_of_more_than_two_blocks():
-    ladder = Ladder.up_to(300, step=64)
+    ladder = ShapeSet.up_to(300, step=64)
     assert ladder.lengths == (64, 128, 256, 320)
-    assert Ladder.up_to(100, base=48, step=64).lengths == (64, 128)
-    assert Ladder.up_to(100, base=32, step=64).lengths == (32, 64, 128)
+    assert ShapeSet.up_to(100, base=48, step=64).lengths == (64, 128)
+    assert ShapeSet.up_to(100, base=32, step=64).lengths == (32, 64, 128)
     assert ladder.for_bulk().between == (192,)
     assert [shape for shape in ladder.shapes() if shape[1] < 64] == [(1, 16), (1, 32)]
     for tokens, length in ((9, 16), (30, 32), (33, 64), (50, 64)):

@@ -19,25 +19,25 @@ from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
     Host,
-    Measured,
     Plan,
+    PlanSource,
     Setting,
-    Source,
+    Trial,
     installed_versions,
     plan_path,
     read_plan,
     this_host,
     write_plan,
 )
-from mirror_runtime.planner import Effort, Planner, Step
+from mirror_runtime.planner import Budget, Planner, Step
 
 ORT = Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
 OV = Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
-TINY = Effort(texts=40, singles=2, rounds=1, survivors=1)
+TINY = Budget(texts=40, singles=2, rounds=1, survivors=1)
 
 
-def measured(setting: Setting, speed: float, cosine: float, accepted: bool = True) -> Measured:
-    return Measured(
+def measured(setting: Setting, speed: float, cosine: float, accepted: bool = True) -> Trial:
+    return Trial(
         setting=setting,
         texts_per_s=speed,
         p50_ms=1000 / speed,
@@ -70,11 +70,11 @@ def cache(tmp_path: Path) -> Path:
 
 def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache):
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is Source.RULE
+        assert encoder.decision.source is PlanSource.RULE
         ruled = encoder.encode(["the cat", "a dog"])
     write_plan(plan, plan_path(cache, plan.fingerprint))
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is Source.PLAN
+        assert encoder.decision.source is PlanSource.PLAN
         assert (encoder.engine.name, encoder.engine.streams) == (EngineName.OPENVINO, 2)
         assert encoder.rows == "32, 64 tokens (many of a kind: 48), batches of 512"
         np.testing.assert_allclose(encoder.encode(["the cat", "a dog"]), ruled, atol=1e-5)
@@ -82,13 +82,13 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
         assert encoder.engine.streams == 1, "what the caller names goes before the plan"
     with Encoder.load(tiny_bundle, engine="onnxruntime", cache_dir=cache) as encoder:
         assert encoder.engine.name is EngineName.ONNXRUNTIME
-        assert encoder.decision.source is Source.PLAN
+        assert encoder.decision.source is PlanSource.PLAN
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", cache_dir=cache) as encoder:
-        assert encoder.decision.source is Source.ASKED
+        assert encoder.decision.source is PlanSource.ASKED
         assert encoder.rows == "64 tokens (many of a kind: 48), batches of 1024"
     for nothing in ({"plan": None, "cache_dir": cache}, {"cache_dir": None}):
         with Encoder.load(tiny_bundle, **nothing) as encoder:
-            assert encoder.decision.source is Source.RULE
+            assert encoder.decision.source is PlanSource.RULE
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_stale_plan_is_left_aside_and_the_log_says_why(tiny_bundle, plan, cach
     path = plan_path(cache, plan.fingerprint)
     write_plan(dataclasses.replace(plan, **change), path)
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is Source.RULE
+        assert encoder.decision.source is PlanSource.RULE
     assert reason in caplog.text
     with pytest.raises(InputError, match="does not hold here"):
         Encoder.load(tiny_bundle, plan=path)
@@ -116,7 +116,7 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is Source.RULE
+        assert encoder.decision.source is PlanSource.RULE
     assert "is no plan" in caplog.text
     path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):

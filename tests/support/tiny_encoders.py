@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from export.proof.proof_texts import NASTY, parity_texts
+from export.proof.proof_texts import EDGE_CASES, parity_texts
 
 BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ANGLES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
@@ -112,6 +112,6 @@ def tokenizer_of(family: str) -> Tokenizer:
             processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
         else:
             processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.train_from_iterator([text for text in parity_texts(short=300) if text not in NASTY], trainer)
+    tokenizer.train_from_iterator([text for text in parity_texts(short=300) if text not in EDGE_CASES], trainer)
     tokenizer.post_processor = processor
     return tokenizer

@@ -23,7 +23,7 @@ from mirror_runtime.cli import plan as plan_command
 from mirror_runtime.cli import serve as triton_command
 from mirror_runtime.cli.run import run_command, truncations_counted_elsewhere
 from mirror_runtime.consumers.matrix import Cell, default_environments, run_consumers
-from mirror_runtime.corpus.files import Source
+from mirror_runtime.corpus.files import CorpusFile
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.verify import Check
@@ -128,11 +128,11 @@ def encode(
             "plan": "auto" if plan is None else str(plan),
         }
         _encode_with_ray(
-            bundle, Source(path=source, column=text_column), output, workers, options, bad_texts, ray_address
+            bundle, CorpusFile(path=source, column=text_column), output, workers, options, bad_texts, ray_address
         )
         return
     console = Console(stderr=True)
-    corpus = Source(path=source, column=text_column)
+    corpus = CorpusFile(path=source, column=text_column)
     started = time.perf_counter()
     with (
         truncations_counted_elsewhere(),
@@ -197,7 +197,7 @@ def encode(
 
 def _encode_with_ray(
     bundle: Path,
-    corpus: Source,
+    corpus: CorpusFile,
     output: Path,
     workers: int,
     options: Mapping[str, object],

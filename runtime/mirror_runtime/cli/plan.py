@@ -15,11 +15,11 @@ from rich.table import Table
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.cli.plan_plot import draw
 from mirror_runtime.cli.run import truncations_counted_elsewhere
-from mirror_runtime.corpus.files import Source
+from mirror_runtime.corpus.files import CorpusFile
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
 from mirror_runtime.plan import Goal, Plan, plan_path, write_plan
-from mirror_runtime.planner import FLOOR, QUICK, Effort, Planner, Step
+from mirror_runtime.planner import FLOOR, QUICK, Budget, Planner, Step
 
 MOST_TEXTS = 100_000
 """Read at most from a file of texts: a plan needs a sample."""
@@ -81,7 +81,7 @@ def plan(
             _texts(texts, text_column),
             goal=goal,
             floor=floor,
-            effort=QUICK if quick else Effort(),
+            effort=QUICK if quick else Budget(),
             report=report,
         )
         made = planner.plan()
@@ -109,7 +109,7 @@ def _texts(path: Path | None, column: str) -> list[str]:
     if path is None:
         return [item.summary for item in standard_library() if item.summary]
     found: list[str] = []
-    for number, row in enumerate(Source(path=path, column=column).rows(), 1):
+    for number, row in enumerate(CorpusFile(path=path, column=column).rows(), 1):
         if not isinstance(row.text, str):
             raise InputError(f"{path}, row {number}: is {type(row.text).__name__}, not text")
         found.append(row.text)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
-from mirror_runtime.plan import Goal, Measured, Plan, merit
+from mirror_runtime.plan import Goal, Plan, Trial, objective
 
 
-def pareto(plan: Plan) -> list[Measured]:
+def pareto(plan: Plan) -> list[Trial]:
     """Give the settings that no other beats in speed and exactness both, fastest first."""
-    front: list[Measured] = []
-    for measured in sorted(plan.measured, key=lambda m: (merit(m, plan.goal), -m.min_cosine)):
+    front: list[Trial] = []
+    for measured in sorted(plan.measured, key=lambda m: (objective(m, plan.goal), -m.min_cosine)):
         if not front or measured.min_cosine > front[-1].min_cosine:
             front.append(measured)
     return front
@@ -34,7 +34,7 @@ def draw(plan: Plan, output: Path) -> None:
     axes = figure.add_subplot()
     latency = plan.goal is Goal.LATENCY
 
-    def speed(measured: Measured) -> float:
+    def speed(measured: Trial) -> float:
         return measured.p50_ms if latency else measured.texts_per_s
 
     for way in dict.fromkeys((m.setting.engine.value, m.setting.precision.value) for m in plan.measured):

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mirror_runtime.bundle import EncoderSpec
-from mirror_runtime.corpus.files import Row, Source
+from mirror_runtime.corpus.files import CorpusFile, Row
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
@@ -39,7 +39,7 @@ class Progress:
         texts: rows encoded so far, those of an earlier run included.
         truncated: of them, how many lost tokens.
         failed: of them, how many could not be encoded and are rows of zeros.
-        position: how far the input has been read, in the unit of `Source.size`.
+        position: how far the input has been read, in the unit of `CorpusFile.size`.
     """
 
     texts: int = 0
@@ -68,7 +68,7 @@ class _State:
 
 def encode_file(
     encoder: Encoder,
-    source: Source,
+    source: CorpusFile,
     output: Path,
     *,
     long_texts: str,
@@ -129,7 +129,7 @@ def encode_file(
 
 def _encode(
     encoder: Encoder,
-    source: Source,
+    source: CorpusFile,
     folder: Path,
     state: _State,
     zero_bad: bool,

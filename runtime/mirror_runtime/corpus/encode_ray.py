@@ -17,7 +17,7 @@ from typing import Any
 
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.corpus.encode_file import Progress
-from mirror_runtime.corpus.files import Part, Source
+from mirror_runtime.corpus.files import CorpusFile, Shard
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
@@ -41,7 +41,7 @@ class Task:
     """
 
     bundle: Path
-    source: Source
+    source: CorpusFile
     folder: Path
     options: Mapping[str, Any]
     zero_bad: bool
@@ -59,7 +59,7 @@ class Worker:
 
         What is wrong is said, not raised: Ray would wrap it and log tracebacks of its own.
         """
-        part = Part(**{name: int(values[0]) for name, values in batch.items()})
+        part = Shard(**{name: int(values[0]) for name, values in batch.items()})
         problem, kind = "", ""
         counts = dict.fromkeys(("texts", "truncated", "failed", "position"), 0)
         try:
@@ -68,7 +68,7 @@ class Worker:
             problem, kind = str(error), "input" if isinstance(error, InputError) else "engine"
         return {name: [value] for name, value in {**counts, "problem": problem, "kind": kind}.items()}
 
-    def _encode(self, part: Part) -> dict[str, int]:
+    def _encode(self, part: Shard) -> dict[str, int]:
         pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
         task, spec = self._task, self._encoder.spec
         embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
@@ -94,14 +94,14 @@ class Worker:
         return {"texts": part.rows, "truncated": truncated, "failed": failed, "position": task.source.share(part)}
 
 
-def part_path(folder: Path, part: Part) -> Path:
+def part_path(folder: Path, part: Shard) -> Path:
     """Name a part's file."""
     return folder / f"part-{part.number:06d}.parquet"
 
 
 def encode_with_ray(
     bundle: Path,
-    source: Source,
+    source: CorpusFile,
     output: Path,
     *,
     workers: int,
@@ -170,7 +170,7 @@ def encode_with_ray(
     return done
 
 
-def _run(ray: Any, task: Task, parts: list[Part], workers: int, address: str | None) -> Iterator[Mapping[str, int]]:
+def _run(ray: Any, task: Task, parts: list[Shard], workers: int, address: str | None) -> Iterator[Mapping[str, int]]:
     """Let the pool encode the parts; gives the counts of each as it is finished."""
     ours = not ray.is_initialized()
     if ours:

@@ -21,7 +21,7 @@ class Row:
 
     Attributes:
         text: what to encode; for JSON and Parquet whatever the file holds there, str or not.
-        position: how far the file has been read, in the unit of `Source.size`.
+        position: how far the file has been read, in the unit of `CorpusFile.size`.
     """
 
     text: object
@@ -29,7 +29,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Shard:
     """A stretch of a corpus that can be read without what is before it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class CorpusFile:
     """A corpus file.
 
     Attributes:
@@ -82,23 +82,23 @@ class Source:
             return self._parquet_rows(skip)
         return self._lines(skip)
 
-    def parts(self, rows: int) -> Iterator[Part]:
+    def parts(self, rows: int) -> Iterator[Shard]:
         """Cut the corpus into parts of this many rows; of a Parquet file, whole row groups of at least as many."""
         sizes = self._row_groups() if self.path.suffix == ".parquet" else self._line_sizes()
         number = first = count = begin = end = 0
         for unit_rows, unit_size in sizes:
             count, end = count + unit_rows, end + unit_size
             if count >= rows:
-                yield Part(number=number, first=first, rows=count, begin=begin, end=end)
+                yield Shard(number=number, first=first, rows=count, begin=begin, end=end)
                 number, first, count, begin = number + 1, first + count, 0, end
         if count:
-            yield Part(number=number, first=first, rows=count, begin=begin, end=end)
+            yield Shard(number=number, first=first, rows=count, begin=begin, end=end)
 
-    def share(self, part: Part) -> int:
+    def share(self, part: Shard) -> int:
         """How much of `size` a part is."""
         return part.rows if self.path.suffix == ".parquet" else part.end - part.begin
 
-    def texts(self, part: Part) -> Iterator[object]:
+    def texts(self, part: Shard) -> Iterator[object]:
         """Stream what a part's rows hold.
 
         Raises:

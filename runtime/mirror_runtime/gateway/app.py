@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 import mirror_runtime
 from mirror_runtime.gateway.errors import Refusal, refusal_of, refusal_of_validation, shown, unavailable
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
-from mirror_runtime.gateway.middleware import CLIENT_GONE, Gate, response_of
+from mirror_runtime.gateway.middleware import CLIENT_GONE, Middleware, response_of
 from mirror_runtime.gateway.responses import openai_body, tei_body
 from mirror_runtime.gateway.schema import (
     EmbeddingsAnswer,
@@ -74,7 +74,7 @@ def make_app(service: Service) -> ASGIApp:
     _add_facts(app, service)
     _add_refusals(app)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
-    return Gate(app, service, routes=routes, open_routes=OPEN_ROUTES)
+    return Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES)
 
 
 def _locks(service: Service) -> list[Any]:

@@ -21,7 +21,7 @@ CLIENT_GONE = 499
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Gate:
+class Middleware:
     """An ASGI application around another one.
 
     Args:

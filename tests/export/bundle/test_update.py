@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle.update import add_artifacts, amending
+from export.bundle.update import add_artifacts, updating
 from mirror_runtime.bundle import MANIFEST_FILE, EngineName, Precision, check_files, read_manifest, sha256_file
 from mirror_runtime.errors import InputError
 
@@ -14,7 +14,7 @@ from mirror_runtime.errors import InputError
 def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(make_bundle, make_artifact):
     bundle = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
     before = read_manifest(bundle)
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         (made / "tensorrt").mkdir()
         (made / "tensorrt" / "model.plan").write_bytes(b"plan")
         written = add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
@@ -28,13 +28,13 @@ def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(m
 
 def test_a_second_build_takes_the_place_of_the_first(make_bundle, make_artifact):
     bundle = make_bundle(artifacts=(make_artifact(EngineName.TENSORRT, Precision.FP16),))
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     assert len(read_manifest(bundle).artifacts) == 1
 
 
 def fail_half_way(bundle: Path) -> None:
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         (made / "model.plan").write_bytes(b"plan")
         raise RuntimeError("half way")
 
@@ -50,16 +50,16 @@ def test_a_failure_leaves_the_bundle_as_it_was(make_bundle):
 def test_two_at_once_are_refused_and_leftovers_of_the_killed_removed(make_bundle):
     bundle: Path = make_bundle()
     (bundle / ".partial-killed").mkdir()
-    with amending(bundle):
+    with updating(bundle):
         assert not (bundle / ".partial-killed").exists()
-        with pytest.raises(InputError, match="another process is adding"), amending(bundle):
+        with pytest.raises(InputError, match="another process is adding"), updating(bundle):
             pass
-    with amending(bundle):
+    with updating(bundle):
         pass
 
 
 def test_a_folder_that_cannot_be_opened_is_one_clear_error(tmp_path: Path):
-    with pytest.raises(InputError, match="cannot be opened"), amending(tmp_path / "absent"):
+    with pytest.raises(InputError, match="cannot be opened"), updating(tmp_path / "absent"):
         pass
 
 
@@ -68,7 +68,7 @@ def test_the_manifest_is_written_last(make_bundle, make_artifact, monkeypatch: p
     replaced: list[str] = []
     real = os.replace
     monkeypatch.setattr("os.replace", lambda a, b: (replaced.append(Path(b).name), real(a, b)))
-    with amending(bundle) as made:
+    with updating(bundle) as made:
         (made / "z.plan").write_bytes(b"plan")
         add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     assert replaced == ["z.plan", MANIFEST_FILE]

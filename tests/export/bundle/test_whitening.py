@@ -7,7 +7,7 @@ import pytest
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from export.bundle.head_options import Additions, add, whiten
+from export.bundle.head_options import HeadOptions, add, whiten
 from export.bundle.whitening import fit_whitening
 from mirror_runtime.bundle import Pooling, VectorType
 from mirror_runtime.errors import InputError
@@ -68,7 +68,7 @@ def test_an_encoder_is_whitened_by_one_dense_layer(reference):
 
 
 def test_additions_come_in_order_whitening_cut_type(reference):
-    additions = Additions(whiten=tuple(TEXTS), whiten_dim=16, dim=8, vector_type=VectorType.INT8)
+    additions = HeadOptions(whiten=tuple(TEXTS), whiten_dim=16, dim=8, vector_type=VectorType.INT8)
     made, _ = add(reference, additions)
     assert (made.spec.dense[0].out_features, made.spec.dim, made.spec.vector_type) == (16, 8, VectorType.INT8)
     whitened, _ = whiten(reference, TEXTS, 16)
@@ -84,12 +84,12 @@ def test_additions_come_in_order_whitening_cut_type(reference):
 
 def test_what_contradicts_the_encoder_is_refused(reference):
     with pytest.raises(InputError, match="give --whiten CORPUS"):
-        Additions(whiten_dim=4)
+        HeadOptions(whiten_dim=4)
     with pytest.raises(InputError, match="--dim is 33: the vectors have 32"):
-        add(reference, Additions(dim=33))
-    cut, _ = add(reference, Additions(dim=16))
+        add(reference, HeadOptions(dim=33))
+    cut, _ = add(reference, HeadOptions(dim=16))
     with pytest.raises(InputError, match="cut or rounded vectors"):
         whiten(cut, TEXTS)
-    bits, _ = add(reference, Additions(vector_type=VectorType.BINARY))
+    bits, _ = add(reference, HeadOptions(vector_type=VectorType.BINARY))
     with pytest.raises(InputError, match="cannot become int8"):
-        add(bits, Additions(vector_type=VectorType.INT8))
+        add(bits, HeadOptions(vector_type=VectorType.INT8))

@@ -19,7 +19,7 @@ from encoders.source import Head, resolve
 from export.graph.trace import PackedEncoder, PaddedEncoder, export_graph
 from export.proof.parity import FLOORS, Floors
 from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, Precision, VectorType
-from mirror_runtime.packing import Ladder, pack
+from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.vectors import components, dtype_of, round_vectors
 
 Array = np.ndarray[Any, Any]
@@ -106,7 +106,7 @@ def packed_feed(reference: Reference, texts: Sequence[str]) -> tuple[dict[str, A
     if pad_to is not None:
         pieces = [piece + [reference.tokenizer.pad_token_id] * (pad_to - len(piece)) for piece in pieces]
     ids, lengths = np.array([*itertools.chain(*pieces)]), np.array([len(piece) for piece in pieces])
-    batches = pack(ids, lengths, Ladder(lengths=(64,)), own=None if pad_to is None else own)
+    batches = pack(ids, lengths, ShapeSet(lengths=(64,)), own=None if pad_to is None else own)
     names = ("input_ids", "position_ids", "segment_ids")
     rows = {name: np.concatenate([getattr(batch.rows, name) for batch in batches]) for name in names}
     slots = np.zeros(len(texts), np.int64)

@@ -14,13 +14,13 @@ from export.bundle.build import Request, build
 from export.graph.rewrite import Rewrite
 from export.graph.trace import Graph, export_graph
 from export.precision import quantize
-from export.precision.calibration import Calibration, Flow, Origin, calibration_texts, linear_inputs
+from export.precision.calibration import ActivationStats, Calibration, Origin, calibration_texts, linear_inputs
 from export.precision.channel_splitting import SPARE, Columns
 from export.precision.half_precision import write_half
 from export.precision.quantize import (
     FORMATS,
     GAIN,
-    Site,
+    QuantizedInput,
     best_site,
     plan_sites,
     write_quantized,
@@ -125,14 +125,14 @@ def test_a_text_does_not_depend_on_its_neighbours(tiny_bundle, plans, tmp_path):
     assert cosines(found, again).min() > 0.99999
 
 
-def wide_flow() -> tuple[Flow, np.ndarray]:
+def wide_flow() -> tuple[ActivationStats, np.ndarray]:
     """192 channels of which one is far wider than the rest, and a layer's weights."""
     draw = np.random.default_rng(0)
     values = draw.normal(size=(256, 192)).astype(np.float32)
     values[:, 5] *= 30
-    return Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION), draw.normal(size=(192, 32)).astype(
-        np.float32
-    )
+    return ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION), draw.normal(
+        size=(192, 32)
+    ).astype(np.float32)
 
 
 def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
@@ -152,7 +152,7 @@ def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
     values = draw.normal(size=(256, 64)).astype(np.float32)
     values[:, 9] *= 0.01
     weights = draw.normal(size=(64, 32)).astype(np.float32)
-    flow = Flow(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
+    flow = ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
     site = best_site(flow, weights, FORMATS[Precision.INT8])
     assert 127 * site.scale * site.smoothing[9] >= 2
 
@@ -170,7 +170,7 @@ def test_more_columns_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine
     assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.98
 
 
-def widened(site: Site) -> Site:
+def widened(site: QuantizedInput) -> QuantizedInput:
     copies = np.ones_like(site.columns.copies)
     copies[[0, 3]] = 3, 2
     return replace(site, columns=Columns(copies), smoothing=site.smoothing * copies.astype(np.float32))

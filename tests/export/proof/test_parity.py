@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.sets import EvaluationSet
 from export.proof.parity import FLOORS, Expected, Floors, _quality, prove
-from export.proof.proof_texts import NASTY, parity_texts, read_texts
+from export.proof.proof_texts import EDGE_CASES, parity_texts, read_texts
 from mirror_runtime.bundle import EncoderSpec, Pooling, Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
 
@@ -176,7 +176,7 @@ def test_built_in_texts_are_many_ragged_and_the_same_each_time():
     texts = parity_texts()
     assert len(texts) >= 500
     assert texts == parity_texts()
-    assert set(NASTY) <= set(texts)
+    assert set(EDGE_CASES) <= set(texts)
     assert max(map(len, texts)) == 100_000
     assert len({len(text) for text in texts}) > 100
 

@@ -21,7 +21,7 @@ from mirror_runtime.bundle import TensorSpec
 from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.errors import EngineError
-from mirror_runtime.packing import Ladder
+from mirror_runtime.packing import ShapeSet
 from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
 
 GPU = Gpu(name="NVIDIA L4", compute_capability="8.9")
@@ -123,7 +123,7 @@ def test_a_removed_flag_in_our_source_would_be_found():
 
 def request_in(folder: Path, **changes: Any) -> BuildRequest:
     (folder / "model_packed.onnx").write_bytes(b"graph")
-    profiles = packed_profiles(INPUTS, Ladder.up_to(64))
+    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64))
     digest = builder._sha256(b"graph")
     request = BuildRequest("model_packed.onnx", digest, "model_packed.plan", "fp16", "packed", profiles)
     return replace(request, **changes)
@@ -216,7 +216,7 @@ def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.Mon
     assert (card.tensorrt, card.gpu, card.compute_capability) == (VERSIONS[1], "NVIDIA L4", "8.9")
     assert (card.precision.value, card.layout.value, card.onnx_sha256) == ("fp16", "packed", request.onnx_sha256)
     assert (card.layers, card.fused_attention, card.min_cosine) == (2, 1, 0.99995)
-    assert [profile["input_ids"][2] for profile in card.profiles] == list(Ladder.up_to(64).shapes())
+    assert [profile["input_ids"][2] for profile in card.profiles] == list(ShapeSet.up_to(64).shapes())
     assert [(t.name, t.dtype, t.shape) for t in card.outputs] == [("embedding", "float32", (-1, -1, 8))]
 
 
@@ -302,7 +302,7 @@ def test_the_copied_script_runs_alone_and_says_what_is_missing(tmp_path: Path):
 
 
 def test_trtexec_gets_the_same_build(tmp_path: Path):
-    profiles = packed_profiles(INPUTS, Ladder.up_to(64))[:2]
+    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64))[:2]
     line = trtexec_line(
         request_in(tmp_path, profiles=profiles, workspace_gib=2.0, version_compatible=True, hardware="ampere-plus")
     )
@@ -320,7 +320,7 @@ def test_trtexec_gets_the_same_build(tmp_path: Path):
 
 
 def test_packed_profiles_are_static_and_cover_every_shape_that_packing_makes():
-    ladder = Ladder.up_to(384)
+    ladder = ShapeSet.up_to(384)
     profiles = packed_profiles(INPUTS, ladder)
     check_profiles(profiles, INPUTS, 384)
     assert [profile["segment_ids"][1] for profile in profiles] == list(ladder.shapes())
@@ -338,7 +338,7 @@ def test_padded_profiles_hold_every_length_once():
 
 
 def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], Ladder.up_to(64)))
+    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64)))
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
     with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
         build(request, tmp_path, gpu=GPU)
@@ -359,7 +359,7 @@ def test_profiles_that_do_not_add_up_are_refused(shapes: Any, message: str):
 
 
 def test_profiles_that_leave_out_or_contradict_an_input_are_refused():
-    good = packed_profiles(INPUTS, Ladder.up_to(64))[-1]
+    good = packed_profiles(INPUTS, ShapeSet.up_to(64))[-1]
     with pytest.raises(EngineError, match="the graph's inputs are"):
         check_profiles([{"input_ids": good["input_ids"]}], INPUTS, 64)
     with pytest.raises(EngineError, match="different shapes"):

@@ -19,7 +19,7 @@ from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Pooling, Prec
 from mirror_runtime.engines import installed, load_engine, onnxruntime_gpu
 from mirror_runtime.engines.onnxruntime_gpu import PROVIDERS, OnnxRuntimeGpuEngine, tensorrt_options
 from mirror_runtime.errors import EngineError
-from mirror_runtime.packing import Ladder, PackedRows, pack
+from mirror_runtime.packing import PackedRows, ShapeSet, pack
 
 CUDA, TENSORRT = EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT
 DOCUMENTED = {
@@ -57,7 +57,7 @@ def batches() -> list[PackedRows]:
     random = np.random.default_rng(0)
     lengths = random.integers(2, 60, 40)
     ids = random.integers(5, 60, int(lengths.sum()))
-    return [batch.rows for batch in pack(ids, lengths, Ladder.up_to(64, budget=256))]
+    return [batch.rows for batch in pack(ids, lengths, ShapeSet.up_to(64, budget=256))]
 
 
 @pytest.mark.parametrize("name", [CUDA, TENSORRT])

@@ -19,7 +19,7 @@ from mirror_runtime.engines.fake import FakeEngine
 from mirror_runtime.engines.plan_card import PlanCard, card_path, check_card, read_card
 from mirror_runtime.engines.tensorrt_engine import LoadedPlan
 from mirror_runtime.errors import EngineError, MissingExtra
-from mirror_runtime.packing import Ladder, PackedRows, pack
+from mirror_runtime.packing import PackedRows, ShapeSet, pack
 from tests.support.fake_gpu import Gpu, install
 from tests.support.tensorrt_binding import VERSIONS
 
@@ -28,7 +28,7 @@ SPEC = EncoderSpec(
     base_model="tests", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=DIM
 )
 INPUTS = ("input_ids", "position_ids", "segment_ids")
-LADDER = Ladder.up_to(64, budget=256)
+LADDER = ShapeSet.up_to(64, budget=256)
 
 
 @pytest.fixture(params=VERSIONS)

@@ -22,12 +22,12 @@ from mirror_runtime.bundle import (
 )
 from mirror_runtime.engines.plan_card import PlanCard, card_path
 from mirror_runtime.errors import EngineError, InputError
-from mirror_runtime.packing import Ladder
+from mirror_runtime.packing import ShapeSet
 from mirror_runtime.triton.model.backend_model import EncoderModel, packed_ladder, render_encoder
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 NAMES = ("input_ids", "position_ids", "segment_ids")
-SHAPES = Ladder.up_to(64).shapes()
+SHAPES = ShapeSet.up_to(64).shapes()
 
 
 def artifact_of(make: Callable[..., Artifact], engine: EngineName, precision: Precision) -> Artifact:

@@ -10,7 +10,7 @@ from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.control import Access
 from mirror_runtime.triton.server.deploy import deploy, present_options
-from mirror_runtime.triton.server.deploy_lock import ACCESS_FILE, Announcement, deploying, serving
+from mirror_runtime.triton.server.deploy_lock import ACCESS_FILE, ServerFile, deploying, serving
 from mirror_runtime.triton.server.supervisor import serve
 
 ACCESS = Access(address="127.0.0.1:1", key="secret", pid=2)
@@ -18,7 +18,7 @@ ACCESS = Access(address="127.0.0.1:1", key="secret", pid=2)
 
 def test_a_server_is_found_while_its_process_lives(tmp_path):
     assert serving(tmp_path) is None
-    with Announcement(tmp_path) as announcement:
+    with ServerFile(tmp_path) as announcement:
         with pytest.raises(ServerError, match="is starting"):
             serving(tmp_path)
         announcement.write(ACCESS)
@@ -32,14 +32,14 @@ def test_a_server_is_found_while_its_process_lives(tmp_path):
 def test_what_a_killed_server_left_counts_for_nothing(tmp_path):
     (tmp_path / ACCESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "key": "old", "pid": 1}))
     assert serving(tmp_path) is None
-    with Announcement(tmp_path) as announcement:
+    with ServerFile(tmp_path) as announcement:
         announcement.write(ACCESS)
         assert serving(tmp_path) == ACCESS
 
 
 def test_two_servers_or_two_deployments_at_once_are_refused(tmp_path):
-    with Announcement(tmp_path), pytest.raises(InputError, match="another mirror serve runs on"):
-        Announcement(tmp_path)
+    with ServerFile(tmp_path), pytest.raises(InputError, match="another mirror serve runs on"):
+        ServerFile(tmp_path)
     with deploying(tmp_path), pytest.raises(InputError, match="another process deploys into"), deploying(tmp_path):
         pass
     with deploying(tmp_path):

@@ -21,24 +21,24 @@ from mirror_runtime.bundle import read_manifest
 from mirror_runtime.errors import InputError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model import scheduler as queueing
-from mirror_runtime.triton.model.batching import Answer, Failure, FailureKind, Question, answer
+from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind, answer
 from mirror_runtime.triton.model.instances import share
-from mirror_runtime.triton.model.request_options import Wishes
+from mirror_runtime.triton.model.request_options import RequestOptions
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
 
 
-def answers(outcomes: list[Answer | Failure]) -> list[Answer]:
-    assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
-    return [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+def answers(outcomes: list[EmbedResult | Failure]) -> list[EmbedResult]:
+    assert all(isinstance(outcome, EmbedResult) for outcome in outcomes), outcomes
+    return [outcome for outcome in outcomes if isinstance(outcome, EmbedResult)]
 
 
 def tensor(*texts: bytes) -> NDArray[Any]:
     return np.array(texts, dtype=np.object_).reshape(-1, 1)
 
 
-def question(*texts: bytes, **wishes: Any) -> Question:
-    return Question(texts=tensor(*texts), wishes=Wishes(**wishes))
+def question(*texts: bytes, **wishes: Any) -> EmbedRequest:
+    return EmbedRequest(texts=tensor(*texts), wishes=RequestOptions(**wishes))
 
 
 class CountingEncoder(Encoder):

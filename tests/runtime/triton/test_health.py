@@ -8,10 +8,10 @@ import pytest
 
 from mirror_runtime.client.client import Statistics
 from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError
-from mirror_runtime.triton.server.deploy_lock import Swaps, deploying
-from mirror_runtime.triton.server.health import Patience, Watchdog
+from mirror_runtime.triton.server.deploy_lock import DeployLock, deploying
+from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
 
-PATIENCE = Patience(look_s=0.01, probe_s=0.05, silent_s=0.4, computing_s=1.2)
+PATIENCE = HealthPolicy(look_s=0.01, probe_s=0.05, silent_s=0.4, computing_s=1.2)
 
 
 class Served:
@@ -157,10 +157,10 @@ def test_a_worker_that_ends_during_a_deployment_was_replaced(served):
 
 
 def test_a_deployment_that_nobody_looked_at_is_still_seen_once(tmp_path):
-    assert not Swaps(tmp_path).new()
+    assert not DeployLock(tmp_path).new()
     with deploying(tmp_path):
         pass
-    swaps = Swaps(tmp_path)
+    swaps = DeployLock(tmp_path)
     for _ in range(2):
         assert not swaps.new()
         with deploying(tmp_path):

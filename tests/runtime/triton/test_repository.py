@@ -21,7 +21,7 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.errors import BundleError, EngineError, InputError
-from mirror_runtime.plan import Goal, Host, Measured, Plan, Setting, write_plan
+from mirror_runtime.plan import Goal, Host, Plan, Setting, Trial, write_plan
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -129,7 +129,7 @@ def test_options_are_checked():
 
 def a_plan(**changes) -> Plan:
     setting = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
-    measured = Measured(
+    measured = Trial(
         setting=setting, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True
     )
     fields = {

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from mirror_runtime.errors import OverloadedError
-from mirror_runtime.triton.model.token_budget import Gate
+from mirror_runtime.triton.model.token_budget import TokenBudget
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
 
 
 def test_what_fits_is_taken_and_the_rest_refused():
-    gate = Gate(100)
+    gate = TokenBudget(100)
     gate.enter(60)
     gate.enter(40)
     with pytest.raises(OverloadedError, match="100 tokens are in flight and 1 more would exceed 100; retry after"):
@@ -28,7 +28,7 @@ def test_what_fits_is_taken_and_the_rest_refused():
 
 
 def test_whatever_finds_nothing_in_flight_is_taken():
-    gate = Gate(10)
+    gate = TokenBudget(10)
     gate.enter(1_000_000)
     with pytest.raises(OverloadedError):
         gate.enter(1)
@@ -38,7 +38,7 @@ def test_whatever_finds_nothing_in_flight_is_taken():
 
 def test_the_hint_is_the_time_in_which_half_will_be_done():
     clock = Clock()
-    gate = Gate(1000, clock)
+    gate = TokenBudget(1000, clock)
     for _ in range(20):  # 100 tokens in 0.05 s: 2000 a second
         gate.enter(100)
         clock.now += 0.05
@@ -54,7 +54,7 @@ def test_the_hint_is_the_time_in_which_half_will_be_done():
 @pytest.mark.parametrize(("seconds", "hint"), [(1e-6, 0.01), (1e6, 10.0)])
 def test_the_hint_stays_within_reason(seconds, hint):
     clock = Clock()
-    gate = Gate(100, clock)
+    gate = TokenBudget(100, clock)
     gate.enter(100)
     clock.now += seconds
     gate.leave(50)
@@ -64,7 +64,7 @@ def test_the_hint_stays_within_reason(seconds, hint):
 
 
 def test_before_anything_was_measured_there_is_a_hint_too():
-    gate = Gate(1)
+    gate = TokenBudget(1)
     gate.enter(1)
     with pytest.raises(OverloadedError) as caught:
         gate.enter(1)
@@ -72,7 +72,7 @@ def test_before_anything_was_measured_there_is_a_hint_too():
 
 
 def test_many_threads_lose_no_token():
-    gate = Gate(1 << 40)
+    gate = TokenBudget(1 << 40)
 
     def work() -> None:
         for tokens in range(1, 2000):

@@ -15,7 +15,7 @@ from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precis
 from mirror_runtime.engines.openvino_engine import row_step_of
 from mirror_runtime.engines.plan_card import PlanCard, read_card
 from mirror_runtime.errors import EngineError, InputError
-from mirror_runtime.packing import BLOCK, ROW_TOKENS, TOKEN_BUDGET, Ladder
+from mirror_runtime.packing import BLOCK, ROW_TOKENS, TOKEN_BUDGET, ShapeSet
 from mirror_runtime.selection import AUTO
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
@@ -109,10 +109,10 @@ class EncoderModel:
         return cls(artifact=artifact, backend=options.backend, shapes=ladder.shapes(), streams=streams, card=card)
 
 
-def packed_ladder(manifest: Manifest, options: ServingOptions) -> Ladder:
+def packed_ladder(manifest: Manifest, options: ServingOptions) -> ShapeSet:
     """Give the shapes that `embed` packs into."""
     spec = manifest.encoder
-    return Ladder.up_to(
+    return ShapeSet.up_to(
         spec.pad_to or spec.max_tokens,
         base=options.row_tokens or ROW_TOKENS,
         budget=options.batch_tokens or TOKEN_BUDGET,

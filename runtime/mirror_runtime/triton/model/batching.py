@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mirror_runtime.bundle import EncoderSpec, VectorType
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model.request_options import NONE, Wishes
+from mirror_runtime.triton.model.request_options import NONE, RequestOptions
 from mirror_runtime.vectors import Vectors
 
 BYTES_PER_TOKEN = 4
@@ -37,7 +37,7 @@ class FailureKind(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class EmbedResult:
     """What one request of b texts gets.
 
     Attributes:
@@ -60,7 +60,7 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class EmbedRequest:
     """One request: b texts and what is asked of them.
 
     Attributes:
@@ -69,7 +69,7 @@ class Question:
     """
 
     texts: NDArray[Any]
-    wishes: Wishes = NONE
+    wishes: RequestOptions = NONE
 
     @property
     def sizes(self) -> list[int]:
@@ -84,7 +84,7 @@ class Question:
         )
 
 
-def answer(encoder: Encoder, questions: Sequence[Question], long_texts: LongTexts) -> list[Answer | Failure]:
+def answer(encoder: Encoder, questions: Sequence[EmbedRequest], long_texts: LongTexts) -> list[EmbedResult | Failure]:
     """Encode the texts of all requests together and hand each request its own.
 
     Args:
@@ -115,7 +115,7 @@ def answer(encoder: Encoder, questions: Sequence[Question], long_texts: LongText
         return [failures[number] for number in range(len(questions))]
 
     encoded = encoder.finish(encoder.begin(texts, direct=True, long_texts=policies))
-    answers: dict[int, Answer | Failure] = dict(failures)
+    answers: dict[int, EmbedResult | Failure] = dict(failures)
     for number, span in spans.items():
         answers[number] = _own(encoded, span, questions[number].wishes, encoder.spec)
     return [answers[number] for number in range(len(questions))]
@@ -143,20 +143,20 @@ def cut(vectors: Vectors, dimensions: int, spec: EncoderSpec) -> Vectors:
     return shortened
 
 
-def _own(encoded: Encoded, span: slice, wishes: Wishes, spec: EncoderSpec) -> Answer | Failure:
+def _own(encoded: Encoded, span: slice, wishes: RequestOptions, spec: EncoderSpec) -> EmbedResult | Failure:
     """Give one request its part of what was encoded together."""
     bad = next((i for i in range(span.start, span.stop) if i in encoded.errors), None)
     if bad is not None:
         return _invalid(bad - span.start, encoded.errors[bad].reason)
     vectors = encoded.vectors[span]
-    return Answer(
+    return EmbedResult(
         vectors=vectors if wishes.dimensions is None else cut(vectors, wishes.dimensions, spec),
         tokens=encoded.tokens[span, np.newaxis].astype(np.int32),
         truncated=encoded.truncated[span, np.newaxis],
     )
 
 
-def _decode(question: Question) -> list[str] | Failure:
+def _decode(question: EmbedRequest) -> list[str] | Failure:
     texts: list[str] = []
     prompt = question.wishes.prompt
     for position, raw in enumerate(question.texts.reshape(-1)):

@@ -27,13 +27,13 @@ from mirror_runtime.errors import BundleError, InputError, MirrorError
 from mirror_runtime.plan import Decision
 from mirror_runtime.tokenizer import Tokenizer
 from mirror_runtime.triton.model.backend_model import find_artifact, packed_ladder
-from mirror_runtime.triton.model.batching import Answer, Failure, FailureKind, Question
+from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import RemoteEngine
 from mirror_runtime.triton.model.instances import take_share
 from mirror_runtime.triton.model.metrics import Reading, Reporter
 from mirror_runtime.triton.model.request_options import read_wishes
-from mirror_runtime.triton.model.scheduler import Desk, Job, Outcome
-from mirror_runtime.triton.model.token_budget import Gate
+from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler
+from mirror_runtime.triton.model.token_budget import TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 
@@ -78,9 +78,9 @@ class TritonPythonModel:
         self._fingerprint = self.encoder.fingerprint
         # Server 2.51 has no response parameters: the output FINGERPRINT says it everywhere.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
-        self._gate = Gate(max(1, options.max_tokens_in_flight // options.instances))
+        self._gate = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
         engine = self.encoder.engine
-        self._desk = Desk(
+        self._desk = Scheduler(
             self.encoder,
             self._gate,
             long_texts=options.long_texts,
@@ -128,7 +128,7 @@ class TritonPythonModel:
                 sender.send(self._response(outcome, names), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
             job = Job(
-                question=Question(texts=texts, wishes=wishes),
+                question=EmbedRequest(texts=texts, wishes=wishes),
                 reply=reply,
                 is_cancelled=sender.is_cancelled,
                 timeout_s=request.timeout() / 1e6 or None,
@@ -141,7 +141,7 @@ class TritonPythonModel:
 
     def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
         """Write an outcome; an answer that cannot be written becomes a failure, so that nobody waits for ever."""
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, EmbedResult):
             try:
                 return self._written(outcome, names)
             except Exception:
@@ -149,7 +149,7 @@ class TritonPythonModel:
         code = getattr(pb_utils.TritonError, outcome.kind.value)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(outcome.message, code))
 
-    def _written(self, outcome: Answer, names: frozenset[str]) -> Any:
+    def _written(self, outcome: EmbedResult, names: frozenset[str]) -> Any:
         tensors = [
             pb_utils.Tensor("EMBEDDING", np.ascontiguousarray(outcome.vectors)),
             pb_utils.Tensor("TOKENS", outcome.tokens),

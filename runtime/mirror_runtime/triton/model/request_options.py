@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class RequestOptions:
     """What one request asks for.
 
     Attributes:
@@ -32,10 +32,10 @@ class Wishes:
     prompt: str = ""
 
 
-NONE = Wishes()
+NONE = RequestOptions()
 
 
-def read_wishes(text: str, spec: EncoderSpec) -> Wishes:
+def read_wishes(text: str, spec: EncoderSpec) -> RequestOptions:
     """Read a request's parameters, strictly.
 
     Args:
@@ -54,7 +54,7 @@ def read_wishes(text: str, spec: EncoderSpec) -> Wishes:
     unknown = sorted(given.keys() - set(KNOWN))
     if unknown:
         raise InputError(f"unknown parameter {_shown(unknown[0])}: known are {', '.join(KNOWN)}")
-    return Wishes(
+    return RequestOptions(
         long_texts=_long_texts(given["truncate"]) if "truncate" in given else None,
         dimensions=_dimensions(given["dimensions"], spec) if "dimensions" in given else None,
         prompt=_prompt(given["prompt"], spec) if "prompt" in given else "",

@@ -18,12 +18,18 @@ from typing import TypeAlias
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import OverloadedError
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model.batching import LARGEST_REQUEST, Answer, Failure, FailureKind, Question, answer
-from mirror_runtime.triton.model.token_budget import Gate
+from mirror_runtime.triton.model.batching import (
+    LARGEST_REQUEST,
+    EmbedRequest,
+    Failure,
+    FailureKind,
+    answer,
+)
+from mirror_runtime.triton.model.token_budget import TokenBudget
 
 _log = logging.getLogger(__name__)
 
-Outcome: TypeAlias = "Answer | Failure"
+Outcome: TypeAlias = "EmbedResult | Failure"
 
 AT_ONCE_TOKENS = 512
 """Guessed tokens in flight, for each of the engine's streams, up to which the thread that brings requests computes
@@ -44,7 +50,7 @@ class Job:
         timeout_s: seconds after its arrival at which the answer is of no use any more; None for never.
     """
 
-    question: Question
+    question: EmbedRequest
     reply: Callable[[Outcome], None]
     is_cancelled: Callable[[], bool]
     timeout_s: float | None = None
@@ -57,7 +63,7 @@ class _Waiting:
     since: float
 
 
-class Desk:
+class Scheduler:
     """Takes requests or refuses them, and has workers answer what was taken. Close it to finish what was taken.
 
     Args:
@@ -68,7 +74,9 @@ class Desk:
         workers: threads: while one waits for the engine, another tokenises or sends.
     """
 
-    def __init__(self, encoder: Encoder, gate: Gate, *, long_texts: LongTexts, batch_tokens: int, workers: int) -> None:
+    def __init__(
+        self, encoder: Encoder, gate: TokenBudget, *, long_texts: LongTexts, batch_tokens: int, workers: int
+    ) -> None:
         self._encoder = encoder
         self._gate = gate
         self._long_texts = long_texts

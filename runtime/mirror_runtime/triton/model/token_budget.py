@@ -16,7 +16,7 @@ _LEAST_HINT_S = 0.01
 _MOST_HINT_S = 10.0
 
 
-class Gate:
+class TokenBudget:
     """Counts the tokens of requests that were taken and not answered yet. Safe to use from several threads.
 
     Args:

@@ -43,7 +43,7 @@ def deploying(repository: Path) -> Iterator[None]:
         os.close(handle)
 
 
-class Swaps:
+class DeployLock:
     """What the server's watchdog asks: have models been replaced on purpose?
 
     Args:
@@ -75,7 +75,7 @@ class Swaps:
             return 0
 
 
-class Announcement:
+class ServerFile:
     """The file in a repository that tells `mirror deploy` which server serves it. A context manager.
 
     It holds the server's key: its owner alone may read it. A lock on it says that the process which wrote it lives.
@@ -102,7 +102,7 @@ class Announcement:
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, content, 0)
 
-    def __enter__(self) -> Announcement:
+    def __enter__(self) -> ServerFile:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import DEAD_RUNNER
 from mirror_runtime.errors import OverloadedError, ServerError
-from mirror_runtime.triton.server.deploy_lock import Swaps
+from mirror_runtime.triton.server.deploy_lock import DeployLock
 from mirror_runtime.triton.server.server import Server
 
 _COUNTERS_S = 1.0
@@ -19,7 +19,7 @@ _COMPUTING = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patience:
+class HealthPolicy:
     """How long a server may be silent. Silent means: no probe answered, and no other request either.
 
     Attributes:
@@ -44,10 +44,10 @@ class Watchdog:
         patience: how long it may be silent.
     """
 
-    def __init__(self, server: Server, patience: Patience) -> None:
+    def __init__(self, server: Server, patience: HealthPolicy) -> None:
         self._server = server
         self._patience = patience
-        self._swaps = Swaps(server.repository)
+        self._swaps = DeployLock(server.repository)
         self._prober = _Prober(server.client(timeout_s=patience.computing_s), patience.probe_s)
         self._counters = server.client(timeout_s=_COUNTERS_S)
         self._answered = 0

@@ -19,8 +19,8 @@ from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.selection import choose
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
-from mirror_runtime.triton.server.deploy_lock import Announcement
-from mirror_runtime.triton.server.health import Patience, Watchdog
+from mirror_runtime.triton.server.deploy_lock import ServerFile
+from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
 from mirror_runtime.triton.server.server import Server
 
 _LONGEST_PAUSE_S = 30.0
@@ -37,7 +37,7 @@ class ServiceOptions:
         drain_s: how long accepted requests may take to be answered when the service ends, in seconds.
     """
 
-    patience: Patience = field(default_factory=Patience)
+    patience: HealthPolicy = field(default_factory=HealthPolicy)
     max_restarts: int = 5
     window_s: float = 600.0
     drain_s: float = 30.0
@@ -91,11 +91,11 @@ def serve(
         announcement = None
         if repository == source:
             try:
-                announcement = stack.enter_context(Announcement(repository))
+                announcement = stack.enter_context(ServerFile(repository))
             except OSError as error:
                 say(f"{repository} cannot be written ({error.strerror}): mirror deploy cannot reach this server")
         server = Server(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-        keeper = _Keeper(server, service, signals.first, announcement, say)
+        keeper = Supervisor(server, service, signals.first, announcement, say)
         try:
             server.start()
             server.wait_ready(cancelled=signals.first)
@@ -111,7 +111,7 @@ def serve(
             server.stop(grace_s=0.0)
 
 
-class _Keeper:
+class Supervisor:
     """Starts a server again whenever its watchdog says that it is broken, with pauses and up to a bound."""
 
     def __init__(
@@ -119,7 +119,7 @@ class _Keeper:
         server: Server,
         options: ServiceOptions,
         stopping: threading.Event,
-        announcement: Announcement | None,
+        announcement: ServerFile | None,
         say: Callable[[str], None],
     ) -> None:
         self._server, self._options, self._stopping = server, options, stopping
