@@ -1,0 +1,29 @@
+"""Where suites leave what they measured: kept in memory, and written one file a suite as soon as the suite is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.report.record import Failure, Measurement
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """Measurements and failures so far. A measurement replaces an earlier one of the same key, so a suite may add
+    after every round and an interrupt finds what is finished."""
+
+    _measurements: dict[tuple[object, ...], Measurement] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """All measurements in the order in which their keys were first added."""
+        return tuple(self._measurements.values())
+
+    def add(self, measurement: Measurement) -> None:
+        """Keep a measurement, in place of an earlier one of the same key."""
+        self._measurements[measurement.key] = measurement
+
+    def fail(self, suite: str, party: str, reason: object) -> None:
+        """Keep what could not be measured; the reason goes into the report as text."""
+        self.failures.append(Failure(suite=suite, party=party, reason=str(reason)))
