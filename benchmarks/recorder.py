@@ -9,8 +9,10 @@ from benchmarks.report.record import Failure, Measurement
 
 @dataclass(kw_only=True)
 class Recorder:
-    """Measurements and failures so far. A measurement replaces an earlier one of the same key, so a suite may add
-    after every round and an interrupt finds what is finished.
+    """Measurements and failures so far.
+
+    A measurement replaces an earlier one of the same key, so a suite may add after every round and an interrupt finds
+    what is finished.
     """
 
     _measurements: dict[tuple[object, ...], Measurement] = field(default_factory=dict)

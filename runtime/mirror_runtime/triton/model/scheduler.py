@@ -21,6 +21,7 @@ from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import (
     LARGEST_REQUEST,
     EmbedRequest,
+    EmbedResult,
     Failure,
     FailureKind,
     answer,
