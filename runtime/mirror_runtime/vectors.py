@@ -1,8 +1,9 @@
-"""What a vector's numbers are once they have left the graph: their type, their count, and what they stand for."""
+"""Vectors as they leave the graph: their data type, width, components, cosines and distances."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,12 @@ from numpy.typing import NDArray
 from mirror_runtime.bundle import EncoderSpec, VectorType
 
 LARGEST_INT8 = 127
+
+SMALLEST_NORM = 1e-12
+"""Norms below this count as this, so that a vector of zeros stays one instead of becoming NaN."""
+
+SHOWN_TEXTS = 3
+"""The worst texts that `distance_problem` quotes."""
 
 Vectors = NDArray[Any]
 """[n, width] of `dtype_of` a spec."""
@@ -27,26 +34,26 @@ _DTYPES: Mapping[VectorType, type[np.generic]] = MappingProxyType(
 
 
 def dtype_of(spec: EncoderSpec) -> np.dtype[Any]:
-    """Give the type of a vector's numbers: float32, float16, int8, or uint8 for packed bits."""
+    """Return the data type of a spec's vectors: float32, float16, int8, or uint8 for packed bits."""
     return dtype_of_type(spec.vector_type)
 
 
 def dtype_of_type(kind: VectorType) -> np.dtype[Any]:
-    """Give the numpy type that vectors of a kind have."""
+    """Return the data type of a vector type."""
     return np.dtype(_DTYPES[kind])
 
 
 def width_of(spec: EncoderSpec) -> int:
-    """Give how many numbers a vector has: its components, or an eighth of them where they are packed bits."""
+    """Return the length of a vector's array: `dim`, or `dim / 8` bytes where the components are packed bits."""
     return spec.dim // 8 if spec.vector_type is VectorType.BINARY else spec.dim
 
 
 def round_vectors(values: NDArray[np.floating[Any]], spec: EncoderSpec) -> Vectors:
-    """Bring components to a spec's vector type, as its graphs do.
+    """Convert components to a spec's vector type, as its graphs do.
 
     Args:
         values: floats [n, dim].
-        spec: says to what.
+        spec: the encoder's.
 
     Returns:
         [n, width]: see `VectorType`.
@@ -60,14 +67,14 @@ def round_vectors(values: NDArray[np.floating[Any]], spec: EncoderSpec) -> Vecto
 
 
 def components(vectors: Vectors, spec: EncoderSpec) -> NDArray[np.float32]:
-    """Give the components that vectors stand for: int8 times its scale, a bit as 1 or -1, floats as they are.
+    """Convert vectors to their components: int8 times its scale, a bit to 1 or -1, floats unchanged.
 
-    Cosines of the result are what an index that reads the vector type ranks by: for bits, 1 - 2 h / dim with the
+    Cosines of the result rank as an index of the vector type ranks: for bits, the cosine is 1 - 2 h / dim with the
     Hamming distance h.
 
     Args:
         vectors: [n, width].
-        spec: whose they are.
+        spec: the encoder's.
 
     Returns:
         float32 [n, dim].
@@ -77,3 +84,87 @@ def components(vectors: Vectors, spec: EncoderSpec) -> NDArray[np.float32]:
     if spec.vector_type is VectorType.INT8:
         return vectors.astype(np.float32) * np.float32(spec.int8_scale or 1.0)
     return vectors.astype(np.float32, copy=False)
+
+
+def unit_rows(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Scale each row of floats [n, dim] to unit L2 norm, in their own data type; rows of zeros stay zeros."""
+    units: NDArray[Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), SMALLEST_NORM)
+    return units
+
+
+def cut(vectors: Vectors, dimensions: int | None, kind: VectorType, *, normalize: bool) -> Vectors:
+    """Keep the leading components of vectors (Matryoshka).
+
+    Args:
+        vectors: [n, width] of the vector type.
+        dimensions: components to keep; a multiple of 8 for binary vectors. None keeps all.
+        kind: the vector type.
+        normalize: scale floats to unit length after cutting. Int8 and binary vectors are compared by cosine and by
+            Hamming distance, which need no length, and are never scaled.
+
+    Returns:
+        [n, dimensions], or [n, dimensions / 8] bytes of packed bits, of the same data type.
+    """
+    if kind is VectorType.BINARY:
+        return vectors if dimensions is None else vectors[:, : dimensions // 8]
+    kept = vectors[:, :dimensions]
+    if not normalize or kind is VectorType.INT8:
+        return kept
+    return unit_rows(kept.astype(np.float32, copy=False)).astype(vectors.dtype, copy=False)
+
+
+def cosines(
+    left: NDArray[Any], right: NDArray[Any], dtype: type[np.floating[Any]] = np.float64
+) -> NDArray[np.floating[Any]]:
+    """Compute the cosine of each pair of rows.
+
+    Args:
+        left: components [n, dim], see `components`.
+        right: likewise.
+        dtype: in which to compute.
+
+    Returns:
+        [n] of `dtype`; 0 where a row is zeros.
+    """
+    a, b = left.astype(dtype, copy=False), right.astype(dtype, copy=False)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    found: NDArray[np.floating[Any]] = (a * b).sum(1) / np.maximum(norms, SMALLEST_NORM)
+    return found
+
+
+def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, texts: Sequence[str]) -> str:
+    """Describe which vectors are too far from the expected ones.
+
+    The cosine alone does not notice a missing normalisation; the difference relative to the expected vector's length
+    does. Its bound sqrt(2 - 2 floor) means for unit vectors exactly what the floor means.
+
+    Args:
+        found: finite components [n, dim].
+        expected: components [n, dim].
+        floor: the smallest cosine allowed.
+        texts: the n texts, of which the message quotes the worst.
+
+    Returns:
+        The message; empty where all vectors are close enough.
+    """
+    similar = cosines(found, expected)
+    lengths = np.maximum(np.linalg.norm(expected.astype(np.float64), axis=1), SMALLEST_NORM)
+    relative = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / lengths
+    bound = math.sqrt(2 - 2 * floor)
+    bad = (similar < floor) | (relative > bound)
+    if not bad.any():
+        return ""
+    worst = "; ".join(
+        f"{quoted(texts[i])} cosine {similar[i]:.6f}, off by {relative[i]:.2g} of its length"
+        for i in np.argsort(-relative)[:SHOWN_TEXTS]
+    )
+    return (
+        f"{int(bad.sum())} of {len(texts)} texts (cosine below {floor} or off by more than {bound:.2g} of its length). "
+        f"Worst: {worst}"
+    )
+
+
+def quoted(text: str, limit: int = 60) -> str:
+    """Quote a text for a message, shortened to about `limit` characters."""
+    shown = repr(text)
+    return shown if len(shown) <= limit else f"{shown[:limit]}…' ({len(text)} characters)"
