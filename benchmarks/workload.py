@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from benchmarks.results import WorkloadInfo
-from benchmarks.summary import percentile
+import numpy as np
+
 from mirror_runtime.bundle import sha256_texts
 from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
@@ -20,29 +20,48 @@ FULL_TEXTS = 4000
 QUICK_TEXTS = 300
 
 DRAWS_A_TOKEN = 20
-"""Random words tried for a token of a made text before giving up: most are drawn in vain when little room is left."""
+"""Random words drawn for each token of a text before giving up: most do not fit when little room is left."""
 
 
 class Shape(str, Enum):
     """How a workload's words are cut into texts."""
 
     LINES = "lines"
-    """As they come, a text a line."""
+    """Unchanged, one text per line."""
     PASSAGES = "passages"
-    """96 to 256 tokens, every length as likely."""
+    """96 to 256 tokens, uniformly distributed."""
     MIXED = "mixed"
-    """5 to 500 tokens, evenly on a logarithmic scale: most are short."""
+    """5 to 500 tokens, uniformly on a logarithmic scale: most are short."""
 
 
 _BOUNDS = {Shape.PASSAGES: (96, 256), Shape.MIXED: (5, 500)}
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkloadFacts:
+    """What a report states about the texts. Token counts include special tokens, after truncation to the limit.
+
+    Attributes:
+        distinct: texts whose tokens differ from all others: the runtime computes equal ones of a window once.
+    """
+
+    source: str
+    texts: int
+    distinct: int
+    texts_sha256: str
+    tokens_mean: float
+    tokens_p50: float
+    tokens_p90: float
+    tokens_max: int
+    truncated: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Texts and what there is to say about them."""
+    """Texts and what a report states about them."""
 
     texts: tuple[str, ...]
-    info: WorkloadInfo
+    facts: WorkloadFacts
 
 
 def load_workload(
@@ -51,15 +70,15 @@ def load_workload(
     """Read a workload from a file, or collect it from the standard library.
 
     Args:
-        path: a UTF-8 file with one text a line (blank lines are left out), or None for docstring sentences.
+        path: a UTF-8 file with one text per line (blank lines are skipped), or None for docstring sentences.
         tokenizer: the bundle's, with the policy truncate.
         quick: take a seeded sample of at most `QUICK_TEXTS` texts. Otherwise a file is used whole, and
-            docstrings up to 4,000.
-        seed: of the sample and its order, and of drawn lengths. A whole file keeps its own order.
-        shape: how long the texts are; other than lines, they are made of the lines' words in their order.
+            docstrings up to `FULL_TEXTS`.
+        seed: of the sample, its order and the drawn lengths. A whole file keeps its own order.
+        shape: lengths of the texts; other than `LINES`, texts are built from the lines' words in their order.
 
     Raises:
-        InputError: the file cannot be read or holds no text.
+        InputError: the file cannot be read or has no text.
     """
     if path is None:
         texts = docstring_sentences()
@@ -76,7 +95,7 @@ def load_workload(
         shortest, longest = _BOUNDS[shape]
         source += f", its words as texts of {shortest} to {longest} tokens"
         texts = reshape(texts, tokenizer, shape, seed)
-    return Workload(texts=tuple(texts), info=_describe(texts, source, tokenizer))
+    return Workload(texts=tuple(texts), facts=_describe(texts, source, tokenizer))
 
 
 def docstring_sentences() -> list[str]:
@@ -91,10 +110,10 @@ def docstring_sentences() -> list[str]:
 def texts_of_length(
     texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], tokens: int, *, count: int, seed: int
 ) -> list[str]:
-    """Make different texts of exactly `tokens` tokens, special tokens included, from a workload's words.
+    """Build distinct texts of exactly `tokens` tokens, special tokens included, from a workload's words.
 
     Raises:
-        InputError: the workload's words do not give that many texts of the length.
+        InputError: the workload has too few words for that many texts.
     """
     words = sorted({word for text in texts for word in text.split()})
     lengths = tokenizer(["", *words]).tokens
@@ -118,7 +137,7 @@ def texts_of_length(
     exact = [text for text, length in zip(made, tokenizer(made).tokens.tolist(), strict=True) if length == tokens]
     if len(exact) < count:
         raise InputError(
-            f"the workload's {len(words)} words give {len(exact)} texts of exactly {tokens} tokens where {count} are "
+            f"the workload's {len(words)} words make {len(exact)} texts of exactly {tokens} tokens, but {count} are "
             "needed: use a --texts file with more words"
         )
     return exact
@@ -127,9 +146,9 @@ def texts_of_length(
 def reshape(
     texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], shape: Shape, seed: int
 ) -> list[str]:
-    """Cut the texts' words, in their order, into texts of drawn lengths; each word is used once.
+    """Cut the texts' words, in their order, into texts of random lengths; each word is used once.
 
-    A text has the drawn number of tokens, special tokens included, or as many more as its last word has beyond it.
+    A text has the drawn number of tokens, special tokens included, or a few more where its last word exceeds it.
     """
     shortest, longest = _BOUNDS[shape]
     draw = random.Random(seed)
@@ -163,23 +182,23 @@ def _read_lines(path: Path) -> list[str]:
         raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
     texts = [text for line in lines if (text := line.rstrip("\r")).strip()]
     if not texts:
-        raise InputError(f"--texts {path} holds no text: it needs one text a line")
+        raise InputError(f"--texts {path} has no text: it needs one text per line")
     return texts
 
 
-def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> WorkloadInfo:
+def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> WorkloadFacts:
     tokenized = tokenizer(texts)
     if tokenized.errors:
-        raise InputError(f"the workload ({source}) holds a bad text: {next(iter(tokenized.errors.values()))}")
+        raise InputError(f"the workload ({source}) has an invalid text: {next(iter(tokenized.errors.values()))}")
     lengths = [float(length) for length in tokenized.lengths[tokenized.parts]]  # truncated: a text is one part
-    return WorkloadInfo(
+    return WorkloadFacts(
         source=source,
         texts=len(texts),
         distinct=tokenized.lengths.size,
         texts_sha256=sha256_texts(texts),
         tokens_mean=sum(lengths) / len(lengths),
-        tokens_p50=percentile(lengths, 50),
-        tokens_p90=percentile(lengths, 90),
+        tokens_p50=float(np.percentile(lengths, 50)),
+        tokens_p90=float(np.percentile(lengths, 90)),
         tokens_max=int(max(lengths)),
         truncated=int(tokenized.truncated.sum()),
     )

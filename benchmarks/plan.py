@@ -1,0 +1,252 @@
+"""What one benchmark run measures, and what every suite needs: variants, loaded encoders, steps of progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rich.progress import Progress
+
+from benchmarks.recorder import Recorder
+from benchmarks.workload import Workload
+from evaluation.sets import EvaluationSet
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import EngineName, Layout, Manifest, Parity, Precision
+from mirror_runtime.errors import BundleError, InputError, MirrorError
+
+if TYPE_CHECKING:
+    from benchmarks.suites.startup import Starter
+    from benchmarks.suites.training import TrainingPlan
+
+T = TypeVar("T")
+
+
+class Suite(str, Enum):
+    """A question that the benchmark answers."""
+
+    LATENCY = "latency"
+    """How long does one text take?"""
+    THROUGHPUT = "throughput"
+    """How many texts per second, over the whole workload?"""
+    SERVING = "serving"
+    """How does it behave behind Triton and the gateway, under load?"""
+    QUALITY = "quality"
+    """What are the vectors worth, by people's scores?"""
+    STARTUP = "startup"
+    """How long from process start to the first vector?"""
+    SCALING = "scaling"
+    """What do more texts, cores and callers cost?"""
+    PEERS = "peers"
+    """How does that compare with other libraries, in the same run?"""
+    TRAINING = "training"
+    """How long does tuning take and how good is it, beside the published recipe?"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way our runtime runs the bundle: engine and precision, with the parity that its export proved."""
+
+    engine: EngineName
+    precision: Precision
+    artifact: str
+    parity: Parity
+
+    @property
+    def name(self) -> str:
+        """Engine and precision, such as "openvino bf16": the party of its measurements."""
+        return f"{self.engine.value} {self.precision.value}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """The sizes that decide the cost of a token: layers, hidden width, width of the feed-forward layer."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def flop_per_token(self) -> int:
+        """Operations of one token: 2 for each weight of the four attention and two feed-forward matrices."""
+        return 2 * self.layers * (4 * self.hidden * self.hidden + 2 * self.hidden * self.intermediate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environments:
+    """Where other programs live.
+
+    Attributes:
+        given: virtual environments that the user made, by name.
+        folder: where the others are made.
+    """
+
+    given: Mapping[str, Path]
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured, on what.
+
+    Attributes:
+        variants: of our runtime.
+        peers: titles of the other libraries to measure; empty without the suite.
+        sets: scored pairs to judge vectors by; empty without the suite quality.
+        training: None without the suite.
+        rounds: how often each party runs; more rounds give narrower intervals.
+        seed: of the workload's sample, random arrivals and the bootstrap.
+        shape: None where config.json does not state the encoder's sizes: no ceiling is measured then.
+        environments: of peers and perf_analyzer.
+        scratch: folder for converted models and files that other processes read; deleted after the run.
+        peer_starters: commands that start a peer, for suite startup: what `suites.peers.prepare_peers` installed.
+    """
+
+    bundle: Path
+    manifest: Manifest
+    variants: tuple[Variant, ...]
+    workload: Workload
+    suites: tuple[Suite, ...]
+    rounds: int
+    seed: int
+    quick: bool
+    sets: tuple[EvaluationSet, ...] = ()
+    peers: tuple[str, ...] = ()
+    training: TrainingPlan | None = None
+    shape: EncoderShape | None = None
+    environments: Environments = field(default_factory=lambda: Environments(given={}, folder=Path(".venvs")))
+    scratch: Path = Path(".")
+    peer_starters: tuple[Starter, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """A variant with its loaded encoder."""
+
+    variant: Variant
+    encoder: Encoder
+
+
+def load_encoder(plan: Plan, variant: Variant) -> Encoder:
+    """Load the bundle's encoder as one variant. The caller closes it.
+
+    Raises:
+        MirrorError: it cannot be loaded here.
+    """
+    return Encoder.load(plan.bundle, engine=variant.engine.value, precision=variant.precision.value)
+
+
+@contextmanager
+def loaded(plan: Plan, recorder: Recorder, suite: Suite) -> Iterator[tuple[Runner, ...]]:
+    """Load an encoder for every variant; one that cannot be loaded here becomes a failure of the suite."""
+    with ExitStack() as stack:
+        runners = []
+        for variant in plan.variants:
+            try:
+                encoder = stack.enter_context(load_encoder(plan, variant))
+            except MirrorError as error:
+                recorder.fail(suite.value, variant.name, error)
+                continue
+            runners.append(Runner(variant=variant, encoder=encoder))
+        yield tuple(runners)
+
+
+@contextmanager
+def fp32_runner(plan: Plan, runners: Sequence[Runner], recorder: Recorder, suite: Suite) -> Iterator[Runner | None]:
+    """Yield the bundle's own fp32, the reference of agreement for all parties.
+
+    It is one of `runners` where it is among them, and is loaded otherwise, on ONNX Runtime first. Yields None, with
+    a failure in the record, where the bundle has no fp32 artifact that runs here.
+    """
+    fp32 = [variant for variant in packed_variants(plan.manifest) if variant.precision is Precision.FP32]
+    fp32.sort(key=lambda variant: variant.engine is not EngineName.ONNXRUNTIME)
+    ready = {runner.variant.name: runner for runner in runners}
+    for variant in fp32:
+        if variant.name in ready:
+            yield ready[variant.name]
+            return
+    for variant in fp32:
+        try:
+            encoder = load_encoder(plan, variant)
+        except MirrorError as error:
+            recorder.fail(suite.value, f"reference {variant.name}", error)
+            continue
+        with encoder:
+            yield Runner(variant=variant, encoder=encoder)
+        return
+    if not fp32:
+        recorder.fail(suite.value, "reference", "the bundle has no fp32 artifact to compare with")
+    yield None
+
+
+def packed_variants(manifest: Manifest) -> tuple[Variant, ...]:
+    """Return a variant for every packed artifact of a bundle."""
+    return tuple(
+        Variant(engine=a.engine, precision=a.precision, artifact=a.path, parity=a.parity)
+        for a in manifest.artifacts
+        if a.layout is Layout.PACKED
+    )
+
+
+def select_variants(
+    manifest: Manifest, engines: Sequence[EngineName], precisions: Sequence[Precision]
+) -> tuple[Variant, ...]:
+    """Pick the variants to measure; empty choices mean all.
+
+    Raises:
+        InputError: the bundle has no artifact that matches.
+    """
+    packed = packed_variants(manifest)
+    chosen = tuple(
+        variant
+        for variant in packed
+        if (not engines or variant.engine in engines) and (not precisions or variant.precision in precisions)
+    )
+    if not chosen:
+        has = ", ".join(variant.name for variant in packed) or "no packed artifact"
+        raise InputError(f"the bundle has {has}: nothing matches --engine and --precision")
+    return chosen
+
+
+def read_shape(bundle: Path) -> EncoderShape:
+    """Read the encoder's sizes from the bundle's config.json (BERT's key names).
+
+    Raises:
+        BundleError: the file is missing or lacks a key.
+    """
+    path = bundle / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return EncoderShape(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            intermediate=int(config["intermediate_size"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} does not state the encoder's sizes, so no ceiling is measured: {error}") from error
+
+
+@contextmanager
+def steps(progress: Progress, what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Show a bar of `total` steps; call the yielded function after each with a word on what comes next."""
+    task = progress.add_task(what, total=total, doing="")
+
+    def advance(doing: str) -> None:
+        progress.update(task, advance=1, doing=doing)
+
+    yield advance
+    progress.update(task, completed=total, doing="")
+
+
+def interleave(parties: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Yield (round, party) so that every party runs once a round: A B A B, never A A B B.
+
+    A machine that slows down or speeds up over the run then does so for all parties alike.
+    """
+    for round_ in range(rounds):
+        for party in parties:
+            yield round_, party

@@ -1,0 +1,50 @@
+"""Samples to figures: percentiles, medians, and bootstrap intervals of ratios of medians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.statistics import Estimate
+
+BOOTSTRAP_DRAWS = 2000
+
+FIGURES = {"min": 0.0, "p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
+"""Figures of a measurement by name, as percentiles of its samples. "median" is p50."""
+
+
+def percentile(samples: Sequence[float], q: float) -> float:
+    """Return the q-th percentile (0 to 100), interpolated linearly between the two nearest samples.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("a percentile needs at least one sample")
+    return float(np.percentile(np.asarray(samples, np.float64), q))
+
+
+def median(samples: Sequence[float]) -> float:
+    """Return the median; see `percentile`."""
+    return percentile(samples, 50)
+
+
+def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Estimate:
+    """Divide two medians, with a 95 % percentile-bootstrap interval.
+
+    Both sides are resampled independently. With the handful of rounds of a benchmark the interval shows how far the
+    rounds scattered; it cannot show what all rounds had in common, such as a busy machine.
+    """
+    random = np.random.default_rng(seed)
+    tops, bottoms = (resampled_medians(side, random) for side in (numerator, denominator))
+    low, high = np.percentile(tops / bottoms, (2.5, 97.5))
+    return Estimate(value=median(numerator) / median(denominator), low=float(low), high=float(high))
+
+
+def resampled_medians(samples: Sequence[float], random: np.random.Generator) -> NDArray[np.float64]:
+    """Return the medians of bootstrap resamples, float64 [BOOTSTRAP_DRAWS]."""
+    values = np.asarray(samples, np.float64)
+    medians: NDArray[np.float64] = np.median(random.choice(values, (BOOTSTRAP_DRAWS, values.size)), axis=1)
+    return medians
