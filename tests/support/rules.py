@@ -1,0 +1,105 @@
+"""Pytest hooks with the rules for all tests.
+
+- A test that costs more than `LIMIT_S` seconds (setup and call) fails unless it is marked `slow`. Its cost is the
+  smaller of wall-clock and CPU time, without session fixtures and cached folders (see `tests.support.stopwatch`):
+  neither a busy machine nor the order of the tests changes the result.
+- `--fast` skips the tests that are marked, by hand or by a fixture of theirs, as tracing a graph, starting a server or
+  starting a process. A test that does one of these without the mark fails under `--fast`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from tests.support import stopwatch
+
+LIMIT_S = 10.0
+
+NOT_FAST = ("slow", "serving", "parity", "gpu", "trace", "process")
+"""Marks of the tests that `--fast` skips."""
+
+FIXTURES = {"trace": ("minilm_bundle", "tiny_bundle"), "serving": ("server",)}
+"""Marks that a test gets from the fixtures it uses."""
+
+_start = pytest.StashKey[stopwatch.Spent]()
+_spent = pytest.StashKey[stopwatch.Spent]()
+_watching = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip tests that trace a graph, start a server or a process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--fast"):
+        sys.addaudithook(_refuse_processes)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        used = set(getattr(item, "fixturenames", ()))
+        for mark, fixtures in FIXTURES.items():
+            if used.intersection(fixtures):
+                item.add_marker(mark)
+    if config.getoption("--fast"):
+        slow = [item for item in items if any(map(item.get_closest_marker, NOT_FAST))]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
+    if fixturedef.scope == "session":
+        with stopwatch.shared_work():
+            return (yield)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_start] = stopwatch.now()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    global _watching
+    _watching = item.config.getoption("--fast")
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if _watching and "export.graph.trace" in sys.modules:
+                patch.setattr("export.graph.trace._trace", _refuse_traces)
+            return (yield)
+    finally:
+        _watching = False
+        item.stash[_spent] = stopwatch.now() - item.stash[_start]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call" and report.passed and item.get_closest_marker("slow") is None:
+        spent = item.stash[_spent]
+        if spent.seconds > LIMIT_S:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} took {spent.wall_s:.1f} s ({spent.cpu_s:.1f} s of CPU time), over the limit of "
+                f"{LIMIT_S:.0f} s: make it faster, or mark it `slow` with the reason"
+            )
+    return report
+
+
+def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
+    if _watching and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
+        raise AssertionError(f"this test starts a process ({event} {args[:2]}): mark it `process`")
+
+
+def _refuse_traces(*_args: object) -> None:
+    raise AssertionError("this test traces a graph: mark it `trace`")
