@@ -15,7 +15,7 @@ $(error ROOM=$(ROOM) does not exist: choose one of $(ROOMS))
 endif
 TESTED = $(addprefix tests/,$(ROOM))
 
-.PHONY: help setup demo test test-fast check bench format clean
+.PHONY: help setup demo test test-fast check docs bench format clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -49,6 +49,9 @@ check: setup  ## lint, types, import rules, generated files
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/readme_table.py --check
+
+docs: setup  ## build the documentation site into site/, strictly
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: setup  ## latency and throughput of the demo's bundle (BENCH='path/to/bundle --quick' passes others)
 	$(BIN)/python benchmarks/run.py $(or $(BENCH),.demo/bundle --suite latency throughput --output reports/latest)

@@ -1,0 +1,78 @@
+"""Every example runs."""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.support.gateways import MODEL, Gateway
+from tests.support.gateways import running as running_gateway
+from tests.support.paths import ROOT
+
+LINES = ["the cat sat on the mat.", "a man is playing a guitar", "a cat sat on a mat"]
+
+
+def example(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(LINES), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def running(gateway_bundle: Path) -> Iterator[Gateway]:
+    with running_gateway(gateway_bundle) as gateway:
+        yield gateway
+
+
+def test_encode(tiny_bundle: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("encode").main(str(tiny_bundle), str(texts))
+    printed = capsys.readouterr().out
+    assert LINES[0] in printed
+    assert LINES[2] in printed
+
+
+def test_search_faiss(tiny_bundle: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("search_faiss").main(str(tiny_bundle), str(texts), LINES[1])
+    assert capsys.readouterr().out.splitlines()[0] == f"1.000  {LINES[1]}"
+    assert Path(f"{texts}.faiss").is_file()
+    assert len(Path(f"{texts}.space").read_text()) == 16
+
+
+def test_openai_client(running: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+    example("openai_client").main(f"{running.url}/v1", MODEL, [LINES[0], LINES[0]])
+    assert capsys.readouterr().out.startswith("1.000  of ")
+
+
+def test_langchain_search(running: Gateway, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("langchain_search").main(f"{running.url}/v1", MODEL, str(texts), LINES[1])
+    assert capsys.readouterr().out == f"1.000  {LINES[1]}\n"
+
+
+@pytest.mark.serving
+def test_serve_and_ask(gateway_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("serve_and_ask").main(str(gateway_bundle), LINES, engine="fake")
+    assert capsys.readouterr().out.startswith("vector space 0123456789abcdef\nthe cat sat on the mat. [")
+
+
+@pytest.mark.slow  # two real commands, each of which imports torch
+def test_tune_on_documents(tiny_bert: Path, tmp_path: Path) -> None:
+    documents = tmp_path / "docs"
+    documents.mkdir()
+    sentences = [f"The {animal} sat on the mat. A man is playing a guitar and a {animal}." for animal in ("cat", "dog")]
+    (documents / "page.md").write_text("# Title\n\n" + "\n\n".join(sentences), encoding="utf-8")
+    bundle = tmp_path / "bundle"
+    options = ("--pooling", "mean", "--epochs", "1", "--max-tokens", "16", "--batch-size", "2")
+    example("tune_on_documents").main(str(tiny_bert), str(documents), str(tmp_path / "run"), str(bundle), *options)
+    assert (bundle / "manifest.json").is_file()
