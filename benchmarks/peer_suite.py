@@ -27,6 +27,7 @@ from benchmarks.summary import alternate, interleave, median, ratio_of_medians
 from benchmarks.throughput import Rounds
 from mirror_runtime.environments import existing_environment, make_environment
 from mirror_runtime.errors import MirrorError, PeerError
+from mirror_runtime.vectors import cosines
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
 QUICK_BATCH_SIZES = (16, 64)
@@ -316,22 +317,13 @@ def _compare(
                 continue  # failed: said so already
             name = mine.runner.point.name
             ratio = ratio_of_medians(peer.samples_s, mine.samples_s, seed=plan.seed)  # seconds: theirs over ours
-            cosines = cosine(vectors[name], vectors[peer.point.name])
+            similar = cosines(vectors[name], vectors[peer.point.name])
             results.comparisons[name, peer.point.name] = Comparison(
                 point=mine.runner.point,
                 peer=peer.point.name,
                 ratio=ratio.value,
                 ratio_low=ratio.low,
                 ratio_high=ratio.high,
-                min_cosine=float(cosines.min()),
-                mean_cosine=float(cosines.mean()),
+                min_cosine=float(similar.min()),
+                mean_cosine=float(similar.mean()),
             )
-
-
-def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Compute the cosine similarity of each row of two arrays [n, dim], as float64 [n]; 0 where a row is zeros."""
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    products = np.einsum("nd,nd->n", x, y)
-    cosines: NDArray[np.float64] = np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
-    return cosines

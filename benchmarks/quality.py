@@ -17,7 +17,7 @@ from benchmarks.session import Plan, Results, Runner, steps
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Precision
 from mirror_runtime.errors import EngineError, MirrorError
-from mirror_runtime.vectors import components
+from mirror_runtime.vectors import components, cosines, unit_rows
 
 NEIGHBOURS = 10
 MOST_NEIGHBOUR_TEXTS = 5000
@@ -110,9 +110,9 @@ class Judge:
         )
 
     def _cosines(self, one: EvaluationSet, vectors: Vectors) -> list[float]:
-        left, right = (_unit(vectors[[self._rows[text] for text in side]]) for side in (one.first, one.second))
-        cosines: list[float] = np.einsum("nd,nd->n", left, right, dtype=np.float64).round(DECIMALS).tolist()
-        return cosines
+        left, right = (vectors[[self._rows[text] for text in side]] for side in (one.first, one.second))
+        found: list[float] = cosines(left, right).round(DECIMALS).tolist()
+        return found
 
     def _overlap(self, vectors: Vectors) -> float | None:
         if self._neighbours is None or not self._neighbours.size:
@@ -123,7 +123,7 @@ class Judge:
 
     def _nearest(self, vectors: Vectors) -> NDArray[np.int64]:
         """Give the nearest other texts of each searched text, [searched, at most NEIGHBOURS], in no order."""
-        units = _unit(vectors[self._searched]).astype(np.float32)
+        units = unit_rows(vectors[self._searched].astype(np.float64)).astype(np.float32)
         count = min(NEIGHBOURS, len(units) - 1)
         parts = []
         for start in range(0, len(units), BLOCK):
@@ -194,9 +194,3 @@ def _baseline(plan: Plan, runners: Sequence[Runner], stack: ExitStack, results: 
     if not packed:
         results.fail("quality", "baseline", "the bundle has no fp32 artifact to compare with")
     return None
-
-
-def _unit(vectors: Vectors) -> NDArray[np.float64]:
-    wide = vectors.astype(np.float64)
-    units: NDArray[np.float64] = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
-    return units

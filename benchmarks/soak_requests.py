@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec, read_canaries
 from mirror_runtime.encoder import Encoder
-from mirror_runtime.vectors import Vectors, components
+from mirror_runtime.vectors import Vectors, components, distance_problem
 
 PROTOCOLS = ("grpc", "http")
 
@@ -97,11 +96,7 @@ class Expected:
     long_from: int
 
     def problem(self, chosen: Sequence[int], vectors: Vectors) -> str:
-        """Say what is wrong with an answer; empty where nothing is.
-
-        The cosine alone does not see a missing normalisation; the difference relative to the expected vector's length
-        does. Its bound sqrt(2 - 2 floor) says of unit vectors what the floor says.
-        """
+        """Describe what is wrong with an answer; empty where nothing is. Vectors are held to `distance_problem`."""
         wanted = self.components[list(chosen)]
         if len(vectors) != len(chosen):
             return f"{len(vectors)} vectors for {len(chosen)} texts"
@@ -110,16 +105,7 @@ class Expected:
             return f"vectors are {found.shape} where {wanted.shape} is expected"
         if not np.isfinite(found).all():
             return "vectors are not finite"
-        lengths = np.maximum(np.linalg.norm(wanted, axis=1), 1e-12)
-        cosines = (found * wanted).sum(1) / np.maximum(np.linalg.norm(found, axis=1) * lengths, 1e-12)
-        worst = int(cosines.argmin())
-        if cosines[worst] < self.floor:
-            return f"cosine {cosines[worst]:.6f} is below {self.floor}: {self.texts[chosen[worst]][:60]!r}"
-        off = np.linalg.norm(found - wanted, axis=1) / lengths
-        worst, bound = int(off.argmax()), math.sqrt(2 - 2 * self.floor)
-        if off[worst] > bound:
-            return f"off by {off[worst]:.2g} of its length, more than {bound:.2g}: {self.texts[chosen[worst]][:60]!r}"
-        return ""
+        return distance_problem(found, wanted, self.floor, [self.texts[i] for i in chosen])
 
 
 class Mix:

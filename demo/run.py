@@ -36,6 +36,7 @@ from mirror_runtime.errors import InputError
 from mirror_runtime.triton import Server
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.server.distribution import find_distribution
+from mirror_runtime.vectors import cosines
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEED_TEXTS = 512
@@ -204,8 +205,7 @@ def _parity(
     worst: dict[str, float] = {}
 
     def compare(name: str, ours: NDArray[np.float32]) -> None:
-        cosines = (ours.astype(np.float64) * reference).sum(1)
-        worst[name] = float(cosines.min())
+        worst[name] = float(cosines(ours, reference).min())
 
     compare("served by Triton" if served else "in process", vectors[picked])
     with Encoder.load(bundle) as encoder:

@@ -17,6 +17,7 @@ from evaluation.sets import EvaluationSet
 from evaluation.statistics import Estimate, estimate, resample_spearman, spearman
 from mirror_runtime.bundle import EncoderSpec, VectorType
 from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.vectors import unit_rows
 
 AGGREGATION = "all: a set's parts are put together and ranked at once; sets are averaged with equal weight"
 
@@ -227,7 +228,7 @@ def _measure(
 ) -> SetResult:
     rows = {text: i for i, text in enumerate(dict.fromkeys(one.texts))}
     vectors = np.stack([raw[text] for text in rows])
-    units = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    units = unit_rows(vectors)
     first, second = (units[[rows[text] for text in side]] for side in (one.first, one.second))
     cosines = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
     value = spearman(cosines, one.scores)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mirror_runtime.errors import InputError
+from mirror_runtime.folders import replace_file
 
 FORMAT_VERSION = 1
 
@@ -90,12 +90,10 @@ class Checkpoint:
             "identity": dict(identity),
             "steps": [dataclasses.asdict(step) for step in state.steps],
         }
-        beside = self.path.with_name(f"{self.path.name}.partial")
         try:
-            save_file(dict(state.tensors), beside, metadata={"mirror": json.dumps(header)})
-            os.replace(beside, self.path)
+            with replace_file(self.path) as beside:
+                save_file(dict(state.tensors), beside, metadata={"mirror": json.dumps(header)})
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error
 
     def load(self, identity: Mapping[str, Any]) -> State | None:

@@ -24,6 +24,7 @@ from evaluation.similarity import AGGREGATION, CLOSE, Group, Report, difference,
 from mirror_runtime.bundle import Pooling
 from mirror_runtime.cli.run import run_command
 from mirror_runtime.errors import InputError
+from mirror_runtime.folders import replace_file
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -166,12 +167,10 @@ def _check_output(path: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_text(text + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        with replace_file(path) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 

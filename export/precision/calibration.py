@@ -19,7 +19,7 @@ from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
 from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
-from mirror_runtime.vectors import components
+from mirror_runtime.vectors import components, cosines
 
 TOKENS = 10_000
 """Tokens to calibrate on: more did not move the vectors of MiniLM."""
@@ -152,9 +152,7 @@ class Calibration:
         ]
         left = np.concatenate(found)
         right = np.concatenate([self.vectors[ends[i] - len(self.slots[i]) : ends[i]] for i in chosen])
-        norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-        cosines: NDArray[np.float32] = (left * right).sum(1) / np.maximum(norms, 1e-12)
-        return cosines
+        return cosines(left, right, np.float32)
 
 
 def linear_inputs(graph: Rewrite) -> dict[str, list[NodeProto]]:

@@ -39,7 +39,7 @@ from mirror_runtime.engines.tensorrt_engine import LoadedPlan
 from mirror_runtime.errors import EngineError, InputError, ParityError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
-from mirror_runtime.vectors import components
+from mirror_runtime.vectors import components, cosines, distance_problem, quoted, unit_rows
 
 FLOORS = {
     Precision.FP32: 0.99999,
@@ -360,21 +360,21 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     check_finite(alone, sample, what)
     _check_distance(together, alone, sample, floors.neighbour, f"{what}: vectors depend on the other texts of a batch")
     _check_distance(alone, expected.vectors[picked], sample, floor, f"{what}: texts alone differ from the reference")
-    cosines = _cosines(vectors, expected.vectors)
-    if cosines.mean() < floors.mean:
+    similar = cosines(vectors, expected.vectors)
+    if similar.mean() < floors.mean:
         raise ParityError(
-            f"{what} differs from {expected.reference}: its cosine over {len(texts)} texts is {cosines.mean():.6f} on "
+            f"{what} differs from {expected.reference}: its cosine over {len(texts)} texts is {similar.mean():.6f} on "
             f"average, below {floors.mean:.6f}"
         )
     return Parity(
         reference=expected.reference,
         texts=len(texts),
         texts_sha256=sha256_texts(texts),
-        min_cosine=float(cosines.min()),
-        mean_cosine=float(cosines.mean()),
+        min_cosine=float(similar.min()),
+        mean_cosine=float(similar.mean()),
         max_abs_diff=float(np.abs(vectors - expected.vectors).max()),
         floor=floor,
-        neighbour_cosine=float(_cosines(together, alone).min()),
+        neighbour_cosine=float(cosines(together, alone).min()),
         spearman=_rank_correlation(vectors, expected.vectors),
         top10_overlap=_top_overlap(vectors, expected.vectors),
         sts=_scores(encode, expected, what),
@@ -390,32 +390,19 @@ def check_finite(vectors: Vectors, texts: Sequence[str], what: str) -> None:
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
         raise ParityError(
-            f"{what} gives NaN or infinity for {bad.size} of {len(texts)} texts, such as {_short(texts[bad[0]])}: "
+            f"{what} gives NaN or infinity for {bad.size} of {len(texts)} texts, such as {quoted(texts[bad[0]])}: "
             "check the weights"
         )
 
 
 def _check_distance(found: Vectors, wanted: Vectors, texts: Sequence[str], floor: float, problem: str) -> None:
-    """Hold vectors to a cosine floor and to their length.
+    """Check vectors by `distance_problem`.
 
-    The cosine alone does not see a missing normalisation. The difference relative to the wanted vector's length does,
-    and its bound sqrt(2 - 2 floor) says for unit vectors exactly what the floor says.
+    Raises:
+        ParityError: beginning with `problem`.
     """
-    cosines = _cosines(found, wanted)
-    scale = np.maximum(np.linalg.norm(wanted.astype(np.float64), axis=1), 1e-12)
-    relative = np.linalg.norm(found.astype(np.float64) - wanted, axis=1) / scale
-    bound = math.sqrt(2 - 2 * floor)
-    bad = (cosines < floor) | (relative > bound)
-    if not bad.any():
-        return
-    worst = np.argsort(-relative)[:3]
-    named = "; ".join(
-        f"{_short(texts[i])} cosine {cosines[i]:.6f}, off by {relative[i]:.2g} of its length" for i in worst
-    )
-    raise ParityError(
-        f"{problem} for {int(bad.sum())} of {len(texts)} texts (cosine below {floor} or off by more than {bound:.2g} "
-        f"of its length). Worst: {named}"
-    )
+    if named := distance_problem(found, wanted, floor, texts):
+        raise ParityError(f"{problem} for {named}")
 
 
 def _scores(encode: Encode, expected: Expected, what: str) -> tuple[StsScore, ...]:
@@ -438,14 +425,7 @@ def _quality(encode: Encode, chosen: EvaluationSet) -> float:
     texts = list(dict.fromkeys(chosen.texts))
     vectors = dict(zip(texts, encode(texts), strict=True))
     first, second = (np.array([vectors[text] for text in side]) for side in (chosen.first, chosen.second))
-    return 100 * spearman(_cosines(first, second), chosen.scores)
-
-
-def _cosines(a: Vectors, b: Vectors) -> NDArray[np.float64]:
-    left, right = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    cosines: NDArray[np.float64] = (left * right).sum(1) / np.maximum(norms, 1e-12)
-    return cosines
+    return 100 * spearman(cosines(first, second), chosen.scores)
 
 
 def _rank_correlation(found: Vectors, wanted: Vectors) -> float:
@@ -457,7 +437,7 @@ def _rank_correlation(found: Vectors, wanted: Vectors) -> float:
     others = [np.roll(order, shift) for shift in range(1, min(len(order) - 1, PAIRS_A_TEXT) + 1)]
     if not others:
         return 1.0
-    a, b = (np.concatenate([_cosines(v[order], v[other]) for other in others]) for v in (found, wanted))
+    a, b = (np.concatenate([cosines(v[order], v[other]) for other in others]) for v in (found, wanted))
     return 1.0 if np.ptp(b) == 0 else float(np.nan_to_num(spearman(a, b)))
 
 
@@ -474,12 +454,7 @@ def _top_overlap(found: Vectors, wanted: Vectors) -> float:
 
 def _similarities(vectors: Vectors) -> NDArray[np.float32]:
     """Give the cosines of every two texts, -2 of each with itself."""
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
-    cosines: NDArray[np.float32] = unit @ unit.T
-    np.fill_diagonal(cosines, -2.0)
-    return cosines
-
-
-def _short(text: str, limit: int = 60) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= limit else f"{shown[:limit]}…' ({len(text)} characters)"
+    unit = unit_rows(vectors)
+    similarities: NDArray[np.float32] = unit @ unit.T
+    np.fill_diagonal(similarities, -2.0)
+    return similarities

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import Canary
+from mirror_runtime.vectors import cosines, distance_problem
 
 DIFFERENT_MODEL_BELOW = 0.9
 """A worst cosine below this is no rounding of any precision, nor another CPU: another model made the vectors."""
@@ -46,28 +46,20 @@ class Comparison:
 
 
 def compare(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: float) -> Comparison:
-    """Compare vectors' components [n, dim] with the stored ones, by cosine and by length.
-
-    The cosine alone does not see a missing normalisation; the difference relative to the stored vector's length does.
-    Its bound sqrt(2 - 2 floor) says of unit vectors what the floor says.
-    """
+    """Compare vectors' components [n, dim] with the stored ones, see `distance_problem`."""
     found = vectors.astype(np.float64)
     expected = np.array([canary.vector for canary in canaries], np.float64)
     if found.shape != expected.shape:
         return Comparison(verdict=Verdict.BROKEN, problem=f"vectors are {found.shape} where {expected.shape} is stored")
     if not np.isfinite(found).all():
         return Comparison(verdict=Verdict.BROKEN, problem="vectors are not finite")
-    lengths = np.maximum(np.linalg.norm(expected, axis=1), 1e-12)
-    cosines = (found * expected).sum(1) / np.maximum(np.linalg.norm(found, axis=1) * lengths, 1e-12)
-    off = float((np.linalg.norm(found - expected, axis=1) / lengths).max())
-    worst, bound = float(cosines.min()), math.sqrt(2 - 2 * floor)
-    verdict, problem = Verdict.AGREES, ""
+    worst = float(cosines(found, expected).min())
+    problem = distance_problem(found, expected, floor, [canary.text for canary in canaries])
+    verdict = Verdict.AGREES
     if worst < min(DIFFERENT_MODEL_BELOW, floor):
         verdict, problem = Verdict.ANOTHER_MODEL, f"another model's vectors: cosine {worst:.6f}"
-    elif worst < floor:
-        verdict, problem = Verdict.DRIFTED, f"vectors drifted: cosine {worst:.6f} is below {floor}"
-    elif off > bound:
-        verdict, problem = Verdict.DRIFTED, f"vectors drifted: off by {off:.2g} of their length, more than {bound:.2g}"
+    elif problem:
+        verdict, problem = Verdict.DRIFTED, f"vectors drifted: {problem}"
     return Comparison(
         verdict=verdict, problem=problem, min_cosine=worst, max_abs_diff=float(np.abs(found - expected).max())
     )

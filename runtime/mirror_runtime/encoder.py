@@ -32,7 +32,7 @@ from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
-from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, width_of
+from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
 
@@ -468,6 +468,6 @@ class Encoder:
             np.add.at(sums, owners[~single], components(pieces[~single], self.spec))
             means = sums[several] / counts[several, None]
             if self.spec.normalize:
-                means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+                means = unit_rows(means)
             vectors[several] = round_vectors(means, self.spec)
         return vectors

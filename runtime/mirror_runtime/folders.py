@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all. A leaf: imports only `errors`."""
+"""Folders and files that appear whole or not at all. A leaf: imports only `errors`."""
 
 from __future__ import annotations
 
@@ -54,8 +54,28 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, which replaces `path` in one step when the block ends well.
+
+    If the block fails, what was written is removed and an earlier file stays as it was.
+
+    Args:
+        path: what will appear; its folder must exist.
+        shared: several processes may write this file at once, so each writes beside it under a name of its own, which
+            a killed process leaves behind. Otherwise the name is fixed and the next writer takes it over.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 def umask() -> int:
-    """Give the permissions that this process withholds from new files."""
+    """Return the permission bits that this process removes from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from mirror_runtime.bundle import Artifact, EngineName, Manifest, Precision, from_json, to_json
 from mirror_runtime.errors import BundleError, InputError
-from mirror_runtime.folders import umask
+from mirror_runtime.folders import replace_file
 from mirror_runtime.host import cpu_flags, cpu_model, usable_cores
 from mirror_runtime.packing import ROW_TOKENS, TOKEN_BUDGET
 from mirror_runtime.selection import AUTO, choose
@@ -244,12 +243,10 @@ def write_plan(plan: Plan, path: Path) -> None:
     Raises:
         InputError: the place cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
-        beside.chmod(0o666 & ~umask())
-        os.replace(beside, path)
+        with replace_file(path, shared=True) as beside:
+            beside.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 

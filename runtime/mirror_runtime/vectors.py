@@ -92,23 +92,22 @@ def unit_rows(vectors: NDArray[Any]) -> NDArray[Any]:
     return units
 
 
-def cut(vectors: Vectors, dimensions: int | None, kind: VectorType, *, normalize: bool) -> Vectors:
+def cut(vectors: Vectors, dimensions: int | None, *, normalize: bool) -> Vectors:
     """Keep the leading components of vectors (Matryoshka).
 
     Args:
-        vectors: [n, width] of the vector type.
+        vectors: [n, width] of any vector type, which their data type tells.
         dimensions: components to keep; a multiple of 8 for binary vectors. None keeps all.
-        kind: the vector type.
         normalize: scale floats to unit length after cutting. Int8 and binary vectors are compared by cosine and by
             Hamming distance, which need no length, and are never scaled.
 
     Returns:
         [n, dimensions], or [n, dimensions / 8] bytes of packed bits, of the same data type.
     """
-    if kind is VectorType.BINARY:
+    if vectors.dtype == _DTYPES[VectorType.BINARY]:
         return vectors if dimensions is None else vectors[:, : dimensions // 8]
     kept = vectors[:, :dimensions]
-    if not normalize or kind is VectorType.INT8:
+    if not normalize or vectors.dtype == _DTYPES[VectorType.INT8]:
         return kept
     return unit_rows(kept.astype(np.float32, copy=False)).astype(vectors.dtype, copy=False)
 

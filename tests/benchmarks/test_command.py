@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import compare, latency, scaling, serving
 from benchmarks.gateway import running_gateway
-from benchmarks.peer_suite import cosine
 from benchmarks.peers.protocol import time_calls
 from benchmarks.point import Point
 from benchmarks.results import read_report
@@ -25,6 +24,7 @@ from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.errors import MissingExtra, ServerError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.triton.server.processes import alive
+from mirror_runtime.vectors import cosines
 from tests.support.paths import ROOT
 
 
@@ -399,7 +399,7 @@ def test_a_wrong_pooling_is_caught_by_quality_and_compare(tiny_bundle, wrongly_p
     pairs = [(f"the {a} sat on a {b}", f"a {c} is playing the {a}") for a in words for b in words for c in words[:3]]
     with Encoder.load(tiny_bundle, engine="onnxruntime") as encoder:
         left, right = (encoder.encode([pair[side] for pair in pairs]) for side in (0, 1))
-    scores = cosine(left, right)
+    scores = cosines(left, right)
     people = tmp_path / "people.tsv"
     rows = [f"{score:.6f}\t{a}\t{b}\n" for score, (a, b) in zip(scores, pairs, strict=True)]
     people.write_text("score\tsentence1\tsentence2\n" + "".join(rows), encoding="utf-8")

@@ -59,12 +59,12 @@ def test_right_vectors_have_no_problem(expected):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda v: v[::-1], "is below 0.999: 'text 3'"),  # two texts' vectors changed places
+        (lambda v: v[::-1], "cosine below 0.999"),  # two texts' vectors changed places
         (lambda v: v[:2], "2 vectors for 3 texts"),
         (lambda v: v[:, :8], "is expected"),
         (lambda v: np.where(v == v[1, 0], np.nan, v), "not finite"),
         (lambda v: v * 2, "off by 1 of its length"),  # not normalised
-        (lambda v: v * np.array([[1], [1], [0]], np.float32), "is below 0.999: 'text 9'"),
+        (lambda v: v * np.array([[1], [1], [0]], np.float32), "Worst: 'text 9' cosine 0.0"),
     ],
 )
 def test_a_wrong_vector_is_seen(expected, spoil, says):
@@ -79,7 +79,7 @@ def test_vectors_of_bits_are_compared_as_components(expected):
         components=np.where(expected.components > 0, 1, -1).astype(np.float32),
     )
     assert binary.problem((0, 1), bits[:2]) == ""
-    assert "is below" in binary.problem((0, 1), bits[1:3])
+    assert "cosine below" in binary.problem((0, 1), bits[1:3])
 
 
 def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected):

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.peer_suite import cosine
 from benchmarks.summary import alternate, interleave, median, percentile, ratio_of_medians, thin
+from mirror_runtime.vectors import cosines
 
 
 def test_percentiles_interpolate():
@@ -44,7 +44,7 @@ def test_two_groups_alternate_and_lose_nobody():
 def test_cosine_of_rows():
     a = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
     b = np.array([[3, 0], [1, 0], [1, 0]], np.float32)
-    np.testing.assert_allclose(cosine(a, b), [1, 2**-0.5, 0])
+    np.testing.assert_allclose(cosines(a, b), [1, 2**-0.5, 0])
 
 
 def test_thinning_keeps_the_shape_and_the_extremes():

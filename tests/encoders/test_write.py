@@ -14,6 +14,7 @@ from encoders.reference import Reference
 from encoders.source import Head, resolve
 from encoders.write import write_layout
 from mirror_runtime.bundle import Activation, Dense, Ditto, Pooling, VectorType, read_encoder
+from mirror_runtime.vectors import cosines
 
 RAGGED = ["a", "", "the cat sat on the mat", "?!", "a man " * 40, "Dogs, playing the guitar by a RIVER", "  \t "]
 
@@ -26,11 +27,6 @@ def written(base: Path, folder: Path, pooling: Pooling | None, **options: Any) -
     reference = Reference.load(resolve(str(base), pooling=pooling, **options))
     write_layout(folder, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="# A card")
     return reference
-
-
-def cosines(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    return np.asarray((left * right).sum(axis=1) / norms)
 
 
 @pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.CLS])

@@ -15,6 +15,7 @@ from mirror_runtime.docstrings import standard_library
 from mirror_runtime.engines import load_engine
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import cosines
 
 pytestmark = pytest.mark.parity
 
@@ -43,12 +44,6 @@ def encoder(request: pytest.FixtureRequest, minilm_bundle: Path):
     engine, precision = request.param
     with Encoder.load(minilm_bundle, engine=engine, precision=precision, streams=2) as encoder:
         yield encoder
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    assert np.isfinite(a).all()
-    assert np.isfinite(b).all()
-    return (a.astype(np.float64) * b).sum(1)  # both are unit vectors: checked below
 
 
 def test_vectors_are_those_of_sentence_transformers(encoder, texts, reference):

@@ -3,42 +3,85 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mirror_runtime.host import _cgroup_quota
+from mirror_runtime.host import cpu_quota_cores, memory_limit_bytes, peak_memory_bytes, resident_memory_bytes
 
 
-def test_no_quota_is_no_limit(tmp_path):
-    assert _cgroup_quota(tmp_path, tmp_path / "absent") is None
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert _cgroup_quota(tmp_path, tmp_path / "absent") is None
+@pytest.fixture
+def groups(tmp_path):
+    """Write control groups' files by relative path, and return their mount and the file of this process's groups."""
+
+    def write(membership: str, **files: str) -> tuple[Path, Path]:
+        for name, text in files.items():
+            path = tmp_path / "cgroup" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        (tmp_path / "membership").write_text(membership)
+        return tmp_path / "cgroup", tmp_path / "membership"
+
+    return write
 
 
-def test_the_tightest_group_above_the_process_counts(tmp_path):
-    membership = tmp_path / "membership"
-    membership.write_text("0::/a.slice/b.scope\n")
-    own = tmp_path / "a.slice" / "b.scope"
-    own.mkdir(parents=True)
-    (own / "cpu.max").write_text("max 100000\n")
-    (own.parent / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "other.slice").mkdir()
-    (tmp_path / "other.slice" / "cpu.max").write_text("10000 100000\n")
-    assert _cgroup_quota(tmp_path, membership) == 1.5
-    (own / "cpu.max").write_text("50000 100000\n")
-    assert _cgroup_quota(tmp_path, membership) == 0.5
+SERVICE = "0::/a.slice/b.service\n"
+CONTAINER = "5:cpuset:/x\n4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n0::/\n"
 
 
-def test_version_1_is_read_too(tmp_path):
-    membership = tmp_path / "membership"
-    membership.write_text("3:cpuset:/x\n2:cpu,cpuacct:/docker/abc\n0::/\n")
-    own = tmp_path / "cpu" / "docker" / "abc"
-    own.mkdir(parents=True)
-    (own / "cpu.cfs_quota_us").write_text("300000\n")
-    (own / "cpu.cfs_period_us").write_text("100000\n")
-    assert _cgroup_quota(tmp_path, membership) == 3.0
-    (own / "cpu.cfs_quota_us").write_text("-1\n")
-    assert _cgroup_quota(tmp_path, membership) is None
+@pytest.mark.parametrize(
+    ("membership", "files", "cores", "memory"),
+    [
+        (SERVICE, {"cpu.max": "max 100000", "memory.max": "max"}, None, None),
+        (
+            SERVICE,
+            {
+                "a.slice/b.service/cpu.max": "max 100000",
+                "a.slice/cpu.max": "150000 100000",
+                "other.slice/cpu.max": "10000 100000",
+                "a.slice/b.service/memory.max": "4294967296",
+                "a.slice/memory.max": "max",
+            },
+            1.5,
+            2**32,
+        ),
+        (SERVICE, {"a.slice/b.service/cpu.max": "50000 100000", "a.slice/cpu.max": "150000 100000"}, 0.5, None),
+        (
+            CONTAINER,
+            {
+                "cpu/docker/abc/cpu.cfs_quota_us": "300000",
+                "cpu/docker/abc/cpu.cfs_period_us": "100000",
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+                "memory/docker/abc/memory.limit_in_bytes": "2147483648",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+            3.0,
+            2**31,
+        ),
+        (
+            CONTAINER,
+            {"cpu/docker/abc/cpu.cfs_quota_us": "-1", "cpu/docker/abc/cpu.cfs_period_us": "100000"},
+            None,
+            None,
+        ),
+    ],
+    ids=["unlimited", "v2: the parent's", "v2: its own", "v1", "v1 unlimited"],
+)
+def test_the_tightest_limit_of_a_group_and_its_parents_counts(groups, membership, files, cores, memory):
+    place = groups(membership, **files)
+    assert cpu_quota_cores(*place) == cores
+    assert memory_limit_bytes(*place) == memory
+
+
+def test_no_control_groups_are_no_limits(tmp_path):
+    assert cpu_quota_cores(tmp_path, tmp_path / "absent") is None
+    assert memory_limit_bytes(tmp_path, tmp_path / "absent") is None
+
+
+def test_memory_of_a_process_is_read_while_it_lives():
+    assert 2**20 < resident_memory_bytes(os.getpid()) <= peak_memory_bytes() * 1.1
+    assert resident_memory_bytes(2**22 + 1) == 0  # beyond the largest process id
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")

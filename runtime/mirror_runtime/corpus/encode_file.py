@@ -23,7 +23,7 @@ from mirror_runtime.corpus.files import CorpusFile, Row
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
-from mirror_runtime.folders import locked_folder
+from mirror_runtime.folders import locked_folder, replace_file
 from mirror_runtime.vectors import dtype_of, width_of
 
 OUTPUTS = (".npy", ".parquet")
@@ -200,9 +200,8 @@ def _resume(folder: Path, fresh: _State) -> _State:
 
 
 def _write_state(folder: Path, state: _State) -> None:
-    beside = folder / "state.json.new"
-    beside.write_text(json.dumps(asdict(state)), encoding="utf-8")
-    os.replace(beside, folder / "state.json")
+    with replace_file(folder / "state.json") as beside:
+        beside.write_text(json.dumps(asdict(state)), encoding="utf-8")
 
 
 @contextmanager

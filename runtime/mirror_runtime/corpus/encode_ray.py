@@ -21,7 +21,7 @@ from mirror_runtime.corpus.files import CorpusFile, Shard
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
-from mirror_runtime.folders import locked_folder
+from mirror_runtime.folders import locked_folder, replace_file
 from mirror_runtime.vectors import dtype_of, width_of
 
 PART_ROWS = 65_536
@@ -74,9 +74,9 @@ class Worker:
         embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
         schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
         path = part_path(task.folder, part)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         row, truncated, failed = part.first, 0, 0
-        with parquet.ParquetWriter(beside, schema) as writer:
+        # Ray may run a part twice at once, after a worker that it lost.
+        with replace_file(path, shared=True) as beside, parquet.ParquetWriter(beside, schema) as writer:
             for encoded in self._encoder.encode_stream(task.source.texts(part)):
                 if encoded.errors and not task.zero_bad:
                     first = min(encoded.errors)
@@ -90,7 +90,6 @@ class Worker:
                 row += len(encoded.tokens)
                 truncated += int(encoded.truncated.sum())
                 failed += len(encoded.errors)
-        os.replace(beside, path)
         return {"texts": part.rows, "truncated": truncated, "failed": failed, "position": task.source.share(part)}
 
 
@@ -198,9 +197,8 @@ def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     with locked_folder(folder):
         state = folder / "state.json"
         if not state.exists():
-            beside = folder / "state.json.new"
-            beside.write_text(json.dumps(identity), encoding="utf-8")
-            os.replace(beside, state)
+            with replace_file(state) as beside:
+                beside.write_text(json.dumps(identity), encoding="utf-8")
         elif json.loads(state.read_text(encoding="utf-8")) != identity:
             raise InputError(
                 f"{folder.name} holds an unfinished run of something else: finish it with the bundle, input and "

@@ -20,7 +20,7 @@ from export.graph.trace import PackedEncoder, PaddedEncoder, export_graph
 from export.proof.parity import FLOORS, Floors
 from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, Precision, VectorType
 from mirror_runtime.packing import ShapeSet, pack
-from mirror_runtime.vectors import components, dtype_of, round_vectors
+from mirror_runtime.vectors import components, cosines, dtype_of, round_vectors
 
 Array = np.ndarray[Any, Any]
 
@@ -313,5 +313,4 @@ def test_the_floor_of_int8_allows_for_rounding_and_not_for_more():
             noise = draw.normal(size=vectors.shape)
             noise *= math.sqrt(2 * (1 - FLOORS[precision]) * share) / np.linalg.norm(noise, axis=1, keepdims=True)
             a, b = (components(round_vectors(v.astype(np.float32), spec), spec) for v in (vectors, vectors + noise))
-            cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-            assert bool(cosines.min() >= Floors.of(precision, spec).reference) is within
+            assert bool(cosines(a, b).min() >= Floors.of(precision, spec).reference) is within

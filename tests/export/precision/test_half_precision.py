@@ -19,6 +19,7 @@ from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import EngineError
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows
+from mirror_runtime.vectors import cosines
 
 
 def graph_of(bundle: Path, layout: Layout) -> Graph:
@@ -37,10 +38,6 @@ def rows(vocabulary: int = 60) -> dict[str, np.ndarray]:
 
 def texts_of(output: np.ndarray) -> np.ndarray:
     return output[[0, 0, 0, 1], [0, 1, 2, 0]]
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
 def run(path: Path, feed: dict[str, np.ndarray]) -> np.ndarray:

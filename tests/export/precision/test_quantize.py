@@ -34,7 +34,8 @@ from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import PackedRows
-from tests.export.precision.test_half_precision import cosines, graph_of, rows, run, texts_of
+from mirror_runtime.vectors import cosines
+from tests.export.precision.test_half_precision import graph_of, rows, run, texts_of
 
 WORDS = ["the cat sat on the mat.", "a man is playing a guitar", "dog", "river 3 times, the dog?", "on on on on on on"]
 

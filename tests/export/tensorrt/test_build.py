@@ -22,6 +22,7 @@ from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import ShapeSet
+from mirror_runtime.vectors import cosines
 from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
 
 GPU = Gpu(name="NVIDIA L4", compute_capability="8.9")
@@ -420,7 +421,7 @@ def test_the_short_proof_finds_the_worst_of_all_stored_texts(
     engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(b"plan")
     worst, floor = prove_plan.prove(trt, engine, tmp_path / "samples.npz", driver)
     found, wanted = outs[0, 0, 1], vectors[0, 1]
-    expected = float(found @ wanted / np.linalg.norm(found) / np.linalg.norm(wanted))
+    (expected,) = cosines(found[None], wanted[None])
     assert worst == pytest.approx(expected, abs=1e-6)
     assert floor == 0.9999
     assert (worst >= floor) == (noise == 0.0)

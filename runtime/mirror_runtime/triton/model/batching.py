@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.bundle import EncoderSpec, VectorType
+from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.request_options import NONE, RequestOptions
-from mirror_runtime.vectors import Vectors
+from mirror_runtime.vectors import Vectors, cut
 
 BYTES_PER_TOKEN = 4
 """To guess a text's tokens before it is tokenised; 3.5 to 5 in English prose."""
@@ -121,36 +121,15 @@ def answer(encoder: Encoder, questions: Sequence[EmbedRequest], long_texts: Long
     return [answers[number] for number in range(len(questions))]
 
 
-def cut(vectors: Vectors, dimensions: int, spec: EncoderSpec) -> Vectors:
-    """Keep the leading components (Matryoshka).
-
-    Args:
-        vectors: [n, width] of the spec's vector type.
-        dimensions: components to keep, between 1 and the spec's `dim`; a multiple of 8 for binary vectors.
-        spec: the encoder's.
-
-    Returns:
-        [n, dimensions], or dimensions / 8 columns of packed bits. Floats have unit length again where the encoder
-        normalises; cosines of int8 vectors and distances of bits need no length.
-    """
-    if spec.vector_type is VectorType.BINARY:
-        return vectors[:, : dimensions // 8]
-    kept = vectors[:, :dimensions]
-    if not spec.normalize or dimensions == spec.dim or spec.vector_type is VectorType.INT8:
-        return kept
-    lengths = np.linalg.norm(kept.astype(np.float32), axis=1, keepdims=True)
-    shortened: Vectors = (kept / np.maximum(lengths, 1e-12)).astype(vectors.dtype)
-    return shortened
-
-
 def _own(encoded: Encoded, span: slice, wishes: RequestOptions, spec: EncoderSpec) -> EmbedResult | Failure:
     """Give one request its part of what was encoded together."""
     bad = next((i for i in range(span.start, span.stop) if i in encoded.errors), None)
     if bad is not None:
         return _invalid(bad - span.start, encoded.errors[bad].reason)
+    shorter = wishes.dimensions not in (None, spec.dim)
     vectors = encoded.vectors[span]
     return EmbedResult(
-        vectors=vectors if wishes.dimensions is None else cut(vectors, wishes.dimensions, spec),
+        vectors=cut(vectors, wishes.dimensions, normalize=spec.normalize and shorter),
         tokens=encoded.tokens[span, np.newaxis].astype(np.int32),
         truncated=encoded.truncated[span, np.newaxis],
     )
