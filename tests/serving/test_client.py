@@ -67,7 +67,7 @@ def test_a_reply_names_the_vector_space_and_another_one_is_refused(server: Serve
         assert client.encode_detailed(["hello"]).fingerprint == "0123456789abcdef"
     with (
         Client(url, protocol=protocol, fingerprint="another") as client,
-        pytest.raises(ServerError, match="gives vectors of 0123456789abcdef where another is expected"),
+        pytest.raises(ServerError, match="returns vectors of 0123456789abcdef where another is expected"),
     ):
         client.encode(["hello"])
 

@@ -1,4 +1,4 @@
-"""Requests to Triton from asyncio, over gRPC or HTTP. Cancelling the task that waits cancels the request."""
+"""Requests to Triton from asyncio, over gRPC or HTTP. Cancelling the waiting task cancels the request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import quote
 from numpy.typing import NDArray
 
 from mirror_runtime.client import grpc_transport, http_transport
-from mirror_runtime.client.grpc_transport import CHANNEL, translated
+from mirror_runtime.client.grpc_transport import CHANNEL, translate_errors
 from mirror_runtime.client.http_transport import JSON_LENGTH, http_message, http_reply, http_request
 from mirror_runtime.client.protocol import (
     OUTPUTS,
@@ -43,7 +43,7 @@ class AsyncGrpcTransport:
 
     async def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Reply:
         """Send texts and wait for the reply."""
-        with translated(self._library, self._url):
+        with translate_errors(self._library, self._url):
             result = await self._client.infer(
                 self._model,
                 [text_tensor(self._library, texts)],
@@ -56,9 +56,9 @@ class AsyncGrpcTransport:
 
     async def config(self, timeout_s: float) -> Mapping[str, Any]:
         """Fetch the model's configuration."""
-        with translated(self._library, self._url):
-            answer = await self._client.get_model_config(self._model, as_json=True, client_timeout=timeout_s)
-        config: Mapping[str, Any] = answer["config"]
+        with translate_errors(self._library, self._url):
+            reply = await self._client.get_model_config(self._model, as_json=True, client_timeout=timeout_s)
+        config: Mapping[str, Any] = reply["config"]
         return config
 
     async def close(self) -> None:
@@ -79,15 +79,15 @@ class AsyncHttpTransport:
             raise MissingExtra("tritonclient", "client") from error
         self._library, self._aiohttp, self._url = library, aiohttp, url
         self._path = f"http://{url}/v2/models/{quote(model, safe='')}"
-        # As many connections as there are requests: how many is the caller's business.
+        # One connection per request under way: the caller limits those.
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         self._outputs = [library.InferRequestedOutput(name, binary_data=True) for name in OUTPUTS]
 
     async def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Reply:
         """Send texts and wait for the reply."""
         body, headers = http_request(self._library, texts, parameters, self._outputs, timeout_s)
-        content, answered = await self._exchange("POST", "infer", body, headers, timeout_s)
-        json_length = answered.get(JSON_LENGTH)
+        content, reply_headers = await self._exchange("POST", "infer", body, headers, timeout_s)
+        json_length = reply_headers.get(JSON_LENGTH)
         return http_reply(self._library, content, None if json_length is None else int(json_length))
 
     async def config(self, timeout_s: float) -> Mapping[str, Any]:
@@ -101,12 +101,12 @@ class AsyncHttpTransport:
         await self._session.close()
 
     async def _exchange(
-        self, method: str, what: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+        self, method: str, action: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[bytes, Mapping[str, str]]:
         timeout = self._aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
-                method, f"{self._path}/{what}", data=body, headers=headers, timeout=timeout
+                method, f"{self._path}/{action}", data=body, headers=headers, timeout=timeout
             ) as response:
                 content = await response.read()
         except asyncio.TimeoutError as error:

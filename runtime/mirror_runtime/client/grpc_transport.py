@@ -1,4 +1,4 @@
-"""Requests to Triton over gRPC, through tritonclient, whose exceptions end here."""
+"""Requests to Triton over gRPC, through tritonclient, whose exceptions become ours here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mirror_runtime.client.protocol import (
 from mirror_runtime.errors import MissingExtra
 
 BODY_BYTES = 8_000_000
-"""A request of more is split, so that one message neither fills memory nor holds up the others."""
+"""Most bytes of text in a request, so that one message neither fills memory nor delays the others."""
 
 
 class GrpcTransport:
@@ -36,7 +36,7 @@ class GrpcTransport:
             raise MissingExtra("tritonclient", "client") from error
         self._library = library
         self._url, self._model, self._timeout_s = url, model, timeout_s
-        with translated(library, url):
+        with translate_errors(library, url):
             self._client = library.InferenceServerClient(url, channel_args=CHANNEL)
         self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
 
@@ -45,17 +45,17 @@ class GrpcTransport:
         future: Future[Any] = Future()
 
         # tritonclient passes both by keyword: their names are part of its interface.
-        def answered(result: Any, error: Exception | None) -> None:
+        def settle(result: Any, error: Exception | None) -> None:
             if error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
 
-        with translated(self._library, self._url):
+        with translate_errors(self._library, self._url):
             self._client.async_infer(
                 self._model,
                 [text_tensor(self._library, texts)],
-                answered,
+                settle,
                 outputs=self._outputs,
                 timeout=microseconds(timeout_s),
                 client_timeout=timeout_s,
@@ -63,23 +63,23 @@ class GrpcTransport:
             )
 
         def wait() -> Reply:
-            with translated(self._library, self._url):
+            with translate_errors(self._library, self._url):
                 return read_reply(future.result())
 
         return wait
 
     def config(self) -> Mapping[str, Any]:
         """Fetch the model's configuration."""
-        with translated(self._library, self._url):
-            answer = self._client.get_model_config(self._model, as_json=True, client_timeout=self._timeout_s)
-        config: Mapping[str, Any] = answer["config"]
+        with translate_errors(self._library, self._url):
+            reply = self._client.get_model_config(self._model, as_json=True, client_timeout=self._timeout_s)
+        config: Mapping[str, Any] = reply["config"]
         return config
 
     def statistics(self) -> Mapping[str, Any]:
         """Fetch the model's counters."""
-        with translated(self._library, self._url):
-            answer = self._client.get_inference_statistics(self._model, as_json=True, client_timeout=self._timeout_s)
-        statistics: Mapping[str, Any] = answer["model_stats"][-1]
+        with translate_errors(self._library, self._url):
+            reply = self._client.get_inference_statistics(self._model, as_json=True, client_timeout=self._timeout_s)
+        statistics: Mapping[str, Any] = reply["model_stats"][-1]
         return statistics
 
     def close(self) -> None:
@@ -88,23 +88,23 @@ class GrpcTransport:
 
 
 CHANNEL = (
-    # No bound on what comes back: 256 vectors of 4,096 components are 4 MB, gRPC's own bound.
+    # No limit on replies: 256 vectors of 4,096 components are 4 MB, which is gRPC's own limit.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # After an outage gRPC waits longer and longer before it connects again, two minutes in the end: keep it short.
+    # After an outage gRPC reconnects after growing pauses of up to two minutes: shorten them.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # See that a connection is dead while requests wait on it, not only when the system gives up after minutes.
+    # Detect a dead connection while requests wait on it, minutes before the operating system does.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 2),
 )
-"""How connections are kept."""
+"""Options of a channel."""
 
 
 @contextlib.contextmanager
-def translated(library: Any, url: str) -> Iterator[None]:
-    """Turn tritonclient's exceptions into ours."""
+def translate_errors(library: Any, url: str) -> Iterator[None]:
+    """Convert tritonclient's exceptions to ours."""
     try:
         yield
     except library.InferenceServerException as error:

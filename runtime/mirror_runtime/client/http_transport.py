@@ -1,7 +1,7 @@
-"""Requests to Triton over HTTP: tritonclient writes and reads the bodies, the standard library carries them.
+"""Requests to Triton over HTTP: tritonclient encodes and parses the bodies, the standard library sends them.
 
-tritonclient's own HTTP client sleeps 10 ms in every `async_infer` and is bound to one thread, where it leaves a gevent
-hub with threads and file descriptors behind.
+tritonclient's own HTTP client sleeps 10 ms in every `async_infer`, works in one thread only, and leaves a gevent hub
+with threads and file descriptors behind.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from mirror_runtime.client.protocol import (
 from mirror_runtime.errors import DeadlineExceededError, MissingExtra, ServerError
 
 BODY_BYTES = 1_000_000
-"""Triton 2.51, the version in the pytriton wheel, crashes on HTTP bodies of about 4 MB. 2 MB were seen to pass."""
+"""Triton 2.51, the version in the pytriton wheel, crashes on HTTP bodies of about 4 MB; 2 MB passed in a test."""
 
 JSON_LENGTH = "Inference-Header-Content-Length"
 
 
 class HttpTransport:
-    """Requests over as many connections as may be in flight, kept open between requests."""
+    """Requests over up to `in_flight` connections, kept open between requests."""
 
     body_bytes = BODY_BYTES
 
@@ -78,27 +78,27 @@ class HttpTransport:
         while not self._idle.empty():
             self._idle.get().close()
 
-    def _get(self, what: str) -> Mapping[str, Any]:
-        body, _ = self._exchange("GET", f"{self._path}/{what}", None, {}, time.monotonic() + self._timeout_s)
-        answer: Mapping[str, Any] = json.loads(body)
-        return answer
+    def _get(self, action: str) -> Mapping[str, Any]:
+        body, _ = self._exchange("GET", f"{self._path}/{action}", None, {}, time.monotonic() + self._timeout_s)
+        reply: Mapping[str, Any] = json.loads(body)
+        return reply
 
     def _exchange(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], give_up_at: float
     ) -> tuple[bytes, int | None]:
-        """Send one request and give the answer's body with the length of its JSON part, if it says so."""
+        """Send one request; return the reply's body and the length of its JSON part, None if not stated."""
         try:
             connection = self._idle.get_nowait()
-            kept = True
+            reused = True
         except queue.Empty:
-            connection, kept = self._connect(), False
+            connection, reused = self._connect(), False
         try:
             try:
                 response = _round_trip(connection, method, path, body, headers, give_up_at)
             except (BrokenPipeError, ConnectionResetError, http.client.RemoteDisconnected):
-                if not kept:
+                if not reused:
                     raise
-                # The server closed it while it lay idle. The request is the same if it is sent twice.
+                # The server closed the idle connection. A request may safely be sent twice.
                 connection.close()
                 response = _round_trip(connection, method, path, body, headers, give_up_at)
             content = response.read()
@@ -118,7 +118,7 @@ class HttpTransport:
         try:
             return http.client.HTTPConnection(self._url, timeout=self._timeout_s)
         except http.client.InvalidURL as error:
-            raise ServerError(f"{self._url} is no host:port: {error}") from error
+            raise ServerError(f"{self._url} is not host:port: {error}") from error
 
 
 def _round_trip(
@@ -141,7 +141,7 @@ def _round_trip(
 def http_request(
     library: Any, texts: NDArray[Any], parameters: Parameters, outputs: Sequence[Any], timeout_s: float
 ) -> tuple[bytes, dict[str, str]]:
-    """Write a request's body and headers with tritonclient.http."""
+    """Encode a request's body and headers with tritonclient.http."""
     body, json_length = library.InferenceServerClient.generate_request_body(
         [text_tensor(library, texts)], outputs=outputs, timeout=microseconds(timeout_s), parameters=dict(parameters)
     )
@@ -152,16 +152,16 @@ def http_request(
 
 
 def http_reply(library: Any, body: bytes, json_length: int | None) -> Reply:
-    """Read an answer's body with tritonclient.http."""
+    """Parse a reply's body with tritonclient.http."""
     return read_reply(library.InferenceServerClient.parse_response_body(body, header_length=json_length))
 
 
 def http_message(content: bytes) -> str:
-    """Read Triton's JSON error; another server's answer is given as it is, up to a line's length."""
+    """Return the message of Triton's JSON error, or the start of another server's reply."""
     try:
-        answer = json.loads(content)
+        reply = json.loads(content)
     except ValueError:
-        answer = None
-    if isinstance(answer, dict) and "error" in answer:
-        return str(answer["error"])
+        reply = None
+    if isinstance(reply, dict) and "error" in reply:
+        return str(reply["error"])
     return content[:200].decode("utf-8", errors="replace")

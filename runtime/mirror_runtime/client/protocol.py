@@ -1,4 +1,4 @@
-"""What gRPC and HTTP have in common: how a request to Triton looks, and what comes back."""
+"""What gRPC and HTTP have in common: the model's name, tensors and data types, its configuration, and errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import VectorType
-from mirror_runtime.errors import DeadlineExceededError, MirrorError, OverloadedError, ServerError, UnavailableError
-from mirror_runtime.vectors import Vectors
+from mirror_runtime.errors import (
+    DeadlineExceededError,
+    InputError,
+    MirrorError,
+    OverloadedError,
+    ServerError,
+    UnavailableError,
+)
+from mirror_runtime.vectors import Vectors, cut, dtype_of_type
 
 MODEL_NAME = "embed"
 
@@ -25,22 +32,26 @@ DATA_TYPES: Mapping[VectorType, str] = MappingProxyType(
         VectorType.BINARY: "TYPE_UINT8",
     }
 )
-"""What Triton calls the numbers of a vector."""
+"""Triton's data type of each vector type."""
+
+_VECTOR_TYPES = {data_type: vector_type for vector_type, data_type in DATA_TYPES.items()}
+
+_LOCAL = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 
 OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT")
 
 Parameters: TypeAlias = Mapping[str, "str | int | bool"]
-"""Of one request, by name."""
+"""Parameters of one request, by name."""
 
 DEAD_RUNNER = "is not healthy"
-"""What Triton says when the process that runs a model is dead or stands still, until it is started again."""
+"""Part of Triton's message while the process that runs a model is dead or stopped."""
 
 _EXPIRED = "was over before work on it began"
 _RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 
 
 class Rejected(ServerError):
-    """The server refused a request as invalid; its texts may be fine one by one."""
+    """The server rejected a request as invalid; most of its texts may still be valid one by one."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -48,8 +59,73 @@ class Rejected(ServerError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientOptions:
+    """Options of a client.
+
+    Attributes:
+        url: host and port; None means port 8001 of this machine for gRPC and 8000 for HTTP.
+        protocol: "grpc" or "http".
+        model: the model's name.
+        timeout_s: how long one request may take, in seconds.
+        in_flight: most requests under way at once.
+        batch_tokens: most tokens in a request, estimated from the texts' lengths.
+        fingerprint: the vector space that the caller expects; None accepts any.
+        patient: whether requests that an overloaded server refused are repeated.
+
+    Raises:
+        InputError: an option is invalid.
+    """
+
+    url: str | None = None
+    protocol: str = "grpc"
+    model: str = MODEL_NAME
+    timeout_s: float = 60.0
+    in_flight: int = 1
+    batch_tokens: int = 1
+    fingerprint: str | None = None
+    patient: bool = True
+
+    def __post_init__(self) -> None:
+        if self.protocol not in _LOCAL:
+            raise InputError(f"protocol is {self.protocol!r}: it must be 'grpc' or 'http'")
+        if self.url is not None and "://" in self.url:
+            raise InputError(f"url is {self.url!r}: it must be host:port without a scheme")
+        if self.in_flight < 1:
+            raise InputError(f"in_flight is {self.in_flight}: it must be at least 1")
+        if self.timeout_s <= 0 or self.batch_tokens < 1:
+            raise InputError(
+                f"timeout_s is {self.timeout_s} and batch_tokens {self.batch_tokens}: they must be positive"
+            )
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return self.url or _LOCAL[self.protocol]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a client reads from the model's configuration, once.
+
+    Attributes:
+        width: length of a vector's array.
+        vector_type: of its components.
+        max_batch_size: most texts in a request.
+    """
+
+    width: int
+    vector_type: VectorType
+    max_batch_size: int
+
+    def empty(self, dimensions: int | None) -> Vectors:
+        """Return the vectors of no texts, [0, width]."""
+        full = np.zeros((0, self.width), dtype_of_type(self.vector_type))
+        return cut(full, dimensions, normalize=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What one request of n texts brought back.
+    """The reply to one request of n texts.
 
     Attributes:
         vectors: [n, width] of the model's vector type.
@@ -65,12 +141,12 @@ class Reply:
 
 
 class Transport(Protocol):
-    """A connection to one model of one server."""
+    """Connections to one model of one server."""
 
     body_bytes: int
 
     def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
-        """Send texts, an object array [n, 1] of bytes; calling the result waits for the reply or raises."""
+        """Send texts, an object array [n, 1] of bytes; the returned function waits for the reply or raises."""
 
     def config(self) -> Mapping[str, Any]:
         """Fetch the model's configuration."""
@@ -83,7 +159,7 @@ class Transport(Protocol):
 
 
 class AsyncTransport(Protocol):
-    """The same for asyncio. Cancelling the task that waits cancels the request."""
+    """`Transport` for asyncio. Cancelling the waiting task cancels the request."""
 
     body_bytes: int
 
@@ -97,17 +173,50 @@ class AsyncTransport(Protocol):
         """Close the connections."""
 
 
+def read_facts(config: Mapping[str, Any]) -> ModelFacts:
+    """Read the facts from a model's configuration.
+
+    Raises:
+        ServerError: the model was not made by this project.
+    """
+    outputs = {output["name"]: output for output in config.get("output", [])}
+    embedding = outputs.get("EMBEDDING", {})
+    if embedding.get("data_type") not in _VECTOR_TYPES:
+        raise ServerError(
+            f"model {config.get('name')!r} has no output EMBEDDING of vectors: this project did not make it"
+        )
+    return ModelFacts(
+        width=int(embedding["dims"][0]),
+        vector_type=_VECTOR_TYPES[embedding["data_type"]],
+        max_batch_size=int(config["max_batch_size"]),
+    )
+
+
+def read_fingerprint(config: Mapping[str, Any]) -> str:
+    """Read the fingerprint of the vector space from a model's configuration.
+
+    Raises:
+        ServerError: it is missing.
+    """
+    parameter = config.get("parameters", {}).get("fingerprint")
+    if parameter is None:
+        raise ServerError(
+            f"model {config.get('name')!r} names no fingerprint: this project, or its present version, did not make it"
+        )
+    return str(parameter["string_value"])
+
+
 def server_error(url: str, code: str, message: str) -> MirrorError:
-    """Turn a server's answer into our exception.
+    """Convert a server's error to our exception.
 
     Args:
         url: host and port, for the message.
         code: gRPC's status, or "HTTP 400".
-        message: what the server said.
+        message: the server's.
 
     Returns:
-        `Rejected` where the request itself was at fault, `OverloadedError` where the model has too much to do,
-        `UnavailableError` where it takes nothing for now, `DeadlineExceededError` where the time was over, else
+        `Rejected` for an invalid request, `OverloadedError` if the model has too much to do, `UnavailableError` if the
+        model takes no requests at present, `DeadlineExceededError` if the request's time had passed; else
         `ServerError`.
     """
     reason = str(message)
@@ -115,7 +224,7 @@ def server_error(url: str, code: str, message: str) -> MirrorError:
         return Rejected(reason)
     if code == "DEADLINE_EXCEEDED" or _EXPIRED in reason:
         return DeadlineExceededError(f"{url} did not answer in time: {reason}")
-    if DEAD_RUNNER in reason:  # Triton calls it INTERNAL. Nothing was computed, and mirror serve starts it again.
+    if DEAD_RUNNER in reason:  # Triton calls it INTERNAL. Nothing was computed, and mirror serve restarts it.
         return unreachable(url, f"answered {code}: {reason}")
     if code in ("UNAVAILABLE", "HTTP 503"):
         hint = _RETRY_HINT.search(reason)
@@ -126,18 +235,18 @@ def server_error(url: str, code: str, message: str) -> MirrorError:
     return ServerError(f"{url} answered {code}: {reason}")
 
 
-def unreachable(url: str, what: str) -> UnavailableError:
-    """Say that nobody usable listens."""
-    return UnavailableError(f"{url}: {what}. Is the server running there, and is this the right port?")
+def unreachable(url: str, reason: str) -> UnavailableError:
+    """Build the error for a server that cannot be reached or takes no requests."""
+    return UnavailableError(f"{url}: {reason}. Is the server running there, and is this the right port?")
 
 
 def microseconds(timeout_s: float) -> int:
-    """Give a request's deadline as Triton has it, so that the model need not begin what nobody waits for any more."""
+    """Convert a timeout to Triton's unit. The model skips requests whose timeout has passed."""
     return max(1, round(timeout_s * 1e6))
 
 
 def text_tensor(library: Any, texts: NDArray[Any]) -> Any:
-    """Make the model's input, from an object array [n, 1] of bytes, with tritonclient.grpc or tritonclient.http."""
+    """Build the model's input from an object array [n, 1] of bytes with tritonclient.grpc or tritonclient.http."""
     tensor = library.InferInput("TEXT", list(texts.shape), "BYTES")
     tensor.set_data_from_numpy(texts)
     return tensor
@@ -147,11 +256,11 @@ def read_reply(result: Any) -> Reply:
     """Read the model's outputs from tritonclient's result.
 
     Raises:
-        ServerError: one is missing.
+        ServerError: an output is missing.
     """
     found = {name: result.as_numpy(name) for name in OUTPUTS}
     missing = [name for name, value in found.items() if value is None]
     if missing:
-        raise ServerError(f"the answer has no {', '.join(missing)}: serve the model with mirror serve or mirror deploy")
+        raise ServerError(f"the reply has no {', '.join(missing)}: serve the model with mirror serve or mirror deploy")
     vectors, tokens, truncated, fingerprint = found.values()
     return Reply(vectors=vectors, tokens=tokens, truncated=truncated, fingerprint=fingerprint[0, 0].decode())

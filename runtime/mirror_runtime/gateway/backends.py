@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mirror_runtime.async_encoder import AsyncEncoder
 from mirror_runtime.bundle import VectorType
-from mirror_runtime.client.chunks import Served
+from mirror_runtime.client.exchange import Served
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError
 

@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mirror_runtime.bundle import VectorType
 from mirror_runtime.client.async_client import AsyncClient
-from mirror_runtime.client.calls import check_options, read_facts
-from mirror_runtime.client.chunks import Served
-from mirror_runtime.client.grpc_transport import GrpcTransport
-from mirror_runtime.client.http_transport import HttpTransport
-from mirror_runtime.client.protocol import MODEL_NAME, Transport
+from mirror_runtime.client.client import connect
+from mirror_runtime.client.exchange import Served
+from mirror_runtime.client.protocol import MODEL_NAME, ClientOptions, read_facts
 from mirror_runtime.errors import MirrorError, ServerError, UnavailableError
 from mirror_runtime.gateway.backends import ModelCard, check_vector_type
-from mirror_runtime.vectors import dtype_of_type
 
 _POLL_S = 0.5
 
@@ -82,12 +78,9 @@ def fetch_card(address: Address, timeout_s: float, *, wait_s: float = 0.0) -> Mo
         ServerError: it serves none of our models.
         InputError: the address is none, or the model's vectors are no floats.
     """
-    url = check_options(address.url, address.protocol, timeout_s, in_flight=1, batch_tokens=1)
-    transport: Transport
-    if address.protocol == "grpc":
-        transport = GrpcTransport(url, address.model, timeout_s)
-    else:
-        transport = HttpTransport(url, address.model, timeout_s, 1)
+    transport = connect(
+        ClientOptions(url=address.url, protocol=address.protocol, model=address.model, timeout_s=timeout_s)
+    )
     give_up_at = time.monotonic() + wait_s
     try:
         while True:
@@ -104,7 +97,7 @@ def fetch_card(address: Address, timeout_s: float, *, wait_s: float = 0.0) -> Mo
 def _card(config: Mapping[str, Any], address: Address) -> ModelCard:
     """Read a card from a model's configuration, where `render_config` wrote it."""
     facts = read_facts(config)
-    check_vector_type(next(kind for kind in VectorType if dtype_of_type(kind) == facts.dtype))
+    check_vector_type(facts.vector_type)
     said = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
     try:
         return ModelCard(

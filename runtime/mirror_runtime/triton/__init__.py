@@ -3,9 +3,7 @@
 Importing this package loads neither tritonclient nor pytriton: each is imported when it is first needed.
 """
 
-from mirror_runtime.client.async_client import AsyncClient
-from mirror_runtime.client.chunks import Served
-from mirror_runtime.client.client import Client, Statistics
+from mirror_runtime.client import AsyncClient, Client, Served, Statistics
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.supervisor import ServiceOptions, serve

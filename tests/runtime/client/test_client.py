@@ -1,17 +1,18 @@
-"""The clients' own work, with a transport that needs no server: chunks, order, refusals, and the texts at fault."""
+"""Both clients on a transport that needs no server: requests, order, retries, and rejected texts."""
 
 import asyncio
-import time
+import contextlib
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mirror_runtime.client.chunks import Served
+from mirror_runtime.client import AsyncClient, Client, Served
+from mirror_runtime.client.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_before
 from mirror_runtime.client.protocol import Rejected, Reply, read_reply, server_error
-from mirror_runtime.client.retry import FIRST_S, MOST_S, Backoff
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -21,20 +22,19 @@ from mirror_runtime.errors import (
     TextError,
     UnavailableError,
 )
-from mirror_runtime.triton import AsyncClient, Client
 
 
 class Echo:
-    """Answers with each text's length as its vector, and refuses requests that hold "bad"."""
+    """A transport that returns each text's length as its vector and rejects requests that contain "bad"."""
 
     def __init__(self, body_bytes: int = 1000) -> None:
         self.body_bytes = body_bytes
         self.sent: list[list[bytes]] = []
-        self.given: list[tuple[dict[str, Any], float]] = []
+        self.options: list[tuple[dict[str, Any], float]] = []
         self.refusals: list[Exception] = []
         self.fingerprints = ["old"]
-        self.waiting = 0
-        self.most_waiting = 0
+        self.in_flight = 0
+        self.most_in_flight = 0
         self.parameters: dict[str, Any] = {}
 
     def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Callable[[], Reply]:
@@ -42,18 +42,18 @@ class Echo:
         assert texts.shape[1] == 1
         raw = list(texts[:, 0])
         self.sent.append(raw)
-        self.given.append((parameters, timeout_s))
-        self.waiting += 1
-        self.most_waiting = max(self.most_waiting, self.waiting)
+        self.options.append((parameters, timeout_s))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
 
         def wait() -> Reply:
-            self.waiting -= 1
+            self.in_flight -= 1
             if self.refusals:
                 raise self.refusals.pop(0)
             if b"down" in raw:
                 raise ServerError("the server is down")
             if b"bad" in raw:
-                raise Rejected(f"[request id: 7] text {raw.index(b'bad')}: not to my taste")
+                raise Rejected(f"[request id: 7] text {raw.index(b'bad')}: not acceptable")
             sizes = np.array([[len(text)] for text in raw])
             fingerprint = self.fingerprints.pop(0) if len(self.fingerprints) > 1 else self.fingerprints[0]
             return Reply(
@@ -80,7 +80,7 @@ class Echo:
 
 
 class AsyncEcho:
-    """The same for asyncio."""
+    """`Echo` for asyncio."""
 
     def __init__(self, echo: Echo) -> None:
         self.echo = echo
@@ -98,16 +98,16 @@ class AsyncEcho:
 
 
 class AsyncAsSync:
-    """An `AsyncClient` whose calls run in an event loop each, to put both clients to the same tests."""
+    """An `AsyncClient` that runs each call in an event loop of its own, so that both clients share the tests."""
 
     def __init__(self, client: AsyncClient) -> None:
         self.client = client
 
-    def encode(self, *given: Any, **options: Any) -> Any:
-        return self._run(self.client.encode(*given, **options))
+    def encode(self, *arguments: Any, **options: Any) -> Any:
+        return self._run(self.client.encode(*arguments, **options))
 
-    def encode_detailed(self, *given: Any, **options: Any) -> Served:
-        return self._run(self.client.encode_detailed(*given, **options))
+    def encode_detailed(self, *arguments: Any, **options: Any) -> Served:
+        return self._run(self.client.encode_detailed(*arguments, **options))
 
     def fingerprint(self) -> str:
         return self._run(self.client.fingerprint())
@@ -132,7 +132,7 @@ def make_client(monkeypatch, request):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    """Pauses take no time, and are noted."""
+    """Record pauses instead of waiting."""
     pauses: list[float] = []
     real = asyncio.sleep
 
@@ -153,10 +153,10 @@ def test_order_is_kept_over_requests_in_flight(make_client):
     assert encoded.tokens.tolist() == [len(text) for text in texts]
     assert encoded.truncated.tolist() == [len(text) > 5 for text in texts]
     assert [len(chunk) for chunk in echo.sent] == [8] * 12 + [4]
-    assert echo.most_waiting == 3
+    assert echo.most_in_flight == 3
 
 
-def test_requests_stay_under_the_transports_bytes(make_client):
+def test_requests_stay_below_the_byte_limit_of_the_transport(make_client):
     echo = Echo(body_bytes=100)
     encoded = make_client(echo).encode_detailed(["a" * 40, "ü" * 20, "c" * 40, "d" * 101, "e"])
     assert all(sum(len(text) + 4 for text in chunk) <= 100 for chunk in echo.sent)
@@ -166,44 +166,42 @@ def test_requests_stay_under_the_transports_bytes(make_client):
     assert encoded.vectors[:, 0].tolist() == [40, 40, 40, 0, 1]
 
 
-def test_the_texts_at_fault_are_found_and_the_others_kept(make_client):
+def test_rejected_texts_are_found_and_the_others_kept(make_client):
     texts = [f"text number {i}" for i in range(40)]
     for position in (0, 7, 8, 39):
         texts[position] = "bad"
     encoded = make_client(Echo()).encode_detailed(texts, batch_size=16)
-    assert {i: str(e) for i, e in encoded.errors.items()} == {i: f"text {i}: not to my taste" for i in (0, 7, 8, 39)}
+    assert {i: str(e) for i, e in encoded.errors.items()} == {i: f"text {i}: not acceptable" for i in (0, 7, 8, 39)}
     assert encoded.vectors[:, 0].tolist() == [0.0 if t == "bad" else float(len(t)) for t in texts]
 
 
-def test_encode_raises_for_the_first_text_at_fault(make_client):
-    with pytest.raises(TextError, match="text 3: not to my taste"):
+def test_encode_raises_for_the_first_rejected_text(make_client):
+    with pytest.raises(TextError, match="text 3: not acceptable"):
         make_client(Echo()).encode(["a", "b", "c", "bad", "d", "bad"], batch_size=2)
 
 
-def test_a_failing_server_is_not_mistaken_for_a_bad_text(make_client):
+def test_a_server_failure_is_not_blamed_on_a_text(make_client):
     with pytest.raises(ServerError, match="the server is down"):
         make_client(Echo()).encode_detailed(["a", "down", "b"])
 
 
-def test_counters_that_are_left_out_are_zero(monkeypatch):
+def test_missing_counters_are_zero(monkeypatch):
     monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Echo())
     statistics = Client().statistics()
     assert (statistics.inferences, statistics.executions) == (12, 0)
 
 
-def test_another_servers_model_is_named(make_client):
+def test_another_projects_model_is_an_error(make_client):
     echo = Echo()
     echo.config = lambda: {"name": "resnet", "max_batch_size": 1, "output": []}  # type: ignore[method-assign]
     with pytest.raises(ServerError, match="model 'resnet' has no output EMBEDDING"):
         make_client(echo).encode(["a"])
 
-
-def test_an_answer_of_another_kind_of_model_is_an_error_that_says_so():
     class Result:
         def as_numpy(self, name):
             return None if name in ("TRUNCATED", "FINGERPRINT") else np.zeros((1, 1))
 
-    with pytest.raises(ServerError, match="the answer has no TRUNCATED, FINGERPRINT: serve the model with"):
+    with pytest.raises(ServerError, match="the reply has no TRUNCATED, FINGERPRINT: serve the model with"):
         read_reply(Result())
 
 
@@ -232,7 +230,7 @@ def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
         asyncio.run(AsyncClient(protocol=protocol).encode(["a"]))
 
 
-def test_the_server_names_its_vector_space(make_client):
+def test_the_fingerprint_comes_from_the_configuration(make_client):
     echo = Echo()
     client = make_client(echo)
     with pytest.raises(ServerError, match="names no fingerprint"):
@@ -241,7 +239,7 @@ def test_the_server_names_its_vector_space(make_client):
     assert client.fingerprint() == "0123456789abcdef"
 
 
-def test_requests_stay_under_the_budget_of_tokens(make_client):
+def test_requests_stay_below_the_token_limit(make_client):
     echo = Echo(body_bytes=10**6)
     texts = ["x" * length for length in (40, 40, 40, 4000, 40, 4, 4, 4, 4)]
     encoded = make_client(echo, batch_tokens=36, in_flight=1).encode_detailed(texts)
@@ -249,65 +247,60 @@ def test_requests_stay_under_the_budget_of_tokens(make_client):
     assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
 
 
-def test_what_the_caller_asks_for_goes_with_every_request(make_client):
+def test_every_request_carries_the_options_of_the_call(make_client):
     echo = Echo()
     client = make_client(echo)
     client.encode(["a", "b"], 1, truncate=False, dimensions=1, prompt="query: ")
-    assert [parameters for parameters, _ in echo.given] == [
+    assert [parameters for parameters, _ in echo.options] == [
         {"truncate": False, "dimensions": 1, "prompt": "query: "},
     ] * 2
     client.encode(["a"])
-    assert echo.given[-1][0] == {}
+    assert echo.options[-1][0] == {}
 
 
-def test_a_refusal_is_tried_again_and_nothing_else_is(make_client, no_pauses):
+def test_refused_requests_are_repeated_and_failed_ones_are_not(make_client, no_pauses):
     echo = Echo()
     echo.refusals = [OverloadedError("full", 0.25), UnavailableError("starting"), UnavailableError("starting")]
     client = make_client(echo, in_flight=1)
     assert client.encode(["a", "bc"], 1)[:, 0].tolist() == [1, 2]
     assert [chunk[0] for chunk in echo.sent] == [b"a", b"a", b"a", b"a", b"bc"]
     assert len(no_pauses) == 3
-    assert 0.25 <= no_pauses[0] <= 0.25 + FIRST_S, "the server's hint comes first"
-    echo.refusals = [ServerError("a failure")]
-    with pytest.raises(ServerError, match="a failure"):
-        client.encode(["a"])
-    assert len(no_pauses) == 3
-    echo.refusals = [DeadlineExceededError("slow")]
-    with pytest.raises(DeadlineExceededError, match="slow"):
-        client.encode(["a"])
+    assert 0.25 <= no_pauses[0] <= 0.25 + FIRST_PAUSE_S, "the server's hint, then the jitter"
+    for error in (ServerError("a failure"), DeadlineExceededError("slow")):
+        echo.refusals = [error]
+        with pytest.raises(type(error), match=str(error)):
+            client.encode(["a"])
     assert len(no_pauses) == 3
 
 
-def test_the_refusal_itself_is_raised_when_time_is_over(make_client, no_pauses):
+def test_the_refusal_is_raised_when_time_runs_out(make_client, no_pauses):
     echo = Echo()
     echo.refusals = [OverloadedError("full", 5.0)]
     with pytest.raises(OverloadedError, match="full"):
         make_client(echo).encode(["a"], deadline_s=4.0)
-    assert no_pauses == [], "a pause that ends after the deadline is not made"
-    assert echo.given[0][1] <= 4.0, "a request gets what is left of the deadline"
+    assert no_pauses == [], "no pause may end after the deadline"
+    assert echo.options[0][1] <= 4.0, "a request gets the rest of the deadline"
     echo.refusals = [UnavailableError("down")] * 1000
     with pytest.raises(UnavailableError, match="down"):
         make_client(echo, timeout_s=0.05).encode(["a"])
 
 
-def test_a_deadline_holds_for_all_requests_together(make_client):
+def test_a_deadline_limits_the_whole_call(make_client, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("mirror_runtime.client.exchange.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
     class Slow(Echo):
         def submit(self, texts, parameters, timeout_s):
-            wait = super().submit(texts, parameters, timeout_s)
-
-            def slowly() -> Reply:
-                time.sleep(0.05)
-                return wait()
-
-            return slowly
+            clock[0] += 0.25
+            return super().submit(texts, parameters, timeout_s)
 
     echo = Slow()
-    with pytest.raises(DeadlineExceededError, match="the time given to encode is over"):
-        make_client(echo, in_flight=1).encode([str(i) for i in range(100)], 1, deadline_s=0.2)
-    assert 1 < len(echo.sent) < 8
+    with pytest.raises(DeadlineExceededError, match="deadline_s has passed before all texts were answered"):
+        make_client(echo, in_flight=1).encode([str(i) for i in range(100)], 1, deadline_s=1.0)
+    assert len(echo.sent) == 4
 
 
-def test_a_call_gives_the_vectors_of_one_model(make_client):
+def test_all_vectors_of_a_call_come_from_one_model(make_client):
     echo = Echo()
     echo.fingerprints = ["old", "old", "new"]
     encoded = make_client(echo, in_flight=1).encode_detailed(["a", "bc", "def", "ghij"], 1)
@@ -316,30 +309,40 @@ def test_a_call_gives_the_vectors_of_one_model(make_client):
     assert encoded.vectors[:, 0].tolist() == [1, 2, 3, 4]
 
 
-def test_a_model_that_changes_all_the_time_is_an_error(make_client):
+def test_a_model_that_is_replaced_again_and_again_is_an_error(make_client):
     echo = Echo()
     echo.fingerprints = [str(i) for i in range(100)]
     with pytest.raises(ServerError, match="replaced again and again"):
         make_client(echo).encode(["a", "b"], 1)
 
 
-def test_another_vector_space_than_the_wanted_one_is_refused(make_client):
-    with pytest.raises(ServerError, match="gives vectors of old where new is expected"):
+def test_another_vector_space_than_the_expected_one_is_an_error(make_client):
+    with pytest.raises(ServerError, match="returns vectors of old where new is expected"):
         make_client(Echo(), fingerprint="new").encode(["a"])
     assert make_client(Echo(), fingerprint="old").encode(["a"]).shape == (1, 1)
 
 
-def test_pauses_grow_at_random_up_to_a_bound():
-    asked: list[tuple[float, float]] = []
+def test_pauses_double_up_to_a_bound_with_full_jitter():
+    lows: list[float] = []
 
     def jitter(low: float, high: float) -> float:
-        asked.append((low, high))
+        lows.append(low)
         return high
 
-    backoff = Backoff(time.monotonic() + 1000, jitter)
-    pauses = [backoff.pause(UnavailableError("no")) for _ in range(8)]
-    assert pauses == [FIRST_S * 2**i for i in range(6)] + [MOST_S, MOST_S]
-    assert all(low == 0 for low, _ in asked), "full jitter"
+    pauses = [pause_before(tries, None, jitter) for tries in range(8)]
+    assert pauses == [FIRST_PAUSE_S * 2**i for i in range(6)] + [LONGEST_PAUSE_S] * 2
+    assert not any(lows)
+    assert pause_before(10_000, 3.0, jitter) == 3.0 + LONGEST_PAUSE_S
+
+
+@pytest.mark.parametrize(("patient", "pauses"), [(True, 2), (False, 1)])
+def test_an_impatient_client_raises_an_overload_immediately(monkeypatch, no_pauses, patient, pauses):
+    echo = Echo()
+    echo.refusals = [UnavailableError("starting"), OverloadedError("full", 0.1)]
+    monkeypatch.setattr("mirror_runtime.client.async_client.AsyncGrpcTransport", lambda *_: AsyncEcho(echo))
+    with contextlib.nullcontext() if patient else pytest.raises(OverloadedError, match="full"):
+        asyncio.run(AsyncClient(patient=patient).encode(["a"]))
+    assert len(no_pauses) == pauses
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_pauses_grow_at_random_up_to_a_bound():
         ("NOT_FOUND", "unknown model", ServerError, None),
     ],
 )
-def test_what_a_server_answers_becomes_the_exception_that_says_it(code, message, kind, hint):
+def test_a_servers_error_becomes_our_exception(code, message, kind, hint):
     error = server_error("127.0.0.1:8001", code, message)
     assert type(error) is kind
     assert message in str(error)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from mirror_runtime.client import async_client
+from mirror_runtime.client import async_client, client
 from mirror_runtime.client.protocol import Reply
 from mirror_runtime.errors import InputError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.gateway import triton_backend
@@ -91,7 +91,7 @@ class AsyncConnection:
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
-    monkeypatch.setattr(triton_backend, "GrpcTransport", lambda url, model, timeout_s: Connection(server))
+    monkeypatch.setattr(client, "GrpcTransport", lambda url, model, timeout_s: Connection(server))
     monkeypatch.setattr(async_client, "AsyncGrpcTransport", lambda url, model: AsyncConnection(server))
     return server
 
