@@ -23,7 +23,8 @@ from mirror_runtime.client.protocol import (
     text_tensor,
     unreachable,
 )
-from mirror_runtime.errors import DeadlineExceededError, MissingExtra
+from mirror_runtime.errors import DeadlineExceededError
+from mirror_runtime.extras import require
 
 
 class AsyncGrpcTransport:
@@ -32,11 +33,8 @@ class AsyncGrpcTransport:
     body_bytes = grpc_transport.BODY_BYTES
 
     def __init__(self, url: str, model: str) -> None:
-        try:
-            import tritonclient.grpc as library
-            import tritonclient.grpc.aio as asynchronous
-        except ImportError as error:
-            raise MissingExtra("tritonclient", "client") from error
+        library = require("tritonclient.grpc", "client")
+        asynchronous = require("tritonclient.grpc.aio", "client")
         self._library, self._url, self._model = library, url, model
         self._client = asynchronous.InferenceServerClient(url, channel_args=CHANNEL)
         self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
@@ -72,11 +70,8 @@ class AsyncHttpTransport:
     body_bytes = http_transport.BODY_BYTES
 
     def __init__(self, url: str, model: str) -> None:
-        try:
-            import aiohttp
-            import tritonclient.http as library
-        except ImportError as error:
-            raise MissingExtra("tritonclient", "client") from error
+        aiohttp = require("aiohttp", "client")
+        library = require("tritonclient.http", "client")
         self._library, self._aiohttp, self._url = library, aiohttp, url
         self._path = f"http://{url}/v2/models/{quote(model, safe='')}"
         # One connection per request under way: the caller limits those.

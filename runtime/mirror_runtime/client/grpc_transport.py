@@ -18,7 +18,7 @@ from mirror_runtime.client.protocol import (
     server_error,
     text_tensor,
 )
-from mirror_runtime.errors import MissingExtra
+from mirror_runtime.extras import require
 
 BODY_BYTES = 8_000_000
 """Most bytes of text in a request, so that one message neither fills memory nor delays the others."""
@@ -30,10 +30,7 @@ class GrpcTransport:
     body_bytes = BODY_BYTES
 
     def __init__(self, url: str, model: str, timeout_s: float) -> None:
-        try:
-            import tritonclient.grpc as library
-        except ImportError as error:
-            raise MissingExtra("tritonclient", "client") from error
+        library = require("tritonclient.grpc", "client")
         self._library = library
         self._url, self._model, self._timeout_s = url, model, timeout_s
         with translate_errors(library, url):

@@ -27,7 +27,8 @@ from mirror_runtime.client.protocol import (
     text_tensor,
     unreachable,
 )
-from mirror_runtime.errors import DeadlineExceededError, MissingExtra, ServerError
+from mirror_runtime.errors import DeadlineExceededError, ServerError
+from mirror_runtime.extras import require
 
 BODY_BYTES = 1_000_000
 """Triton 2.51, the version in the pytriton wheel, crashes on HTTP bodies of about 4 MB; 2 MB passed in a test."""
@@ -41,10 +42,7 @@ class HttpTransport:
     body_bytes = BODY_BYTES
 
     def __init__(self, url: str, model: str, timeout_s: float, in_flight: int) -> None:
-        try:
-            import tritonclient.http as library
-        except ImportError as error:
-            raise MissingExtra("tritonclient", "client") from error
+        library = require("tritonclient.http", "client")
         self._library = library
         self._url, self._timeout_s = url, timeout_s
         self._path = f"/v2/models/{quote(model, safe='')}"

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mirror_runtime.errors import MissingExtra, ServerError
+from mirror_runtime.errors import ServerError
+from mirror_runtime.extras import require
 
 KEY_HEADER = "mirror-key"
 OWNERS_APIS = "model-repository,shared-memory,trace,logging"
@@ -45,10 +46,7 @@ class ModelControl:
     """
 
     def __init__(self, access: Access) -> None:
-        try:
-            import tritonclient.grpc as library
-        except ImportError as error:
-            raise MissingExtra("tritonclient", "client") from error
+        library = require("tritonclient.grpc", "client")
         self._library = library
         self._client = library.InferenceServerClient(access.address)
         self._headers = {f"triton-grpc-protocol-{KEY_HEADER}": access.key}
