@@ -155,34 +155,6 @@ def loaded(plan: Plan, recorder: Recorder, suite: Suite) -> Iterator[tuple[Runne
         yield tuple(runners)
 
 
-@contextmanager
-def fp32_runner(plan: Plan, runners: Sequence[Runner], recorder: Recorder, suite: Suite) -> Iterator[Runner | None]:
-    """Yield the bundle's own fp32, the reference of agreement for all parties.
-
-    It is one of `runners` where it is among them, and is loaded otherwise, on ONNX Runtime first. Yields None, with
-    a failure in the record, where the bundle has no fp32 artifact that runs here.
-    """
-    fp32 = [variant for variant in packed_variants(plan.manifest) if variant.precision is Precision.FP32]
-    fp32.sort(key=lambda variant: variant.engine is not EngineName.ONNXRUNTIME)
-    ready = {runner.variant.name: runner for runner in runners}
-    for variant in fp32:
-        if variant.name in ready:
-            yield ready[variant.name]
-            return
-    for variant in fp32:
-        try:
-            encoder = load_encoder(plan, variant)
-        except MirrorError as error:
-            recorder.fail(suite.value, f"reference {variant.name}", error)
-            continue
-        with encoder:
-            yield Runner(variant=variant, encoder=encoder)
-        return
-    if not fp32:
-        recorder.fail(suite.value, "reference", "the bundle has no fp32 artifact to compare with")
-    yield None
-
-
 def packed_variants(manifest: Manifest) -> tuple[Variant, ...]:
     """Return a variant for every packed artifact of a bundle."""
     return tuple(

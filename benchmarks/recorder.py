@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.report.record import Failure, Measurement
+from benchmarks.report.record import Better, Condition, Failure, Measurement
 
 
 @dataclass(kw_only=True)
@@ -26,6 +27,24 @@ class Recorder:
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, in place of an earlier one of the same key."""
         self._measurements[measurement.key] = measurement
+
+    def fact(
+        self,
+        suite: str,
+        party: str,
+        metric: str,
+        *samples: float,
+        unit: str = "",
+        conditions: Mapping[str, Condition] | None = None,
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Keep a measurement that `compare.py` does not judge."""
+        self.add(
+            Measurement(
+                suite=suite, party=party, metric=metric, unit=unit, samples=tuple(map(float, samples)),
+                better=Better.NEITHER, conditions=conditions or {}, figures=figures or {},
+            )
+        )  # fmt: skip
 
     def fail(self, suite: str, party: str, reason: object) -> None:
         """Keep what could not be measured; the reason goes into the report as text."""

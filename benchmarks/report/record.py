@@ -8,8 +8,16 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeAlias
 
+import numpy as np
+
+from benchmarks.report.statistics import FIGURES, percentile
+
 SCHEMA_VERSION = 7
-"""Of report.json. 1 to 6 had a dataclass a metric."""
+"""Of report.json. Versions 1 to 6 had a dataclass for each metric."""
+
+PEOPLE = "people"
+"""Party of a suite whose samples are people's scores: those of other parties under the same conditions, such as the
+cosines of scored pairs, are judged by their rank correlation with them."""
 
 Condition: TypeAlias = "str | int | float | bool"
 
@@ -20,7 +28,7 @@ class Better(str, Enum):
     LOWER = "lower"
     HIGHER = "higher"
     NEITHER = "neither"
-    """A fact, such as the bytes that were read: never judged."""
+    """A fact, such as the bytes that were read: never judged by `compare.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +41,13 @@ class Measurement:
         conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
         metric: such as "time per text".
         unit: of the samples: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
-        samples: one a round, request or text, in the order measured; at least one, all finite.
-        better: which way is better.
-        reference: seconds of a fixed piece of work beside the samples, one a round (`machine.reference_speed`);
+        samples: one per round, request or text, in the order measured; at least one, all finite.
+        better: the direction of improvement; `compare.py` judges what has one.
+        reference: seconds of a fixed piece of work beside the samples, one per round (`machine.reference_speed`);
             dividing by it removes the machine's own changes of speed. Empty where there is none.
-        count: samples measured; more than `samples` holds where a committed report was thinned.
-        figures: exact figures of all samples that a thinned report can no longer compute, such as {"p99": 1.8}.
+        count: samples measured, where a thinned report holds fewer; else 0.
+        figures: exact figures that the samples no longer yield, such as {"p99": 1.8} of a thinned measurement, or
+            {"low": 1.1, "high": 1.3} of an interval.
     """
 
     suite: str
@@ -57,10 +66,32 @@ class Measurement:
         """What names the measurement within a report."""
         return self.suite, self.party, self.metric, tuple(sorted(self.conditions.items()))
 
+    @property
+    def total(self) -> int:
+        """Number of samples measured."""
+        return self.count or len(self.samples)
+
+    @property
+    def median(self) -> float:
+        """The median of all samples."""
+        return self.figure("p50")
+
+    def figure(self, name: str) -> float:
+        """Return a figure of all samples: one of `figures`, a percentile of `statistics.FIGURES`, "mean" or "sum".
+
+        Raises:
+            KeyError: the figure is neither stored nor can be computed.
+        """
+        if name in self.figures:
+            return self.figures[name]
+        if name in ("mean", "sum"):
+            return float(getattr(np, name)(self.samples))
+        return percentile(self.samples, FIGURES[name])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What could not be measured, and why."""
+    """A party, or a part of its measurements, that could not be measured, with the reason."""
 
     suite: str
     party: str

@@ -12,7 +12,7 @@ from evaluation.statistics import Estimate
 BOOTSTRAP_DRAWS = 2000
 
 FIGURES = {"min": 0.0, "p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "max": 100.0}
-"""Figures of a measurement by name, as percentiles of its samples. "median" is p50."""
+"""Figures of a measurement by name, as percentiles of its samples."""
 
 
 def percentile(samples: Sequence[float], q: float) -> float:

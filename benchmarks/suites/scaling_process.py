@@ -1,6 +1,6 @@
-"""What suite `scaling` measures, each in a fresh process of its own that prints one JSON object.
+"""The measurements of suite `scaling`, each in a fresh process that prints one JSON object.
 
-python benchmarks/scaling_process.py '{"what": "cores", "bundle": …, "texts": …, "rounds": 3, …}'
+python benchmarks/suites/scaling_process.py '{"what": "cores", "bundle": …, "texts": …, "rounds": 3, …}'
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
@@ -26,27 +26,27 @@ from mirror_runtime.vectors import components, cosines
 
 NUMBERS = 10_000_000
 _STRIDE = 6_180_339
-"""Has no factor in common with `NUMBERS`, so that its multiples take every number once; and is its golden section, so
-that the first few of them are spread as evenly as all."""
+"""Coprime to `NUMBERS`, so that its multiples take every number once, and its golden section, so that the first few
+are spread as evenly as all."""
 
 WARM_TEXTS = 512
 
 WAVES = 20
 WAVE_PAUSE_S = 0.002
 TURNS_WAITING = 5
-"""Waves of callers that the queue holds when it is full."""
+"""Waves of callers that fill the queue."""
 
 
 def distinct(texts: Sequence[str], count: int) -> Iterator[str]:
-    """Go round the texts, each time with another number of seven digits at the end: no text comes twice.
+    """Repeat the texts, each time with another number of seven digits at the end, so that no text comes twice.
 
-    The numbers come in an order in which the first thousand cost as many tokens as all of them.
+    In the numbers' order the first thousand cost as many tokens each as all of them.
     """
     return (f"{texts[i % len(texts)]} {i * _STRIDE % NUMBERS:07d}" for i in range(count))
 
 
 def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
-    """Encode so many different texts as they come from a generator; some of them once before, untimed."""
+    """Encode so many different texts from a generator, after some of them untimed."""
     for _ in encoder.encode_stream(distinct(texts, min(count, WARM_TEXTS))):
         pass  # shapes are compiled meanwhile
     tokens, first = 0, 0
@@ -59,7 +59,7 @@ def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]
 
 
 def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Encode all texts a few times; the first time counts for nothing."""
+    """Encode all texts a few times, after one untimed pass."""
     encoder.encode(texts)
     wall, processor = [], []
     for _ in range(rounds):
@@ -71,7 +71,7 @@ def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any
 
 
 def callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> dict[str, Any]:
-    """Let callers of single texts take turns with one `encode` of the same texts, then meet a full queue."""
+    """Interleave callers of single texts with one `encode` of the same texts, then let callers meet a full queue."""
     return asyncio.run(_callers(encoder, texts, count, rounds))
 
 
@@ -84,7 +84,7 @@ async def _callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: i
             encoder.encode(texts)
             offline.append(time.perf_counter() - began)
             began = time.perf_counter()
-            await _ask_all(shared, texts, count)
+            await _encode_all(shared, texts, count)
             online.append(time.perf_counter() - began)
             if round_ == 0:
                 offline.clear()
@@ -92,7 +92,7 @@ async def _callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: i
     return {"offline_s": offline, "callers_s": online, "queue": await _full_queue(encoder, texts, count)}
 
 
-async def _ask_all(shared: AsyncEncoder, texts: Iterable[str], count: int) -> None:
+async def _encode_all(shared: AsyncEncoder, texts: Iterable[str], count: int) -> None:
     waiting = iter(texts)
 
     async def caller() -> None:
@@ -103,7 +103,7 @@ async def _ask_all(shared: AsyncEncoder, texts: Iterable[str], count: int) -> No
 
 
 async def _full_queue(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
-    """Fill a queue with its first wave, then send waves of callers that come while it is full."""
+    """Fill a queue with a first wave of callers, then send waves that arrive while it is full."""
     room = TURNS_WAITING * count
     answers: dict[str, Any] = {}
     refused_ms: list[float] = []
@@ -134,7 +134,7 @@ async def _full_queue(encoder: Encoder, texts: Sequence[str], count: int) -> dic
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
-    """Do what one task says."""
+    """Run one task and return its figures."""
     texts = json.loads(Path(task["texts"]).read_text(encoding="utf-8"))
     with Encoder.load(task["bundle"], engine=task["engine"], precision=task["precision"]) as encoder:
         if task["what"] == "size":

@@ -1,12 +1,13 @@
-"""Chained matrix products in an engine's own library: what `benchmarks.ceilings` and `benchmarks.yardstick` time.
+"""Chained matrix products in an engine's own library, which `ceilings` and `reference_speed` time.
 
-Each chain multiplies rows with a matrix and with its way back, in turn, in the precision of an artifact and compiled
-as the runtime compiles one. In int8 the products are those of our int8 graphs: static ranges of the activations,
-symmetric, and weights with a scale a column; each product takes 8-bit numbers and gives 8-bit numbers to the next.
+Each chain multiplies rows by a matrix and by a second one that restores their width, alternately, in the precision of
+an artifact and compiled as the runtime compiles one. In int8 the products are those of our int8 graphs: static
+symmetric activation ranges and per-column weight scales; each product takes 8-bit numbers and passes 8-bit numbers on.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,19 +22,19 @@ from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 
 PAIRS = 6
-"""Chained products there and back in one model: enough to make the library's call overhead small."""
+"""Pairs of products in one chain: enough to make the library's call overhead small."""
 
 RANGE = 4.0
-"""Of activations in int8, to both sides: they are normally distributed, with a deviation of one."""
+"""Range of int8 activations, to both sides: they are normally distributed with a standard deviation of 1."""
 
 _LEVELS = 255
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "f32"}
-"""What is not quantised; in a chain of int8 products that is nothing."""
+"""Precision of everything that is not quantised; in a chain of int8 products that is nothing."""
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """What is multiplied: `x` [rows, inner] with `there` [inner, outer], that with `back` [outer, inner], and again."""
+    """The factors: `x` [rows, inner] times `there` [inner, outer], times `back` [outer, inner], and so on."""
 
     x: NDArray[np.float32]
     there: NDArray[np.float32]
@@ -41,7 +42,7 @@ class Matrices:
 
     @classmethod
     def draw(cls, rows: int, inner: int, outer: int) -> Matrices:
-        """Draw matrices that keep the variance of what they multiply, so that no chain overflows or dies out."""
+        """Draw matrices that keep the variance of what they multiply, so that no chain overflows or vanishes."""
         random = np.random.default_rng(0)
 
         def weights(rows: int, columns: int) -> NDArray[np.float32]:
@@ -71,17 +72,27 @@ class Quantized:
         return cls(np.round(matrix / scales).astype(np.int8), scales)
 
 
+def seconds_of(work: Callable[[], object], runs: int) -> tuple[float, ...]:
+    """Run some work so many times, and return the seconds of each run."""
+    samples = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        samples.append(time.perf_counter() - began)
+    return tuple(samples)
+
+
 def repeated(
     engine: EngineName, precision: Precision, matrices: Matrices, *, streams: int, turns: int
 ) -> tuple[Callable[[], None], int]:
-    """Give what runs the chain as the runtime runs an encoder, and how often one call of it does.
+    """Return a function that runs the chain as the runtime runs an encoder, and the chains that one call runs.
 
     Args:
-        engine: openvino runs a chain on each stream at once, onnxruntime has all cores on one.
+        engine: openvino runs one chain on each stream at once, onnxruntime uses all cores for one.
         precision: of an artifact.
-        matrices: what is multiplied.
-        streams: for openvino: one a core fills the machine, one has all cores on it.
-        turns: how often each stream runs it.
+        matrices: the factors.
+        streams: of openvino: one per core fills the machine, a single one uses all cores.
+        turns: runs of each stream.
 
     Raises:
         EngineError: there is no chain for this engine and precision, or it cannot be compiled here.
@@ -116,7 +127,7 @@ def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, 
 
     Args:
         precision: fp32, bf16 or int8.
-        matrices: what is multiplied.
+        matrices: the factors.
         threads: of all streams together.
         streams: chains that can run at once.
 
@@ -154,7 +165,7 @@ def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, 
 
 
 def onnx_model(precision: Precision, matrices: Matrices) -> bytes:
-    """Give the chain as an ONNX file: in int8 with QuantizeLinear and DequantizeLinear around each product.
+    """Build the chain as an ONNX file: in int8 with QuantizeLinear and DequantizeLinear around each product.
 
     Raises:
         EngineError: there is no chain in this precision.
@@ -181,13 +192,13 @@ def onnx_model(precision: Precision, matrices: Matrices) -> bytes:
 
 
 def onnxruntime_session(precision: Precision, matrices: Matrices, threads: int, optimized: str = "") -> Any:
-    """Open the chain in ONNX Runtime, all cores on one call: the way the runtime fills the machine.
+    """Open the chain in ONNX Runtime with all cores on one call, as the runtime uses the machine.
 
     Args:
         precision: fp32 or int8.
-        matrices: what is multiplied.
+        matrices: the factors.
         threads: of one call.
-        optimized: where to write the graph that runs in the end; nowhere without.
+        optimized: file to write the optimised graph to; empty for none.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -199,7 +210,7 @@ def onnxruntime_session(precision: Precision, matrices: Matrices, threads: int, 
     onnxruntime = require("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # it warns that an optimised graph is for this machine alone: so are ceilings
+    options.log_severity_level = 3  # no warning that an optimised graph is for this machine only: so are ceilings
     options.optimized_model_filepath = optimized
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the runtime has it
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

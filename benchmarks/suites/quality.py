@@ -1,0 +1,188 @@
+"""Suite `quality`: what each party's vectors are worth, by people's scores and beside the bundle's own fp32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import Progress
+
+from benchmarks.agreement import Components, encode_components, fp32_reference
+from benchmarks.plan import Plan, Suite, loaded, steps
+from benchmarks.recorder import Recorder
+from benchmarks.report.record import PEOPLE, Better, Measurement
+from evaluation.sets import EvaluationSet, read_sets
+from evaluation.statistics import estimate, resample_spearman, spearman
+from mirror_runtime.errors import EngineError, InputError, MirrorError
+from mirror_runtime.vectors import cosines, unit_rows
+
+SUITE = Suite.QUALITY.value
+QUICK_PAIRS = 250
+
+NEIGHBOURS = 10
+MOST_NEIGHBOUR_TEXTS = 5000
+"""Of more texts a seeded sample is searched: the search is quadratic."""
+
+RESAMPLES = 1000
+
+DECIMALS = 6
+"""Of cosines: the rest is rounding, and pairs of one text with itself must tie."""
+
+BLOCK = 512
+MEAN = "mean"
+
+
+def read_evaluation_sets(
+    sts: Sequence[Path], words: Sequence[Path], *, quick: bool = False
+) -> tuple[EvaluationSet, ...]:
+    """Read sets of sentence and of word similarity.
+
+    Args:
+        sts: files of sentence pairs.
+        words: files of word pairs.
+        quick: take the same sample of at most `QUICK_PAIRS` pairs of each; its size is in the set's name.
+
+    Raises:
+        InputError: there are none, one cannot be read, or two have one name.
+    """
+    sets = [one for path in (*sts, *words) for one in read_sets(str(path))]
+    if not sets:
+        raise InputError("suite quality needs --sts or --words: scored pairs to judge vectors by")
+    names = [one.name for one in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two evaluation sets have one name: {', '.join(sorted(names))}")
+    return tuple(_sample(one) if quick and len(one.scores) > QUICK_PAIRS else one for one in sets)
+
+
+class Judge:
+    """Scored pairs, and the bundle's own fp32 on them.
+
+    Args:
+        plan: of the run.
+        recorder: takes people's scores, and a failure where fp32 cannot run.
+
+    Attributes:
+        texts: every distinct text: what a party encodes.
+    """
+
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
+        self.texts = tuple(dict.fromkeys(text for one in plan.sets for text in one.texts))
+        self._sets = plan.sets
+        self._rows = {text: row for row, text in enumerate(self.texts)}
+        self._seed = plan.seed
+        self._recorder = recorder
+        count = min(len(self.texts), MOST_NEIGHBOUR_TEXTS)
+        self._searched = np.sort(np.random.default_rng(plan.seed).permutation(len(self.texts))[:count])
+        for one in plan.sets:
+            recorder.fact(SUITE, PEOPLE, "score", *one.scores, conditions=_conditions(one))
+        reference = fp32_reference(plan, "sets", self.texts, recorder, Suite.QUALITY)
+        self.baseline = None if reference is None else reference.party
+        self._baseline_cosines: list[NDArray[np.float64]] = []
+        self._neighbours: NDArray[np.int64] | None = None
+        if reference is not None:
+            self._baseline_cosines = [self._cosines(one, reference.vectors) for one in plan.sets]
+            self._neighbours = self._nearest(reference.vectors)
+
+    def judge(self, party: str, vectors: Components, *, keep_cosines: bool) -> None:
+        """Record a party's rank correlations, their differences to fp32's, and the overlap of nearest neighbours.
+
+        Args:
+            party: in the report.
+            vectors: of `texts`, float32 [texts, dim].
+            keep_cosines: record each pair's cosine, for `compare.py`.
+
+        Raises:
+            EngineError: the vectors are not finite, or every pair of a set has the same cosine.
+        """
+        if not np.isfinite(vectors).all():
+            raise EngineError("its vectors are not finite")
+        values, draws, gains, gain_draws = [], [], [], []
+        for at, one in enumerate(self._sets):
+            found = self._cosines(one, vectors)
+            value = 100 * spearman(found, one.scores)
+            if np.isnan(value):
+                raise EngineError(f"every pair of {one.name} has the same cosine: the vectors distinguish no texts")
+            values.append(value)
+            draws.append(self._resample(found, one, at))
+            if keep_cosines:
+                self._recorder.add(
+                    Measurement(
+                        suite=SUITE, party=party, metric="cosine of pairs", unit="", samples=tuple(found.tolist()),
+                        conditions=_conditions(one), better=Better.HIGHER,
+                    )
+                )  # fmt: skip
+            self._estimate(party, "Spearman x 100", one.name, value, draws[-1])
+            if self.baseline not in (None, party):
+                before = self._baseline_cosines[at]
+                gains.append(value - 100 * spearman(before, one.scores))
+                gain_draws.append(draws[-1] - self._resample(before, one, at))
+                self._estimate(party, "Spearman x 100, difference to fp32", one.name, gains[-1], gain_draws[-1])
+        self._estimate(party, "Spearman x 100", MEAN, float(np.mean(values)), np.mean(draws, axis=0))
+        if gains:
+            difference, drawn = float(np.mean(gains)), np.mean(gain_draws, axis=0)
+            self._estimate(party, "Spearman x 100, difference to fp32", MEAN, difference, drawn)
+        if self._neighbours is not None and self._neighbours.size:
+            shared = [len(np.intersect1d(a, b)) for a, b in zip(self._nearest(vectors), self._neighbours, strict=True)]
+            overlap = float(np.mean(shared) / self._neighbours.shape[1])
+            self._recorder.fact(SUITE, party, "top-10 overlap with fp32", overlap)
+        self._recorder.fact(SUITE, party, "texts searched", len(self._searched))
+
+    def _estimate(self, party: str, metric: str, name: str, value: float, drawn: NDArray[np.float64]) -> None:
+        found = estimate(value, drawn)
+        figures = {"low": found.low, "high": found.high}
+        self._recorder.fact(SUITE, party, metric, value, unit="points", conditions={"set": name}, figures=figures)
+
+    def _resample(self, found: NDArray[np.float64], one: EvaluationSet, at: int) -> NDArray[np.float64]:
+        """Resample pairs: the same ones for every party, so that differences are paired."""
+        return 100 * resample_spearman(found, one.scores, RESAMPLES, np.random.default_rng([self._seed, at]))
+
+    def _cosines(self, one: EvaluationSet, vectors: Components) -> NDArray[np.float64]:
+        left, right = (vectors[[self._rows[text] for text in side]] for side in (one.first, one.second))
+        found: NDArray[np.float64] = np.asarray(cosines(left, right), np.float64).round(DECIMALS)
+        return found
+
+    def _nearest(self, vectors: Components) -> NDArray[np.int64]:
+        """Find the nearest other texts of each searched text, [searched, at most NEIGHBOURS], in no order."""
+        units = unit_rows(vectors[self._searched])
+        count = min(NEIGHBOURS, len(units) - 1)
+        parts = []
+        for start in range(0, len(units), BLOCK):
+            similar = units[start : start + BLOCK] @ units.T
+            rows = np.arange(len(similar))
+            similar[rows, start + rows] = -np.inf  # a text is not its own neighbour
+            parts.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
+        return np.concatenate(parts)
+
+
+def run_quality(plan: Plan, recorder: Recorder, progress: Progress) -> None:
+    """Judge every variant."""
+    with loaded(plan, recorder, Suite.QUALITY) as runners, steps(progress, SUITE, len(runners) + 1) as done:
+        judge = Judge(plan, recorder)
+        done(f"reference {judge.baseline}")
+        for runner in runners:
+            name = runner.variant.name
+            try:
+                judge.judge(name, encode_components(plan, runner, judge.texts), keep_cosines=True)
+            except MirrorError as error:
+                recorder.fail(SUITE, name, error)
+            done(name)
+
+
+def _conditions(one: EvaluationSet) -> dict[str, str]:
+    """Return what names a set: another file of the same name is another set."""
+    return {"set": one.name, "sha256": one.sha256[:16]}
+
+
+def _sample(one: EvaluationSet) -> EvaluationSet:
+    at = sorted(random.Random(0).sample(range(len(one.scores)), QUICK_PAIRS))
+    return replace(
+        one,
+        name=f"{one.name}, {QUICK_PAIRS} pairs",
+        first=tuple(one.first[i] for i in at),
+        second=tuple(one.second[i] for i in at),
+        scores=one.scores[at],
+    )

@@ -1,0 +1,221 @@
+"""Suite `training`: our recipes and the published one, each from process start to a saved folder, then its scores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.progress import Progress
+
+from benchmarks.plan import Plan, Suite, interleave, steps
+from benchmarks.recorder import Recorder
+from benchmarks.report.record import Better, Measurement
+from benchmarks.suites.quality import MEAN, read_evaluation_sets
+from mirror_runtime.bundle import Pooling, sha256_file
+from mirror_runtime.errors import EngineError, InputError
+
+SUITE = Suite.TRAINING.value
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE_PARTY = "published recipe (padded, fp32)"
+REFERENCE_SCRIPT = ROOT / "benchmarks" / "peers" / "mirror_bert_recipe.py"
+QUICK_TEXTS = 200
+FIRST_SEED = 42
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What is tuned, on what, and how it is judged.
+
+    Attributes:
+        base: folder of a masked language model.
+        corpus: text, one per line.
+        sts: sentence similarity sets, in a layout that training/evaluate.py reads.
+        words: word similarity sets, likewise.
+        pooling: mean or cls.
+        recipes: of training/tune.py.
+        seeds: one run each.
+        reference_seeds: runs of the published recipe, which takes many times as long; 0 leaves it out.
+        quick: tune on the first `QUICK_TEXTS` texts only, and judge by a sample of each set of sentences.
+    """
+
+    base: Path
+    corpus: Path
+    sts: tuple[Path, ...]
+    words: tuple[Path, ...]
+    pooling: Pooling
+    recipes: tuple[str, ...]
+    seeds: int
+    reference_seeds: int
+    quick: bool
+
+    def __post_init__(self) -> None:
+        if not self.sts and not self.words:
+            raise InputError("suite training needs --sts or --words: a tuning time without a score means nothing")
+        if self.pooling not in (Pooling.MEAN, Pooling.CLS):
+            raise InputError(f"suite training compares mean or cls pooling, not {self.pooling.value}")
+
+    def describe(self) -> str:
+        """Return what is tuned and how often in words: a continued run must do the same."""
+        try:
+            corpus = sha256_file(self.corpus)
+        except OSError as error:
+            raise InputError(f"--corpus {self.corpus} cannot be read: {error.strerror}") from error
+        return (
+            f"{self.base.name} on {self.corpus.name} ({corpus[:16]}), {self.pooling.value}, recipes "
+            f"{' '.join(self.recipes)}, {self.seeds} seeds, {self.reference_seeds} of the published recipe"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A command that tunes; `{seed}` and `{output}` in it are filled in."""
+
+    party: str
+    seeds: int
+    command: tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class _Runs:
+    """The finished runs of a recipe: seeds, seconds and scores of each set."""
+
+    seeds: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    scores: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, seed: int, seconds: float, scores: Mapping[str, float]) -> None:
+        self.seeds.append(seed)
+        self.seconds.append(seconds)
+        for name, score in scores.items():
+            self.scores.setdefault(name, []).append(score)
+
+    def record(self, party: str, recorder: Recorder) -> None:
+        def judged(metric: str, unit: str, samples: Sequence[float]) -> None:
+            recorder.add(
+                Measurement(
+                    suite=SUITE, party=party, metric=metric, unit=unit, samples=tuple(samples), better=Better.LOWER
+                )
+            )  # fmt: skip
+
+        judged("time to the saved folder", "s", self.seconds)
+        judged("100 - mean Spearman", "points", [100 - mean for mean in self.scores[MEAN]])
+        recorder.fact(SUITE, party, "seed", *self.seeds)
+        for name, scores in self.scores.items():
+            recorder.fact(SUITE, party, "Spearman x 100", *scores, unit="points", conditions={"set": name})
+
+
+def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
+    """Interleave the recipes, one seed a round, and judge every folder with training/evaluate.py.
+
+    A party that fails is recorded with its reason; the others go on.
+    """
+    tuning = plan.training
+    if tuning is None:
+        return
+    corpus, texts = _corpus(tuning, plan.scratch)
+    if tuning.quick and tuning.sts:
+        tuning = replace(tuning, sts=_sampled(tuning.sts, plan.scratch))
+    trainers = _trainers(tuning, corpus)
+    runs = {trainer.party: _Runs() for trainer in trainers}
+    failed: set[str] = set()
+    rounds = interleave(trainers, max(trainer.seeds for trainer in trainers))
+    turns = [(round_, trainer) for round_, trainer in rounds if round_ < trainer.seeds]
+    with steps(progress, SUITE, len(turns)) as done:
+        for round_, trainer in turns:
+            party, seed = trainer.party, FIRST_SEED + round_
+            if party not in failed:
+                try:
+                    seconds, scores = _run(trainer, seed, tuning, plan.scratch)
+                except EngineError as error:
+                    failed.add(party)
+                    recorder.fail(SUITE, party, error)
+                else:
+                    runs[party].add(seed, seconds, scores)
+                    runs[party].record(party, recorder)
+                    recorder.fact(SUITE, party, "texts", texts)
+            done(party)
+
+
+def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:
+    """Return the corpus to tune on and its number of texts."""
+    try:
+        texts = list(dict.fromkeys(filter(None, map(str.strip, plan.corpus.read_text(encoding="utf-8").split("\n")))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--corpus {plan.corpus} cannot be read as UTF-8 text: {error}") from error
+    if not plan.quick:
+        return plan.corpus.resolve(), len(texts)
+    short = scratch.resolve() / plan.corpus.name
+    short.write_text("\n".join(texts[:QUICK_TEXTS]) + "\n", encoding="utf-8")
+    return short, min(len(texts), QUICK_TEXTS)
+
+
+def _sampled(sts: Sequence[Path], scratch: Path) -> tuple[Path, ...]:
+    """Write the pairs that a quick run judges by, in a layout that training/evaluate.py reads."""
+    files = []
+    for one in read_evaluation_sets(sts, (), quick=True):
+        files.append(scratch.resolve() / f"{one.name}.tsv")
+        pairs = zip(one.scores, one.first, one.second, strict=True)
+        rows = "".join(f"{score}\t{first}\t{second}\n" for score, first, second in pairs)
+        files[-1].write_text(f"score\tsentence1\tsentence2\n{rows}", encoding="utf-8")
+    return tuple(files)
+
+
+def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
+    common = (
+        *("--base", str(plan.base.resolve()), "--corpus", str(corpus), "--output", "{output}"),
+        *("--pooling", plan.pooling.value, "--seed", "{seed}"),
+    )
+    ours = [
+        Trainer(
+            party=f"mirror-runtime, recipe {recipe}",
+            seeds=plan.seeds,
+            command=(sys.executable, str(ROOT / "training" / "tune.py"), "--recipe", recipe, *common),
+        )
+        for recipe in plan.recipes
+    ]
+    reference = Trainer(
+        party=REFERENCE_PARTY,
+        seeds=plan.reference_seeds,
+        command=(sys.executable, str(REFERENCE_SCRIPT), *common),
+    )
+    return [*ours, *([reference] if plan.reference_seeds else [])]
+
+
+def _run(trainer: Trainer, seed: int, plan: TrainingPlan, scratch: Path) -> tuple[float, dict[str, float]]:
+    """Tune once; return the seconds and the Spearman x 100 of each set and of their mean."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        output = Path(folder).resolve() / "run"
+        command = [part.format(seed=seed, output=output) for part in trainer.command]
+        began = time.perf_counter()
+        _call(command)
+        seconds = time.perf_counter() - began
+        return seconds, _evaluate(output, plan, Path(folder) / "evaluation.json")
+
+
+def _evaluate(encoder: Path, plan: TrainingPlan, report: Path) -> dict[str, float]:
+    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), str(encoder), "--output", str(report)]
+    command += ["--pooling", plan.pooling.value]
+    for option, files in (("--sts", plan.sts), ("--words", plan.words)):
+        if files:
+            command += [option, *(str(file.resolve()) for file in files)]
+    _call(command)
+    found = json.loads(report.read_text(encoding="utf-8"))["encoders"][0]
+    return {**{result["name"]: result["spearman"] for result in found["sets"]}, MEAN: found["mean"]}
+
+
+def _call(command: Sequence[str]) -> None:
+    """Run a command to its end.
+
+    Raises:
+        EngineError: it failed; the message is its last line.
+    """
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise EngineError(f"{Path(command[1]).name} ended with status {done.returncode}: {last[0]}")
