@@ -21,7 +21,7 @@ from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import Reply
 from mirror_runtime.errors import BundleError, ServerError
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, answer
+from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, embed
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
 from mirror_runtime.vectors import components, cosines, cut, dtype_of, round_vectors, width_of
@@ -107,7 +107,7 @@ def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
     assert triton_proto.DataType.Name(embedding.data_type) == triton
     assert list(embedding.dims) == [width]
     with Encoder.load(bundle, engine="fake") as encoder:
-        (given,) = answer(encoder, [EmbedRequest(texts=np.array([[b"a cat"]], np.object_))], LongTexts.TRUNCATE)
+        (given,) = embed(encoder, [EmbedRequest(texts=np.array([[b"a cat"]], np.object_))], LongTexts.TRUNCATE)
     assert isinstance(given, EmbedResult)
     assert (given.vectors.dtype, given.vectors.shape) == (dtype, (1, width))
 

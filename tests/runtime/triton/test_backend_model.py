@@ -1,4 +1,4 @@
-"""The second model's configuration, held against the rules that Triton's own backends were seen to have."""
+"""The second model's configuration, checked against the observed rules of Triton's own backends."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.engines.plan_card import PlanCard, card_path
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import ShapeSet
-from mirror_runtime.triton.model.backend_model import EncoderModel, packed_ladder, render_encoder
+from mirror_runtime.triton.model.backend_model import BackendModel, packed_shape_set, render_backend_config
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 NAMES = ("input_ids", "position_ids", "segment_ids")
@@ -46,8 +46,8 @@ def manifest(make_bundle, make_artifact) -> Callable[..., tuple[Path, Manifest]]
 
 
 def rendered(bundle: Path, manifest: Manifest, cores: int = 8, **options) -> triton_proto.ModelConfig:
-    model = EncoderModel.of(bundle, manifest, ServingOptions(**options), cores)
-    return text_format.Parse(render_encoder(model, cores), triton_proto.ModelConfig())
+    model = BackendModel.of(bundle, manifest, ServingOptions(**options), cores)
+    return text_format.Parse(render_backend_config(model, cores), triton_proto.ModelConfig())
 
 
 def write_card(bundle: Path, shapes: tuple[tuple[int, int], ...]) -> None:
@@ -86,12 +86,12 @@ def write_card(bundle: Path, shapes: tuple[tuple[int, int], ...]) -> None:
         (Backend.TENSORRT, EngineName.TENSORRT, Precision.FP16, "model.plan"),
     ],
 )
-def test_every_backend_gets_whole_batches_of_free_shape_and_is_warm(manifest, backend, engine, precision, file):
+def test_every_backend_gets_complete_batches_of_any_shape_and_is_warmed_up(manifest, backend, engine, precision, file):
     bundle, read = manifest(engine, precision)
     write_card(bundle, SHAPES)
     config = rendered(bundle, read, backend=backend, streams=2)
     assert (config.name, config.backend, config.default_model_filename) == ("encoder", backend.value, file)
-    # OpenVINO's backend cannot batch rows of free length, and nothing is left to batch.
+    # OpenVINO's backend cannot batch rows of varying length, and there is nothing left to batch.
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
     assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
@@ -113,7 +113,7 @@ def test_onnxruntime_instances_share_the_cores(manifest, streams, cores):
     config = rendered(bundle, read, cores, backend=Backend.ONNXRUNTIME, streams=streams)
     (group,) = config.instance_group
     assert group.kind == triton_proto.ModelInstanceGroup.KIND_CPU
-    assert group.count == streams, "left out, it would be two"
+    assert group.count == streams, "without a count there would be two"
     threads = int(config.parameters["intra_op_thread_count"].string_value)
     assert threads >= 1
     assert streams * threads <= cores, "0 or more would give each instance every core"
@@ -123,8 +123,8 @@ def test_onnxruntime_instances_share_the_cores(manifest, streams, cores):
 def test_openvino_streams_are_its_instances_and_share_the_cores(manifest):
     bundle, read = manifest(EngineName.OPENVINO, Precision.BF16)
     config = rendered(bundle, read, 4, backend=Backend.OPENVINO)
-    said = {key: value.string_value for key, value in config.parameters.items()}
-    assert said == {"NUM_STREAMS": "4", "INFERENCE_NUM_THREADS": "4", "HINT_BF16": "YES"}
+    settings = {key: value.string_value for key, value in config.parameters.items()}
+    assert settings == {"NUM_STREAMS": "4", "INFERENCE_NUM_THREADS": "4", "HINT_BF16": "YES"}
     assert config.instance_group[0].count == 4
 
 
@@ -142,14 +142,14 @@ def test_tensorrt_has_every_profile_and_a_cuda_graph_for_every_shape(manifest):
     assert not config.parameters
 
 
-def test_a_plan_without_a_profile_for_a_packed_shape_is_refused(manifest):
+def test_a_plan_without_a_profile_for_a_packed_shape_is_rejected(manifest):
     bundle, read = manifest(EngineName.TENSORRT, Precision.FP16)
     write_card(bundle, SHAPES[:-1])
     with pytest.raises(EngineError, match=r"no static profile for rows \(16, 64\)"):
         rendered(bundle, read, backend=Backend.TENSORRT)
 
 
-def test_what_a_backend_cannot_do_is_refused(manifest):
+def test_options_that_a_backend_does_not_support_are_rejected(manifest):
     bundle, read = manifest(EngineName.OPENVINO, Precision.FP32)
     with pytest.raises(InputError, match="no setting for fp32"):
         rendered(bundle, read, backend=Backend.OPENVINO)
@@ -179,6 +179,6 @@ def test_one_of_several_precisions_must_be_named(manifest):
 )
 def test_openvino_runs_one_token_heads_in_lengths_that_it_gets_right(manifest, pooling, backend, short):
     _, made = manifest(EngineName.OPENVINO, Precision.BF16)
-    asked = dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, pooling=pooling))
-    ladder = packed_ladder(asked, ServingOptions(backend=backend))
-    assert [length for _, length in ladder.shapes() if length < 64] == short
+    changed = dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, pooling=pooling))
+    shape_set = packed_shape_set(changed, ServingOptions(backend=backend))
+    assert [length for _, length in shape_set.shapes() if length < 64] == short

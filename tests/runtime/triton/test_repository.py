@@ -21,7 +21,7 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.errors import BundleError, EngineError, InputError
-from mirror_runtime.plan import Goal, Host, Plan, Setting, Trial, write_plan
+from mirror_runtime.plan import Goal, HostIdentity, HostPlan, Setting, Trial, write_plan
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -127,7 +127,7 @@ def test_options_are_checked():
         ServingOptions(row_tokens=64, batch_tokens=1024)
 
 
-def a_plan(**changes) -> Plan:
+def a_plan(**changes) -> HostPlan:
     setting = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
     measured = Trial(
         setting=setting, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True
@@ -137,14 +137,14 @@ def a_plan(**changes) -> Plan:
         "goal": Goal.THROUGHPUT,
         "floor": 0.999,
         "fingerprint": "0123456789abcdef",
-        "host": Host(cpu="a CPU", features="0", cores=8),
+        "host": HostIdentity(cpu="a CPU", features="0", cores=8),
         "versions": {},
         "texts": 100,
         "rounds": 3,
         "chosen": setting,
         "measured": (measured,),
     }
-    return Plan(**{**fields, **changes})
+    return HostPlan(**{**fields, **changes})
 
 
 def test_a_plan_fills_what_is_left_open():

@@ -1,7 +1,7 @@
 """The second model, `encoder`: a packed graph in one of Triton's own backends, and its `config.pbtxt`.
 
-`embed` sends it whole batches of packed rows, so nothing is left to batch there: `max_batch_size` is 0. That is also
-what the OpenVINO backend needs, which cannot batch rows of free length, and it keeps Triton from waiting for company.
+`embed` sends it complete batches of packed rows, so its `max_batch_size` is 0: there is nothing left to batch. The
+OpenVINO backend requires that too, because it cannot batch rows of varying length, and Triton adds no queueing delay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
-from mirror_runtime.engines.openvino_engine import row_step_of
+from mirror_runtime.engines.openvino_engine import length_multiple_of
 from mirror_runtime.engines.plan_card import PlanCard, read_card
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import BLOCK, ROW_TOKENS, TOKEN_BUDGET, ShapeSet
@@ -28,7 +28,7 @@ ENGINES: Mapping[Backend, EngineName] = MappingProxyType(
         Backend.TENSORRT: EngineName.TENSORRT,
     }
 )
-"""Whose artifacts a backend runs."""
+"""The engine whose artifacts a backend runs."""
 
 _FILES = {Backend.ONNXRUNTIME: "model.onnx", Backend.OPENVINO: "model.onnx", Backend.TENSORRT: "model.plan"}
 
@@ -42,7 +42,7 @@ _TYPES = {
 }
 
 _CONFIG = """\
-# Rendered from a bundle's manifest by mirror_runtime.triton.model.backend_model: change that file, not this one.
+# Rendered from a bundle's manifest by mirror_runtime.triton.encoder_model: change that file, not this one.
 name: "{name}"
 backend: "{backend}"
 default_model_filename: "{file}"
@@ -64,15 +64,15 @@ model_warmup [
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderModel:
-    """What runs behind `embed`.
+class BackendModel:
+    """The model that runs the graph behind `embed`.
 
     Attributes:
-        artifact: the packed graph, or TensorRT's plan.
-        backend: what runs it.
-        shapes: rows and row length of every batch that will come.
-        streams: batches that run side by side.
-        card: of TensorRT's plan; None for graphs.
+        artifact: the packed graph, or the TensorRT plan.
+        backend: runs it.
+        shapes: (rows, row length) of every batch that `embed` sends.
+        streams: batches that run in parallel.
+        card: of the TensorRT plan; None for graphs.
     """
 
     artifact: Artifact
@@ -83,49 +83,49 @@ class EncoderModel:
 
     @property
     def file(self) -> str:
-        """The graph's name in the model's version folder."""
+        """File name of the graph in the model's version folder."""
         return _FILES[self.backend]
 
     @classmethod
-    def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> EncoderModel:
-        """Choose what runs, for a machine with so many cores.
+    def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> BackendModel:
+        """Choose the artifact, shapes and streams for a machine with `cores` cores.
 
         Raises:
-            EngineError: the bundle has no packed artifact, or several, for what is asked; or a plan lacks profiles.
-            InputError: the options contradict each other, or the backend cannot do what is asked.
+            EngineError: the bundle has no packed artifact for the options, or several; or a plan lacks profiles.
+            InputError: the options contradict each other, or the backend does not support them.
         """
         artifact = find_artifact(manifest, options)
         default = {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores, Backend.TENSORRT: 2}[options.backend]
         streams = options.streams or default
         if options.backend is not Backend.TENSORRT and streams > cores:
-            raise InputError(f"{streams} streams on {cores} cores would take each other's time: ask for {cores}")
+            raise InputError(f"{streams} streams on {cores} cores would slow each other down: use {cores}")
         card = read_card(bundle / artifact.path) if options.backend is Backend.TENSORRT else None
-        ladder = packed_ladder(manifest, options)
-        missing = [shape for shape in ladder.shapes() if card is not None and shape not in _static_shapes(card)]
+        shape_set = packed_shape_set(manifest, options)
+        missing = [shape for shape in shape_set.shapes() if card is not None and shape not in _static_shapes(card)]
         if missing:
             raise EngineError(
                 f"{artifact.path} has no static profile for rows {missing[0]}: build it with export/to_tensorrt.py"
             )
-        return cls(artifact=artifact, backend=options.backend, shapes=ladder.shapes(), streams=streams, card=card)
+        return cls(artifact=artifact, backend=options.backend, shapes=shape_set.shapes(), streams=streams, card=card)
 
 
-def packed_ladder(manifest: Manifest, options: ServingOptions) -> ShapeSet:
-    """Give the shapes that `embed` packs into."""
+def packed_shape_set(manifest: Manifest, options: ServingOptions) -> ShapeSet:
+    """Return the shapes into which `embed` packs."""
     spec = manifest.encoder
     return ShapeSet.up_to(
         spec.pad_to or spec.max_tokens,
         base=options.row_tokens or ROW_TOKENS,
         budget=options.batch_tokens or TOKEN_BUDGET,
-        step=row_step_of(spec.pooling) if options.backend is Backend.OPENVINO else BLOCK,
+        length_multiple=length_multiple_of(spec.pooling) if options.backend is Backend.OPENVINO else BLOCK,
     )
 
 
 def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
-    """Find the packed artifact that a backend is to run.
+    """Find the packed artifact that a backend runs.
 
     Raises:
-        EngineError: there is none, or more than one and no precision is named.
-        InputError: the options contradict each other, or the backend cannot do what is asked.
+        EngineError: there is none, or there are several and the options name no precision.
+        InputError: the options contradict each other, or the backend does not support them.
     """
     engine = ENGINES[options.backend]
     if options.engine not in (AUTO, engine.value):
@@ -133,24 +133,24 @@ def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
     packed = [a for a in manifest.artifacts if a.engine is engine and a.layout is Layout.PACKED]
     fitting = [a for a in packed if options.precision in (AUTO, a.precision.value)]
     if not fitting or (options.precision == AUTO and len({a.precision for a in fitting}) > 1):
-        has = ", ".join(a.precision.value for a in packed) or "none"
+        present = ", ".join(a.precision.value for a in packed) or "none"
         raise EngineError(
             f"the backend {options.backend.value} needs one packed artifact of {engine.value} and precision "
-            f"{options.precision}; the bundle has {has}. Name one with --precision, or export it"
+            f"{options.precision}; the bundle has {present}. Name one with --precision, or export it"
         )
     if options.backend is Backend.OPENVINO and fitting[0].precision is Precision.FP32:
         raise InputError(
             "Triton's OpenVINO backend has no setting for fp32: on CPUs with bf16 it would compute in bf16. "
-            "Ask for bf16, or for the backend python"
+            "Choose bf16, or the backend python"
         )
     return fitting[0]
 
 
-def render_encoder(model: EncoderModel, cores: int) -> str:
-    """Give the text of the second model's `config.pbtxt`.
+def render_backend_config(model: BackendModel, cores: int) -> str:
+    """Render the `config.pbtxt` of the model.
 
     Args:
-        model: what runs.
+        model: its artifact, backend, shapes and streams.
         cores: of the machine that will serve; the streams share them.
     """
     artifact = model.artifact
@@ -171,8 +171,8 @@ def _tensor(tensor: TensorSpec) -> str:
     return f'  {{ name: "{tensor.name}" data_type: {_TYPES[tensor.dtype]} dims: [ {dims} ] }}'
 
 
-def _instances(model: EncoderModel) -> str:
-    """Write the instance group: without a count, Triton would make two for ONNX Runtime, each on every core."""
+def _instances(model: BackendModel) -> str:
+    """Render the instance group: without a count, Triton starts two for ONNX Runtime, each on every core."""
     if model.card is None:
         return f"instance_group [\n  {{ kind: KIND_CPU count: {model.streams} }}\n]"
     profiles = ", ".join(f'"{number}"' for number in range(len(model.card.profiles)))
@@ -189,8 +189,8 @@ def _warmup(shape: tuple[int, int], inputs: Sequence[TensorSpec]) -> str:
     return f'  {{\n    name: "{rows} rows of {length}"\n    batch_size: 1\n{zeros}\n  }}'
 
 
-def _parameters(model: EncoderModel, cores: int) -> str:
-    """Write the backend's settings: threads are shared among what runs side by side, never multiplied."""
+def _parameters(model: BackendModel, cores: int) -> str:
+    """Render the backend's settings: parallel batches share the threads and never multiply them."""
     if model.backend is Backend.ONNXRUNTIME:
         settings = {"intra_op_thread_count": str(max(1, cores // model.streams)), "inter_op_thread_count": "1"}
     elif model.backend is Backend.OPENVINO:
@@ -201,7 +201,7 @@ def _parameters(model: EncoderModel, cores: int) -> str:
     return f"parameters [\n{lines}\n]\n"
 
 
-def _cuda_graphs(model: EncoderModel) -> str:
+def _cuda_graphs(model: BackendModel) -> str:
     if model.card is None:
         return ""
     specs = ",\n".join(
@@ -217,6 +217,6 @@ def _cuda_graphs(model: EncoderModel) -> str:
 
 
 def _static_shapes(card: PlanCard) -> set[tuple[int, ...]]:
-    """Give the shapes for which a plan has a profile of its own."""
+    """Return the shapes for which a plan has a static profile."""
     shapes = [next(iter(profile.values())) for profile in card.profiles]
-    return {least for least, _, most in shapes if least == most}
+    return {smallest for smallest, _, largest in shapes if smallest == largest}

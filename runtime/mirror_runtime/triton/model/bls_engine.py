@@ -1,4 +1,4 @@
-"""An engine that lives in another model of the same Triton server, reached from inside `embed` (BLS)."""
+"""An engine that calls another model of the same Triton server from inside `embed` (business logic scripting, BLS)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 
 from mirror_runtime.bundle import Artifact
 from mirror_runtime.errors import EngineError
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.triton.model.backend_model import ENCODER_NAME
 from mirror_runtime.vectors import Vectors
 
 
-class RemoteEngine:
+class BlsEngine:
     """Runs packed rows on the model `encoder`. Safe to call from several threads.
 
     Args:
         pb_utils: Triton's module, which only its stub process has.
-        artifact: what the other model runs: names and types of its tensors.
-        streams: how many batches it runs side by side.
-        version: of the other model: the same as of `embed`, so that tokenizer and graph move together.
+        artifact: the graph of the other model, with the names and types of its tensors.
+        streams: batches that it runs in parallel.
+        version: of the other model; the same as of `embed`, so that tokenizer and graph are replaced together.
     """
 
     def __init__(self, pb_utils: Any, artifact: Artifact, streams: int, version: int) -> None:
@@ -28,7 +28,8 @@ class RemoteEngine:
         self.name = artifact.engine
         self.precision = artifact.precision
         self.streams = streams
-        self.row_step: int | None = None
+        self.length_multiple = BLOCK
+        self.dynamic_shapes = False
         self._inputs = [(tensor.name, np.dtype(tensor.dtype)) for tensor in artifact.inputs]
         self._output = artifact.outputs[0].name
         self._version = version
@@ -48,8 +49,8 @@ class RemoteEngine:
         if response.has_error():
             reason = response.error().message()
             raise EngineError(f"the model {ENCODER_NAME} failed on rows {rows.shape}: {reason}")
-        out: Vectors = self._pb_utils.get_output_tensor_by_name(response, self._output).as_numpy()
-        return np.array(out)  # the response's memory goes with it
+        output: Vectors = self._pb_utils.get_output_tensor_by_name(response, self._output).as_numpy()
+        return np.array(output)  # the response owns its memory
 
     def close(self) -> None:
-        """Nothing to release: the other model is the server's."""
+        """Do nothing: the server owns the other model."""

@@ -1,6 +1,6 @@
-"""A Python-backend model that refuses every request: it takes the place of `embed` while a server drains.
+"""A Python-backend model that rejects every request: it replaces `embed` while a server drains.
 
-Run inside Triton's stub, as a file of its own: nothing of ours is imported, so that it loads in a moment.
+Triton's stub process runs this file on its own. It imports nothing of this package, so that it loads in a moment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ class TritonPythonModel:
     """The class that Triton's Python backend looks for by name."""
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer every request with UNAVAILABLE (HTTP 503): clients take it elsewhere, or try again later."""
+        """Answer every request with UNAVAILABLE (HTTP 503): clients send it elsewhere, or try again later."""
         error = pb_utils.TritonError("the server is stopping: try again", pb_utils.TritonError.UNAVAILABLE)
         return [pb_utils.InferenceResponse(error=error) for _ in requests]

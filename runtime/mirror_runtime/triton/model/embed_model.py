@@ -1,11 +1,11 @@
 """The Python-backend model `embed`: TEXT bytes [1] in, EMBEDDING, TOKENS, TRUNCATED and FINGERPRINT out.
 
-Imported inside Triton's stub process alone, where `triton_python_backend_utils` exists. What can be tested without
-Triton lives in `queueing` and what that uses.
+Imported only inside Triton's stub process, where `triton_python_backend_utils` exists. `scheduler` and the modules that
+it uses hold everything that does not depend on Triton.
 
-`execute` computes no more than a little: beyond that it takes requests or refuses them, and workers answer later. While
-the engine works, the next requests are thus read, tokenised and packed, and what is too much learns it at once instead
-of waiting in Triton's own queue.
+`execute` computes small batches only. Beyond those it accepts or rejects requests, and workers reply later: while the
+engine works, the next requests are read, tokenised and packed, and requests over the limit are rejected immediately
+instead of waiting in Triton's own queue.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import BundleError, InputError, MirrorError
 from mirror_runtime.plan import Decision
 from mirror_runtime.tokenizer import Tokenizer
-from mirror_runtime.triton.model.backend_model import find_artifact, packed_ladder
+from mirror_runtime.triton.model.backend_model import find_artifact, packed_shape_set
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
-from mirror_runtime.triton.model.bls_engine import RemoteEngine
-from mirror_runtime.triton.model.instances import take_share
-from mirror_runtime.triton.model.metrics import Reading, Reporter
-from mirror_runtime.triton.model.request_options import read_wishes
+from mirror_runtime.triton.model.bls_engine import BlsEngine
+from mirror_runtime.triton.model.instances import bind_to_share
+from mirror_runtime.triton.model.metrics import MetricsReporter, Snapshot
+from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler
 from mirror_runtime.triton.model.token_budget import TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 
 class TritonPythonModel:
-    """The class that Triton's Python backend looks for by name."""
+    """The class that Triton's Python backend looks up by name."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the bundle that `config.pbtxt` names.
 
         Args:
-            args: Triton's: the configuration as JSON, the model's folder and version, the instance's name.
+            args: from Triton: the configuration as JSON, the model's folder and version, the instance's name.
 
         Raises:
-            TritonModelException: the bundle cannot be loaded as asked; Triton prints the message and does not start.
+            TritonModelException: the bundle cannot be loaded; Triton prints the message and does not start.
         """
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
@@ -57,70 +57,70 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(
                 f"config.pbtxt is of another version of this project ({error}): write the repository again"
             ) from None
-        # Tokenising may use every core that this process has; an operator's own choice stands.
+        # Tokenising may use every core of this process, unless the operator has set the variable.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         _log_to_triton()
         try:
-            take_share(args["model_instance_name"], options.instances)
+            bind_to_share(args["model_instance_name"], options.instances)
             bundle = Path(args["model_repository"]) / args["model_version"] / parameters["bundle"]
             self.encoder = _load(bundle, options, args["model_version"])
             if self.encoder.fingerprint != parameters["fingerprint"]:
                 raise BundleError(
-                    f"config.pbtxt promises vectors of {parameters['fingerprint']} and the bundle gives "
+                    f"config.pbtxt promises vectors of {parameters['fingerprint']} and the bundle has "
                     f"{self.encoder.fingerprint}: write the repository again with export/to_triton.py"
                 )
             if options.backend is Backend.PYTHON:
-                # Triton's own warm-up sends single texts; here every shape is known, and ready shall mean warm. Another
-                # model warms itself, and cannot be reached before the server is ready.
+                # Triton's own warm-up sends single texts only. Here every shape is known, so that ready means warm.
+                # A second model warms itself up, and cannot be reached before the server is ready.
                 self.encoder.warm_up()
         except MirrorError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._fingerprint = self.encoder.fingerprint
-        # Server 2.51 has no response parameters: the output FINGERPRINT says it everywhere.
+        # Server 2.51 has no response parameters; the output FINGERPRINT works with every version.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
-        self._gate = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
+        self._budget = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
         engine = self.encoder.engine
-        self._desk = Scheduler(
+        self._scheduler = Scheduler(
             self.encoder,
-            self._gate,
+            self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
             workers=engine.streams + 1,
         )
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
-        self._reporter = Reporter(pb_utils, {label: args[name] for label, name in names.items()}, self._reading)
+        self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)
         pb_utils.Logger.log_info(
             f"embed: {engine.name.value} {engine.precision.value}, {engine.streams} streams, "
             f"dim {self.encoder.spec.dim}, {self._fingerprint}"
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer, take or refuse requests.
+        """Answer, accept or reject requests.
 
-        Nothing is ever raised from here: Triton would fail the whole batch and show clients this file's path.
+        Never raises: Triton would fail the whole batch and show clients the path of this file.
 
         Returns:
-            For each request a response where it was answered or refused, None where a worker will answer it.
+            For each request a response if it was answered or rejected; None if a worker will answer it.
         """
         read = [self._read(request) for request in requests]
-        offered = iter(self._desk.offer([job for job, _ in read if isinstance(job, Job)]))
-        outcomes = [next(offered) if isinstance(job, Job) else job for job, _ in read]
+        submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))
+        outcomes = [next(submitted) if isinstance(job, Job) else job for job, _ in read]
         return [
             None if outcome is None else self._response(outcome, names)
             for (_, names), outcome in zip(read, outcomes, strict=True)
         ]
 
     def finalize(self) -> None:
-        """Answer what was taken, and release the engine."""
-        self._desk.close()
+        """Answer the accepted requests, and release the engine."""
+        self._scheduler.close()
         self._reporter.close()
         self.encoder.close()
 
     def _read(self, request: Any) -> tuple[Job | Failure, frozenset[str]]:
-        """Read a request, and the names of the outputs that it wants."""
+        """Read a request, and the names of the outputs that it requests."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
-            wishes = read_wishes(request.parameters(), self.encoder.spec)
+            options = parse_options(request.parameters(), self.encoder.spec)
             sender = request.get_response_sender()
             names = frozenset(request.requested_output_names())
 
@@ -128,7 +128,7 @@ class TritonPythonModel:
                 sender.send(self._response(outcome, names), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
             job = Job(
-                question=EmbedRequest(texts=texts, wishes=wishes),
+                request=EmbedRequest(texts=texts, options=options),
                 reply=reply,
                 is_cancelled=sender.is_cancelled,
                 timeout_s=request.timeout() / 1e6 or None,
@@ -140,47 +140,47 @@ class TritonPythonModel:
         return job, names
 
     def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
-        """Write an outcome; an answer that cannot be written becomes a failure, so that nobody waits for ever."""
+        """Build the response; a result that cannot be written becomes a failure, so that every caller gets a reply."""
         if isinstance(outcome, EmbedResult):
             try:
-                return self._written(outcome, names)
+                return self._success(outcome, names)
             except Exception:
-                outcome = _failure("the answer could not be written")
+                outcome = _failure("the reply could not be written")
         code = getattr(pb_utils.TritonError, outcome.kind.value)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(outcome.message, code))
 
-    def _written(self, outcome: EmbedResult, names: frozenset[str]) -> Any:
+    def _success(self, outcome: EmbedResult, names: frozenset[str]) -> Any:
         tensors = [
             pb_utils.Tensor("EMBEDDING", np.ascontiguousarray(outcome.vectors)),
             pb_utils.Tensor("TOKENS", outcome.tokens),
             pb_utils.Tensor("TRUNCATED", outcome.truncated),
         ]
         if "FINGERPRINT" in names:
-            named = np.full(outcome.tokens.shape, self._fingerprint.encode(), np.object_)
-            tensors.append(pb_utils.Tensor("FINGERPRINT", named))
+            fingerprints = np.full(outcome.tokens.shape, self._fingerprint.encode(), np.object_)
+            tensors.append(pb_utils.Tensor("FINGERPRINT", fingerprints))
         if self._takes_parameters:
             return pb_utils.InferenceResponse(tensors, parameters={"fingerprint": self._fingerprint})
         return pb_utils.InferenceResponse(tensors)
 
-    def _reading(self) -> Reading:
+    def _snapshot(self) -> Snapshot:
         stats = self.encoder.stats
-        return Reading(
-            requests=self._desk.counts,
+        return Snapshot(
+            requests=self._scheduler.counts,
             tokens=stats.tokens,
             slots=stats.slots,
             batches=stats.executions,
-            in_flight=self._gate.in_flight,
+            in_flight=self._budget.in_flight,
         )
 
 
-def _failure(what: str) -> Failure:
-    """Tell the log why something failed, at the edge of the process, and the waiter that it did."""
-    pb_utils.Logger.log_error(f"embed: {what}\n{traceback.format_exc()}")
-    return Failure(kind=FailureKind.INTERNAL, message=f"{what}; the server's log says why")
+def _failure(message: str) -> Failure:
+    """Log the exception that is being handled, and build a failure that does not quote it."""
+    pb_utils.Logger.log_error(f"embed: {message}\n{traceback.format_exc()}")
+    return Failure(kind=FailureKind.INTERNAL, message=f"{message}; the server's log says why")
 
 
 class _TritonHandler(logging.Handler):
-    """Writes what our modules log into Triton's log."""
+    """Writes the log records of this package to Triton's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log = pb_utils.Logger.log_error if record.levelno >= logging.ERROR else pb_utils.Logger.log_warn
@@ -188,33 +188,33 @@ class _TritonHandler(logging.Handler):
 
 
 def _log_to_triton() -> None:
-    ours = logging.getLogger("mirror_runtime")
-    ours.handlers = [_TritonHandler(logging.WARNING)]
-    # It warns of truncated texts, batch by batch; here each response says so itself.
+    package = logging.getLogger("mirror_runtime")
+    package.handlers = [_TritonHandler(logging.WARNING)]
+    # It warns of truncated texts in each batch; here each response reports them.
     logging.getLogger("mirror_runtime.encoder").setLevel(logging.ERROR)
 
 
 def _load(bundle: Path, options: ServingOptions, version: str) -> Encoder:
     if options.backend is not Backend.PYTHON:
-        return _load_remote(bundle, options, version)
+        return _load_with_backend(bundle, options, version)
     if options.setting is not None:
         return Encoder.of_setting(bundle, options.setting)
     return Encoder.load(bundle, engine=options.engine, precision=options.precision, streams=options.streams)
 
 
-def _load_remote(bundle: Path, options: ServingOptions, version: str) -> Encoder:
-    """Load what turns texts into packed rows; the rows go to the model `encoder`."""
+def _load_with_backend(bundle: Path, options: ServingOptions, version: str) -> Encoder:
+    """Load the tokenizer and packing; the rows go to the model `encoder`."""
     manifest = read_manifest(bundle)
     artifact = find_artifact(manifest, options)
-    engine = RemoteEngine(pb_utils, artifact, options.streams or 1, int(version))
-    ladder = packed_ladder(manifest, options)
+    engine = BlsEngine(pb_utils, artifact, options.streams or 1, int(version))
+    shape_set = packed_shape_set(manifest, options)
     decision = Decision(
         engine=artifact.engine,
         precision=artifact.precision,
         artifact=artifact,
         streams=engine.streams,
-        row_tokens=ladder.lengths[0],
-        batch_tokens=ladder.budget,
+        row_tokens=shape_set.lengths[0],
+        batch_tokens=shape_set.budget,
     )
     tokenizer = Tokenizer.of(bundle, manifest.encoder, options.long_texts)
-    return Encoder(manifest, decision, engine, tokenizer, ladder)
+    return Encoder(manifest, decision, engine, tokenizer, shape_set)

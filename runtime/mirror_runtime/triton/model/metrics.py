@@ -1,4 +1,4 @@
-"""What `embed` tells Prometheus through Triton's metrics port: read once a second, never in a request's way."""
+"""Report the counters of `embed` through Triton's metrics port, once a second and outside of requests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _EVERY_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """The counters of one moment.
+class Snapshot:
+    """The counters at one moment.
 
     Attributes:
-        requests: by outcome, since the model was loaded.
-        tokens: run, since the model was loaded.
-        slots: token places run, empty ones included.
-        batches: handed to the engine, since the model was loaded.
-        in_flight: guessed tokens of requests taken and not answered.
+        requests: by outcome, since the model was loaded; so are the others.
+        tokens: run.
+        slots: token positions run, padding included.
+        batches: run by the engine.
+        in_flight: estimated tokens of requests that are accepted and not answered.
     """
 
     requests: Mapping[str, int]
@@ -31,27 +31,27 @@ class Reading:
     in_flight: int
 
 
-class Reporter:
+class MetricsReporter:
     """Keeps Triton's custom metrics up to date from a thread of its own.
 
     Args:
         pb_utils: Triton's module.
         labels: of every series: the model's name and version, and the instance.
-        read: gives the counters of this moment.
+        take: returns the present counters.
     """
 
-    def __init__(self, pb_utils: Any, labels: Mapping[str, str], read: Callable[[], Reading]) -> None:
-        self._read = read
-        self._last = Reading(requests={}, tokens=0, slots=0, batches=0, in_flight=0)
+    def __init__(self, pb_utils: Any, labels: Mapping[str, str], take: Callable[[], Snapshot]) -> None:
+        self._take = take
+        self._last = Snapshot(requests={}, tokens=0, slots=0, batches=0, in_flight=0)
         kind = pb_utils.MetricFamily
         self._families = {
             name: kind(name=name, description=text, kind=sort)
             for name, text, sort in (
-                ("mirror_requests_total", "Requests by what became of them", kind.COUNTER),
+                ("mirror_requests_total", "Requests by outcome", kind.COUNTER),
                 ("mirror_tokens_total", "Tokens run", kind.COUNTER),
                 ("mirror_batches_total", "Batches of packed rows run", kind.COUNTER),
-                ("mirror_tokens_in_flight", "Guessed tokens of requests taken and not answered", kind.GAUGE),
-                ("mirror_row_fill", "Share of the token places run lately that held a token", kind.GAUGE),
+                ("mirror_tokens_in_flight", "Estimated tokens of requests accepted and not answered", kind.GAUGE),
+                ("mirror_row_fill", "Share of the token positions run lately that held a token", kind.GAUGE),
             )
         }
         self._requests = {
@@ -62,25 +62,25 @@ class Reporter:
             self._families[f"mirror_{name}"].Metric(labels=dict(labels))
             for name in ("tokens_total", "batches_total", "tokens_in_flight", "row_fill")
         )
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror-metrics")
         self._thread.start()
 
     def close(self) -> None:
-        """Bring the metrics up to date once more and give them back to Triton."""
-        self._over.set()
+        """Update the metrics once more and release them."""
+        self._ended.set()
         self._thread.join()
-        # Triton wants the metrics gone before their families.
+        # Triton requires that metrics are released before their families.
         del self._requests, self._tokens, self._batches, self._in_flight, self._fill
         self._families.clear()
 
     def _run(self) -> None:
-        while not self._over.wait(_EVERY_S):
+        while not self._ended.wait(_EVERY_S):
             self._update()
         self._update()
 
     def _update(self) -> None:
-        now, last = self._read(), self._last
+        now, last = self._take(), self._last
         if now == last:
             return
         for outcome, metric in self._requests.items():

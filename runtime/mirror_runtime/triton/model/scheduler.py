@@ -1,8 +1,8 @@
-"""Requests that were taken wait here; workers gather what waits, whoever sent it, and answer it together.
+"""A queue of accepted requests, and workers that answer what waits in it together, whoever sent it.
 
-The thread that brings requests computes them itself while there is little to do: answers that go back with the call
-that brought their requests cost Triton half of what others do. As soon as there is more it leaves all of it to the
-workers, so that it can refuse at once whatever does not fit.
+While there is little to do, the calling thread computes requests itself: replies that return with the call that brought
+the requests cost Triton half of what later replies cost. As soon as there is more, all requests go to the workers, so
+that the calling thread can reject immediately those that do not fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mirror_runtime.triton.model.batching import (
     EmbedResult,
     Failure,
     FailureKind,
-    answer,
+    embed,
 )
 from mirror_runtime.triton.model.token_budget import TokenBudget
 
@@ -32,32 +32,32 @@ _log = logging.getLogger(__name__)
 
 Outcome: TypeAlias = "EmbedResult | Failure"
 
-AT_ONCE_TOKENS = 512
-"""Guessed tokens in flight, for each of the engine's streams, up to which the thread that brings requests computes
-them itself. It refuses nobody meanwhile: for some 30 ms, with a small encoder on one core."""
+INLINE_TOKENS = 512
+"""Estimated tokens in flight, for each stream of the engine, up to which the calling thread computes requests itself.
+Meanwhile it rejects none: for some 30 ms, with a small encoder on one core."""
 
-ASK_AFTER_S = 0.05
-"""A request that has waited this long is asked whether its caller has gone; asking costs as much as a short text."""
+CHECK_CANCELLED_AFTER_S = 0.05
+"""How long a request waits before its cancellation is checked; the check costs as much as a short text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request on its way.
+    """A request and how to reply to it.
 
     Attributes:
-        question: what is asked.
-        reply: takes the outcome; called once, from a worker's thread.
-        is_cancelled: whether the caller has given up; slow to ask.
-        timeout_s: seconds after its arrival at which the answer is of no use any more; None for never.
+        request: the texts and options.
+        reply: receives the outcome; called once, from a worker's thread.
+        is_cancelled: returns whether the caller has cancelled; slow.
+        timeout_s: seconds after its arrival when the reply becomes useless; None for never.
     """
 
-    question: EmbedRequest
+    request: EmbedRequest
     reply: Callable[[Outcome], None]
     is_cancelled: Callable[[], bool]
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Waiting:
     job: Job
     tokens: int
@@ -65,65 +65,74 @@ class _Waiting:
 
 
 class Scheduler:
-    """Takes requests or refuses them, and has workers answer what was taken. Close it to finish what was taken.
+    """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
     Args:
-        encoder: what turns texts into vectors; its owner closes it.
-        gate: bounds what is in flight.
-        long_texts: the policy where a request names none.
-        batch_tokens: guessed tokens after which a worker takes no more requests at once.
-        workers: threads: while one waits for the engine, another tokenises or sends.
+        encoder: turns texts into vectors; its owner closes it.
+        budget: limits the tokens in flight.
+        long_texts: the policy for requests that name none.
+        batch_tokens: estimated tokens after which a worker adds no more requests to a batch.
+        workers: threads: while one waits for the engine, another tokenises or replies.
     """
 
     def __init__(
-        self, encoder: Encoder, gate: TokenBudget, *, long_texts: LongTexts, batch_tokens: int, workers: int
+        self, encoder: Encoder, budget: TokenBudget, *, long_texts: LongTexts, batch_tokens: int, workers: int
     ) -> None:
         self._encoder = encoder
-        self._gate = gate
+        self._budget = budget
         self._long_texts = long_texts
         self._batch_tokens = batch_tokens
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._counts: Counter[str] = Counter()
-        self._threads = [threading.Thread(target=self._work, name=f"mirror-desk-{n}") for n in range(workers)]
+        self._threads = [threading.Thread(target=self._work, name=f"mirror-scheduler-{n}") for n in range(workers)]
         for thread in self._threads:
             thread.start()
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Requests so far by what became of them: admitted, refused; of the admitted, expired, cancelled, failed."""
+        """Requests so far by outcome: admitted, refused; of the admitted ones: expired, cancelled, failed."""
         with self._changed:
             return dict(self._counts)
 
-    def offer(self, jobs: Sequence[Job]) -> list[Outcome | None]:
-        """Offer requests that came together.
+    def submit(self, jobs: Sequence[Job]) -> list[Outcome | None]:
+        """Submit requests that arrived together.
 
-        While they and what is in flight are little, they are answered here and now. Otherwise each is taken or
-        refused, which takes no time.
+        If they and the requests in flight are small, they are computed here. Otherwise each is accepted or rejected,
+        which takes no time.
 
         Returns:
-            For each its answer, or why it was refused; None where it was taken: `job.reply` will be called.
+            For each its outcome; None if it was accepted: `job.reply` will be called.
         """
         now = time.monotonic()
-        waiting = [_Waiting(job, job.question.tokens(self._encoder.spec.max_tokens), now) for job in jobs]
+        max_tokens = self._encoder.spec.max_tokens
+        waiting = [_Waiting(job=job, tokens=job.request.estimated_tokens(max_tokens), since=now) for job in jobs]
         tokens = sum(each.tokens for each in waiting)
-        if self._gate.in_flight + tokens > min(AT_ONCE_TOKENS * self._encoder.engine.streams, self._gate.limit):
-            return [self._take(each) for each in waiting]
-        self._gate.enter(tokens)
+        if self._budget.in_flight + tokens > min(INLINE_TOKENS * self._encoder.engine.streams, self._budget.limit):
+            return [self._enqueue(each) for each in waiting]
+        self._budget.acquire(tokens)
         self._count("admitted", len(jobs))
         try:
-            return list(self._outcomes(waiting))
+            return list(self._compute(waiting))
         finally:
-            self._gate.leave(tokens)
+            self._budget.release(tokens)
 
-    def _take(self, waiting: _Waiting) -> Failure | None:
-        size = sum(waiting.job.question.sizes)
+    def close(self) -> None:
+        """Answer the accepted requests, and end the workers."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _enqueue(self, waiting: _Waiting) -> Failure | None:
+        size = sum(waiting.job.request.sizes)
         if size > LARGEST_REQUEST:
             message = f"the request has {size} bytes of text: send at most {LARGEST_REQUEST} in one"
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
         try:
-            self._gate.enter(waiting.tokens)
+            self._budget.acquire(waiting.tokens)
         except OverloadedError as error:
             self._count("refused")
             return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
@@ -133,22 +142,14 @@ class Scheduler:
             self._changed.notify()
         return None
 
-    def close(self) -> None:
-        """Answer what was taken, and end the workers."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
     def _work(self) -> None:
-        while batch := self._next():
-            wanted = [waiting for waiting in batch if self._still_wanted(waiting)]
-            for waiting, outcome in zip(wanted, self._outcomes(wanted), strict=True):
+        while batch := self._next_batch():
+            live = [waiting for waiting in batch if self._is_live(waiting)]
+            for waiting, outcome in zip(live, self._compute(live), strict=True):
                 self._settle(waiting, outcome)
 
-    def _next(self) -> list[_Waiting]:
-        """Wait for requests and take those that make a batch; none when it is over."""
+    def _next_batch(self) -> list[_Waiting]:
+        """Wait for requests and take a batch of them; empty after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             batch: list[_Waiting] = []
@@ -158,8 +159,8 @@ class Scheduler:
                 tokens += batch[-1].tokens
             return batch
 
-    def _still_wanted(self, waiting: _Waiting) -> bool:
-        """Settle a request whose time is over or whose caller has gone; tell whether it is to be computed."""
+    def _is_live(self, waiting: _Waiting) -> bool:
+        """Settle a request that has expired or was cancelled; return whether it is to be computed."""
         waited = time.monotonic() - waiting.since
         job = waiting.job
         if job.timeout_s is not None and waited > job.timeout_s:
@@ -167,32 +168,32 @@ class Scheduler:
             self._count("expired")
             self._settle(waiting, Failure(kind=FailureKind.UNAVAILABLE, message=message))
             return False
-        if waited > ASK_AFTER_S and job.is_cancelled():
+        if waited > CHECK_CANCELLED_AFTER_S and job.is_cancelled():
             self._count("cancelled")
             self._settle(waiting, Failure(kind=FailureKind.CANCELLED, message="cancelled before work on it began"))
             return False
         return True
 
-    def _outcomes(self, batch: Sequence[_Waiting]) -> Sequence[Outcome]:
+    def _compute(self, batch: Sequence[_Waiting]) -> Sequence[Outcome]:
         if not batch:
             return []
         try:
-            return answer(self._encoder, [waiting.job.question for waiting in batch], self._long_texts)
+            return embed(self._encoder, [waiting.job.request for waiting in batch], self._long_texts)
         except Exception:
-            # The edge of a thread: whatever happened, each waiter gets an answer and the log gets the reason.
+            # The outermost call of a thread: whatever happened, each caller gets a reply and the log gets the reason.
             _log.exception("a batch of %d requests failed", len(batch))
             self._count("failed", len(batch))
             message = "encoding failed; the server's log says why"
             return [Failure(kind=FailureKind.INTERNAL, message=message)] * len(batch)
 
     def _settle(self, waiting: _Waiting, outcome: Outcome) -> None:
-        # First the room, then the answer: who has it may ask again.
-        self._gate.leave(waiting.tokens)
+        # Release first: a caller that has its reply may send the next request.
+        self._budget.release(waiting.tokens)
         try:
             waiting.job.reply(outcome)
         except Exception:
-            _log.exception("an answer could not be sent")
+            _log.exception("a reply could not be sent")
 
-    def _count(self, what: str, times: int = 1) -> None:
+    def _count(self, outcome: str, times: int = 1) -> None:
         with self._changed:
-            self._counts[what] += times
+            self._counts[outcome] += times

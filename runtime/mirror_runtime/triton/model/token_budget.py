@@ -1,4 +1,4 @@
-"""How much work may be in flight. What comes on top is refused at once, with the time after which to try again."""
+"""Limit the work in flight. Requests over the limit are rejected immediately, with a measured retry-after."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 from mirror_runtime.errors import OverloadedError
 
-_MEMORY = 0.9
-"""How much of the measured rate stays when work is finished: the last ten or so batches decide."""
+_DECAY = 0.9
+"""How much of the measured rate remains when work finishes: the last ten or so batches decide."""
 
-_FIRST_HINT_S = 0.5
-_LEAST_HINT_S = 0.01
-_MOST_HINT_S = 10.0
+_UNMEASURED_RETRY_S = 0.5
+_SHORTEST_RETRY_S = 0.01
+_LONGEST_RETRY_S = 10.0
 
 
 class TokenBudget:
-    """Counts the tokens of requests that were taken and not answered yet. Safe to use from several threads.
+    """Counts the tokens of accepted requests that are not answered yet. Safe to use from several threads.
 
     Args:
-        limit: tokens that may be in flight. A request that finds nothing in flight is taken whatever its size, so that
-            a large one is never refused for ever.
+        limit: most tokens in flight. With nothing in flight a request of any size is accepted, so that a large one is
+            not rejected for ever.
         clock: seconds, monotonic.
     """
 
@@ -39,35 +39,36 @@ class TokenBudget:
         """Tokens in flight now."""
         return self._in_flight
 
-    def enter(self, tokens: int) -> None:
-        """Take a request of so many tokens.
+    def acquire(self, tokens: int) -> None:
+        """Accept a request of `tokens` tokens.
 
         Raises:
-            OverloadedError: it does not fit beside what is in flight; says when it might.
+            OverloadedError: it does not fit beside the requests in flight; carries when it might.
         """
         with self._lock:
             if not self._in_flight:
                 self._since = self._clock()
             elif self._in_flight + tokens > self.limit:
-                after = self._hint()
+                retry_after_s = self._retry_after_s()
                 raise OverloadedError(
                     f"overloaded: {self._in_flight} tokens are in flight and {tokens} more would exceed {self.limit}; "
-                    f"retry after {round(1000 * after)} ms",
-                    after,
+                    f"retry after {round(1000 * retry_after_s)} ms",
+                    retry_after_s,
                 )
             self._in_flight += tokens
 
-    def leave(self, tokens: int) -> None:
-        """Let a request's tokens go, when it is answered."""
+    def release(self, tokens: int) -> None:
+        """Release the tokens of an answered request."""
         with self._lock:
             now = self._clock()
             self._in_flight -= tokens
-            self._done_tokens = _MEMORY * self._done_tokens + tokens
-            self._done_s = _MEMORY * self._done_s + now - self._since
+            self._done_tokens = _DECAY * self._done_tokens + tokens
+            self._done_s = _DECAY * self._done_s + now - self._since
             self._since = now
 
-    def _hint(self) -> float:
-        """Give the seconds in which half of what is in flight will have been answered, at the rate of late."""
+    def _retry_after_s(self) -> float:
+        """Estimate the seconds until half of the in-flight tokens finish, at the recent rate."""
         if not self._done_s:
-            return _FIRST_HINT_S
-        return min(max(self._in_flight / 2 * self._done_s / max(self._done_tokens, 1.0), _LEAST_HINT_S), _MOST_HINT_S)
+            return _UNMEASURED_RETRY_S
+        half_s = self._in_flight / 2 * self._done_s / max(self._done_tokens, 1.0)
+        return min(max(half_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)

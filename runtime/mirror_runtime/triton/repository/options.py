@@ -8,7 +8,7 @@ from enum import Enum
 
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import InputError
-from mirror_runtime.plan import Plan, Setting
+from mirror_runtime.plan import HostPlan, Setting
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
 
@@ -75,7 +75,7 @@ class ServingOptions:
             batch_tokens=self.batch_tokens,
         )
 
-    def follow(self, plan: Plan, fingerprint: str) -> ServingOptions:
+    def follow(self, plan: HostPlan, fingerprint: str) -> ServingOptions:
         """Take engine, precision, streams and rows from a plan, as far as these options leave them open.
 
         Args:

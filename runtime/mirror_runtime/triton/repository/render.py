@@ -23,7 +23,7 @@ from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
-from mirror_runtime.triton.model.backend_model import ENCODER_NAME, EncoderModel, render_encoder
+from mirror_runtime.triton.model.backend_model import ENCODER_NAME, BackendModel, render_backend_config
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.vectors import width_of
 
@@ -168,7 +168,7 @@ def write_repository(
     if options.backend is Backend.PYTHON:
         _check_choice(manifest, options)
     else:
-        encoder = EncoderModel.of(bundle, manifest, options, cores)
+        encoder = BackendModel.of(bundle, manifest, options, cores)
         options = _named(options, encoder)
     check_files(bundle, manifest)
     target = repository / MODEL_NAME
@@ -227,7 +227,7 @@ def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
         )
 
 
-def _named(options: ServingOptions, encoder: EncoderModel) -> ServingOptions:
+def _named(options: ServingOptions, encoder: BackendModel) -> ServingOptions:
     """Write down for `embed` what was chosen for `encoder`."""
     artifact = encoder.artifact
     return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
@@ -251,7 +251,7 @@ def _copy_for_tokenizing(bundle: Path, folder: Path) -> None:
 
 
 def _write_encoder(
-    bundle: Path, folder: Path, encoder: EncoderModel, cores: int, copy: Callable[[str, str], object]
+    bundle: Path, folder: Path, encoder: BackendModel, cores: int, copy: Callable[[str, str], object]
 ) -> None:
     (folder / "1").mkdir(parents=True)
     graph = bundle / encoder.artifact.path
@@ -259,7 +259,7 @@ def _write_encoder(
     beside = graph.with_name(f"{graph.name}_data")  # large graphs refer to their weights by this very name
     if beside.exists():
         copy(str(beside), str(folder / "1" / beside.name))
-    (folder / "config.pbtxt").write_text(render_encoder(encoder, cores), encoding="utf-8")
+    (folder / "config.pbtxt").write_text(render_backend_config(encoder, cores), encoding="utf-8")
 
 
 def _length_prefixed(text: str) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from mirror_runtime.bundle import Canary, EngineName, Layout, Manifest, check_files, read_canaries, read_manifest
-from mirror_runtime.canaries import Verdict, compare
+from mirror_runtime.canaries import CanaryVerdict, compare_canaries
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import BundleError, InputError, ParityError, ServerError
@@ -180,8 +180,8 @@ class _Proof:
             raise ParityError(f"the server refuses a canary: {served.errors[min(served.errors)]}")
         if served.fingerprint != self.manifest.fingerprint:
             raise ParityError(f"the server answers as {served.fingerprint}, not as {self.manifest.fingerprint}")
-        found = compare(components(served.vectors, self.manifest.encoder), self.canaries, self.floor)
-        if found.verdict is not Verdict.AGREES or found.min_cosine is None:
+        found = compare_canaries(components(served.vectors, self.manifest.encoder), self.canaries, self.floor)
+        if found.verdict is not CanaryVerdict.AGREES or found.min_cosine is None:
             raise ParityError(f"the server's vectors are not those that the bundle stores: {found.problem}")
         return found.min_cosine, [self.canaries[i] for i in np.flatnonzero(~served.truncated)]
 

@@ -1,0 +1,123 @@
+"""A batch of requests answered with one call of the encoder, and how instances share the cores."""
+
+import numpy as np
+import pytest
+
+from mirror_runtime import Encoder
+from mirror_runtime.errors import InputError
+from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind, embed
+from mirror_runtime.triton.model.instances import core_share
+from mirror_runtime.triton.model.request_options import RequestOptions
+from tests.support.fake_triton import tensor
+
+TRUNCATE = LongTexts.TRUNCATE
+
+
+def results(outcomes: list[EmbedResult | Failure]) -> list[EmbedResult]:
+    assert all(isinstance(outcome, EmbedResult) for outcome in outcomes), outcomes
+    return [outcome for outcome in outcomes if isinstance(outcome, EmbedResult)]
+
+
+def request_of(*texts: bytes, **options: object) -> EmbedRequest:
+    return EmbedRequest(texts=tensor(*texts), options=RequestOptions(**options))  # type: ignore[arg-type]
+
+
+class CountingEncoder(Encoder):
+    calls = 0
+
+    def begin(self, *arguments, **named):
+        type(self).calls += 1
+        return super().begin(*arguments, **named)
+
+
+@pytest.fixture
+def encoder(make_bundle):
+    with CountingEncoder.load(make_bundle(max_tokens=16), engine="fake") as encoder:
+        CountingEncoder.calls = 0
+        yield encoder
+
+
+def test_all_requests_share_one_call_and_get_their_own_vectors(encoder):
+    batch = [request_of(b"one"), request_of("zwei Häuser".encode(), b""), request_of(b"three")]
+    outcomes = results(embed(encoder, batch, TRUNCATE))
+    assert encoder.calls == 1
+    expected = encoder.encode(["one", "zwei Häuser", "", "three"])
+    np.testing.assert_array_equal(np.concatenate([o.vectors for o in outcomes]), expected)
+    assert [o.vectors.shape for o in outcomes] == [(1, 8), (2, 8), (1, 8)]
+    assert [o.tokens.shape for o in outcomes] == [(1, 1), (2, 1), (1, 1)]
+    assert outcomes[1].tokens.dtype == np.int32
+    assert outcomes[1].truncated.dtype == np.bool_
+
+
+@pytest.mark.parametrize(
+    ("raw", "policy", "reason"),
+    [
+        (b"\xff\xfe", TRUNCATE, "not valid UTF-8 (byte 0xff at offset 0)"),
+        (b"\xed\xa0\x80", TRUNCATE, "not valid UTF-8"),
+        (b"long " * 50, LongTexts.ERROR, "has 52 tokens and the encoder takes 16"),
+    ],
+    ids=["stray byte", "encoded surrogate", "too long"],
+)
+def test_an_invalid_text_fails_its_own_request_only(encoder, raw, policy, reason):
+    batch = [request_of(b"good"), request_of(b"fine", raw), request_of(b"other")]
+    good, bad, other = embed(encoder, batch, policy)
+    assert isinstance(bad, Failure)
+    assert bad.kind is FailureKind.INVALID_ARG
+    assert bad.message.startswith(f"text 1: {reason}")
+    vectors = np.concatenate([outcome.vectors for outcome in results([good, other])])
+    np.testing.assert_array_equal(vectors, encoder.encode(["good", "other"]))
+
+
+def test_each_request_has_its_own_policy_for_long_texts(encoder):
+    long = b"long " * 50
+    batch = [
+        request_of(long, long_texts=TRUNCATE),
+        request_of(long, long_texts=LongTexts.ERROR),
+        request_of(long),
+        request_of(b"short", long_texts=LongTexts.ERROR),
+    ]
+    cut, rejected, chunked, short = embed(encoder, batch, LongTexts.CHUNK)
+    assert isinstance(rejected, Failure)
+    cut, chunked, short = results([cut, chunked, short])
+    assert cut.truncated.all()
+    np.testing.assert_array_equal(cut.vectors, encoder.encode([long.decode()]))
+    assert not chunked.truncated.any()
+    assert not np.array_equal(chunked.vectors, cut.vectors)
+    np.testing.assert_array_equal(short.vectors, encoder.encode(["short"]))
+    assert encoder.calls == 3, "one for the four requests, two for the comparisons"
+
+
+def test_each_request_has_its_own_dimensions_and_prompt(encoder):
+    batch = [request_of(b"text"), request_of(b"text", dimensions=3), request_of(b"text", prompt="query: ")]
+    plain, cut, prompted = results(embed(encoder, batch, TRUNCATE))
+    assert cut.vectors.shape == (1, 3)
+    expected = plain.vectors[:, :3] / np.linalg.norm(plain.vectors[:, :3])
+    np.testing.assert_allclose(cut.vectors, expected, rtol=1e-6)
+    np.testing.assert_array_equal(prompted.vectors, encoder.encode(["query: text"]))
+    assert prompted.tokens[0, 0] == plain.tokens[0, 0] + 2
+
+
+def test_a_batch_without_a_valid_request_does_not_call_the_engine(encoder):
+    outcomes = embed(encoder, [request_of(b"\xff"), request_of(b"\xfe")], TRUNCATE)
+    assert [isinstance(o, Failure) and o.kind for o in outcomes] == [FailureKind.INVALID_ARG] * 2
+    assert encoder.calls == 0
+
+
+def test_the_estimate_counts_tokens_to_run_and_bytes_to_tokenise():
+    assert request_of(b"a" * 40, b"").estimated_tokens(64) == 12 + 2
+    assert request_of(b"a" * 128_000).estimated_tokens(64) == 64 + 1000
+    assert request_of(b"a" * 40, prompt="b" * 20).estimated_tokens(64) == 17
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "shares"),
+    [([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([2, 5, 7], 2, [[2], [5, 7]]), ([4], 1, [[4]])],
+)
+def test_instances_share_the_cores_without_overlap(cores, count, shares):
+    assert [core_share(cores, number, count) for number in range(count)] == shares
+
+
+def test_more_instances_than_cores_are_rejected():
+    with pytest.raises(InputError, match="3 instances on 2 cores"):
+        core_share([0, 1], 0, 3)

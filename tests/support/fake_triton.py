@@ -1,0 +1,130 @@
+"""A stand-in for `triton_python_backend_utils`, which only Triton's stub process has, and for its requests."""
+
+import json
+import threading
+import types
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def tensor(*texts: bytes) -> NDArray[Any]:
+    return np.array(texts, dtype=np.object_).reshape(-1, 1)
+
+
+class FakeTritonError(Exception):
+    INVALID_ARG = 3
+    INTERNAL = 1
+    UNAVAILABLE = 14
+    CANCELLED = 8
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class FakeTensor:
+    name: str
+    array: NDArray[Any]
+
+    def as_numpy(self) -> NDArray[Any]:
+        return self.array
+
+
+@dataclass
+class FakeResponse:
+    output_tensors: list[FakeTensor] = field(default_factory=list)
+    error: FakeTritonError | None = None
+
+
+@dataclass
+class NewFakeResponse:
+    """The response of servers after 2.51. Like the backend's own class, it names its parameters in the docstring."""
+
+    output_tensors: list[FakeTensor] = field(default_factory=list)
+    error: FakeTritonError | None = None
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+NewFakeResponse.__init__.__doc__ = "__init__(self, output_tensors, error, parameters) -> None"
+
+
+class FakeLogger:
+    lines: ClassVar[list[str]] = []
+
+    log_info = log_warn = log_error = staticmethod(lines.append)
+
+
+class FakeMetric:
+    def __init__(self, labels: dict[str, str]) -> None:
+        self.labels = labels
+        self.value = 0.0
+
+    def increment(self, more: float) -> None:
+        self.value += more
+
+    def set(self, value: float) -> None:
+        self.value = value
+
+
+class FakeFamily:
+    COUNTER, GAUGE = "counter", "gauge"
+    made: ClassVar[dict[str, list[FakeMetric]]] = {}
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self.metrics = self.made.setdefault(name, [])
+
+    def Metric(self, labels: dict[str, str]) -> FakeMetric:
+        self.metrics.append(FakeMetric(labels))
+        return self.metrics[-1]
+
+
+class FakeRequest:
+    """One request, its response sender, and its response."""
+
+    def __init__(self, *texts: bytes, outputs=("EMBEDDING", "TOKENS", "TRUNCATED"), timeout_us=0, **parameters) -> None:
+        self.tensors = [FakeTensor("TEXT", tensor(*texts))]
+        self.outputs, self.timeout_us, self.parameters_json = outputs, timeout_us, json.dumps(parameters)
+        self.cancelled = False
+        self.answered = threading.Event()
+        self.response: Any = None
+
+    def parameters(self) -> str:
+        return self.parameters_json
+
+    def timeout(self) -> int:
+        return self.timeout_us
+
+    def requested_output_names(self) -> set[str]:
+        return set(self.outputs)
+
+    def get_response_sender(self) -> "FakeRequest":
+        return self
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def send(self, response: Any, flags: int) -> None:
+        assert flags == 1, "every reply is the last one"
+        assert not self.answered.is_set(), "one reply per request"
+        self.response = response
+        self.answered.set()
+
+
+def fake_backend_utils() -> Any:
+    """Build the module, with an empty log and no metrics."""
+    FakeLogger.lines.clear()
+    FakeFamily.made.clear()
+    module: Any = types.ModuleType("triton_python_backend_utils")
+    module.TritonError = FakeTritonError
+    module.TritonModelException = RuntimeError
+    module.Tensor = FakeTensor
+    module.InferenceResponse = FakeResponse
+    module.Logger = FakeLogger
+    module.MetricFamily = FakeFamily
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    module.get_input_tensor_by_name = lambda request, name: next(t for t in request.tensors if t.name == name)
+    return module
