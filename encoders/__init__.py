@@ -1,1 +1,1 @@
-"""The PyTorch encoder: found, read, run packed or padded, and written. Used by training, export and evaluation."""
+"""The PyTorch encoder: find it, load it, run it packed or padded, and write it. Used by training and export."""

@@ -1,4 +1,4 @@
-"""The plain definition of every head: token vectors to one vector a text, in PyTorch, one padded text a row."""
+"""The reference definition of every head in PyTorch: token vectors of padded texts, one a row, to one vector a text."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """A batch as the transformer left it.
+    """The transformer's output for a batch.
 
     Attributes:
         states: of the embeddings and of each layer, float [batch, length, width]; Hugging Face's `hidden_states`.
-        mask: int [batch, length], 1 on the text's own tokens, special tokens and template included.
-        marked: bool [batch, length], True on the template's mask token; None for other poolings than `mask`.
-        attention: probabilities of Ditto's head, float [batch, length, length], query before key; None for others.
+        mask: int [batch, length], 1 on the text's tokens, including special tokens and template.
+        marked: bool [batch, length], True on the template's mask token; None unless the pooling is `mask`.
+        attention: probabilities of Ditto's head, float [batch, length, length], query before key; None unless the
+            pooling is `ditto`.
     """
 
     states: Sequence[torch.Tensor]
@@ -42,14 +43,14 @@ class Tokens:
 
 
 def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
-    """Average layers and turn token vectors into one vector a text: what `Pooling` says, in words of PyTorch.
+    """Average layers and pool token vectors into one vector a text, as `Pooling` defines.
 
     Returns:
         float [batch, width], before dense layers, cut and normalisation.
 
     Raises:
-        ValueError: `mean_padded` of another length than `pad_to`, which would be another vector; or `tokens` lacks what
-            the pooling reads.
+        ValueError: `mean_padded` with another length than `pad_to`, which would be another vector; or `tokens` lacks
+            an input of the pooling.
     """
     hidden = torch.stack([tokens.states[layer] for layer in spec.layers]).mean(dim=0)
     if spec.pooling is Pooling.CLS:
@@ -67,19 +68,19 @@ def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
 
 
 def _weights(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
-    """Give the weights of a mean's tokens, float [batch, length]."""
-    own = tokens.mask.float()
+    """Return the token weights of a mean, float [batch, length]."""
+    mask = tokens.mask.float()
     if spec.pooling is Pooling.MEAN_PADDED:
-        if own.shape[1] != spec.pad_to:
-            raise ValueError(f"mean_padded over {own.shape[1]} positions, but pad_to is {spec.pad_to}")
-        return torch.ones_like(own)
+        if mask.shape[1] != spec.pad_to:
+            raise ValueError(f"mean_padded over {mask.shape[1]} positions, but pad_to is {spec.pad_to}")
+        return torch.ones_like(mask)
     if spec.pooling is Pooling.WEIGHTED_MEAN:
-        return own * torch.arange(1, own.shape[1] + 1)
+        return mask * torch.arange(1, mask.shape[1] + 1)
     if spec.pooling is Pooling.DITTO:
         if tokens.attention is None:
             raise ValueError("ditto needs its head's attention")
-        return own * tokens.attention.diagonal(dim1=1, dim2=2)
-    return own
+        return mask * tokens.attention.diagonal(dim1=1, dim2=2)
+    return mask
 
 
 def project(pooled: torch.Tensor, dense: Sequence[nn.Module]) -> torch.Tensor:
@@ -90,13 +91,13 @@ def project(pooled: torch.Tensor, dense: Sequence[nn.Module]) -> torch.Tensor:
 
 
 def finish(pooled: torch.Tensor, dense: Sequence[nn.Module], spec: EncoderSpec) -> torch.Tensor:
-    """Apply dense layers, cut to `dim` components (Matryoshka), and normalise if the spec says so."""
+    """Apply dense layers, cut to `dim` components (Matryoshka), and normalise if `spec.normalize` is set."""
     cut = project(pooled, dense)[:, : spec.dim]
     return torch.nn.functional.normalize(cut, dim=1) if spec.normalize else cut
 
 
-def values(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
-    """Give what vectors stand for once they are of the spec's vector type: rounded components, or 1 and -1 for bits."""
+def rounded(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
+    """Round components to the values that the vector type can represent, as float32: 1 and -1 for bits."""
     if spec.vector_type is VectorType.FLOAT16:
         return vectors.half().float()
     if spec.vector_type is VectorType.INT8:
@@ -108,7 +109,7 @@ def values(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
 
 
 def make_dense(dense: Dense, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Sequential:
-    """Make a dense layer of the head: the linear part is element 0, the activation element 1."""
+    """Build a dense layer of the head: element 0 is the linear part, element 1 the activation."""
     linear = nn.Linear(dense.in_features, dense.out_features, bias=dense.bias)
     state = {"weight": weight.detach().float()} | ({} if bias is None else {"bias": bias.detach().float()})
     linear.load_state_dict(state)
@@ -116,10 +117,10 @@ def make_dense(dense: Dense, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def load_dense(dense: Dense, folder: Path) -> nn.Sequential:
-    """Load a dense layer of the head from the folder that sentence-transformers keeps it in.
+    """Load a dense layer of the head from its folder in a sentence-transformers folder.
 
     Raises:
-        BundleError: the weights are missing, pickled, cut short, or of other shapes than recorded.
+        BundleError: the weights are missing, pickled, truncated, or not of the recorded shapes.
     """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
@@ -131,4 +132,4 @@ def load_dense(dense: Dense, folder: Path) -> nn.Sequential:
         weights = load_file(path)
         return make_dense(dense, weights["linear.weight"], weights.get("linear.bias"))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise BundleError(f"{path} holds no dense layer of the recorded shape: {error}") from error
+        raise BundleError(f"{path} does not hold a dense layer of the recorded shape: {error}") from error

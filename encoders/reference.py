@@ -1,4 +1,4 @@
-"""The plain PyTorch definition of an encoder: what every artefact's vectors are compared with."""
+"""The PyTorch fp32 reference of an encoder, which proofs compare every artefact's vectors with."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from encoders.pooling import Tokens, finish, load_dense, pool, project, values
-from encoders.source import Source
+from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
+from encoders.source import ResolvedEncoder
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
 
 PADDED_TEXTS, PADDED_TOKENS = 32, 4096
-"""Most texts, and most tokens with padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
+"""Maximum texts, and maximum tokens including padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
 
 PADDED_FILL = 0.85
-"""Least share of a padded batch's tokens that is no padding: where lengths grow fast, batches end early."""
+"""Minimum share of a padded batch's tokens that are not padding: if lengths grow fast, batches end early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,13 @@ class Reference:
     """An encoder as Hugging Face runs it: fp32, evaluation mode, one padded text a row.
 
     Attributes:
-        model: gives token vectors.
+        model: computes token vectors.
         tokenizer: the fast tokenizer.
         spec: head and limits.
         dense: the head's dense layers, as `spec.dense` describes them.
 
     Raises:
-        BundleError: the model or the tokenizer lacks what the head reads, or the dense layers do not fit.
+        BundleError: the model or the tokenizer lacks an input of the head, or the dense layers do not fit.
     """
 
     model: PreTrainedModel
@@ -55,7 +55,7 @@ class Reference:
         spec, name = self.spec, self.spec.base_model
         for layer in spec.layers:
             if not -depth - 1 <= layer <= depth:
-                raise BundleError(f"{name} has {depth} layers and no layer {layer}: they count from 0, the embeddings")
+                raise BundleError(f"{name} has {depth} layers and no layer {layer}: layer 0 is the embeddings")
         if spec.ditto is not None and not (0 <= spec.ditto.layer < depth and 0 <= spec.ditto.head < heads):
             raise BundleError(
                 f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
@@ -64,9 +64,11 @@ class Reference:
         if len(self.dense) != len(spec.dense):
             raise BundleError(f"{name} has {len(self.dense)} dense layers where {len(spec.dense)} are recorded")
         if spec.dense and spec.dense[0].in_features != width:
-            raise BundleError(f"{name} gives {width} components and its dense layer reads {spec.dense[0].in_features}")
+            raise BundleError(
+                f"{name} has vectors of {width} components and its dense layer reads {spec.dense[0].in_features}"
+            )
         if spec.dim > (spec.dense[-1].out_features if spec.dense else width):
-            raise BundleError(f"{name} has {width} components: it cannot give {spec.dim}")
+            raise BundleError(f"{name} has vectors of {width} components, fewer than {spec.dim}")
         if spec.pooling is Pooling.MASK and (spec.template or "").count(self.tokenizer.mask_token or "\0") != 1:
             raise BundleError(
                 f"pooling mask needs {self.tokenizer.mask_token or 'a mask token'} once in the template, "
@@ -74,11 +76,11 @@ class Reference:
             )
 
     @classmethod
-    def load(cls, source: Source) -> Reference:
+    def load(cls, source: ResolvedEncoder) -> Reference:
         """Load weights (as fp32) and tokenizer of a resolved encoder.
 
         Raises:
-            BundleError: a weight or a special token that the forward pass needs is missing.
+            BundleError: the forward pass needs a weight or a special token that is missing.
         """
         return cls(
             model=load_model(source),
@@ -92,26 +94,33 @@ class Reference:
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts.
 
-        Texts longer than `spec.max_tokens` are truncated. Texts of like length share a batch, which changes nothing
-        but the time it takes.
+        Texts longer than `spec.max_tokens` are truncated. Texts of similar length share a batch, which only saves time.
 
         Returns:
-            float32 [n, dim], in the order of the texts: what the vector type's numbers stand for.
+            float32 [n, dim], in the order of the texts: the values that the vector type represents.
         """
-        return self._encode(texts, lambda pooled: values(finish(pooled, self.dense, self.spec), self.spec))
+        return self._encode(texts, lambda pooled: rounded(finish(pooled, self.dense, self.spec), self.spec))
 
     def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts up to the last dense layer: neither cut nor normalised, and in float32 whatever the spec says.
+        """Encode texts up to the last dense layer: neither cut nor normalised nor rounded to the vector type.
 
         Returns:
             float32 [n, width], in the order of the texts.
         """
         return self._encode(texts, lambda pooled: project(pooled, self.dense))
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Give each text's token ids: of template and text together, special tokens included.
+    def encode_unnormalized(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode texts up to the cut: neither normalised nor rounded to the vector type.
 
-        Too many lose tokens that lie wholly within the text, from its end.
+        Returns:
+            float32 [n, dim], in the order of the texts.
+        """
+        return self.encode_uncut(texts)[:, : self.spec.dim]
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return each text's token ids: template and text together, including special tokens.
+
+        A text with too many tokens loses tokens that lie wholly within the text, from its end.
         """
         if not texts:
             return []
@@ -128,7 +137,7 @@ class Reference:
         )
         begin = template.index("{text}")
         rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
-        return [_shortened(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
+        return [_truncate(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
 
     def _encode(self, texts: Sequence[str], head: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
         ids = self.tokenize(texts)
@@ -162,7 +171,7 @@ class Reference:
         return Tokens(states=out.hidden_states, mask=mask, marked=marked, attention=attention)
 
     def _marked(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Find the template's own mask token, which a text may hold too: the last one, or the first, of each row."""
+        """Find the template's mask token, the first or last one of each row: a text may contain mask tokens too."""
         assert self.spec.template is not None
         begin, _, _ = self.spec.template.partition("{text}")
         found: torch.Tensor = input_ids == self.tokenizer.mask_token_id
@@ -172,13 +181,13 @@ class Reference:
 
 
 def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Cut texts, by ascending length, into batches within `PADDED_TEXTS`, `PADDED_TOKENS` and `PADDED_FILL`.
+    """Split texts, by ascending length, into batches within `PADDED_TEXTS`, `PADDED_TOKENS` and `PADDED_FILL`.
 
     Args:
         lengths: int64 [n], each text's tokens.
 
     Yields:
-        int64 [m], the texts of a batch; a text longer than `PADDED_TOKENS` is one by itself.
+        int64 [m], indices of a batch's texts; a text longer than `PADDED_TOKENS` is a batch by itself.
     """
     order = np.argsort(lengths, kind="stable")
     begin = used = 0
@@ -192,20 +201,20 @@ def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         yield order[begin:]
 
 
-def _shortened(
+def _truncate(
     ids: list[int], offsets: list[tuple[int, int]], added: list[int], begin: int, end: int, limit: int
 ) -> list[int]:
     """Drop tokens within characters `begin` to `end`, the last ones first, until `limit` are left."""
-    own = [i for i, (a, b) in enumerate(offsets) if not added[i] and begin <= a and b <= end]
-    dropped = set(own[len(own) - max(0, len(ids) - limit) :] if len(ids) > limit else ())
+    droppable = [i for i, (a, b) in enumerate(offsets) if not added[i] and begin <= a and b <= end]
+    dropped = set(droppable[len(droppable) - max(0, len(ids) - limit) :] if len(ids) > limit else ())
     return [token for i, token in enumerate(ids) if i not in dropped]
 
 
-def load_model(source: Source) -> PreTrainedModel:
+def load_model(source: ResolvedEncoder) -> PreTrainedModel:
     """Load the encoder's weights as fp32, in evaluation mode.
 
     Raises:
-        BundleError: the file lacks weights of the encoder, which would be left at random values.
+        BundleError: the file lacks weights of the encoder, which would keep random values.
     """
     try:
         with _quiet_transformers():
@@ -222,18 +231,18 @@ def load_model(source: Source) -> PreTrainedModel:
     missing = {name for name in loading["missing_keys"] if not name.startswith("pooler.")}
     if missing or loading["mismatched_keys"]:
         names = ", ".join(sorted(missing) or sorted(str(key) for key in loading["mismatched_keys"]))
-        raise BundleError(f"{source.folder} lacks weights that config.json asks for: {names}")
+        raise BundleError(f"{source.folder} lacks weights of the model in config.json: {names}")
     if loading["missing_keys"]:
-        model.pooler = None  # no weights were given for it and no pooling of ours reads it
+        model.pooler = None  # it has no weights in the file, and no pooling reads it
     model.eval()
     return model  # type: ignore[no-any-return]
 
 
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load the fast tokenizer: exactly what `tokenizer.json` says, which is what every other tool reads.
+def load_tokenizer(source: ResolvedEncoder) -> PreTrainedTokenizerBase:
+    """Load the fast tokenizer exactly as `tokenizer.json` defines it, which is the file that all other tools read.
 
-    The family's own class only says what the special tokens are called: transformers 5 builds its classes anew from
-    their vocabulary, and splits some texts otherwise than the file does.
+    The family's tokenizer class only supplies the names of the special tokens: transformers 5 rebuilds its classes from
+    their vocabulary, and splits some texts differently from the file.
 
     Raises:
         BundleError: it cannot be loaded, or has no padding token.
@@ -241,7 +250,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     path = source.folder / TOKENIZER_FILE
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    except Exception as error:  # the library raises plain Exception for a malformed file
         raise BundleError(f"{path} is not a tokenizer: {error}") from error
     try:
         with _quiet_transformers():
@@ -256,13 +265,13 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise BundleError(f"the tokenizer in {source.folder} cannot be loaded: {error}") from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
-        raise BundleError(f"the tokenizer in {source.folder} must be one with a padding token")
+        raise BundleError(f"the tokenizer in {source.folder} has no padding token: add one")
     return tokenizer
 
 
 @contextlib.contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model compute attention in matrix products, which gives its probabilities, and put it back afterwards."""
+    """Switch a model to attention in matrix products, which returns probabilities, while the block runs."""
     config: Any = model.config
     before = config._attn_implementation
     model.set_attn_implementation("eager")
@@ -274,7 +283,7 @@ def eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep loading silent: transformers lists the unused head of a masked language model as if that were a fault."""
+    """Silence transformers while the block runs: it warns of the unused head of a masked language model."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

@@ -1,11 +1,11 @@
-"""What a sentence-transformers folder says about its head: `modules.json` in either of its two schemas."""
+"""Read the head of a sentence-transformers folder: `modules.json` in either of its two schemas."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mirror_runtime.bundle import TOKENIZER_FILE, Activation, Dense, Pooling
 from mirror_runtime.errors import BundleError
@@ -17,7 +17,7 @@ POOLING_MODES = {
     "weightedmean": Pooling.WEIGHTED_MEAN,
     "lasttoken": Pooling.LAST,
 }
-"""The modes of sentence-transformers that we have, by their new names."""
+"""The supported modes of sentence-transformers, by their new names."""
 
 LEGACY_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
@@ -34,32 +34,32 @@ ACTIVATION_CLASSES = {
     Activation.RELU: "torch.nn.modules.activation.ReLU",
     Activation.GELU: "torch.nn.modules.activation.GELU",
 }
-"""What sentence-transformers calls them."""
+"""Their class names in sentence-transformers folders."""
 
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
-"""The modules that we reproduce, in the order that they must have."""
+"""The supported modules, in their required order."""
 
 PROMPT = "template"
-"""The name under which a template that only precedes the text is written as a prompt."""
+"""The prompt's name in a written folder, for a template that only precedes the text."""
 
 
 def dense_folder(index: int) -> str:
-    """Name the folder of a dense layer's weights in run folders and bundles."""
+    """Return the name of a dense layer's folder in run folders and bundles."""
     return f"{index + 2}_Dense"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """A head as the folder has it.
+class RecordedEncoder:
+    """The encoder that a folder records.
 
     Attributes:
         folder: holds the transformer.
         pooling: of the token vectors.
         dense: layers after it.
-        dense_folders: where their weights lie.
+        dense_folders: of their weights.
         normalize: whether vectors are scaled to unit length.
-        max_tokens: None where no limit is recorded.
-        template: the default prompt; None where there is none.
+        max_tokens: None if no limit is recorded.
+        template: the default prompt; None if the folder has none.
     """
 
     folder: Path
@@ -71,11 +71,11 @@ class Recorded:
     template: str | None
 
 
-def read_modules(root: Path) -> Recorded:
+def read_modules(root: Path) -> RecordedEncoder:
     """Read a sentence-transformers folder.
 
     Raises:
-        BundleError: it is malformed, or has a module or setting that cannot be reproduced.
+        BundleError: the folder is malformed, or has a module or setting that is not supported.
     """
     found: list[tuple[str, Path]] = []
     for module in read_json(root / "modules.json", list):
@@ -83,18 +83,18 @@ def read_modules(root: Path) -> Recorded:
         if package != "sentence_transformers" or kind not in KINDS:
             raise BundleError(
                 f"{root} has a module {module['type']}: only sentence_transformers' {', '.join(KINDS[:-1])} and "
-                f"{KINDS[-1]} can be reproduced"
+                f"{KINDS[-1]} are supported"
             )
         found.append((kind, root / module.get("path", "")))
     order = [kind for kind, _ in found]
     if "Pooling" not in order:
-        raise BundleError(f"{root}/modules.json has no Pooling module: this is no encoder of one vector a text")
+        raise BundleError(f"{root}/modules.json has no Pooling module, so it has no single vector for a text")
     if order != sorted(order, key=KINDS.index) or any(order.count(kind) > 1 for kind in KINDS if kind != "Dense"):
-        raise BundleError(f"{root}/modules.json lists {', '.join(order)}: {', '.join(KINDS)} is the order we reproduce")
+        raise BundleError(f"{root}/modules.json lists {', '.join(order)}: the order must be {', '.join(KINDS)}")
     folder = next((path for kind, path in found if kind == "Transformer"), root)
     pooling, takes_prompt = _read_pooling(next(path for kind, path in found if kind == "Pooling") / "config.json")
     dense = tuple(path for kind, path in found if kind == "Dense")
-    return Recorded(
+    return RecordedEncoder(
         folder=folder,
         pooling=pooling,
         dense=tuple(_read_dense(path / "config.json") for path in dense),
@@ -106,7 +106,7 @@ def read_modules(root: Path) -> Recorded:
 
 
 def _read_pooling(path: Path) -> tuple[Pooling, bool]:
-    """Give the pooling and whether it covers a prompt's tokens."""
+    """Return the pooling and whether it covers a prompt's tokens."""
     config = read_json(path, dict)
     mode = config.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else list(mode or ())
@@ -114,8 +114,7 @@ def _read_pooling(path: Path) -> tuple[Pooling, bool]:
         modes = [new for old, new in LEGACY_POOLING_KEYS.items() if config.get(old)]
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise BundleError(
-            f"{path} asks for pooling {' + '.join(modes) or 'none'}: one of {', '.join(POOLING_MODES)} can be "
-            "reproduced"
+            f"{path} has pooling {' + '.join(modes) or 'none'}: it must be one of {', '.join(POOLING_MODES)}"
         )
     return POOLING_MODES[modes[0]], bool(config.get("include_prompt", True))
 
@@ -126,13 +125,13 @@ def _read_dense(path: Path) -> Dense:
     activation = next((kind for kind, known in ACTIVATION_CLASSES.items() if known == name), None)
     if activation is None:
         known = ", ".join(kind.value for kind in Activation)
-        raise BundleError(f"{path} has the activation {name}: {known} can be reproduced")
+        raise BundleError(f"{path} has the activation {name}: it must be one of {known}")
     slots = {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
     if slots != {"sentence_embedding"} or config.get("use_residual"):
-        raise BundleError(f"{path} reads or writes something else than the text's vector, which cannot be reproduced")
+        raise BundleError(f"{path} reads or writes something other than the text's vector, which is not supported")
     sizes = config.get("in_features"), config.get("out_features")
     if not all(isinstance(size, int) for size in sizes):
-        raise BundleError(f"{path} does not say in_features and out_features")
+        raise BundleError(f"{path} has no integers in_features and out_features")
     return Dense(
         in_features=config["in_features"],
         out_features=config["out_features"],
@@ -150,14 +149,14 @@ def _read_max_seq_length(folder: Path) -> int | None:
         normalizer = read_json(folder / TOKENIZER_FILE, dict).get("normalizer") or {}
         if not normalizer.get("lowercase"):
             raise BundleError(
-                f"{path} lower-cases texts before a cased tokenizer: put the lower-casing into tokenizer.json instead"
+                f"{path} lower-cases texts before a cased tokenizer: move the lower-casing into tokenizer.json"
             )
     limit = config.get("max_seq_length")
     return limit if isinstance(limit, int) else None
 
 
 def _read_prompt(root: Path, takes_prompt: bool) -> str | None:
-    """Give the default prompt as a template."""
+    """Return the default prompt as a template."""
     path = root / "config_sentence_transformers.json"
     config = read_json(path, dict) if path.is_file() else {}
     name = config.get("default_prompt_name")
@@ -167,16 +166,16 @@ def _read_prompt(root: Path, takes_prompt: bool) -> str | None:
     if not takes_prompt:
         raise BundleError(
             f"{path} puts the prompt {name!r} before every text and its pooling leaves the prompt out, which is not "
-            "reproduced: set default_prompt_name to null"
+            "supported: set default_prompt_name to null"
         )
     return f"{prompt}{{text}}"
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """Read a JSON file of the Hugging Face world whose top level is a `kind`.
+    """Read a JSON file of a Hugging Face folder and check the type of its top level.
 
     Raises:
-        BundleError: it is missing, unreadable, no JSON, or something else than a `kind`.
+        BundleError: the file is missing, unreadable or not JSON, or its top level is not a `kind`.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -185,9 +184,5 @@ def read_json(path: Path, kind: type) -> Any:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, kind):
-        _wrong(path, data, kind)
+        raise BundleError(f"{path} holds a {type(data).__name__}, not a {kind.__name__}")
     return data
-
-
-def _wrong(path: Path, data: object, kind: type) -> NoReturn:
-    raise BundleError(f"{path} holds a {type(data).__name__} where a {kind.__name__} is expected")

@@ -1,4 +1,4 @@
-"""Find an encoder: in a run folder, a sentence-transformers folder, a plain Hugging Face folder or on a hub."""
+"""Find an encoder: a run folder, a sentence-transformers folder, a plain Hugging Face folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from encoders.families import FAMILIES
-from encoders.sentence_transformers import Recorded, dense_folder, read_json, read_modules
+from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError
 
 UNLIMITED = 10**9
-"""transformers writes a `model_max_length` of about 1e30 where it knows no limit."""
+"""transformers writes a `model_max_length` of about 1e30 if it knows no limit."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedEncoder:
     """An encoder on disk, checked and ready to load.
 
     Attributes:
         folder: holds `config.json`, safetensors weights and `tokenizer.json`.
-        spec: everything besides weights and tokenizer that decides a vector.
+        spec: everything except weights and tokenizer that decides a vector.
         dense: folders of the weights of the head's dense layers, in order.
     """
 
@@ -32,11 +32,11 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """What a caller says of the head of an encoder that does not record it. None leaves it to what is recorded.
+class HeadSpec:
+    """Parts of a head that a caller requests or a folder records. None leaves a part to the record.
 
     Attributes:
-        pooling: needed for a plain folder.
+        pooling: required for a plain folder.
         layers: whose outputs are averaged; a plain folder takes the last.
         ditto: the attention head of pooling `ditto`.
         template: text around every text.
@@ -55,70 +55,69 @@ def resolve(
     pooling: Pooling | None = None,
     max_tokens: int | None = None,
     normalize: bool | None = None,
-    head: Head | None = None,
-) -> Source:
-    """Find an encoder and say exactly what it computes. Nothing that changes a vector is guessed.
+    head: HeadSpec | None = None,
+) -> ResolvedEncoder:
+    """Find an encoder and determine exactly what it computes. Nothing that changes a vector is guessed.
 
     Args:
         name_or_path: a run folder, a sentence-transformers folder, a plain Hugging Face folder, or a hub name.
         revision: branch, tag or commit of a hub name.
-        pooling: needed for a plain folder; elsewhere it must agree with what is recorded.
+        pooling: required for a plain folder; elsewhere it must agree with the record.
         max_tokens: replaces the recorded limit; it may not exceed the position table.
-        normalize: replaces what is recorded; a plain folder records no normalisation.
-        head: what else is to be said of the head; its own pooling counts where `pooling` is None. It must agree with
-            what is recorded, except that an encoder without a template may get one.
+        normalize: replaces the record; a plain folder records no normalisation.
+        head: the other parts of the head; its pooling counts if `pooling` is None. It must agree with the record,
+            except that an encoder without a template may get one.
 
     Raises:
-        BundleError: nothing loadable is there, or it contradicts the arguments. The message names the cure.
+        BundleError: no loadable encoder is there, or it contradicts the arguments. The message names the cure.
     """
     root, commit = _locate(name_or_path, revision)
     base_model = name_or_path if commit is not None else root.resolve().name
-    asked = head or Head()
-    asked = dataclasses.replace(asked, pooling=pooling or asked.pooling)
+    requested = head or HeadSpec()
+    requested = dataclasses.replace(requested, pooling=pooling or requested.pooling)
     dense: tuple[Path, ...] = ()
     if (root / ENCODER_FILE).is_file():
         spec = read_encoder(root)
         config = _check_weights(root)
         _check_spec(spec, config, root)
-        _check_head(
-            asked, Head(pooling=spec.pooling, layers=spec.layers, ditto=spec.ditto, template=spec.template), root
-        )
+        known = HeadSpec(pooling=spec.pooling, layers=spec.layers, ditto=spec.ditto, template=spec.template)
+        _check_head(requested, known, root)
         dense = tuple(root / dense_folder(i) for i in range(len(spec.dense)))
     else:
         recorded = read_modules(root) if (root / "modules.json").is_file() else None
         folder = recorded.folder if recorded else root
         config = _check_weights(folder)
         if recorded:
-            said = Head(pooling=recorded.pooling, layers=(-1,), template=recorded.template)
-            _check_head(asked, said, root)
-            asked = dataclasses.replace(asked, pooling=recorded.pooling)
+            known = HeadSpec(pooling=recorded.pooling, layers=(-1,), template=recorded.template)
+            _check_head(requested, known, root)
+            requested = dataclasses.replace(requested, pooling=recorded.pooling)
             normalize, dense = recorded.normalize if normalize is None else normalize, recorded.dense_folders
-        spec = _new_spec(name_or_path, folder, config, recorded, asked, max_tokens)
+        spec = _new_spec(name_or_path, folder, config, recorded, requested, max_tokens)
         spec = dataclasses.replace(spec, base_model=base_model, revision=commit)
         root = folder
     spec = dataclasses.replace(
         spec,
         max_tokens=spec.max_tokens if max_tokens is None else max_tokens,
         normalize=spec.normalize if normalize is None else normalize,
-        template=spec.template or asked.template,
+        template=spec.template or requested.template,
     )
     _check_limits(spec, config, root)
-    return Source(root, spec, dense)
+    return ResolvedEncoder(root, spec, dense)
 
 
 def _new_spec(
     name: str,
     folder: Path,
     config: dict[str, Any],
-    recorded: Recorded | None,
-    head: Head,
+    recorded: RecordedEncoder | None,
+    head: HeadSpec,
     max_tokens: int | None,
 ) -> EncoderSpec:
-    """Say what an encoder without an `encoder.json` computes."""
+    """Build the spec of an encoder without an `encoder.json`."""
     pooling = head.pooling or (Pooling.DITTO if head.ditto else None)
     if pooling is None:
         raise BundleError(
-            f"{name} does not record its pooling: say --pooling mean or --pooling cls "
+            f"{name} does not record its pooling: add --pooling mean or --pooling cls "
             f"({', '.join(p.value for p in Pooling)} are known; the model's card names the right one)"
         )
     limit = max_tokens or (recorded.max_tokens if recorded else None) or _token_limit(folder, config)
@@ -141,7 +140,7 @@ def _new_spec(
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
-    """Give the folder, and the commit where it came from a hub."""
+    """Return the folder, and its commit if it came from a hub."""
     path = Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         if revision is not None:
@@ -150,9 +149,9 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:
             )
         return path, None
     if path.is_file():
-        raise BundleError(f"{name_or_path} is a file: give the folder that holds config.json")
+        raise BundleError(f"{name_or_path} is a file: pass the folder that holds config.json")
     if not name_or_path or name_or_path[0] in "./~\\" or name_or_path.count("/") > 1:
-        raise BundleError(f"{name_or_path!r} does not exist: give an encoder's folder or a hub name such as owner/name")
+        raise BundleError(f"{name_or_path!r} does not exist: pass an encoder's folder or a hub name such as owner/name")
     return _download(name_or_path, revision)
 
 
@@ -172,22 +171,22 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise BundleError(
-            f"{name}{at} is no folder here and cannot be fetched from the model hub: check the name and the network, "
-            f"or give a local folder ({type(error).__name__})"
+            f"{name}{at} is not a local folder and cannot be fetched from the model hub: check the name and the "
+            f"network, or pass a local folder ({type(error).__name__})"
         ) from error
     return folder, folder.name  # the cache keeps each snapshot in a folder named by its commit
 
 
 def _check_weights(folder: Path) -> dict[str, Any]:
-    """Give `config.json` of a folder whose weights and tokenizer are of a kind that we load."""
+    """Check that family, weights and tokenizer of a folder can be loaded; return its `config.json`."""
     if not (folder / "config.json").is_file():
-        raise BundleError(f"{folder} is no encoder: it has no config.json")
+        raise BundleError(f"{folder} is not an encoder: it has no config.json")
     config: dict[str, Any] = read_json(folder / "config.json", dict)
     _check_family(config, folder)
     if not any(folder.glob("model*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise BundleError(
-                f"{folder} has pickled weights only, which can run code when they are opened: convert them to "
+                f"{folder} has only pickled weights, which can run code when they are opened: convert them to "
                 "model.safetensors (save_pretrained in a trusted place does it)"
             )
         raise BundleError(f"{folder} has no weights: model.safetensors is missing")
@@ -203,14 +202,14 @@ def _check_family(config: dict[str, Any], folder: Path) -> None:
     known = ", ".join(FAMILIES)
     if "auto_map" in config:
         raise BundleError(
-            f"{folder} needs code of its own (auto_map in config.json), which is never run: take an encoder of "
+            f"{folder} needs code of its own (auto_map in config.json), which is never run: use an encoder of "
             f"a supported family ({known})"
         )
     family: str = config.get("model_type", "")
     names = config.get("architectures") or []
     if config.get("is_decoder") or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise BundleError(
-            f"{folder} is a causal language model ({', '.join(names) or family}): take an encoder of "
+            f"{folder} is a causal language model ({', '.join(names) or family}): use an encoder of "
             f"a supported family ({known})"
         )
     if family not in FAMILIES:
@@ -224,7 +223,7 @@ def _check_family(config: dict[str, Any], folder: Path) -> None:
 
 
 def _token_limit(folder: Path, config: dict[str, Any]) -> int:
-    """Give the tokenizer's limit, bounded by the position table."""
+    """Return the tokenizer's limit, bounded by the position table."""
     path = folder / "tokenizer_config.json"
     limit = read_json(path, dict).get("model_max_length") if path.is_file() else None
     positions = _positions(config)
@@ -232,7 +231,7 @@ def _token_limit(folder: Path, config: dict[str, Any]) -> int:
 
 
 def _positions(config: dict[str, Any]) -> int:
-    """Give the tokens of the longest text that the position table holds."""
+    """Return the tokens of the longest text that fits the position table."""
     positions: int = config["max_position_embeddings"]
     return positions - FAMILIES[config["model_type"]].first_position(config)
 
@@ -241,28 +240,32 @@ def _check_spec(spec: EncoderSpec, config: dict[str, Any], folder: Path) -> None
     family: str = config["model_type"]
     width = config[FAMILIES[family].dim]
     if spec.family != family:
-        raise BundleError(f"{folder}: {ENCODER_FILE} says family {spec.family} and config.json {family}: tune it again")
-    if not spec.dense and spec.dim > width:
-        raise BundleError(f"{folder}: {ENCODER_FILE} says dim {spec.dim} and config.json {width}: tune it again")
-
-
-def _check_head(asked: Head, recorded: Head, folder: Path) -> None:
-    for field in dataclasses.fields(Head):
-        wanted, known = getattr(asked, field.name), getattr(recorded, field.name)
-        if wanted in (None, known) or (field.name == "template" and known is None):
-            continue
         raise BundleError(
-            f"{folder} was made with {field.name} {_shown(known)}, not {_shown(wanted)}: leave --{field.name} out"
+            f"{folder}: {ENCODER_FILE} has family {spec.family} and config.json {family}: tune the encoder again"
+        )
+    if not spec.dense and spec.dim > width:
+        raise BundleError(
+            f"{folder}: {ENCODER_FILE} has dim {spec.dim} and config.json {width}: tune the encoder again"
         )
 
 
-def _shown(value: object) -> str:
+def _check_head(requested: HeadSpec, recorded: HeadSpec, folder: Path) -> None:
+    for field in dataclasses.fields(HeadSpec):
+        value, known = getattr(requested, field.name), getattr(recorded, field.name)
+        if value in (None, known) or (field.name == "template" and known is None):
+            continue
+        raise BundleError(
+            f"{folder} was made with {field.name} {_text(known)}, not {_text(value)}: leave --{field.name} out"
+        )
+
+
+def _text(value: object) -> str:
     return str(value.value if isinstance(value, Pooling) else value)
 
 
 def _check_limits(spec: EncoderSpec, config: dict[str, Any], folder: Path) -> None:
     positions = _positions(config)
     if max(spec.max_tokens, spec.pad_to or 0) > positions:
-        raise BundleError(f"{folder} has {positions} positions, fewer than the {spec.max_tokens} tokens asked for")
+        raise BundleError(f"{folder} has {positions} positions, fewer than the {spec.max_tokens} tokens requested")
     if spec.pad_to is not None and spec.max_tokens > spec.pad_to:
-        raise BundleError(f"{folder} pads to {spec.pad_to} tokens, fewer than the {spec.max_tokens} tokens asked for")
+        raise BundleError(f"{folder} pads to {spec.pad_to} tokens, fewer than the {spec.max_tokens} tokens requested")

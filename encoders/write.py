@@ -40,10 +40,10 @@ TRUNCATION_LEFTOVERS = (
     "padding_side",
     "pad_to_multiple_of",
 )
-"""Keys that earlier calls leave in `tokenizer_config.json`. fastembed cuts at `max_length`."""
+"""Keys that earlier calls leave in `tokenizer_config.json`. fastembed truncates at `max_length`."""
 
 FOLDER_LEFTOVERS = ("is_local", "local_files_only", "name_or_path", "auto_map")
-"""Keys that describe the machine the tokenizer was loaded on."""
+"""Keys that describe where the tokenizer was loaded from."""
 
 CARD_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings-inference")
 
@@ -59,15 +59,15 @@ def write_layout(
 ) -> None:
     """Write weights (fp32), tokenizer, head and `encoder.json`.
 
-    A head that sentence-transformers lacks (see `beyond_sentence_transformers`) gets no `modules.json`: a tool that
-    would pool otherwise then has to be told so, and the card says it.
+    A head that sentence-transformers lacks (see `beyond_sentence_transformers`) gets no `modules.json`, so that no
+    tool pools differently without notice; the card explains it.
 
     Args:
-        folder: is made if need be. Writing is not atomic: see `mirror_runtime.folders`.
+        folder: is created if needed. Writing is not atomic: see `mirror_runtime.folders`.
         model: the encoder.
         tokenizer: its fast tokenizer.
-        spec: what decides a vector.
-        card: the model card's text; the front matter is put before it.
+        spec: everything except weights and tokenizer that decides a vector.
+        card: the model card's text, without front matter.
         dense: the head's dense layers, as `spec.dense` describes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def write_layout(
 
 
 def beyond_sentence_transformers(spec: EncoderSpec) -> str:
-    """Say what of a head has no equivalent among the modules of sentence-transformers; empty where all has."""
+    """Name the part of a head that sentence-transformers has no module for; empty if it has modules for all."""
     if spec.pooling is Pooling.MEAN_PADDED:
         return f"an average over the text padded to {spec.pad_to} tokens (`mean_padded`)"
     if spec.pooling not in POOLING_MODES.values():
@@ -96,7 +96,7 @@ def beyond_sentence_transformers(spec: EncoderSpec) -> str:
     if spec.layers != (-1,):
         return f"an average of layers {', '.join(map(str, spec.layers))}"
     if spec.template is not None and not spec.template.endswith("{text}"):
-        return f"the template `{spec.template}`, which goes on behind the text"
+        return f"the template `{spec.template}`, which continues after the text"
     if spec.vector_type in (VectorType.INT8, VectorType.BINARY):
         return f"{spec.vector_type.value} vectors"
     return ""
@@ -105,7 +105,7 @@ def beyond_sentence_transformers(spec: EncoderSpec) -> str:
 def _write_weights(folder: Path, model: PreTrainedModel) -> None:
     weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors makes it private
+    (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors creates it private
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}
     for name in ("_name_or_path", "torch_dtype", "is_decoder", "add_cross_attention"):
         config.pop(name, None)
@@ -122,7 +122,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Enc
         config.pop(name, None)
     special = {name: str(token) for name in SPECIAL_TOKENS if (token := getattr(tokenizer, name)) is not None}
     config |= special | {
-        # Both releases of transformers read tokenizer.json as it is with this class, and with few others.
+        # With this class, and few others, releases 4 and 5 of transformers read tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": tokenizer.model_input_names,
         "model_max_length": spec.max_tokens,
@@ -136,7 +136,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Enc
 
 
 def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]) -> None:
-    """Write a dense layer where and how sentence-transformers has it; `weights` are those of `make_dense`."""
+    """Write a dense layer in the format of sentence-transformers; `weights` are those of a `make_dense` module."""
     folder.mkdir(exist_ok=True)
     named = {name.replace("0.", "linear.", 1): value.contiguous() for name, value in weights.items()}
     save_file(named, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -155,12 +155,12 @@ def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]
 def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
     names = [("", "Transformer"), ("1_Pooling", "Pooling")]
     names += [(dense_folder(i), "Dense") for i in range(len(spec.dense))]
-    given = spec.dense[-1].out_features if spec.dense else width
-    if spec.dim < given:
-        # sentence-transformers keeps no record of a cut, but a dense layer that passes the first components on is one.
-        cut = Dense(in_features=given, out_features=spec.dim, bias=False, activation=Activation.IDENTITY)
+    uncut = spec.dense[-1].out_features if spec.dense else width
+    if spec.dim < uncut:
+        # sentence-transformers records no cut, but a dense layer with an identity matrix keeps the first components.
+        cut = Dense(in_features=uncut, out_features=spec.dim, bias=False, activation=Activation.IDENTITY)
         names.append((dense_folder(len(spec.dense)), "Dense"))
-        _write_dense(folder / names[-1][0], cut, {"0.weight": torch.eye(spec.dim, given)})
+        _write_dense(folder / names[-1][0], cut, {"0.weight": torch.eye(spec.dim, uncut)})
     if spec.normalize:
         names.append((f"{len(names)}_Normalize", "Normalize"))
     _dump(
@@ -179,7 +179,7 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
         | {key: name == mode for key, name in LEGACY_POOLING_KEYS.items()}
         | {"include_prompt": True},
     )
-    # sentence-transformers' own lower-casing stays off: tokenizer.json already does what the model was trained with
+    # Lower-casing by sentence-transformers stays off: tokenizer.json already does what the model was trained with.
     _dump(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_tokens, "do_lower_case": False})
     prompt = None if spec.template is None else spec.template.removesuffix("{text}")
     _dump(
@@ -195,12 +195,13 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
 
 
 def _front_matter(spec: EncoderSpec) -> str:
-    alone = bool(beyond_sentence_transformers(spec))
-    library = "transformers" if alone else "sentence-transformers"
+    unsupported = bool(beyond_sentence_transformers(spec))
+    library = "transformers" if unsupported else "sentence-transformers"
     lines = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
     if spec.revision is not None:  # only a hub name is a valid base_model there
         lines.append(f"base_model: {spec.base_model}")
-    tags = CARD_TAGS[1:3] if alone else CARD_TAGS
+    tags = CARD_TAGS[1:3] if unsupported else CARD_TAGS
+
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", "", ""])
 
 

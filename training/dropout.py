@@ -1,8 +1,8 @@
 """Dropout whose masks are cheap to draw on a CPU, and attention with it.
 
-PyTorch draws a CPU dropout mask one Bernoulli variate at a time in one thread, which was a fifth to a quarter of a
+PyTorch draws a CPU dropout mask one Bernoulli variate at a time in one thread, which took a fifth to a quarter of a
 tuning step. Here one 64-bit draw of the same generator decides four elements, against a threshold of 16 bits: the
-probability is met to 1/131072, and the scale uses the probability that is met.
+effective probability is within 1/131072 of the requested one, and the scale uses the effective one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from encoders.layers import fused_attention
 
 LEVELS = 2**16
 
@@ -30,12 +32,8 @@ class WordDropout(nn.Module):
         self.p = p
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """Zero elements at random and scale the others, in training mode alone; shape and dtype stay."""
+        """Zero elements at random and scale the others, in training mode only; shape and dtype stay."""
         return word_dropout(values, self.p) if self.training else values
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Attend with this dropout on the probabilities; see the function `attend`. Called by `encoders.families`."""
-        return attend(query, key, value, mask, self.p)
 
 
 def word_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
@@ -71,37 +69,27 @@ class _Dropped(torch.autograd.Function):
         return (gradient * mask).mul_(ctx.scale), None, None
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, p: float) -> torch.Tensor:
-    """Attend as `scaled_dot_product_attention` does, on a CPU and with dropout on the probabilities.
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend with word dropout on the probabilities if the layer has it, else fused. An `encoders.layers.Attention`.
 
-    Scores and probabilities keep the type of `query`: autocast would lift them to fp32 and back.
-
-    Args:
-        query: float [rows, heads, length, head dim]; `key` and `value` likewise.
-        key: see `query`.
-        value: see `query`.
-        mask: [rows, 1 or heads, length, length], query before key: bool, True where seen (at least one key for each
-            query); or floating, added to the scores.
-        p: probability of dropout.
-
-    Returns:
-        float [rows, heads, length, head dim].
+    Scores and probabilities keep the type of `query`: autocast would cast them to fp32 and back.
     """
+    if not (isinstance(dropout, WordDropout) and dropout.training):
+        return fused_attention(query, key, value, mask, dropout)
     with torch.autocast("cpu", enabled=False):
         scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
         if mask.dtype is torch.bool:
             scores = scores.masked_fill_(~mask, float("-inf"))
         else:
             scores = scores + mask.to(scores.dtype)
-        return torch.matmul(word_dropout(scores.softmax(dim=-1), p), value)
+        return torch.matmul(word_dropout(scores.softmax(dim=-1), dropout.p), value), None
 
 
 @contextmanager
 def set_dropout(model: PreTrainedModel, p: float) -> Iterator[None]:
-    """Give every dropout of a model the probability `p` while the block runs, in the fast form on a CPU.
-
-    Attention asks its layer's dropout module: see `encoders.families`.
-    """
+    """Replace every dropout of a model by one of probability `p` while the block runs, on a CPU by word dropout."""
     found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
     dropouts = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Dropout)]
     for parent, name, child in dropouts:

@@ -1,7 +1,7 @@
-"""Run several texts in one row of the model, exactly as if each were alone.
+"""Pack several texts into each row of the model. Every text gets the vector that it would have alone.
 
-Most texts are far shorter than the limit, so a padded batch is mostly padding. Here texts lie one after another in rows
-of equal length; position ids restart with each text and attention stays within it.
+Most texts are far shorter than the limit, so a padded batch is mostly padding. Packed texts lie one after another in
+rows of equal length; position ids restart with each text and attention stays within it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from encoders import families
+from encoders import layers as encoder_layers
 from mirror_runtime.bundle import Pooling
+from training import dropout
 
 BLOCK = 16
-"""Row lengths are multiples of this: attention kernels are slow for others."""
+"""Row lengths are multiples of this: attention kernels are slow for other lengths."""
 
 POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.MEAN_PADDED, Pooling.MAX, Pooling.WEIGHTED_MEAN, Pooling.LAST)
-"""What `pool_packed` computes. The others need a template or attention weights."""
+"""Supported by `pool_packed`. The others need a template or attention probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,36 +30,36 @@ class PackedTexts:
     """Texts laid out in rows.
 
     Attributes:
-        input_ids: int64 [rows, length]; the padding token where empty.
+        input_ids: int64 [rows, length]; empty slots hold the padding token.
         position_ids: int64 [rows, length]: 0, 1, … within each text.
-        text_ids: int64 [rows, length]: 0 where empty, else the text's index plus one.
-        own: bool [rows, length]: False on padding inside a text's slots, which nothing attends to.
+        text_ids: int64 [rows, length]: 0 in empty slots, else the text's index plus one.
+        attended: bool [rows, length]: False on padding inside a text's slots, which no token attends to.
         first: int64 [texts]: flat index of each text's first token.
-        sizes: int64 [texts]: slots of each text, padding included.
-        tokens: the texts' own tokens in all rows.
+        sizes: int64 [texts]: slots of each text, including padding.
+        tokens: number of tokens in all rows, without padding.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     text_ids: torch.Tensor
-    own: torch.Tensor
+    attended: torch.Tensor
     first: torch.Tensor
     sizes: torch.Tensor
     tokens: int
 
-    def attention(self) -> torch.Tensor:
-        """Give who may attend to whom: bool [rows, 1, length, length], query before key.
+    def attention_mask(self) -> torch.Tensor:
+        """Return which query may attend to which key: bool [rows, 1, length, length].
 
-        Empty slots attend to each other, so that no query is left without a key.
+        Empty slots attend to each other, so that every query has a key.
         """
         same = self.text_ids[:, :, None] == self.text_ids[:, None, :]
-        return (same & self.own[:, None, :]).unsqueeze(1)
+        return (same & self.attended[:, None, :]).unsqueeze(1)
 
     def split(self, rows: int) -> Iterator[tuple[torch.Tensor, PackedTexts]]:
-        """Cut into pieces of at most `rows` rows; each text is whole in one of them.
+        """Split into pieces of at most `rows` rows. No text spans two rows, so none spans two pieces.
 
         Yields:
-            int64 [texts of the piece], their numbers in the whole, and the piece.
+            int64 [texts of the piece], their indices in the whole, and the piece.
         """
         length = self.input_ids.shape[1]
         row_of = self.first // length
@@ -67,34 +68,34 @@ class PackedTexts:
             chosen = ((row_of >= start) & (row_of < end)).nonzero().flatten()
             renumbered = torch.zeros(len(self.first) + 1, dtype=torch.int64)
             renumbered[chosen + 1] = torch.arange(1, len(chosen) + 1)
-            text_ids, own = renumbered[self.text_ids[start:end]], self.own[start:end]
+            text_ids, attended = renumbered[self.text_ids[start:end]], self.attended[start:end]
             yield (
                 chosen,
                 PackedTexts(
                     input_ids=self.input_ids[start:end],
                     position_ids=self.position_ids[start:end],
                     text_ids=text_ids,
-                    own=own,
+                    attended=attended,
                     first=self.first[chosen] - start * length,
                     sizes=self.sizes[chosen],
-                    tokens=int(((text_ids > 0) & own).sum()),
+                    tokens=int(((text_ids > 0) & attended).sum()),
                 ),
             )
 
 
 def row_length(max_tokens: int) -> int:
-    """Give the shortest row that holds a text of `max_tokens` and suits the kernels."""
+    """Return the shortest row length that fits a text of `max_tokens` and is a multiple of `BLOCK`."""
     return -(-max_tokens // BLOCK) * BLOCK
 
 
 def pack(texts: Sequence[Sequence[int]], *, length: int, pad_id: int, pad_to: int | None = None) -> PackedTexts:
-    """Lay texts out in rows, longest first, each in the fullest row with room (best-fit decreasing).
+    """Pack texts into rows, longest first, each into the fullest row with room (best-fit decreasing).
 
     Args:
         texts: token ids with special tokens; each non-empty and no longer than `length` and `pad_to`.
         length: of a row.
         pad_id: the padding token.
-        pad_to: slots of every text, for `mean_padded`; None gives a text as many slots as it has tokens.
+        pad_to: slots of every text, for `mean_padded`; None means as many slots as the text has tokens.
 
     Raises:
         ValueError: a text is empty or too long.
@@ -113,13 +114,13 @@ def pack(texts: Sequence[Sequence[int]], *, length: int, pad_id: int, pad_to: in
     position_ids[slots] = offsets
     text_ids = np.zeros(rows * length, dtype=np.int64)
     text_ids[slots] = np.repeat(row_ids, sizes)
-    own = np.ones(rows * length, dtype=np.bool_)
-    own[slots] = offsets < np.repeat(tokens, sizes)
+    attended = np.ones(rows * length, dtype=np.bool_)
+    attended[slots] = offsets < np.repeat(tokens, sizes)
     return PackedTexts(
         input_ids=torch.from_numpy(flat_ids.reshape(rows, length)),
         position_ids=torch.from_numpy(position_ids.reshape(rows, length)),
         text_ids=torch.from_numpy(text_ids.reshape(rows, length)),
-        own=torch.from_numpy(own.reshape(rows, length)),
+        attended=torch.from_numpy(attended.reshape(rows, length)),
         first=torch.from_numpy(starts),
         sizes=torch.from_numpy(sizes),
         tokens=int(tokens.sum()),
@@ -127,7 +128,7 @@ def pack(texts: Sequence[Sequence[int]], *, length: int, pad_id: int, pad_to: in
 
 
 def _place(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], int]:
-    """Give each text's flat start and the number of rows."""
+    """Return each text's flat start and the number of rows."""
     room_to_rows: list[list[int]] = [[] for _ in range(length + 1)]
     starts, rows = np.zeros_like(sizes), 0
     for text in np.argsort(-sizes, kind="stable").tolist():
@@ -143,7 +144,7 @@ def _place(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], in
 
 
 def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give the flat slots that texts take, one text after another, and each slot's offset within its text."""
+    """Return the flat slots of all texts, one text after another, and each slot's offset within its text."""
     offsets = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return np.repeat(starts, sizes) + offsets, offsets
 
@@ -158,7 +159,7 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
         layers: whose outputs are averaged before pooling, see `EncoderSpec`.
 
     Returns:
-        float32 [texts, dim] in the order given to `pack`, not normalised.
+        float32 [texts, dim] in the order of the texts passed to `pack`, not normalised.
     """
     states = hidden_states(model, packed)
     hidden = states[layers[0]].float()
@@ -168,38 +169,39 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
 
 
 def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
-    """Run the model over packed rows.
+    """Run the model over packed rows, with the attention of `training.dropout`.
 
     Args:
         model: an encoder of one of `encoders.families`; the rows are moved to its device.
         packed: the texts.
 
     Returns:
-        As Hugging Face's `hidden_states`: float [rows, length, dim], of the embeddings and of each layer.
+        Like Hugging Face's `hidden_states`: float [rows, length, dim] of the embeddings and of each layer.
     """
     device = model.device
-    states, _ = families.hidden_states(
+    states, _ = encoder_layers.hidden_states(
         model,
         packed.input_ids.to(device),
         packed.position_ids.to(device),
-        packed.attention().to(device),
+        packed.attention_mask().to(device),
+        attention=dropout.attention,
     )
     return states
 
 
 def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> torch.Tensor:
-    """Turn token vectors in packed rows into one vector a text.
+    """Pool token vectors in packed rows into one vector a text.
 
     Args:
         hidden: float [rows, length, dim].
-        packed: whose they are.
+        packed: the texts of these rows.
         pooling: one of `POOLINGS`.
 
     Returns:
         float32 [texts, dim].
 
     Raises:
-        ValueError: another pooling.
+        ValueError: the pooling is not one of `POOLINGS`.
     """
     flat, device = hidden.flatten(0, 1).float(), hidden.device
     first, sizes = packed.first.to(device), packed.sizes.to(device)
@@ -208,15 +210,16 @@ def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> 
         return flat[first]
     if pooling is Pooling.LAST:
         return flat[first + sizes - 1]
-    totals = flat.new_zeros(len(sizes) + 1, flat.shape[1])  # row 0 collects the empty slots
+    totals = flat.new_zeros(len(sizes) + 1, flat.shape[1])  # row 0 is for the empty slots
+
     if pooling is Pooling.MAX:
-        own = packed.own.to(device).flatten()
-        index = (text_ids * own)[:, None].expand(-1, flat.shape[1])
+        attended = packed.attended.to(device).flatten()
+        index = (text_ids * attended)[:, None].expand(-1, flat.shape[1])
         return totals.scatter_reduce(0, index, flat, "amax", include_self=False)[1:]
     if pooling is Pooling.WEIGHTED_MEAN:
         flat = flat * (packed.position_ids.to(device).flatten()[:, None] + 1)
         sizes = sizes * (sizes + 1) / 2
     elif pooling not in (Pooling.MEAN, Pooling.MEAN_PADDED):
-        raise ValueError(f"packed rows cannot be pooled by {pooling.value}")
+        raise ValueError(f"packed rows do not support pooling {pooling.value}")
     means: torch.Tensor = totals.index_add(0, text_ids, flat)[1:] / sizes[:, None]
     return means

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from encoders.reference import Reference
-from encoders.source import Source, resolve
+from encoders.source import ResolvedEncoder, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
 from evaluation.similarity import Group, Report, difference, evaluate, flat
@@ -185,7 +185,7 @@ def tune(job: Job, watcher: Watcher | None = None) -> Summary:
 
 def _tune(
     job: Job,
-    source: Source,
+    source: ResolvedEncoder,
     corpus: Corpus,
     hardware: Hardware,
     folder: Path | None,
@@ -242,7 +242,7 @@ def _tune(
     return summary
 
 
-def _evaluated(job: Job, source: Source, tuned: Reference, summary: Summary, watcher: Watcher) -> Summary:
+def _evaluated(job: Job, source: ResolvedEncoder, tuned: Reference, summary: Summary, watcher: Watcher) -> Summary:
     """Measure base and result. The base is loaded again: measured before, other processes would wait for it."""
     reports = [
         evaluate(
@@ -326,7 +326,7 @@ def _written(output: Path) -> Iterator[None]:
         raise EngineError("the device's memory is full: give a --micro-batch-tokens, for example 8192") from error
 
 
-def _tuned_source(job: Job) -> Source:
+def _tuned_source(job: Job) -> ResolvedEncoder:
     """Resolve the base with the tuned encoder's spec: unit vectors, and the base's own limit on length.
 
     The recipe's `max_tokens` bounds what is looked at while tuning; the tuned encoder still reads as far as its base.

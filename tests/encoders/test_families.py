@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
-from encoders.families import FAMILIES, hidden_states, relative_bucket
+from encoders.families import FAMILIES
+from encoders.layers import hidden_states, relative_bucket
 from encoders.reference import Reference
 from encoders.source import resolve
 from encoders.write import write_layout
@@ -130,7 +131,7 @@ def test_tokens_are_those_of_tokenizer_json(reference: Reference, tiny_encoder: 
     runtime = Tokenizer(path, 200_000, LongTexts.ERROR)(TEXTS)
     assert not runtime.errors
     pieces = np.split(runtime.ids, np.cumsum(runtime.lengths)[:-1])
-    assert [pieces[i].tolist() for i in runtime.parts] == reference.tokenizer(list(TEXTS))["input_ids"]
+    assert [pieces[i].tolist() for i in runtime.part_piece] == reference.tokenizer(list(TEXTS))["input_ids"]
 
 
 @each_family

@@ -11,7 +11,7 @@ import torch
 
 from encoders.pooling import make_dense
 from encoders.reference import Reference
-from encoders.source import Head, resolve
+from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
 from mirror_runtime.bundle import Activation, Dense, Ditto, Pooling, VectorType, read_encoder
 from mirror_runtime.vectors import cosines
@@ -128,16 +128,16 @@ def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path,
 @pytest.mark.parametrize(
     ("head", "changes", "reason"),
     [
-        (Head(pooling=Pooling.MASK, template="{text} is [MASK]"), {}, "pooling `mask`"),
-        (Head(ditto=Ditto(layer=0, head=1)), {}, "pooling `ditto`"),
-        (Head(pooling=Pooling.MEAN, layers=(0, -1)), {}, "average of layers 0, -1"),
-        (Head(pooling=Pooling.MEAN, template="a {text} ."), {}, "goes on behind the text"),
-        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.BINARY}, "binary vectors"),
-        (Head(pooling=Pooling.MEAN), {"vector_type": VectorType.INT8, "int8_scale": 0.1}, "int8 vectors"),
+        (HeadSpec(pooling=Pooling.MASK, template="{text} is [MASK]"), {}, "pooling `mask`"),
+        (HeadSpec(ditto=Ditto(layer=0, head=1)), {}, "pooling `ditto`"),
+        (HeadSpec(pooling=Pooling.MEAN, layers=(0, -1)), {}, "average of layers 0, -1"),
+        (HeadSpec(pooling=Pooling.MEAN, template="a {text} ."), {}, "continues after the text"),
+        (HeadSpec(pooling=Pooling.MEAN), {"vector_type": VectorType.BINARY}, "binary vectors"),
+        (HeadSpec(pooling=Pooling.MEAN), {"vector_type": VectorType.INT8, "int8_scale": 0.1}, "int8 vectors"),
     ],
 )
 def test_heads_beyond_sentence_transformers_are_not_passed_off_as_its_own(
-    tiny_bert: Path, tmp_path: Path, head: Head, changes: dict[str, Any], reason: str
+    tiny_bert: Path, tmp_path: Path, head: HeadSpec, changes: dict[str, Any], reason: str
 ) -> None:
     run = tmp_path / "run"
     source = resolve(str(tiny_bert), head=head, max_tokens=30)

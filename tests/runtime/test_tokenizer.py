@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from encoders.reference import Reference
-from encoders.source import Head, resolve
+from encoders.source import HeadSpec, resolve
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer, text_span
 
@@ -37,15 +37,15 @@ def test_ids_are_those_of_transformers(minilm):
 
 def test_chunks_cover_the_whole_text(minilm):
     ours = make(minilm, LongTexts.CHUNK)(["short", "word " * 130])
-    assert ours.owners.tolist() == [0, 1, 1, 1]
-    assert ours.lengths[ours.parts].tolist() == [3, 64, 64, 130 - 2 * 62 + 2]
+    assert ours.part_text.tolist() == [0, 1, 1, 1]
+    assert ours.lengths[ours.part_piece].tolist() == [3, 64, 64, 130 - 2 * 62 + 2]
     assert not ours.truncated.any()
     assert ours.tokens.tolist() == [3, 132]
 
 
 def test_the_error_policy_names_both_numbers_and_spares_the_rest(minilm):
     ours = make(minilm, LongTexts.ERROR)(["word " * 100, "fine"])
-    assert ours.owners.tolist() == [1]
+    assert ours.part_text.tolist() == [1]
     assert "has 102 tokens and the encoder takes 64" in ours.errors[0].reason
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_text_is_named_and_the_rest_unharmed(minilm, bad, message):
     ours = make(minilm, LongTexts.TRUNCATE)(["before", bad, "after"])
     assert list(ours.errors) == [1]
     assert message in str(ours.errors[1])
-    assert ours.owners.tolist() == [0, 2]
+    assert ours.part_text.tolist() == [0, 2]
 
 
 def test_a_broken_tokenizer_file_is_one_clear_error(tmp_path):
@@ -80,14 +80,14 @@ PROMPT = 'This sentence : "{text}" means [MASK] .'
 def pieces(tokenized: Tokenized) -> list[list[int]]:
     """The pieces of every text, in the texts' order."""
     once = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
-    return [once[place].tolist() for place in tokenized.parts]
+    return [once[place].tolist() for place in tokenized.part_piece]
 
 
 def test_equal_pieces_are_there_once(minilm):
     ours = make(minilm, LongTexts.CHUNK)(["A dog", "a cat", "a  DOG", None, "a cat", "same " * 124])
     assert ours.lengths.tolist() == [4, 4, 64]
-    assert ours.owners.tolist() == [0, 1, 2, 4, 5, 5]
-    assert ours.parts.tolist() == [0, 1, 0, 1, 2, 2]
+    assert ours.part_text.tolist() == [0, 1, 2, 4, 5, 5]
+    assert ours.part_piece.tolist() == [0, 1, 0, 1, 2, 2]
     assert ours.tokens.tolist() == [4, 4, 4, 0, 4, 126]
 
 
@@ -115,12 +115,12 @@ def test_every_chunk_has_the_template(minilm):
     chunked = make(minilm, LongTexts.CHUNK, 15, template=PROMPT)(["cat " * 7 + "dog " * 5])
     assert [tokenizer.decode(piece).count("means [MASK]") for piece in pieces(chunked)] == [1, 1, 1]
     assert [tokenizer.decode(piece).count("cat") for piece in pieces(chunked)] == [5, 2, 0]
-    assert chunked.owners.tolist() == [0, 0, 0]
+    assert chunked.part_text.tolist() == [0, 0, 0]
     assert not chunked.truncated.any()
 
 
 def test_the_reference_tokenises_alike(minilm):
-    source = resolve(str(minilm), max_tokens=16, head=Head(template=PROMPT))
+    source = resolve(str(minilm), max_tokens=16, head=HeadSpec(template=PROMPT))
     reference = Reference.load(source)
     texts = [*TEXTS[:6], "word " * 100, "x" * 500, "é" * 300]
     assert pieces(make(minilm, LongTexts.TRUNCATE, 16, template=PROMPT)(texts)) == reference.tokenize(texts)
@@ -144,6 +144,10 @@ def test_padding_fills_every_piece_and_is_told_apart(minilm):
     # A text may spell the padding token out: that one is its own.
     padded = make(minilm, LongTexts.TRUNCATE, 8, pad_to=10)(["cat", "a [PAD]", "cat " * 20])
     assert padded.lengths.tolist() == [10, 10, 10]
-    assert padded.own is not None
-    assert padded.own.tolist() == [3, 4, 8]
-    assert [piece[own:] for piece, own in zip(pieces(padded), padded.own, strict=True)] == [[0] * 7, [0] * 6, [0] * 2]
+    assert padded.unpadded_lengths is not None
+    assert padded.unpadded_lengths.tolist() == [3, 4, 8]
+    assert [piece[own:] for piece, own in zip(pieces(padded), padded.unpadded_lengths, strict=True)] == [
+        [0] * 7,
+        [0] * 6,
+        [0] * 2,
+    ]

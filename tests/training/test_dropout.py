@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from encoders.families import hidden_states
+from encoders.layers import hidden_states
 from encoders.reference import Reference
 from encoders.source import resolve
 from mirror_runtime.bundle import Pooling
-from training.dropout import WordDropout, set_dropout, word_dropout
+from training.dropout import WordDropout, attention, set_dropout, word_dropout
 
 
 def hidden(model: Any, ids: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return hidden_states(model, ids, positions, allowed)[0][-1]
+    return hidden_states(model, ids, positions, allowed, attention=attention)[0][-1]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.25, 0.9])

@@ -46,7 +46,7 @@ def test_rows_are_filled_longest_first_and_keep_every_token() -> None:
 
 def test_attention_stays_within_a_text_and_no_query_is_left_without_a_key() -> None:
     packed = pack([[5, 6, 7], [8, 9]], length=16, pad_id=0)
-    allowed = packed.attention()[0, 0]
+    allowed = packed.attention_mask()[0, 0]
     assert allowed[0].nonzero().flatten().tolist() == [0, 1, 2]
     assert allowed[4].nonzero().flatten().tolist() == [3, 4]
     assert bool(allowed.any(dim=1).all())
@@ -142,5 +142,5 @@ def test_the_largest_values_leave_padding_out(tiny_bert: Path) -> None:
     packed = pack([[5, 6], [7, 8, 9]], length=16, pad_id=0, pad_to=4)
     hidden = torch.arange(packed.input_ids.numel(), dtype=torch.float32).view(1, 16, 1).expand(1, 16, 2)
     assert pool_packed(hidden, packed, Pooling.MAX)[:, 0].tolist() == [1, 6]
-    with pytest.raises(ValueError, match="cannot be pooled by ditto"):
+    with pytest.raises(ValueError, match="do not support pooling ditto"):
         pool_packed(hidden, packed, Pooling.DITTO)

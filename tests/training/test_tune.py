@@ -84,7 +84,7 @@ def test_an_output_in_use_is_refused_and_replaced_on_demand(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "does not record its pooling: say --pooling"),
+        ([], "does not record its pooling: add --pooling"),
         (["--pooling", "mean", "--batch-size", "21"], "20 distinct lines, fewer than one batch of 21"),
         (["--pooling", "mean", "--lr", "1e30"], "Lower --lr"),
         (["--pooling", "mean", "--temperature", "0"], "--temperature is 0.0: it must be a positive number"),
