@@ -1,6 +1,9 @@
 # People and CI call these and nothing else.
 PYTHON ?= python3
 VENV := .venv
+# What `make setup` installs. Other Pythons than the lock's: CONSTRAINTS= EXTRAS=test
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # NVIDIA's Python modules without the libraries behind them: what tests hold the TensorRT calls against.
@@ -24,7 +27,7 @@ setup: $(STAMP)  ## make .venv with the locked versions
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup  ## raw text -> tuned weights -> ONNX -> Triton -> answers (DEMO='--base NAME --serve none' passes options)
