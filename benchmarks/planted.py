@@ -21,7 +21,8 @@ class Slowed:
         self.name = engine.name
         self.precision = engine.precision
         self.streams = engine.streams
-        self.row_step = engine.row_step
+        self.length_multiple = engine.length_multiple
+        self.dynamic_shapes = engine.dynamic_shapes
         self._engine = engine
         self._share = share
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from mirror_runtime.bundle import sha256_texts
-from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
+from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 FULL_TEXTS = 4000
@@ -190,7 +190,7 @@ def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> Worklo
     tokenized = tokenizer(texts)
     if tokenized.errors:
         raise InputError(f"the workload ({source}) has an invalid text: {next(iter(tokenized.errors.values()))}")
-    lengths = [float(length) for length in tokenized.lengths[tokenized.parts]]  # truncated: a text is one part
+    lengths = [float(length) for length in tokenized.lengths[tokenized.part_piece]]  # truncated: a text is one part
     return WorkloadFacts(
         source=source,
         texts=len(texts),

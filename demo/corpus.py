@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirror_runtime.docstrings import standard_library
+from mirror_runtime.stdlib_texts import standard_library
 
 QUESTIONS = (
     "delete a folder and everything in it",

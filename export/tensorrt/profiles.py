@@ -1,4 +1,4 @@
-"""Which shapes an engine is built for: one static profile for each packed shape, or buckets of padded lengths."""
+"""The shapes that an engine is built for: a static profile for each packed shape, or buckets of padded lengths."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ PADDED_BATCH = (1, 8, 32)
 """Smallest, usual and largest number of texts in a batch of a padded engine."""
 
 FIRST_BUCKET = 32
-"""Longest text of the first padded profile, in tokens; each profile's is double the one before."""
+"""Longest text of the first padded profile, in tokens; it doubles from one profile to the next."""
 
 
-def packed_ladder(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> ShapeSet:
-    """Give the shapes that the runtime packs this encoder's texts into, where no plan says otherwise."""
+def packed_shape_set(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> ShapeSet:
+    """Return the shapes that the runtime packs this encoder's texts into, if no plan names others."""
     return ShapeSet.up_to(spec.pad_to or spec.max_tokens, budget=budget)
 
 
-def packed_profiles(inputs: Sequence[TensorSpec], ladder: ShapeSet) -> tuple[Profile, ...]:
-    """Give one static profile (min = opt = max) for each shape that packing can produce."""
-    return tuple({tensor.name: (shape, shape, shape) for tensor in inputs} for shape in ladder.shapes())
+def packed_profiles(inputs: Sequence[TensorSpec], shape_set: ShapeSet) -> tuple[Profile, ...]:
+    """Return a static profile (min = opt = max) for each shape that packing can produce."""
+    return tuple({tensor.name: (shape, shape, shape) for tensor in inputs} for shape in shape_set.shapes())
 
 
 def padded_profiles(inputs: Sequence[TensorSpec], max_tokens: int) -> tuple[Profile, ...]:
-    """Give one profile for each bucket of lengths, up to `max_tokens`, that together hold every length once.
+    """Return a profile for each bucket of lengths up to `max_tokens`; together they cover every length once.
 
-    Kernels are chosen at a bucket's longest length: clients that pad to it get what was measured.
+    TensorRT chooses kernels for a bucket's longest length: clients that pad to it get the measured speed.
     """
     few, usual, many = PADDED_BATCH
     profiles: list[Profile] = []
@@ -46,8 +46,8 @@ def check_profiles(profiles: Sequence[Profile], inputs: Sequence[TensorSpec], ma
     """Check the arithmetic of profiles.
 
     Raises:
-        EngineError: a profile leaves out an input, does not have 1 <= min <= opt <= max in every dimension, gives two
-            inputs different shapes, or (packed) has a row without slots; or no profile holds `max_tokens`.
+        EngineError: a profile lacks an input, does not have 1 <= min <= opt <= max in every dimension, has different
+            shapes for two inputs, or (packed) has a row without slots; or no profile covers `max_tokens`.
     """
     if not profiles:
         raise EngineError("an engine needs at least one profile")
@@ -57,7 +57,7 @@ def check_profiles(profiles: Sequence[Profile], inputs: Sequence[TensorSpec], ma
         if sorted(profile) != sorted(names):
             raise EngineError(f"{where} has shapes for {', '.join(profile)}; the graph's inputs are {', '.join(names)}")
         if len(set(profile.values())) > 1:
-            raise EngineError(f"{where} gives its inputs different shapes: {profile}")
+            raise EngineError(f"{where} has different shapes for its inputs: {profile}")
         least, usual, most = next(iter(profile.values()))
         if not (len(least) == len(usual) == len(most) == 2):
             raise EngineError(f"{where} is {least}, {usual}, {most}: the inputs have 2 dimensions")
@@ -65,6 +65,6 @@ def check_profiles(profiles: Sequence[Profile], inputs: Sequence[TensorSpec], ma
             raise EngineError(f"{where} is {least}, {usual}, {most}: 1 <= min <= opt <= max must hold")
         if "segment_ids" in names and (most[1] % BLOCK or least[1] < TOKENS_PER_SLOT):
             raise EngineError(f"{where} has rows of {most[1]} tokens: packed rows are multiples of {BLOCK}")
-    held = max(shapes[2][1] for profile in profiles for shapes in profile.values())
-    if held < max_tokens:
-        raise EngineError(f"the longest profile holds {held} tokens; the encoder takes texts of {max_tokens}")
+    longest = max(shapes[2][1] for profile in profiles for shapes in profile.values())
+    if longest < max_tokens:
+        raise EngineError(f"the longest profile covers {longest} tokens; the encoder accepts texts of {max_tokens}")

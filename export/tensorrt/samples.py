@@ -1,4 +1,4 @@
-"""Batches and reference vectors, stored for `prove_plan.py` on a machine without this project."""
+"""Store batches and reference vectors for `prove_plan.py` on a machine without this project."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from encoders.reference import Reference
-from export.proof.parity import FLOORS
-from export.tensorrt.profiles import PADDED_BATCH, packed_ladder
+from export.proof.floors import FLOORS
+from export.proof.padded import padded_feed
+from export.tensorrt.profiles import PADDED_BATCH, packed_shape_set
 from mirror_runtime.bundle import TOKENIZER_FILE, Layout, Precision, TensorSpec
 from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 SAMPLES = 48
-"""Texts stored: of every length that the parity texts have."""
+"""Texts to store, spread over the lengths of the parity texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,8 @@ class Sample:
 
     Attributes:
         feed: the graph's inputs.
-        slots: where each text's vector is in the flattened output.
-        texts: which texts these are.
+        slots: position of each text's vector in the flattened output.
+        texts: indices of the texts.
     """
 
     feed: dict[str, NDArray[np.int64]]
@@ -54,12 +55,12 @@ def write_samples(
         spec.max_tokens,
         LongTexts.TRUNCATE,
         template=spec.template,
-        pad_to=spec.pad_to if layout is Layout.PACKED else None,  # the padded graph fills up by itself
+        pad_to=spec.pad_to if layout is Layout.PACKED else None,  # the padded graph pads by itself
     )
     tokenized = tokenizer(chosen)
-    # Texts of equal tokens are one piece: the first of them speaks for it.
-    vectors = reference.encode(chosen)[np.unique(tokenized.parts, return_index=True)[1]]
-    batches = _packed(tokenized, packed_ladder(spec)) if layout is Layout.PACKED else _padded(tokenized)
+    # Texts with equal tokens share one piece: the first of them stands for it.
+    vectors = reference.encode(chosen)[np.unique(tokenized.part_piece, return_index=True)[1]]
+    batches = _packed(tokenized, packed_shape_set(spec)) if layout is Layout.PACKED else _padded(tokenized)
     stored: dict[str, NDArray[np.generic] | float | str] = {
         "floor": FLOORS[precision],
         "output": "embedding" if layout is Layout.PACKED else "sentence_embedding",
@@ -72,21 +73,14 @@ def write_samples(
     np.savez_compressed(path, batches=count, **stored)
 
 
-def _packed(tokenized: Tokenized, ladder: ShapeSet) -> Iterator[Sample]:
-    for batch in pack(tokenized.ids, tokenized.lengths, ladder, own=tokenized.own):
+def _packed(tokenized: Tokenized, shape_set: ShapeSet) -> Iterator[Sample]:
+    for batch in pack(tokenized.ids, tokenized.lengths, shape_set, unpadded_lengths=tokenized.unpadded_lengths):
         rows = batch.rows
         feed = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "segment_ids": rows.segment_ids}
         yield Sample(feed=feed, slots=batch.slots, texts=batch.pieces)
 
 
 def _padded(tokenized: Tokenized) -> Iterator[Sample]:
-    starts = np.cumsum(tokenized.lengths) - tokenized.lengths
     usual = PADDED_BATCH[1]
     for texts in np.array_split(np.argsort(tokenized.lengths, kind="stable"), -(-tokenized.lengths.size // usual)):
-        lengths = tokenized.lengths[texts]
-        mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-        input_ids = np.zeros(mask.shape, np.int64)
-        input_ids[mask] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in texts])
-        zeros = np.zeros_like(input_ids)
-        feed = {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": zeros}
-        yield Sample(feed=feed, slots=np.arange(texts.size), texts=texts)
+        yield Sample(feed=padded_feed(tokenized, texts), slots=np.arange(texts.size), texts=texts)

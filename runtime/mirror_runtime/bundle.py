@@ -7,18 +7,18 @@ Both are JSON with one strict reader: a missing key, an unknown key or a value o
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
 
 from mirror_runtime.errors import BundleError
+from mirror_runtime.strict_json import from_json as from_json  # part of this module's interface, with the next one
+from mirror_runtime.strict_json import read_json, read_object
+from mirror_runtime.strict_json import to_json as to_json
+from mirror_runtime.strict_json import write_json as write_json
 
 FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -28,8 +28,6 @@ TOKENIZER_FILE = "tokenizer.json"
 
 TOKENS_PER_SLOT = 4
 """A packed row of L tokens has L // 4 slots: as many texts as may share the row. The graph computes it from L."""
-
-T = TypeVar("T")
 
 
 class Pooling(str, Enum):
@@ -337,7 +335,7 @@ def read_encoder(folder: Path) -> EncoderSpec:
     Raises:
         BundleError: the file is missing or malformed.
     """
-    return _read(EncoderSpec, folder / ENCODER_FILE, f"{folder} is not a run folder")
+    return read_json(EncoderSpec, folder / ENCODER_FILE, f"{folder} is not a run folder")
 
 
 def read_canaries(bundle: Path) -> tuple[Canary, ...]:
@@ -346,7 +344,7 @@ def read_canaries(bundle: Path) -> tuple[Canary, ...]:
     Raises:
         BundleError: the file is missing or malformed.
     """
-    return _read(Canaries, bundle / CANARIES_FILE, f"{bundle} has no canaries").canaries
+    return read_json(Canaries, bundle / CANARIES_FILE, f"{bundle} has no canaries").canaries
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -356,8 +354,7 @@ def read_manifest(bundle: Path) -> Manifest:
         BundleError: the folder is no bundle, or its manifest is malformed or of another format version.
     """
     path = bundle / MANIFEST_FILE
-    text = _read_text(path, f"{bundle} is not a bundle")
-    data = _parse(text, path)
+    data = read_object(path, f"{bundle} is not a bundle")
     version = data.get("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(
@@ -371,11 +368,6 @@ def read_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def write_json(value: Any, path: Path) -> None:
-    """Write a contract dataclass as indented JSON with a final newline."""
-    path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def sha256_file(path: Path) -> str:
     """Hash a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -385,7 +377,7 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_texts(texts: typing.Iterable[str]) -> str:
+def sha256_texts(texts: Iterable[str]) -> str:
     """Hash texts joined by newlines, as 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
 
@@ -419,109 +411,3 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
         raise BundleError(
             f"{bundle} is corrupted: {', '.join(changed)} differ from the manifest. Copy or export it again"
         )
-
-
-def to_json(value: Any) -> Any:
-    """Turn contract dataclasses, enums, tuples and mappings into what `json.dumps` takes."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [to_json(item) for item in value]
-    return value
-
-
-def from_json(kind: type[T], data: Any, where: str) -> T:
-    """Read a contract dataclass from parsed JSON, strictly.
-
-    Args:
-        kind: the dataclass.
-        data: what `json.loads` gave.
-        where: a file name, for messages.
-
-    Raises:
-        BundleError: a key is missing or unknown, or a value has the wrong type.
-    """
-    return typing.cast(T, _value(kind, data, where))
-
-
-def _read(kind: type[T], path: Path, absent: str) -> T:
-    return from_json(kind, _parse(_read_text(path, absent), path), str(path))
-
-
-def _read_text(path: Path, absent: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BundleError(f"{absent}: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} holds {type(data).__name__} where a JSON object is expected")
-    return data
-
-
-def _value(kind: Any, data: Any, where: str) -> Any:
-    """Convert `data` to the annotated type `kind`; `where` names the place for messages."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _object(typing.cast(type, kind), data, where)
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        known = [member.value for member in kind]
-        if data not in known:
-            raise BundleError(f"{where} is {data!r}; known are {', '.join(map(str, known))}")
-        return kind(data)
-    if origin is tuple and isinstance(data, list):
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
-        return {key: _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
-    if origin in (types.UnionType, typing.Union):
-        plain = next((arg for arg in args if _is_plain(data, arg)), None)
-        if plain is not None:
-            return float(data) if plain is float else data
-        objects = [arg for arg in args if dataclasses.is_dataclass(arg)]
-        if len(objects) == 1:
-            return _object(typing.cast(type, objects[0]), data, where)
-    elif _is_plain(data, kind):
-        return float(data) if kind is float else data
-    raise BundleError(f"{where} is {data!r}; expected {getattr(kind, '__name__', kind)}")
-
-
-def _object(kind: type, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise BundleError(f"{where} is {data!r}; expected an object")
-    hints = typing.get_type_hints(kind)
-    missing, unknown = sorted(hints.keys() - data.keys()), sorted(data.keys() - hints.keys())
-    if missing or unknown:
-        raise BundleError(
-            f"{where}: "
-            + "; ".join(
-                part
-                for part in (
-                    missing and f"missing {', '.join(missing)}",
-                    unknown and f"unknown {', '.join(unknown)}",
-                )
-                if part
-            )
-        )
-    return kind(**{name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()})
-
-
-def _is_plain(data: Any, kind: Any) -> bool:
-    if kind is type(None):
-        return data is None
-    if isinstance(data, bool):
-        return kind is bool
-    if kind is float:
-        return isinstance(data, (int, float))
-    return kind in (str, int) and isinstance(data, kind)

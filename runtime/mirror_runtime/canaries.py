@@ -16,7 +16,7 @@ DIFFERENT_MODEL_BELOW = 0.9
 """A worst cosine below this is no rounding of any precision, nor another CPU: another model made the vectors."""
 
 
-class Verdict(str, Enum):
+class CanaryVerdict(str, Enum):
     """What the canaries say."""
 
     AGREES = "agrees"
@@ -29,7 +29,7 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class CanaryComparison:
     """Canaries' vectors against the stored ones.
 
     Attributes:
@@ -39,27 +39,29 @@ class Comparison:
         max_abs_diff: largest difference of one component; None likewise.
     """
 
-    verdict: Verdict
+    verdict: CanaryVerdict
     problem: str = ""
     min_cosine: float | None = None
     max_abs_diff: float | None = None
 
 
-def compare(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: float) -> Comparison:
+def compare_canaries(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: float) -> CanaryComparison:
     """Compare vectors' components [n, dim] with the stored ones, see `distance_problem`."""
     found = vectors.astype(np.float64)
     expected = np.array([canary.vector for canary in canaries], np.float64)
     if found.shape != expected.shape:
-        return Comparison(verdict=Verdict.BROKEN, problem=f"vectors are {found.shape} where {expected.shape} is stored")
+        return CanaryComparison(
+            verdict=CanaryVerdict.BROKEN, problem=f"vectors are {found.shape} where {expected.shape} is stored"
+        )
     if not np.isfinite(found).all():
-        return Comparison(verdict=Verdict.BROKEN, problem="vectors are not finite")
+        return CanaryComparison(verdict=CanaryVerdict.BROKEN, problem="vectors are not finite")
     worst = float(cosines(found, expected).min())
     problem = distance_problem(found, expected, floor, [canary.text for canary in canaries])
-    verdict = Verdict.AGREES
+    verdict = CanaryVerdict.AGREES
     if worst < min(DIFFERENT_MODEL_BELOW, floor):
-        verdict, problem = Verdict.ANOTHER_MODEL, f"another model's vectors: cosine {worst:.6f}"
+        verdict, problem = CanaryVerdict.ANOTHER_MODEL, f"another model's vectors: cosine {worst:.6f}"
     elif problem:
-        verdict, problem = Verdict.DRIFTED, f"vectors drifted: {problem}"
-    return Comparison(
+        verdict, problem = CanaryVerdict.DRIFTED, f"vectors drifted: {problem}"
+    return CanaryComparison(
         verdict=verdict, problem=problem, min_cosine=worst, max_abs_diff=float(np.abs(found - expected).max())
     )

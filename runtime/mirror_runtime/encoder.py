@@ -1,4 +1,4 @@
-"""Bundle to vectors: tokenise, pack, run, unpack, with the next window prepared while the engine works."""
+"""Encode texts with a bundle: tokenise, pack, run, unpack. The next window is prepared while the engine runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mirror_runtime.bundle import (
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
-from mirror_runtime.packing import BLOCK, Batch, PackedRows, ShapeSet, pack, pack_shape
+from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, Setting, decide, find_plan
 from mirror_runtime.selection import AUTO, choose
 from mirror_runtime.stats import Counters, Stats
@@ -37,7 +37,7 @@ from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors,
 _log = logging.getLogger(__name__)
 
 WINDOW = 2048
-"""Texts tokenised and packed together: enough to fill rows to 98 %, small enough for flat memory."""
+"""Texts tokenised and packed together: enough to fill rows to 98 %, few enough for flat memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class Encoded:
     """The result for a sequence of texts.
 
     Attributes:
-        vectors: [n, width] of the encoder's vector type (float32 [n, dim] where it has no other, see
-            `mirror_runtime.vectors`), in the texts' order; a failed text's row is zeros.
-        tokens: int64 [n], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
+        vectors: [n, width] of the encoder's vector type (by default float32 [n, dim], see `mirror_runtime.vectors`),
+            in the texts' order; zeros for a failed text.
+        tokens: int64 [n], tokens of the whole text with special tokens, before truncation; 0 for a failed text.
         truncated: bool [n], whether tokens were cut off.
-        errors: the failed texts, by position; the others are unharmed.
+        errors: the failed texts, by position; the other texts are encoded.
     """
 
     vectors: Vectors
@@ -59,36 +59,36 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Texts whose batches are queued, running or done: what `Encoder.begin` gives and `Encoder.finish` takes."""
+class PendingWindow:
+    """Texts whose batches are queued, running or done: returned by `Encoder.begin`, taken by `Encoder.finish`."""
 
     tokenized: Tokenized
-    batches: Sequence[Batch]
+    batches: Sequence[PackedBatch]
     outputs: Sequence[Future[Vectors]]
 
 
 class Encoder:
-    """Turns texts into vectors with one of a bundle's artifacts. Safe to use from several threads.
+    """Encodes texts with one of a bundle's artifacts. Safe to use from several threads.
 
-    Made by `Encoder.load`. Close it, or use it in a `with` block, to release the engine.
+    Build one with `Encoder.load`. Close it, or use it in a `with` block, to release the engine.
 
     Attributes:
         manifest: the bundle's manifest.
-        engine: what runs; its `name` and `precision` are what was asked for, or what "auto" chose.
-        decision: why that runs, and in which rows.
+        engine: the loaded engine; its `name` and `precision` are those requested, or those that "auto" chose.
+        decision: why this engine runs, and with which row lengths.
     """
 
     def __init__(
-        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, ladder: ShapeSet
+        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, shape_set: ShapeSet
     ) -> None:
         self.manifest = manifest
         self.decision = decision
         self.engine = engine
         self._tokenizer = tokenizer
-        self._ladder = ladder
-        self._bulk = ladder if engine.row_step is None else ladder.for_bulk()
+        self._shapes = shape_set
+        self._bulk_shapes = shape_set.with_intermediate() if engine.dynamic_shapes else shape_set
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
-        # Calls of one batch run in their caller's thread: this keeps them and the pool together at `streams`.
+        # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
 
@@ -108,26 +108,28 @@ class Encoder:
 
         Args:
             bundle: the folder that export wrote.
-            engine: "onnxruntime", "openvino", "fake", or "auto" for what `mirror plan` measured here, and without
-                a plan for the rule in `mirror_runtime.selection`. `decision` says which it was.
-            precision: "fp32", "bf16", or "auto". What is named here is what runs, or an error.
+            engine: the name of an `EngineName` ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino",
+                "tensorrt", or "fake" for tests), or "auto": the engine that `mirror plan` found best on this host, or
+                without a plan the one chosen by `mirror_runtime.selection`. See `decision`.
+            precision: the name of a `Precision` ("fp32", "fp16", "bf16", "int8", "fp8"), or "auto". A precision that
+                is named runs, or loading fails; "auto" only ever chooses fp32 or bf16 by itself.
             streams: batches in flight; None lets the engine choose from this process's cores.
-            long_texts: what happens to texts longer than the encoder takes: "truncate" (counted, marked in
+            long_texts: what happens to texts longer than `max_tokens`: "truncate" (counted, marked in
                 `Encoded.truncated` and logged), "error", or "chunk" (mean of the chunks' vectors).
-            plan: a file that `mirror plan` wrote, "auto" for the one in the cache, None for the rule.
+            plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
 
         Raises:
-            BundleError: the folder is no bundle or its tokenizer is broken.
-            EngineError: the engine or precision is unknown, not in the bundle, not installed or not possible here.
-            InputError: `long_texts` is no policy, or the plan that was named does not hold here.
+            BundleError: the folder is not a bundle, or its tokenizer is broken.
+            EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
+            InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
         """
         folder = Path(bundle)
         try:
             policy = LongTexts(long_texts)
         except ValueError:
             known = ", ".join(p.value for p in LongTexts)
-            raise InputError(f"long_texts is {long_texts!r}: choose {known}") from None
+            raise InputError(f"long_texts is {long_texts!r}: it must be one of {known}") from None
         manifest = read_manifest(folder)
         cache = cache_folder(cache_dir)
         followed = find_plan(plan, cache, manifest.fingerprint) if AUTO in (engine, precision) else None
@@ -138,15 +140,15 @@ class Encoder:
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
-        """Load one packed graph with everything at its defaults, whether the manifest has it or not.
+        """Load one packed graph with default settings, whether or not the manifest lists it.
 
-        This is how export proves a graph before it is in any manifest: by the very thing that will serve it.
+        Export proves a graph this way before any manifest lists it: with the code that will serve it.
 
         Args:
-            folder: holds the tokenizer and the graph.
-            manifest: says what decides the vectors.
-            engine: what runs the graph.
-            precision: what it runs in.
+            folder: the folder of the tokenizer and the graph.
+            manifest: the manifest with the `EncoderSpec`.
+            engine: the engine to load it with.
+            precision: the precision to run in.
             path: the graph, relative to the folder.
 
         Raises:
@@ -158,11 +160,11 @@ class Encoder:
 
     @classmethod
     def of_setting(cls, bundle: Path, setting: Setting, cache_dir: str | Path | None = AUTO_CACHE) -> Encoder:
-        """Load a bundle to run in exactly one way, which is how `mirror plan` measures ways.
+        """Load a bundle with exactly one setting, as `mirror plan` does to measure it.
 
         Raises:
-            BundleError: the folder is no bundle or its tokenizer is broken.
-            EngineError: the setting is not in the bundle, not installed or not possible here.
+            BundleError: the folder is not a bundle, or its tokenizer is broken.
+            EngineError: the setting is not in the bundle, not installed or not supported here.
         """
         manifest = read_manifest(bundle)
         name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
@@ -194,44 +196,44 @@ class Encoder:
         if artifact is not None:
             path = artifact.path
             if cache is not None and path in manifest.files:
-                # The fingerprint stands for weights that lie beside the graph, the hash for the graph.
+                # The fingerprint identifies weights stored beside the graph, the hash identifies the graph.
                 kept = cache / "graphs" / f"{manifest.fingerprint}-{manifest.files[path][:16]}"
         engine = load_engine(
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept
         )
-        ladder = ShapeSet.up_to(
+        shape_set = ShapeSet.up_to(
             spec.pad_to or spec.max_tokens,
             base=decision.row_tokens,
             budget=decision.batch_tokens,
-            step=engine.row_step or BLOCK,
+            length_multiple=engine.length_multiple,
         )
-        return cls(manifest, decision, engine, tokenizer, ladder)
+        return cls(manifest, decision, engine, tokenizer, shape_set)
 
     @property
     def artifact(self) -> Artifact | None:
-        """The proven artifact behind the engine; None for the fake engine, and for a graph that export is proving."""
+        """Return the artifact that the engine runs; None for the fake engine and for a graph that export is proving."""
         return self.decision.artifact
 
     @property
     def fingerprint(self) -> str:
-        """The name of the vector space: vectors of encoders with equal fingerprints can be compared."""
+        """Return the name of the vector space: vectors with equal fingerprints can be compared."""
         return self.manifest.fingerprint
 
     @property
     def spec(self) -> EncoderSpec:
-        """What decides the vectors: pooling, length limit, dimension."""
+        """Return the bundle's `EncoderSpec`: pooling, length limit, dimension."""
         return self.manifest.encoder
 
     @property
     def rows(self) -> str:
-        """The row lengths that texts are packed into and the tokens of a full batch, in words."""
-        between = ", ".join(map(str, self._bulk.between))
-        in_bulk = f" (many of a kind: {between})" if between else ""
-        return f"{', '.join(map(str, self._ladder.lengths))} tokens{in_bulk}, batches of {self._ladder.budget}"
+        """Describe the row lengths and the tokens of a full batch, for people."""
+        intermediate = ", ".join(map(str, self._bulk_shapes.intermediate_lengths))
+        in_bulk = f" (many of a kind: {intermediate})" if intermediate else ""
+        return f"{', '.join(map(str, self._shapes.lengths))} tokens{in_bulk}, batches of {self._shapes.budget}"
 
     @property
     def stats(self) -> Stats:
-        """A snapshot of the counters."""
+        """Return a snapshot of the counters."""
         return self._counters.snapshot()
 
     def encode(self, texts: Iterable[str]) -> Vectors:
@@ -241,11 +243,11 @@ class Encoder:
             texts: any iterable of strings; generators are consumed once.
 
         Returns:
-            float32 [n, dim], or what the encoder's vector type says, see `mirror_runtime.vectors`; in the texts'
-            order. An empty string has a vector too: that of the special tokens.
+            [n, width] in the texts' order: float32 [n, dim], unless the encoder has another vector type, see
+            `mirror_runtime.vectors`. An empty string has a vector too, computed from the special tokens.
 
         Raises:
-            TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the rest.
+            TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.
             EngineError: the engine failed.
         """
         encoded = self.encode_detailed(texts)
@@ -254,7 +256,7 @@ class Encoder:
         return encoded.vectors
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
-        """Encode texts and say what happened to each. A bad text never raises: it is named in `errors`.
+        """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
 
         Raises:
             EngineError: the engine failed.
@@ -280,14 +282,14 @@ class Encoder:
     def encode_stream(self, texts: Iterable[object], window: int = WINDOW) -> Iterator[Encoded]:
         """Encode an iterable of any length with flat memory.
 
-        A window's vectors depend, to the last bit, on the window's texts and the encoder's settings alone.
+        The vectors of a window are determined, to the last bit, by its texts and the encoder's settings.
 
         Args:
-            texts: any iterable; bad items are named in the results' `errors`.
-            window: texts a result; positions in `errors` count from the window's first text.
+            texts: any iterable; bad items appear in the results' `errors`.
+            window: texts per result; positions in `errors` count from the window's first text.
 
         Yields:
-            One `Encoded` a window, in order. While the caller holds it, the next two are already being computed.
+            One `Encoded` per window, in order. Meanwhile the next two windows are being computed.
 
         Raises:
             InputError: `texts` is one string, or `window` is not positive.
@@ -306,15 +308,15 @@ class Encoder:
         direct: bool = False,
         bulk: bool = False,
         long_texts: Sequence[LongTexts] | None = None,
-    ) -> Window:
-        """Tokenise and pack some texts and hand their batches to the engine.
+    ) -> PendingWindow:
+        """Tokenise and pack texts, and queue their batches.
 
         Args:
-            texts: a list, whose bad items are named by `finish`.
-            direct: run what is a single batch at once, in this thread: no hop to another one, which a short text feels.
-            bulk: also use the row lengths that are for many texts. `warm_up` leaves them out: the first batches of each
-                wait until it is compiled.
-            long_texts: the policy of each text that is too long; None for the encoder's own.
+            texts: a list; `finish` reports its bad items.
+            direct: run a single batch immediately in this thread, because changing threads delays a short text.
+            bulk: also use the intermediate row lengths. `warm_up` does not run these, so the first batch of each waits
+                for its compilation.
+            long_texts: the policy for each text that is too long; None for the encoder's own.
 
         Raises:
             EngineError: `direct`, and the engine failed.
@@ -322,8 +324,8 @@ class Encoder:
         began = time.perf_counter()
         tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
-        ladder = self._bulk if bulk else self._ladder
-        batches = self._pack(tokenized, ladder)
+        shape_set = self._bulk_shapes if bulk else self._shapes
+        batches = self._pack(tokenized, shape_set)
         packed_at = time.perf_counter()
         truncated = int(tokenized.truncated.sum())
         if truncated:
@@ -346,12 +348,12 @@ class Encoder:
         if direct and len(batches) == 1:
             done: Future[Vectors] = Future()
             done.set_result(self._run(batches[0]))
-            return Window(tokenized=tokenized, batches=batches, outputs=[done])
+            return PendingWindow(tokenized=tokenized, batches=batches, outputs=[done])
         outputs = [self._pool.submit(self._run, batch) for batch in batches]
-        return Window(tokenized=tokenized, batches=batches, outputs=outputs)
+        return PendingWindow(tokenized=tokenized, batches=batches, outputs=outputs)
 
-    def finish(self, window: Window) -> Encoded:
-        """Wait for what `begin` started and collect it.
+    def finish(self, window: PendingWindow) -> Encoded:
+        """Wait for the batches that `begin` queued, and collect their vectors.
 
         Raises:
             EngineError: the engine failed.
@@ -362,56 +364,56 @@ class Encoder:
         pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
         for batch, output in zip(window.batches, outputs, strict=True):
             pieces[batch.pieces] = output
-        vectors = self._join(pieces[tokenized.parts], tokenized.owners, len(tokenized.tokens))
+        vectors = self._join(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens))
         self._counters.add(unpack_s=time.perf_counter() - began)
         return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
 
     def warm_up(self) -> None:
-        """Run every shape once but those for bulk, so that no later `begin` waits for a compilation.
+        """Run every shape once except those for `bulk`, so that no later `begin` waits for a compilation.
 
         Raises:
             EngineError: the engine failed.
         """
 
         def run(shape: tuple[int, int]) -> None:
-            # A text in every row, as an engine may compare what its streams make of them. The first token and three
-            # positions are what every encoder has.
+            # Every row holds a text, because an engine may compare its streams' vectors. Every encoder has token 0 and
+            # three positions.
             positions = np.broadcast_to(np.arange(shape[1]) % 3, shape)
             ones = np.ones(shape, np.int64)
             self.engine.run(PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones))
 
-        for _ in self._pool.map(run, self._ladder.shapes()):
+        for _ in self._pool.map(run, self._shapes.shapes()):
             pass
 
     def encode_shapes(self, texts: Sequence[str]) -> Iterator[tuple[tuple[int, int], NDArray[np.int64], Vectors]]:
-        """Run one batch of every shape, those for bulk too, that `encode` of the same texts leaves out: for a proof.
+        """Run one batch of every shape that `encode` does not fill with the same texts, for a proof of all shapes.
 
-        It is filled with the longest texts that fit. What `encode` runs with empty rows alone counts as left out.
+        Each batch holds the longest texts that fit. A shape that `encode` runs only with empty rows is run again.
 
         Args:
-            texts: best of all lengths; bad ones and those of several pieces are left out.
+            texts: texts, preferably of all lengths; bad texts and those of several pieces are skipped.
 
         Yields:
-            A shape (rows, row length); int64 [m], the positions of the texts that were in it; their vectors [m, width].
+            A shape (rows, row length); int64 [m], the positions of its texts; their vectors [m, width].
 
         Raises:
             EngineError: the engine failed.
         """
         tokenized = self._tokenizer(texts)
-        owners, parts = tokenized.owners, tokenized.parts
-        whole = np.bincount(owners, minlength=len(texts))[owners] == 1
+        part_text, part_piece = tokenized.part_text, tokenized.part_piece
+        whole = np.bincount(part_text, minlength=len(texts))[part_text] == 1
         text_of = np.full(tokenized.lengths.size, -1)
-        text_of[parts[whole]] = owners[whole]
+        text_of[part_piece[whole]] = part_text[whole]
 
         def run(shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.int64], Vectors]:
-            batch = pack_shape(tokenized.ids, tokenized.lengths, shape, own=tokenized.own)
+            batch = pack_shape(tokenized.ids, tokenized.lengths, shape, unpadded_lengths=tokenized.unpadded_lengths)
             held = text_of[batch.pieces]
             return shape, held[held >= 0], self._run(batch)[held >= 0]
 
         windows = (self._tokenizer(texts[at : at + WINDOW]) for at in range(0, len(texts), WINDOW))
-        batches = (batch.rows for window in windows for batch in self._pack(window, self._bulk))
+        batches = (batch.rows for window in windows for batch in self._pack(window, self._bulk_shapes))
         filled = {rows.shape for rows in batches if rows.segment_ids[:, 0].all()}
-        yield from self._pool.map(run, [shape for shape in self._bulk.shapes() if shape not in filled])
+        yield from self._pool.map(run, [shape for shape in self._bulk_shapes.shapes() if shape not in filled])
 
     def close(self) -> None:
         """Release the engine. The encoder cannot be used afterwards."""
@@ -427,7 +429,7 @@ class Encoder:
         self.close()
 
     def _stream(self, texts: Iterator[object], window: int) -> Iterator[Encoded]:
-        running: deque[Window] = deque()
+        running: deque[PendingWindow] = deque()
         try:
             while chunk := list(islice(texts, window)):
                 running.append(self.begin(chunk, direct=len(chunk) < window and not running, bulk=True))
@@ -435,37 +437,43 @@ class Encoder:
                     yield self.finish(running.popleft())
             while running:
                 yield self.finish(running.popleft())
-        finally:  # the caller stopped early or a batch failed: nothing queued may keep running for nobody
+        finally:  # the caller stopped early or a batch failed: cancel what nobody will collect
             for left in running:
                 for output in left.outputs:
                     output.cancel()
 
-    def _pack(self, tokenized: Tokenized, ladder: ShapeSet) -> list[Batch]:
-        return pack(tokenized.ids, tokenized.lengths, ladder, streams=self.engine.streams, own=tokenized.own)
+    def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
+        return pack(
+            tokenized.ids,
+            tokenized.lengths,
+            shape_set,
+            streams=self.engine.streams,
+            unpadded_lengths=tokenized.unpadded_lengths,
+        )
 
-    def _run(self, batch: Batch) -> Vectors:
-        """Run one batch and keep the vectors [m, width] of its pieces."""
+    def _run(self, batch: PackedBatch) -> Vectors:
+        """Run one batch and return the vectors [m, width] of its pieces."""
         with self._turns:
             began = time.perf_counter()
             out = self.engine.run(batch.rows)
         self._counters.add(infer_s=time.perf_counter() - began)
         return out.reshape(-1, out.shape[-1])[batch.slots]
 
-    def _join(self, pieces: Vectors, owners: NDArray[np.int64], texts: int) -> Vectors:
-        """Bring the vectors [parts, width] of texts' parts to texts [texts, width].
+    def _join(self, parts: Vectors, part_text: NDArray[np.int64], texts: int) -> Vectors:
+        """Combine the vectors [parts, width] of texts' parts into one vector a text, [texts, width].
 
-        Chunks become the mean of what they stand for, normalised if vectors are, in the encoder's vector type.
+        Chunks become their mean, computed on components, normalised if the encoder normalises, in its vector type.
         """
-        counts = np.bincount(owners, minlength=texts)
-        if texts == owners.size and counts.max(initial=1) == 1:
-            return pieces
-        vectors = np.zeros((texts, pieces.shape[1]), pieces.dtype)
-        single = counts[owners] == 1
-        vectors[owners[single]] = pieces[single]
+        counts = np.bincount(part_text, minlength=texts)
+        if texts == part_text.size and counts.max(initial=1) == 1:
+            return parts
+        vectors = np.zeros((texts, parts.shape[1]), parts.dtype)
+        single = counts[part_text] == 1
+        vectors[part_text[single]] = parts[single]
         several = np.flatnonzero(counts > 1)
         if several.size:
             sums = np.zeros((texts, self.spec.dim), np.float32)
-            np.add.at(sums, owners[~single], components(pieces[~single], self.spec))
+            np.add.at(sums, part_text[~single], components(parts[~single], self.spec))
             means = sums[several] / counts[several, None]
             if self.spec.normalize:
                 means = unit_rows(means)

@@ -37,7 +37,7 @@ class Goal(str, Enum):
     """Texts a second when there are many."""
 
 
-class PlanSource(str, Enum):
+class DecisionSource(str, Enum):
     """Who decided how a bundle runs."""
 
     ASKED = "asked"
@@ -49,7 +49,7 @@ class PlanSource(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Host:
+class HostIdentity:
     """What a plan's figures depend on besides software.
 
     Attributes:
@@ -115,7 +115,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class HostPlan:
     """The content of a plan file.
 
     Attributes:
@@ -135,7 +135,7 @@ class Plan:
     goal: Goal
     floor: float
     fingerprint: str
-    host: Host
+    host: HostIdentity
     versions: Mapping[str, str]
     texts: int
     rounds: int
@@ -174,7 +174,7 @@ class Decision:
     streams: int | None = None
     row_tokens: int = ROW_TOKENS
     batch_tokens: int = TOKEN_BUDGET
-    source: PlanSource = PlanSource.ASKED
+    source: DecisionSource = DecisionSource.ASKED
 
 
 def objective(measured: Trial, goal: Goal) -> float:
@@ -182,7 +182,7 @@ def objective(measured: Trial, goal: Goal) -> float:
     return measured.p50_ms if goal is Goal.LATENCY else -measured.texts_per_s
 
 
-def decide(manifest: Manifest, engine: str, precision: str, plan: Plan | None) -> Decision:
+def decide(manifest: Manifest, engine: str, precision: str, plan: HostPlan | None) -> Decision:
     """Choose how to run a bundle: what was asked for, else the plan, else the rule.
 
     Args:
@@ -202,7 +202,7 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: Plan | None) -
             engine=name,
             precision=runs_in,
             artifact=artifact,
-            source=PlanSource.RULE if open_choice else PlanSource.ASKED,
+            source=DecisionSource.RULE if open_choice else DecisionSource.ASKED,
         )
     name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
     return Decision(
@@ -212,13 +212,13 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: Plan | None) -
         streams=setting.streams,
         row_tokens=setting.row_tokens,
         batch_tokens=setting.batch_tokens,
-        source=PlanSource.PLAN,
+        source=DecisionSource.PLAN,
     )
 
 
-def this_host() -> Host:
+def this_host() -> HostIdentity:
     """Describe the host that this process runs on."""
-    return Host(cpu=cpu_model(), features=_digest(sorted(cpu_flags())), cores=usable_cores())
+    return HostIdentity(cpu=cpu_model(), features=_digest(sorted(cpu_flags())), cores=usable_cores())
 
 
 def installed_versions() -> dict[str, str]:
@@ -237,7 +237,7 @@ def plan_path(cache: Path, fingerprint: str) -> Path:
     return cache / "plans" / f"{fingerprint}-{this_host().key}.json"
 
 
-def write_plan(plan: Plan, path: Path) -> None:
+def write_plan(plan: HostPlan, path: Path) -> None:
     """Write a plan file, whole or not at all.
 
     Raises:
@@ -251,7 +251,7 @@ def write_plan(plan: Plan, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> HostPlan:
     """Read a plan file.
 
     Raises:
@@ -265,12 +265,12 @@ def read_plan(path: Path) -> Plan:
     if found != FORMAT_VERSION:
         raise InputError(f"{path} has plan format {found!r} and this mirror_runtime reads {FORMAT_VERSION}: plan again")
     try:
-        return from_json(Plan, data, str(path))
+        return from_json(HostPlan, data, str(path))
     except BundleError as error:
         raise InputError(f"{error}. Make the plan again with mirror plan") from error
 
 
-def staleness(plan: Plan, fingerprint: str) -> str:
+def staleness(plan: HostPlan, fingerprint: str) -> str:
     """Say why a plan does not hold for this bundle on this host; empty where it does."""
     if plan.fingerprint != fingerprint:
         return f"it is for the bundle {plan.fingerprint}, not {fingerprint}"
@@ -286,7 +286,7 @@ def staleness(plan: Plan, fingerprint: str) -> str:
     return f"it was measured with {', '.join(changed)}" if changed else ""
 
 
-def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -> Plan | None:
+def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -> HostPlan | None:
     """Find the plan that a caller may follow.
 
     Args:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Precision, read_canaries, read_manifest
 from mirror_runtime.cache import AUTO_CACHE
-from mirror_runtime.canaries import Comparison, Verdict, compare
+from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError, InputError, ParityError
@@ -25,7 +25,7 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
-    Plan,
+    HostPlan,
     Setting,
     Trial,
     installed_versions,
@@ -64,7 +64,7 @@ QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class PlannerProgress:
     """What a caller is told while it waits.
 
     Attributes:
@@ -84,7 +84,7 @@ class _Candidate:
 
     setting: Setting
     encoder: Encoder
-    check: Comparison
+    check: CanaryComparison
     bulk_s: list[float]
     single_s: list[float]
 
@@ -97,9 +97,9 @@ class Planner:
         texts: what to measure with: at least a few hundred, like those that will be encoded.
         goal: what to make best.
         floor: worst cosine to accept, of the certificate and of the canaries here.
-        effort: how long to measure.
+        budget: how long to measure.
         cache_dir: see `Encoder.load`.
-        report: told of each turn.
+        on_progress: told of each turn.
 
     Raises:
         BundleError: the folder is no bundle or has no canaries to check vectors against.
@@ -113,13 +113,13 @@ class Planner:
         *,
         goal: Goal = Goal.THROUGHPUT,
         floor: float = FLOOR,
-        effort: Budget | None = None,
+        budget: Budget | None = None,
         cache_dir: str | Path | None = AUTO_CACHE,
-        report: Callable[[Step], None] = lambda _: None,
+        on_progress: Callable[[PlannerProgress], None] = lambda _: None,
     ) -> None:
         if not 0 < floor <= 1:
             raise InputError(f"floor is {floor}: it is a cosine, such as {FLOOR}")
-        self._effort = effort or Budget()
+        self._budget = budget or Budget()
         if not texts:
             raise InputError("there are no texts to measure with: give some")
         self._bundle = bundle
@@ -127,18 +127,18 @@ class Planner:
         self._canaries = read_canaries(bundle)
         if not self._canaries:
             raise BundleError(f"{bundle} has no canaries to check vectors against: export it again")
-        self._texts = _spread(texts, self._effort.texts)
-        self._singles = sorted(_spread(texts, 4 * self._effort.singles), key=len)[: self._effort.singles]
+        self._texts = _spread(texts, self._budget.texts)
+        self._singles = sorted(_spread(texts, 4 * self._budget.singles), key=len)[: self._budget.singles]
         self._goal = goal
         self._floor = floor
         self._cache_dir = cache_dir
-        self._report = report
+        self._on_progress = on_progress
         self._measured: dict[Setting, Trial] = {}
         self._best: Setting | None = None
         self.refused: dict[str, str] = {}
         """Artifacts that were not measured, by name, with the reason."""
 
-    def plan(self) -> Plan:
+    def plan(self) -> HostPlan:
         """Measure, and choose the best setting that reaches the floor.
 
         Raises:
@@ -157,11 +157,11 @@ class Planner:
             worst = max(min(m.min_cosine, m.certified_cosine) for m in self._measured.values())
             raise ParityError(f"no artifact reaches the floor {self._floor}: the best has {worst:.6f}. Lower --floor")
         counts = {max(1, cores // 2), cores, 2 * cores if cores > 1 else 1, 1}
-        survivors = sorted(accepted, key=self._merit)[: self._effort.survivors]
+        survivors = sorted(accepted, key=self._merit)[: self._budget.survivors]
         self._step("streams", [replace(s, streams=n) for s in survivors for n in sorted(counts)])
         self._step("row lengths", [replace(self._best, row_tokens=n) for n in ROW_LENGTHS])
         self._step("batch sizes", [replace(self._best, batch_tokens=n) for n in BATCH_TOKENS])
-        return Plan(
+        return HostPlan(
             format_version=FORMAT_VERSION,
             goal=self._goal,
             floor=self._floor,
@@ -169,7 +169,7 @@ class Planner:
             host=this_host(),
             versions=installed_versions(),
             texts=len(self._texts),
-            rounds=self._effort.rounds,
+            rounds=self._budget.rounds,
             chosen=self._best,
             measured=tuple(sorted(self._measured.values(), key=lambda m: objective(m, self._goal))),
         )
@@ -197,26 +197,26 @@ class Planner:
             return
         if self._best is not None:
             new.insert(0, self._best)
-        turns = len(new) * self._effort.rounds
+        turns = len(new) * self._budget.rounds
         with ExitStack() as stack:
             ways = [way for setting in new if (way := self._open(setting, stack)) is not None]
             done = 0
-            for _ in range(self._effort.rounds):
+            for _ in range(self._budget.rounds):
                 for way in ways:
-                    self._report(Step(name=name, done=done, turns=turns))
+                    self._on_progress(PlannerProgress(name=name, done=done, turns=turns))
                     self._turn(way)
                     done += 1
             for way in ways:
                 self._measured[way.setting] = self._summary(way)
             self._choose([way.setting for way in ways])
-            self._report(Step(name=name, done=turns, turns=turns))
+            self._on_progress(PlannerProgress(name=name, done=turns, turns=turns))
 
     def _open(self, setting: Setting, stack: ExitStack) -> _Candidate | None:
         """Load a setting, check its vectors and run its shapes; None, with the reason kept, where it cannot run."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
             vectors = encoder.encode(canary.text for canary in self._canaries)
-            check = compare(components(vectors, encoder.spec), self._canaries, self._floor)
+            check = compare_canaries(components(vectors, encoder.spec), self._canaries, self._floor)
             encoder.encode(self._texts)
             encoder.encode(self._singles[:1])
         except EngineError as error:
@@ -241,7 +241,7 @@ class Planner:
             p50_ms=1000 * statistics.median(way.single_s),
             min_cosine=way.check.min_cosine if way.check.min_cosine is not None else -1.0,
             certified_cosine=certified,
-            accepted=way.check.verdict is Verdict.AGREES and certified >= self._floor,
+            accepted=way.check.verdict is CanaryVerdict.AGREES and certified >= self._floor,
         )
 
     def _merit(self, setting: Setting) -> float:

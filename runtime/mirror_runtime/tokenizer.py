@@ -47,9 +47,9 @@ class Tokenized:
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
         lengths: int64 [pieces], tokens of each piece, padding included.
-        own: int64 [pieces], of them, those ahead of the padding; None where no piece has any.
-        owners: int64 [parts], a text for each piece that is part of it; ascending, a failed text has none.
-        parts: int64 [parts], that piece.
+        unpadded_lengths: int64 [pieces], of them, those ahead of the padding; None where no piece has any.
+        part_text: int64 [parts], a text for each piece that is part of it; ascending, a failed text has none.
+        part_piece: int64 [parts], that piece.
         tokens: int64 [texts], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
         truncated: bool [texts].
         errors: the failed texts, by position.
@@ -57,9 +57,9 @@ class Tokenized:
 
     ids: NDArray[np.int64]
     lengths: NDArray[np.int64]
-    own: NDArray[np.int64] | None
-    owners: NDArray[np.int64]
-    parts: NDArray[np.int64]
+    unpadded_lengths: NDArray[np.int64] | None
+    part_text: NDArray[np.int64]
+    part_piece: NDArray[np.int64]
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     errors: Mapping[int, TextError]
@@ -125,7 +125,7 @@ class Tokenizer:
             texts: what to tokenise.
             long_texts: the policy of each text; None for the tokenizer's own.
         """
-        errors = {i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None}
+        errors = {i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
             [self._whole(texts[i]) for i in good], add_special_tokens=False
@@ -133,8 +133,8 @@ class Tokenizer:
         tokens = np.zeros(len(texts), np.int64)
         truncated = np.zeros(len(texts), np.bool_)
         numbers: dict[tuple[int, ...], int] = {}
-        owners: list[int] = []
-        places: list[int] = []
+        part_text: list[int] = []
+        part_piece: list[int] = []
         special = len(self._prefix) + len(self._suffix)
         for i, encoding in zip(good, encodings, strict=True):
             ids: list[int] = encoding.ids
@@ -156,20 +156,20 @@ class Tokenizer:
                 truncated[i] = len(own) > room and len(parts) == 1
             else:
                 parts = [ids]
-            places += [numbers.setdefault(tuple(part), len(numbers)) for part in parts]
-            owners += [i] * len(parts)
+            part_piece += [numbers.setdefault(tuple(part), len(numbers)) for part in parts]
+            part_text += [i] * len(parts)
         pieces = [[*self._prefix, *part, *self._suffix] for part in numbers]
-        own_lengths = None
+        unpadded_lengths = None
         if self._pad_to is not None:
-            own_lengths = _lengths(pieces)
+            unpadded_lengths = _lengths(pieces)
             pieces = [piece + [self._pad_id] * (self._pad_to - len(piece)) for piece in pieces]
         lengths = _lengths(pieces)
         return Tokenized(
             ids=np.fromiter(chain.from_iterable(pieces), np.int64, int(lengths.sum())),
             lengths=lengths,
-            own=own_lengths,
-            owners=np.array(owners, np.int64),
-            parts=np.array(places, np.int64),
+            unpadded_lengths=unpadded_lengths,
+            part_text=np.array(part_text, np.int64),
+            part_piece=np.array(part_piece, np.int64),
             tokens=tokens,
             truncated=truncated,
             errors=errors,
@@ -193,7 +193,7 @@ class Tokenizer:
         )
 
 
-def defect(index: int, text: object) -> TextError | None:
+def validate_text(index: int, text: object) -> TextError | None:
     """Say what keeps a text from being encoded: it is no string, or holds a lone surrogate. None where all is well."""
     if not isinstance(text, str):
         return TextError(index, f"is {type(text).__name__}, not str: decode or convert it first")

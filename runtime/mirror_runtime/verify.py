@@ -14,7 +14,7 @@ from mirror_runtime.bundle import (
     read_canaries,
     read_manifest,
 )
-from mirror_runtime.canaries import Comparison, Verdict, compare
+from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError
@@ -22,7 +22,7 @@ from mirror_runtime.vectors import components
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class ArtifactCheck:
     """One artifact's canaries on this machine.
 
     Attributes:
@@ -32,7 +32,7 @@ class Check:
     """
 
     artifact: Artifact
-    comparison: Comparison | None
+    comparison: CanaryComparison | None
     problem: str
 
     @property
@@ -43,15 +43,15 @@ class Check:
     @property
     def agrees(self) -> bool:
         """Whether the vectors are those that the bundle stores."""
-        return self.comparison is not None and self.comparison.verdict is Verdict.AGREES
+        return self.comparison is not None and self.comparison.verdict is CanaryVerdict.AGREES
 
 
-def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Check, ...]:
-    """Check every file's hash and the fingerprint, then run the canaries through every packed artifact.
+def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[ArtifactCheck, ...]:
+    """ArtifactCheck every file's hash and the fingerprint, then run the canaries through every packed artifact.
 
     Three things are told apart: files that changed since the export (`BundleError`, corrupted), whole files of another
     vector space (`BundleError`, naming both fingerprints), and vectors that this machine computes otherwise (a
-    comparison with `Verdict.DRIFTED`, or `Verdict.ANOTHER_MODEL` where that is beyond any rounding).
+    comparison with `CanaryVerdict.DRIFTED`, or `CanaryVerdict.ANOTHER_MODEL` where that is beyond any rounding).
 
     Args:
         bundle: the folder.
@@ -89,15 +89,15 @@ def check_fingerprint(manifest: Manifest) -> None:
         )
 
 
-def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> Check:
+def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> ArtifactCheck:
     if not installed(artifact.engine):
-        return Check(artifact=artifact, comparison=None, problem=f"{artifact.engine.value} is not installed")
+        return ArtifactCheck(artifact=artifact, comparison=None, problem=f"{artifact.engine.value} is not installed")
     canaries = read_canaries(bundle)
     try:
         # This very file: a bundle may have several for one engine and precision.
         with Encoder.of_graph(bundle, manifest, artifact.engine, artifact.precision, artifact.path) as encoder:
             vectors = components(encoder.encode(canary.text for canary in canaries), encoder.spec)
     except EngineError as error:
-        return Check(artifact=artifact, comparison=None, problem=str(error))
-    comparison = compare(vectors, canaries, artifact.parity.floor)
-    return Check(artifact=artifact, comparison=comparison, problem=comparison.problem)
+        return ArtifactCheck(artifact=artifact, comparison=None, problem=str(error))
+    comparison = compare_canaries(vectors, canaries, artifact.parity.floor)
+    return ArtifactCheck(artifact=artifact, comparison=comparison, problem=comparison.problem)

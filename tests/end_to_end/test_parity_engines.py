@@ -11,7 +11,7 @@ import pytest
 from mirror_runtime import Encoder, EngineError
 from mirror_runtime.bundle import EngineName, Precision, read_canaries, read_manifest
 from mirror_runtime.cli.main import main
-from mirror_runtime.docstrings import standard_library
+from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.engines import load_engine
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows

@@ -151,7 +151,7 @@ def seen(encoder, monkeypatch):
 
 def test_warm_up_runs_every_shape_that_calls_outside_bulk_need(encoder, seen):
     encoder.warm_up()
-    assert sorted(rows.shape for rows in seen) == sorted(encoder._ladder.shapes())
+    assert sorted(rows.shape for rows in seen) == sorted(encoder._shapes.shapes())
 
 
 ALIKE = [f"{i} " + "word " * 36 for i in range(100)]
@@ -168,10 +168,12 @@ def test_many_texts_of_one_length_run_in_shorter_rows_with_the_same_vectors(enco
 
 
 def test_an_engine_of_fixed_shapes_is_asked_for_no_others(make_bundle, monkeypatch):
-    monkeypatch.setattr(FakeEngine, "row_step", property(lambda self: None, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        FakeEngine, "dynamic_shapes", property(lambda self: False, lambda self, value: None), raising=False
+    )
     with Encoder.load(make_bundle(), engine="fake", streams=2) as encoder:
         encoder.encode(ALIKE)
-        assert encoder._bulk.shapes() == encoder._ladder.shapes()
+        assert encoder._bulk_shapes.shapes() == encoder._shapes.shapes()
         assert "many of a kind" not in encoder.rows
 
 
@@ -184,7 +186,7 @@ def test_every_shape_that_texts_leave_out_is_run_for_a_proof_and_gives_their_vec
     for shape, held, vectors in encoder.encode_shapes(texts):
         assert held.size >= shape[0], "each row holds a text"
         np.testing.assert_array_equal(vectors, expected[held])
-    assert sorted(rows.shape for rows in seen) == sorted(set(encoder._bulk.shapes()) - filled)
+    assert sorted(rows.shape for rows in seen) == sorted(set(encoder._bulk_shapes.shapes()) - filled)
 
 
 def test_texts_in_several_pieces_prove_no_shape(make_bundle):
@@ -237,7 +239,7 @@ def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artif
         Encoder.load(folder, precision="half")
     with pytest.raises(EngineError, match="it has onnxruntime fp32"):
         Encoder.load(folder, engine="openvino")
-    with pytest.raises(InputError, match="choose truncate, error, chunk"):
+    with pytest.raises(InputError, match="must be one of truncate, error, chunk"):
         Encoder.load(folder, long_texts="cut")
     with pytest.raises(EngineError, match="streams is 0"):
         Encoder.load(folder, engine="fake", streams=0)

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from mirror_runtime.packing import BLOCK, ShapeSet, _assign, pack, pack_shape
 
-LADDER = ShapeSet.up_to(256)
-BULK = LADDER.for_bulk()
+SHAPES = ShapeSet.up_to(256)
+BULK = SHAPES.with_intermediate()
 
 
 def test_the_ladder_doubles_and_ends_at_the_limit():
@@ -14,27 +14,29 @@ def test_the_ladder_doubles_and_ends_at_the_limit():
     assert ShapeSet.up_to(256).lengths == (64, 128, 256)
     assert ShapeSet.up_to(384).lengths == (64, 128, 256, 384)
     assert ShapeSet.up_to(500).lengths == (64, 128, 256, 512)
-    assert LADDER.row_counts(64) == (16, 4, 1)
+    assert SHAPES.row_counts(64) == (16, 4, 1)
 
 
 def test_the_ladder_for_bulk_has_three_quarters_and_seven_eighths():
-    assert BULK.lengths == LADDER.lengths
-    assert BULK.between == (48, 96, 112, 192, 224)
+    assert BULK.lengths == SHAPES.lengths
+    assert BULK.intermediate_lengths == (48, 96, 112, 192, 224)
     assert BULK.row_counts(192) == (5,)
-    assert set(BULK.shapes()) - set(LADDER.shapes()) == {(21, 48), (10, 96), (9, 112), (5, 192), (4, 224)}
-    assert ShapeSet.up_to(384).for_bulk().between == (48, 96, 112, 192, 224, 320, 352)
-    assert ShapeSet.up_to(64, base=32).for_bulk().between == (48,), "24, 28 and 56 are no whole numbers of blocks"
+    assert set(BULK.shapes()) - set(SHAPES.shapes()) == {(21, 48), (10, 96), (9, 112), (5, 192), (4, 224)}
+    assert ShapeSet.up_to(384).with_intermediate().intermediate_lengths == (48, 96, 112, 192, 224, 320, 352)
+    assert ShapeSet.up_to(64, base=32).with_intermediate().intermediate_lengths == (48,), (
+        "24, 28 and 56 are no whole numbers of blocks"
+    )
 
 
 def test_a_step_rules_all_lengths_of_more_than_two_blocks():
-    ladder = ShapeSet.up_to(300, step=64)
-    assert ladder.lengths == (64, 128, 256, 320)
-    assert ShapeSet.up_to(100, base=48, step=64).lengths == (64, 128)
-    assert ShapeSet.up_to(100, base=32, step=64).lengths == (32, 64, 128)
-    assert ladder.for_bulk().between == (192,)
-    assert [shape for shape in ladder.shapes() if shape[1] < 64] == [(1, 16), (1, 32)]
+    shape_set = ShapeSet.up_to(300, length_multiple=64)
+    assert shape_set.lengths == (64, 128, 256, 320)
+    assert ShapeSet.up_to(100, base=48, length_multiple=64).lengths == (64, 128)
+    assert ShapeSet.up_to(100, base=32, length_multiple=64).lengths == (32, 64, 128)
+    assert shape_set.with_intermediate().intermediate_lengths == (192,)
+    assert [shape for shape in shape_set.shapes() if shape[1] < 64] == [(1, 16), (1, 32)]
     for tokens, length in ((9, 16), (30, 32), (33, 64), (50, 64)):
-        (batch,) = pack(np.ones(tokens, np.int64), np.array([tokens]), ladder)
+        (batch,) = pack(np.ones(tokens, np.int64), np.array([tokens]), shape_set)
         assert batch.rows.shape == (1, length)
 
 
@@ -42,19 +44,21 @@ def test_a_step_rules_all_lengths_of_more_than_two_blocks():
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 256), st.integers(1, 5), st.integers(129, 192)), max_size=300),
     streams=st.integers(1, 4),
-    ladder=st.sampled_from([LADDER, BULK]),
+    shape_set=st.sampled_from([SHAPES, BULK]),
 )
-@example(lengths=[4] * 10 + [1] * 60, streams=1, ladder=LADDER)  # a row runs out of slots before it runs out of tokens
-@example(lengths=[33] * 21 + [1] * 294, streams=1, ladder=BULK)  # 48 tokens would do, and have too few slots
-def test_every_token_lands_once_in_its_own_segment(lengths, streams, ladder):
+@example(
+    lengths=[4] * 10 + [1] * 60, streams=1, shape_set=SHAPES
+)  # a row runs out of slots before it runs out of tokens
+@example(lengths=[33] * 21 + [1] * 294, streams=1, shape_set=BULK)  # 48 tokens would do, and have too few slots
+def test_every_token_lands_once_in_its_own_segment(lengths, streams, shape_set):
     sizes = np.array(lengths, np.int64)
     ids = np.arange(1, sizes.sum() + 1)
     starts = np.concatenate(([0], np.cumsum(sizes)))
-    batches = pack(ids, sizes, ladder, streams=streams)
+    batches = pack(ids, sizes, shape_set, streams=streams)
     seen: list[int] = []
     for batch in batches:
         rows, length = batch.rows.shape
-        assert (rows, length) in ladder.shapes()
+        assert (rows, length) in shape_set.shapes()
         assert length % BLOCK == 0
         assert batch.tokens == np.count_nonzero(batch.rows.input_ids)
         assert ((batch.rows.input_ids > 0) == (batch.rows.segment_ids > 0)).all()
@@ -69,7 +73,7 @@ def test_every_token_lands_once_in_its_own_segment(lengths, streams, ladder):
 
 def test_ragged_short_texts_fill_the_rows():
     sizes = np.random.default_rng(1).integers(5, 40, 4000)
-    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=2)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, SHAPES, streams=2)
     slots = sum(batch.rows.input_ids.size for batch in batches)
     assert sizes.sum() / slots > 0.97
 
@@ -78,8 +82,8 @@ def test_ragged_short_texts_fill_the_rows():
 def test_texts_of_one_length_get_rows_of_three_quarters(size):
     sizes = np.full(1000, size)
     everyday, bulk = (
-        sum(batch.rows.input_ids.size for batch in pack(np.ones(sizes.sum(), np.int64), sizes, ladder, streams=2))
-        for ladder in (LADDER, BULK)
+        sum(batch.rows.input_ids.size for batch in pack(np.ones(sizes.sum(), np.int64), sizes, shape_set, streams=2))
+        for shape_set in (SHAPES, BULK)
     )
     assert bulk < 0.8 * everyday
 
@@ -88,7 +92,7 @@ def test_texts_of_one_length_get_rows_of_three_quarters(size):
 def test_ragged_texts_leave_little_to_shorten(longest, share):
     sizes = np.random.default_rng(1).integers(5, longest + 1, 4000)
     batches = pack(np.ones(sizes.sum(), np.int64), sizes, BULK, streams=2)
-    assert sum(batch.rows.shape[1] in BULK.between for batch in batches) <= share * len(batches)
+    assert sum(batch.rows.shape[1] in BULK.intermediate_lengths for batch in batches) <= share * len(batches)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def test_rows_are_shortened_in_full_batches_for_every_stream(rows, three_quarter
 
 def test_single_rows_come_last():
     sizes = np.array([256] * 17 + [128] * 18)
-    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=2)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, SHAPES, streams=2)
     shapes = [batch.rows.shape for batch in batches]
     assert shapes == [(4, 256)] * 4 + [(8, 128)] * 2 + [(1, 256)] + [(1, 128)] * 2
 
@@ -136,40 +140,40 @@ def test_pieces_of_one_size_are_placed_as_one_by_one():
     for size in sizes.tolist():
         fitting = [row for row in space if row[0] >= size and row[1] > 0]
         if not fitting:
-            length = next(length for length in LADDER.lengths if length >= size)
+            length = next(length for length in SHAPES.lengths if length >= size)
             space.append([length, length // 4])
             fitting = space[-1:]
         tightest = min(fitting, key=lambda row: row[0])
         tightest[0] -= size
         tightest[1] -= 1
-    _, row_lengths = _assign(sizes, LADDER)
+    _, row_lengths = _assign(sizes, SHAPES)
     assert len(row_lengths) == len(space)
 
 
 def test_one_short_text_gets_the_shortest_row():
-    (batch,) = pack(np.ones(9, np.int64), np.array([9]), LADDER)
+    (batch,) = pack(np.ones(9, np.int64), np.array([9]), SHAPES)
     assert batch.rows.shape == (1, 16)
-    (batch,) = pack(np.ones(40, np.int64), np.array([20, 20]), LADDER)
+    (batch,) = pack(np.ones(40, np.int64), np.array([20, 20]), SHAPES)
     assert batch.rows.shape == (1, 48)
 
 
 def test_many_tiny_texts_respect_the_slots():
-    batches = pack(np.ones(200, np.int64), np.full(100, 2), LADDER)
+    batches = pack(np.ones(200, np.int64), np.full(100, 2), SHAPES)
     assert sum(len(batch.pieces) for batch in batches) == 100
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_the_last_batches_keep_all_streams_busy(streams):
     sizes = np.full(16, 64)
-    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=streams)
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, SHAPES, streams=streams)
     assert len(batches) >= streams
     assert sum(batch.rows.shape[0] for batch in batches) <= 17
 
 
 def test_padding_of_a_piece_has_its_number_with_a_minus():
     ids, sizes, own = np.arange(1, 25), np.array([8, 8, 8]), np.array([3, 8, 5])
-    (batch,) = pack(ids, sizes, LADDER, own=own)
-    same = pack_shape(ids, sizes, (1, 32), own=own)
+    (batch,) = pack(ids, sizes, SHAPES, unpadded_lengths=own)
+    same = pack_shape(ids, sizes, (1, 32), unpadded_lengths=own)
     for array in ("input_ids", "position_ids", "segment_ids"):
         assert (getattr(batch.rows, array) == getattr(same.rows, array)).all()
     assert batch.tokens == same.tokens
@@ -196,6 +200,6 @@ def test_padding_of_a_piece_has_its_number_with_a_minus():
     ],
 )
 def test_few_rows_are_cut_so_that_no_stream_waits_for_another(rows, streams, counts):
-    sizes = np.full(rows, LADDER.lengths[0])
-    batches = pack(np.ones(sizes.sum(), np.int64), sizes, LADDER, streams=streams)
+    sizes = np.full(rows, SHAPES.lengths[0])
+    batches = pack(np.ones(sizes.sum(), np.int64), sizes, SHAPES, streams=streams)
     assert [batch.rows.shape[0] for batch in batches] == counts

@@ -17,10 +17,10 @@ from mirror_runtime.cli.main import main
 from mirror_runtime.cli.plan_plot import pareto
 from mirror_runtime.plan import (
     FORMAT_VERSION,
+    DecisionSource,
     Goal,
-    Host,
-    Plan,
-    PlanSource,
+    HostIdentity,
+    HostPlan,
     Setting,
     Trial,
     installed_versions,
@@ -29,7 +29,7 @@ from mirror_runtime.plan import (
     this_host,
     write_plan,
 )
-from mirror_runtime.planner import Budget, Planner, Step
+from mirror_runtime.planner import Budget, Planner, PlannerProgress
 
 ORT = Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
 OV = Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
@@ -48,8 +48,8 @@ def measured(setting: Setting, speed: float, cosine: float, accepted: bool = Tru
 
 
 @pytest.fixture
-def plan(tiny_bundle: Path) -> Plan:
-    return Plan(
+def plan(tiny_bundle: Path) -> HostPlan:
+    return HostPlan(
         format_version=FORMAT_VERSION,
         goal=Goal.THROUGHPUT,
         floor=0.999,
@@ -70,11 +70,11 @@ def cache(tmp_path: Path) -> Path:
 
 def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache):
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is PlanSource.RULE
+        assert encoder.decision.source is DecisionSource.RULE
         ruled = encoder.encode(["the cat", "a dog"])
     write_plan(plan, plan_path(cache, plan.fingerprint))
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is PlanSource.PLAN
+        assert encoder.decision.source is DecisionSource.PLAN
         assert (encoder.engine.name, encoder.engine.streams) == (EngineName.OPENVINO, 2)
         assert encoder.rows == "32, 64 tokens (many of a kind: 48), batches of 512"
         np.testing.assert_allclose(encoder.encode(["the cat", "a dog"]), ruled, atol=1e-5)
@@ -82,20 +82,20 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
         assert encoder.engine.streams == 1, "what the caller names goes before the plan"
     with Encoder.load(tiny_bundle, engine="onnxruntime", cache_dir=cache) as encoder:
         assert encoder.engine.name is EngineName.ONNXRUNTIME
-        assert encoder.decision.source is PlanSource.PLAN
+        assert encoder.decision.source is DecisionSource.PLAN
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", cache_dir=cache) as encoder:
-        assert encoder.decision.source is PlanSource.ASKED
+        assert encoder.decision.source is DecisionSource.ASKED
         assert encoder.rows == "64 tokens (many of a kind: 48), batches of 1024"
     for nothing in ({"plan": None, "cache_dir": cache}, {"cache_dir": None}):
         with Encoder.load(tiny_bundle, **nothing) as encoder:
-            assert encoder.decision.source is PlanSource.RULE
+            assert encoder.decision.source is DecisionSource.RULE
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"fingerprint": "0" * 16}, "it is for the bundle 0000000000000000"),
-        ({"host": Host(cpu="Z80", features="", cores=1)}, "it was measured on 1 cores of Z80"),
+        ({"host": HostIdentity(cpu="Z80", features="", cores=1)}, "it was measured on 1 cores of Z80"),
         ({"versions": {"openvino": "1.0"}}, "openvino 1.0 (now"),
     ],
 )
@@ -103,7 +103,7 @@ def test_a_stale_plan_is_left_aside_and_the_log_says_why(tiny_bundle, plan, cach
     path = plan_path(cache, plan.fingerprint)
     write_plan(dataclasses.replace(plan, **change), path)
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is PlanSource.RULE
+        assert encoder.decision.source is DecisionSource.RULE
     assert reason in caplog.text
     with pytest.raises(InputError, match="does not hold here"):
         Encoder.load(tiny_bundle, plan=path)
@@ -116,7 +116,7 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is PlanSource.RULE
+        assert encoder.decision.source is DecisionSource.RULE
     assert "is no plan" in caplog.text
     path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):
@@ -127,9 +127,9 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
 
 
 def test_planning_tries_every_artifact_streams_and_shapes_and_keeps_the_floor(tiny_bundle, cache):
-    steps: list[Step] = []
+    steps: list[PlannerProgress] = []
     texts = [f"the cat sat on mat {i} " + "dog " * (i % 9) for i in range(80)]
-    planner = Planner(tiny_bundle, texts, effort=TINY, cache_dir=cache, report=steps.append)
+    planner = Planner(tiny_bundle, texts, budget=TINY, cache_dir=cache, on_progress=steps.append)
     plan = planner.plan()
     settings = [m.setting for m in plan.measured]
     assert {(s.engine, s.precision) for s in settings} == {
@@ -155,7 +155,7 @@ def test_nothing_above_the_floor_and_nothing_to_check_against_are_errors(tiny_bu
         Planner(make_bundle(), texts)
     monkeypatch.setattr("mirror_runtime.planner.installed", lambda name: False)
     with pytest.raises(EngineError, match="onnxruntime fp32: is not installed"):
-        Planner(tiny_bundle, texts, effort=TINY, cache_dir=cache).plan()
+        Planner(tiny_bundle, texts, budget=TINY, cache_dir=cache).plan()
     monkeypatch.undo()
     drifted = cache / "drifted"
     shutil.copytree(tiny_bundle, drifted)
@@ -163,7 +163,7 @@ def test_nothing_above_the_floor_and_nothing_to_check_against_are_errors(tiny_bu
     turned = tuple(Canary(text=c["text"], vector=tuple(-x for x in c["vector"])) for c in canaries)
     write_json(Canaries(canaries=turned), drifted / "canaries.json")
     with pytest.raises(ParityError, match=r"no artifact reaches the floor 0\.999"):
-        Planner(drifted, texts, effort=TINY, cache_dir=cache).plan()
+        Planner(drifted, texts, budget=TINY, cache_dir=cache).plan()
 
 
 def test_only_a_clear_and_accepted_rival_replaces_the_best(tiny_bundle):

@@ -22,7 +22,7 @@ from mirror_runtime.bundle import (
     sha256_file,
     write_json,
 )
-from mirror_runtime.canaries import Verdict, compare
+from mirror_runtime.canaries import CanaryVerdict, compare_canaries
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import BundleError
 
@@ -60,19 +60,19 @@ def report(capsys) -> dict:
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        (lambda v: v, Verdict.AGREES),
-        (lambda v: v + 0.1 * np.roll(v, 1, axis=1), Verdict.DRIFTED),
-        (lambda v: v * 2, Verdict.DRIFTED),
-        (lambda v: v[::-1], Verdict.ANOTHER_MODEL),
-        (lambda v: v * np.float32("nan"), Verdict.BROKEN),
-        (lambda v: v[:, :3], Verdict.BROKEN),
+        (lambda v: v, CanaryVerdict.AGREES),
+        (lambda v: v + 0.1 * np.roll(v, 1, axis=1), CanaryVerdict.DRIFTED),
+        (lambda v: v * 2, CanaryVerdict.DRIFTED),
+        (lambda v: v[::-1], CanaryVerdict.ANOTHER_MODEL),
+        (lambda v: v * np.float32("nan"), CanaryVerdict.BROKEN),
+        (lambda v: v[:, :3], CanaryVerdict.BROKEN),
     ],
     ids=["same", "turned", "longer", "others", "nan", "cut"],
 )
 def test_what_the_canaries_say(change, verdict):
-    compared = compare(change(stored()), CANARIES, 0.9999)
+    compared = compare_canaries(change(stored()), CANARIES, 0.9999)
     assert compared.verdict is verdict
-    assert bool(compared.problem) == (verdict is not Verdict.AGREES)
+    assert bool(compared.problem) == (verdict is not CanaryVerdict.AGREES)
 
 
 def test_a_good_bundle_agrees_and_the_encoder_names_the_same_space(tiny_bundle, capsys):

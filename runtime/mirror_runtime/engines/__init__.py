@@ -49,9 +49,9 @@ def load_engine(
     if streams is not None and streams < 1:
         raise EngineError(f"streams is {streams}: it must be at least 1")
     if name is EngineName.OPENVINO:
-        from mirror_runtime.engines.openvino_engine import OpenVinoEngine, row_step_of
+        from mirror_runtime.engines.openvino_engine import OpenVinoEngine, length_multiple_of
 
-        return OpenVinoEngine(graph, precision, streams, cache, row_step=row_step_of(spec.pooling))
+        return OpenVinoEngine(graph, precision, streams, cache, length_multiple=length_multiple_of(spec.pooling))
     if name is EngineName.ONNXRUNTIME:
         from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 

@@ -16,14 +16,16 @@ class Engine(Protocol):
         name: the library.
         precision: what it runs in: exactly what was asked for.
         streams: how many calls of `run` it serves at once; the caller keeps that many in flight.
-        row_step: row lengths of more than 32 tokens are to be whole multiples of it. None where a shape besides the
-            ladder's is dear: built ahead, or the weights once more on a GPU.
+        length_multiple: row lengths of more than 32 tokens must be multiples of it.
+        dynamic_shapes: whether a further shape is cheap. It is not where shapes are built ahead of time, or where each
+            one holds the weights once more on a GPU.
     """
 
     name: EngineName
     precision: Precision
     streams: int
-    row_step: int | None
+    length_multiple: int
+    dynamic_shapes: bool
 
     def run(self, rows: PackedRows) -> Vectors:
         """Compute the pooled vectors of one batch. Safe to call from several threads.

@@ -16,7 +16,8 @@ class FakeEngine:
         self.name = EngineName.FAKE
         self.precision = precision
         self.streams = streams or 1
-        self.row_step: int | None = BLOCK
+        self.length_multiple = BLOCK
+        self.dynamic_shapes = True
         self._spec = spec
 
     def run(self, rows: PackedRows) -> Vectors:

@@ -40,7 +40,8 @@ class OnnxRuntimeEngine:
         self.name = EngineName.ONNXRUNTIME
         self.precision: Precision = precision
         self.streams = streams or 1
-        self.row_step: int | None = BLOCK
+        self.length_multiple = BLOCK
+        self.dynamic_shapes = True
         threads = max(1, usable_cores() // self.streams)
         self._session = open_session(graph, threads=threads, fused=precision is not Precision.FP8)
         held = self._session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, Precision.FP32.value)

@@ -13,7 +13,7 @@ import numpy as np
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.vectors import Vectors
 
 _DTYPES = {
@@ -151,7 +151,8 @@ class OnnxRuntimeGpuEngine:
         self.name = name
         self.precision: Precision = precision
         self.streams = streams or 1
-        self.row_step: int | None = None
+        self.length_multiple = BLOCK
+        self.dynamic_shapes = False
         self._graph = graph
         self._cache = cache
         self._bound: dict[Shape, _Bound] = {}

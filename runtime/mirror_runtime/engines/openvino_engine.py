@@ -36,7 +36,7 @@ _APART, _LONG = 1.5, 0.02
 """A round is the last if it took all streams this many seconds and none this many times as long as another: what one
 stream runs for two takes it twice as long. Threads that start later blur shorter ones."""
 
-_ONE_TOKEN_STEP = 64
+_ONE_TOKEN_MULTIPLE = 64
 """The row step of graphs whose last layer computes one token a text, in its slot. OpenVINO (2026.4.1) gets wrong what
 the 12 slots of 48 tokens ask, in bf16 always and in fp32 where rows are many; 4, 8 and multiples of 16 are right."""
 
@@ -95,7 +95,7 @@ class OpenVinoEngine:
         precision: fp32, bf16 or int8.
         streams: batches in flight; None means one for each core.
         cache: see `load_engine`.
-        row_step: see `Engine`; `row_step_of` says it.
+        length_multiple: see `Engine`; `length_multiple_of` says it.
 
     Raises:
         MissingExtra: openvino is not installed.
@@ -109,7 +109,7 @@ class OpenVinoEngine:
         streams: int | None,
         cache: Path | None = None,
         *,
-        row_step: int = BLOCK,
+        length_multiple: int = BLOCK,
     ) -> None:
         openvino = require("openvino", "openvino")
         self._core = shared_core()
@@ -120,7 +120,8 @@ class OpenVinoEngine:
         self.precision = precision
         self._cores = usable_cores()
         self.streams = streams or self._cores
-        self.row_step: int | None = row_step
+        self.length_multiple = length_multiple
+        self.dynamic_shapes = True
         self._graph = graph
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
@@ -221,9 +222,9 @@ def _agree(slots: Sequence[_Slot], rows: PackedRows) -> bool:
     return True
 
 
-def row_step_of(pooling: Pooling) -> int:
+def length_multiple_of(pooling: Pooling) -> int:
     """Give the row step that OpenVINO gets an encoder's vectors right with."""
-    return _ONE_TOKEN_STEP if pooling in ONE_TOKEN else BLOCK
+    return _ONE_TOKEN_MULTIPLE if pooling in ONE_TOKEN else BLOCK
 
 
 def compile_padded(graph: Path, precision: Precision) -> Any:

@@ -15,7 +15,7 @@ from mirror_runtime.engines.cuda_device import Buffer, CudaDevice
 from mirror_runtime.engines.plan_card import PlanCard, check_card, read_card
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.vectors import Vectors
 
 STREAMS = 2
@@ -222,7 +222,8 @@ class TensorRtEngine:
         self.name = EngineName.TENSORRT
         self.precision: Precision = precision
         self.streams = streams or STREAMS
-        self.row_step: int | None = None
+        self.length_multiple = BLOCK
+        self.dynamic_shapes = False
         self._plan = LoadedPlan(plan, self.streams)
 
     def run(self, rows: PackedRows) -> Vectors:

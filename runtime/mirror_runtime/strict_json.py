@@ -1,0 +1,131 @@
+"""JSON to frozen dataclasses and back, strictly: a missing key, an unknown key or a value of a wrong type is an error.
+
+Nothing has a default in a file, so that a file of another version is refused instead of half understood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mirror_runtime.errors import BundleError
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """Convert dataclasses, enums, tuples and mappings to what `json.dumps` takes."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(kind: type[T], data: Any, where: str) -> T:
+    """Build a dataclass from parsed JSON, strictly.
+
+    Args:
+        kind: the dataclass.
+        data: the result of `json.loads`.
+        where: a file name, for messages.
+
+    Raises:
+        BundleError: a key is missing or unknown, or a value has the wrong type.
+    """
+    return typing.cast(T, _value(kind, data, where))
+
+
+def read_json(kind: type[T], path: Path, absent: str) -> T:
+    """Read a dataclass from a JSON file, strictly.
+
+    Args:
+        kind: the dataclass.
+        path: the file.
+        absent: the beginning of the message where there is no file.
+
+    Raises:
+        BundleError: the file is missing, is not JSON, or does not hold such a dataclass.
+    """
+    return from_json(kind, read_object(path, absent), str(path))
+
+
+def read_object(path: Path, absent: str) -> dict[str, Any]:
+    """Parse a JSON file that holds an object, see `read_json`.
+
+    Raises:
+        BundleError: the file is missing, or is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{absent}: {path} does not exist") from None
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds {type(data).__name__} where a JSON object is expected")
+    return data
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write a dataclass as indented JSON with a final newline."""
+    path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _value(kind: Any, data: Any, where: str) -> Any:
+    """Convert `data` to the annotated type `kind`; `where` names the place for messages."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _object(typing.cast(type, kind), data, where)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        known = [member.value for member in kind]
+        if data not in known:
+            raise BundleError(f"{where} is {data!r}; known are {', '.join(map(str, known))}")
+        return kind(data)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(data, dict):
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if origin in (types.UnionType, typing.Union):
+        plain = next((arg for arg in args if _is_plain(data, arg)), None)
+        if plain is not None:
+            return float(data) if plain is float else data
+        objects = [arg for arg in args if dataclasses.is_dataclass(arg)]
+        if len(objects) == 1:
+            return _object(typing.cast(type, objects[0]), data, where)
+    elif _is_plain(data, kind):
+        return float(data) if kind is float else data
+    raise BundleError(f"{where} is {data!r}; expected {getattr(kind, '__name__', kind)}")
+
+
+def _object(kind: type, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise BundleError(f"{where} is {data!r}; expected an object")
+    hints = typing.get_type_hints(kind)
+    differ = {"missing": hints.keys() - data.keys(), "unknown": data.keys() - hints.keys()}
+    if any(differ.values()):
+        named = "; ".join(f"{what} {', '.join(sorted(keys))}" for what, keys in differ.items() if keys)
+        raise BundleError(f"{where}: {named}")
+    return kind(**{name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()})
+
+
+def _is_plain(data: Any, kind: Any) -> bool:
+    if kind is type(None):
+        return data is None
+    if isinstance(data, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(data, (int, float))
+    return kind in (str, int) and isinstance(data, kind)
