@@ -162,7 +162,7 @@ def test_a_model_is_replaced_under_load(old: Path, new: Path, tmp_path: Path) ->
         for client in clients:
             client.close()
         assert served.terminate() == 0
-        assert "starting again" not in served.output, "the watchdog tells a replaced model from a dead one"
+        assert "restarting" not in served.output, "the watchdog tells a replaced model from a dead one"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "no scratch is left"
 
 
@@ -192,7 +192,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_serves_on(
     assert not load.failures()
     assert all(o.result.shape == (4, 16) for o in load.outcomes)  # type: ignore[attr-defined]
     assert tree(repository) == before
-    assert "starting again" not in old_server.output
+    assert "restarting" not in old_server.output
 
 
 @pytest.fixture(scope="module")

@@ -167,13 +167,15 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path, number: signal.Sig
 
 
 def printed(language: str) -> str:
-    """The example in that language that docs/serving.md shows for the gateway."""
-    section = (ROOT / "docs/serving.md").read_text().split("## The gateway")[1].split("\n## ")[0]
+    """The example in that language that docs/how-to/gateway.md shows for the gateway."""
+    section = (ROOT / "docs/how-to/gateway.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[0]
 
 
 def test_the_lines_of_the_documentation_work_as_printed(fake_bundle: Path) -> None:
-    command = re.search(r"^    (mirror gateway bundles/mine .*)$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE)
+    command = re.search(
+        r"^    (mirror gateway bundles/mine .*)$", (ROOT / "docs/how-to/gateway.md").read_text(), re.MULTILINE
+    )
     assert command is not None
     options = command[1].split()[3:]
     with gateway(str(fake_bundle), "--engine", "fake", *options) as running:

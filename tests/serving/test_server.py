@@ -207,7 +207,7 @@ def test_a_written_repository_serves_wherever_it_is_moved(fake_bundle: Path, tmp
     with Server(tmp_path / "there") as mine, mine.client() as client:
         encoded = client.encode_detailed(["short", "long " * 100, "short"])
     assert list(encoded.errors) == [1]
-    assert "has 102 tokens and the encoder takes 64" in str(encoded.errors[1])
+    assert "has 102 tokens" in str(encoded.errors[1])
     np.testing.assert_array_equal(encoded.vectors[0], encoded.vectors[2])
 
 

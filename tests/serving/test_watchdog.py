@@ -18,15 +18,15 @@ IMPATIENT = """
 import sys
 from pathlib import Path
 from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
-from mirror_runtime.triton.server.health import Patience
+from mirror_runtime.triton.server.health import HealthPolicy
 
 serve(
     Path(sys.argv[1]),
     http_port=0, grpc_port=0, metrics_port=0,
     options=ServingOptions(engine="fake"),
-    service=ServiceOptions(patience=Patience(probe_s=0.2, silent_s=1.5)),
+    service=ServiceOptions(health=HealthPolicy(probe_s=0.2, silent_s=1.5)),
     on_ready=lambda server: print(f"gRPC     127.0.0.1:{server.grpc_port}\\nmetrics", flush=True),
-    say=lambda line: print(line, flush=True),
+    on_progress=lambda line: print(line, flush=True),
 )
 """
 
@@ -65,7 +65,7 @@ def test_a_killed_model_process_is_replaced_and_patient_clients_see_no_error(fak
             client.close()
         assert served.terminate() == 0
         assert "the process that runs the model has died" in served.output
-        assert "starting again: 1 of 5 restarts" in served.output
+        assert "restarting: 1 of 5 restarts" in served.output
         assert not served.shared_memory()
 
 

@@ -55,7 +55,7 @@ def test_all_requests_share_one_call_and_get_their_own_vectors(encoder):
     [
         (b"\xff\xfe", TRUNCATE, "not valid UTF-8 (byte 0xff at offset 0)"),
         (b"\xed\xa0\x80", TRUNCATE, "not valid UTF-8"),
-        (b"long " * 50, LongTexts.ERROR, "has 52 tokens and the encoder takes 16"),
+        (b"long " * 50, LongTexts.ERROR, "has 52 tokens"),
     ],
     ids=["stray byte", "encoded surrogate", "too long"],
 )

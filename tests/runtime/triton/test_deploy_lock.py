@@ -1,4 +1,4 @@
-"""What `mirror serve` and `mirror deploy` leave in a repository for each other, and how a present version is read."""
+"""The files through which `mirror serve` and `mirror deploy` find each other, and the options of a present version."""
 
 import json
 
@@ -10,34 +10,34 @@ from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.control import Access
 from mirror_runtime.triton.server.deploy import deploy, present_options
-from mirror_runtime.triton.server.deploy_lock import ACCESS_FILE, ServerFile, deploying, serving
+from mirror_runtime.triton.server.deploy_lock import ACCESS_FILE, ServerFile, deploying, find_server
 from mirror_runtime.triton.server.supervisor import serve
 
 ACCESS = Access(address="127.0.0.1:1", key="secret", pid=2)
 
 
 def test_a_server_is_found_while_its_process_lives(tmp_path):
-    assert serving(tmp_path) is None
-    with ServerFile(tmp_path) as announcement:
+    assert find_server(tmp_path) is None
+    with ServerFile(tmp_path) as server_file:
         with pytest.raises(ServerError, match="is starting"):
-            serving(tmp_path)
-        announcement.write(ACCESS)
-        assert serving(tmp_path) == ACCESS
-        announcement.write(Access(address="127.0.0.1:1", key="k", pid=3))
-        assert serving(tmp_path) == Access(address="127.0.0.1:1", key="k", pid=3)
+            find_server(tmp_path)
+        server_file.write(ACCESS)
+        assert find_server(tmp_path) == ACCESS
+        server_file.write(Access(address="127.0.0.1:1", key="k", pid=3))
+        assert find_server(tmp_path) == Access(address="127.0.0.1:1", key="k", pid=3)
         assert (tmp_path / ACCESS_FILE).stat().st_mode & 0o777 == 0o600
-    assert serving(tmp_path) is None
+    assert find_server(tmp_path) is None
 
 
-def test_what_a_killed_server_left_counts_for_nothing(tmp_path):
+def test_the_file_of_a_killed_server_is_ignored(tmp_path):
     (tmp_path / ACCESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "key": "old", "pid": 1}))
-    assert serving(tmp_path) is None
-    with ServerFile(tmp_path) as announcement:
-        announcement.write(ACCESS)
-        assert serving(tmp_path) == ACCESS
+    assert find_server(tmp_path) is None
+    with ServerFile(tmp_path) as server_file:
+        server_file.write(ACCESS)
+        assert find_server(tmp_path) == ACCESS
 
 
-def test_two_servers_or_two_deployments_at_once_are_refused(tmp_path):
+def test_a_second_server_or_deployment_is_rejected(tmp_path):
     with ServerFile(tmp_path), pytest.raises(InputError, match="another mirror serve runs on"):
         ServerFile(tmp_path)
     with deploying(tmp_path), pytest.raises(InputError, match="another process deploys into"), deploying(tmp_path):
@@ -54,13 +54,13 @@ def test_the_present_options_are_read_back(make_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("config", ['name: "embed" backend: "python"', "no protobuf at all", "max_batch_size: -"])
-def test_a_model_of_somebody_else_is_not_replaced(tmp_path, config):
+def test_a_model_of_another_project_is_not_replaced(tmp_path, config):
     (tmp_path / "config.pbtxt").write_text(config)
-    with pytest.raises(InputError, match="is no configuration that this project wrote"):
+    with pytest.raises(InputError, match="this project did not write"):
         present_options(tmp_path)
 
 
-def test_a_bundle_that_nothing_could_prove_changes_nothing(make_bundle, tmp_path):
+def test_an_unprovable_bundle_changes_nothing(make_bundle, tmp_path):
     repository = tmp_path / "models"
     with pytest.raises(BundleError):  # its fingerprint is made up
         deploy(make_bundle(), repository)
@@ -69,11 +69,11 @@ def test_a_bundle_that_nothing_could_prove_changes_nothing(make_bundle, tmp_path
     assert not repository.exists()
 
 
-def test_options_are_for_bundles_alone(make_bundle, tmp_path):
+def test_options_are_for_bundles_only(make_bundle, tmp_path):
     repository = tmp_path / "models"
     repository.mkdir()
     write_temporary_repository(make_bundle(), repository, ServingOptions(engine="fake"))
-    with pytest.raises(InputError, match="leave out the options"):
+    with pytest.raises(InputError, match="with its own options in config.pbtxt: leave out"):
         serve(repository, options=ServingOptions(engine="fake"))
     with pytest.raises(BundleError):
         serve(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Finding tritonserver: what it needs is said before it starts."""
+"""Finding tritonserver: missing requirements are reported before it starts."""
 
 import ctypes.util
 import importlib.util
@@ -47,7 +47,7 @@ def test_an_unfit_machine_is_offered_the_container(monkeypatch, owner, name, val
     assert "docker run" in str(caught.value)
 
 
-def test_no_shared_libpython_is_said_with_its_cure(monkeypatch):
+def test_a_missing_shared_libpython_is_reported_with_its_cure(monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "/nowhere")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
     with pytest.raises(ServerError, match="apt install libpython3"):
@@ -55,12 +55,12 @@ def test_no_shared_libpython_is_said_with_its_cure(monkeypatch):
 
 
 def test_the_model_process_sees_this_package_first_and_keeps_the_callers_paths(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/callers/own")
+    monkeypatch.setenv("PYTHONPATH", "/callers/path")
     environment = server_environment(find_distribution())
     paths = environment["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(Path(mirror_runtime.__file__).parents[1])
-    assert paths[-1] == "/callers/own"
-    assert os.environ["PYTHONPATH"] == "/callers/own", "the caller's own environment stays"
+    assert paths[-1] == "/callers/path"
+    assert os.environ["PYTHONPATH"] == "/callers/path", "the caller's environment stays unchanged"
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 

@@ -1,4 +1,4 @@
-"""Load, replace and refuse models of a running server, with the key that its owner alone has."""
+"""Load, replace and drain models of a running server, with the key that only its owner has."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mirror_runtime.extras import require
 
 KEY_HEADER = "mirror-key"
 OWNERS_APIS = "model-repository,shared-memory,trace,logging"
-"""What only the holder of the key may use. Whoever loads models, or registers memory, runs code in the server."""
+"""APIs that require the key, because loading models or registering memory runs code in the server."""
 
 _CALL_S = 20.0
-_CLOSED_MODEL = Path(__file__).with_name("closed.py")
+_DRAINING_MODEL = Path(__file__).parents[1] / "model" / "draining_model.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How to reach a running server as its owner.
+    """The address and key of a running server.
 
     Attributes:
         address: host and port of gRPC.
-        key: what the server was started with.
+        key: with which the server was started.
         pid: the tritonserver process.
     """
 
@@ -52,32 +52,32 @@ class ModelControl:
         self._headers = {f"triton-grpc-protocol-{KEY_HEADER}": access.key}
 
     def load(self, model: str, timeout_s: float) -> None:
-        """Load a model, or load it again: the old one serves until the new one is ready, and finishes its requests.
+        """Load a model, or reload it: the old one serves until the new one is ready, and finishes its requests.
 
         Raises:
-            ServerError: it cannot be loaded; one that served before serves on.
+            ServerError: it cannot be loaded; the old model continues to serve.
         """
-        with self._translated(f"{model} cannot be loaded"):
+        with self._translate_errors(f"{model} cannot be loaded"):
             self._client.load_model(model, headers=self._headers, client_timeout=timeout_s)
 
     def unload(self, model: str) -> None:
-        """Unload a model; its requests under way are answered first.
+        """Unload a model after it has answered its requests.
 
         Raises:
-            ServerError: the server does not do it.
+            ServerError: it cannot be unloaded.
         """
-        with self._translated(f"{model} cannot be unloaded"):
+        with self._translate_errors(f"{model} cannot be unloaded"):
             self._client.unload_model(model, headers=self._headers, client_timeout=_CALL_S)
 
-    def refuse(self, model: str) -> None:
-        """Put a model that refuses in a model's place. Requests that it had accepted are answered by the old one.
+    def drain(self, model: str) -> None:
+        """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
 
-        Triton's own unload would refuse too, but as NOT_FOUND, which no client tries again.
+        Triton's own unload rejects requests too, but as NOT_FOUND, which clients do not retry.
 
         Raises:
-            ServerError: the server does not do it.
+            ServerError: the model cannot be replaced.
         """
-        with self._translated(f"{model} cannot be closed"):
+        with self._translate_errors(f"{model} cannot be drained"):
             config = self._client.get_model_config(model, as_json=True, client_timeout=_CALL_S)["config"]
             kept = {name: config[name] for name in ("name", "backend", "max_batch_size", "input", "output")}
             kept["instance_group"] = [{"kind": "KIND_CPU", "count": 1}]
@@ -85,7 +85,7 @@ class ModelControl:
                 model,
                 headers=self._headers,
                 config=json.dumps(kept),
-                files={"file:1/model.py": _CLOSED_MODEL.read_bytes()},
+                files={"file:1/model.py": _DRAINING_MODEL.read_bytes()},
                 client_timeout=_CALL_S,
             )
 
@@ -102,8 +102,8 @@ class ModelControl:
         self.close()
 
     @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, failure: str) -> Iterator[None]:
         try:
             yield
         except self._library.InferenceServerException as error:
-            raise ServerError(f"{what}: {error.message()}") from error
+            raise ServerError(f"{failure}: {error.message()}") from error

@@ -1,8 +1,8 @@
-"""Put a bundle in the place of the model that a repository holds, and of the one that its server serves.
+"""Replace the model in a repository, and the one that its server serves, by a bundle.
 
-The new version is proven through a server before anybody sees it: its canaries are sent to a model of its own, beside
-the one that serves. Then the server loads it as the next version of `embed`, which it does before it lets the old one
-go; requests under way are answered by the model that accepted them.
+The new version is proven through a server before clients see it: the server loads it beside the serving model under
+another name and encodes its canaries. Then it loads it as the next version of `embed`, and only then unloads the old
+version. Each request is answered by the model that accepted it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import link_or_copy, write_model
 from mirror_runtime.triton.server.control import Access, ModelControl
-from mirror_runtime.triton.server.deploy_lock import deploying, serving
+from mirror_runtime.triton.server.deploy_lock import deploying, find_server
 from mirror_runtime.triton.server.processes import runners
 from mirror_runtime.triton.server.server import CANDIDATE_NAME, STARTUP_S, Server
 from mirror_runtime.vectors import components
@@ -41,16 +41,16 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Deployment:
-    """What a deployment did.
+class DeployReport:
+    """The result of a deployment.
 
     Attributes:
-        version: of the model `embed`, which replies carry as well.
+        version: of the model `embed`; replies carry it too.
         fingerprint: of the new model.
-        previous: of the one before; None where there was none.
-        switched: whether a running server serves the new model now. Else the next start will.
-        min_cosine: of the canaries' vectors, as the server gave them, to the stored ones; the worst.
-        seconds: that it took.
+        previous: fingerprint of the model before; None if there was none.
+        switched: whether a running server serves the new model now. Otherwise the next start will.
+        min_cosine: smallest cosine between the canaries' vectors from the server and the stored ones.
+        seconds: duration.
     """
 
     version: int
@@ -67,26 +67,26 @@ def deploy(
     options: ServingOptions | None = None,
     *,
     link: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Deployment:
-    """Replace the model of a repository by a bundle; the version before is kept, older ones are removed.
+    on_progress: Callable[[str], None] = lambda line: None,
+) -> DeployReport:
+    """Replace the model of a repository by a bundle; keep the version before, and remove older ones.
 
-    Where `mirror serve` runs on the repository, its clients see the old model or the new one, never an error. Both are
-    in memory for a while. Whatever fails, the old model serves on and the repository stays as it was.
+    If `mirror serve` runs on the repository, its clients see the old model or the new one, never an error. For a while
+    both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged.
 
     Args:
-        bundle: what to serve from now on.
-        repository: the model repository; made where absent.
-        options: how to serve it; None keeps what the present version has.
-        link: share the bundle's files by hard links where the file system allows it.
-        say: called with a line for people at each step.
+        bundle: the new bundle.
+        repository: the model repository; created if missing.
+        options: how to serve it; None keeps the options of the present version.
+        link: share the bundle's files by hard links if the file system allows it.
+        on_progress: called with a line of text at each step.
 
     Raises:
-        BundleError: `bundle` is none, is corrupted, or has no canaries that could prove it.
-        EngineError: it has nothing that runs here as asked.
+        BundleError: `bundle` is not a bundle, is corrupted, or has no canaries to prove it with.
+        EngineError: it has no artifact that runs here with the options.
         InputError: the repository cannot be written, or another process deploys into it.
-        ParityError: the vectors that the server gives are not those of the bundle.
-        ServerError: the server does not load it.
+        ParityError: the server's vectors differ from the bundle's.
+        ServerError: the server cannot load it.
     """
     began = time.monotonic()
     manifest = read_manifest(bundle)
@@ -94,19 +94,19 @@ def deploy(
     check_fingerprint(manifest)
     canaries = read_canaries(bundle)
     if not canaries:
-        raise BundleError(f"{bundle} has no canaries, so nothing can prove it here: export the encoder again")
+        raise BundleError(f"{bundle} has no canaries to prove it with: export the encoder again")
     try:
         repository.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{repository} cannot be written: {error.strerror}") from error
     model = repository.resolve() / MODEL_NAME
     with deploying(repository), _scratch(model.parent) as scratch:
-        access = serving(repository)
+        access = find_server(repository)
         options = options or present_options(model)
         if options.backend is not Backend.PYTHON:
             raise InputError(
-                f"{model} runs in Triton's {options.backend.value} backend: mirror deploy replaces those of the Python "
-                "backend alone; write a repository with export/to_triton.py instead"
+                f"{model} runs in Triton's {options.backend.value} backend, and mirror deploy supports the Python "
+                "backend only: write a repository with export/to_triton.py instead"
             )
         choose(manifest, options.engine, options.precision)
         proof = _Proof(
@@ -116,16 +116,16 @@ def deploy(
             batch_size=min(32, options.max_batch_size),
         )
         before, version = _versions(model)
-        say(f"writing version {version} ({manifest.fingerprint})")
+        on_progress(f"writing version {version} ({manifest.fingerprint})")
         fresh = _write(bundle, manifest, scratch, model, options, version, link=link)
         staged = fresh / str(version) / "bundle"
-        say("proving it through a server" if access is None else "proving it beside the model that serves")
+        on_progress("proving it through a server" if access is None else "proving it beside the model that serves")
         cosine, kept = _try_out(manifest, staged, scratch, model.parent, options, access, proof)
-        with _published(fresh, model, scratch) as take_back:
+        with _published(fresh, model, scratch) as undo:
             if access is not None:
-                say("switching")
-                _switch(access, replace(proof, canaries=kept), take_back)
-    return Deployment(
+                on_progress("switching")
+                _switch(access, replace(proof, canaries=kept), undo)
+    return DeployReport(
         version=version,
         fingerprint=manifest.fingerprint,
         previous=before,
@@ -136,10 +136,10 @@ def deploy(
 
 
 def present_options(model: Path) -> ServingOptions:
-    """Read how a model folder serves its bundle; the defaults where there is none.
+    """Read the serving options of a model folder; return the defaults if it does not exist.
 
     Raises:
-        InputError: its configuration is none that we wrote.
+        InputError: this project did not write its configuration.
     """
     path = model / _CONFIG_FILE
     if not path.exists():
@@ -149,15 +149,15 @@ def present_options(model: Path) -> ServingOptions:
 
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-        said = {name: value.string_value for name, value in config.parameters.items()}
-        return ServingOptions.of_parameters(said, config.max_batch_size)
+        parameters = {name: value.string_value for name, value in config.parameters.items()}
+        return ServingOptions.of_parameters(parameters, config.max_batch_size)
     except (text_format.ParseError, KeyError, ValueError, OSError) as error:
-        raise InputError(f"{path} is no configuration that this project wrote ({error}): deploy elsewhere") from error
+        raise InputError(f"this project did not write {path} ({error}): deploy into another repository") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Proof:
-    """What the vectors of a served model have to be."""
+    """The vectors that a served model must return."""
 
     manifest: Manifest
     canaries: Sequence[Canary]
@@ -165,29 +165,29 @@ class _Proof:
     batch_size: int
 
     def check(self, address: str, model: str) -> tuple[float, list[Canary]]:
-        """Send the canaries to a served model.
+        """Compare a served model's vectors of the canaries with the stored ones.
 
         Returns:
-            The worst cosine, and the canaries that were not cut off.
+            The smallest cosine, and the canaries that were not truncated.
 
         Raises:
-            ParityError: other vectors come back, or none.
+            ParityError: they differ, or some are missing.
             ServerError: the server failed.
         """
         with Client(address, model=model, timeout_s=STARTUP_S) as client:
             served = client.encode_detailed([canary.text for canary in self.canaries], self.batch_size)
         if served.errors:
-            raise ParityError(f"the server refuses a canary: {served.errors[min(served.errors)]}")
+            raise ParityError(f"the server rejects a canary: {served.errors[min(served.errors)]}")
         if served.fingerprint != self.manifest.fingerprint:
             raise ParityError(f"the server answers as {served.fingerprint}, not as {self.manifest.fingerprint}")
         found = compare_canaries(components(served.vectors, self.manifest.encoder), self.canaries, self.floor)
         if found.verdict is not CanaryVerdict.AGREES or found.min_cosine is None:
-            raise ParityError(f"the server's vectors are not those that the bundle stores: {found.problem}")
+            raise ParityError(f"the server's vectors differ from those in the bundle: {found.problem}")
         return found.min_cosine, [self.canaries[i] for i in np.flatnonzero(~served.truncated)]
 
 
 def _floor(manifest: Manifest, options: ServingOptions) -> float:
-    """Give the cosine that the least exact artifact which may be chosen is held to."""
+    """Return the smallest floor of the artifacts that the options allow."""
     floors = [
         artifact.parity.floor
         for artifact in manifest.artifacts
@@ -201,7 +201,7 @@ def _floor(manifest: Manifest, options: ServingOptions) -> float:
 
 
 def _versions(model: Path) -> tuple[str | None, int]:
-    """Give the fingerprint of the version that a model folder serves, and the number of the next one."""
+    """Return the fingerprint of the version that a model folder serves, and the number of the next version."""
     numbers = [int(entry.name) for entry in model.glob("*") if entry.is_dir() and entry.name.isdecimal()]
     if not numbers:
         return None, 1
@@ -210,7 +210,7 @@ def _versions(model: Path) -> tuple[str | None, int]:
 
 @contextlib.contextmanager
 def _scratch(repository: Path) -> Iterator[Path]:
-    """Give a folder beside the repository: within it, a server that loads everything would take it for a model."""
+    """Create a folder beside the repository: a server that loads all models would load one inside it."""
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{repository.name}.deploy-", dir=repository.parent))
     except OSError as error:
@@ -231,7 +231,7 @@ def _write(
     *,
     link: bool,
 ) -> Path:
-    """Write the model's folder with the new version and the one before, all but in its place."""
+    """Write the model's folder, with the new version and the one before, into the scratch folder."""
     fresh = scratch / MODEL_NAME
     try:
         fresh.mkdir()
@@ -255,12 +255,12 @@ def _try_out(
     access: Access | None,
     proof: _Proof,
 ) -> tuple[float, list[Canary]]:
-    """Prove the new version by a model of its own: on the running server, or on one that is started for it."""
+    """Prove the new version under a name of its own, on the running server or on one started for it."""
     name = MODEL_NAME if access is None else CANDIDATE_NAME
     trial = scratch / "trial"
     folder = trial / name
     folder.mkdir(parents=True)
-    # A canary is too long on purpose, and its stored vector is that of the cut text.
+    # One canary is longer than the encoder takes; its stored vector is that of the truncated text.
     write_model(manifest, folder, replace(options, long_texts=LongTexts.TRUNCATE), bundle=str(staged))
     if access is None:
         with Server(trial) as server:
@@ -269,7 +269,7 @@ def _try_out(
     text = config.read_text(encoding="utf-8").replace(f'name: "{MODEL_NAME}"', f'name: "{name}"', 1)
     config.write_text(text, encoding="utf-8")
     place = repository / CANDIDATE_NAME
-    shutil.rmtree(place, ignore_errors=True)  # what a killed deployment left
+    shutil.rmtree(place, ignore_errors=True)  # a killed deployment may have left one
     with ModelControl(access) as control:
         try:
             os.rename(folder, place)
@@ -284,44 +284,44 @@ def _try_out(
 
 @contextlib.contextmanager
 def _published(fresh: Path, model: Path, scratch: Path) -> Iterator[Callable[[], None]]:
-    """Put a model folder into its place; gives what takes it back, which happens by itself when the block fails."""
-    aside, refused = scratch / "replaced", scratch / "refused"
+    """Move a model folder into its place; yield a function that undoes it, which also runs if the block fails."""
+    replaced, rejected = scratch / "replaced", scratch / "rejected"
 
-    def take_back() -> None:
+    def undo() -> None:
         if model.exists() and not fresh.exists():
-            os.rename(model, refused)
-        if aside.exists():
-            os.rename(aside, model)
+            os.rename(model, rejected)
+        if replaced.exists():
+            os.rename(replaced, model)
 
     try:
         if model.exists():
-            os.rename(model, aside)
+            os.rename(model, replaced)
         os.rename(fresh, model)
-        yield take_back
+        yield undo
     except BaseException:
-        if not refused.exists():
-            take_back()
+        if not rejected.exists():
+            undo()
         raise
 
 
-def _switch(access: Access, proof: _Proof, take_back: Callable[[], None]) -> None:
-    """Let the server load what lies in the repository now, and prove it under the name that clients use."""
+def _switch(access: Access, proof: _Proof, undo: Callable[[], None]) -> None:
+    """Load the repository's model into the server, and prove it under the name that clients use."""
     with ModelControl(access) as control:
         _load(control, access.pid)
         try:
             proof.check(access.address, MODEL_NAME)
         except BaseException:
-            take_back()
+            undo()
             _load(control, access.pid)
             raise
 
 
 def _load(control: ModelControl, server: int) -> None:
-    """Load the model again, and wait until the processes of the one that loses are gone: the watchdog may see that."""
+    """Reload the model, and wait for the end of the replaced processes, while the watchdog still tolerates it."""
     before = set(runners(server, MODEL_NAME))
     try:
         control.load(MODEL_NAME, STARTUP_S)
-    except ServerError:  # the old model serves on
+    except ServerError:  # the old model continues to serve
         _wait(lambda: before.issuperset(runners(server, MODEL_NAME)))
         raise
     _wait(lambda: before.isdisjoint(runners(server, MODEL_NAME)))

@@ -1,4 +1,4 @@
-"""One deployment at a time into a model repository, seen by the process that serves it."""
+"""One deployment at a time into a model repository, visible to the process that serves it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TRIES = 25
 
 @contextlib.contextmanager
 def deploying(repository: Path) -> Iterator[None]:
-    """Hold a repository for one deployment. The lock goes with the process: a kill leaves none behind.
+    """Lock a repository for one deployment. The lock ends with the process, even if it is killed.
 
     Raises:
-        InputError: another process deploys into it, or it cannot be written.
+        InputError: another process deploys into the repository, or it cannot be written.
     """
     try:
         handle = os.open(repository / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
@@ -38,37 +38,36 @@ def deploying(repository: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            os.utime(handle)  # tells the server's watchdog that there was one, should it have missed it
+            os.utime(handle)  # for the server's watchdog, in case it has not seen the lock itself
     finally:
         os.close(handle)
 
 
 class DeployLock:
-    """What the server's watchdog asks: have models been replaced on purpose?
+    """Lets the server's watchdog see deployments, which replace models on purpose.
 
     Args:
-        repository: the model repository; it need not be one that deployments write into.
+        repository: the model repository; deployments need not be possible.
     """
 
     def __init__(self, repository: Path) -> None:
         self._lock = repository / LOCK_FILE
-        self._seen = self._touched()
+        self._seen_ns = self._modified_ns()
 
-    def new(self) -> bool:
-        """Tell whether a deployment is under way, or has ended since the last call."""
+    def changed(self) -> bool:
+        """Return whether a deployment is under way, or has ended since the last call."""
         try:
             handle = os.open(self._lock, os.O_RDONLY)
-        except OSError:  # nobody has ever deployed here
+        except OSError:  # there has never been a deployment
             return False
         try:
             under_way = not _locks(handle, fcntl.LOCK_SH)
         finally:
             os.close(handle)
-        touched = self._touched()
-        news, self._seen = under_way or touched != self._seen, touched
-        return news
+        before, self._seen_ns = self._seen_ns, self._modified_ns()
+        return under_way or self._seen_ns != before
 
-    def _touched(self) -> int:
+    def _modified_ns(self) -> int:
         try:
             return self._lock.stat().st_mtime_ns
         except OSError:
@@ -78,14 +77,14 @@ class DeployLock:
 class ServerFile:
     """The file in a repository that tells `mirror deploy` which server serves it. A context manager.
 
-    It holds the server's key: its owner alone may read it. A lock on it says that the process which wrote it lives.
+    It contains the server's key, so only its owner may read it. It is locked while the process that wrote it lives.
 
     Args:
         repository: the model repository.
 
     Raises:
         InputError: another process serves the repository.
-        OSError: the repository cannot be written; deployments cannot reach this server then.
+        OSError: the repository cannot be written; then deployments cannot reach this server.
     """
 
     def __init__(self, repository: Path) -> None:
@@ -97,7 +96,7 @@ class ServerFile:
         os.ftruncate(self._handle, 0)
 
     def write(self, access: Access) -> None:
-        """Say how the server is reached now."""
+        """Write the address and key of the server."""
         content = json.dumps(asdict(access)).encode()
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, content, 0)
@@ -110,11 +109,11 @@ class ServerFile:
         os.close(self._handle)
 
 
-def serving(repository: Path) -> Access | None:
-    """Give the server that serves a repository; None where none does.
+def find_server(repository: Path) -> Access | None:
+    """Return the server that serves a repository; None if there is none.
 
     Raises:
-        ServerError: it is starting, or its owner is somebody else.
+        ServerError: it is starting, or another user owns it.
     """
     path = repository / ACCESS_FILE
     try:
@@ -122,10 +121,10 @@ def serving(repository: Path) -> Access | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ServerError(f"the server of {repository} is another user's: {path}: {error.strerror}") from error
+        raise ServerError(f"another user owns the server of {repository}: {path}: {error.strerror}") from error
     try:
         if _locks(handle, fcntl.LOCK_SH):
-            return None  # left behind by a kill
+            return None  # a killed process left the file
         content = os.pread(handle, 4096, 0)
     finally:
         os.close(handle)
@@ -135,7 +134,7 @@ def serving(repository: Path) -> Access | None:
 
 
 def _locks(handle: int, kind: int) -> bool:
-    """Try to lock a file. Who only looks holds a shared lock for a moment, which must not look like a rival."""
+    """Try to lock a file, and retry an exclusive lock: checks hold a shared lock for a moment."""
     for _ in range(_TRIES if kind == fcntl.LOCK_EX else 1):
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)

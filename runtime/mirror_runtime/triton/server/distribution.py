@@ -23,13 +23,13 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """Where the wheel keeps its parts.
+    """Paths inside the wheel.
 
     Attributes:
         binary: the `tritonserver` executable.
-        python_backend: folder of the Python backend's library and utilities.
-        stub: the process that embeds Python, built for this interpreter's version.
-        libraries: folder of the shared libraries that all of them need.
+        python_backend: folder with the Python backend's library and utilities.
+        stub: the executable that embeds Python, built for this interpreter's version.
+        libraries: folder with the shared libraries that all of them need.
     """
 
     binary: Path
@@ -42,7 +42,7 @@ def find_distribution() -> Distribution:
     """Find the wheel without importing it.
 
     Raises:
-        ServerError: this machine cannot run the wheel's tritonserver; the message offers the container.
+        ServerError: this machine cannot run the wheel's tritonserver; the message shows how to use the container.
         MissingExtra: the wheel is not installed.
     """
     check_platform()
@@ -58,23 +58,23 @@ def find_distribution() -> Distribution:
         libraries=root.parent / "nvidia_pytriton.libs",
     )
     if not found.binary.is_file():
-        raise ServerError(f"pytriton holds no tritonserver for this platform. {_use_container()}")
+        raise ServerError(f"pytriton has no tritonserver for this platform. {_use_container()}")
     if not found.stub.is_file():
         raise ServerError(f"the installed nvidia-pytriton has no Python backend for Python {_PYTHON}: use 3.10 to 3.13")
     return found
 
 
 def server_environment(distribution: Distribution) -> dict[str, str]:
-    """Give the environment in which tritonserver's stub is this interpreter, with its packages and this source root.
+    """Build an environment in which tritonserver's stub uses this interpreter, its packages and this source root.
 
     Raises:
-        ServerError: there is no shared libpython for the stub to embed.
+        ServerError: the shared libpython that the stub needs is missing.
     """
     bin_folder = str(Path(sys.executable).parent)
     packages = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
     if site.ENABLE_USER_SITE:
         packages[site.getusersitepackages()] = None
-    # First this very package, so that an editable install or a copy on PYTHONPATH serves what the caller runs.
+    # This package first, so that the server runs the same code as an editable install or a copy on PYTHONPATH.
     source_root = str(Path(mirror_runtime.__file__).parents[1])
     additions = {
         "PATH": [bin_folder],
@@ -89,7 +89,7 @@ def server_environment(distribution: Distribution) -> dict[str, str]:
 
 
 def _libpython_folder() -> list[str]:
-    """Give the folder that the loader must search for libpython; empty where it finds it by itself."""
+    """Return the folder that the loader must search for libpython; empty if it finds it anyway."""
     name = f"libpython{_PYTHON}.so.1.0"
     folder = sysconfig.get_config_var("LIBDIR")
     if folder and (Path(folder) / name).is_file():
@@ -103,10 +103,10 @@ def _libpython_folder() -> list[str]:
 
 
 def check_platform() -> None:
-    """See that the wheel's server can run on this system.
+    """Check that the wheel's server can run on this system.
 
     Raises:
-        ServerError: it cannot; the message offers the container.
+        ServerError: it cannot; the message shows how to use the container.
     """
     machine = f"{platform.system()} {platform.machine()}"
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -123,7 +123,7 @@ def check_platform() -> None:
 def _glibc_version() -> tuple[int, int] | None:
     try:
         text = os.confstr("CS_GNU_LIBC_VERSION")
-    except (AttributeError, ValueError):  # another libc does not know the name
+    except (AttributeError, ValueError):  # not glibc
         return None
     match = re.search(r"(\d+)\.(\d+)", text or "")
     return (int(match[1]), int(match[2])) if match else None

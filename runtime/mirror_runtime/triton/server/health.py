@@ -1,10 +1,11 @@
-"""Notice that a server no longer encodes, whatever its health endpoints say."""
+"""Detect a server that no longer encodes, whatever its health endpoints report."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -20,17 +21,17 @@ _COMPUTING = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class HealthPolicy:
-    """How long a server may be silent. Silent means: no probe answered, and no other request either.
+    """How long a server may be silent. Silent means that neither a probe nor any other request is answered.
 
     Attributes:
-        look_s: how often the processes are looked at, in seconds.
+        check_s: how often the processes are checked, in seconds.
         probe_s: pause between two probes, each a real inference of one short text.
-        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). Where Triton itself
-            says that the model's process is dead or stands still, two probes are enough.
-        computing_s: how long while the model's process uses the processor, as in one batch of 256 long texts.
+        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If Triton reports
+            that the model's process is dead or stopped, two probes are enough.
+        computing_s: how long while the model's process uses the CPU, as in one batch of 256 long texts.
     """
 
-    look_s: float = 0.2
+    check_s: float = 0.2
     probe_s: float = 1.0
     silent_s: float = 5.0
     computing_s: float = 120.0
@@ -41,74 +42,80 @@ class Watchdog:
 
     Args:
         server: ready.
-        patience: how long it may be silent.
+        policy: how long it may be silent.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, server: Server, patience: HealthPolicy) -> None:
+    def __init__(self, server: Server, policy: HealthPolicy, clock: Callable[[], float] = time.monotonic) -> None:
+        self.prober = Prober(server.client(timeout_s=policy.computing_s), policy.probe_s, clock)
         self._server = server
-        self._patience = patience
-        self._swaps = DeployLock(server.repository)
-        self._prober = _Prober(server.client(timeout_s=patience.computing_s), patience.probe_s)
+        self._policy = policy
+        self._clock = clock
+        self._deploy_lock = DeployLock(server.repository)
         self._counters = server.client(timeout_s=_COUNTERS_S)
         self._answered = 0
-        self._alive_at = self._looked_at = time.monotonic()
+        self._alive_at = self._checked_at = clock()
         self._computed_s = server.workers_cpu_seconds()
 
     def watch(self, stopping: threading.Event) -> str:
         """Wait until the server is broken.
 
         Args:
-            stopping: set from elsewhere to end the wait.
+            stopping: set by another thread to end the wait.
 
         Returns:
-            What is wrong, in words; empty when `stopping` was set.
+            The problem; empty if `stopping` was set.
         """
-        while not stopping.wait(self._patience.look_s):
-            # A model that was replaced takes its process along.
-            swapped = self._swaps.new()
-            try:
-                self._server.check(workers=not swapped)
-            except ServerError as error:
-                return str(error)
-            if swapped:
-                self._server.adopt_workers()
-            problem = self._silence()
-            if problem:
-                return f"{problem}; the log ends:\n{self._server.log_tail()}"
+        while not stopping.wait(self._policy.check_s):
+            if problem := self.check():
+                return problem
         return ""
 
+    def check(self) -> str:
+        """Check the processes, and how long the server has been silent; return the problem or an empty string."""
+        # A model that was replaced takes its process with it.
+        deployed = self._deploy_lock.changed()
+        try:
+            self._server.check(workers=not deployed)
+        except ServerError as error:
+            return str(error)
+        if deployed:
+            self._server.adopt_workers()
+        problem = self._silence()
+        return f"{problem}; the log ends:\n{self._server.log_tail()}" if problem else ""
+
     def __enter__(self) -> Watchdog:
-        self._prober.start()
+        self.prober.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._prober.end()
+        self.prober.close()
         self._counters.close()
 
     def _silence(self) -> str:
-        """Say what is wrong when there has been no sign of life for too long; empty before."""
-        now = time.monotonic()
-        if self._prober.answered_at > self._alive_at:
-            self._lives(self._prober.answered_at)
+        """Return the problem if there has been no sign of life for too long; otherwise an empty string."""
+        now = self._clock()
+        if self.prober.answered_at > self._alive_at:
+            self._note_life(self.prober.answered_at)
         silent_s = now - self._alive_at
-        if silent_s < 2 * self._patience.probe_s or now - self._looked_at < self._patience.probe_s:
+        if silent_s < 2 * self._policy.probe_s or now - self._checked_at < self._policy.probe_s:
             return ""
-        self._looked_at = now
-        # Triton counts an answer that says "encoding failed" as an inference: a failed probe outweighs its counters.
-        failing = self._prober.failing
+        self._checked_at = now
+        # Triton counts a reply "encoding failed" as an inference, so a failed probe outweighs its counters.
+        failing = self.prober.failing
         if not failing and self._others_are_answered():
-            self._lives(now)
+            self._note_life(now)
             return ""
-        why = self._prober.failure or "requests wait without an answer"
+        reason = self.prober.failure or "requests wait without an answer"
         computing = not failing and self._server.workers_cpu_seconds() - self._computed_s > _COMPUTING * silent_s
-        if DEAD_RUNNER not in why and silent_s < (self._patience.computing_s if computing else self._patience.silent_s):
+        if DEAD_RUNNER not in reason and silent_s < (self._policy.computing_s if computing else self._policy.silent_s):
             return ""
-        return f"no inference has succeeded for {silent_s:.0f} s: {why}"
+        return f"no inference has succeeded for {silent_s:.0f} s: {reason}"
 
     def _others_are_answered(self) -> bool:
-        """A probe may wait behind a long queue while others are answered: Triton's counters see those."""
+        """Return whether Triton's counters moved: a probe may wait in a long queue while others are answered."""
         with contextlib.suppress(ServerError):
             answered = self._counters.statistics().inferences
             if answered != self._answered:
@@ -116,41 +123,56 @@ class Watchdog:
                 return True
         return False
 
-    def _lives(self, when: float) -> None:
+    def _note_life(self, when: float) -> None:
         self._alive_at = when
         self._computed_s = self._server.workers_cpu_seconds()
 
 
-class _Prober:
-    """Asks for one real inference after the other and remembers when one was last answered."""
+class Prober:
+    """Runs one real inference after the other, in a thread of its own, and keeps the outcome of the last one.
 
-    def __init__(self, client: Client, pause_s: float) -> None:
+    Attributes:
+        answered_at: when a probe was last answered.
+        failure: the error of the last probe; empty if it was answered.
+        failing: whether the model answered the last probe with a failure.
+    """
+
+    def __init__(self, client: Client, pause_s: float, clock: Callable[[], float]) -> None:
         self.answered_at = 0.0
         self.failure = ""
         self.failing = False
-        """Whether the model answered the last probe, and the answer was that it failed."""
         self._client = client
         self._pause_s = pause_s
+        self._clock = clock
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror-prober", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
-    def end(self) -> None:
+    def close(self) -> None:
+        """End the thread."""
         self._ended.set()
-        self._client.close()  # cancels the probe that waits
+        self._client.close()  # cancels the waiting probe
         self._thread.join()
 
-    def _run(self) -> None:
-        while not self._ended.wait(self._pause_s):
-            try:
-                self._client.probe()
-            except (OverloadedError, ServerError) as error:  # a model that is too busy answers others, or else it hangs
-                self.failure = str(error)
-                self.failing = type(error) is ServerError  # and no kind of it, such as "unavailable" or "too late"
-                continue
-            except ValueError:  # how gRPC names a channel that has just been closed
-                return
+    def probe(self) -> None:
+        """Run one inference.
+
+        Raises:
+            ValueError: the client is closed; gRPC raises it.
+        """
+        try:
+            self._client.probe()
+        except (OverloadedError, ServerError) as error:  # an overloaded model answers others, or else it hangs
+            self.failure = str(error)
+            self.failing = type(error) is ServerError  # not a subclass, such as "unavailable" or "too late"
+        else:
             self.failure, self.failing = "", False
-            self.answered_at = time.monotonic()
+            self.answered_at = self._clock()
+
+    def _run(self) -> None:
+        with contextlib.suppress(ValueError):
+            while not self._ended.wait(self._pause_s):
+                self.probe()

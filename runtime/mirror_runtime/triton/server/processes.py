@@ -1,4 +1,4 @@
-"""Process groups, read from Linux's /proc."""
+"""Process groups, read from /proc on Linux."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def group_members(leader: int) -> list[int]:
-    """List the living processes of a process group."""
+    """Return the living processes of a process group."""
     members = []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))
@@ -24,28 +24,28 @@ def group_members(leader: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process is there and no zombie."""
+    """Return whether a process exists and is not a zombie."""
     fields = _stat(pid)
     return bool(fields) and fields[0] not in ("Z", "X")
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Add up the processor time that processes have used; those that are gone count as zero."""
+    """Return the total CPU time of processes; ended ones count as zero."""
     return sum((int(fields[11]) + int(fields[12])) / _TICKS for fields in map(_stat, pids) if fields)
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Add up the memory that processes have resident, what they share counted in each; those gone count as zero."""
+    """Return the total resident memory of processes; shared pages count for each, ended processes as zero."""
     return sum(int(fields[21]) * _PAGE for fields in map(_stat, pids) if fields)
 
 
 def runners(server: int, model: str) -> list[int]:
-    """List the processes that run a model for a tritonserver, which starts them with the path of the model's file."""
+    """Return the processes in which a tritonserver runs a model; their command lines contain the model's path."""
     return [pid for pid in group_members(server) if pid != server and f"/{model}/" in _command_line(pid)]
 
 
 def kill_group(leader: int) -> None:
-    """Kill what is left of a process group and wait until it is gone."""
+    """Kill the remaining processes of a group and wait until they have ended."""
     while members := group_members(leader):
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
@@ -61,9 +61,9 @@ def _command_line(pid: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """Read what follows a process's name in its status: state, parent, group, …; empty where it is gone."""
+    """Read the fields after a process's name in its stat file: state, parent, group, …; empty if it has ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return text.rpartition(")")[2].split()  # the name before ")" may hold anything
+    return text.rpartition(")")[2].split()  # the name before ")" may contain anything

@@ -26,33 +26,33 @@ from mirror_runtime.triton.server.processes import alive, cpu_seconds, group_mem
 SHARED_MEMORY = Path("/dev/shm")
 STARTUP_S = 180.0
 CANDIDATE_NAME = "embed_candidate"
-"""A model that is tried before it serves: a folder of this name that a killed deployment left is not loaded."""
+"""Name of a model that is tried before it serves. A folder of this name, left by a killed deployment, is not loaded."""
 
 _CONFIG_FILE = "config.pbtxt"
 _POLL_S = 0.1
 _PROBE_S = 10.0
 _EXIT_TIMEOUT_S = 5
-_LAST_ANSWERS_S = 0.3
+_LAST_REPLIES_S = 0.3
 _LOG_LINES = 20
 
 
 class Server:
-    """A tritonserver process with one model repository. A context manager: start and ready on entry, gone on exit.
+    """A tritonserver process with one model repository. A context manager: ready on entry, stopped on exit.
 
-    Every model of the repository is loaded. Models can be loaded and replaced while it runs by whoever has the key
-    that is made for it, and by nobody else.
+    It loads every model of the repository. While it runs, only the holder of its generated key can load or replace
+    models.
 
     Args:
-        repository: the model repository; it must hold the model `embed`.
-        host: the IPv4 address or name that the three ports listen on. Triton asks nobody for a password: anything but
-            this machine's own address opens the model, and its memory, to the network.
-        http_port: 0 picks a free one; so do the others.
+        repository: the model repository; it must contain the model `embed`.
+        host: the IPv4 address or name on which the three ports listen. Triton has no authentication: any address but
+            this machine's own opens the model, and its memory, to the network.
+        http_port: 0 picks a free port; so do the others.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
 
     Attributes:
-        host: as given.
-        http_port: the port in use once started; so are the others.
+        host: as passed.
+        http_port: the port in use after `start`; so are the others.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
     """
@@ -69,7 +69,7 @@ class Server:
         self.repository = repository
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
-        # Names our regions in /dev/shm, so that what a killed server leaves can be told from other people's.
+        # Prefix of our regions in /dev/shm, to recognise those that a killed server leaves behind.
         self.shared_memory_prefix = f"mirror_{os.getpid()}_{secrets.token_hex(4)}_"
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
@@ -89,18 +89,22 @@ class Server:
 
     @property
     def access(self) -> Access:
-        """How the owner reaches the running server; `ServerError` when it is not running."""
+        """The address and key of the running server.
+
+        Raises:
+            ServerError: it is not running.
+        """
         return Access(address=f"{_reachable(self.host)}:{self.grpc_port}", key=self._key, pid=self.pid)
 
     def start(self) -> None:
-        """Start the process. It is ready only when `wait_ready` returns.
+        """Start the process. It is ready when `wait_ready` returns.
 
         Raises:
             ServerError: a port is in use, or this machine cannot run the server.
             MissingExtra: the wheel is not installed.
         """
         if self._process is not None:
-            raise ServerError("the server runs already: stop() it first")
+            raise ServerError("the server is already running: call stop() first")
         distribution = find_distribution()
         environment = server_environment(distribution)
         self._take_ports()
@@ -114,7 +118,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the server in order
+                start_new_session=True,  # a terminal's Ctrl-C reaches only us; we stop the server in order
             )
 
     def wait_ready(self, timeout_s: float = STARTUP_S, cancelled: threading.Event | None = None) -> None:
@@ -122,10 +126,10 @@ class Server:
 
         Args:
             timeout_s: how long, in seconds.
-            cancelled: set from elsewhere to stop waiting; the method then returns without the server being ready.
+            cancelled: set by another thread to stop waiting; then the method returns before the server is ready.
 
         Raises:
-            ServerError: the process ended or the time is over; the message holds the end of its log.
+            ServerError: the process ended or the time is over; the message quotes the end of its log.
         """
         deadline = time.monotonic() + timeout_s
         while not (cancelled and cancelled.is_set()):
@@ -140,41 +144,41 @@ class Server:
             time.sleep(_POLL_S)
 
     def adopt_workers(self) -> None:
-        """Take the processes that run models now as those that must live: after a model was replaced."""
+        """Watch the processes that run models now, after a model was replaced."""
         self._workers = frozenset(group_members(self.pid)) - {self.pid}
 
     def check(self, *, workers: bool = True) -> None:
-        """See that the server and the processes that run models are alive. Triton's health does not see the latter.
+        """Check that the server and the processes that run models are alive. Triton's health does not cover the latter.
 
         Args:
-            workers: whether to look at the latter.
+            workers: whether to check the latter.
 
         Raises:
-            ServerError: one of them has ended; the message holds the end of the log.
+            ServerError: one of them has ended; the message quotes the end of the log.
         """
         self._check_process()
         if workers and not all(map(alive, self._workers)):
-            # A server that dies takes its worker along, which may be gone first: the server's end is the cause to name.
+            # A dying server ends its workers, perhaps before itself; then the server's end is the cause to report.
             if self._process is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(_POLL_S)
             self._check_process()
             raise ServerError(
-                "the process that runs the model has died, and Triton does not start it again; "
+                "the process that runs the model has died, and Triton does not restart it; "
                 f"the log ends:\n{self.log_tail()}"
             )
 
     def workers_cpu_seconds(self) -> float:
-        """Give the processor time that the processes which run models have used."""
+        """Return the CPU time of the processes that run models."""
         return cpu_seconds(self._workers)
 
     def client(self, protocol: str = "grpc", *, timeout_s: float = 60.0) -> Client:
-        """Make a client of this server. Close it before `stop`: Triton waits for open HTTP connections."""
+        """Create a client of this server. Close it before `stop`: Triton waits for open HTTP connections."""
         port = self.grpc_port if protocol == "grpc" else self.http_port
         return Client(f"{_reachable(self.host)}:{port}", protocol=protocol, timeout_s=timeout_s)
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
-        """Give the last lines of the server's log, without the tables that Triton prints into it."""
+        """Return the last lines of the server's log, without the tables that Triton prints."""
         if self._folder is None:
             return ""
         text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace")
@@ -182,36 +186,36 @@ class Server:
         return "\n".join(kept[-lines:])
 
     def drain(self, timeout_s: float, cancelled: threading.Event | None = None) -> bool:
-        """Refuse new requests as UNAVAILABLE (HTTP 503) and wait until those accepted before are answered.
+        """Reject new requests as UNAVAILABLE (HTTP 503) and wait until the accepted ones are answered.
 
         Args:
             timeout_s: how long to wait, in seconds.
-            cancelled: set from elsewhere to stop waiting.
+            cancelled: set by another thread to stop waiting.
 
         Returns:
             Whether all of them were answered.
 
         Raises:
-            ServerError: the server does not do as told.
+            ServerError: the model cannot be drained.
         """
         deadline = time.monotonic() + timeout_s
         busy = runners(self.pid, MODEL_NAME)
         with ModelControl(self.access) as control:
-            control.refuse(MODEL_NAME)
-            # The old model's process ends when it has answered its last request.
+            control.drain(MODEL_NAME)
+            # The old model's process ends after its last reply.
             while any(map(alive, busy)):
                 if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
                     return False
                 time.sleep(_POLL_S)
-        time.sleep(_LAST_ANSWERS_S)  # until answers that have left the model are with their clients
+        time.sleep(_LAST_REPLIES_S)  # for replies on their way from the model to the clients
         return True
 
     def stop(self, *, grace_s: float = _EXIT_TIMEOUT_S * 2.0) -> None:
-        """End the server and remove what it left. Does nothing when it is not running.
+        """Stop the server and remove its temporary files and shared memory. Does nothing if it is not running.
 
         Args:
-            grace_s: how long it may take to end by itself, in seconds. Triton waits for open requests and HTTP
-                connections, five seconds at most, before it unloads its models. 0 kills it at once.
+            grace_s: how long it may take to end after SIGTERM, in seconds. Triton waits for open requests and HTTP
+                connections, for up to five seconds, before it unloads its models. 0 kills it immediately.
         """
         process, self._process = self._process, None
         try:
@@ -244,20 +248,20 @@ class Server:
         self.stop()
 
     def _take_ports(self) -> None:
-        """Replace zeros by free ports, and see that the others are free."""
+        """Replace zeros by free ports, and check that the others are free."""
         with contextlib.ExitStack() as held:  # held together, so that no free port is picked twice
             for flag in ("http_port", "grpc_port", "metrics_port"):
-                asked = getattr(self, flag)
+                port = getattr(self, flag)
                 listener = held.enter_context(socket.socket())
-                # Connections that linger from an earlier server do not count; one that listens does.
+                # Lingering connections of an earlier server do not occupy the port; a listener does.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    listener.bind((self.host, asked))
+                    listener.bind((self.host, port))
                     listener.listen()
                 except (OSError, OverflowError) as error:
                     reason = getattr(error, "strerror", None) or str(error)
                     raise ServerError(
-                        f"port {asked} on {self.host} cannot be used: {reason}. Stop what listens there, or choose "
+                        f"port {port} on {self.host} cannot be used: {reason}. Stop what listens there, or choose "
                         f"another with --{flag.replace('_', '-')} (0 picks a free one)"
                     ) from error
                 setattr(self, flag, listener.getsockname()[1])
@@ -267,7 +271,7 @@ class Server:
             f"--model-repository={self.repository}",
             "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in self._models()),
-            # Whoever loads a model runs code here: only who has the key may.
+            # Loading a model runs its code: only the holder of the key may.
             f"--grpc-restricted-protocol={OWNERS_APIS}:{KEY_HEADER}={self._key}",
             f"--http-restricted-api={OWNERS_APIS}:{KEY_HEADER}={self._key}",
             "--disable-auto-complete-config",
@@ -301,8 +305,8 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            # HTTP and metrics open a moment after gRPC. And a gRPC channel that once failed to connect waits longer
-            # each time, so it is made only when somebody listens.
+            # HTTP and metrics open a moment after gRPC. And a gRPC channel waits longer after each failed connection,
+            # so it is created only when a server listens.
             for port in (self.grpc_port, self.http_port, self.metrics_port):
                 socket.create_connection((_reachable(self.host), port), timeout=1).close()
         except OSError:
@@ -312,9 +316,10 @@ class Server:
 
 
 def launcher() -> list[str]:
-    """Give the command prefix that ties a process's life to ours.
+    """Return the command prefix that ends a process when this one dies.
 
-    The kernel's signal comes when the *thread* that started the process ends, so it is of use in the main thread alone.
+    The kernel sends the signal when the *thread* that started the process ends, so the prefix is empty outside of the
+    main thread.
     """
     if threading.current_thread() is not threading.main_thread():
         return []
@@ -322,7 +327,7 @@ def launcher() -> list[str]:
 
 
 def _assemble_backends(distribution: Distribution, backends: Path) -> None:
-    """Lay out a backend folder with the stub of this Python version, without writing into site-packages."""
+    """Assemble a backend folder with the stub of this Python version, without writing into site-packages."""
     python = backends / "python"
     python.mkdir(parents=True)
     for part in distribution.python_backend.iterdir():
@@ -332,5 +337,5 @@ def _assemble_backends(distribution: Distribution, backends: Path) -> None:
 
 
 def _reachable(host: str) -> str:
-    """Give the address that a client on this machine uses for a server that listens on `host`."""
+    """Return the address at which a client on this machine reaches a server that listens on `host`."""
     return "127.0.0.1" if host == "0.0.0.0" else host

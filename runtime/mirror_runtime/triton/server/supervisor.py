@@ -1,10 +1,10 @@
-"""`mirror serve` as a service: start, watch, start again what broke, drain on SIGTERM."""
+"""`mirror serve` as a service: start the server, watch it, restart it when it breaks, drain it on SIGTERM."""
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
-import socket
 import tempfile
 import threading
 import time
@@ -28,16 +28,16 @@ _LONGEST_PAUSE_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """How a service is kept alive and ended.
+    """When a service restarts its server, and how it ends.
 
     Attributes:
-        patience: how long a server may be silent before it is started again.
-        max_restarts: how often a broken server is started again within `window_s`; then the service gives up.
+        health: when a server counts as broken and is restarted.
+        max_restarts: restarts within `window_s` after which the service gives up.
         window_s: see `max_restarts`; in seconds.
-        drain_s: how long accepted requests may take to be answered when the service ends, in seconds.
+        drain_s: how long accepted requests may take when the service ends, in seconds.
     """
 
-    patience: HealthPolicy = field(default_factory=HealthPolicy)
+    health: HealthPolicy = field(default_factory=HealthPolicy)
     max_restarts: int = 5
     window_s: float = 600.0
     drain_s: float = 30.0
@@ -59,81 +59,83 @@ def serve(
     options: ServingOptions | None = None,
     service: ServiceOptions | None = None,
     on_ready: Callable[[Server], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Serve a bundle or a model repository until SIGINT or SIGTERM arrives; then drain, stop and return.
 
-    Call it from the main thread. A server or model that dies, hangs or fails every request is started again. At the
-    signal new requests are refused as UNAVAILABLE (HTTP 503), accepted ones are answered; a second signal ends it at
-    once.
+    Call it from the main thread. A server or model that dies, hangs or fails every request is restarted. After the
+    signal, new requests are rejected as UNAVAILABLE (HTTP 503) and accepted ones are answered; a second signal ends it
+    immediately.
 
     Args:
-        source: the bundle's folder, or a model repository that holds the model `embed`, which `mirror deploy` can
-            then replace while it serves.
-        http_port: 0 picks a free one; so do the others.
+        source: the bundle's folder, or a model repository that contains the model `embed`, which `mirror deploy` can
+            replace while it serves.
+        http_port: 0 picks a free port; so do the others.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
         host: see `Server`.
-        options: how a bundle is served. A repository says so itself.
-        service: how the service is kept alive and ended.
+        options: how to serve a bundle; a repository contains its own.
+        service: when the server is restarted, and how the service ends.
         on_ready: called once with the server when a real inference has succeeded.
-        say: called with a line for people whenever something happens.
+        on_progress: called with a line of text at each event.
 
     Raises:
-        InputError: `source` is neither, or options are given for a repository, or it is served already.
-        BundleError: `source` is no bundle.
-        EngineError: the bundle has nothing that runs here as asked.
+        InputError: `options` is passed for a repository, or the repository is already served.
+        BundleError: `source` is neither a bundle nor a repository.
+        EngineError: the bundle has no artifact that runs here with the options.
         MissingExtra: the server's wheel or tritonclient is not installed.
-        ServerError: the server did not start, or broke more often than `max_restarts` allows.
+        ServerError: the server did not start, or broke more often than `max_restarts`.
     """
     service = service or ServiceOptions()
     with _repository(source, options) as repository, _signals() as signals, contextlib.ExitStack() as stack:
-        announcement = None
+        server_file = None
         if repository == source:
             try:
-                announcement = stack.enter_context(ServerFile(repository))
+                server_file = stack.enter_context(ServerFile(repository))
             except OSError as error:
-                say(f"{repository} cannot be written ({error.strerror}): mirror deploy cannot reach this server")
+                on_progress(
+                    f"{repository} cannot be written ({error.strerror}): mirror deploy cannot reach this server"
+                )
         server = Server(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-        keeper = Supervisor(server, service, signals.first, announcement, say)
+        supervisor = Supervisor(server, service, signals.first, server_file, on_progress)
         try:
             server.start()
             server.wait_ready(cancelled=signals.first)
             if not signals.first.is_set():
-                if announcement:
-                    announcement.write(server.access)
+                if server_file:
+                    server_file.write(server.access)
                 if on_ready is not None:
                     on_ready(server)
-                if keeper.keep():
-                    _drain(server, service.drain_s, signals.second, say)
+                if supervisor.run():
+                    _drain(server, service.drain_s, signals.second, on_progress)
             server.stop(grace_s=1.0)
         finally:
             server.stop(grace_s=0.0)
 
 
 class Supervisor:
-    """Starts a server again whenever its watchdog says that it is broken, with pauses and up to a bound."""
+    """Restarts a server whenever its watchdog finds it broken, with growing pauses and up to a limit."""
 
     def __init__(
         self,
         server: Server,
         options: ServiceOptions,
         stopping: threading.Event,
-        announcement: ServerFile | None,
-        say: Callable[[str], None],
+        server_file: ServerFile | None,
+        on_progress: Callable[[str], None],
     ) -> None:
         self._server, self._options, self._stopping = server, options, stopping
-        self._announcement, self._say = announcement, say
+        self._server_file, self._on_progress = server_file, on_progress
         self._restarts: deque[float] = deque()
 
-    def keep(self) -> bool:
-        """Return when `stopping` is set; says whether the server serves then.
+    def run(self) -> bool:
+        """Watch and restart the server until `stopping` is set; return whether it is serving then.
 
         Raises:
-            ServerError: the server broke once more than it may.
+            ServerError: the server broke once more than `max_restarts`.
         """
         while True:
-            with Watchdog(self._server, self._options.patience) as watchdog:
+            with Watchdog(self._server, self._options.health) as watchdog:
                 problem = watchdog.watch(self._stopping)
             if not problem:
                 return True
@@ -142,23 +144,24 @@ class Supervisor:
                 problem = self._restart(problem)
                 if self._stopping.is_set():
                     return False
-            self._say(f"serving again after {time.monotonic() - broke_at:.1f} s")
+            self._on_progress(f"serving again after {time.monotonic() - broke_at:.1f} s")
 
     def _restart(self, problem: str) -> str:
-        """Try once; gives what went wrong this time."""
-        self._server.stop(grace_s=0.0)  # what hangs does not end by itself; clients see a closed connection at once
-        now, most = time.monotonic(), self._options.max_restarts
+        """Restart once; return the problem, or an empty string on success."""
+        # A hung server does not end by itself. Its clients see closed connections immediately.
+        self._server.stop(grace_s=0.0)
+        now, limit = time.monotonic(), self._options.max_restarts
         while self._restarts and now - self._restarts[0] > self._options.window_s:
             self._restarts.popleft()
-        if len(self._restarts) >= most:
+        if len(self._restarts) >= limit:
             raise ServerError(
-                f"gave up after {most} restarts within {self._options.window_s / 60:.0f} minutes; lastly: {problem}"
+                f"gave up after {limit} restarts within {self._options.window_s / 60:.0f} minutes; lastly: {problem}"
             )
-        self._say(problem)
+        self._on_progress(problem)
         pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (len(self._restarts) - 1)) if self._restarts else 0.0
         self._restarts.append(now)
         when = f" in {pause_s:.0f} s" if pause_s else ""
-        self._say(f"starting again{when}: {len(self._restarts)} of {most} restarts")
+        self._on_progress(f"restarting{when}: {len(self._restarts)} of {limit} restarts")
         if self._stopping.wait(pause_s):
             return ""
         try:
@@ -166,71 +169,68 @@ class Supervisor:
             self._server.wait_ready(cancelled=self._stopping)
         except ServerError as error:
             return str(error)
-        if self._announcement:
-            self._announcement.write(self._server.access)
+        if self._server_file:
+            self._server_file.write(self._server.access)
         return ""
 
 
-def _drain(server: Server, timeout_s: float, at_once: threading.Event, say: Callable[[str], None]) -> None:
-    say("stopping: requests under way are answered, new ones refused; again to stop at once")
+def _drain(server: Server, timeout_s: float, cancelled: threading.Event, on_progress: Callable[[str], None]) -> None:
+    on_progress("stopping: accepted requests are answered, new ones rejected; repeat to stop immediately")
     try:
-        if not server.drain(timeout_s, at_once):
-            say("stopped before every request was answered")
+        if not server.drain(timeout_s, cancelled):
+            on_progress("stopped before every request was answered")
     except ServerError as error:
-        say(f"not drained: {error}")
+        on_progress(f"not drained: {error}")
 
 
 @contextlib.contextmanager
 def _repository(source: Path, options: ServingOptions | None) -> Iterator[Path]:
-    """Give the model repository to serve: the source itself, or one that refers to the bundle."""
+    """Yield the model repository to serve: the source itself, or a temporary one that refers to the bundle."""
     if (source / MODEL_NAME / "config.pbtxt").is_file() and not (source / MANIFEST_FILE).is_file():
         if options not in (None, ServingOptions()):
             raise InputError(
-                f"{source} is a model repository, whose config.pbtxt says how it is served: leave out the options for "
-                "engine, precision, streams, long texts and batches"
+                f"{source} is a model repository with its own options in config.pbtxt: leave out those for engine, "
+                "precision, streams, long texts and batches"
             )
         yield source
         return
     options = options or ServingOptions()
-    # An impossible wish ends here, not in Triton's log.
+    # Options that nothing fits fail here, not in Triton's log.
     choose(read_manifest(source), options.engine, options.precision)
     with tempfile.TemporaryDirectory(prefix="mirror-repository-") as folder:
         write_temporary_repository(source, Path(folder), options)
         yield Path(folder)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Signals:
-    first: threading.Event
-    second: threading.Event
+    first: threading.Event = field(default_factory=threading.Event)
+    second: threading.Event = field(default_factory=threading.Event)
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Signals]:
     """Turn SIGINT and SIGTERM into events: an exception at an arbitrary place could lose a process just started.
 
-    A handler must not set the events itself: it may interrupt the very thread that holds their lock. So the signals'
-    numbers go through a socket to a thread.
+    A handler must not set the events itself, because it may interrupt the very thread that holds their lock. It puts
+    the signal into a queue, which is reentrant, for another thread. `sigwait` in that thread would miss signals: numpy
+    has already started threads that do not block them.
     """
-    events = _Signals(threading.Event(), threading.Event())
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
+    events = _Signals()
+    received: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
-    def note() -> None:
-        while number := reader.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                (events.second if events.first.is_set() else events.first).set()
+    def set_events() -> None:
+        while received.get() is not None:
+            (events.second if events.first.is_set() else events.first).set()
 
-    thread = threading.Thread(target=note, name="mirror-signals", daemon=True)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=set_events, name="mirror-signals", daemon=True)
     thread.start()
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: received.put(number)) for number in stopping}
     try:
         yield events
     finally:
-        signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
-        writer.close()
+        received.put(None)
         thread.join()
-        reader.close()
