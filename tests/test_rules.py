@@ -39,7 +39,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     def run(source: str, *options: str) -> pytest.RunResult:
         pytester.makeini("[pytest]\nmarkers =\n  slow: s\n  process: p\n  trace: t\n  serving: v\n")
         pytester.makepyfile(source)
-        plugins = ("-p", "tests.support.rules", "-p", "no:schemathesis", "-p", "no:cacheprovider")
+        plugins = ("-p", "tests.support.rules", "-p", "no:schemathesis", "-p", "no:langsmith_plugin")
         with monkeypatch.context() as patch:
             patch.setattr(rules, "LIMIT_S", 0.1)
             return pytester.runpytest_inprocess(*plugins, *options)
