@@ -1,6 +1,6 @@
-"""Serving with Triton: the model that Triton runs, the repository it reads, a local server, and a client.
+"""Serving with Triton: the model that Triton runs, the repository that it reads, a local server, and the clients.
 
-Importing this package loads neither tritonclient nor pytriton: each is imported when it is first needed.
+Importing this package loads neither tritonclient nor pytriton; each is imported when it is first needed.
 """
 
 from mirror_runtime.client import AsyncClient, Client, Served, Statistics

@@ -73,7 +73,7 @@ def test_options_are_for_bundles_only(make_bundle, tmp_path):
     repository = tmp_path / "models"
     repository.mkdir()
     write_temporary_repository(make_bundle(), repository, ServingOptions(engine="fake"))
-    with pytest.raises(InputError, match="with its own options in config.pbtxt: leave out"):
+    with pytest.raises(InputError, match="with its own options in"):
         serve(repository, options=ServingOptions(engine="fake"))
     with pytest.raises(BundleError):
         serve(tmp_path / "nothing")

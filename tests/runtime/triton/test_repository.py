@@ -1,4 +1,4 @@
-"""The model repository: what is committed, what is rendered, and what is written."""
+"""The model repository: the committed example, rendering, and writing."""
 
 import json
 import os
@@ -56,18 +56,18 @@ MINILM = Manifest(
 
 
 def parsed(text: str) -> triton_proto.ModelConfig:
-    """Read a configuration the way Triton does; an unknown field or a syntax error raises."""
+    """Parse a configuration as Triton does; raise for an unknown field or a syntax error."""
     return text_format.Parse(text, triton_proto.ModelConfig())
 
 
-def test_the_committed_model_is_what_is_rendered():
+def test_the_committed_model_is_as_rendered():
     assert (COMMITTED / "config.pbtxt").read_text(encoding="utf-8") == render_config(MINILM, ServingOptions())
     assert (COMMITTED / "1" / "model.py").read_text(encoding="utf-8") == MODEL_SOURCE
     warmup = render_warmup(MINILM)
     assert {path.name: path.read_bytes() for path in (COMMITTED / "warmup").iterdir()} == warmup
 
 
-def test_config_says_what_triton_must_know():
+def test_the_configuration_of_the_model():
     config = parsed(render_config(MINILM, ServingOptions(max_batch_size=64, streams=2)))
     assert (config.name, config.backend, config.max_batch_size) == ("embed", "python", 64)
     assert [(o.name, o.data_type, list(o.dims)) for o in config.output] == [
@@ -85,20 +85,10 @@ def test_config_says_what_triton_must_know():
     assert not config.response_cache.enable
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert ServingOptions.of_parameters(parameters, 64) == ServingOptions(max_batch_size=64, streams=2)
-    said = {name: parameters[name] for name in ("bundle", "engine", "streams", "long_texts", "fingerprint")}
-    assert said == {
-        "bundle": "bundle",
-        "engine": "auto",
-        "streams": "2",
-        "long_texts": "truncate",
-        "fingerprint": "0123456789abcdef",
-    }
-
-
-def test_instances_and_all_options_are_what_was_asked_for():
+    assert (parameters["bundle"], parameters["fingerprint"]) == ("bundle", "0123456789abcdef")
     options = ServingOptions(instances=3, max_tokens_in_flight=9, long_texts=LongTexts.CHUNK)
     config = parsed(render_config(MINILM, options))
-    assert [(g.kind, g.count) for g in config.instance_group] == [(triton_proto.ModelInstanceGroup.KIND_CPU, 3)]
+    assert config.instance_group[0].count == 3
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     assert ServingOptions.of_parameters(parameters, config.max_batch_size) == options
 
@@ -116,15 +106,18 @@ def test_warmup_holds_length_prefixed_text_that_fits_the_encoder():
         assert 0 < len(content[4:].decode("utf-8").split()) <= 64
 
 
-def test_options_are_checked():
-    with pytest.raises(InputError, match="max_batch_size is 0"):
-        ServingOptions(max_batch_size=0)
-    with pytest.raises(InputError, match="streams is 0"):
-        ServingOptions(streams=0)
-    with pytest.raises(InputError, match="row_tokens and batch_tokens belong together"):
-        ServingOptions(row_tokens=64)
-    with pytest.raises(InputError, match="need engine, precision and streams"):
-        ServingOptions(row_tokens=64, batch_tokens=1024)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+        ({"streams": 0}, "streams is 0"),
+        ({"row_tokens": 64}, "row_tokens and batch_tokens belong together"),
+        ({"row_tokens": 64, "batch_tokens": 1024}, "require engine, precision and streams"),
+    ],
+)
+def test_options_are_validated(options, message):
+    with pytest.raises(InputError, match=message):
+        ServingOptions(**options)
 
 
 def a_plan(**changes) -> HostPlan:
@@ -147,7 +140,7 @@ def a_plan(**changes) -> HostPlan:
     return HostPlan(**{**fields, **changes})
 
 
-def test_a_plan_fills_what_is_left_open():
+def test_a_plan_fills_open_options():
     options = ServingOptions(max_batch_size=8).follow(a_plan(), "0123456789abcdef")
     assert options.setting == a_plan().chosen
     assert options.max_batch_size == 8
@@ -167,10 +160,10 @@ def test_the_repository_holds_its_own_bundle(make_bundle, tmp_path, link):
     check_files(copy, read_manifest(copy))
     assert os.path.samefile(copy / "tokenizer.json", bundle / "tokenizer.json") == link
     assert parsed((folder / "config.pbtxt").read_text(encoding="utf-8")).output[0].dims == [8]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"], "nothing may be left beside"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"], "no other file may remain"
 
 
-def test_links_become_copies_where_the_file_system_has_none(make_bundle, tmp_path, monkeypatch):
+def test_links_become_copies_if_the_file_system_has_none(make_bundle, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -179,7 +172,7 @@ def test_links_become_copies_where_the_file_system_has_none(make_bundle, tmp_pat
     check_files(folder / "1" / "bundle", read_manifest(folder / "1" / "bundle"))
 
 
-def test_a_changed_bundle_is_refused_and_nothing_is_written(make_bundle, tmp_path):
+def test_a_changed_bundle_is_rejected_and_nothing_is_written(make_bundle, tmp_path):
     bundle = make_bundle()
     (bundle / "tokenizer.json").write_bytes((bundle / "tokenizer.json").read_bytes() + b" ")
     with pytest.raises(BundleError, match=r"tokenizer\.json differ"):
@@ -187,7 +180,7 @@ def test_a_changed_bundle_is_refused_and_nothing_is_written(make_bundle, tmp_pat
     assert not (tmp_path / "repo").exists()
 
 
-def test_a_failure_half_way_leaves_what_was_there(make_bundle, tmp_path, monkeypatch):
+def test_a_failure_half_way_leaves_the_old_repository(make_bundle, tmp_path, monkeypatch):
     bundle = make_bundle()
     folder = write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
     before = (folder / "config.pbtxt").read_bytes()
@@ -202,7 +195,7 @@ def test_a_failure_half_way_leaves_what_was_there(make_bundle, tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"]
 
 
-def test_an_existing_model_is_replaced_only_when_asked(make_bundle, tmp_path):
+def test_an_existing_model_is_replaced_only_with_overwrite(make_bundle, tmp_path):
     bundle = make_bundle()
     write_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
     (tmp_path / "repo" / "embed" / "old").touch()
@@ -213,7 +206,7 @@ def test_an_existing_model_is_replaced_only_when_asked(make_bundle, tmp_path):
     assert not (tmp_path / "repo" / "embed" / "old").exists()
 
 
-def test_what_the_bundle_does_not_hold_cannot_be_served(make_bundle, make_artifact, tmp_path):
+def test_an_artifact_that_the_bundle_lacks_cannot_be_served(make_bundle, make_artifact, tmp_path):
     artifact = make_artifact(EngineName.ONNXRUNTIME, Precision.FP32)
     bundle = make_bundle(artifacts=(artifact,))
     for engine, precision in (("openvino", "auto"), ("auto", "bf16"), ("warp", "auto")):
@@ -258,8 +251,11 @@ def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
     arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--plan", str(tmp_path / "plan.json")]
     assert to_triton.main(arguments) == 0, capsys.readouterr().err
     config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
-    said = {name: config.parameters[name].string_value for name in ("engine", "precision", "streams", "row_tokens")}
-    assert said == {"engine": "openvino", "precision": "bf16", "streams": "4", "row_tokens": "32"}
+    names = ("engine", "precision", "streams", "row_tokens")
+    parameters = {name: config.parameters[name].string_value for name in names}
+        name: config.parameters[name].string_value for name in ("engine", "precision", "streams", "row_tokens")
+    }
+    assert parameters == {"engine": "openvino", "precision": "bf16", "streams": "4", "row_tokens": "32"}
 
 
 def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, tmp_path, capsys):
@@ -270,31 +266,30 @@ def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, t
     assert to_triton.main([*arguments, "--streams", "2"]) == 0, capsys.readouterr().err
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["backend"] == "onnxruntime"
-    assert "'/tmp/mirror'" in report["container"], "none of our engines is needed there"
+    assert "'/tmp/mirror'" in report["container"], "it needs no engine package"
     repository = tmp_path / "repo"
     assert (repository / "encoder" / "1" / "model.onnx").read_bytes() == b"a graph"
     kept = {path.name for path in (repository / "embed" / "1" / "bundle").iterdir()}
-    assert kept == {"manifest.json", "tokenizer.json"}, "the graph lies there once"
+    assert kept == {"manifest.json", "tokenizer.json"}, "the graph is stored once"
     encoder = parsed((repository / "encoder" / "config.pbtxt").read_text(encoding="utf-8"))
     assert encoder.parameters["intra_op_thread_count"].string_value == "4"
     embed = parsed((repository / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
-    assert not embed.model_warmup, "one model cannot reach another before the server is ready"
-    said = {key: value.string_value for key, value in embed.parameters.items()}
-    assert (said["backend"], said["engine"], said["precision"], said["streams"]) == (
-        *("onnxruntime", "onnxruntime", "fp32", "2"),
-    )
+    assert not embed.model_warmup, "models cannot reach each other before the server is ready"
+    parameters = {key: value.string_value for key, value in embed.parameters.items()}
+    names = ("backend", "engine", "precision", "streams")
+    assert [parameters[name] for name in names] == ["onnxruntime", "onnxruntime", "fp32", "2"]
     assert to_triton.main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert to_triton.main([str(bundle), "--output", str(repository), "--engine", "fake", "--overwrite"]) == 0
-    assert [path.name for path in repository.iterdir()] == ["embed"], "the encoder that nobody uses is gone"
+    assert [path.name for path in repository.iterdir()] == ["embed"], "the unused encoder is removed"
 
 
 def test_a_backend_is_not_served_by_the_wheel(make_bundle, tmp_path):
-    with pytest.raises(InputError, match="container alone"):
+    with pytest.raises(InputError, match="only in NVIDIA's container"):
         write_temporary_repository(make_bundle(), tmp_path, ServingOptions(backend=Backend.OPENVINO))
 
 
-def test_to_triton_says_what_is_wrong_without_a_traceback(tmp_path, capsys):
+def test_to_triton_reports_errors_without_a_traceback(tmp_path, capsys):
     assert to_triton.main([str(tmp_path / "absent"), "--output", str(tmp_path / "repo")]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")

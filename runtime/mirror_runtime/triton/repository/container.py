@@ -18,15 +18,15 @@ def container_command(
     engine: str = "auto",
     backend: Backend = Backend.PYTHON,
 ) -> str:
-    """Give the one shell command that serves a model repository in NVIDIA's container.
+    """Return the shell command that serves a model repository in NVIDIA's container.
 
-    The sources are mounted read-only and copied inside, because building a package writes beside its sources.
+    The sources are mounted read-only and copied in the container, because building a package writes beside its sources.
 
     Args:
         repository: the model repository on the host.
         source: a clone of this project on the host.
-        engine: which engine's packages to install; "auto" installs both CPU engines.
-        backend: what runs the graph; none of Triton's own needs packages of ours for it, and TensorRT needs the GPUs.
+        engine: the engine whose packages are installed; "auto" installs both CPU engines.
+        backend: runs the graph. Triton's own backends need no engine packages, and TensorRT needs the GPUs.
     """
     extras = {EngineName.ONNXRUNTIME.value: "[cpu]", EngineName.OPENVINO.value: "[openvino]"}.get(
         engine, "[cpu,openvino]"

@@ -1,4 +1,4 @@
-"""How a bundle is served, and how that is written into a model's configuration and read from there."""
+"""Options for serving a bundle, and how a model's configuration stores them."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from mirror_runtime.tokenizer import LongTexts
 
 
 class Backend(str, Enum):
-    """What runs the graph behind `embed`."""
+    """Which Triton backend runs the graph."""
 
     PYTHON = "python"
-    """The engine lives in `embed` itself: one model."""
+    """The engine runs inside `embed`: one model."""
     ONNXRUNTIME = "onnxruntime"
-    """A second model, `encoder`, in Triton's ONNX Runtime backend; so with the others."""
+    """A second model, `encoder`, runs in Triton's ONNX Runtime backend; likewise for the others."""
     OPENVINO = "openvino"
     TENSORRT = "tensorrt"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServingOptions:
-    """How a bundle is served.
+    """Options for serving a bundle.
 
     Attributes:
         engine: an engine's name, or "auto".
         precision: a precision, or "auto".
-        streams: how many executions run side by side in an instance; None leaves it to the engine.
-        long_texts: what happens to texts over the encoder's `max_tokens`, where a request does not say.
-        max_batch_size: most texts a request, and most that Triton hands over at once.
-        row_tokens: length of the everyday row; None for what a plan on the serving machine says, or the usual one.
-        batch_tokens: tokens of a full batch; None as for `row_tokens`, and both or neither are given.
+        streams: parallel executions in an instance; None leaves it to the engine.
+        long_texts: policy for texts over the encoder's `max_tokens` in requests that name none.
+        max_batch_size: most texts in a request, and in one call of the model.
+        row_tokens: length of a standard row; None for that of a plan on the serving machine, or the default.
+        batch_tokens: tokens of a full batch; None like `row_tokens`; set both or neither.
         instances: processes that run the model, each on its own share of the cores.
-        max_tokens_in_flight: of requests taken and not answered, in all instances together; more are refused.
-        backend: what runs the graph.
+        max_tokens_in_flight: most tokens of accepted, unanswered requests in all instances together; more are rejected.
+        backend: runs the graph.
     """
 
     engine: str = AUTO
@@ -58,13 +58,13 @@ class ServingOptions:
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}: it must be at least 1")
         if (self.row_tokens is None) != (self.batch_tokens is None):
-            raise InputError("row_tokens and batch_tokens belong together: give both or neither")
+            raise InputError("row_tokens and batch_tokens belong together: set both or neither")
         if self.row_tokens is not None and (AUTO in (self.engine, self.precision) or self.streams is None):
-            raise InputError("row_tokens and batch_tokens need engine, precision and streams to be named too")
+            raise InputError("row_tokens and batch_tokens require engine, precision and streams as well")
 
     @property
     def setting(self) -> Setting | None:
-        """The one way to run that these options name; None where they leave something open."""
+        """The complete setting that these options name; None if they leave something open."""
         if self.row_tokens is None or self.batch_tokens is None or self.streams is None:
             return None
         return Setting(
@@ -76,21 +76,24 @@ class ServingOptions:
         )
 
     def follow(self, plan: HostPlan, fingerprint: str) -> ServingOptions:
-        """Take engine, precision, streams and rows from a plan, as far as these options leave them open.
+        """Fill open options (engine, precision, streams and rows) from a plan.
 
         Args:
-            plan: what `mirror plan` measured on the machine that will serve.
+            plan: of `mirror plan`, measured on the machine that will serve.
             fingerprint: the bundle's.
 
         Raises:
-            InputError: the plan is another bundle's, or accepted nothing of what is asked for.
+            InputError: the plan belongs to another bundle, or accepted no setting that fits these options.
         """
         if plan.fingerprint != fingerprint:
-            raise InputError(f"the plan is for the bundle {plan.fingerprint}, not {fingerprint}: make one for this one")
+            raise InputError(
+                f"the plan is for the bundle {plan.fingerprint}, not {fingerprint}: make one for this bundle"
+            )
         chosen = plan.best(self.engine, self.precision)
         if chosen is None:
-            asked = f"engine {self.engine}, precision {self.precision}"
-            raise InputError(f"the plan accepted nothing for {asked}: ask for something else")
+            raise InputError(
+                f"the plan accepted nothing for engine {self.engine}, precision {self.precision}: choose others"
+            )
         return replace(
             self,
             engine=chosen.engine.value,
@@ -101,44 +104,44 @@ class ServingOptions:
         )
 
     def to_parameters(self) -> dict[str, str]:
-        """Write what the model itself must know, as the strings of `config.pbtxt`."""
+        """Return the options that the model needs, as parameters of `config.pbtxt`."""
         return {
             "engine": self.engine,
             "precision": self.precision,
-            "streams": _written(self.streams),
+            "streams": _optional(self.streams),
             "long_texts": self.long_texts.value,
-            "row_tokens": _written(self.row_tokens),
-            "batch_tokens": _written(self.batch_tokens),
+            "row_tokens": _optional(self.row_tokens),
+            "batch_tokens": _optional(self.batch_tokens),
             "instances": str(self.instances),
             "max_tokens_in_flight": str(self.max_tokens_in_flight),
             "backend": self.backend.value,
         }
 
     @classmethod
-    def of_parameters(cls, said: Mapping[str, str], max_batch_size: int) -> ServingOptions:
-        """Read what `to_parameters` wrote.
+    def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
+        """Parse the parameters that `to_parameters` wrote.
 
         Raises:
             KeyError: a parameter is missing: an older version of this project wrote the configuration.
-            ValueError: a parameter is none of ours.
+            ValueError: a parameter is invalid.
         """
         return cls(
-            engine=said["engine"],
-            precision=said["precision"],
-            streams=_read(said["streams"]),
-            long_texts=LongTexts(said["long_texts"]),
+            engine=parameters["engine"],
+            precision=parameters["precision"],
+            streams=_parse_optional(parameters["streams"]),
+            long_texts=LongTexts(parameters["long_texts"]),
             max_batch_size=max_batch_size,
-            row_tokens=_read(said["row_tokens"]),
-            batch_tokens=_read(said["batch_tokens"]),
-            instances=int(said["instances"]),
-            max_tokens_in_flight=int(said["max_tokens_in_flight"]),
-            backend=Backend(said["backend"]),
+            row_tokens=_parse_optional(parameters["row_tokens"]),
+            batch_tokens=_parse_optional(parameters["batch_tokens"]),
+            instances=int(parameters["instances"]),
+            max_tokens_in_flight=int(parameters["max_tokens_in_flight"]),
+            backend=Backend(parameters["backend"]),
         )
 
 
-def _written(number: int | None) -> str:
+def _optional(number: int | None) -> str:
     return AUTO if number is None else str(number)
 
 
-def _read(text: str) -> int | None:
+def _parse_optional(text: str) -> int | None:
     return None if text == AUTO else int(text)

@@ -82,18 +82,18 @@ model_warmup [
 
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
-    """Give the text of `config.pbtxt`.
+    """Render `config.pbtxt`.
 
     Args:
         manifest: the bundle's.
         options: how to serve it.
-        bundle: the bundle's folder, absolute or relative to the version folder `embed/1`.
+        bundle: path of the bundle's folder, absolute or relative to the version folder `embed/1`.
     """
     parameters = {
         "bundle": bundle,
         **options.to_parameters(),
         "fingerprint": manifest.fingerprint,
-        # For whoever speaks to clients in the model's name, such as the gateway.
+        # For services in front of the model, such as the gateway.
         "base_model": manifest.encoder.base_model,
         "max_tokens": str(manifest.encoder.max_tokens),
         "normalize": str(manifest.encoder.normalize).lower(),
@@ -104,7 +104,8 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         data_type=DATA_TYPES[manifest.encoder.vector_type],
         width=width_of(manifest.encoder),
         instances=options.instances,
-        # A model cannot reach another one before the server is ready, which waits for the warm-up.
+        # With a second model there is none: models cannot reach each other before the server is ready, which waits for
+        # the warm-up.
         warmup=_WARMUP if options.backend is Backend.PYTHON else "",
         parameters=",\n".join(
             f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
@@ -113,16 +114,16 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
 
 
 def render_warmup(manifest: Manifest) -> dict[str, bytes]:
-    """Give the warm-up files by name: real text, since Triton's own random strings come out empty.
+    """Return the contents of the warm-up files by name: real text, because Triton's random strings are empty.
 
-    The long text stays far below `max_tokens`, so that it passes whatever the policy for long texts is.
+    The long text stays far below `max_tokens`, so that every policy for long texts accepts it.
     """
     long = " ".join(["the"] * max(1, manifest.encoder.max_tokens // 4))
     return {"short": _length_prefixed("The house is warm."), "long": _length_prefixed(long)}
 
 
 def write_model(manifest: Manifest, folder: Path, options: ServingOptions, *, bundle: str = "bundle") -> None:
-    """Write the model's folder, all but the bundle, into an existing empty `folder`."""
+    """Write the model's files, without the bundle, into an existing empty `folder`."""
     (folder / "1").mkdir()
     (folder / "warmup").mkdir()
     (folder / "1" / "model.py").write_text(MODEL_SOURCE, encoding="utf-8")
@@ -140,26 +141,26 @@ def write_repository(
     overwrite: bool = False,
     cores: int | None = None,
 ) -> Path:
-    """Write `repository/embed`, which holds its own copy of the bundle and can be moved anywhere.
+    """Write `repository/embed` with its own copy of the bundle, so that it can be moved anywhere.
 
-    With one of Triton's own backends, `repository/encoder` is written too: it has the graph, and `embed` only what it
-    needs beside it. Each folder appears whole or not at all.
+    For one of Triton's own backends, also write `repository/encoder` with the graph; then `embed` contains only the
+    files for tokenising. Each folder appears complete or not at all.
 
     Args:
-        bundle: what to serve; its files are compared with the manifest's hashes first.
-        repository: the model repository; made where absent.
+        bundle: the bundle to serve; its files are checked against the manifest's hashes first.
+        repository: the model repository; created if missing.
         options: how to serve it.
-        link: share the bundle's files by hard links where the file system allows it.
-        overwrite: replace model folders that are there already.
-        cores: of the machine that will serve, which Triton's own backends must be told; None for this machine's.
+        link: share the bundle's files by hard links if the file system allows it.
+        overwrite: replace existing model folders.
+        cores: of the machine that will serve, for Triton's own backends; None for this machine's.
 
     Returns:
         The model's folder.
 
     Raises:
-        BundleError: `bundle` is no bundle, or a file of it is missing or changed.
-        EngineError: the bundle has no artifact for the engine and precision asked for.
-        InputError: a model's folder exists and `overwrite` is not set, or cannot be written; or the options do not
+        BundleError: `bundle` is not a bundle, or one of its files is missing or changed.
+        EngineError: the bundle has no artifact for the engine and precision.
+        InputError: a model folder exists and `overwrite` is not set, or it cannot be written; or the options do not
             fit the backend.
     """
     manifest = read_manifest(bundle)
@@ -169,7 +170,7 @@ def write_repository(
         _check_choice(manifest, options)
     else:
         encoder = BackendModel.of(bundle, manifest, options, cores)
-        options = _named(options, encoder)
+        options = _with_choice(options, encoder)
     check_files(bundle, manifest)
     target = repository / MODEL_NAME
     present = [repository / name for name in (ENCODER_NAME, MODEL_NAME) if (repository / name).exists()]
@@ -177,7 +178,7 @@ def write_repository(
         raise InputError(f"{present[-1]} exists: choose another --output, or pass --overwrite")
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        # Beside the repository's models would be a model to Triton if a kill left it there: keep it out of the way.
+        # Not inside the repository, where Triton would load the folder as a model if a kill left it behind.
         scratch = Path(tempfile.mkdtemp(prefix=f".{MODEL_NAME}-", dir=repository.resolve().parent))
     except OSError as error:
         raise InputError(f"{repository} cannot be written: {error.strerror}") from error
@@ -200,14 +201,14 @@ def write_repository(
 
 
 def write_temporary_repository(bundle: Path, repository: Path, options: ServingOptions) -> None:
-    """Write a repository that refers to the bundle where it lies instead of copying it.
+    """Write a repository that refers to the bundle in its place instead of copying it.
 
     Raises:
-        BundleError: `bundle` is no bundle.
-        InputError: the options want one of Triton's own backends, which only its container has.
+        BundleError: `bundle` is not a bundle.
+        InputError: the options name one of Triton's own backends, which only its container has.
     """
     if options.backend is not Backend.PYTHON:
-        raise InputError(f"the backend {options.backend.value} runs in NVIDIA's container alone: ask for python")
+        raise InputError(f"the backend {options.backend.value} runs only in NVIDIA's container: choose python")
     manifest = read_manifest(bundle)
     folder = repository / MODEL_NAME
     folder.mkdir()
@@ -215,26 +216,26 @@ def write_temporary_repository(bundle: Path, repository: Path, options: ServingO
 
 
 def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
-    """See that what is asked for is in the bundle; whether it runs is for the machine that will serve to say."""
+    """Check that the bundle has an artifact for the options; the serving machine finds out whether it runs."""
     if options.engine == EngineName.FAKE.value:
         return
     packed = [(a.engine.value, a.precision.value) for a in manifest.artifacts if a.layout is Layout.PACKED]
     if not any(options.engine in ("auto", e) and options.precision in ("auto", p) for e, p in packed):
-        proven = ", ".join(f"{e} {p}" for e, p in packed) or "none"
+        present = ", ".join(f"{e} {p}" for e, p in packed) or "none"
         raise EngineError(
             f"the bundle has no packed artifact for engine {options.engine}, precision {options.precision}; "
-            f"it has {proven}. Ask for one of these or export it"
+            f"it has {present}. Choose one of these, or export it"
         )
 
 
-def _named(options: ServingOptions, encoder: BackendModel) -> ServingOptions:
-    """Write down for `embed` what was chosen for `encoder`."""
+def _with_choice(options: ServingOptions, encoder: BackendModel) -> ServingOptions:
+    """Return the options of `embed` with the choice that was made for `encoder`."""
     artifact = encoder.artifact
     return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
 
 
 def _put_in_place(scratch: Path, repository: Path) -> None:
-    """Replace the models by the new ones; an `encoder` that nothing uses any more goes too."""
+    """Replace the models by the new ones, and remove an `encoder` that is no longer used."""
     for name in (ENCODER_NAME, MODEL_NAME):
         if (repository / name).exists():
             os.replace(repository / name, scratch / f"replaced-{name}")
@@ -243,10 +244,10 @@ def _put_in_place(scratch: Path, repository: Path) -> None:
 
 
 def _copy_for_tokenizing(bundle: Path, folder: Path) -> None:
-    """Copy what `embed` needs of a bundle whose graph runs elsewhere."""
+    """Copy the files of a bundle that `embed` needs when the graph runs in another model."""
     folder.mkdir()
     for name in (MANIFEST_FILE, TOKENIZER_FILE, SPECIAL_TOKENS_FILE):
-        if (bundle / name).exists():  # the last one only where a pooling reads padding
+        if (bundle / name).exists():  # the last one exists only if the pooling reads padding
             shutil.copy2(bundle / name, folder)
 
 
@@ -256,9 +257,9 @@ def _write_encoder(
     (folder / "1").mkdir(parents=True)
     graph = bundle / encoder.artifact.path
     copy(str(graph), str(folder / "1" / encoder.file))
-    beside = graph.with_name(f"{graph.name}_data")  # large graphs refer to their weights by this very name
-    if beside.exists():
-        copy(str(beside), str(folder / "1" / beside.name))
+    weights = graph.with_name(f"{graph.name}_data")  # large graphs refer to their weights by this name
+    if weights.exists():
+        copy(str(weights), str(folder / "1" / weights.name))
     (folder / "config.pbtxt").write_text(render_backend_config(encoder, cores), encoding="utf-8")
 
 
@@ -269,13 +270,13 @@ def _length_prefixed(text: str) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """Escape a text for a protobuf text-format string in double quotes."""
+    """Escape a text for a double-quoted string in protobuf text format."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """Copy a file as `shutil.copytree` asks for it, by a hard link where that can be had."""
+    """Copy a file for `shutil.copytree`, by a hard link if possible."""
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without hard links: --link promises sharing only where possible
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
