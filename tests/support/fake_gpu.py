@@ -1,4 +1,4 @@
-"""A GPU of two stand-ins: TensorRT and CUDA, which obey the real bindings and compute what a test tells them."""
+"""A simulated GPU: stand-ins for TensorRT and CUDA that are checked against the real bindings."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ INPUTS = ("input_ids", "position_ids", "segment_ids")
 NAME, COMPUTE_CAPABILITY = "NVIDIA L4", "8.9"
 
 Compute = Callable[[PackedRows], Vectors]
-"""What a packed engine gives for rows."""
+"""A packed engine's function from rows to vectors."""
 
 
 class FakeCuda:
-    """`cuda.bindings.runtime` over host memory: the same signatures; graphs replay what was queued while capturing."""
+    """`cuda.bindings.runtime` over host memory. Signatures are the real ones; a graph replays the work it captured."""
 
     def __init__(self) -> None:
         self._real = importlib.import_module("cuda.bindings.runtime")
@@ -105,7 +105,7 @@ class FakeCuda:
 
 
 class Context:
-    """What TensorRT keeps in one execution context, and what the engine in it computes."""
+    """The state of one execution context, and the function that its engine computes."""
 
     def __init__(self, compute: Compute, dim: int) -> None:
         self.compute = compute
@@ -129,19 +129,19 @@ class Context:
 
 @dataclasses.dataclass
 class Gpu:
-    """The two stand-ins of one test."""
+    """The two stand-ins in use by one test."""
 
     trt: FakeTensorRT
     cuda: FakeCuda
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim: int) -> Gpu:
-    """Put the stand-ins where `tensorrt` and `cuda.bindings.runtime` are imported from."""
+    """Replace the modules `tensorrt` and `cuda.bindings.runtime` by stand-ins."""
     cuda = FakeCuda()
     names = (*INPUTS, "embedding")
 
     def create_execution_context(strategy: Any) -> StandIn:
-        """Give each context answers of its own."""
+        """Build a stand-in with its own state, so that contexts do not share shapes or addresses."""
         state = Context(compute, dim)
         own = FakeTensorRT(trt.spec, {})
         own.calls, own.enums = trt.calls, trt.enums

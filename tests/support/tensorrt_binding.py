@@ -1,8 +1,8 @@
-"""The real TensorRT bindings, read on a machine without a GPU, and a stand-in for the library that obeys them.
+"""A stand-in for TensorRT that is checked against the real Python bindings, on a machine without a GPU.
 
 The wheel `tensorrt-cu13-bindings` holds NVIDIA's Python module without the libraries behind it. Three empty shared
-libraries let it be imported; nothing in it can run, and its classes, members and signatures can be read. The stand-in
-is made from them: what they do not have, it does not have, and what they do not take, it refuses.
+libraries make it importable: nothing in it runs, but its classes, members and signatures can be read. The stand-in is
+built from them. It raises AttributeError for members that they lack and TypeError for arguments that they reject.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 VERSIONS = ("10.16.1.11", "11.4.0.106")
-"""As `make test` installs them; the newest release of each major version that the project supports."""
+"""Installed by `make test`: the newest release of each major version that the project supports."""
 
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
@@ -36,61 +37,30 @@ SYMBOLS = (
     "getPluginRegistry",
     "initLibNvInferPlugins",
 )
-"""What the binding's extension module needs of them (`nm -D --undefined-only`)."""
+"""Symbols that the extension module of the binding imports (`nm -D --undefined-only`)."""
 
-DUMP = """
-import inspect, json, tensorrt_bindings as trt
-
-def enum(kind):
-    return {name: int(member) for name, member in kind.__members__.items()}
-
-classes, enums, constants = {}, {}, []
-for name in dir(trt):
-    thing = getattr(trt, name)
-    if not inspect.isclass(thing):
-        constants.append(name)
-        continue
-    if hasattr(thing, "__members__"):
-        enums[name] = enum(thing)
-        continue
-    members = {}
-    for member in dir(thing):
-        if member.startswith("_") and member != "__init__":
-            continue
-        static = inspect.getattr_static(thing, member)
-        if isinstance(static, property):
-            doc = static.fget.__doc__ or ""
-            members[member] = {"doc": doc, "writable": static.fset is not None, "kind": "property"}
-        elif inspect.isclass(getattr(thing, member)) and hasattr(getattr(thing, member), "__members__"):
-            enums[name + "." + member] = enum(getattr(thing, member))
-        elif callable(getattr(thing, member)):
-            members[member] = {"doc": getattr(thing, member).__doc__ or "", "kind": "method"}
-        else:
-            members[member] = {"kind": "constant", "value": int(static)}
-    classes[name] = {"bases": [base.__name__ for base in thing.__mro__], "members": members}
-print(json.dumps({"version": trt.__version__, "classes": classes, "enums": enums, "constants": constants}))
-"""
+DUMP = Path(__file__).with_name("dump_tensorrt.py")
 
 
 @cache
 def binding(version: str) -> Mapping[str, Any]:
-    """Import the real binding in a process of its own and give what it holds; skips where it is not installed."""
+    """Read the real binding in a separate process; skip the test where it is not installed."""
     wheel = Path(sys.prefix) / f"tensorrt-{version}"
     compiler = shutil.which("cc")
     if not (wheel / "tensorrt_bindings").is_dir():
         pytest.skip(f"{wheel} is absent: `make test` installs the TensorRT binding there (Linux, Python wheels only)")
     if compiler is None:
-        pytest.skip("no C compiler (cc) is here to make the stand-in libraries with")
+        pytest.skip("building the stand-in libraries needs a C compiler (cc)")
     major = version.split(".")[0]
-    stubs = wheel / "stubs"
-    stubs.mkdir(exist_ok=True)
     source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
-    for library in LIBRARIES:
-        target = f"lib{library}.so.{major}"
-        command = [compiler, "-shared", "-fPIC", "-xc", "-", f"-Wl,-soname,{target}", "-o", str(stubs / target)]
-        subprocess.run(command, input=source, text=True, check=True)
-    environment = {**os.environ, "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": str(stubs)}
-    done = subprocess.run([sys.executable, "-c", DUMP], env=environment, capture_output=True, text=True, check=False)
+    with TemporaryDirectory() as stubs:
+        for library in LIBRARIES:
+            target = f"lib{library}.so.{major}"
+            command = [compiler, "-shared", "-fPIC", "-xc", "-", f"-Wl,-soname,{target}", "-o", f"{stubs}/{target}"]
+            subprocess.run(command, input=source, text=True, check=True)
+        environment = {**os.environ, "PYTHONPATH": str(wheel), "LD_LIBRARY_PATH": stubs}
+        dump = [sys.executable, str(DUMP)]
+        done = subprocess.run(dump, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     spec: Mapping[str, Any] = json.loads(done.stdout)
     assert spec["version"] == version
@@ -98,7 +68,7 @@ def binding(version: str) -> Mapping[str, Any]:
 
 
 def parameters(member: str, doc: str) -> list[list[tuple[str, str, bool]]]:
-    """Read a pybind11 docstring: for each overload, each parameter's name, type, and whether it may be left out."""
+    """Parse a pybind11 docstring into the name, type and optionality of each parameter, by overload."""
     overloads = []
     for text in re.findall(rf"^(?:\d+\. )?{re.escape(member)}\((.*)\) ->", doc, re.MULTILINE):
         found = []
@@ -111,14 +81,14 @@ def parameters(member: str, doc: str) -> list[list[tuple[str, str, bool]]]:
 
 
 def returned(doc: str) -> str:
-    """Read the last name of the type that a docstring says is returned."""
+    """Return the last name of the return type in a docstring."""
     found = re.search(r"-> ([^\n]*)", doc)
     name = re.split(r"[.:]", found.group(1).strip().split("[")[0])[-1] if found else "None"
     return {"IParserError": "ParserError"}.get(name, name)  # the one class whose C++ name is in the docstrings
 
 
 def _split(text: str) -> list[str]:
-    """Split parameters at commas outside brackets."""
+    """Split parameters at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += character in "([<{"
@@ -130,7 +100,7 @@ def _split(text: str) -> list[str]:
 
 
 class StandIn:
-    """An object of a class of the binding: it has that class's members and no other, and records every call."""
+    """An object with exactly the members of one class of the binding. It records every call."""
 
     def __init__(self, module: FakeTensorRT, kind: str) -> None:
         self.__dict__.update(_module=module, _kind=kind, _values={})
@@ -161,10 +131,11 @@ class StandIn:
 
 
 class FakeTensorRT:
-    """The module `tensorrt` of one version, with the answers that a test gives.
+    """The module `tensorrt` of one version, with return values set by the test.
 
     Attributes:
-        calls: every call and assignment, in order: "Class.member" and its arguments.
+        answers: return values, or functions that compute them, by "Class.member".
+        calls: every call and assignment in order: "Class.member" and its arguments.
     """
 
     def __init__(self, spec: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
@@ -187,42 +158,42 @@ class FakeTensorRT:
         overloads = parameters(name, doc)
         assert overloads, f"{path} has no signature to check: {doc[:200]}"
         if not any(self._binds(overload, args, kwargs) for overload in overloads):
-            raise TypeError(f"TensorRT {self.__version__}: {path} takes {overloads}, not {args} {dict(kwargs)}")
+            raise TypeError(f"TensorRT {self.__version__}: {path} accepts {overloads}, not {args} {dict(kwargs)}")
         self.calls.append((path, args))
         return self.answer(path, doc, args, kwargs)
 
     def answer(self, path: str, doc: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if path in self.answers:
-            given = self.answers[path]
-            return given(*args, **kwargs) if callable(given) else given
+            answer = self.answers[path]
+            return answer(*args, **kwargs) if callable(answer) else answer
         kind = returned(doc)
         if kind in self.spec["classes"]:
             return StandIn(self, kind)
-        assert kind in ("bool", "int", "None", "str"), f"{path} returns {kind}: the test must give an answer"
+        assert kind in ("bool", "int", "None", "str"), f"{path} returns {kind}: the test must set an answer"
         return {"bool": True, "int": 0, "None": None, "str": ""}[kind]
 
     def names(self) -> list[str]:
-        """The calls without their arguments."""
+        """Return the calls without their arguments."""
         return [name for name, _ in self.calls]
 
     def _binds(self, overload: list[tuple[str, str, bool]], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         names = [name for name, _, _ in overload]
         if len(args) > len(overload) or any(name not in names[len(args) :] for name in kwargs):
             return False
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if any(name not in given and not optional for name, _, optional in overload):
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        if any(name not in values and not optional for name, _, optional in overload):
             return False
-        return all(self._fits(kind, given[name]) for name, kind, _ in overload if name in given)
+        return all(self._fits(kind, values[name]) for name, kind, _ in overload if name in values)
 
     def _fits(self, kind: str, value: Any) -> bool:
-        wanted = kind.split(".")[-1]
+        expected = kind.split(".")[-1]
         if isinstance(value, StandIn):
-            return wanted in self.spec["classes"][value._kind]["bases"] or wanted in ("SupportsInt", "object")
-        if wanted in self.enums:
-            return isinstance(value, self.enums[wanted])
-        if wanted == "Dims":
+            return expected in self.spec["classes"][value._kind]["bases"] or expected in ("SupportsInt", "object")
+        if expected in self.enums:
+            return isinstance(value, self.enums[expected])
+        if expected == "Dims":
             return isinstance(value, tuple)
-        if wanted in self.spec["classes"]:
+        if expected in self.spec["classes"]:
             return False
         plain: Mapping[str, Callable[[Any], bool]] = {
             "str": lambda v: isinstance(v, str),
@@ -231,11 +202,11 @@ class FakeTensorRT:
             "bool": lambda v: isinstance(v, bool),
             "Buffer": lambda v: isinstance(v, (bytes, bytearray, memoryview)),
         }
-        return plain.get(wanted, lambda _: True)(value)
+        return plain.get(expected, lambda _: True)(value)
 
 
 class _Constructor:
-    """A class of the binding, as the module's attribute."""
+    """A class of the binding, as an attribute of the module."""
 
     def __init__(self, module: FakeTensorRT, kind: str) -> None:
         self._module, self._kind = module, kind

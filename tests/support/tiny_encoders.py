@@ -16,10 +16,10 @@ from export.proof.proof_texts import EDGE_CASES, parity_texts
 BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ANGLES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 POSITIONS = 64
-"""Tokens of the longest text."""
+"""Length limit in tokens."""
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-DISTILBERT_SIZES = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+DISTILBERT_SIZES: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SIZES),
@@ -30,16 +30,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "electra": ("Electra", SIZES | {"embedding_size": 16}),
     "mpnet": ("MPNet", SIZES),
 }
-"""Prefix of the classes in transformers, and the sizes, by `model_type`."""
+"""Prefix of the classes in transformers and the sizes, by `model_type`."""
 
 
 def write_tiny_encoder(family: str, folder: Path) -> None:
-    """Write a plain Hugging Face folder: random weights (2 layers, 32 wide), and a tokenizer that knows some English.
+    """Write a plain Hugging Face folder: random weights (2 layers, 32 wide) and a tokenizer trained on some English.
 
-    As most repositories do, it names the family's own tokenizer class.
-
-    Weights are drawn ten times wider than usual, so that attention and position change the vectors visibly, and the
-    padding tokens' rows are not zero, so that reading them by mistake shows.
+    Like most repositories, it names the family's own tokenizer class. Weights are drawn ten times wider than usual, so
+    that attention and position change the vectors visibly. Embeddings of padding are not zero, so that reading them by
+    mistake changes vectors too.
     """
     prefix, sizes = MODELS[family]
     tokenizer = tokenizer_of(family)
@@ -106,7 +105,7 @@ def write_tiny_bert(folder: Path) -> None:
 
 
 def ragged_texts(count: int = 40) -> tuple[str, ...]:
-    """Give some of the built-in texts that a graph is proven with, the nasty ones among them, and spelt out tokens."""
+    """Return some of the built-in proof texts with their edge cases, and texts that spell out special tokens."""
     texts = parity_texts(short=count, medium=6, long=2)
     return (*texts, "<s> </s> <pad> <mask> <unk> are words here", "<pad><pad>", "a [PAD] b <pad> c")
 
