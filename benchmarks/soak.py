@@ -1,4 +1,4 @@
-"""Put mixed load on `mirror serve` for a long time: does it leak, slow down, fail, or give a wrong vector?
+"""Put mixed load on `mirror serve` for a long time: does it leak, slow down, fail, or return a wrong vector?
 
     python benchmarks/soak.py BUNDLE --minutes 30 --output reports/soak
 
@@ -7,8 +7,10 @@ Writes soak.json, soak.md and soak.png. The last line of standard output is one 
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -20,43 +22,61 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.host import MEASURED_WITH, describe_host, describe_source, installed_versions
-from benchmarks.soak_report import MARKDOWN_FILE, headline, write_files
-from benchmarks.soak_results import SOAK_FILE, Settings, Thresholds
-from benchmarks.soak_run import Seen, build_report, prepare, soak
-from benchmarks.workload import bundle_tokenizer, load_workload
+from benchmarks.load.process import Load, load_process
+from benchmarks.load.requests import ExpectedVectors
+from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
+from benchmarks.soaking.observations import MemorySample, Observations
+from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, Settings, SoakReport, Subject, write_files
+from benchmarks.soaking.server import ServedBundle
+from benchmarks.soaking.verdicts import Thresholds
+from benchmarks.workload import Workload, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
+from mirror_runtime.encoder import Encoder
 from mirror_runtime.folders import whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
+TIMEOUT_S = 10.0
+"""Limit of one request. At a share of the server's capacity nothing takes nearly as long."""
+
+CLOSED_CALLERS = 16
+"""Enough to keep the server busy while the generator checks an answer."""
+
+CAPACITY_S = 10.0
+"""Length of the closed loop that measures the capacity, or a tenth of the run if that is shorter."""
+
+_TICK_S = 0.5
+
+OnProgress = Callable[[float, str], None]
+"""Takes the seconds of load that are over, and a summary of the last window."""
+
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
-    minutes: Annotated[float, typer.Option(min=0.05, help="Of load; start and end of the server come on top.")] = 30.0,
+    minutes: Annotated[float, typer.Option(min=0.05, help="Of load, without start and end of the server.")] = 30.0,
     output: Annotated[Path, typer.Option(help="Folder of the report; an older one there is replaced.")] = Path(
         "reports/soak"
     ),
     share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of the rate measured at first: 0.5 leaves the server half idle.")
+        float, typer.Option(min=0.01, max=1.0, help="Of the rate measured first: 0.5 leaves the server half idle.")
     ] = 0.5,
     engine: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
     texts: Annotated[
-        Path | None, typer.Option(help="Texts, one a line. Default: docstrings of the standard library.")
+        Path | None, typer.Option(help="Texts, one per line. Default: docstrings of the standard library.")
     ] = None,
     window: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often figures are taken.")] = 10.0,
     max_growth: Annotated[
-        float, typer.Option(metavar="MB", help="An hour, of resident memory, over the second half of the run.")
+        float, typer.Option(metavar="MB", help="Per hour, of resident memory, over the second half of the run.")
     ] = 30.0,
     max_drift: Annotated[
         float, typer.Option(min=0, help="p99 of the last third over the first third's: 1.5 allows half as much again.")
     ] = 1.5,
-    max_unexpected: Annotated[int, typer.Option(min=0, help="Requests that may end as none may.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of texts, kinds of requests and moments of arrival.")] = 0,
+    max_unexpected: Annotated[int, typer.Option(min=0, help="Requests that may end as none should.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of texts, kinds of requests and arrivals.")] = 0,
 ) -> None:
-    """Serve BUNDLE, put load on it for some minutes, and judge what was seen."""
+    """Serve BUNDLE, put load on it for some minutes, and judge the result."""
     settings = Settings(
         engine=engine,
         precision=precision,
@@ -68,38 +88,138 @@ def run(
     )
     started, host = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_host()
     versions, source = installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient")), describe_source(ROOT)
-    console, seen = Console(stderr=True, soft_wrap=True, highlight=False), Seen()
-    # Entered first: a folder that cannot be written is told before the run, not after it.
+    console, observed = Console(stderr=True, soft_wrap=True, highlight=False), Observations()
+    # Entered first: a folder that cannot be written is reported before the run, not after it.
     with whole_folder(output, overwrite=True, marker=SOAK_FILE) as folder, truncations_counted_elsewhere():
         manifest = read_manifest(bundle)
         tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
         workload = load_workload(texts, tokenizer, quick=True, seed=seed)
         with _progress(console) as progress:
             task = progress.add_task("soak", total=60 * minutes, doing="vectors in process")
-            served = prepare(bundle, workload, settings)
+            subject, expected = prepare(bundle, workload, settings)
             progress.update(task, doing="start, then the rate")
-            soak(bundle, served, settings, seen, lambda at, doing: progress.update(task, completed=at, doing=doing))
-        report = build_report(
-            served, workload, settings, seen, started=started, host=host, versions=versions, source=source
-        )
+
+            def on_progress(at_s: float, doing: str) -> None:
+                progress.update(task, completed=at_s, doing=doing)
+
+            soak(bundle, subject, expected, settings, observed, on_progress)
+        report = SoakReport(
+            started=started, host=host, versions=versions, source=source, subject=subject, workload=workload.facts,
+            settings=settings, observed=observed,
+        )  # fmt: skip
         write_files(report, folder)
     for verdict in report.verdicts:
-        console.print(f"{_WORDS[verdict.passed]:10} {verdict.name}: {verdict.says}", markup=False)
-    console.print(
-        f"{'interrupted: partial report' if seen.partial else 'report'} in {output / MARKDOWN_FILE}", markup=False
-    )
-    sys.stdout.write(headline(report, output) + "\n")
-    if seen.partial or not report.passed:
-        raise typer.Exit(130 if seen.partial else 1)
+        console.print(f"{_WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
+    word = "interrupted: partial report" if observed.partial else "report"
+    console.print(f"{word} in {output / MARKDOWN_FILE}", markup=False)
+    sys.stdout.write(json.dumps(report.headline(output), allow_nan=False) + "\n")
+    if observed.partial or not report.passed:
+        raise typer.Exit(130 if observed.partial else 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 within the thresholds, 1 beyond one, 2 on a mistake of the caller's, 130 when interrupted.
+        0 within the thresholds, 1 beyond one, 2 on a user's mistake, 130 when interrupted.
     """
     return run_command(application(run), argv, "benchmarks/soak.py")
+
+
+def prepare(bundle: Path, workload: Workload, settings: Settings) -> tuple[Subject, ExpectedVectors]:
+    """Compute the right vectors in process, as the server will; the encoder is closed again on return.
+
+    Raises:
+        BundleError: `bundle` is not a bundle.
+        EngineError: nothing in it runs here as requested.
+    """
+    with Encoder.load(bundle, engine=settings.engine, precision=settings.precision) as encoder:
+        expected = ExpectedVectors.compute(encoder, bundle, workload.texts, settings.seed)
+        subject = Subject(
+            name=bundle.resolve().name,
+            fingerprint=encoder.fingerprint,
+            engine=encoder.engine.name.value,
+            precision=encoder.engine.precision.value,
+            floor=expected.floor,
+            canaries=expected.canaries,
+            long_texts=len(expected.texts) - expected.long_from,
+        )
+    return subject, expected
+
+
+def soak(
+    bundle: Path,
+    subject: Subject,
+    expected: ExpectedVectors,
+    settings: Settings,
+    observed: Observations,
+    on_progress: OnProgress,
+) -> None:
+    """Serve a bundle, put load on it, and end it. Ctrl-C ends it early and marks `observed` as partial.
+
+    Raises:
+        ServerError: the server did not start.
+        PeerError: the load generator failed.
+    """
+    options = ("--engine", settings.engine, "--precision", settings.precision)
+    try:
+        with ServedBundle(bundle, *options) as server:
+            try:
+                with load_process(
+                    server.addresses,
+                    expected.texts,
+                    timeout_s=TIMEOUT_S,
+                    expected=expected,
+                    fingerprint=subject.fingerprint,
+                ) as load:
+                    _put_load(load, server, settings, observed, on_progress)
+            finally:
+                observed.ending = server.end()
+                observed.server_log = tuple(server.log)
+    except KeyboardInterrupt:  # the server has ended by now; it was killed if that happened while it started or ended
+        observed.partial = True
+
+
+def _put_load(
+    load: Load, server: ServedBundle, settings: Settings, observed: Observations, on_progress: OnProgress
+) -> None:
+    """Measure the capacity, then offer a share of it until the time is over or the server has ended."""
+    seconds = 60 * settings.minutes
+    closed = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=settings.seed)
+    observed.add_problems(closed, "before the load: ")
+    observed.capacity_per_s = len(closed.times_ms) / closed.seconds if closed.times_ms else 0.0
+    if not observed.capacity_per_s:
+        return  # there is no rate to take a share of; the verdict on errors fails
+    load.begin(rate=settings.share * observed.capacity_per_s, seconds=seconds, seed=settings.seed)
+    began = time.monotonic()
+
+    def clock() -> float:
+        return min(time.monotonic() - began, seconds)
+
+    def remember() -> None:
+        observed.memory.append(MemorySample(at_s=clock(), processes=server.processes()))
+
+    remember()
+    due = settings.window_s
+    try:
+        while clock() < seconds and server.running:
+            time.sleep(max(0.0, min(_TICK_S, due - clock(), seconds - clock())))
+            if clock() >= due:
+                observed.add(load.take())
+                remember()
+                due += settings.window_s
+            on_progress(clock(), _summary(observed))
+    finally:
+        observed.load_s = clock()
+        ran_through = observed.load_s >= seconds and server.running
+        observed.add(load.finish() if ran_through else load.stop())
+
+
+def _summary(observed: Observations) -> str:
+    p99_ms = observed.windows[-1].p99_ms if observed.windows else None
+    p99 = "" if p99_ms is None else f"p99 {p99_ms:.0f} ms, "
+    memory_mb = sum(process.resident_mb for process in observed.memory[-1].processes)
+    return f"{p99}{memory_mb:.0f} MB, {observed.unexpected} unexpected"
 
 
 _WORDS = {True: "passed", False: "FAILED", None: "not judged"}

@@ -1,4 +1,4 @@
-"""`mirror serve` as a process of its own: where it listens, what its processes hold, and what it leaves behind."""
+"""`mirror serve` as a process of its own: where it listens, the memory of its processes, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -13,41 +13,36 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from benchmarks.soak_results import Ending, Process
+from benchmarks.soaking.observations import Ending, Process
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
-from mirror_runtime.triton.server import launch
-from mirror_runtime.triton.server.processes import alive, group_members, kill_group, runners
-from mirror_runtime.triton.server.server import SHARED_MEMORY, STARTUP_S
+from mirror_runtime.triton.server.processes import alive, group_members, kill_group, resident_bytes, runners
+from mirror_runtime.triton.server.server import SHARED_MEMORY, STARTUP_S, launcher
 
 END_S = 60.0
-"""From SIGTERM to the end: more than `mirror serve` gives the requests that it has accepted."""
-
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+"""From SIGTERM to the end: longer than `mirror serve` waits for the requests that it has accepted."""
 
 
 class ServedBundle:
     """`mirror serve` on free ports of the loopback address. A context manager: serving on entry, gone on exit.
 
-    It has a temporary folder of its own, so that files which it leaves can be told from other people's. Enter it in
-    the main thread: the server is ended when the thread that started it ends.
+    It has a temporary folder of its own, so that its leftover files can be told from those of other programs. Enter it
+    in the main thread: the server is ended when the thread that started it ends.
 
     Args:
         bundle: the folder.
-        options: of `mirror serve`, but for its ports.
+        options: of `mirror serve`, except its ports.
 
     Attributes:
-        said: the lines that it has written to standard error so far.
+        log: lines that it has written to standard error so far.
         addresses: host and port by protocol.
     """
 
     def __init__(self, bundle: Path, *options: str) -> None:
         serve = [sys.executable, "-m", "mirror_runtime.cli", "serve", str(bundle), *options]
         ports = ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
-        # Its own session: a terminal's Ctrl-C is for us, and we end it in order. Its launcher: it ends when we are
-        # killed.
-        self._command = [sys.executable, "-I", launch.__file__, str(os.getpid()), *serve, *ports]
-        self.said: list[str] = []
+        self._command = [*launcher(), *serve, *ports]
+        self.log: list[str] = []
         self.addresses: dict[str, str] = {}
         self._last: dict[int, str] = {}
 
@@ -61,14 +56,14 @@ class ServedBundle:
             encoding="utf-8",
             errors="replace",
             env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": self._folder.name},
-            start_new_session=True,
+            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the server in order
         )
         self._listening = threading.Event()
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
+        assert self._process.stdout is not None  # PIPE
+        assert self._process.stderr is not None  # PIPE
         self._readers = [
             threading.Thread(target=self._read_addresses, args=(self._process.stdout,), daemon=True),
-            threading.Thread(target=self._read_complaints, args=(self._process.stderr,), daemon=True),
+            threading.Thread(target=self._read_log, args=(self._process.stderr,), daemon=True),
         ]
         try:
             for reader in self._readers:
@@ -99,14 +94,14 @@ class ServedBundle:
             named[server] = "tritonserver"
         if len(named) > 1:
             self._last = named
-        sizes = {pid: _resident_bytes(pid) for pid in named}
+        sizes = {pid: resident_bytes([pid]) for pid in named}
         return tuple(
             Process(name=name, pid=pid, resident_mb=sizes[pid] / 1e6) for pid, name in named.items() if sizes[pid]
         )
 
     def end(self) -> Ending:
-        """Send SIGTERM, wait for the end, and look for what is left: processes, shared memory, files."""
-        self.processes()  # what runs now must be gone then
+        """Send SIGTERM, wait for the end, and look for leftover processes, shared memory and files."""
+        self.processes()  # those running now must be gone afterwards
         by_itself, began = not self.running, time.monotonic()
         self._process.send_signal(signal.SIGTERM)
         status: int | None
@@ -115,16 +110,12 @@ class ServedBundle:
         except subprocess.TimeoutExpired:
             status = None
         seconds = time.monotonic() - began
-        return Ending(by_itself=by_itself, status=status, seconds=seconds, left=self._left())
-
-    def _left(self) -> tuple[str, ...]:
-        """Name what is left of a server that has ended."""
-        folder = Path(self._folder.name)
-        return (
+        leftovers = (
             *(f"process {pid} ({name})" for pid, name in self._last.items() if alive(pid)),
             *(f"shared memory {region.name}" for region in self._shared_memory()),
-            *(f"temporary file {path.name}" for path in sorted(folder.iterdir())),
+            *(f"temporary file {path.name}" for path in sorted(Path(self._folder.name).iterdir())),
         )
+        return Ending(by_itself=by_itself, status=status, seconds=seconds, leftovers=leftovers)
 
     def _shared_memory(self) -> list[Path]:
         return sorted(SHARED_MEMORY.glob(f"mirror_{self._process.pid}_*"))
@@ -134,7 +125,7 @@ class ServedBundle:
             raise ServerError(f"mirror serve was not ready after {STARTUP_S:.0f} s")
         if len(self.addresses) < 2:
             self._readers[1].join()
-            raise ServerError("mirror serve did not start: " + "\n".join(self.said))
+            raise ServerError("mirror serve did not start: " + "\n".join(self.log))
 
     def _clear(self) -> None:
         """Kill what still runs and remove what it left."""
@@ -150,7 +141,7 @@ class ServedBundle:
         self._folder.cleanup()
 
     def _read_addresses(self, stream: IO[str]) -> None:
-        """Read where it listens, then what else it says, so that it never waits for a reader."""
+        """Read the addresses, then all further output, so that the server never blocks on a full pipe."""
         with stream:
             for line in stream:
                 if line.startswith("gRPC"):
@@ -159,15 +150,15 @@ class ServedBundle:
                     self.addresses["http"] = line.split("/")[2]
                 elif line.startswith("metrics"):
                     self._listening.set()
-        self._listening.set()  # it has ended: nobody is to wait for its addresses
+        self._listening.set()  # it has ended: do not wait for its addresses
 
-    def _read_complaints(self, stream: IO[str]) -> None:
+    def _read_log(self, stream: IO[str]) -> None:
         with stream:
-            self.said += (line.rstrip("\n") for line in stream)
+            self.log += (line.rstrip("\n") for line in stream)
 
 
 def _children(parent: int) -> list[int]:
-    """List the living processes whose parent a process is."""
+    """List the living child processes of a process."""
     children = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -178,11 +169,3 @@ def _children(parent: int) -> list[int]:
         if int(its_parent) == parent and state not in ("Z", "X"):
             children.append(int(folder.name))
     return children
-
-
-def _resident_bytes(pid: int) -> int:
-    """Give a process's resident memory; 0 where it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
-    except OSError:
-        return 0

@@ -1,0 +1,248 @@
+"""The load generator in a process of its own: callers that share a Python process with anything else send too late.
+
+    python -m benchmarks.load.process
+
+speaks line JSON with its parent (see `benchmarks.workers`); `Load` is the parent's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load.generator import OpenLoop, Sender, closed_loop, recovery_time
+from benchmarks.load.requests import ExpectedVectors, InTurn, Mix, RequestSource
+from benchmarks.load.targets import Target, open_targets
+from benchmarks.load.window import Window
+from benchmarks.workers import WorkerProcess
+from mirror_runtime.bundle import EncoderSpec, from_json, to_json
+from mirror_runtime.errors import MirrorError
+from mirror_runtime.triton.server.server import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXTS_FILE, VECTORS_FILE = "texts.json", "vectors.npy"
+
+Turn = tuple[str, int]
+"""A target and the texts per request: one size in turn, where a mix is not asked for."""
+
+
+class Load:
+    """The parent's end of a running generator.
+
+    Args:
+        worker: the generator's process.
+    """
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
+        """Run a closed loop: see `closed_loop`. Without `turn` it sends the mix's good requests.
+
+        Raises:
+            PeerError: the generator failed.
+        """
+        return _window(self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed))
+
+    def open(
+        self, *, rate: float, seconds: float, turn: Turn, seed: int, recover_within_ms: float | None = None
+    ) -> tuple[Window, float | None]:
+        """Run an open loop to its end.
+
+        Args:
+            rate: requests per second.
+            seconds: for how long requests are due.
+            turn: what is sent.
+            seed: of the arrivals.
+            recover_within_ms: measure how long after the last request the server answers in this time again.
+
+        Returns:
+            What ended, and the seconds until the server had recovered; None if it did not, or was not measured.
+
+        Raises:
+            PeerError: the generator failed.
+        """
+        answer = self._worker.ask(
+            "open", rate=rate, seconds=seconds, turn=turn, seed=seed, recover_within_ms=recover_within_ms
+        )
+        return _window(answer), answer["recovery_s"]
+
+    def begin(self, *, rate: float, seconds: float, seed: int) -> None:
+        """Begin an open loop of the mix, and return while it runs."""
+        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed)
+
+    def take(self) -> Window:
+        """Return what ended since the last call."""
+        return _window(self._worker.ask("take"))
+
+    def finish(self) -> Window:
+        """Wait until the loop that was begun has ended, and return what ended since the last call."""
+        return _window(self._worker.ask("finish"))
+
+    def stop(self) -> Window:
+        """Cancel the loop that was begun, and return what ended since the last call."""
+        return _window(self._worker.ask("stop"))
+
+
+@contextmanager
+def load_process(
+    addresses: Mapping[str, str],
+    texts: Sequence[str],
+    *,
+    timeout_s: float,
+    expected: ExpectedVectors | None = None,
+    fingerprint: str | None = None,
+) -> Iterator[Load]:
+    """Start a generator that has opened its targets; its connections are closed and it has ended on exit.
+
+    Args:
+        addresses: host and port of each target by name.
+        texts: that are sent.
+        timeout_s: limit of one request, in seconds.
+        expected: right vectors of the texts, which then are `expected.texts`; needed by a mix.
+        fingerprint: vector space that answers must name.
+
+    Raises:
+        PeerError: it did not start.
+    """
+    with TemporaryDirectory(prefix="mirror-load-") as folder:
+        scratch = Path(folder)
+        (scratch / TEXTS_FILE).write_text(json.dumps(list(texts)), encoding="utf-8")
+        facts = None
+        if expected is not None:
+            np.save(scratch / VECTORS_FILE, expected.components)
+            names = ("floor", "canaries", "long_from")
+            facts = {"spec": to_json(expected.spec), **{name: getattr(expected, name) for name in names}}
+        command = [*launcher(), sys.executable, "-m", "benchmarks.load.process"]
+        with WorkerProcess(command, scratch / "log", folder=ROOT) as worker:
+            worker.ask(
+                "connect",
+                addresses=dict(addresses),
+                folder=folder,
+                request_timeout_s=timeout_s,
+                expected=facts,
+                fingerprint=fingerprint,
+            )
+            yield Load(worker)
+            worker.ask("disconnect")
+
+
+class Generator:
+    """The generator's operations, named as in the protocol."""
+
+    def __init__(self) -> None:
+        self._targets: Mapping[str, Target] = {}
+        self._texts: tuple[str, ...] = ()
+        self._expected: ExpectedVectors | None = None
+        self._loop: OpenLoop | None = None
+        self._task: asyncio.Future[None] | None = None
+
+    async def connect(
+        self,
+        addresses: Mapping[str, str],
+        folder: str,
+        request_timeout_s: float,
+        expected: Mapping[str, Any] | None,
+        fingerprint: str | None,
+    ) -> dict[str, Any]:
+        """Open the targets and read texts and expected vectors."""
+        self._texts = tuple(json.loads((Path(folder) / TEXTS_FILE).read_text(encoding="utf-8")))
+        if expected is not None:
+            facts = {**expected, "spec": from_json(EncoderSpec, expected["spec"], "spec")}
+            vectors = np.load(Path(folder) / VECTORS_FILE)
+            self._expected = ExpectedVectors(texts=self._texts, components=vectors, **facts)
+        self._targets = open_targets(addresses, request_timeout_s, fingerprint)
+        self._send = Sender(self._targets, self._texts, self._expected).send
+        return {}
+
+    async def disconnect(self) -> dict[str, Any]:
+        """Close the targets."""
+        for target in self._targets.values():
+            await target.close()
+        return {}
+
+    async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
+        """Run a closed loop."""
+        window = await closed_loop(self._send, self._source(turn, seed), callers=callers, seconds=seconds)
+        return {"window": to_json(window)}
+
+    async def open(
+        self, rate: float, seconds: float, turn: Turn, seed: int, recover_within_ms: float | None
+    ) -> dict[str, Any]:
+        """Run an open loop, and measure the recovery after it."""
+        recovered: float | None = None
+
+        async def recovery() -> None:
+            nonlocal recovered
+            if recover_within_ms is not None:
+                recovered = await recovery_time(self._send, self._source(turn, seed), recover_within_ms)
+
+        loop = OpenLoop(self._send, self._source(turn, seed), rate=rate, seconds=seconds, seed=seed)
+        await loop.run(recovery)
+        return {"window": to_json(loop.whole()), "recovery_s": recovered}
+
+    async def begin(self, rate: float, seconds: float, seed: int) -> dict[str, Any]:
+        """Begin an open loop of the mix."""
+        self._loop = OpenLoop(self._send, self._source(None, seed), rate=rate, seconds=seconds, seed=seed)
+        self._task = asyncio.ensure_future(self._loop.run())
+        await asyncio.sleep(0)
+        return {}
+
+    async def take(self) -> dict[str, Any]:
+        """Return the window since the last call."""
+        assert self._loop is not None
+        return {"window": to_json(self._loop.take())}
+
+    async def finish(self) -> dict[str, Any]:
+        """Wait for the end of the loop and return its last window."""
+        assert self._task is not None
+        await self._task
+        return await self.take()
+
+    async def stop(self) -> dict[str, Any]:
+        """Cancel the loop and return its last window."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        return await self.take()
+
+    def _source(self, turn: Turn | None, seed: int) -> RequestSource:
+        if turn is not None:
+            target, size = turn
+            return InTurn(target, len(self._texts), size)
+        assert self._expected is not None
+        return Mix(self._expected, seed)
+
+
+async def serve() -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    generator = Generator()
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        request = json.loads(line)
+        try:
+            answer = await getattr(generator, request.pop("op"))(**request)
+        except MirrorError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # the process's edge: the parent decides what a failure means
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _window(answer: Mapping[str, Any]) -> Window:
+    return from_json(Window, answer["window"], "the generator's answer")
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())

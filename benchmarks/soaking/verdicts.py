@@ -1,0 +1,141 @@
+"""The verdicts on a soak: slope of memory, drift of p99, unexpected ends, restarts, leftovers. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from benchmarks.report.statistics import median
+from benchmarks.soaking.observations import ALL, Ending, MemorySample, Observations, WindowFigures
+
+LEAST_HALF_S = 240.0
+"""A slope over less time means nothing per hour: one more page cache or arena is hundreds of MB/hour then."""
+
+LEAST_WINDOWS = 3
+"""Of each third: a median of fewer is one window's chance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """Limits that a run must keep.
+
+    Attributes:
+        growth_mb_per_hour: of all server processes' resident memory together, over the second half of the run.
+        drift: p99 of the last third of the run over that of the first.
+        unexpected: requests that end as none may.
+    """
+
+    growth_mb_per_hour: float
+    drift: float
+    unexpected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One judgement.
+
+    Attributes:
+        name: what was judged.
+        passed: None if the run was too short to judge it.
+        finding: the figure and its threshold.
+    """
+
+    name: str
+    passed: bool | None
+    finding: str
+
+
+def judge(observed: Observations, thresholds: Thresholds) -> tuple[Verdict, ...]:
+    """Compare what was observed with the thresholds."""
+    requests = sum(observed.outcomes.values())
+    errors = f"{observed.unexpected} of {requests} requests ended as none may (at most {thresholds.unexpected})"
+    if not observed.answered:
+        errors += "; none had a right answer"
+    passed = observed.unexpected <= thresholds.unexpected and observed.answered > 0
+    replaced = restarts(observed.memory)
+    return (
+        Verdict(name="errors", passed=passed, finding=errors),
+        _judge_growth(observed.memory, thresholds.growth_mb_per_hour),
+        _judge_drift(drift(observed.windows), thresholds.drift),
+        Verdict(name="restarts", passed=not replaced, finding=f"the server was replaced {replaced} times (0)"),
+        _judge_ending(observed.ending),
+    )
+
+
+def second_half(samples: Sequence[MemorySample]) -> tuple[MemorySample, ...]:
+    """Return the samples of the second half of the time: caches and arenas fill up in the first."""
+    if not samples:
+        return ()
+    middle = (samples[0].at_s + samples[-1].at_s) / 2
+    return tuple(sample for sample in samples if sample.at_s >= middle)
+
+
+def growth(samples: Sequence[MemorySample]) -> dict[str, float]:
+    """Return the least-squares slope of each process name's memory, and of `ALL`, over the second half, in MB/hour.
+
+    Empty with fewer than two samples there.
+    """
+    half = second_half(samples)
+    if len(half) < 2:
+        return {}
+    hours = [sample.at_s / 3600 for sample in half]
+    sums = [sample.by_name() for sample in half]
+    return {
+        name: float(np.polynomial.polynomial.polyfit(hours, [one.get(name, 0.0) for one in sums], 1)[1])
+        for name in sums[-1]
+    }
+
+
+def drift(windows: Sequence[WindowFigures]) -> float | None:
+    """Return the last third's median p99 of a window over the first third's; None with too few windows for that.
+
+    Medians: one window that something else on the machine disturbed is no drift.
+    """
+    p99s = [window.p99_ms for window in windows if window.p99_ms is not None]
+    third = len(p99s) // 3
+    if third < LEAST_WINDOWS:
+        return None
+    return median(p99s[-third:]) / median(p99s[:third])
+
+
+def restarts(samples: Sequence[MemorySample]) -> int:
+    """Count how often the tritonserver of a sample is another process than the one before."""
+    pids = [process.pid for sample in samples for process in sample.processes if process.name == "tritonserver"]
+    return sum(before != after for before, after in pairwise(pids))
+
+
+def _judge_growth(samples: Sequence[MemorySample], most: float) -> Verdict:
+    name, half, slope = "memory", second_half(samples), growth(samples).get(ALL)
+    if slope is None:
+        return Verdict(name=name, passed=None, finding="not judged: too few samples of the server's memory")
+    seconds = half[-1].at_s - half[0].at_s
+    finding = f"{slope:+.1f} MB/hour over the last {seconds:.0f} s (at most {most:+.1f})"
+    if seconds < LEAST_HALF_S:
+        return Verdict(name=name, passed=None, finding=f"not judged, which takes {LEAST_HALF_S:.0f} s: {finding}")
+    return Verdict(name=name, passed=slope <= most, finding=finding)
+
+
+def _judge_drift(value: float | None, most: float) -> Verdict:
+    name = "p99 drift"
+    if value is None:
+        finding = f"not judged: it takes {3 * LEAST_WINDOWS} windows with answers"
+        return Verdict(name=name, passed=None, finding=finding)
+    return Verdict(name=name, passed=value <= most, finding=f"last third over first: {value:.2f} (at most {most:.2f})")
+
+
+def _judge_ending(ending: Ending | None) -> Verdict:
+    name = "end"
+    if ending is None:
+        return Verdict(name=name, passed=None, finding="not judged: the server never ran")
+    if ending.by_itself:
+        return Verdict(name=name, passed=False, finding=f"the server ended by itself with status {ending.status}")
+    how = "was killed: it did not end in time" if ending.status is None else f"ended with status {ending.status}"
+    left = f"left {', '.join(ending.leftovers)}" if ending.leftovers else "left nothing"
+    return Verdict(
+        name=name,
+        passed=ending.status == 0 and not ending.leftovers,
+        finding=f"at SIGTERM it {how} after {ending.seconds:.1f} s and {left} (status 0, nothing left)",
+    )

@@ -1,0 +1,403 @@
+"""The load generator against fakes: what it counts as time, when requests are sent, and how ends are judged."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from benchmarks.load import generator
+from benchmarks.load.generator import OpenLoop, Sender, arrivals, closed_loop, recovery_time
+from benchmarks.load.requests import (
+    KINDS,
+    TEXTS_PER_REQUEST,
+    ExpectedVectors,
+    InTurn,
+    Kind,
+    Mix,
+    Request,
+    long_texts,
+)
+from benchmarks.load.targets import GatewayTarget
+from benchmarks.load.window import Outcome
+from mirror_runtime.bundle import EncoderSpec, Pooling, VectorType
+from mirror_runtime.client.protocol import Rejected
+from mirror_runtime.errors import (
+    DeadlineExceededError,
+    OverloadedError,
+    ServerError,
+    TextError,
+    UnavailableError,
+)
+
+SPEC = EncoderSpec(
+    base_model="m", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=16
+)
+GOOD = Request(target="grpc", chosen=(3, 5))
+TURN = InTurn("grpc", texts=40, size=2)
+
+
+@pytest.fixture
+def expected() -> ExpectedVectors:
+    vectors = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return ExpectedVectors(
+        texts=tuple(f"text {i}" for i in range(40)),
+        components=vectors,
+        floor=0.999,
+        spec=SPEC,
+        canaries=2,
+        long_from=30,
+    )
+
+
+class Server:
+    """Answers requests in turn, `seconds` each, refuses what exceeds its `room`, and is slow after an overload."""
+
+    def __init__(self, seconds=0.005, room=1000, slow_s=0.0):
+        self.seconds, self.room, self.slow_s = seconds, room, slow_s
+        self.requests: list[Request] = []
+        self.waiting = self.answered = 0
+        self.first_refusal = self._free_at = 0.0
+
+    async def send(self, request, _cancel_after_s=0.0):
+        self.requests.append(request)
+        now = time.perf_counter()
+        if self.waiting >= self.room:
+            self.first_refusal = self.first_refusal or now
+            return Outcome.OVERLOADED, "full"
+        slow = self.first_refusal and now < self.first_refusal + self.slow_s
+        self._free_at = max(now, self._free_at) + self.seconds * (3 if slow else 1)
+        self.waiting += 1
+        await asyncio.sleep(self._free_at - now)
+        self.waiting -= 1
+        self.answered += 1
+        return Outcome.ANSWERED, ""
+
+
+def opened(send, rate, seconds, source=TURN):
+    loop = OpenLoop(send, source, rate=rate, seconds=seconds, seed=0)
+    asyncio.run(loop.run())
+    return loop.whole()
+
+
+def test_a_closed_loop_goes_round_all_requests_and_counts_each():
+    server = Server(seconds=0.002)
+    source = InTurn("grpc", texts=7, size=2)
+    window = asyncio.run(closed_loop(server.send, source, callers=3, seconds=0.2))
+    assert {request.chosen for request in server.requests} == {(0, 1), (2, 3), (4, 5)}  # a lone text is left out
+    assert len(window.times_ms) == window.requests == len(server.requests) - 3  # each caller's first is not counted
+    assert 0.2 <= window.seconds < 0.4
+    assert np.mean(window.times_ms) > 4  # three callers, one worker: each waits for the others
+    assert window.answered_ms.keys() == {"grpc 2"}
+
+
+def test_a_closed_loop_of_a_server_that_answers_nobody_ends_at_once():
+    async def broken(_request, _cancel_after_s):
+        return Outcome.FAILED, "out of order"
+
+    began = time.perf_counter()
+    window = asyncio.run(closed_loop(broken, TURN, callers=4, seconds=30))
+    assert time.perf_counter() - began < 1
+    assert (window.times_ms, window.reason) == ((), "out of order")
+
+
+def test_failures_are_counted_and_have_no_time():
+    server = Server(seconds=0.001)
+
+    async def every_third(request, cancel_after_s):
+        end = await server.send(request, cancel_after_s)
+        return (Outcome.FAILED, "third") if server.answered % 3 == 0 else end
+
+    window = asyncio.run(closed_loop(every_third, TURN, callers=1, seconds=0.1))
+    assert window.unexpected > 0
+    assert window.unexpected + len(window.times_ms) == len(server.requests) - 1
+    assert window.reason == "third"
+
+
+def test_more_callers_than_the_server_accepts_find_its_maximum_nevertheless():
+    window = asyncio.run(closed_loop(Server(room=2).send, TURN, callers=4, seconds=0.3))
+    assert 60 < len(window.times_ms) / window.seconds <= 205
+    assert window.count(Outcome.OVERLOADED) > 0
+
+
+def test_arrivals_are_a_poisson_process_of_known_size_and_the_same_for_a_seed():
+    moments = arrivals(2000, 2.0, seed=1)
+    assert len(moments) == 4000
+    assert 0 <= moments[0] < moments[-1] < 2.0
+    np.testing.assert_array_equal(moments, arrivals(2000, 2.0, seed=1))
+    assert not np.array_equal(moments, arrivals(2000, 2.0, seed=2))
+    gaps = np.diff(moments)
+    assert gaps.min() >= 0
+    assert gaps.std() / gaps.mean() == pytest.approx(1, abs=0.1)  # exponential; 0 for a metronome
+    assert len(arrivals(0.01, 1.0, seed=0)) == 1
+
+
+def test_an_open_loop_sends_all_that_is_due_and_waits_for_the_answers():
+    server = Server(seconds=0.02)  # a quarter of what is offered
+    window = opened(server.send, rate=200, seconds=0.4)
+    assert window.requests == len(window.times_ms) == len(window.lag_ms) == 80
+    assert window.seconds > 1.2
+    assert max(window.times_ms) > 800  # the last one waits behind the others
+    assert np.median(window.lag_ms) < 20
+
+
+def test_a_stall_is_in_the_times_of_all_requests_that_were_due_meanwhile():
+    class Stalling(Server):
+        async def send(self, request, cancel_after_s=0.0):
+            if len(self.requests) == 20:
+                time.sleep(0.3)  # the whole process, sender included
+            return await super().send(request, cancel_after_s)
+
+    window = opened(Stalling(seconds=0.0).send, rate=200, seconds=0.6)
+    late = sum(ms > 50 for ms in window.times_ms)
+    assert late > 30  # a closed loop would have counted one slow request
+    assert sum(ms > 50 for ms in window.lag_ms) == pytest.approx(late, abs=3)
+    assert max(window.times_ms) >= 290
+
+
+def test_requests_beyond_the_bound_are_not_sent(monkeypatch):
+    monkeypatch.setattr(generator, "MOST_UNDER_WAY", 5)
+    window = opened(Server(seconds=0.2).send, rate=100, seconds=0.4)
+    assert window.count(Outcome.UNSENT) > 20
+    assert window.reason == "5 requests were under way"
+    assert window.requests == 40
+
+
+def test_an_overloaded_server_answers_what_it_can_and_has_recovered_when_it_is_fast_again():
+    async def overload(slow_s):
+        server = Server(seconds=0.01, room=8, slow_s=slow_s)
+        loop = OpenLoop(server.send, TURN, rate=200, seconds=0.6, seed=0)
+        recovered: list[float | None] = []
+
+        async def recovery():
+            recovered.append(await recovery_time(server.send, TURN, within_ms=20))
+
+        await loop.run(recovery)
+        return loop.whole(), recovered[0]
+
+    window, recovery_s = asyncio.run(overload(slow_s=0.0))
+    refused = window.count(Outcome.OVERLOADED)
+    assert refused == len(window.refused_ms)
+    assert 0.15 < refused / window.requests < 0.6
+    assert np.median(window.refused_ms) < 10 < np.median(window.times_ms)
+    assert recovery_s is not None
+    assert recovery_s < 0.3
+    _, slow_s = asyncio.run(overload(slow_s=1.2))
+    assert slow_s is not None
+    assert slow_s > 0.3
+
+
+def test_a_server_that_stays_slow_has_not_recovered(monkeypatch):
+    monkeypatch.setattr(generator, "RECOVERY_S", 0.1)
+    assert asyncio.run(recovery_time(Server(seconds=0.03).send, TURN, within_ms=10)) is None
+
+
+def test_windows_follow_each_other_and_an_interrupt_counts_nothing_that_was_under_way():
+    async def interrupted():
+        server = Server(seconds=0.001)
+        loop = OpenLoop(server.send, TURN, rate=200, seconds=60, seed=0)
+        task = asyncio.ensure_future(loop.run())
+        await asyncio.sleep(0.2)
+        first = loop.take()
+        server.seconds = 30
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return first, loop.take()
+
+    first, second = asyncio.run(interrupted())
+    assert first.requests > 0
+    assert second.at_s - second.seconds == pytest.approx(first.at_s)
+    assert second.requests <= 3  # one may have been answered between the two
+
+
+def test_right_vectors_have_no_problem(expected):
+    chosen = (3, 1, 3, 35)
+    assert expected.problem(chosen, expected.components[list(chosen)]) == ""
+    assert expected.problem(chosen, expected.components[list(chosen)] + np.float32(0.001)) == ""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda v: v[::-1], "is below 0.999: 'text 3'"),  # two texts' vectors swapped
+        (lambda v: v[:2], "2 vectors for 3 texts"),
+        (lambda v: v[:, :8], "is expected"),
+        (lambda v: np.where(v == v[1, 0], np.nan, v), "not finite"),
+        (lambda v: v * 2, "off by 1 of its length"),  # not normalised
+        (lambda v: v * np.array([[1], [1], [0]], np.float32), "is below 0.999: 'text 9'"),
+    ],
+)
+def test_a_wrong_vector_is_found(expected, spoil, problem):
+    assert problem in expected.problem((3, 5, 9), spoil(expected.components[[3, 5, 9]]))
+
+
+def test_vectors_of_bits_are_compared_as_components(expected):
+    bits = np.packbits(expected.components > 0, axis=-1)
+    binary = replace(
+        expected,
+        spec=replace(SPEC, vector_type=VectorType.BINARY),
+        components=np.where(expected.components > 0, 1, -1).astype(np.float32),
+    )
+    assert binary.problem((0, 1), bits[:2]) == ""
+    assert "is below" in binary.problem((0, 1), bits[1:3])
+
+
+def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected):
+    mix = Mix(expected, seed=3)
+    drawn = [mix.draw() for _ in range(20_000)]
+    for kind, share in KINDS.items():
+        assert sum(r.kind is kind for r in drawn) / len(drawn) == pytest.approx(share, rel=0.25)
+    good = [r for r in drawn if r.kind is Kind.GOOD]
+    for size, share in TEXTS_PER_REQUEST.items():
+        assert sum(len(r.chosen) == size for r in good) / len(good) == pytest.approx(share, rel=0.15)
+    assert sum(r.target == "http" for r in good) / len(good) == pytest.approx(0.5, abs=0.02)
+    chosen = [at for r in good for at in r.chosen]
+    assert sum(at >= expected.long_from for at in chosen) / len(chosen) == pytest.approx(0.05, rel=0.2)
+    assert set(chosen) == set(range(40))
+    assert {len(r.chosen) for r in drawn if r.kind is Kind.EMPTY} == {0}
+    assert {len(r.chosen) for r in drawn if r.kind is Kind.CANCELLED} == {32}
+    assert Mix(expected, seed=3).draw() == drawn[0]
+
+
+def test_long_texts_reach_the_encoders_limit():
+    joined = long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
+    lengths = [len(text) for text in joined]
+    assert 256 < min(lengths) < 500
+    assert max(lengths) > 1100
+    assert joined == long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
+
+
+class Target:
+    """A target whose `answer` returns vectors or raises."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    async def encode(self, texts):
+        return self.answer(texts)
+
+    async def submit(self, texts, parameters):
+        return self.answer((texts, parameters))
+
+    async def close(self):
+        pass
+
+
+def end(expected, answer, request):
+    return asyncio.run(Sender({"grpc": Target(answer)}, expected.texts, expected).send(request, 0.05))
+
+
+def raising(error):
+    def answer(_texts):
+        raise error
+
+    return answer
+
+
+def test_a_good_answer_is_compared_with_the_expected_vectors(expected):
+    assert end(expected, lambda _: expected.components[[3, 5]], GOOD) == (Outcome.ANSWERED, "")
+    outcome, reason = end(expected, lambda _: expected.components[[5, 3]], GOOD)
+    assert outcome is Outcome.WRONG_VECTOR
+    assert "below 0.999" in reason
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (OverloadedError("busy"), Outcome.OVERLOADED),
+        (UnavailableError("away"), Outcome.UNAVAILABLE),
+        (DeadlineExceededError("slow"), Outcome.LATE),
+        (TextError(0, "bad"), Outcome.GOOD_REFUSED),
+        (Rejected("bad"), Outcome.GOOD_REFUSED),
+        (ServerError("broken"), Outcome.FAILED),
+        (TimeoutError("a library's own"), Outcome.CRASHED),
+        (ValueError("odd"), Outcome.CRASHED),
+    ],
+)
+def test_every_failure_has_its_outcome(expected, error, outcome):
+    found, reason = end(expected, raising(error), GOOD)
+    assert found is outcome
+    assert str(error) in reason
+
+
+def bad(kind: Kind) -> Request:
+    return replace(GOOD, kind=kind, chosen=() if kind is Kind.EMPTY else (3, 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Kind.BAD_UTF8, "text 1: not valid UTF-8 (byte 0xff)"),
+        (Kind.UNKNOWN_PARAMETER, "unknown parameter 'normalise': known are dimensions, prompt, truncate"),
+        (Kind.EMPTY, "anything"),
+    ],
+)
+def test_a_bad_request_must_be_refused_for_the_right_reason(expected, kind, reason):
+    assert end(expected, raising(Rejected(reason)), bad(kind))[0] is Outcome.REFUSED
+    assert end(expected, lambda _: None, bad(kind))[0] is Outcome.NOT_REFUSED
+    assert end(expected, raising(ServerError("broken")), bad(kind))[0] is Outcome.FAILED
+    if kind is not Kind.EMPTY:
+        assert end(expected, raising(Rejected("no")), bad(kind)) == (Outcome.OTHER_REFUSAL, "Rejected: no")
+
+
+def test_bad_requests_are_bad(expected):
+    sent = []
+
+    def answer(request):
+        sent.append(request)
+        raise Rejected("")
+
+    for kind in (Kind.BAD_UTF8, Kind.UNKNOWN_PARAMETER, Kind.EMPTY):
+        end(expected, answer, bad(kind))
+    assert sent == [
+        ([b"text 3", b"text 5 \xff"], {}),
+        ([b"text 3", b"text 5"], {"normalise": True}),
+        ([], {}),
+    ]
+
+
+def test_a_cancelled_request_ends_as_cancelled_or_as_a_good_one(expected):
+    class Slow(Target):
+        async def encode(self, texts):
+            await asyncio.sleep(5)
+
+    request = replace(GOOD, kind=Kind.CANCELLED)
+    assert end(expected, lambda _: expected.components[[3, 5]], request)[0] is Outcome.ANSWERED
+    slow = Sender({"grpc": Slow(None)}, expected.texts, expected)
+    assert asyncio.run(slow.send(request, 0.01)) == (Outcome.CANCELLED, "")
+
+
+def test_the_gateway_target_reads_vectors_and_names_refusals():
+    replies = {"slow down": (429, "later"), "broken": (500, "oh"), "odd": (200, "not json")}
+
+    async def embed(request):
+        (text, *_) = (await request.json())["inputs"]
+        status, body = replies.get(text, (200, f"[[{len(text)}, 0.5]]"))
+        return web.Response(status=status, text=body)
+
+    async def sent():
+        application = web.Application()
+        application.router.add_post("/embed", embed)
+        runner = web.AppRunner(application)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0]
+        target = GatewayTarget(f"{host}:{port}", timeout_s=5)
+        try:
+            np.testing.assert_array_equal(await target.encode(["zwei Häuser 🏠"]), np.array([[13, 0.5]], np.float32))
+            for text, kind in (("slow down", OverloadedError), ("broken", ServerError), ("odd", ServerError)):
+                with pytest.raises(kind, match=replies[text][1]):
+                    await target.encode([text])
+            await runner.cleanup()
+            with pytest.raises(UnavailableError, match="did not answer"):
+                await target.encode(["nobody listens"])
+        finally:
+            await target.close()
+
+    asyncio.run(sent())
