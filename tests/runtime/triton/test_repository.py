@@ -253,8 +253,6 @@ def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
     config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
     names = ("engine", "precision", "streams", "row_tokens")
     parameters = {name: config.parameters[name].string_value for name in names}
-        name: config.parameters[name].string_value for name in ("engine", "precision", "streams", "row_tokens")
-    }
     assert parameters == {"engine": "openvino", "precision": "bf16", "streams": "4", "row_tokens": "32"}
 
 
