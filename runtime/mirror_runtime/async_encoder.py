@@ -1,7 +1,7 @@
-"""Many asyncio callers, one engine: their texts are gathered into packed rows, under a deadline and a bound.
+"""One encoder for many asyncio callers: their texts share micro-batches, within a waiting time and a queue limit.
 
-Texts that arrive while the engine works wait and leave together; texts that arrive while it rests wait `max_wait_ms`
-for company. Two micro-batches are under way at once, so that one is tokenised while the other runs.
+While the engine is busy, arriving texts queue and form the next micro-batch. While it is idle, a text waits up to
+`max_wait_ms` for others. Two micro-batches run at once, so that one is tokenised while the engine runs the other.
 """
 
 from __future__ import annotations
@@ -19,33 +19,39 @@ from numpy.typing import NDArray
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
-from mirror_runtime.tokenizer import defect
+from mirror_runtime.retry_after import RetryEstimator
+from mirror_runtime.tokenizer import validate_text
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
-UNDER_WAY = 2
-"""Micro-batches at once: one in the engine, one being tokenised and queued behind it."""
+CONCURRENT_BATCHES = 2
+"""Micro-batches at once: one in the engine, and one that is tokenised and queued behind it."""
 
 CHARACTERS_PER_TOKEN = 4
-"""To guess a text's tokens before it is tokenised; 3.5 to 5 in English prose."""
+"""For estimates before tokenising; 3.5 to 5 in English prose."""
 
 _Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
-"""A text's vector, its tokens and whether it was cut; or what kept it from having one."""
+"""A text's vector, its token count and whether it was truncated; or the error instead."""
+
+
+def estimate_tokens(text: str) -> int:
+    """Estimate a text's tokens from its length, special tokens included."""
+    return 2 + len(text) // CHARACTERS_PER_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
 class AsyncStats:
-    """What an `AsyncEncoder` has done, and what it is doing.
+    """The counters of an `AsyncEncoder`.
 
     Attributes:
-        calls: calls of `encode` that were taken.
-        refused: calls that met a full queue.
-        cancelled: calls whose caller gave up.
-        texts: texts of the taken calls.
-        shared: of them, those that joined an equal text already waiting or running.
-        dropped: texts never computed, because every caller gave up while they waited.
-        batches: micro-batches handed to the encoder.
+        calls: calls of `encode` that were accepted.
+        refused: calls that were refused because the queue was full.
+        cancelled: calls that their caller cancelled.
+        texts: texts of the accepted calls.
+        shared: how many of them joined an equal text that was already waiting or running.
+        dropped: texts that were never computed, because all their calls were cancelled while they waited.
+        batches: micro-batches passed to the encoder.
         waiting: texts waiting now.
-        running: texts under way now.
+        running: texts in a micro-batch now.
     """
 
     calls: int = 0
@@ -61,7 +67,7 @@ class AsyncStats:
 
 @dataclass(eq=False)
 class _Call:
-    """One call: where what it asked for gathers until the last text is there."""
+    """One call, which collects its results until the last text is done."""
 
     vectors: Vectors
     tokens: NDArray[np.int64]
@@ -73,15 +79,15 @@ class _Call:
 
 @dataclass(eq=False)
 class _Text:
-    """A distinct text that waits or runs, and the places that want its vector."""
+    """A distinct text that waits or runs, and the calls' positions that its vector goes to."""
 
     tokens: int
     started: bool = False
-    places: list[tuple[_Call, int]] = field(default_factory=list)
+    targets: list[tuple[_Call, int]] = field(default_factory=list)
 
 
 class AsyncEncoder:
-    """Encodes for many concurrent callers of one event loop. The encoder below stays its owner's to close.
+    """Encodes for many concurrent callers of one event loop. It does not close the encoder below.
 
     ```python
     async with AsyncEncoder(Encoder.load("bundle")) as encoder:
@@ -89,12 +95,12 @@ class AsyncEncoder:
     ```
 
     Args:
-        encoder: what computes. It may be used directly at the same time.
-        max_wait_ms: how long a text waits for others while the engine rests. With 2: a lone caller gets its vector
-            2 ms later than it could, and callers that come within 2 ms of each other share an execution.
-        max_batch_tokens: tokens after which a micro-batch leaves without waiting longer, estimated from the texts'
+        encoder: the encoder. It may be used directly at the same time.
+        max_wait_ms: how long a text waits for others while the engine is idle. With 2, a lone caller gets its vector
+            2 ms late, and callers within 2 ms of each other share an execution.
+        max_batch_tokens: tokens at which a micro-batch starts without waiting longer, estimated from the texts'
             lengths. None: one full batch for each of the engine's streams.
-        max_waiting: texts that may wait. A call that would make them more is refused.
+        max_waiting: maximum texts that wait. A call that would exceed it is refused.
 
     Raises:
         InputError: a limit is not positive.
@@ -111,18 +117,19 @@ class AsyncEncoder:
         if max_wait_ms < 0 or max_waiting < 1 or (max_batch_tokens is not None and max_batch_tokens < 1):
             raise InputError(
                 f"max_wait_ms is {max_wait_ms}, max_waiting {max_waiting}, max_batch_tokens {max_batch_tokens}: "
-                "the wait may be 0, the others must be at least 1"
+                "the wait must be at least 0, the others at least 1"
             )
         self._encoder = encoder
         self._wait_s = max_wait_ms / 1000
         self._batch_tokens = max_batch_tokens or TOKEN_BUDGET * encoder.engine.streams
         self._max_waiting = max_waiting
-        self._workers = ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="mirror-async")
+        self._workers = ThreadPoolExecutor(CONCURRENT_BATCHES, thread_name_prefix="mirror-async")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._texts: dict[str, _Text] = {}  # waiting and running ones
         self._queue: dict[str, _Text] = {}  # waiting ones, oldest first
         self._queued_tokens = 0
-        self._under_way = 0
+        self._load = RetryEstimator()  # tokens of all texts
+        self._running = 0  # micro-batches
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -130,30 +137,30 @@ class AsyncEncoder:
 
     @property
     def stats(self) -> AsyncStats:
-        """A snapshot of the counters; the encoder's own are in its `stats`."""
+        """A snapshot of the counters. The encoder has its own `stats`."""
         waiting = len(self._queue)
         return replace(self._stats, waiting=waiting, running=len(self._texts) - waiting)
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
         """Encode texts together with those of other callers.
 
-        Cancelling the call drops those of its texts that nobody else wants and that have not started.
+        Cancelling the call drops its texts that have not started and that no other call shares.
 
         Args:
             texts: a list of strings; equal texts, of this call or of others, are computed once.
 
         Returns:
-            As `Encoder.encode`, in the texts' order; the caller's own array.
+            As `Encoder.encode`, in the texts' order; the array belongs to the caller.
 
         Raises:
-            TextError: naming the first text that cannot be encoded. Other callers are unharmed.
-            OverloadedError: too many texts wait already. Raised at once: nothing was queued.
+            TextError: the first text that cannot be encoded. Other callers are not affected.
+            OverloadedError: too many texts wait already. Raised immediately, and nothing was queued.
             EngineError: the engine failed, or this is closed or belongs to another event loop.
             InputError: `texts` is one string.
         """
         if not isinstance(texts, (str, bytes)):
             for position, text in enumerate(texts):
-                if (error := defect(position, text)) is not None:
+                if (error := validate_text(position, text)) is not None:
                     raise error  # before anything is queued
         encoded = await self.encode_detailed(texts)
         if encoded.errors:
@@ -161,18 +168,18 @@ class AsyncEncoder:
         return encoded.vectors
 
     async def encode_detailed(self, texts: Sequence[object]) -> Encoded:
-        """Encode texts together with those of other callers, and say what happened to each.
+        """Encode texts together with those of other callers, and report the result of each.
 
-        A bad text never raises: it is named in `errors`. Cancelling works as for `encode`.
+        A bad text does not raise but appears in `errors`. Cancelling works as for `encode`.
 
         Args:
             texts: a list; equal texts, of this call or of others, are computed once.
 
         Returns:
-            As `Encoder.encode_detailed`; the arrays are the caller's own.
+            As `Encoder.encode_detailed`; the arrays belong to the caller.
 
         Raises:
-            OverloadedError: too many texts wait already. Raised at once: nothing was queued.
+            OverloadedError: too many texts wait already. Raised immediately, and nothing was queued.
             EngineError: the engine failed, or this is closed or belongs to another event loop.
             InputError: `texts` is one string.
         """
@@ -184,7 +191,7 @@ class AsyncEncoder:
             vectors=np.zeros((count, width_of(spec)), dtype_of(spec)),
             tokens=np.zeros(count, np.int64),
             truncated=np.zeros(count, np.bool_),
-            errors={i: error for i, text in enumerate(texts) if (error := defect(i, text)) is not None},
+            errors={i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None},
             done=loop.create_future(),
             missing=0,
         )
@@ -192,19 +199,19 @@ class AsyncEncoder:
         call.missing = len(good)
         self._admit(good.values())
         for position, text in good.items():
-            self._want(text, call, position)
+            self._enqueue(text, call, position)
         if good:
             self._dispatch()
             try:
                 await call.done
             except asyncio.CancelledError:
                 self._stats = replace(self._stats, cancelled=self._stats.cancelled + 1)
-                self._forget(good.values(), call)
+                self._withdraw(good.values(), call)
                 raise
         return Encoded(vectors=call.vectors, tokens=call.tokens, truncated=call.truncated, errors=call.errors)
 
     async def aclose(self) -> None:
-        """Take no more calls, finish those that were taken, and release the threads."""
+        """Refuse new calls, finish the accepted ones, and release the threads."""
         self._closed = True
         if self._texts:
             self._send()
@@ -230,54 +237,57 @@ class AsyncEncoder:
         return loop
 
     def _admit(self, texts: Collection[str]) -> None:
-        """Refuse a call before anything of it is queued."""
+        """Count a call, or refuse it before anything of it is queued."""
         if self._closed:
             raise EngineError("this AsyncEncoder is closed")
         more = len({text for text in texts if text not in self._texts})
         if more and len(self._queue) + more > self._max_waiting:
             self._stats = replace(self._stats, refused=self._stats.refused + 1)
             raise OverloadedError(
-                f"{len(self._queue)} texts wait and {more} more would exceed {self._max_waiting}: try again later"
+                f"{len(self._queue)} texts wait and {more} more would exceed {self._max_waiting}: try again later",
+                self._load.retry_after_s(),
             )
         self._stats = replace(self._stats, calls=self._stats.calls + 1, texts=self._stats.texts + len(texts))
 
-    def _want(self, text: str, call: _Call, position: int) -> None:
+    def _enqueue(self, text: str, call: _Call, position: int) -> None:
         known = self._texts.get(text)
         if known is None:
-            known = self._texts[text] = self._queue[text] = _Text(tokens=2 + len(text) // CHARACTERS_PER_TOKEN)
+            known = self._texts[text] = self._queue[text] = _Text(tokens=estimate_tokens(text))
             self._queued_tokens += known.tokens
+            self._load.enter(known.tokens)
         else:
             self._stats = replace(self._stats, shared=self._stats.shared + 1)
-        known.places.append((call, position))
+        known.targets.append((call, position))
 
-    def _forget(self, texts: Collection[str], call: _Call) -> None:
-        """Take a cancelled call's wishes back; texts that nobody wants any more leave the queue."""
+    def _withdraw(self, texts: Collection[str], call: _Call) -> None:
+        """Remove a cancelled call. Texts without another call leave the queue."""
         for text in set(texts):
             known = self._texts.get(text)
             if known is None:
                 continue
-            known.places = [place for place in known.places if place[0] is not call]
-            if not known.places and not known.started:
+            known.targets = [target for target in known.targets if target[0] is not call]
+            if not known.targets and not known.started:
                 del self._texts[text], self._queue[text]
                 self._queued_tokens -= known.tokens
+                self._load.drop(known.tokens)
                 self._stats = replace(self._stats, dropped=self._stats.dropped + 1)
         self._settle()
 
     def _dispatch(self) -> None:
-        """Send what is queued, now or when the deadline comes."""
-        if not self._queue or self._under_way >= UNDER_WAY:
-            return  # the next batch that ends calls again
+        """Start the queued texts, now or when their waiting time ends."""
+        if not self._queue or self._running >= CONCURRENT_BATCHES:
+            return  # the next micro-batch that ends calls this again
         if self._queued_tokens >= self._batch_tokens or not self._wait_s or self._closed:
             self._send()
         elif self._timer is None and self._loop is not None:
             self._timer = self._loop.call_later(self._wait_s, self._send)
 
     def _send(self) -> None:
-        """Hand micro-batches to the workers while there are texts and room."""
+        """Pass micro-batches to the worker threads while there are texts and free threads."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._queue and self._under_way < UNDER_WAY:
+        while self._queue and self._running < CONCURRENT_BATCHES:
             batch: dict[str, _Text] = {}
             tokens = 0
             while self._queue and tokens < self._batch_tokens:
@@ -286,29 +296,31 @@ class AsyncEncoder:
                 waiting.started = True
                 tokens += waiting.tokens
             self._queued_tokens -= tokens
-            self._under_way += 1
+            self._running += 1
             self._stats = replace(self._stats, batches=self._stats.batches + 1)
-            self._workers.submit(self._work, batch)
+            self._workers.submit(self._compute, batch)
 
-    def _work(self, batch: dict[str, _Text]) -> None:
+    def _compute(self, batch: dict[str, _Text]) -> None:
         """Compute one micro-batch in a worker thread."""
         outcomes: list[_Outcome]
         try:
             encoded = self._encoder.finish(self._encoder.begin(list(batch), direct=True))
             found = zip(encoded.vectors, encoded.tokens.tolist(), encoded.truncated.tolist(), strict=True)
             outcomes = [encoded.errors.get(i, outcome) for i, outcome in enumerate(found)]
-        except Exception as error:  # the edge of a thread: whatever happened, every caller gets an answer
+        except Exception as error:  # the edge of a thread: every caller must get a result
             outcomes = [error] * len(batch)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._deliver, batch, outcomes)
 
     def _deliver(self, batch: dict[str, _Text], outcomes: Sequence[_Outcome]) -> None:
-        """Give each caller what it waited for, back in the event loop."""
-        self._under_way -= 1
+        """Pass results to their callers, in the event loop."""
+        self._running -= 1
+        failed = all(isinstance(outcome, Exception) for outcome in outcomes)
+        (self._load.drop if failed else self._load.finish)(sum(known.tokens for known in batch.values()))
         for (text, known), outcome in zip(batch.items(), outcomes, strict=True):
             del self._texts[text]
-            for call, position in known.places:
-                if call.done.done():  # cancelled, or failed with another batch
+            for call, position in known.targets:
+                if call.done.done():  # cancelled, or failed with another micro-batch
                     continue
                 if isinstance(outcome, TextError):
                     call.errors[position] = TextError(position, outcome.reason)

@@ -11,7 +11,7 @@ import typer.main
 import yaml
 
 from mirror_runtime.cli.main import app
-from mirror_runtime.gateway.metrics import Metrics
+from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.triton.repository.container import CONTAINER_IMAGE
 from tests.support.paths import ROOT
 
@@ -175,7 +175,7 @@ def test_dashboard_and_autoscaler_ask_for_metrics_that_exist():
     asked = {
         name for panel in board["panels"] for target in panel["targets"] for name in metrics_named(target["expr"])
     } | metrics_named((KUBERNETES / "prometheus-adapter.yaml").read_text())
-    families = list(Metrics().registry.collect())
+    families = list(GatewayMetrics().registry.collect())
     gateway = {sample.name for family in families for sample in family.samples}
     # Families with labels have no sample before their first event.
     gateway |= {f"{family.name}{end}" for family in families for end in ("_total", "_bucket")}

@@ -234,5 +234,5 @@ def test_mistakes_are_named(encoder):
     with pytest.raises(EngineError, match="another event loop"):
         asyncio.run(shared.encode(["a"]))
     for wrong in ({"max_wait_ms": -1}, {"max_batch_tokens": 0}, {"max_waiting": 0}):
-        with pytest.raises(InputError, match="must be at least 1"):
+        with pytest.raises(InputError, match="the others at least 1"):
             AsyncEncoder(encoder, **wrong)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime import Encoder
-from mirror_runtime.gateway.backends import InProcess
-from mirror_runtime.gateway.metrics import Metrics
-from mirror_runtime.gateway.server import Server, listen
-from mirror_runtime.gateway.service import Service
-from mirror_runtime.gateway.settings import Settings
+from mirror_runtime.gateway.backends import InProcessBackend
+from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.server import GatewayServer, listen
+from mirror_runtime.gateway.service import GatewayService
+from mirror_runtime.gateway.settings import GatewaySettings
 
 MODEL = "mini"
 FINGERPRINT = "0123456789abcdef"
@@ -49,7 +49,7 @@ class Gateway:
     """A running gateway."""
 
     port: int
-    service: Service
+    service: GatewayService
     encoder: Encoder
 
     @property
@@ -84,10 +84,10 @@ class Gateway:
 def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake", **settings: Any) -> Iterator[Gateway]:
     """Run a gateway on a bundle."""
     encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
-    chosen = Settings(**{"model": MODEL, "drain_s": 0.0, **settings})
-    backend = InProcess(encoder, long_texts=long_texts, max_waiting=chosen.max_in_flight + 1)
-    service = Service(backend, chosen, Metrics())
-    server = Server(service)
+    chosen = GatewaySettings(**{"model": MODEL, "drain_s": 0.0, **settings})
+    backend = InProcessBackend(encoder, long_texts=long_texts, max_waiting=chosen.max_in_flight + 1)
+    service = GatewayService(backend, chosen, GatewayMetrics())
+    server = GatewayServer(service)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listener],))

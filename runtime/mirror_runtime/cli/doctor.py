@@ -1,15 +1,21 @@
-"""What this machine can run, and the traps that cost people afternoons."""
+"""The command `mirror doctor`: what this machine can run, and known traps with their cures."""
 
 from __future__ import annotations
 
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
 
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.cli.run import print_json
 from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
 from mirror_runtime.plan import read_plan, staleness
@@ -27,17 +33,18 @@ PACKAGES = (
     "nvidia-pytriton",
 )
 _SHM = Path("/dev/shm")
+_NO_GPU = "no: no NVIDIA GPU was found"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """What `mirror doctor` found.
+    """The result of `diagnose`.
 
     Attributes:
         machine: facts, in the order to show them.
-        packages: installed version of each package of interest, or None.
-        abilities: what this machine can do, with the reason where it cannot.
-        problems: what is wrong, each with its cure; empty on a healthy machine.
+        packages: installed version of each package in `PACKAGES`, or None.
+        abilities: what this machine can run: "yes", or "no: " and the reason.
+        problems: each with its cure; empty on a healthy machine.
     """
 
     machine: Mapping[str, str]
@@ -46,8 +53,38 @@ class Diagnosis:
     problems: tuple[str, ...]
 
 
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what this machine can run, and name known traps. Exit status 1 when there is a problem."""
+    diagnosis = diagnose()
+    if as_json:
+        print_json(asdict(diagnosis))
+    else:
+        _print_tables(diagnosis)
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+def _print_tables(diagnosis: Diagnosis) -> None:
+    console = Console()
+    for title, facts in (
+        ("machine", diagnosis.machine),
+        ("packages", {name: found or "not installed" for name, found in diagnosis.packages.items()}),
+        ("can run", diagnosis.abilities),
+    ):
+        table = Table(title=title, show_header=False, title_justify="left", box=None)
+        for name, value in facts.items():
+            table.add_row(f"  {name}", value)
+        console.print(table)
+    for problem in diagnosis.problems:
+        console.print(f"[red]problem:[/] {problem}")
+    if not diagnosis.problems:
+        console.print("no problems found")
+
+
 def diagnose() -> Diagnosis:
-    """Look at the machine and the installed packages. Imports no engine."""
+    """Inspect the machine and the installed packages, without importing an engine."""
     packages = {name: _version(name) for name in PACKAGES}
     gpu = shutil.which("nvidia-smi") is not None
     bf16 = sorted(BF16_FLAGS & cpu_flags())
@@ -61,8 +98,8 @@ def diagnose() -> Diagnosis:
             sorted(f for f in cpu_flags() if f.startswith(("amx", "avx512_", "avx2", "avx_vnni")))
         ),
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
-        "gpu": "an NVIDIA driver is present" if gpu else "none seen",
-        **_kept(cache_folder(AUTO_CACHE)),
+        "gpu": "an NVIDIA driver is present" if gpu else "none found",
+        **_cache_facts(cache_folder(AUTO_CACHE)),
     }
     return Diagnosis(
         machine=machine,
@@ -73,9 +110,9 @@ def diagnose() -> Diagnosis:
             "openvino bf16": _needs(packages, "openvino", "openvino")
             if bf16
             else "no: the CPU lacks bf16 instructions",
-            "tensorrt": _tensorrt(packages) if gpu else "no: no NVIDIA GPU is seen",
-            "onnxruntime cuda": _needs(packages, "onnxruntime-gpu", "gpu") if gpu else "no: no NVIDIA GPU is seen",
-            "onnxruntime tensorrt": _provider(packages) if gpu else "no: no NVIDIA GPU is seen",
+            "tensorrt": _tensorrt(packages) if gpu else _NO_GPU,
+            "onnxruntime cuda": _needs(packages, "onnxruntime-gpu", "gpu") if gpu else _NO_GPU,
+            "onnxruntime tensorrt": _provider(packages) if gpu else _NO_GPU,
             "local tritonserver": _local_server(packages),
             "triton client": _needs(packages, "tritonclient", "client"),
         },
@@ -83,10 +120,10 @@ def diagnose() -> Diagnosis:
     )
 
 
-def _kept(cache: Path | None) -> dict[str, str]:
-    """Say what lies in the user's cache: converted graphs, and plans with what is wrong with each."""
+def _cache_facts(cache: Path | None) -> dict[str, str]:
+    """Describe the user's cache: its size, and each plan with the reason if it is not followed."""
     if cache is None:
-        return {"cache": "none: this user has no home folder, so graphs are parsed at every start"}
+        return {"cache": "none: this user has no home folder, so graphs are parsed at each start"}
     size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
     facts = {"cache": f"{cache}, {size / 1e6:,.0f} MB" if size else f"{cache}, empty"}
     for path in sorted((cache / "plans").glob("*.json")):
@@ -95,9 +132,9 @@ def _kept(cache: Path | None) -> dict[str, str]:
         except InputError:
             facts[f"plan {path.stem}"] = "cannot be read: run mirror plan again"
             continue
-        way = f"{plan.chosen.engine.value} {plan.chosen.precision.value} for {plan.goal.value}"
+        chosen = f"{plan.chosen.engine.value} {plan.chosen.precision.value} for {plan.goal.value}"
         stale = staleness(plan, plan.fingerprint)
-        facts[f"plan {path.stem}"] = f"{way}, not followed: {stale}" if stale else way
+        facts[f"plan {path.stem}"] = f"{chosen}, not followed: {stale}" if stale else chosen
     return facts
 
 
@@ -110,19 +147,19 @@ def _problems(packages: Mapping[str, str | None]) -> list[str]:
         )
     numpy = packages["numpy"] or ""
     if packages["nvidia-pytriton"] and not numpy.startswith("1."):
-        problems.append(f"nvidia-pytriton wants numpy below 2 and {numpy} is installed: pip install 'numpy<2'")
+        problems.append(f"nvidia-pytriton needs numpy below 2, and {numpy} is installed: pip install 'numpy<2'")
     if not any(packages[name] for name in ("onnxruntime", "onnxruntime-gpu", "openvino")):
         problems.append("no engine is installed: pip install 'mirror-runtime[openvino]' or 'mirror-runtime[cpu]'")
     if _SHM.is_dir():
         free = shutil.disk_usage(_SHM).free
         if free < 64 * 2**20:
             problems.append(
-                f"/dev/shm has {free >> 20} MiB free and Triton needs 64: enlarge it (docker: --shm-size=1g)"
+                f"/dev/shm has {free >> 20} MiB free, and Triton needs 64: enlarge it (docker: --shm-size=1g)"
             )
         left = sorted(p.name for p in _SHM.glob("mirror_*"))
         if left:
             problems.append(
-                f"/dev/shm holds {len(left)} regions of a Mirror server ({left[0]} …): remove them if none runs"
+                f"/dev/shm holds {len(left)} regions of a Mirror server ({left[0]} …): remove them if no server runs"
             )
     return problems
 
@@ -135,16 +172,16 @@ def _version(package: str) -> str | None:
 
 
 def _tensorrt(packages: Mapping[str, str | None]) -> str:
-    """A plan needs TensorRT and, to move arrays, NVIDIA's CUDA bindings."""
+    """Check for TensorRT and, to move arrays, NVIDIA's CUDA bindings."""
     needs = (_needs(packages, name, "tensorrt") for name in ("tensorrt", "cuda-bindings"))
     return next((need for need in needs if need != "yes"), "yes")
 
 
 def _provider(packages: Mapping[str, str | None]) -> str:
-    """ONNX Runtime's wheels link TensorRT 10, and go on without the provider where only 11 is there."""
+    """Check for TensorRT 10, which ONNX Runtime's wheels link. With 11 they silently run without the provider."""
     installed = packages["tensorrt"]
     if packages["onnxruntime-gpu"] and installed and not installed.startswith("10."):
-        return f"no: it wants TensorRT 10 and {installed} is installed: pip install 'tensorrt<11'"
+        return f"no: it needs TensorRT 10, and {installed} is installed: pip install 'tensorrt<11'"
     return _needs(packages, "onnxruntime-gpu", "gpu")
 
 

@@ -1,4 +1,4 @@
-"""Where the `mirror` command begins: says which extra is missing before anything needs it."""
+"""The entry point of the `mirror` command. It checks the command line's own packages before anything imports them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mirror_runtime.extras import require
 
 
 def main() -> int:
-    """Run the command line, or say that its packages are not installed; gives the exit status."""
+    """Run the command line, or print which package is missing. Return the exit status."""
     try:
         for package in ("typer", "rich"):
             require(package, "cli")

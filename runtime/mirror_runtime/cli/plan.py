@@ -1,9 +1,7 @@
-"""`mirror plan`: measure the ways to run a bundle here, show them, and keep the best for "auto"."""
+"""The command `mirror plan`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,67 +11,58 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.cli.options import BundleArgument, TextColumnOption
 from mirror_runtime.cli.plan_plot import draw
-from mirror_runtime.cli.run import truncations_counted_elsewhere
+from mirror_runtime.cli.run import print_json, truncations_counted_elsewhere
 from mirror_runtime.corpus.files import CorpusFile
-from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
-from mirror_runtime.plan import Goal, Plan, plan_path, write_plan
-from mirror_runtime.planner import FLOOR, QUICK, Budget, Planner, Step
+from mirror_runtime.plan import Goal, HostPlan, plan_path, write_plan
+from mirror_runtime.planner import FLOOR, QUICK, Budget, Planner, PlannerProgress
+from mirror_runtime.stdlib_texts import standard_library
 
 MOST_TEXTS = 100_000
-"""Read at most from a file of texts: a plan needs a sample."""
+"""Maximum texts read from a file: a plan needs a sample."""
 
 
 def plan(
-    bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
+    bundle: BundleArgument,
     goal: Annotated[
-        Goal, typer.Option("--for", help="Make one short text fast, or many texts a second.")
+        Goal, typer.Option("--for", help="Optimise for one short text (latency) or many texts a second (throughput).")
     ] = Goal.THROUGHPUT,
     floor: Annotated[
         float,
-        typer.Option(help="Worst cosine to accept, of the certificate and here. 0.999 takes bf16, 0.98 int8 as well."),
+        typer.Option(
+            help="Lowest acceptable cosine, in the certificate and here. 0.999 accepts bf16, 0.98 int8 as well."
+        ),
     ] = FLOOR,
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts like those you will encode (.txt, .jsonl, .parquet). Default: docstrings of Python's library.",
-            show_default=False,
+            help="Texts like those you will encode (.txt, .jsonl, .parquet). Default: docstrings of Python's library."
         ),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    text_column: TextColumnOption = "text",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, rounds and candidates: a rough plan.")] = False,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Where to write the plan. Default: the cache, where auto finds it.",
-            show_default=False,
-        ),
+        typer.Option("--output", "-o", help="File to write. Default: in the cache, where auto finds it."),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw speed against exactness, as a PNG.", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw speed against exactness, as a PNG.")] = None,
 ) -> None:
     """Measure engines, precisions, streams and row shapes on this host, and write the best as the plan for "auto".
 
-    All settings of a step take turns, and medians count. Run it when the machine is otherwise idle: a minute with
-    --quick, several without.
+    Within a step, settings are measured in interleaved rounds and compared by their medians. Run it when the machine
+    is otherwise idle: it takes a minute with --quick, several without.
     """
-    folder = cache_folder(AUTO_CACHE) or Path()
-    if output is None and folder == Path():
-        raise InputError("this user has no home for a cache: set XDG_CACHE_HOME, or give --output")
+    folder = cache_folder(AUTO_CACHE)
+    if output is None and folder is None:
+        raise InputError("this user has no home directory for a cache: set XDG_CACHE_HOME, or pass --output")
     console = Console(stderr=True)
-    with (
-        truncations_counted_elsewhere(),
-        Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), console=console
-        ) as bar,
-    ):
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with truncations_counted_elsewhere(), Progress(*columns, console=console) as bar:
         task = bar.add_task("reading texts", total=None)
 
-        def report(step: Step) -> None:
+        def on_progress(step: PlannerProgress) -> None:
             bar.update(task, description=f"measuring {step.name}", completed=step.done, total=step.turns)
 
         planner = Planner(
@@ -81,31 +70,32 @@ def plan(
             _texts(texts, text_column),
             goal=goal,
             floor=floor,
-            effort=QUICK if quick else Budget(),
-            report=report,
+            budget=QUICK if quick else Budget(),
+            on_progress=on_progress,
         )
         made = planner.plan()
-    if output is None:
-        output = plan_path(folder, made.fingerprint)
-    write_plan(made, output)
+    path = output if output is not None else plan_path(folder or Path(), made.fingerprint)
+    write_plan(made, path)
     if plot is not None:
         draw(made, plot)
     console.print(_table(made))
     for name, reason in planner.refused.items():
         console.print(f"{name} was not measured: {reason}")
-    chosen = next(m for m in made.measured if m.setting == made.chosen)
-    result = {
-        "plan": str(output),
-        "chosen": str(made.chosen),
-        "texts_per_s": round(chosen.texts_per_s, 1),
-        "p50_ms": round(chosen.p50_ms, 3),
-        "min_cosine": chosen.min_cosine,
-        "measured": len(made.measured),
-    }
-    sys.stdout.write(json.dumps(result) + "\n")
+    chosen = next(trial for trial in made.measured if trial.setting == made.chosen)
+    print_json(
+        {
+            "plan": str(path),
+            "chosen": str(made.chosen),
+            "texts_per_s": round(chosen.texts_per_s, 1),
+            "p50_ms": round(chosen.p50_ms, 3),
+            "min_cosine": chosen.min_cosine,
+            "measured": len(made.measured),
+        }
+    )
 
 
 def _texts(path: Path | None, column: str) -> list[str]:
+    """Read the texts to measure with; without a file, the first sentences of the library's docstrings."""
     if path is None:
         return [item.summary for item in standard_library() if item.summary]
     found: list[str] = []
@@ -118,19 +108,19 @@ def _texts(path: Path | None, column: str) -> list[str]:
     return found
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: HostPlan) -> Table:
     table = Table("engine", "streams", "row", "batch", "texts/s", "p50 ms", "cosine", "")
-    for measured in plan.measured:
-        setting = measured.setting
-        note = "chosen" if setting == plan.chosen else "" if measured.accepted else f"below {plan.floor}"
+    for trial in plan.measured:
+        setting = trial.setting
+        note = "chosen" if setting == plan.chosen else "" if trial.accepted else f"below {plan.floor}"
         table.add_row(
             f"{setting.engine.value} {setting.precision.value}",
             str(setting.streams),
             str(setting.row_tokens),
             str(setting.batch_tokens),
-            f"{measured.texts_per_s:,.0f}",
-            f"{measured.p50_ms:.2f}",
-            f"{min(measured.min_cosine, measured.certified_cosine):.5f}",
+            f"{trial.texts_per_s:,.0f}",
+            f"{trial.p50_ms:.2f}",
+            f"{min(trial.min_cosine, trial.certified_cosine):.5f}",
             note,
         )
     return table

@@ -1,13 +1,16 @@
-"""How every command of the project runs: errors as one line, lists after an option, exit statuses."""
+"""How every command of the project runs: one-line errors, exit statuses, list options, and printed results."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import typer
+from rich.console import Console
 
 from mirror_runtime.errors import MirrorError
 
@@ -19,14 +22,14 @@ def run_command(
     *,
     lists: Mapping[str, Collection[str] | None] | None = None,
 ) -> int:
-    """Run a typer application to its exit status.
+    """Run a typer application and return its exit status.
 
     Args:
         app: the application.
-        argv: arguments without the program's name; None takes the process's.
+        argv: arguments without the program's name; None for those of this process.
         name: the program's name in messages.
-        lists: options that take several values at once (`--precision fp32 bf16`), each with the values it knows;
-            None knows every value, such as file names.
+        lists: options that take several values at once (`--precision fp32 bf16`), each with its possible values;
+            None for any value, such as a file name.
 
     Returns:
         0 on success, the status that the command chose, 2 on a mistake of the caller's (the message goes to standard
@@ -34,8 +37,8 @@ def run_command(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(args=spread(arguments, lists or {}), prog_name=name)
-    except SystemExit as done:  # how typer returns, --help and usage errors included
+        app(args=repeat_list_options(arguments, lists or {}), prog_name=name)
+    except SystemExit as done:  # typer ends this way, also after --help and usage errors
         return done.code if isinstance(done.code, int) else 0
     except MirrorError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -46,11 +49,11 @@ def run_command(
     return 0
 
 
-def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> list[str]:
-    """Repeat a list option before each of its values, which is the form that typer knows.
+def repeat_list_options(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> list[str]:
+    """Repeat a list option before each of its values, which is the form that typer parses.
 
-    A value that the list does not know ends it, so that an argument after the list stays an argument. A list of None
-    knows every value (file names): the next option ends it. Upper and lower case are the option's own affair.
+    A value that is not possible for the option ends the list, so that an argument after the list stays an argument.
+    Where any value is possible, the next option ends it. Possible values are compared without case.
     """
     result: list[str] = []
     option = ""
@@ -58,8 +61,8 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> 
         if argument.startswith("-"):
             option = argument if argument in lists else ""
         elif option and result[-1] != option:
-            known = lists[option]
-            if known is None or argument.lower() in map(str.lower, known):
+            possible = lists[option]
+            if possible is None or argument.lower() in map(str.lower, possible):
                 result.append(option)
             else:
                 option = ""
@@ -69,7 +72,7 @@ def spread(argv: Sequence[str], lists: Mapping[str, Collection[str] | None]) -> 
 
 @contextmanager
 def truncations_counted_elsewhere() -> Iterator[None]:
-    """Silence the encoder's warning about truncated texts in each window, for commands that report them themselves."""
+    """Silence the encoder's warning about truncated texts, for commands that report their number themselves."""
     log = logging.getLogger("mirror_runtime.encoder")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -80,7 +83,17 @@ def truncations_counted_elsewhere() -> Iterator[None]:
 
 
 def application(function: typer.models.CommandFunctionType) -> typer.Typer:
-    """Make an application of one command, with tracebacks left plain."""
+    """Build an application of one command, with plain tracebacks."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
     return app
+
+
+def print_json(value: object) -> None:
+    """Print a command's result as the last line of standard output."""
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def timestamped_lines(console: Console) -> Callable[[str], None]:
+    """Return a callback that prints progress lines, each with the time of day in front."""
+    return lambda line: console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)

@@ -1,1 +1,1 @@
-"""Corpus files to vector files."""
+"""Encode corpus files into vector files."""

@@ -1,101 +1,97 @@
-"""A corpus over many processes or machines: Ray Data deals out parts, workers encode them, finished parts are kept.
+"""Encode a corpus on many processes or machines: Ray Data distributes shards, workers encode them.
 
-The result is a folder of Parquet files, one a part, whose names sort in the corpus's order. While it runs it is called
-`OUT.partial`; run again after a kill, only the missing parts are encoded. Every machine must see the bundle, the corpus
-and the output under the same paths.
+The output is a folder of Parquet files, one per shard, whose names sort in the corpus's order. During a run it is
+called `OUT.partial`; after a kill, the next run encodes the missing shards only. Every machine must see the bundle, the
+corpus and the output under the same paths.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.corpus.encode_file import Progress
+from mirror_runtime.corpus.encode_file import EncodeProgress
 from mirror_runtime.corpus.files import CorpusFile, Shard
+from mirror_runtime.corpus.vector_table import vector_table
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file
-from mirror_runtime.vectors import dtype_of, width_of
 
-PART_ROWS = 65_536
-"""Rows of a part: a minute's work of a slow machine, which is what a kill can cost."""
+SHARD_ROWS = 65_536
+"""Rows per shard: a minute's work of a slow machine, which is the most that a kill can cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ShardJob:
     """What every worker needs to know.
 
     Attributes:
-        bundle: the folder that export wrote.
+        bundle: the bundle's folder.
         source: the corpus.
-        folder: where the parts go.
-        options: further arguments of `Encoder.load`.
-        zero_bad: give rows that cannot be encoded zeros, instead of stopping.
+        folder: where the shards' files go.
+        load_options: further arguments of `Encoder.load`.
+        zero_bad: write zero vectors for rows that cannot be encoded, instead of stopping.
     """
 
     bundle: Path
     source: CorpusFile
     folder: Path
-    options: Mapping[str, Any]
+    load_options: Mapping[str, Any]
     zero_bad: bool
 
 
-class Worker:
-    """One process of the pool: an encoder that is loaded once and writes a file a part."""
+class ShardWorker:
+    """One process of the pool: it loads the encoder once and writes one file per shard."""
 
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._encoder = Encoder.load(task.bundle, **task.options)
+    def __init__(self, job: ShardJob) -> None:
+        self._job = job
+        self._encoder = Encoder.load(job.bundle, **job.load_options)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Encode the part that is a Ray batch of one row; gives its counts, and what was wrong with it if anything.
+        """Encode one shard, which is a Ray batch of one row, and return its counts and the problem, if any.
 
-        What is wrong is said, not raised: Ray would wrap it and log tracebacks of its own.
+        A problem is returned, not raised, because Ray would wrap it and log tracebacks of its own.
         """
-        part = Shard(**{name: int(values[0]) for name, values in batch.items()})
+        shard = Shard(**{name: int(values[0]) for name, values in batch.items()})
         problem, kind = "", ""
-        counts = dict.fromkeys(("texts", "truncated", "failed", "position"), 0)
+        progress = EncodeProgress()
         try:
-            counts = self._encode(part)
+            progress = self._encode(shard)
         except MirrorError as error:
             problem, kind = str(error), "input" if isinstance(error, InputError) else "engine"
-        return {name: [value] for name, value in {**counts, "problem": problem, "kind": kind}.items()}
+        return {name: [value] for name, value in {**asdict(progress), "problem": problem, "kind": kind}.items()}
 
-    def _encode(self, part: Shard) -> dict[str, int]:
-        pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
-        task, spec = self._task, self._encoder.spec
-        embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
-        schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
-        path = part_path(task.folder, part)
-        row, truncated, failed = part.first, 0, 0
-        # Ray may run a part twice at once, after a worker that it lost.
-        with replace_file(path, shared=True) as beside, parquet.ParquetWriter(beside, schema) as writer:
-            for encoded in self._encoder.encode_stream(task.source.texts(part)):
-                if encoded.errors and not task.zero_bad:
-                    first = min(encoded.errors)
-                    raise InputError(
-                        f"{task.source.path}, row {row + first + 1}: {encoded.errors[first].reason}. "
-                        "Mend it, or give such rows zero vectors with --bad-texts zero"
-                    )
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(encoded.vectors.reshape(-1)), width_of(spec))
-                columns = [vectors, pa.array(encoded.tokens), pa.array(encoded.truncated)]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-                row += len(encoded.tokens)
-                truncated += int(encoded.truncated.sum())
-                failed += len(encoded.errors)
-        return {"texts": part.rows, "truncated": truncated, "failed": failed, "position": task.source.share(part)}
+    def _encode(self, shard: Shard) -> EncodeProgress:
+        job = self._job
+        row, truncated, failed = shard.first, 0, 0
+        with (
+            # Ray may run a shard twice at once, after it lost contact with a worker.
+            replace_file(shard_path(job.folder, shard), shared=True) as beside,
+            vector_table(beside, self._encoder.spec) as append,
+        ):
+            for window in self._encoder.encode_stream(job.source.texts(shard)):
+                if window.errors and not job.zero_bad:
+                    first = min(window.errors)
+                    raise job.source.row_error(row + first + 1, window.errors[first].reason)
+                append(window.vectors, window.tokens, window.truncated)
+                row += len(window.tokens)
+                truncated += int(window.truncated.sum())
+                failed += len(window.errors)
+        return EncodeProgress(
+            texts=shard.rows, truncated=truncated, failed=failed, position=job.source.shard_size(shard)
+        )
 
 
-def part_path(folder: Path, part: Shard) -> Path:
-    """Name a part's file."""
-    return folder / f"part-{part.number:06d}.parquet"
+def shard_path(folder: Path, shard: Shard) -> Path:
+    """Return the path of a shard's file."""
+    return folder / f"part-{shard.number:06d}.parquet"
 
 
 def encode_with_ray(
@@ -104,39 +100,40 @@ def encode_with_ray(
     output: Path,
     *,
     workers: int,
-    options: Mapping[str, Any] | None = None,
+    load_options: Mapping[str, Any] | None = None,
     zero_bad: bool = False,
-    part_rows: int = PART_ROWS,
+    shard_rows: int = SHARD_ROWS,
     address: str | None = None,
-    report: Callable[[Progress], None] = lambda _: None,
-) -> Progress:
+    on_progress: Callable[[EncodeProgress], None] = lambda _: None,
+) -> EncodeProgress:
     """Encode every row of a corpus with a pool of Ray workers.
 
-    An encoder uses every core that it may, so that one worker a machine is the right number.
+    An encoder uses every core that it may, so one worker per machine is the right number.
 
     Args:
-        bundle: the folder that export wrote.
+        bundle: the bundle's folder.
         source: the corpus.
-        output: the folder that will appear, with columns embedding, tokens and truncated in its files.
+        output: the folder to write, with columns embedding, tokens and truncated in its files.
         workers: processes that encode.
-        options: further arguments of `Encoder.load`; they must be the same in a run that goes on.
-        zero_bad: give rows that cannot be encoded a vector of zeros and count them, instead of stopping.
-        part_rows: rows a part.
+        load_options: further arguments of `Encoder.load`; a resumed run must pass the same.
+        zero_bad: write zero vectors for rows that cannot be encoded and count them, instead of stopping.
+        shard_rows: rows per shard.
         address: of a running Ray cluster; None starts one on this machine for this call. Ray listens on the machine's
-            address, not on loopback, and asks for the token that it keeps in the user's home.
-        report: called after each part. `truncated` and `failed` count this run's parts alone.
+            address, not on loopback, and requires the token that it keeps in the user's home.
+        on_progress: called at the start and after each shard. `truncated` and `failed` count this run's shards only.
 
     Raises:
         MissingExtra: Ray is not installed.
         InputError: a row cannot be read or encoded; `output` exists; another process writes it; or an unfinished run
-            was made from something else.
-        EngineError: an engine or a worker failed. Finished parts stay.
+            has another input or other settings.
+        EngineError: an engine or a worker failed. Finished shards stay.
     """
     ray = require("ray", "ray")
     require("ray.data", "ray")
-    read_manifest(bundle)  # a bundle that is none is said here, not by a worker
+    read_manifest(bundle)  # report an invalid bundle here, not from a worker
     if output.exists():
         raise InputError(f"{output} exists: remove it or choose another output")
+    load_options = load_options or {}
     folder = output.with_name(output.name + ".partial")
     stat = source.path.stat()
     identity = {
@@ -145,41 +142,42 @@ def encode_with_ray(
         "input_bytes": stat.st_size,
         "input_mtime_ns": stat.st_mtime_ns,
         "column": source.column,
-        "part_rows": part_rows,
-        "options": {key: str(value) for key, value in sorted((options or {}).items())},
+        "part_rows": shard_rows,
+        "options": {key: str(value) for key, value in sorted(load_options.items())},
     }
-    task = Task(
-        bundle=bundle.resolve(), source=source, folder=folder.resolve(), options=options or {}, zero_bad=zero_bad
+    job = ShardJob(
+        bundle=bundle.resolve(), source=source, folder=folder.resolve(), load_options=load_options, zero_bad=zero_bad
     )
     with _claimed(folder, identity):
-        parts = list(source.parts(part_rows))
-        left = [part for part in parts if not part_path(folder, part).exists()]
-        finished = [part for part in parts if part not in left]
-        done = Progress(
-            texts=sum(part.rows for part in finished), position=sum(source.share(part) for part in finished)
+        shards = list(source.shards(shard_rows))
+        missing = [shard for shard in shards if not shard_path(folder, shard).exists()]
+        finished = [shard for shard in shards if shard not in missing]
+        done = EncodeProgress(
+            texts=sum(shard.rows for shard in finished), position=sum(map(source.shard_size, finished))
         )
-        report(done)
-        if left:
-            for counts in _run(ray, task, left, workers, address):
-                done = Progress(**{name: getattr(done, name) + int(n) for name, n in counts.items()})
-                report(done)
+        on_progress(done)
+        for counts in _run(ray, job, missing, workers, address) if missing else ():
+            done = EncodeProgress(**{name: getattr(done, name) + int(count) for name, count in counts.items()})
+            on_progress(done)
         for name in ("state.json", "lock"):
             (folder / name).unlink()
         os.rename(folder, output)
     return done
 
 
-def _run(ray: Any, task: Task, parts: list[Shard], workers: int, address: str | None) -> Iterator[Mapping[str, int]]:
-    """Let the pool encode the parts; gives the counts of each as it is finished."""
-    ours = not ray.is_initialized()
-    if ours:
+def _run(
+    ray: Any, job: ShardJob, shards: Sequence[Shard], workers: int, address: str | None
+) -> Iterator[Mapping[str, int]]:
+    """Encode shards with the pool, and yield the counts of each when it is finished."""
+    started = not ray.is_initialized()
+    if started:
         local = {} if address else {"num_cpus": workers, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **local)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
-        dealt = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
+        rows = ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
         pool = ray.data.ActorPoolStrategy(size=workers)
-        for counts in dealt.map_batches(Worker, fn_constructor_args=(task,), batch_size=1, compute=pool).iter_rows():
+        for counts in rows.map_batches(ShardWorker, fn_constructor_args=(job,), batch_size=1, compute=pool).iter_rows():
             problem, kind = counts.pop("problem"), counts.pop("kind")
             if problem:
                 raise (InputError if kind == "input" else EngineError)(problem)
@@ -187,13 +185,13 @@ def _run(ray: Any, task: Task, parts: list[Shard], workers: int, address: str | 
     except ray.exceptions.RayError as error:
         raise EngineError(f"a Ray worker failed: {error}") from error
     finally:
-        if ours:
+        if started:
             ray.shutdown()
 
 
 @contextmanager
 def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
-    """Hold the partial folder for this process, and see that it belongs to the same work."""
+    """Lock the partial folder for this process, and check that it belongs to the same input and settings."""
     with locked_folder(folder):
         state = folder / "state.json"
         if not state.exists():
@@ -201,7 +199,7 @@ def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
                 beside.write_text(json.dumps(identity), encoding="utf-8")
         elif json.loads(state.read_text(encoding="utf-8")) != identity:
             raise InputError(
-                f"{folder.name} holds an unfinished run of something else: finish it with the bundle, input and "
-                "settings that state.json in it names, or delete it to start again"
+                f"{folder.name} holds an unfinished run with other settings: finish it with the bundle, input and "
+                "settings in its state.json, or delete it to start again"
             )
         yield

@@ -1,4 +1,4 @@
-"""Corpora on disk as streams of texts: text lines, JSON lines, Parquet."""
+"""Corpus files as streams of texts: text lines, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Row:
     """One row of a corpus.
 
     Attributes:
-        text: what to encode; for JSON and Parquet whatever the file holds there, str or not.
+        text: the text; for JSON and Parquet any value that the file holds there.
         position: how far the file has been read, in the unit of `CorpusFile.size`.
     """
 
@@ -30,13 +30,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A stretch of a corpus that can be read without what is before it.
+    """A section of a corpus that can be read without the rows before it.
 
     Attributes:
-        number: of the part, from 0.
-        first: the first row's number in the corpus, from 0.
-        rows: how many there are.
-        begin: where it starts: a byte of a text file, a row group of a Parquet file.
+        number: of the shard, from 0.
+        first: number of its first row in the corpus, from 0.
+        rows: number of rows.
+        begin: where it begins: a byte of a text file, a row group of a Parquet file.
         end: where it ends, in the same unit.
     """
 
@@ -54,6 +54,9 @@ class CorpusFile:
     Attributes:
         path: a `.txt` (one text a line, empty lines count), `.jsonl` (one object or string a line) or `.parquet` file.
         column: the field or column that holds the text; unused for `.txt`.
+
+    Raises:
+        InputError: the file is missing or of another kind.
     """
 
     path: Path
@@ -61,29 +64,27 @@ class CorpusFile:
 
     def __post_init__(self) -> None:
         if self.path.suffix not in SUFFIXES:
-            raise InputError(f"{self.path} is none of {', '.join(SUFFIXES)}: rename or convert it")
+            raise InputError(f"input must end in {', '.join(SUFFIXES)}: rename or convert {self.path}")
         if not self.path.is_file():
-            raise InputError(f"{self.path} does not exist or is no file")
+            raise InputError(f"{self.path} does not exist or is not a file")
 
     @property
     def size(self) -> int:
         """Bytes of a text file, rows of a Parquet file."""
         if self.path.suffix == ".parquet":
-            return int(_parquet(self.path, self.column).metadata.num_rows)
+            return int(_open_parquet(self.path, self.column).metadata.num_rows)
         return self.path.stat().st_size
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
-        """Stream the rows after the first `skip`, holding a few thousand in memory at most.
+        """Stream the rows after the first `skip`, with at most a few thousand in memory.
 
         Raises:
-            InputError: naming the line that is not UTF-8 or not JSON, or the column that is missing.
+            InputError: a line is not UTF-8 or not JSON, or the column is missing.
         """
-        if self.path.suffix == ".parquet":
-            return self._parquet_rows(skip)
-        return self._lines(skip)
+        return self._parquet_rows(skip) if self.path.suffix == ".parquet" else self._line_rows(skip)
 
-    def parts(self, rows: int) -> Iterator[Shard]:
-        """Cut the corpus into parts of this many rows; of a Parquet file, whole row groups of at least as many."""
+    def shards(self, rows: int) -> Iterator[Shard]:
+        """Cut the corpus into shards of so many rows; a Parquet file into whole row groups of at least as many."""
         sizes = self._row_groups() if self.path.suffix == ".parquet" else self._line_sizes()
         number = first = count = begin = end = 0
         for unit_rows, unit_size in sizes:
@@ -94,36 +95,47 @@ class CorpusFile:
         if count:
             yield Shard(number=number, first=first, rows=count, begin=begin, end=end)
 
-    def share(self, part: Shard) -> int:
-        """How much of `size` a part is."""
-        return part.rows if self.path.suffix == ".parquet" else part.end - part.begin
+    def shard_size(self, shard: Shard) -> int:
+        """Return a shard's part of `size`."""
+        return shard.rows if self.path.suffix == ".parquet" else shard.end - shard.begin
 
-    def texts(self, part: Shard) -> Iterator[object]:
-        """Stream what a part's rows hold.
+    def texts(self, shard: Shard) -> Iterator[object]:
+        """Stream the texts of a shard.
 
         Raises:
             InputError: see `rows`.
         """
         if self.path.suffix == ".parquet":
-            file = _parquet(self.path, self.column)
-            groups = list(range(part.begin, part.end))
+            file = _open_parquet(self.path, self.column)
+            groups = list(range(shard.begin, shard.end))
             for batch in file.iter_batches(4096, row_groups=groups, columns=[self.column]):
                 yield from (value.as_py() for value in batch.column(0))
             return
         with self.path.open("rb") as stream:
-            stream.seek(part.begin)
-            for number, line in enumerate(islice(stream, part.rows), part.first + 1):
+            stream.seek(shard.begin)
+            for number, line in enumerate(islice(stream, shard.rows), shard.first + 1):
                 yield self._text(line, number)
+
+    def row_error(self, number: int, reason: str) -> InputError:
+        """Build the error for a row that cannot be encoded.
+
+        Args:
+            number: of the row, from 1.
+            reason: what is wrong with it.
+        """
+        return InputError(
+            f"{self.path}, row {number}: {reason}. Fix it, or write zero vectors for such rows with --bad-texts zero"
+        )
 
     def _line_sizes(self) -> Iterator[tuple[int, int]]:
         with self.path.open("rb") as stream:
             yield from ((1, len(line)) for line in stream)
 
     def _row_groups(self) -> Iterator[tuple[int, int]]:
-        metadata = _parquet(self.path, self.column).metadata
+        metadata = _open_parquet(self.path, self.column).metadata
         yield from ((metadata.row_group(group).num_rows, 1) for group in range(metadata.num_row_groups))
 
-    def _lines(self, skip: int) -> Iterator[Row]:
+    def _line_rows(self, skip: int) -> Iterator[Row]:
         position = 0
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -132,7 +144,7 @@ class CorpusFile:
                     yield Row(text=self._text(line, number), position=position)
 
     def _text(self, line: bytes, number: int) -> object:
-        """What a line holds: itself, or a field of its JSON."""
+        """Read the text of a line: the line itself, or a field of its JSON."""
         try:
             text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
@@ -154,14 +166,14 @@ class CorpusFile:
         return value[self.column]
 
     def _parquet_rows(self, skip: int) -> Iterator[Row]:
-        file = _parquet(self.path, self.column)
+        file = _open_parquet(self.path, self.column)
         values = (value for batch in file.iter_batches(4096, columns=[self.column]) for value in batch.column(0))
         for position, value in enumerate(islice(values, skip, None), skip + 1):
             yield Row(text=value.as_py(), position=position)
 
 
-def _parquet(path: Path, column: str) -> Any:
-    """Open a Parquet file that has the column."""
+def _open_parquet(path: Path, column: str) -> Any:
+    """Open a Parquet file and check that it has the column."""
     pyarrow, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
     try:
         file = parquet.ParquetFile(path)

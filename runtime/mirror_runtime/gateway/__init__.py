@@ -1,8 +1,8 @@
-"""An HTTP endpoint that speaks the embeddings dialects of OpenAI and of Text Embeddings Inference.
+"""An HTTP endpoint with the embeddings APIs of OpenAI and of Text Embeddings Inference.
 
-    request ──gate──▶ app ──service──▶ backend ──▶ vectors ──bodies──▶ answer
+    request ──middleware──▶ app ──service──▶ backend ──▶ vectors ──responses──▶ answer
 
-`gate` is what every request passes: key, body limit, request id, counters. `app` knows the routes and their schemas,
-`service` what is admitted and when the gateway is healthy, `backends` who computes. Importing this package loads
+Every request passes `middleware`: API key, body limit, request id, counters. `app` defines the routes and `schema`
+their bodies, `service` limits the texts in flight and checks health, `backends` encode. Importing this package loads
 neither FastAPI nor uvicorn.
 """

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the gateway."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import mirror_runtime
-from mirror_runtime.gateway.errors import Refusal, refusal_of, refusal_of_validation, shown, unavailable
+from mirror_runtime.gateway.errors import Refusal, printable, refusal_of, refusal_of_validation, unavailable
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
 from mirror_runtime.gateway.middleware import CLIENT_GONE, Middleware, response_of
 from mirror_runtime.gateway.responses import openai_body, tei_body
@@ -29,10 +29,10 @@ from mirror_runtime.gateway.schema import (
     Model,
     Models,
 )
-from mirror_runtime.gateway.service import Answer, Service
+from mirror_runtime.gateway.service import EncodingResult, GatewayService
 
 OPEN_ROUTES = ("/health", "/metrics", "/docs", "/openapi.json")
-"""Probes and Prometheus carry no key."""
+"""Routes without a key: for probes, Prometheus and readers of the documentation."""
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ _VECTOR_HEADERS = {
         "description": "The fingerprint: vectors of equal fingerprints can be compared.",
         "schema": {"type": "string"},
     },
-    "X-Truncated": {"description": "How many of the texts were cut.", "schema": {"type": "integer"}},
+    "X-Truncated": {"description": "Number of truncated texts.", "schema": {"type": "integer"}},
 }
 
 
@@ -50,11 +50,11 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in statuses}
 
 
-def make_app(service: Service) -> ASGIApp:
-    """Make the gateway's ASGI application.
+def make_app(service: GatewayService) -> ASGIApp:
+    """Build the gateway's ASGI application.
 
     Args:
-        service: what is behind the routes; its backend is closed when the application stops.
+        service: encodes the requests; its backend is closed when the application stops.
     """
 
     @asynccontextmanager
@@ -65,26 +65,26 @@ def make_app(service: Service) -> ASGIApp:
     app = FastAPI(
         title="Mirror Runtime gateway",
         version=mirror_runtime.__version__,
-        description="Text to vectors, in the dialects of OpenAI and of Text Embeddings Inference.",
+        description="Text to vectors, with the APIs of OpenAI and of Text Embeddings Inference.",
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
     )
-    _add_vectors(app, service)
-    _add_facts(app, service)
-    _add_refusals(app)
+    _add_embedding_routes(app, service)
+    _add_information_routes(app, service)
+    _add_error_handlers(app)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     return Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES)
 
 
-def _locks(service: Service) -> list[Any]:
-    """Show in the document that a key is wanted; the gate has seen it already."""
+def _key_dependencies(service: GatewayService) -> list[Any]:
+    """Document that a key is required. The middleware has checked it already."""
     return [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
 
 
-def _add_vectors(app: FastAPI, service: Service) -> None:
-    """Add what encodes."""
-    answers: dict[int | str, dict[str, Any]] = {
+def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
+    """Add the routes that encode."""
+    responses: dict[int | str, dict[str, Any]] = {
         200: {"headers": _VECTOR_HEADERS},
         **_refusals(400, 401, 404, 413, 422, 429, 500, 503),
     }
@@ -92,50 +92,54 @@ def _add_vectors(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/embeddings",
         response_model=EmbeddingsAnswer,
-        responses=answers,
-        dependencies=_locks(service),
+        responses=responses,
+        dependencies=_key_dependencies(service),
         tags=["vectors"],
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
-        """Vectors, as OpenAI's API gives them."""
+        """Return vectors, as OpenAI's API does."""
         model = service.settings.model
         if body.model != model:
             raise Refusal(
-                404, "model_not_found", f"the model here is {model!r}, not {shown(body.model)!r}", param="model"
+                404, "model_not_found", f"the model here is {model!r}, not {printable(body.model)!r}", param="model"
             )
         texts = [body.input] if isinstance(body.input, str) else body.input
-        answer = await _while_wanted(request, service, service.encode(texts, dimensions=body.dimensions))
+        result = await _while_connected(request, service, service.encode(texts, dimensions=body.dimensions))
         content = openai_body(
-            answer.vectors,
+            result.vectors,
             model=model,
-            tokens=answer.tokens,
-            truncated=answer.truncated,
+            tokens=result.tokens,
+            truncated=result.truncated,
             base64=body.encoding_format == "base64",
         )
-        return _vectors(content, answer)
+        return _vectors_response(content, result)
 
     @app.post(
-        "/embed", response_model=list[list[float]], responses=answers, dependencies=_locks(service), tags=["vectors"]
+        "/embed",
+        response_model=list[list[float]],
+        responses=responses,
+        dependencies=_key_dependencies(service),
+        tags=["vectors"],
     )
     async def embed(body: EmbedRequest, request: Request) -> Response:
-        """Vectors, as Text Embeddings Inference gives them."""
+        """Return vectors, as Text Embeddings Inference does."""
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         work = service.encode(texts, dimensions=body.dimensions, normalize=body.normalize, truncate=body.truncate)
-        answer = await _while_wanted(request, service, work)
-        return _vectors(tei_body(answer.vectors), answer)
+        result = await _while_connected(request, service, work)
+        return _vectors_response(tei_body(result.vectors), result)
 
 
-def _add_facts(app: FastAPI, service: Service) -> None:
-    """Add what tells of the gateway."""
+def _add_information_routes(app: FastAPI, service: GatewayService) -> None:
+    """Add the routes that describe the gateway."""
 
-    @app.get("/v1/models", responses=_refusals(401), dependencies=_locks(service), tags=["facts"])
+    @app.get("/v1/models", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
     async def models() -> Models:
-        """The one model, as OpenAI's API lists it."""
+        """List the one model, as OpenAI's API does."""
         return Models(data=[Model(id=service.settings.model)])
 
-    @app.get("/info", responses=_refusals(401), dependencies=_locks(service), tags=["facts"])
+    @app.get("/info", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
     async def info() -> Info:
-        """What is served, and the limits."""
+        """Return the served model and the limits."""
         card, settings = service.backend.card, service.settings
         return Info(
             model=settings.model,
@@ -156,7 +160,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", responses=_refusals(503), tags=["facts"])
     async def health() -> Health:
-        """Whether inferences succeed: one has within the last second, or is made now."""
+        """Check that inferences succeed: one within the last second, or a new one."""
         await service.check_health()
         return Health(fingerprint=service.backend.card.fingerprint)
 
@@ -167,12 +171,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         tags=["facts"],
     )
     async def metrics() -> Response:
-        """What Prometheus reads."""
+        """Return the metrics for Prometheus."""
         return Response(service.metrics.page(service.backend.card), media_type=CONTENT_TYPE)
 
 
-def _add_refusals(app: FastAPI) -> None:
-    """Answer whatever is wrong in one shape."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in the same shape."""
 
     @app.exception_handler(Refusal)
     async def refused(_: Request, error: Refusal) -> Response:
@@ -190,37 +194,37 @@ def _add_refusals(app: FastAPI) -> None:
         return response
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:  # the server logs it with its traceback
+    async def failed(_: Request, error: Exception) -> Response:  # uvicorn logs it with its traceback
         return response_of(refusal_of(error))
 
 
-def _vectors(content: bytes, answer: Answer) -> Response:
-    headers = {"x-vector-space": answer.fingerprint, "x-truncated": str(len(answer.truncated))}
+def _vectors_response(content: bytes, result: EncodingResult) -> Response:
+    headers = {"x-vector-space": result.fingerprint, "x-truncated": str(len(result.truncated))}
     return Response(content, headers=headers, media_type="application/json")
 
 
-async def _while_wanted(request: Request, service: Service, work: Coroutine[Any, Any, T]) -> T:
-    """Wait for an answer as long as its client does, and no longer than the operator allows.
+async def _while_connected(request: Request, service: GatewayService, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for a result until it is there, its client disconnects, or the operator's timeout passes.
 
     Raises:
-        Refusal: nobody waits any more, or it takes too long. The work is cancelled.
+        Refusal: the client disconnected, or the timeout passed. The work is cancelled.
     """
     task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_left(request))
+    gone = asyncio.ensure_future(_disconnected(request))
     timeout_s = service.settings.timeout_s
     try:
-        await asyncio.wait((task, left), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, gone), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        if left.done():
-            raise Refusal(CLIENT_GONE, "client_gone", "the client did not wait")
+        if gone.done():
+            raise Refusal(CLIENT_GONE, "client_gone", "the client closed its connection")
         raise unavailable("deadline_exceeded", f"not answered within {timeout_s:g} s: try again later")
     finally:
         task.cancel()
-        left.cancel()
+        gone.cancel()
 
 
-async def _left(request: Request) -> None:
-    """Return when the client has closed its connection. The body has been read: nothing else can come."""
+async def _disconnected(request: Request) -> None:
+    """Wait until the client closes its connection. The body has been read, so nothing else can arrive."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

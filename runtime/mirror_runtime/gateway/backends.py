@@ -1,4 +1,4 @@
-"""Who computes: an encoder in this process, or a Triton server."""
+"""The backends of a gateway: an encoder in this process here, a Triton server in `triton_backend`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from mirror_runtime.client.exchange import Served
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError
 
-PROBE = "Is anybody there?"
-"""The text of an inference that is made to see whether inferences succeed."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a backend serves.
+    """The model that a backend serves.
 
     Attributes:
-        model: what the encoder was made from.
+        model: name of the encoder's base model.
         fingerprint: of the vector space.
         dim: components of a vector.
         max_tokens: longest text, special tokens included.
         normalized: whether vectors have length 1.
-        long_texts: what happens to longer texts: "truncate", "error" or "chunk".
-        engine: what runs it.
-        precision: what it runs in.
-        backend: "in-process", or where the server is.
+        long_texts: the policy for longer texts: "truncate", "error" or "chunk".
+        engine: the library that runs the graph.
+        precision: of the heavy products.
+        backend: "in-process", or the server's address.
     """
 
     model: str
@@ -43,36 +40,36 @@ class ModelCard:
     backend: str
 
 
-class Backend(Protocol):
-    """Turns texts into vectors for many callers at once.
+class EncodingBackend(Protocol):
+    """Encodes texts of many concurrent callers.
 
     Attributes:
-        card: what is served.
+        card: the model served now.
     """
 
     card: ModelCard
 
     async def encode(self, texts: Sequence[str]) -> Served:
-        """Encode texts; bad ones are named in the result's `errors`. Cancelling drops what has not started.
+        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started.
 
         Raises:
-            MirrorError: it cannot be done, see `mirror_runtime.errors`.
+            MirrorError: the encoder or the server failed, see `mirror_runtime.errors`.
         """
 
     async def aclose(self) -> None:
-        """Finish what was taken and release everything."""
+        """Finish accepted texts and release everything."""
 
 
-class InProcess:
-    """An encoder of this process, which this closes at the end.
+class InProcessBackend:
+    """An encoder in this process. `aclose` closes the encoder too.
 
     Args:
-        encoder: what computes.
+        encoder: the encoder.
         long_texts: the policy that it was loaded with.
-        max_waiting: texts that may wait.
+        max_waiting: maximum texts that wait.
 
     Raises:
-        InputError: its vectors are no floats, which is all that the gateway's answers can hold.
+        InputError: its vectors are not floats.
     """
 
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
@@ -93,7 +90,7 @@ class InProcess:
         )
 
     async def encode(self, texts: Sequence[str]) -> Served:
-        """See `Backend.encode`."""
+        """Encode texts, see `EncodingBackend.encode`."""
         found = await self._async.encode_detailed(texts)
         return Served(
             vectors=found.vectors,
@@ -104,19 +101,19 @@ class InProcess:
         )
 
     async def aclose(self) -> None:
-        """See `Backend.aclose`."""
+        """Finish accepted texts and close the encoder."""
         await self._async.aclose()
         self._encoder.close()
 
 
-def check_vector_type(kind: VectorType) -> None:
-    """See that vectors are floats.
+def check_vector_type(vector_type: VectorType) -> None:
+    """Check that vectors are floats, the only numbers in OpenAI's and TEI's responses.
 
     Raises:
         InputError: they are not.
     """
-    if kind not in (VectorType.FLOAT32, VectorType.FLOAT16):
+    if vector_type not in (VectorType.FLOAT32, VectorType.FLOAT16):
         raise InputError(
-            f"this encoder gives {kind.value} vectors, which OpenAI's and TEI's answers cannot hold: serve it with "
-            "mirror serve, or export it with float vectors"
+            f"this encoder gives {vector_type.value} vectors, which OpenAI's and TEI's responses cannot hold: serve it "
+            "with mirror serve, or export it with float vectors"
         )

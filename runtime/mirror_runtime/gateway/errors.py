@@ -1,4 +1,4 @@
-"""Refusals: what the gateway says to a client whose request it does not answer, in the shape of OpenAI's API."""
+"""Refusals: the error responses of the gateway, in the shape of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ from mirror_runtime.client.protocol import Rejected
 from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, TextError, UnavailableError
 
 RETRY_AFTER_S = 1
-"""What a client is told to wait where nobody knows better: a full queue of short texts is gone after seconds."""
+"""The retry-after of refusals without a measured one: a backend that cannot be reached may be back any second."""
 
-_KINDS: Mapping[int, str] = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
+_KINDS: Mapping[int, str] = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable",
+}
+_MAX_NAME_LENGTH = 100
 
 
 class Refusal(Exception):
-    """A request that is not answered with vectors.
+    """An error response to a request.
 
     Args:
-        status: of HTTP.
-        code: what programs tell refusals apart by.
-        message: what people read: what is wrong, and the cure. No path and no traceback.
-        param: the field of the request that is at fault; None where it is none.
-        retry_after_s: when another try makes sense; None where it never does.
+        status: the HTTP status.
+        code: the error's name, for programs.
+        message: what is wrong and the cure, for people. It contains neither paths nor tracebacks.
+        param: the field of the request that is wrong; None if it is not one field.
+        retry_after_s: seconds after which a retry makes sense; None if it never does.
     """
 
     def __init__(
@@ -40,14 +46,12 @@ class Refusal(Exception):
 
     @property
     def kind(self) -> str:
-        """OpenAI's word for whose fault it is."""
-        if self.status == 503:
-            return "service_unavailable"
+        """OpenAI's error type."""
         return _KINDS.get(self.status, "invalid_request_error")
 
     @property
     def headers(self) -> dict[str, str]:
-        """What goes beside the body."""
+        """HTTP headers of the response."""
         headers = {}
         if self.retry_after_s is not None:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
@@ -56,34 +60,31 @@ class Refusal(Exception):
         return headers
 
     def body(self) -> bytes:
-        """Give the JSON body."""
-        param = None if self.param is None else shown(self.param)
+        """Return the JSON body."""
+        param = None if self.param is None else printable(self.param)
         return orjson.dumps({"error": {"message": self.message, "type": self.kind, "param": param, "code": self.code}})
 
 
-def shown(name: str) -> str:
-    """Make a name that a client made up fit for an answer: it may hold anything, in any length."""
-    fit = name.encode("utf-8", "replace").decode("utf-8")
-    return fit if len(fit) <= _LONGEST else f"{fit[:_LONGEST]}…"
+def printable(name: str) -> str:
+    """Replace lone surrogates in a name that a client sent, and shorten it, so that it fits into a response."""
+    valid = name.encode("utf-8", "replace").decode("utf-8")
+    return valid if len(valid) <= _MAX_NAME_LENGTH else f"{valid[:_MAX_NAME_LENGTH]}…"
 
 
-_LONGEST = 100
-
-
-def overloaded(message: str, retry_after_s: float | None = None) -> Refusal:
-    """Refuse because too much waits already."""
+def overloaded(message: str, retry_after_s: float | None) -> Refusal:
+    """Build the refusal of a request over the limit; None takes `RETRY_AFTER_S`."""
     return Refusal(429, "overloaded", message, retry_after_s=retry_after_s or RETRY_AFTER_S)
 
 
 def unavailable(code: str, message: str) -> Refusal:
-    """Refuse because nobody can compute right now."""
+    """Build the refusal for a gateway or backend that cannot answer for now."""
     return Refusal(503, code, message, retry_after_s=RETRY_AFTER_S)
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Say to a client what an exception of ours means for its request.
+    """Translate an exception into the response to its request.
 
-    A failure's own message stays in the log: it may name a path or an address.
+    The message of a failure stays in the log, as it may name a path or an address.
     """
     if isinstance(error, Refusal):
         return error
@@ -92,23 +93,23 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, (InputError, Rejected)):
         return Refusal(400, "invalid_input", str(error), param="input")
     if isinstance(error, OverloadedError):
-        return overloaded("the encoder has too much waiting: try again later", error.retry_after_s)
+        return overloaded("the encoder's queue is full: try again later", error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         return unavailable("deadline_exceeded", "the model server did not answer in time: try again later")
     if isinstance(error, UnavailableError):
         return unavailable("backend_unavailable", "the model server cannot be reached: try again later")
-    return Refusal(500, "internal_error", "encoding failed; the gateway's log says why, under this request's id")
+    return Refusal(500, "internal_error", "encoding failed; the gateway's log has the reason, under this request's id")
 
 
 def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
-    """Say what does not fit the schema, from pydantic's list. What the client sent is not repeated."""
+    """Translate pydantic's list of validation errors. The response never repeats the client's values."""
     first = errors[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "malformed")
-        return Refusal(400, "invalid_json", f"the body is no JSON: {reason}")
+        return Refusal(400, "invalid_json", f"the body is not JSON: {reason}")
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
         return Refusal(
             422, "invalid_body", "the body must be a JSON object, sent with the header Content-Type: application/json"
         )
-    return Refusal(422, "invalid_field", f"{shown('.'.join(path))}: {first['msg']}", param=path[0])
+    return Refusal(422, "invalid_field", f"{printable('.'.join(path))}: {first['msg']}", param=path[0])

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a gateway."""
+"""The Prometheus metrics of a gateway."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from prometheus_client.exposition import generate_latest
 
 from mirror_runtime.gateway.backends import ModelCard
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "GatewayMetrics"]
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-class Metrics:
+class GatewayMetrics:
     """The counters of one gateway, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._total = 0
+        self._answered = 0
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._requests = Counter(
@@ -32,33 +32,34 @@ class Metrics:
             registry=self.registry,
         )
         self.batch = Histogram(
-            "mirror_gateway_request_texts", "Texts a request.", buckets=_TEXTS, registry=self.registry
+            "mirror_gateway_request_texts", "Texts per request.", buckets=_TEXTS, registry=self.registry
         )
-        self.tokens = Counter("mirror_gateway_tokens", "Tokens of texts answered.", registry=self.registry)
-        self.truncated = Counter("mirror_gateway_truncated_texts", "Texts that were cut.", registry=self.registry)
+        self.tokens = Counter("mirror_gateway_tokens", "Tokens of answered texts.", registry=self.registry)
+        self.truncated = Counter("mirror_gateway_truncated_texts", "Texts that were truncated.", registry=self.registry)
         self.refused = Counter(
-            "mirror_gateway_refusals", "Requests for vectors that got none.", ("code",), registry=self.registry
+            "mirror_gateway_refusals", "Requests for vectors that were refused.", ("code",), registry=self.registry
         )
         self.in_flight = Gauge(
             "mirror_gateway_texts_in_flight", "Texts accepted and not yet answered.", registry=self.registry
         )
-        self._info = Info("mirror_gateway", "What is served.", registry=self.registry)
+        self._info = Info("mirror_gateway", "The served model.", registry=self.registry)
 
-    def answered(self, route: str, status: int, seconds: float) -> None:
-        """Count a request."""
-        self._total += 1
+    @property
+    def answered(self) -> int:
+        """Number of requests answered so far."""
+        return self._answered
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
+        self._answered += 1
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def total(self) -> int:
-        """Give how many requests were answered."""
-        return self._total
-
     def page(self, card: ModelCard) -> bytes:
-        """Give the text that Prometheus scrapes.
+        """Render the page that Prometheus scrapes.
 
         Args:
-            card: names what is served now.
+            card: the model served now.
         """
         self._info.info({"fingerprint": card.fingerprint, "engine": card.engine, "precision": card.precision})
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Answers as bytes. Vectors never become Python numbers: 100 of them of 384 components are 38,400 objects saved."""
+"""Response bodies. Vectors are serialised from NumPy: 100 of 384 components would be 38,400 Python objects."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 def openai_body(
     vectors: NDArray[np.float32], *, model: str, tokens: int, truncated: Sequence[int], base64: bool
 ) -> bytes:
-    """Give the answer of /v1/embeddings.
+    """Build the response body of /v1/embeddings.
 
     Args:
         vectors: [n, dim], contiguous.
         model: the model's name.
         tokens: of all texts together.
-        truncated: positions of the texts that were cut.
-        base64: vectors as base64 of little-endian float32 instead of lists of numbers.
+        truncated: positions of the truncated texts.
+        base64: encode vectors as base64 of little-endian float32, instead of lists of numbers.
     """
     rows = [b64encode(row).decode("ascii") for row in vectors] if base64 else vectors
     return orjson.dumps(
@@ -36,5 +36,5 @@ def openai_body(
 
 
 def tei_body(vectors: NDArray[np.float32]) -> bytes:
-    """Give the answer of /embed: the vectors [n, dim] as lists of numbers."""
+    """Build the response body of /embed: the vectors [n, dim] as lists of numbers."""
     return orjson.dumps(vectors, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,4 +1,4 @@
-"""Requests and answers, as pydantic checks them and the OpenAPI document shows them."""
+"""Request and response bodies, as pydantic validates them and the OpenAPI document shows them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from mirror_runtime.tokenizer import defect
+from mirror_runtime.tokenizer import validate_text
 
 
 def _texts(value: Any) -> Any:
-    """Refuse what is no text, with one reason instead of one for each form that `input` may have."""
+    """Check a request's texts, with one error instead of one for each type that `input` may have."""
     texts = value if isinstance(value, list) else [value]
     if not texts:
         raise PydanticCustomError("texts", "this must hold at least one text")
     first = texts[0][0] if isinstance(texts[0], list) and texts[0] else texts[0]
     if isinstance(first, int) and not isinstance(first, bool):
-        # As ours they would give wrong vectors, without any error.
+        # Read as ids of this tokenizer, they would give wrong vectors without an error.
         raise PydanticCustomError(
             "token_ids",
-            "these are token ids, and this encoder has a tokenizer of its own: send the text "
+            "these are token ids, but this encoder uses its own tokenizer: send the text "
             "(langchain: check_embedding_ctx_length=False)",
         )
     for position, text in enumerate(texts):
-        if (error := defect(position, text)) is not None:
+        if (error := validate_text(position, text)) is not None:
             raise PydanticCustomError("texts", "{reason}", {"reason": str(error)})
     return value
 
@@ -36,12 +36,12 @@ Texts = Annotated[
 ]
 Dimensions = Annotated[
     int | None,
-    Field(ge=1, description="Keep the first so many components. Only values that /info names; null for all."),
+    Field(ge=1, description="Keep the first so many components: one of the values in /info, or null for all."),
 ]
 
 
 class _Request(BaseModel):
-    # What is not known is refused: an option that does nothing would be a lie.
+    # Refuse unknown fields: a client would believe that they do something.
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
@@ -49,12 +49,12 @@ class EmbeddingsRequest(_Request):
     """OpenAI's request for vectors."""
 
     input: Texts
-    model: str = Field(description="The model's name, as /v1/models gives it.")
+    model: str = Field(description="The model's name, as in /v1/models.")
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="Numbers, or base64 of little-endian float32: a third of the bytes, and the exact values."
     )
     dimensions: Dimensions = None
-    user: str | None = Field(None, description="Taken for compatibility; nothing is done with it.")
+    user: str | None = Field(None, description="Accepted for compatibility and ignored.")
 
 
 class EmbedRequest(_Request):
@@ -62,11 +62,12 @@ class EmbedRequest(_Request):
 
     inputs: Texts
     normalize: bool | None = Field(
-        None, description="Scale vectors to length 1; false only for encoders that do not. null: as the encoder does."
+        None,
+        description="Scale vectors to length 1; false only for encoders that do not. null: the encoder's choice.",
     )
     truncate: bool | None = Field(
         None,
-        description="false: a text over the encoder's limit is refused (413). true or null: the gateway's policy.",
+        description="false: refuse a text over the encoder's limit (413). true or null: the gateway's policy.",
     )
     dimensions: Dimensions = None
 
@@ -80,14 +81,14 @@ class Embedding(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of all texts, special tokens included, before anything was cut."""
+    """Tokens of all texts, special tokens included, before truncation."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class EmbeddingsAnswer(BaseModel):
-    """OpenAI's answer, and the positions of texts that were cut."""
+    """OpenAI's response, and the positions of truncated texts."""
 
     object: Literal["list"]
     data: list[Embedding]
@@ -97,7 +98,7 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class Model(BaseModel):
-    """A model as /v1/models lists it."""
+    """A model, as listed by /v1/models."""
 
     id: str
     object: Literal["model"] = "model"
@@ -113,15 +114,15 @@ class Models(BaseModel):
 
 
 class Info(BaseModel):
-    """What is served, and the limits."""
+    """The served model and the limits."""
 
     model: str
-    fingerprint: str = Field(description="Name of the vector space: vectors of equal fingerprints can be compared.")
+    fingerprint: str = Field(description="Name of the vector space: vectors with equal fingerprints can be compared.")
     dim: int
-    dimensions: list[int] = Field(description="What may be asked for as `dimensions`.")
+    dimensions: list[int] = Field(description="Possible values of `dimensions` in a request.")
     max_tokens: int
     normalized: bool
-    long_texts: str = Field(description="What happens to longer texts: truncate, error or chunk.")
+    long_texts: str = Field(description="Policy for longer texts: truncate, error or chunk.")
     engine: str
     precision: str
     backend: str
@@ -132,14 +133,14 @@ class Info(BaseModel):
 
 
 class Health(BaseModel):
-    """An inference has just succeeded."""
+    """The response of a healthy gateway: an inference has just succeeded."""
 
     status: Literal["ok"] = "ok"
     fingerprint: str
 
 
 class Error(BaseModel):
-    """What went wrong."""
+    """The error's details."""
 
     message: str
     type: str
@@ -148,6 +149,6 @@ class Error(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """OpenAI's error."""
+    """OpenAI's error response."""
 
     error: Error

@@ -1,4 +1,4 @@
-"""The gateway as a process: it listens, and stops without losing a request."""
+"""The gateway as a process: it listens, serves, and stops without losing a request."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import uvicorn
 
 from mirror_runtime.errors import InputError
 from mirror_runtime.gateway.app import make_app
-from mirror_runtime.gateway.backends import Backend
-from mirror_runtime.gateway.metrics import Metrics
-from mirror_runtime.gateway.service import Service
-from mirror_runtime.gateway.settings import Settings
+from mirror_runtime.gateway.backends import EncodingBackend
+from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.service import GatewayService
+from mirror_runtime.gateway.settings import GatewaySettings
 
 KEEP_ALIVE_S = 75
-"""Longer than load balancers keep an idle connection: it is they who close it then, and no request meets its end."""
+"""Longer than load balancers keep idle connections, so that they close them and no request meets a closing one."""
 
 _BACKLOG = 2048
-_ON_ITS_WAY_S = 0.2
+_LAST_REQUESTS_S = 0.2
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take a port.
+    """Open a listening socket.
 
     Args:
         host: address or name.
-        port: 0 takes a free one.
+        port: 0 picks a free one.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: the port is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
-            # Connections that linger from an earlier gateway do not count; one that listens does.
+            # Accept a port with lingering connections of an earlier gateway, but not one that is listened on.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen(_BACKLOG)
@@ -49,47 +49,53 @@ def listen(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         raise InputError(
-            f"port {port} on {host} cannot be used: {error.strerror}. Stop what listens there, or choose another with "
-            "--port (0 picks a free one)"
+            f"port {port} on {host} cannot be used: {error.strerror}. Stop the process that listens there, or choose "
+            "another port with --port (0 picks a free one)"
         ) from error
     return listener
 
 
-def run(backend: Backend, settings: Settings, listener: socket.socket, *, say: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, answer what is under way, and close the backend.
+def run(
+    backend: EncodingBackend,
+    settings: GatewaySettings,
+    listener: socket.socket,
+    *,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then answer the requests under way and close the backend.
 
     Args:
-        backend: who computes.
-        settings: the operator's.
-        listener: a socket that listens.
-        say: takes lines for the operator.
+        backend: what encodes.
+        settings: the operator's settings.
+        listener: a listening socket.
+        on_progress: called with lines for the operator.
 
     Raises:
         InputError: the settings do not fit the encoder.
     """
-    service = Service(backend, settings, Metrics())
+    service = GatewayService(backend, settings, GatewayMetrics())
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     card = backend.card
-    say(f"serving {settings.model!r} ({card.engine} {card.precision}, {card.backend}); Ctrl-C stops it")
-    say(f"OpenAI   {url}/v1")
-    say(f"TEI      {url}/embed")
-    say(f"more     {url}/docs, /info, /health, /metrics")
+    on_progress(f"serving {settings.model!r} ({card.engine} {card.precision}, {card.backend}); Ctrl-C stops it")
+    on_progress(f"OpenAI   {url}/v1")
+    on_progress(f"TEI      {url}/embed")
+    on_progress(f"more     {url}/docs, /info, /health, /metrics")
     if host not in _LOOPBACK and not settings.keys:
-        say(f"no API key is set: whoever reaches {host}:{port} is served")
+        on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")
     with _signals_handled():
-        Server(service).run([listener])
-    say(f"stopped; {service.metrics.total()} requests answered")
+        GatewayServer(service).run([listener])
+    on_progress(f"stopped; {service.metrics.answered} requests answered")
 
 
-class Server(uvicorn.Server):
-    """uvicorn, with a time between the signal and the closing of the port.
+class GatewayServer(uvicorn.Server):
+    """uvicorn, with a drain time between the signal and the closing of the port.
 
     Args:
-        service: the gateway.
+        service: the gateway's service.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: GatewayService) -> None:
         super().__init__(
             uvicorn.Config(
                 make_app(service),
@@ -98,7 +104,7 @@ class Server(uvicorn.Server):
                 lifespan="on",
                 ws="none",
                 log_config=None,
-                access_log=False,  # the metrics count; a proxy in front has the addresses
+                access_log=False,  # the metrics count requests; a proxy in front logs addresses
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
@@ -108,26 +114,26 @@ class Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Turn clients away gently first: health says no, and answers close their connections."""
-        if self._service.draining:  # the second signal: whoever sends it does not want to wait
+        """Start draining: health checks fail and responses close their connections. A second signal stops at once."""
+        if self._service.draining:
             super().handle_exit(sig, frame)
             return
         self._service.draining = True
         loop = asyncio.get_running_loop()
-        # From a signal's handler, which interrupts the loop anywhere.
+        # A signal handler interrupts the loop anywhere, so it may only call threadsafe methods.
         loop.call_soon_threadsafe(loop.call_later, self._service.settings.drain_s, super().handle_exit, sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the port, and only then the connections: a request may be on its way on one that looks idle."""
+        """Close the port first and the connections later: a request may be on its way on an idle one."""
         for server in self.servers:
             server.close()
-        await asyncio.sleep(_ON_ITS_WAY_S)
+        await asyncio.sleep(_LAST_REQUESTS_S)
         await super().shutdown(sockets)
 
 
 @contextmanager
 def _signals_handled() -> Iterator[None]:
-    """Let the process end by itself: uvicorn raises the signal that stopped it once more when all is done."""
+    """Ignore the signal that uvicorn raises again after its shutdown, so that the process exits with status 0."""
     before = {sig: signal.signal(sig, lambda _sig, _frame: None) for sig in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

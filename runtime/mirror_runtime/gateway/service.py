@@ -1,4 +1,4 @@
-"""What is admitted, how long it may take, and whether the gateway is healthy. Knows nothing of HTTP."""
+"""Admission, post-processing and health of a gateway, without HTTP."""
 
 from __future__ import annotations
 
@@ -13,33 +13,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.client.chunks import Served
+from mirror_runtime.async_encoder import estimate_tokens
+from mirror_runtime.client.exchange import Served
 from mirror_runtime.errors import EngineError
-from mirror_runtime.gateway.backends import PROBE, Backend
+from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import Refusal, overloaded, refusal_of, unavailable
-from mirror_runtime.gateway.metrics import Metrics
-from mirror_runtime.gateway.settings import Settings
+from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.settings import GatewaySettings
+from mirror_runtime.retry_after import RetryEstimator
+from mirror_runtime.vectors import cut
+
+PROBE = "Is anybody there?"
+"""The text of a health check's inference."""
 
 FRESH_S = 1.0
-"""How long a success or failure is believed: a probe a second costs nothing, however many ask."""
+"""How long a success or failure counts: one probe a second costs nothing, however many clients check."""
 
 PROBE_S = 10.0
-"""A probe waits its turn behind accepted texts. Beyond this they do not get theirs in time either."""
+"""Timeout of a probe, which waits behind accepted texts. Beyond it, those are late too."""
 
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
-"""Of the request under way: what its lines in the log begin with."""
+"""The id of the current request, for the log."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Vectors of a request.
+class EncodingResult:
+    """The vectors of a request.
 
     Attributes:
         vectors: float32 [n, dimensions], contiguous, little-endian.
-        tokens: of all texts together, before anything was cut.
-        truncated: positions of the texts that were cut.
+        tokens: of all texts together, before truncation.
+        truncated: positions of the truncated texts.
         fingerprint: of the vector space.
     """
 
@@ -49,13 +55,13 @@ class Answer:
     fingerprint: str
 
 
-class Service:
-    """The gateway behind its routes.
+class GatewayService:
+    """Encodes requests within the gateway's limits.
 
     Args:
-        backend: who computes.
-        settings: the operator's.
-        metrics: where things are counted.
+        backend: what encodes.
+        settings: the operator's settings.
+        metrics: the counters to update.
 
     Attributes:
         draining: whether the gateway is about to stop.
@@ -64,14 +70,15 @@ class Service:
         InputError: the settings do not fit the encoder.
     """
 
-    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, backend: EncodingBackend, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         settings.check_dimensions(backend.card.dim)
         self.backend = backend
         self.settings = settings
         self.metrics = metrics
         self.draining = False
-        self._in_flight = 0
-        self._seen_at = -FRESH_S
+        self._in_flight = 0  # texts
+        self._tokens = RetryEstimator()
+        self._outcome_at = -FRESH_S
         self._problem: Exception | None = None
         self._probing = asyncio.Lock()
 
@@ -82,29 +89,28 @@ class Service:
         dimensions: int | None = None,
         normalize: bool | None = None,
         truncate: bool | None = None,
-    ) -> Answer:
+    ) -> EncodingResult:
         """Encode a request's texts.
 
         Args:
             texts: at least one.
             dimensions: keep the first so many components; None for all.
-            normalize: None for what the encoder does.
-            truncate: False refuses texts over the encoder's limit that would be cut.
+            normalize: scale vectors to length 1; None for the encoder's own choice.
+            truncate: False refuses texts that would be truncated.
 
         Raises:
-            Refusal: the request cannot be answered. Whatever it is, it is counted and, where nobody but the operator
-                can mend it, logged.
+            Refusal: the request cannot be answered. It is counted, and logged if only the operator can fix the cause.
         """
         if dimensions == self.backend.card.dim:
             dimensions = None
         try:
             self._check(len(texts), dimensions, normalize)
-            with self._admitted(len(texts)):
+            with self._admitted(texts):
                 served = await self.backend.encode(texts)
                 _check_finite(served)
-                self._note(None)
+                self._record_outcome(None)
             return self._finish(served, dimensions, normalize, truncate)
-        except Exception as error:  # the edge of the service: whatever happened, the client gets an answer
+        except Exception as error:  # the edge of the service: every failure must become a response
             refusal = refusal_of(error)
             self.metrics.refused.labels(refusal.code).inc()
             if refusal.status >= 500:
@@ -112,28 +118,28 @@ class Service:
             raise refusal from error
 
     async def check_health(self) -> None:
-        """Make sure that inferences succeed: one that succeeded less than a second ago will do.
+        """Check that inferences succeed: run one, unless the last one ended less than a second ago.
 
         Raises:
-            Refusal: they do not, or the gateway is about to stop.
+            Refusal: they fail, or the gateway is about to stop.
         """
         if self.draining:
             raise unavailable("draining", "this gateway is about to stop")
         async with self._probing:
-            if time.monotonic() - self._seen_at >= FRESH_S:
+            if time.monotonic() - self._outcome_at >= FRESH_S:
                 try:
-                    # Past the bound on accepted texts: being busy is not being ill.
+                    # Not subject to the limit on texts in flight: a busy gateway is healthy.
                     _check_finite(await asyncio.wait_for(self.backend.encode([PROBE]), PROBE_S))
-                    self._note(None)
+                    self._record_outcome(None)
                 except Exception as error:  # the same edge
-                    self._note(error)
+                    self._record_outcome(error)
                     _log.warning("not healthy: %s: %s", type(error).__name__, error)
         if self._problem is not None:
-            raise unavailable("unhealthy", "an inference has just failed; the gateway's log says why")
+            raise unavailable("unhealthy", "the last inference failed; the gateway's log has the reason")
 
-    def _note(self, problem: Exception | None) -> None:
+    def _record_outcome(self, problem: Exception | None) -> None:
         self._problem = problem
-        self._seen_at = time.monotonic()
+        self._outcome_at = time.monotonic()
 
     def _check(self, count: int, dimensions: int | None, normalize: bool | None) -> None:
         card, settings = self.backend.card, self.settings
@@ -153,48 +159,60 @@ class Service:
             raise Refusal(
                 400,
                 "normalize_not_possible",
-                "normalize is false, and this encoder's vectors have length 1 from the start: leave it out",
+                "normalize is false, but this encoder's vectors always have length 1: leave it out",
                 param="normalize",
             )
 
     @contextmanager
-    def _admitted(self, count: int) -> Iterator[None]:
-        """Hold a place for texts, or refuse them at once."""
-        limit = self.settings.max_in_flight
+    def _admitted(self, texts: Sequence[str]) -> Iterator[None]:
+        """Count texts as in flight for the block, or refuse them immediately."""
+        count, limit = len(texts), self.settings.max_in_flight
+        tokens = sum(map(estimate_tokens, texts))
         if self._in_flight + count > limit:
             raise overloaded(
-                f"{self._in_flight} texts are being encoded and {count} more would exceed {limit}: try again later"
+                f"{self._in_flight} texts are being encoded and {count} more would exceed {limit}: try again later",
+                self._tokens.retry_after_s(),
             )
-        self._in_flight += count
-        self.metrics.in_flight.set(self._in_flight)
+        self._count_in_flight(count)
+        self._tokens.enter(tokens)
         try:
             yield
+        except BaseException:  # cancelled requests too
+            self._tokens.drop(tokens)
+            raise
+        else:
+            self._tokens.finish(tokens)
         finally:
-            self._in_flight -= count
-            self.metrics.in_flight.set(self._in_flight)
+            self._count_in_flight(-count)
 
-    def _finish(self, served: Served, dimensions: int | None, normalize: bool | None, truncate: bool | None) -> Answer:
+    def _count_in_flight(self, change: int) -> None:
+        self._in_flight += change
+        self.metrics.in_flight.set(self._in_flight)
+
+    def _finish(
+        self, served: Served, dimensions: int | None, normalize: bool | None, truncate: bool | None
+    ) -> EncodingResult:
+        """Apply a request's parameters to its vectors."""
         if served.errors:
             raise served.errors[min(served.errors)]
         truncated: list[int] = np.flatnonzero(served.truncated).tolist()
         if truncated and truncate is False:
-            at = truncated[0]
+            first = truncated[0]
             raise Refusal(
                 413,
                 "text_too_long",
-                f"text {at} has {served.tokens[at]} tokens and the encoder takes {self.backend.card.max_tokens}: "
-                "shorten it, or leave out truncate=false",
+                f"text {first} has {served.tokens[first]} tokens, and the encoder's limit is "
+                f"{self.backend.card.max_tokens}: shorten it, or leave out truncate=false",
                 param="inputs",
             )
-        vectors = served.vectors[:, :dimensions]
-        scaled = normalize if normalize is not None else self.backend.card.normalized
-        if scaled and (dimensions is not None or not self.backend.card.normalized):
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        normalized = self.backend.card.normalized
+        scale = (normalized if normalize is None else normalize) and (dimensions is not None or not normalized)
+        vectors = cut(served.vectors, dimensions, normalize=scale)
         tokens = int(served.tokens.sum())
         self.metrics.batch.observe(len(vectors))
         self.metrics.tokens.inc(tokens)
         self.metrics.truncated.inc(len(truncated))
-        return Answer(
+        return EncodingResult(
             vectors=np.ascontiguousarray(vectors, dtype="<f4"),
             tokens=tokens,
             truncated=truncated,
@@ -203,10 +221,10 @@ class Service:
 
 
 def _check_finite(served: Served) -> None:
-    """See that vectors are numbers: a NaN would leave as null.
+    """Check that vectors are finite: JSON would turn a NaN into null.
 
     Raises:
         EngineError: they are not.
     """
     if not np.isfinite(served.vectors).all():
-        raise EngineError("the engine gave vectors that are not finite")
+        raise EngineError("the engine returned vectors that are not finite")

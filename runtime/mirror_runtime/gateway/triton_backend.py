@@ -6,113 +6,92 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.client import connect
 from mirror_runtime.client.exchange import Served
-from mirror_runtime.client.protocol import MODEL_NAME, ClientOptions, read_facts
+from mirror_runtime.client.protocol import ClientOptions, read_facts
 from mirror_runtime.errors import MirrorError, ServerError, UnavailableError
 from mirror_runtime.gateway.backends import ModelCard, check_vector_type
 
 _POLL_S = 0.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Address:
-    """Where a model is served.
-
-    Attributes:
-        url: host and port.
-        protocol: "grpc" or "http".
-        model: the model's name there.
-    """
-
-    url: str
-    protocol: str = "grpc"
-    model: str = MODEL_NAME
-
-
 class TritonBackend:
-    """A model of a Triton server. A model that is replaced there is noticed with its first answer.
+    """A model on a Triton server. A replaced model is noticed at its first answer.
 
     Args:
-        address: where it is.
-        card: what it serves now.
-        timeout_s: how long a request may take.
+        options: the server's address, the model's name and the timeout of a request.
+        card: the model served now.
     """
 
-    def __init__(self, address: Address, card: ModelCard, *, timeout_s: float) -> None:
+    def __init__(self, options: ClientOptions, card: ModelCard) -> None:
         self.card = card
-        self._address = address
-        self._timeout_s = timeout_s
+        self._options = options
         self._client = AsyncClient(
-            address.url, protocol=address.protocol, model=address.model, timeout_s=timeout_s, patient=False
+            options.url, protocol=options.protocol, model=options.model, timeout_s=options.timeout_s, patient=False
         )
 
     async def encode(self, texts: Sequence[str]) -> Served:
-        """See `Backend.encode`."""
+        """Encode texts, see `EncodingBackend.encode`."""
         served = await self._client.encode_detailed(texts)
         if served.fingerprint not in (None, self.card.fingerprint):
-            with contextlib.suppress(MirrorError):  # this answer is good, and the next one will ask again
-                self.card = await asyncio.to_thread(fetch_card, self._address, self._timeout_s)
+            with contextlib.suppress(MirrorError):  # this answer is valid, and the next one fetches the card again
+                self.card = await asyncio.to_thread(fetch_card, self._options)
         return served
 
     async def aclose(self) -> None:
-        """See `Backend.aclose`."""
+        """Close the connection."""
         await self._client.close()
 
 
-def fetch_card(address: Address, timeout_s: float, *, wait_s: float = 0.0) -> ModelCard:
-    """Ask a server what it serves. Blocks.
+def fetch_card(options: ClientOptions, *, wait_s: float = 0.0) -> ModelCard:
+    """Fetch the card of a served model. Blocks.
 
     Args:
-        address: where it is.
-        timeout_s: how long it may take to answer.
-        wait_s: how long to try again while nobody answers there.
+        options: the server's address, the model's name and the timeout of a request.
+        wait_s: how long to retry while the server cannot be reached.
 
     Raises:
-        UnavailableError: nobody answers.
+        UnavailableError: the server cannot be reached.
         MissingExtra: tritonclient is not installed.
-        ServerError: it serves none of our models.
-        InputError: the address is none, or the model's vectors are no floats.
+        ServerError: the model is not one of ours.
+        InputError: the model's vectors are not floats.
     """
-    transport = connect(
-        ClientOptions(url=address.url, protocol=address.protocol, model=address.model, timeout_s=timeout_s)
-    )
-    give_up_at = time.monotonic() + wait_s
+    transport = connect(options)
+    deadline = time.monotonic() + wait_s
     try:
         while True:
             try:
-                return _card(transport.config(), address)
+                return _card(transport.config(), options)
             except UnavailableError:
-                if time.monotonic() >= give_up_at:
+                if time.monotonic() >= deadline:
                     raise
                 time.sleep(_POLL_S)
     finally:
         transport.close()
 
 
-def _card(config: Mapping[str, Any], address: Address) -> ModelCard:
-    """Read a card from a model's configuration, where `render_config` wrote it."""
+def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
+    """Read a card from a model's configuration, as `render_config` wrote it."""
     facts = read_facts(config)
     check_vector_type(facts.vector_type)
-    said = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+    parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
     try:
         return ModelCard(
-            model=said["base_model"],
-            fingerprint=said["fingerprint"],
+            model=parameters["base_model"],
+            fingerprint=parameters["fingerprint"],
             dim=facts.width,
-            max_tokens=int(said["max_tokens"]),
-            normalized=said["normalize"] == "true",
-            long_texts=said["long_texts"],
-            engine=said["engine"],
-            precision=said["precision"],
-            backend=f"triton {address.protocol}://{address.url}",
+            max_tokens=int(parameters["max_tokens"]),
+            normalized=parameters["normalize"] == "true",
+            long_texts=parameters["long_texts"],
+            engine=parameters["engine"],
+            precision=parameters["precision"],
+            backend=f"triton {options.protocol}://{options.address}",
         )
     except KeyError as error:
         raise ServerError(
-            f"model {address.model!r} at {address.url} does not say its {error.args[0]}: "
+            f"the configuration of model {options.model!r} at {options.address} has no {error.args[0]}: "
             "write its repository again with export/to_triton.py"
         ) from error

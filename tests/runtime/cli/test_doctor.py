@@ -15,7 +15,7 @@ def test_this_machine_can_run_what_setup_installed(capsys):
     ("installed", "problem"),
     [
         ({"onnxruntime": "1", "onnxruntime-gpu": "1"}, "overwrite each other's files"),
-        ({"openvino": "1", "numpy": "2.1", "nvidia-pytriton": "0.7"}, "wants numpy below 2"),
+        ({"openvino": "1", "numpy": "2.1", "nvidia-pytriton": "0.7"}, "needs numpy below 2"),
         ({}, "no engine is installed"),
     ],
 )
@@ -34,7 +34,7 @@ def test_known_traps_are_named_with_their_cure(monkeypatch, capsys, installed, p
         ({"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0"}, {"tensorrt": "yes"}),
         (
             {"tensorrt": "11.4.0.106", "onnxruntime-gpu": "1.31.1"},
-            {"onnxruntime cuda": "yes", "onnxruntime tensorrt": "wants TensorRT 10 and 11.4.0.106"},
+            {"onnxruntime cuda": "yes", "onnxruntime tensorrt": "needs TensorRT 10, and 11.4.0.106"},
         ),
         ({"tensorrt": "10.16.1.11", "onnxruntime-gpu": "1.31.1"}, {"onnxruntime tensorrt": "yes"}),
     ],
@@ -48,4 +48,4 @@ def test_what_a_gpu_still_needs_is_named(monkeypatch, installed, abilities):
 
 def test_without_a_gpu_its_engines_say_so(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU is seen"
+    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU was found"

@@ -126,8 +126,8 @@ def test_bad_rows_stop_or_are_zeroed_as_asked(bundle, tmp_path, capsys):
     ("source", "output", "message"),
     [
         ("absent.txt", "out.npy", "does not exist"),
-        ("in.txt", "out.csv", "is none of .npy, .parquet"),
-        ("in.txt", "no/such/out.npy", "is no folder"),
+        ("in.txt", "out.csv", "output must end in .npy or .parquet"),
+        ("in.txt", "no/such/out.npy", "directory does not exist"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(bundle, corpus, tmp_path, capsys, source, output, message):

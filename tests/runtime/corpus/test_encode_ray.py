@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from mirror_runtime import Encoder, InputError
-from mirror_runtime.corpus.encode_file import Progress
+from mirror_runtime.corpus.encode_file import EncodeProgress
 from mirror_runtime.corpus.encode_ray import encode_with_ray
 from mirror_runtime.corpus.files import CorpusFile
 
@@ -47,12 +47,12 @@ def test_parts_cover_every_row_once_and_in_order(tmp_path, kind):
     else:
         path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in texts))
     source = CorpusFile(path=path)
-    parts = list(source.parts(10))
+    parts = list(source.shards(10))
     assert [part.number for part in parts] == list(range(len(parts)))
     assert [text for part in parts for text in source.texts(part)] == texts
     assert [part.first for part in parts] == [sum(p.rows for p in parts[:i]) for i in range(len(parts))]
-    assert sum(source.share(part) for part in parts) == source.size
-    assert next(iter(CorpusFile(path=path).parts(10**9))).rows == 25
+    assert sum(source.shard_size(part) for part in parts) == source.size
+    assert next(iter(CorpusFile(path=path).shards(10**9))).rows == 25
 
 
 LOOPBACK_ONLY = """
@@ -92,24 +92,26 @@ def loopback_only(request: pytest.FixtureRequest) -> bool:
 def test_two_workers_encode_go_on_and_name_a_bad_row(loopback_only, bundle, corpus, tmp_path):
     if not loopback_only:
         return
-    reports: list[Progress] = []
+    reports: list[EncodeProgress] = []
     output = tmp_path / "out"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         broken = tmp_path / "broken.jsonl"
         broken.write_text("".join(json.dumps({"text": f"row {i}" if i != 777 else None}) + "\n" for i in range(1000)))
         with pytest.raises(InputError, match="row 778: is NoneType"):
-            encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "bad", workers=1, options=FAKE, part_rows=300)
+            encode_with_ray(
+                bundle, CorpusFile(path=broken), tmp_path / "bad", workers=1, load_options=FAKE, shard_rows=300
+            )
         assert (tmp_path / "bad.partial").is_dir()
 
-        done = encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, options=FAKE, part_rows=300)
+        done = encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, load_options=FAKE, shard_rows=300)
         assert done.texts == 1000
         with Encoder.load(bundle, engine="fake") as encoder:
             expected = encoder.encode(corpus.read_text().splitlines())
         np.testing.assert_array_equal(vectors(output), expected)
         assert len(list(output.iterdir())) == 4
         with pytest.raises(InputError, match="exists"):
-            encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, options=FAKE)
+            encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, load_options=FAKE)
 
         second = tmp_path / "second.partial"  # as if killed before its third part
         output.rename(second)
@@ -124,16 +126,18 @@ def test_two_workers_encode_go_on_and_name_a_bad_row(loopback_only, bundle, corp
             CorpusFile(path=corpus),
             tmp_path / "second",
             workers=1,
-            options=FAKE,
-            part_rows=300,
-            report=reports.append,
+            load_options=FAKE,
+            shard_rows=300,
+            on_progress=reports.append,
         )
         assert [report.texts for report in reports] == [700, 1000]
         assert (tmp_path / "second" / "part-000001.parquet").stat().st_mtime_ns == kept
         np.testing.assert_array_equal(vectors(tmp_path / "second"), expected)
         assert not list(tmp_path.glob("out*"))
 
-        with pytest.raises(InputError, match="unfinished run of something else"):
-            encode_with_ray(bundle, CorpusFile(path=corpus), tmp_path / "bad", workers=1, options=FAKE, part_rows=300)
+        with pytest.raises(InputError, match="unfinished run with other settings"):
+            encode_with_ray(
+                bundle, CorpusFile(path=corpus), tmp_path / "bad", workers=1, load_options=FAKE, shard_rows=300
+            )
     finally:
         ray.shutdown()

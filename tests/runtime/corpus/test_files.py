@@ -43,7 +43,7 @@ def test_parquet_columns_are_streamed(tmp_path):
         ("in.jsonl", b'"fine"\n{"text": \n', "line 2: not JSON"),
         ("in.jsonl", json.dumps({"body": "a"}).encode(), "no field 'text', only 'body'"),
         ("in.parquet", b"PAR1 no", "is not a Parquet file"),
-        ("in.csv", b"a", r"is none of \.txt, \.jsonl, \.parquet"),
+        ("in.csv", b"a", r"must end in \.txt, \.jsonl, \.parquet"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message):

@@ -6,7 +6,7 @@ import pytest
 
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import InputError
-from mirror_runtime.gateway.settings import Settings, read_keys
+from mirror_runtime.gateway.settings import GatewaySettings, read_keys
 
 LONG = "a-key-of-many-characters"
 
@@ -27,8 +27,8 @@ def refused(capsys, monkeypatch):
 
 
 def test_one_backend_is_named(refused, gateway_bundle):
-    assert "give either a bundle or --triton" in refused()
-    assert "give either a bundle or --triton" in refused(gateway_bundle, "--triton", "127.0.0.1:8001")
+    assert "pass either a bundle or --triton" in refused()
+    assert "pass either a bundle or --triton" in refused(gateway_bundle, "--triton", "127.0.0.1:8001")
     assert "protocol is 'carrier pigeon'" in refused(
         "--triton", "h:1", "--triton-protocol", "carrier pigeon", "--port", 0
     )
@@ -36,7 +36,7 @@ def test_one_backend_is_named(refused, gateway_bundle):
 
 def test_limits_that_make_no_sense(refused, gateway_bundle):
     fake = (gateway_bundle, "--engine", "fake", "--port", 0)
-    assert "--dimensions 8: this encoder's vectors have 8; give 1 to 7" in refused(*fake, "--dimensions", 8)
+    assert "--dimensions 8: this encoder's vectors have 8; choose 1 to 7" in refused(*fake, "--dimensions", 8)
     assert "less than the 100 texts" in refused(*fake, "--max-batch", 100, "--max-in-flight", 50)
 
 
@@ -65,7 +65,7 @@ def test_keys_come_from_a_file_or_the_environment_and_no_message_holds_one(refus
     assert read_keys(keys, {}) == (f"{LONG}-1", f"{LONG}-2")
     assert read_keys(None, {"MIRROR_API_KEY": LONG}) == (LONG,)
     assert read_keys(None, {}) == ()
-    assert LONG not in repr(Settings(model="m", keys=(LONG,)))
+    assert LONG not in repr(GatewaySettings(model="m", keys=(LONG,)))
     with pytest.raises(InputError, match="use one of them"):
         read_keys(keys, {"MIRROR_API_KEY": LONG})
     for content in ("", "short\n", f"{LONG}\nshort\n", f"{LONG}-ü\n"):

@@ -34,7 +34,7 @@ def test_tei_refuses_to_cut_where_it_must_not(gateway):
     assert gateway.send("POST", "/embed", {"inputs": texts}).headers["x-truncated"] == "1"
     refused = gateway.send("POST", "/embed", {"inputs": texts, "truncate": False})
     assert refused.status == 413
-    assert refused.error["message"].startswith("text 1 has 102 tokens and the encoder takes 64")
+    assert refused.error["message"].startswith("text 1 has 102 tokens, and the encoder's limit is 64")
     assert gateway.send("POST", "/embed", {"inputs": texts[:1], "truncate": False}).status == 200
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from mirror_runtime.client import async_client, client
-from mirror_runtime.client.protocol import Reply
+from mirror_runtime.client.protocol import ClientOptions, Reply
 from mirror_runtime.errors import InputError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.gateway import triton_backend
-from mirror_runtime.gateway.metrics import Metrics
-from mirror_runtime.gateway.service import Service
-from mirror_runtime.gateway.settings import Settings
-from mirror_runtime.gateway.triton_backend import Address, TritonBackend, fetch_card
+from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.service import GatewayService
+from mirror_runtime.gateway.settings import GatewaySettings
+from mirror_runtime.gateway.triton_backend import TritonBackend, fetch_card
 
 PARAMETERS = {
     "base_model": "some/encoder",
@@ -24,7 +24,7 @@ PARAMETERS = {
     "engine": "openvino",
     "precision": "bf16",
 }
-ADDRESS = Address(url="127.0.0.1:8001")
+OPTIONS = ClientOptions(url="127.0.0.1:8001", timeout_s=10)
 
 
 class Server:
@@ -97,7 +97,7 @@ def server(monkeypatch):
 
 
 def test_the_card_is_what_the_configuration_says(server):
-    card = fetch_card(ADDRESS, 1.0)
+    card = fetch_card(OPTIONS)
     assert (card.model, card.fingerprint, card.dim, card.max_tokens) == ("some/encoder", "first", 4, 64)
     assert (card.normalized, card.engine, card.precision) == (True, "openvino", "bf16")
 
@@ -105,30 +105,30 @@ def test_the_card_is_what_the_configuration_says(server):
 def test_a_server_that_is_not_up_yet_is_waited_for(server, monkeypatch):
     monkeypatch.setattr(triton_backend, "_POLL_S", 0.01)
     server.refusals = [UnavailableError("away")] * 3
-    assert fetch_card(ADDRESS, 1.0, wait_s=5).dim == 4
+    assert fetch_card(OPTIONS, wait_s=5).dim == 4
     assert server.calls == 4
     server.refusals = [UnavailableError("away")]
     with pytest.raises(UnavailableError):
-        fetch_card(ADDRESS, 1.0)
+        fetch_card(OPTIONS)
 
 
 @pytest.mark.parametrize("missing", ["base_model", "max_tokens", "normalize", "fingerprint"])
 def test_an_old_repository_is_named_with_the_cure(server, missing):
     del server.parameters[missing]
-    with pytest.raises(ServerError, match=rf"does not say its {missing}: write its repository again"):
-        fetch_card(ADDRESS, 1.0)
+    with pytest.raises(ServerError, match=rf"has no {missing}: write its repository again"):
+        fetch_card(OPTIONS)
 
 
 @pytest.mark.parametrize("data_type", ["TYPE_INT8", "TYPE_UINT8"])
 def test_vectors_that_are_no_floats_are_refused(server, data_type):
     server.data_type = data_type
-    with pytest.raises(InputError, match="answers cannot hold"):
-        fetch_card(ADDRESS, 1.0)
+    with pytest.raises(InputError, match="responses cannot hold"):
+        fetch_card(OPTIONS)
 
 
 def test_a_full_server_is_refused_at_once_and_a_passing_absence_is_bridged(server):
     async def main():
-        backend = TritonBackend(ADDRESS, fetch_card(ADDRESS, 1.0), timeout_s=10)
+        backend = TritonBackend(OPTIONS, fetch_card(OPTIONS))
         await backend.encode(["a"])
         server.refusals = [OverloadedError("full", retry_after_s=5)]
         began = time.monotonic()
@@ -143,8 +143,8 @@ def test_a_full_server_is_refused_at_once_and_a_passing_absence_is_bridged(serve
 
 def test_a_replaced_model_is_labelled_with_its_own_fingerprint(server):
     async def main():
-        backend = TritonBackend(ADDRESS, fetch_card(ADDRESS, 1.0), timeout_s=10)
-        service = Service(backend, Settings(model="m"), Metrics())
+        backend = TritonBackend(OPTIONS, fetch_card(OPTIONS))
+        service = GatewayService(backend, GatewaySettings(model="m"), GatewayMetrics())
         before = await service.encode(["a"])
         server.parameters |= {"fingerprint": "second", "max_tokens": "128"}
         after = await service.encode(["a"])

@@ -1,0 +1,228 @@
+"""The command `mirror encode`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from mirror_runtime.cli.options import (
+    BundleArgument,
+    EngineOption,
+    LongTextsOption,
+    PrecisionOption,
+    StreamsOption,
+    TextColumnOption,
+)
+from mirror_runtime.cli.run import print_json, truncations_counted_elsewhere
+from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.encoder import Encoder
+from mirror_runtime.selection import AUTO
+from mirror_runtime.tokenizer import LongTexts
+
+
+class BadTexts(str, Enum):
+    """What happens to a row that cannot be encoded."""
+
+    STOP = "stop"
+    ZERO = "zero"
+
+
+class EnginePool(str, Enum):
+    """Where the encoder runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """The options of `mirror encode`.
+
+    Attributes:
+        bundle: the bundle's folder.
+        corpus: the input.
+        output: the file, or with Ray the folder, to write.
+        load_options: further arguments of `Encoder.load`.
+        zero_bad: write zero vectors for rows that cannot be encoded, instead of stopping.
+        workers: Ray processes.
+        ray_address: a running Ray cluster; None starts one.
+        verbose: also print who chose the engine, and timings.
+    """
+
+    bundle: Path
+    corpus: CorpusFile
+    output: Path
+    load_options: Mapping[str, Any]
+    zero_bad: bool
+    workers: int
+    ray_address: str | None
+    verbose: bool
+
+
+def encode(
+    bundle: BundleArgument,
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", help=".txt (one text a line), .jsonl or .parquet.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".npy or .parquet.", show_default=False)],
+    engine: EngineOption = AUTO,
+    precision: PrecisionOption = AUTO,
+    streams: StreamsOption = None,
+    long_texts: LongTextsOption = LongTexts.TRUNCATE,
+    text_column: TextColumnOption = "text",
+    bad_texts: Annotated[
+        BadTexts,
+        typer.Option(help="Rows that are not text: stop at the first, or write zero vectors and count them."),
+    ] = BadTexts.STOP,
+    plan: Annotated[
+        Path | None, typer.Option(help="Follow this file of mirror plan. Default: the one in the cache.")
+    ] = None,
+    engine_pool: Annotated[
+        EnginePool,
+        typer.Option(
+            help="local: in this process. ray: OUT becomes a folder of Parquet files, made by --workers Ray processes. "
+            "Ray listens on the machine's own address, not on loopback: keep it behind a firewall."
+        ),
+    ] = EnginePool.LOCAL,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Ray processes. Each uses all cores that it may, so use one per machine.")
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, such as auto. Default: start one here.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also print who chose the engine, and where the time went.")
+    ] = False,
+) -> None:
+    """Encode a corpus file: one vector a row, in order, with flat memory.
+
+    After a kill or an interruption, the same command resumes where it was and writes the same bytes. A million short
+    sentences (14 tokens each) take 15 minutes at 1,100 a second and give an .npy of 1.5 GB at 384 dimensions.
+    """
+    options = EncodeOptions(
+        bundle=bundle,
+        corpus=CorpusFile(path=source, column=text_column),
+        output=output,
+        load_options={
+            "engine": engine,
+            "precision": precision,
+            "streams": streams,
+            "long_texts": long_texts.value,
+            "plan": AUTO if plan is None else str(plan),
+        },
+        zero_bad=bad_texts is BadTexts.ZERO,
+        workers=workers,
+        ray_address=ray_address,
+        verbose=verbose,
+    )
+    print_json(_encode_with_ray(options) if engine_pool is EnginePool.RAY else _encode_here(options))
+
+
+def _encode_here(options: EncodeOptions) -> dict[str, object]:
+    """Encode in this process and return the report."""
+    from mirror_runtime.corpus.encode_file import EncodeProgress, encode_file
+
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    with (
+        truncations_counted_elsewhere(),
+        Encoder.load(options.bundle, **options.load_options) as encoder,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[texts]:,} texts"),
+            TimeRemainingColumn(),
+            console=console,
+        ) as bar,
+    ):
+        chosen = f"{encoder.engine.name.value} {encoder.engine.precision.value}, {encoder.engine.streams} streams"
+        task = bar.add_task(f"encoding ({chosen})", total=max(1, options.corpus.size), texts=0)
+        resumed: list[int] = []
+
+        def on_progress(progress: EncodeProgress) -> None:
+            if not resumed:
+                resumed.append(progress.texts)
+                if progress.texts:
+                    console.print(f"resuming after {progress.texts:,} texts of an earlier run")
+            bar.update(task, completed=progress.position, texts=progress.texts)
+
+        done = encode_file(
+            encoder,
+            options.corpus,
+            options.output,
+            long_texts=options.load_options["long_texts"],
+            zero_bad=options.zero_bad,
+            on_progress=on_progress,
+        )
+        seconds = time.perf_counter() - started
+        if options.verbose:
+            _print_timings(console, encoder, seconds)
+    if done.truncated:
+        console.print(
+            f"{done.truncated:,} of {done.texts:,} texts were truncated; --long-texts chunk keeps all of a text"
+        )
+    if done.failed:
+        console.print(f"{done.failed:,} of {done.texts:,} rows could not be encoded and have zero vectors")
+    return {
+        "output": str(options.output),
+        "texts": done.texts,
+        "dim": encoder.spec.dim,
+        "vector_type": encoder.spec.vector_type.value,
+        "truncated": done.truncated,
+        "failed": done.failed,
+        "resumed_after": resumed[0],
+        "seconds": round(seconds, 3),
+        "engine": chosen,
+        "chosen_by": encoder.decision.source.value,
+        "fingerprint": encoder.manifest.fingerprint,
+    }
+
+
+def _encode_with_ray(options: EncodeOptions) -> dict[str, object]:
+    """Encode with a pool of Ray workers and return the report."""
+    from mirror_runtime.corpus.encode_ray import encode_with_ray
+
+    started = time.perf_counter()
+    columns = (TextColumn("encoding with Ray"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=max(1, options.corpus.size))
+        done = encode_with_ray(
+            options.bundle,
+            options.corpus,
+            options.output,
+            workers=options.workers,
+            load_options=options.load_options,
+            zero_bad=options.zero_bad,
+            address=options.ray_address,
+            on_progress=lambda progress: bar.update(task, completed=progress.position),
+        )
+    return {
+        "output": str(options.output),
+        "texts": done.texts,
+        "workers": options.workers,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _print_timings(console: Console, encoder: Encoder, seconds: float) -> None:
+    """Print where the time of this run went. Its stages overlap, and the engine's is summed over its streams."""
+    stats = encoder.stats
+    console.print(f"chosen by {encoder.decision.source.value}; rows of {encoder.rows}")
+    console.print(
+        f"{stats.tokens:,} tokens in {seconds:.1f} s, {stats.tokens / max(seconds, 1e-9):,.0f} a second; "
+        f"rows {100 * stats.fill:.1f} % full; {stats.executions:,} batches"
+    )
+    console.print(
+        f"tokenise {stats.tokenize_s:.2f} s, pack {stats.pack_s:.2f} s, infer {stats.infer_s:.2f} s "
+        f"on {encoder.engine.streams} streams, unpack {stats.unpack_s:.2f} s"
+    )
