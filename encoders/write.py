@@ -201,7 +201,6 @@ def _front_matter(spec: EncoderSpec) -> str:
     if spec.revision is not None:  # only a hub name is a valid base_model there
         lines.append(f"base_model: {spec.base_model}")
     tags = CARD_TAGS[1:3] if unsupported else CARD_TAGS
-
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", "", ""])
 
 

@@ -1,4 +1,4 @@
-"""How vectors lie in space: the figures by which contrastive tuning is explained."""
+"""Geometry of vectors: the measures that papers on contrastive tuning report."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ ROWS = 512
 """Rows of the similarity matrix held at once."""
 
 MAX_TEXTS = 5_000
-"""Uniformity compares every pair; of more texts than these, as many are drawn."""
+"""Uniformity compares every pair of at most this many texts; from more, this many are drawn."""
 
 Vectors = NDArray[np.float32]
 """[texts, dim]."""
 
 
 def alignment(first: Vectors, second: Vectors) -> float:
-    """Give the mean squared distance of pairs that mean the same; lower is better (Wang and Isola, section 4).
+    """Return the mean squared distance of pairs with the same meaning; lower is better (Wang and Isola, section 4).
 
     Args:
         first: unit vectors.
@@ -26,11 +26,11 @@ def alignment(first: Vectors, second: Vectors) -> float:
 
 
 def uniformity(vectors: Vectors, rng: np.random.Generator) -> float:
-    """Give log E exp(-2 d²) over pairs of different texts; lower is better (Wang and Isola, section 4).
+    """Return log E exp(-2 d²) over pairs of different texts; lower is better (Wang and Isola, section 4).
 
     Args:
         vectors: unit vectors, two or more.
-        rng: draws `MAX_TEXTS` of them where there are more.
+        rng: draws `MAX_TEXTS` of them if there are more.
     """
     if len(vectors) > MAX_TEXTS:
         vectors = vectors[rng.choice(len(vectors), MAX_TEXTS, replace=False)]
@@ -44,10 +44,12 @@ def uniformity(vectors: Vectors, rng: np.random.Generator) -> float:
 
 
 def anisotropy(vectors: Vectors) -> float:
-    """Give the mean cosine of two different texts; 0 where directions are spread evenly.
+    """Return the mean cosine of two different texts; 0 if directions are spread evenly.
+
+    Every pair counts: the sum of all cosines is the squared length of the sum of vectors.
 
     Args:
-        vectors: unit vectors, two or more. Every pair counts: the sum of all cosines is the squared length of the sum.
+        vectors: unit vectors, two or more.
     """
     n = len(vectors)
     total = vectors.astype(np.float64).sum(axis=0)
@@ -55,7 +57,7 @@ def anisotropy(vectors: Vectors) -> float:
 
 
 def mean_norm(vectors: Vectors) -> float:
-    """Give the length of the mean vector, lower is better: MVN of Mirror-BERT's tables 9 and 14.
+    """Return the length of the mean vector, lower is better: MVN in Mirror-BERT's tables 9 and 14.
 
     Args:
         vectors: before normalisation.
@@ -64,9 +66,10 @@ def mean_norm(vectors: Vectors) -> float:
 
 
 def isotropy(vectors: Vectors) -> float:
-    """Give the smallest over the largest of Σ exp(c·v), c over the eigenvectors of V'V; higher is better, 1 is even.
+    """Return min Σ exp(c·v) / max Σ exp(c·v) over the eigenvectors c of V'V; higher is better, at most 1.
 
-    IS of Mirror-BERT's tables 9 and 14. An eigenvector's sign is arbitrary, so both are taken.
+    IS in Mirror-BERT's tables 9 and 14. An eigenvector's sign is arbitrary, so both signs are included.
+
 
     Args:
         vectors: unit vectors.

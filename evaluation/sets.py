@@ -1,4 +1,4 @@
-"""Evaluation sets: pairs of texts with people's scores, in the layouts in which they are published."""
+"""Evaluation sets: pairs of texts with human similarity scores, in their published layouts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mirror_runtime.errors import InputError
 FIRST = ("sentence1", "sentence_a", "sent1", "text1", "word1", "word 1")
 SECOND = ("sentence2", "sentence_b", "sent2", "text2", "word2", "word 2")
 SCORE = ("score", "relatedness_score", "simlex999", "human (mean)", "similarity", "average score")
-"""Names in header lines, lower-cased: of the GLUE STS-B, SICK, SimLex-999 and WordSim-353 releases among others."""
+"""Column names in header lines, lower-cased: of GLUE STS-B, SICK, SimLex-999, WordSim-353 and others."""
 
 PART = "semeval_set"
-"""SICK's column of parts. Where it is there, only the rows marked TEST count."""
+"""SICK's column of parts. If a file has it, only the rows marked TEST count."""
 
 ANNOTATOR = "annotator"
-"""Multi-SimLex's per-language files give each annotator's score in a column; the score is their mean."""
+"""Multi-SimLex's per-language files have a column for each annotator's score; the score is their mean."""
 
 TRANSLATIONS, SCORES = "translation.csv", "scores.csv"
 """Multi-SimLex's two files: columns `ENG 1`, `ENG 2` in the first and `ENG` in the second."""
@@ -37,15 +37,15 @@ Rows = list[tuple[int, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """Scored pairs.
+    """Pairs of texts with human scores.
 
     Attributes:
         name: the file's or folder's name, without suffix.
         first: one text of each pair.
         second: the other.
-        scores: float64 [pairs], higher is more alike; only their order counts.
-        skipped: pairs that have no score and are left out, as in the raw SemEval 2015 and 2016 files.
-        sha256: of the file's bytes; of a folder, of its files' in the order of their names.
+        scores: float64 [pairs], higher is more similar; only their order counts.
+        skipped: pairs without a score, which are left out; the raw SemEval 2015 and 2016 files have some.
+        sha256: of the file's bytes; for a folder, of its files' bytes in the order of their names.
     """
 
     name: str
@@ -57,30 +57,32 @@ class EvaluationSet:
 
     def __post_init__(self) -> None:
         if len(self.scores) < MIN_PAIRS:
-            raise InputError(f"evaluation set {self.name} has {len(self.scores)} scored pairs, of at least {MIN_PAIRS}")
+            raise InputError(
+                f"evaluation set {self.name} has {len(self.scores)} scored pairs: at least {MIN_PAIRS} are needed"
+            )
         if np.all(self.scores == self.scores[0]):
-            raise InputError(f"evaluation set {self.name} scores every pair {self.scores[0]:g}: it has no order")
+            raise InputError(f"evaluation set {self.name} scores every pair {self.scores[0]:g}: scores must differ")
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every text, repeats included."""
+        """Every text, including repeats."""
         return self.first + self.second
 
 
 def read_sets(path: str) -> tuple[EvaluationSet, ...]:
-    """Read an evaluation set; the layout is found from the names and the header line.
+    """Read an evaluation set. The layout follows from file names and the header line.
 
-    Known are:
+    Supported layouts:
         a table with a header line that names two texts and a score (TAB or comma: STS-B of GLUE, SICK, SimLex-999,
             WordSim-353, a language of Multi-SimLex);
-        the STS-B release without header (score, then both sentences, from column 5);
-        a table without header, the score first or after the texts (TAB, comma, semicolon or spaces: RG-65, WordSim,
+        the STS-B release without a header (score, then both sentences, from column 5);
+        a table without a header, the score first or after the texts (TAB, comma, semicolon or spaces: RG-65, WordSim,
             SimVerb, MEN);
-        a SentEval folder of `STS.input.*.txt` and `STS.gs.*.txt`, whose parts are put together;
-        a Multi-SimLex folder, where `FOLDER:ENG` picks one language.
+        a SentEval folder of `STS.input.*.txt` and `STS.gs.*.txt`, whose parts are joined;
+        a Multi-SimLex folder; `FOLDER:ENG` selects one language.
 
     Raises:
-        InputError: naming the file and the line that cannot be used.
+        InputError: the set is malformed; the message names the file and the line.
     """
     if Path(path).is_dir():
         return _read_folder(Path(path), None)
@@ -104,16 +106,16 @@ def read_sets(path: str) -> tuple[EvaluationSet, ...]:
 
 
 def read_texts(path: str) -> list[str]:
-    """Read the texts of an evaluation set, or the lines of a plain text file (no TAB in its first line, no `.csv`).
+    """Read the texts of an evaluation set, or the lines of a plain text file (no TAB in its first line, not `.csv`).
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
     file = Path(path)
     if file.is_file() and file.suffix != ".csv":
         lines = [line for line in _decode(file, _read_bytes(file)).split("\n") if line.strip()]
         if not lines:
-            raise InputError(f"{path} is empty: give an evaluation set, or one sentence a line")
+            raise InputError(f"{path} is empty: pass an evaluation set, or one sentence a line")
         if "\t" not in lines[0]:
             return [line.strip() for line in lines]
     return [text for found in read_sets(path) for text in found.texts]
@@ -123,7 +125,7 @@ def _read_folder(folder: Path, language: str | None) -> tuple[EvaluationSet, ...
     if (folder / TRANSLATIONS).is_file():
         return _read_multi_simlex(folder, language)
     if language is not None:
-        raise InputError(f"{folder} has no {TRANSLATIONS}: the language after the colon is for Multi-SimLex")
+        raise InputError(f"{folder} has no {TRANSLATIONS}: a language after the colon is for Multi-SimLex only")
     return (_read_senteval(folder),)
 
 
@@ -134,21 +136,21 @@ def _read_senteval(folder: Path) -> EvaluationSet:
     skipped, digest = 0, hashlib.sha256()
     inputs = sorted(folder.glob("STS*.input.*.txt"))
     if not inputs:
-        raise InputError(f"{folder} holds neither STS.input.*.txt nor {TRANSLATIONS}: give an evaluation set")
+        raise InputError(f"{folder} holds neither STS.input.*.txt nor {TRANSLATIONS}: pass an evaluation set")
     for path in inputs:
         gold = path.with_name(path.name.replace(".input.", ".gs."))
         texts, golds = (_read_bytes(file) for file in (path, gold))
         digest.update(texts + golds)
         lines, values = _decode(path, texts).rstrip("\n").split("\n"), _decode(gold, golds).rstrip("\n").split("\n")
         if len(lines) != len(values):
-            raise InputError(f"{path} has {len(lines)} lines and {gold.name} {len(values)}: they must go together")
+            raise InputError(f"{path} has {len(lines)} lines and {gold.name} {len(values)}: they must match")
         for number, (line, value) in enumerate(zip(lines, values, strict=True), 1):
             fields = line.split("\t")
             if not value.strip():
                 skipped += 1
                 continue
             if len(fields) < 2:
-                raise InputError(f"{path}, line {number}: two sentences with a TAB between them are expected")
+                raise InputError(f"{path}, line {number}: expected two sentences with a TAB between them")
             scores.append(_number(gold, number, value))
             first.append(fields[0].strip())
             second.append(fields[1].strip())
@@ -190,7 +192,7 @@ def _read_multi_simlex(folder: Path, language: str | None) -> tuple[EvaluationSe
 
 def _pairs(path: Path, rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...], list[float], int]:
     if not rows:
-        raise InputError(f"{path} is empty: give an evaluation set")
+        raise InputError(f"{path} is empty: pass an evaluation set")
     header = [field.strip().lower() for field in rows[0][1]]
     named = _named_columns(header)
     if named is None and not any(_is_number(field) for field in rows[0][1]):
@@ -221,7 +223,7 @@ def _pairs(path: Path, rows: Rows) -> tuple[tuple[str, ...], tuple[str, ...], li
 
 
 def _named_columns(header: Sequence[str]) -> tuple[int, int, list[int]] | None:
-    """Find the columns in a header line: first text, second text, scores."""
+    """Find the columns of first text, second text and scores in a header line; None if one is missing."""
 
     def find(names: Sequence[str]) -> list[int]:
         return [header.index(name) for name in names if name in header][:1]
@@ -232,7 +234,7 @@ def _named_columns(header: Sequence[str]) -> tuple[int, int, list[int]] | None:
 
 
 def _guessed_columns(path: Path, row: tuple[int, list[str]]) -> tuple[int, int, list[int]]:
-    """Find the columns of a table without header by where its first line has numbers; refuses what could be two."""
+    """Find the columns of a table without a header by the numbers in its first line; refuse ambiguous lines."""
     numeric = [_is_number(field) for field in row[1]]
     if len(numeric) >= 7 and numeric[4] and not numeric[5] and not numeric[6]:
         return 5, 6, [4]  # the STS-B release: genre, file, year, number, score, both sentences
@@ -241,15 +243,15 @@ def _guessed_columns(path: Path, row: tuple[int, list[str]]) -> tuple[int, int, 
     if len(numeric) >= 3 and numeric[0] and not numeric[1] and not numeric[2]:
         return 1, 2, [0]
     raise InputError(
-        f"{path}, line {row[0]}: the columns of the texts and the score cannot be told. Put a header line on top that "
-        f"names {SCORE[0]}, {FIRST[0]} and {SECOND[0]}"
+        f"{path}, line {row[0]}: the columns of texts and score are ambiguous. Add a header line that names "
+        f"{SCORE[0]}, {FIRST[0]} and {SECOND[0]}"
     )
 
 
 def _rows(path: Path, data: bytes) -> Rows:
     text = _decode(path, data)
     top = next((line for line in text.split("\n") if line.strip()), "")
-    if "\t" in top:  # quotes mean nothing in the published TAB-separated files
+    if "\t" in top:  # quotes have no meaning in the published TAB-separated files
         return [(i, line.split("\t")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     delimiter = "," if "," in top else ";" if ";" in top else None
     if delimiter is None:
@@ -264,13 +266,13 @@ def _rows(path: Path, data: bytes) -> Rows:
 def _field(path: Path, row: tuple[int, list[str]], column: int) -> str:
     number, fields = row
     if column >= len(fields):
-        raise InputError(f"{path}, line {number}: {len(fields)} columns where at least {column + 1} are expected")
+        raise InputError(f"{path}, line {number}: {len(fields)} columns, expected at least {column + 1}")
     return fields[column].strip()
 
 
 def _number(path: Path, line: int, value: str) -> float:
     if not _is_number(value):
-        raise InputError(f"{path}, line {line}: {value.strip()[:60]!r} is no score: a number is expected")
+        raise InputError(f"{path}, line {line}: the score must be a number: {value.strip()[:60]!r}")
     return float(value)
 
 
@@ -293,4 +295,4 @@ def _decode(path: Path, data: bytes) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"evaluation set {path} is not UTF-8 in line {line}: convert it") from error
+        raise InputError(f"evaluation set {path} is not UTF-8 in line {line}: convert it to UTF-8") from error

@@ -1,4 +1,4 @@
-"""What an encoder's vectors are worth: people's scores against cosines, and how the vectors lie."""
+"""Evaluate an encoder on similarity sets: rank correlation of cosines with human scores, and geometry of vectors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from encoders.reference import Reference
 from evaluation import geometry
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import Estimate, estimate, resample_spearman, spearman
-from mirror_runtime.bundle import EncoderSpec, VectorType
+from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.vectors import unit_rows
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Texts to vectors, float32 [n, dim], before normalisation and rounding to a vector type."""
 
 AGGREGATION = "all: a set's parts are put together and ranked at once; sets are averaged with equal weight"
 
@@ -25,14 +27,14 @@ CLOSE = 0.8
 """Alignment is over pairs scored at least this share of the set's highest score: 4 of 5 on STS."""
 
 DECIMALS = 6
-"""Cosines are rounded to these: the rest is fp32's rounding, and pairs of one text with itself must tie."""
+"""Cosines are rounded to this many decimals: the rest is fp32 rounding, and pairs of equal texts must tie."""
 
 TEXTS_A_CALL = 256
-"""Texts between two reports of progress."""
+"""Texts between two calls of `on_progress`."""
 
 
 class Group(str, Enum):
-    """What is averaged together."""
+    """Sets that are averaged together."""
 
     STS = "sts"
     WORDS = "words"
@@ -40,20 +42,20 @@ class Group(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SetResult:
-    """One set's figures.
+    """Measures on one set.
 
     Attributes:
         name: of the set.
-        group: what it is averaged with.
+        group: of the set.
         sha256: of the set's file.
-        pairs: that were scored.
-        skipped: pairs without a score.
+        pairs: number of scored pairs.
+        skipped: number of pairs without a score.
         spearman: rank correlation of cosine and score, times 100.
-        alignment: mean squared distance of close pairs; None where a set has none.
-        close_pairs: how many these are.
+        alignment: mean squared distance of close pairs; None if the set has none.
+        close_pairs: number of close pairs.
         uniformity: log E exp(-2 d²) over all texts of the set.
         anisotropy: mean cosine of two texts of the set.
-        isotropy: IS, of unit vectors.
+        isotropy: IS of unit vectors.
         mean_norm: MVN, before normalisation.
         resampled: float64 [resamples], the correlation of each bootstrap resample, times 100.
     """
@@ -73,7 +75,7 @@ class SetResult:
     resampled: NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything but the resamples."""
+        """Return all fields except the resamples as JSON values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["resampled"]
         return values | {"group": self.group.value} | flat("spearman", self.spearman)
@@ -81,11 +83,11 @@ class SetResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """An encoder's figures on all sets.
+    """Measures of an encoder on all sets.
 
     Attributes:
-        encoder: what it is called.
-        spec: its head.
+        encoder: its name.
+        spec: its head and limits.
         results: in the order of the sets.
         seed: of the resamples.
     """
@@ -108,7 +110,7 @@ class Report:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Give one JSON object: correlations times 100, 95 % intervals; `mean` is of all sets, `means` by group."""
+        """Return one JSON object: correlations times 100, 95 % intervals; `mean` of all sets and `means` by group."""
         return {
             "encoder": self.encoder,
             "pooling": self.spec.pooling.value,
@@ -123,50 +125,50 @@ class Report:
 
 
 def evaluate(
-    reference: Reference,
+    encode: Encode,
     sets: Mapping[Group, Sequence[EvaluationSet]],
     *,
+    spec: EncoderSpec,
     name: str = "encoder",
     resamples: int = 1000,
     seed: int = 0,
-    on_texts: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Compare an encoder's cosines with people's scores.
-
-    Vectors are fp32 and full: an encoder of int8 or binary vectors is measured before these are made.
+    """Compare an encoder's cosines with human scores.
 
     Args:
-        reference: the encoder; it is not changed.
-        sets: what to measure on, by what is averaged together.
-        name: what the report calls the encoder.
+        encode: the encoder, before normalisation and rounding to a vector type.
+        sets: by group.
+        spec: of the encoder, for the report.
+        name: of the encoder, for the report.
         resamples: of the bootstrap. The same seed draws the same pairs for every encoder, so that differences of two
             reports on the same sets are paired.
-        seed: of the bootstrap, and of the texts drawn where a set has too many for uniformity.
-        on_texts: called with the number of texts encoded, and of all.
+        seed: of the bootstrap, and of the texts drawn if a set has too many for uniformity.
+        on_progress: called with the number of encoded texts and of all texts.
 
     Raises:
-        InputError: there is no set, or cosines have no order because all are the same.
+        InputError: `sets` is empty, or all cosines of a set are equal.
         BundleError: vectors are not finite.
     """
     chosen = [(group, one) for group, members in sets.items() for one in members]
     if not chosen:
-        raise InputError("nothing to evaluate on: give --sts or --words files")
-    raw = _encode_distinct(reference, [text for _, one in chosen for text in one.texts], name, on_texts)
+        raise InputError("nothing to evaluate on: pass --sts or --words files")
+    raw = _encode_distinct(encode, [text for _, one in chosen for text in one.texts], name, on_progress)
     results = []
     for index, (group, one) in enumerate(chosen):
         rng = np.random.default_rng([seed, index])
         results.append(_measure(one, group, raw, resamples, rng))
-    return Report(encoder=name, spec=reference.spec, results=tuple(results), seed=seed)
+    return Report(encoder=name, spec=spec, results=tuple(results), seed=seed)
 
 
 def flat(name: str, figure: Estimate) -> dict[str, float]:
-    """Give an estimate as `NAME`, `NAME_low` and `NAME_high`."""
+    """Return an estimate as JSON values `NAME`, `NAME_low` and `NAME_high`."""
     return {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What changed between two encoders, times 100, with paired intervals.
+    """Differences of two encoders, times 100, with paired intervals.
 
     Attributes:
         sets: of each set's correlation, in the order of the sets.
@@ -180,13 +182,13 @@ class Difference:
 def difference(before: Report, after: Report) -> Difference:
     """Subtract one report from another on the same sets.
 
-    The intervals are over the same resamples on both sides, so they are narrower than those of either side.
+    Both sides use the same resamples, so the intervals are narrower than those of either side.
 
     Raises:
-        ValueError: the reports are of different sets or seeds.
+        ValueError: the reports have different sets or seeds.
     """
     if before.seed != after.seed or [r.sha256 for r in before.results] != [r.sha256 for r in after.results]:
-        raise ValueError("the reports are of different sets or seeds")
+        raise ValueError("the reports have different sets or seeds")
     pairs = list(zip(before.results, after.results, strict=True))
     before_means = before.means
     means = {}
@@ -202,20 +204,18 @@ def difference(before: Report, after: Report) -> Difference:
 
 
 def _encode_distinct(
-    reference: Reference, texts: Sequence[str], name: str, on_texts: Callable[[int, int], None]
+    encode: Encode, texts: Sequence[str], name: str, on_progress: Callable[[int, int], None]
 ) -> dict[str, NDArray[np.float32]]:
-    """Encode every distinct text once, before normalisation."""
-    spec = dataclasses.replace(reference.spec, normalize=False, vector_type=VectorType.FLOAT32, int8_scale=None)
-    plain = dataclasses.replace(reference, spec=spec)
+    """Encode every distinct text once."""
     distinct = sorted(dict.fromkeys(texts), key=len)
     vectors: dict[str, NDArray[np.float32]] = {}
-    on_texts(0, len(distinct))
+    on_progress(0, len(distinct))
     for start in range(0, len(distinct), TEXTS_A_CALL):
         part = distinct[start : start + TEXTS_A_CALL]
-        vectors.update(zip(part, plain.encode(part), strict=True))
-        on_texts(len(vectors), len(distinct))
+        vectors.update(zip(part, encode(part), strict=True))
+        on_progress(len(vectors), len(distinct))
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
-        raise BundleError(f"{name} gives vectors that are not finite: its weights are broken")
+        raise BundleError(f"{name} returns vectors that are not finite: its weights are broken")
     return vectors
 
 
@@ -233,7 +233,10 @@ def _measure(
     cosines = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
     value = spearman(cosines, one.scores)
     if np.isnan(value):
-        raise InputError(f"every pair of {one.name} has the cosine {cosines[0]:.6f}: the encoder tells no texts apart")
+        raise InputError(
+            f"every pair of {one.name} has the cosine {cosines[0]:.6f}: the encoder does not distinguish texts"
+        )
+
     close = one.scores >= CLOSE * one.scores.max()
     resampled = 100 * resample_spearman(cosines, one.scores, resamples, rng)
     return SetResult(

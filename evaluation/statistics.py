@@ -10,12 +10,12 @@ from numpy.typing import ArrayLike, NDArray
 from mirror_runtime.extras import require
 
 CHUNK = 4_000_000
-"""Numbers held at once while resampling: 32 MB each array."""
+"""Numbers in memory at once while resampling: 32 MB an array."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure and the interval in which it lies in 95 % of the resamples."""
+    """A value and the interval that holds 95 % of its resampled values."""
 
     value: float
     low: float
@@ -25,12 +25,12 @@ class Estimate:
         return format(self)
 
     def __format__(self, sign: str) -> str:
-        """Give `value [low, high]` with two decimals; `+` shows the sign."""
+        """Format as `value [low, high]` with two decimals; `+` shows the sign."""
         return f"{self.value:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
-    """Give the rank correlation, -1 to 1, with average ranks for ties; NaN where one side is constant."""
+    """Return the rank correlation, -1 to 1, with average ranks for ties; NaN if one side is constant."""
     a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
@@ -38,19 +38,19 @@ def spearman(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def resample_spearman(x: ArrayLike, y: ArrayLike, resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Give the rank correlation of bootstrap resamples: pairs drawn with replacement, as many as there are.
+    """Return the rank correlation of bootstrap resamples, each n pairs drawn with replacement from n.
 
-    A resample is a count for each pair. Ranks then follow from cumulated counts in an order that is sorted once, so
+    A resample is a count for each pair. Its ranks follow from cumulative counts in an order that is sorted once, so
     that no resample needs sorting.
 
     Args:
         x: [n].
         y: [n].
-        resamples: how many.
+        resamples: number of resamples.
         rng: draws them.
 
     Returns:
-        float64 [resamples]; NaN where a resample is constant on one side.
+        float64 [resamples]; NaN if a resample is constant on one side.
     """
     a, b = _tie_groups(np.asarray(x)), _tie_groups(np.asarray(y))
     n = len(a)
@@ -69,19 +69,19 @@ def resample_spearman(x: ArrayLike, y: ArrayLike, resamples: int, rng: np.random
 
 
 def estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
-    """Give the 95 % percentile interval of resampled figures beside the figure itself."""
+    """Build an estimate with the 95 % percentile interval of the resampled values; NaNs are ignored."""
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Estimate(value=value, low=float(low), high=float(high))
 
 
 def _tie_groups(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Number the distinct values from the smallest."""
+    """Return each value's index among the distinct values in ascending order."""
     groups: NDArray[np.int64] = np.unique(values, return_inverse=True)[1]
     return groups
 
 
 def _ranks(groups: NDArray[np.int64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give each element's average rank in each resample: [resamples, n]."""
+    """Return each element's average rank in each resample: [resamples, n]."""
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     sizes = np.add.reduceat(counts[:, order], starts, axis=1)

@@ -1,4 +1,4 @@
-"""What a step looks at: examples drawn in the seed's order, their two views, tokenised and packed."""
+"""The batches of a run: examples in the order of the seed, their views tokenised and packed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Batch:
     """The texts of one step.
 
     Attributes:
-        packed: this process's texts: first views, then second views where the objective has any.
-        texts: this process's examples.
-        groups: int64 [examples of all processes]: equal where texts are the same to the model.
+        packed: this process's texts: first views, then second views if the objective has them.
+        texts: number of this process's examples.
+        groups: int64 [examples of all processes]: equal for texts that are the same to the model.
         layers: int64 [this process's examples]: layer drawn for each, 0 for the embeddings.
         tokens: of all views and processes.
     """
@@ -40,14 +40,14 @@ class Batch:
 def batches(
     reference: Reference, data: Sequence[Example], config: TuneConfig, hardware: Hardware, skip: int = 0
 ) -> Iterator[Batch]:
-    """Prepare the batches of a run, the same in every process and in every run of one seed.
+    """Yield the batches of a run, the same in every process and in every run with the same seed.
 
     Args:
         reference: its tokenizer and spec are used.
         data: the corpus.
         config: the recipe.
-        hardware: which part of each batch is this process's.
-        skip: batches that are drawn but not prepared, because an earlier run has done them.
+        hardware: determines this process's part of each batch.
+        skip: number of batches to draw without preparing them, because an earlier run has finished them.
     """
     limit = min(config.max_tokens, reference.spec.max_tokens)
     reference = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, max_tokens=limit))
@@ -59,7 +59,7 @@ def batches(
             examples = order[start : start + config.batch_size]
             views = [_views(example, reference, config, rng) for example in examples]
             layers = [rng.randint(0, _layers(reference)) for _ in examples] if _draws_layers(config) else []
-            # Drawn here although tokens are repeated later: a batch that is skipped must move the generator alike.
+            # Drawn here although tokens are repeated later: a skipped batch must advance the generator equally.
             seeds = [rng.getrandbits(32) for _ in examples] if _repeats(config, data) else []
             done += 1
             if done > skip:
@@ -67,33 +67,34 @@ def batches(
 
 
 def check(reference: Reference, data: Sequence[Example], config: TuneConfig, hardware: Hardware) -> None:
-    """Refuse data that the recipe cannot be used on.
+    """Check that the recipe can be used with this encoder, corpus and hardware.
 
     Raises:
-        InputError: a head that cannot be tuned, fewer examples than a batch, a batch that the processes cannot share,
-            no mask token, or pairs where single texts are learnt from.
+        InputError: the head cannot be tuned, the corpus is smaller than a batch, the processes cannot share a batch
+            evenly, the tokenizer has no mask token, or the objective needs single texts and gets pairs.
     """
     spec = reference.spec
     if spec.pooling not in POOLINGS or spec.dense:
         head = "dense layers behind its pooling" if spec.dense else f"pooling {spec.pooling.value}"
         raise InputError(
-            f"an encoder with {head} cannot be tuned: take {', '.join(pooling.value for pooling in POOLINGS)} alone"
+            f"an encoder with {head} cannot be tuned: use {', '.join(pooling.value for pooling in POOLINGS)} without "
+            "dense layers"
         )
     if spec.template is not None:
-        raise InputError(f"an encoder with the template {spec.template!r} cannot be tuned: take one without")
+        raise InputError(f"an encoder with the template {spec.template!r} cannot be tuned: use one without")
     if len(data) < config.batch_size:
         raise InputError(
             f"the corpus has {len(data)} distinct lines, fewer than one batch of {config.batch_size}: "
-            "give more text or a smaller --batch-size"
+            "add text or lower --batch-size"
         )
     if config.batch_size % hardware.processes:
         raise InputError(f"--batch-size is {config.batch_size}: {hardware.processes} processes cannot share it evenly")
     pairs = not isinstance(data[0], str)
     if pairs and config.objective is Objective.SELF_GUIDED:
-        raise InputError("--objective self-guided learns from single texts, not from pairs: say --objective mirror")
+        raise InputError("--objective self-guided learns from single texts, not from pairs: use --objective mirror")
     masks = config.mask_length > 0 and not config.reference_masking and not pairs
     if masks and reference.tokenizer.mask_token is None:
-        raise InputError("the tokenizer has no mask token: say --mask-length 0")
+        raise InputError("the tokenizer has no mask token: set --mask-length 0")
 
 
 def _views(example: Example, reference: Reference, config: TuneConfig, rng: random.Random) -> tuple[str, str]:
@@ -144,10 +145,10 @@ def _prepare(
 
 
 def group(*sides: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Number examples so that those that share a text get equal numbers: int64 [examples].
+    """Return a group number for each example, int64 [examples], equal for examples that share a text.
 
-    Distinct lines may still be one to the model: by case, by white space, or beyond the limit. And in a corpus of
-    pairs a text may have several partners, which then are no negatives of each other.
+    Distinct lines may be equal to the model if they differ in case, in white space, or only after the limit. In a
+    corpus of pairs a text may have several partners, which must not be negatives of each other.
 
     Args:
         sides: token ids of the examples' first views, and of their second views.
@@ -172,7 +173,7 @@ def _draws_layers(config: TuneConfig) -> bool:
 
 
 def _repeats(config: TuneConfig, data: Sequence[Example]) -> bool:
-    """Whether second views say tokens twice; pairs are taken as they are."""
+    """Return whether second views repeat tokens; pairs never do."""
     return config.repetition > 0 and config.objective is Objective.MIRROR and isinstance(data[0], str)
 
 

@@ -1,4 +1,4 @@
-"""A run folder's model card: what it is, how it came about, and what was measured."""
+"""The model card of a run folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def render_card(
     after: Report | None,
     overlaps: Sequence[Overlap],
 ) -> str:
-    """Write the card's text, without front matter.
+    """Build the card's text, without front matter.
 
     Args:
         spec: the tuned encoder.
         config: the recipe.
-        corpus: what was learnt from.
+        corpus: the text it was tuned on.
         last: the last step.
         curve: file name of the loss curve.
-        before: the base, measured; None where nothing was.
-        after: the tuned encoder, measured on the same sets.
-        overlaps: how much of each evaluation set is in the corpus.
+        before: measures of the base; None without evaluation sets.
+        after: measures of the tuned encoder on the same sets.
+        overlaps: share of each evaluation set in the corpus.
     """
     how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
-    text = "pairs of texts that mean the same" if corpus.has_pairs else "lines of raw text, no labels"
+    text = "pairs of texts with the same meaning" if corpus.has_pairs else "lines of raw text, no labels"
     rows = {
         "vector": f"{spec.dim} numbers, unit length",
         "pooling": spec.pooling.value,
@@ -54,7 +54,7 @@ def render_card(
         parts.append(_results(before, after, overlaps))
     parts += [
         f"![loss]({curve})",
-        "`encoder.json` says what decides a vector; `train.json` and `metrics.jsonl` say how the weights came about.",
+        "`encoder.json` holds the settings that decide a vector; `train.json` and `metrics.jsonl` record the run.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -80,9 +80,9 @@ def _results(before: Report, after: Report, overlaps: Sequence[Overlap]) -> str:
     lines = [
         "## Measured",
         "",
-        "Spearman × 100 of cosine and people's scores, with 95 % intervals of a bootstrap over pairs "
+        "Spearman × 100 of cosine and human scores, with 95 % intervals of a bootstrap over pairs "
         f"({len(after.results[0].resampled):,} resamples). Aggregation {AGGREGATION}. The last column is the share of "
-        "a set's texts that the corpus holds: where it is large, the figure says less about other text.",
+        "a set's texts in the corpus: if it is large, the value predicts less about other text.",
         "",
         "| set | pairs | before | after | change | in the corpus |",
         "|---|---|---|---|---|---|",
@@ -93,7 +93,7 @@ def _results(before: Report, after: Report, overlaps: Sequence[Overlap]) -> str:
         lines.append(f"| mean ({group.value}) | | {before.means[group]} | {mean} | {change.means[group]:+} | |")
     lines += [
         "",
-        "How the vectors lie, before → after; lower is better but for IS:",
+        "Geometry of the vectors, before → after; lower is better, except for IS:",
         "",
         "| set | alignment | uniformity | anisotropy | IS | MVN |",
         "|---|---|---|---|---|---|",

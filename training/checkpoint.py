@@ -1,6 +1,6 @@
-"""The state of a run in one file, from which a killed run goes on as if nothing had happened.
+"""The state of a run in one file, from which a killed run resumes exactly.
 
-A safetensors file holds the tensors, and in its header, as JSON, the rest: one file, so it is whole or not there.
+A safetensors file holds the tensors, and its header the rest as JSON: one file, so it is whole or absent.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step did.
+    """The result of one step.
 
     Attributes:
         step: 1-based.
         loss: before the step's update.
         tokens: of all views and processes, without padding.
-        seconds: since the first step began; what a killed run did after its last checkpoint does not count.
+        seconds: since the start of the first step, without the work of a killed run after its last checkpoint.
     """
 
     step: int
@@ -46,7 +46,7 @@ class State:
 
     Attributes:
         tensors: of model, optimiser and random generators, by name.
-        steps: those that are done.
+        steps: finished so far.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -55,13 +55,11 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where a run keeps its state, and how often it is written.
-
-    With several hosts, all must see the file.
+    """A run's state file and how often to write it. If a run has several hosts, all must see the file.
 
     Attributes:
         path: the file; its folder must exist. Remove it when the run folder is complete.
-        every: steps from one writing to the next.
+        every: steps from one write to the next.
     """
 
     path: Path
@@ -72,18 +70,18 @@ class Checkpoint:
             raise InputError(f"--checkpoint-every is {self.every}: it must be at least 1")
 
     def due(self, step: int) -> bool:
-        """Tell whether the state is written after this step."""
+        """Return whether to write the state after this step."""
         return step % self.every == 0
 
     def save(self, state: State, identity: Mapping[str, Any]) -> None:
-        """Write the state in place of an earlier one.
+        """Write the state, replacing an earlier one.
 
         Args:
-            state: what to write.
-            identity: everything that decides the run's course, as JSON values.
+            state: the state.
+            identity: everything that determines the run, as JSON values.
 
         Raises:
-            InputError: the file cannot be written; an earlier one is still there.
+            InputError: the file cannot be written; an earlier one stays.
         """
         header = {
             "format_version": FORMAT_VERSION,
@@ -97,38 +95,38 @@ class Checkpoint:
             raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error
 
     def load(self, identity: Mapping[str, Any]) -> State | None:
-        """Read the state, or None where there is no file.
+        """Read the state; None if the file does not exist.
 
         Raises:
-            InputError: the file is not readable, or is of a run that differs in `identity`.
+            InputError: the file cannot be read, or is from a run with another `identity`.
         """
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["mirror"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{self.path} is no checkpoint that can be read ({error}): remove it") from error
+            raise InputError(f"{self.path} cannot be read as a checkpoint ({error}): remove it") from error
         if header.get("format_version") != FORMAT_VERSION:
-            raise InputError(f"{self.path} is of another version of this program: remove it to start afresh")
+            raise InputError(f"{self.path} is from another version of this program: remove it to start afresh")
         then, now = header["identity"], json.loads(json.dumps(dict(identity)))
         other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
         if other:
             differences = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in other)
             raise InputError(
-                f"{self.path} is the checkpoint of another run ({differences}): run that again to finish it, "
+                f"{self.path} is the checkpoint of another run ({differences}): finish that run first, "
                 "or remove the file to start afresh"
             )
         return State(tensors=tensors, steps=tuple(Step(**step) for step in header["steps"]))
 
     def remove(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the file if it exists."""
         self.path.unlink(missing_ok=True)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:
-    """Hash parts of any length so that no two lists of parts are confused: 64 hexadecimal digits."""
+    """Return the SHA-256 of a list of parts and their lengths, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

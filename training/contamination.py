@@ -1,4 +1,4 @@
-"""How much of an evaluation set's text is in a corpus: what was tuned on its own test sentences must say so."""
+"""Contamination: the share of an evaluation set's texts in a corpus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class _Kept(dict[int, int | None]):
-    """A `str.translate` table without punctuation and symbols, filled as characters are met."""
+    """A `str.translate` table that removes punctuation and symbols, filled as characters occur."""
 
     def __missing__(self, code: int) -> int | None:
         self[code] = None if unicodedata.category(chr(code))[0] in "PS" else code
@@ -19,21 +19,21 @@ _KEPT = _Kept()
 
 
 def normalise(text: str) -> str:
-    """Give the form in which texts are compared: case-folded, without punctuation, single spaces.
+    """Normalise a text for comparison: case-folded, without punctuation, single spaces.
 
-    A text of nothing but punctuation stays as it is.
+    A text of punctuation only is returned unchanged.
     """
     return " ".join(text.casefold().translate(_KEPT).split()) or text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """What one evaluation file and a corpus share.
+    """The texts that an evaluation file and a corpus share.
 
     Attributes:
         file: the evaluation file's name.
-        texts: its distinct texts, in normalised form.
-        found: how many of them are in the corpus.
+        texts: number of its distinct texts, normalised.
+        found: number of them in the corpus.
     """
 
     file: str
@@ -47,7 +47,7 @@ class Overlap:
 
 
 class ContaminationCheck:
-    """Evaluation texts to look for while a corpus goes by.
+    """Looks for evaluation texts while a corpus is read.
 
     Args:
         files: each evaluation file's name and texts.
@@ -56,14 +56,16 @@ class ContaminationCheck:
     def __init__(self, files: Iterable[tuple[str, Iterable[str]]]) -> None:
         self._files = [(name, {normalise(text) for text in texts}) for name, texts in files]
         self._known: set[str] = set().union(*(texts for _, texts in self._files))
-        self._seen: set[str] = set()
+        self._found: set[str] = set()
 
-    def meets(self, texts: Iterable[str]) -> bool:
-        """Note the texts of one record, and say whether any of them is an evaluation text."""
-        met = self._known.intersection(map(normalise, texts)) if self._known else set()
-        self._seen |= met
-        return bool(met)
+    def matches(self, texts: Iterable[str]) -> bool:
+        """Return whether any text of a record is an evaluation text, and count it."""
+        found = self._known.intersection(map(normalise, texts)) if self._known else set()
+        self._found |= found
+        return bool(found)
 
     def overlaps(self) -> tuple[Overlap, ...]:
-        """Give what was met so far, one entry a file."""
-        return tuple(Overlap(file=name, texts=len(texts), found=len(texts & self._seen)) for name, texts in self._files)
+        """Return the overlaps so far, one for each file."""
+        return tuple(
+            Overlap(file=name, texts=len(texts), found=len(texts & self._found)) for name, texts in self._files
+        )

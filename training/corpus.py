@@ -1,4 +1,4 @@
-"""The text that a run learns from: read, without repeats and evaluation texts, sampled, and described."""
+"""The corpus of a run: read, without duplicates and evaluation texts, sampled, and described."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from training.contamination import ContaminationCheck, Overlap
 from training.formats import Records
 
 MEASURED_TEXTS = 50_000
-"""The length report looks at no more texts than these, evenly spaced: tokenising millions would take minutes."""
+"""Maximum texts of the length report, evenly spaced: tokenising millions would take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRequest:
-    """What to learn from.
+    """The corpus to read.
 
     Attributes:
         files: paths or `hf:` names, see `Records`.
-        pairs: records are pairs of texts that mean the same.
+        pairs: records are pairs of texts with the same meaning.
         columns: of JSON lines, Parquet and data sets.
-        sample: how many of the distinct records to keep, drawn at random; None for all.
+        sample: number of distinct records to draw at random; None keeps all.
         seed: of the sample.
         exclude: evaluation sets, or files of lines, whose texts are left out.
     """
@@ -43,16 +43,16 @@ class CorpusRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusFile:
-    """One file as it was read.
+class FileCounts:
+    """Counts of one corpus file.
 
     Attributes:
         name: without its folder.
         sha256: of its bytes, or of a data set's texts.
-        lines: lines or rows, empty ones included.
-        empty: those with nothing but white space.
-        duplicates: those that repeat an earlier one, of this file or of one before it.
-        excluded: those that hold an evaluation text.
+        lines: lines or rows, including empty ones.
+        empty: lines of white space only.
+        duplicates: lines that repeat an earlier one of this or an earlier file.
+        excluded: lines that contain an evaluation text.
     """
 
     name: str
@@ -68,22 +68,22 @@ class Corpus:
     """Distinct texts, or distinct pairs of texts.
 
     Attributes:
-        examples: stripped, without repeats, in the files' order.
-        files: what they were read from.
-        overlaps: what was left out, one entry an excluded file.
-        sampled_from: the distinct records before sampling; None where all were kept.
-        sha256: of the texts that are left (TAB between partners), a newline after each.
+        examples: stripped, without duplicates, in the order of the files.
+        files: counts of each file.
+        overlaps: texts that were left out, one entry for each `exclude` file.
+        sampled_from: number of distinct records before sampling; None if all were kept.
+        sha256: of the examples (TAB between partners), a newline after each.
     """
 
     examples: tuple[Example, ...]
-    files: tuple[CorpusFile, ...]
+    files: tuple[FileCounts, ...]
     overlaps: tuple[Overlap, ...] = ()
     sampled_from: int | None = None
     sha256: str
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every text: of pairs, both."""
+        """Every text; both of a pair."""
         return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
 
     @property
@@ -103,35 +103,35 @@ class Corpus:
 
     @property
     def duplicates(self) -> int:
-        """Repeats in all files."""
+        """Duplicates in all files."""
         return sum(file.duplicates for file in self.files)
 
     @property
     def excluded(self) -> int:
-        """Lines that were left out for an evaluation text."""
+        """Lines left out because they contain an evaluation text."""
         return sum(file.excluded for file in self.files)
 
     def overlap_with(self, files: Sequence[tuple[str, Sequence[str]]]) -> tuple[Overlap, ...]:
-        """Look for evaluation texts in what is left.
+        """Look for evaluation texts in the examples.
 
         Args:
             files: each evaluation set's name and texts.
         """
-        watch = ContaminationCheck(files)
-        watch.meets(self.texts)
-        return watch.overlaps()
+        check = ContaminationCheck(files)
+        check.matches(self.texts)
+        return check.overlaps()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How long texts are in tokens, special tokens included.
+    """Lengths of texts in tokens, including special tokens.
 
     Attributes:
-        texts: how many were measured.
+        texts: number of measured texts.
         p50: the median.
         p95: the 95th percentile.
         max: the longest.
-        over: share of texts longer than `max_tokens`, 0 to 1: these are cut while tuning.
+        over: share of texts longer than `max_tokens`, 0 to 1, which are truncated while tuning.
         max_tokens: the recipe's limit.
     """
 
@@ -146,38 +146,38 @@ class Lengths:
 def read_corpus(request: CorpusRequest) -> Corpus:
     """Read text files, data sets, or pairs.
 
-    Repeats are dropped: two equal lines in one batch would be pushed apart although they are the same. The files are
-    streamed; in memory are the records that are kept and eight bytes' worth of every distinct one.
+    Duplicates are dropped: two equal lines in one batch would be pushed apart although they are the same. The files are
+    streamed; memory holds the kept records and an 8-byte hash of every distinct one.
 
     Raises:
-        InputError: a file cannot be read or is no text, fewer than two distinct records are left, or all have one
+        InputError: a file cannot be read or is not text, fewer than two distinct records are left, or all have one
             character.
     """
     if not request.files:
-        raise InputError("no corpus: give at least one file")
+        raise InputError("no corpus: pass at least one file")
     sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in request.files]
     if request.columns and not any(source.has_columns for source in sources):
         raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
-    watch = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
-    kept = _Sample(request.sample, request.seed)
-    seen: set[int] = set()
-    files = tuple(_read_file(source, watch, kept, seen) for source in sources)
-    records = kept.records()
-    _check(request, files, kept.met, records)
+    excluded = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
+    sample = _Sample(request.sample, request.seed)
+    known: set[int] = set()
+    files = tuple(_read_file(source, excluded, sample, known) for source in sources)
+    records = sample.records()
+    _check(request, files, sample.offered, records)
     digest = hashlib.sha256()
     for record in records:
         digest.update("\t".join(record).encode() + b"\n")
     return Corpus(
         examples=tuple((record[0], record[1]) if request.pairs else record[0] for record in records),
         files=files,
-        overlaps=watch.overlaps(),
-        sampled_from=kept.met if len(records) < kept.met else None,
+        overlaps=excluded.overlaps(),
+        sampled_from=sample.offered if len(records) < sample.offered else None,
         sha256=digest.hexdigest(),
     )
 
 
 def measure_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Lengths:
-    """Count tokens of the corpus' texts."""
+    """Measure the lengths of the corpus' texts."""
     texts = corpus.texts
     texts = texts[:: -(-len(texts) // MEASURED_TEXTS)]
     backend = tokenizer.backend_tokenizer
@@ -196,28 +196,30 @@ def measure_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_toke
 
 
 class _Sample:
-    """Records drawn evenly from a stream of unknown length (algorithm R), or all of them."""
+    """A uniform sample of a stream of unknown length (algorithm R), or all of it."""
 
     def __init__(self, size: int | None, seed: int) -> None:
         if size is not None and size < 2:
-            raise InputError(f"--sample is {size}: a text is learnt against others, so give at least a batch")
+            raise InputError(
+                f"--sample is {size}: it must be at least one batch, since texts are learnt against others"
+            )
         self._size = size
         self._rng = random.Random(seed)
         self._kept: list[tuple[int, tuple[str, ...]]] = []
-        self.met = 0
+        self.offered = 0
 
     def offer(self, record: tuple[str, ...]) -> None:
-        if self._size is None or self.met < self._size:
-            self._kept.append((self.met, record))
-        elif (slot := self._rng.randrange(self.met + 1)) < self._size:
-            self._kept[slot] = (self.met, record)
-        self.met += 1
+        if self._size is None or self.offered < self._size:
+            self._kept.append((self.offered, record))
+        elif (slot := self._rng.randrange(self.offered + 1)) < self._size:
+            self._kept[slot] = (self.offered, record)
+        self.offered += 1
 
     def records(self) -> list[tuple[str, ...]]:
         return [record for _, record in sorted(self._kept)]
 
 
-def _read_file(source: Records, watch: ContaminationCheck, kept: _Sample, seen: set[int]) -> CorpusFile:
+def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]) -> FileCounts:
     lines = empty = duplicates = excluded = 0
     for record in source:
         lines += 1
@@ -227,15 +229,15 @@ def _read_file(source: Records, watch: ContaminationCheck, kept: _Sample, seen: 
             empty += 1
             continue
         key = int.from_bytes(hashlib.blake2b("\t".join(record).encode(), digest_size=8).digest(), "little")
-        if key in seen:
+        if key in known:
             duplicates += 1
             continue
-        seen.add(key)
-        if watch.meets(record):
+        known.add(key)
+        if excluded_texts.matches(record):
             excluded += 1
             continue
-        kept.offer(record)
-    return CorpusFile(
+        sample.offer(record)
+    return FileCounts(
         name=Path(source.name).name,
         sha256=source.sha256,
         lines=lines,
@@ -246,17 +248,19 @@ def _read_file(source: Records, watch: ContaminationCheck, kept: _Sample, seen: 
 
 
 def _check(
-    request: CorpusRequest, files: Sequence[CorpusFile], distinct: int, records: Sequence[tuple[str, ...]]
+    request: CorpusRequest, files: Sequence[FileCounts], distinct: int, records: Sequence[tuple[str, ...]]
 ) -> None:
     name, what = ", ".join(request.files), "pair" if request.pairs else "line"
     excluded = sum(file.excluded for file in files)
     if distinct < 2 and excluded:
         raise InputError(f"corpus {name}: {excluded} of {excluded + distinct} distinct {what}s are in --exclude files")
     if not distinct:
-        raise InputError(f"corpus {name} is empty: give UTF-8 text, one sentence a line")
+        raise InputError(f"corpus {name} is empty: it must be UTF-8 text, one sentence a line")
     if distinct == 1:
         raise InputError(
-            f"corpus {name} has one distinct {what}, and a text is learnt against others: give several hundred"
+            f"corpus {name} has one distinct {what}, and texts are learnt against others: pass several hundred"
         )
     if all(len(text) == 1 for record in records for text in record):
-        raise InputError(f"corpus {name} has lines of one character only: give one sentence, phrase or word a line")
+        raise InputError(
+            f"corpus {name} has lines of one character only: it must have a sentence, phrase or word a line"
+        )

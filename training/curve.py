@@ -1,4 +1,4 @@
-"""A run's loss as a picture. Drawn with the Agg canvas: no display, no global state."""
+"""The loss curve of a run. Drawn with the Agg canvas: no display, no global state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.checkpoint import Step
 CURVE_PACKAGE = "matplotlib.figure"
 
 SMOOTHED = 0.05
-"""The running mean is over this share of the steps."""
+"""Window of the running mean, as a share of the steps."""
 
 
 def draw_curve(steps: Sequence[Step], path: Path) -> None:

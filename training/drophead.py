@@ -1,7 +1,7 @@
-"""DropHead: leave out whole attention heads at random, for each text anew (Mirror-BERT section 4, after Zhou et al.).
+"""DropHead: drop whole attention heads at random, drawn for each text (Mirror-BERT section 4, after Zhou et al.).
 
-It acts on what the heads give, before the layer's output projection, and so needs no attention weights: it works with
-fused attention and with our own. In packed rows each text has its own draw, as if it were alone in its row.
+It scales the output of the heads before the layer's output projection, so it needs no attention probabilities and works
+with every attention. In packed rows each text has its own draw, as if it were alone in its row.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from mirror_runtime.errors import InputError
 
 OUTPUT_PROJECTIONS = ("attention.output.dense", "attention.out_lin", "attention.attn.o")
-"""How the families name what follows the heads: BERT, RoBERTa, XLM-R and ELECTRA; DistilBERT; MPNet."""
+"""Module names of the projection after the heads: of BERT, RoBERTa, XLM-R and ELECTRA; of DistilBERT; of MPNet."""
 
 
 class DropHead:
-    """The hook behind `drop_heads`.
+    """The forward pre-hook of `drop_heads`.
 
     Attributes:
-        text_ids: int64 [rows, length], which text each slot of the next forward pass belongs to.
+        text_ids: int64 [rows, length], the text of each slot in the next forward pass.
     """
 
     text_ids: torch.Tensor
@@ -34,7 +34,7 @@ class DropHead:
         self.heads = heads
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Scale the heads of a layer; called by PyTorch before the output projection."""
+        """Scale the heads of a layer. PyTorch calls this before the output projection."""
         if not module.training:
             return None
         (context,) = inputs
@@ -44,16 +44,16 @@ class DropHead:
 
 
 def head_scales(texts: int, heads: int, rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw what each head of each text is multiplied by.
+    """Draw the factor of each head of each text.
 
     Heads stay with probability 1 - `rate`, independently; those that stay are scaled by heads / staying heads. A text
-    that would lose all its heads keeps all of them: the published code divides by zero there.
+    that would lose all its heads keeps all of them; the published code divides by zero then.
 
     Args:
-        texts: how many.
+        texts: number of texts.
         heads: of a layer.
         rate: 0 to below 1.
-        device: whose generator draws.
+        device: of the generator and the result.
 
     Returns:
         float32 [texts, heads].
@@ -68,10 +68,10 @@ def drop_heads(model: PreTrainedModel, rate: float) -> Iterator[DropHead | None]
     """Drop heads in every layer of a model in training mode while the block runs.
 
     Yields:
-        What must be told the `text_ids` before each forward pass; None where `rate` is 0.
+        The hook, whose `text_ids` must be set before each forward pass; None if `rate` is 0.
 
     Raises:
-        InputError: the model's attention is of no family that is known here.
+        InputError: the model's family is not supported.
     """
     if rate == 0:
         yield None
@@ -79,7 +79,7 @@ def drop_heads(model: PreTrainedModel, rate: float) -> Iterator[DropHead | None]
     config: Any = model.config
     projections = [child for name, child in model.named_modules() if name.endswith(OUTPUT_PROJECTIONS)]
     if len(projections) != config.num_hidden_layers:
-        raise InputError(f"--drophead cannot be used with a {config.model_type} model: leave it out")
+        raise InputError(f"--drophead is not supported for a {config.model_type} model: leave it out")
     hook = DropHead(rate, config.num_attention_heads)
     handles = [projection.register_forward_pre_hook(hook) for projection in projections]
     try:

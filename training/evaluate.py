@@ -38,19 +38,19 @@ def command(
     ],
     sts: Annotated[list[str] | None, typer.Option(help="sentence similarity sets: files or folders")] = None,
     words: Annotated[list[str] | None, typer.Option(help="word similarity sets: files, or MULTISIMLEX:ENG")] = None,
-    pooling: Annotated[Pooling | None, typer.Option(help="needed where an encoder does not record it")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="required if an encoder does not record it")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="cut texts here; by default as far as each encoder reads")
+        int | None, typer.Option(help="truncate texts to this many tokens (each encoder's own limit)")
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="of the bootstrap behind the 95 % intervals")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="of the bootstrap")] = 0,
-    output: Annotated[Path | None, typer.Option(help="write the report as JSON, too")] = None,
+    output: Annotated[Path | None, typer.Option(help="also write the report to this JSON file")] = None,
 ) -> None:
-    """Compare cosines with people's scores: Spearman times 100 per set with a 95 % interval, and the plain mean.
+    """Compare cosines with human scores: Spearman times 100 per set with a 95 % interval, and the plain mean.
 
-    A set's parts are put together and ranked at once ("all"). Vectors are the PyTorch reference's, in fp32. The last
-    line of stdout is one JSON object.
+    A set's parts are put together and ranked at once ("all"). Vectors come from the PyTorch reference, in fp32. The
+    last line of stdout is one JSON object.
     """
     if output is not None:
         _check_output(output)
@@ -62,11 +62,20 @@ def command(
         for name, source in zip(encoders, sources, strict=True):
             task = progress.add_task(name, total=None)
 
-            def on_texts(done: int, total: int, task: Any = task) -> None:
+            def on_progress(done: int, total: int, task: Any = task) -> None:
                 progress.update(task, completed=done, total=total)
 
+            encode = Reference.load(source).encode_unnormalized
             reports.append(
-                evaluate(Reference.load(source), sets, name=name, resamples=resamples, seed=seed, on_texts=on_texts)
+                evaluate(
+                    encode,
+                    sets,
+                    spec=source.spec,
+                    name=name,
+                    resamples=resamples,
+                    seed=seed,
+                    on_progress=on_progress,
+                )
             )
     show(reports, console)
     report = json.dumps(as_json(reports), ensure_ascii=False)
@@ -76,25 +85,25 @@ def command(
 
 
 def load_sets(sts: Sequence[str], words: Sequence[str]) -> dict[Group, list[EvaluationSet]]:
-    """Read evaluation sets by what is averaged together.
+    """Read evaluation sets by group.
 
     Raises:
-        InputError: there is none, or one cannot be read.
+        InputError: both lists are empty, or a set cannot be read.
     """
     if not sts and not words:
-        raise InputError("nothing to evaluate on: give --sts or --words files")
-    given = {Group.STS: sts, Group.WORDS: words}
-    return {group: [one for path in paths for one in read_sets(path)] for group, paths in given.items()}
+        raise InputError("nothing to evaluate on: pass --sts or --words files")
+    files = {Group.STS: sts, Group.WORDS: words}
+    return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
 
 
 def evaluation_progress(console: Console) -> Progress:
-    """Make a progress display of texts encoded."""
+    """Build a progress display that counts encoded texts."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console)
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
-    """Give all reports, and what each encoder gains over the first."""
+    """Return all reports, and each encoder's differences to the first, as JSON values."""
     changes = []
     for other in reports[1:]:
         change = difference(reports[0], other)
@@ -111,7 +120,7 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def show(reports: Sequence[Report], console: Console) -> None:
-    """Print the correlations side by side, then how each encoder's vectors lie."""
+    """Print the correlations side by side, then the geometry of each encoder's vectors."""
     short = [Path(report.encoder).name for report in reports]
     names = short if len(set(short)) == len(short) else [report.encoder for report in reports]
     labels = [f"{name} ({report.spec.pooling.value})" for name, report in zip(names, reports, strict=True)]
@@ -142,28 +151,28 @@ def _correlations(reports: Sequence[Report], labels: Sequence[str]) -> Table:
 
 def _geometry(report: Report, label: str) -> Table:
     table = Table(
-        title=f"How the vectors of {label} lie",
-        caption=f"Alignment: pairs scored at least {CLOSE:.0%} of the highest score. Lower is better but for IS.",
+        title=f"Geometry of the vectors of {label}",
+        caption=f"Alignment: pairs scored at least {CLOSE:.0%} of the highest score. Lower is better, except for IS.",
         title_justify="left",
     )
     table.add_column("set")
     for name in ("alignment", "uniformity", "anisotropy", "IS", "MVN"):
         table.add_column(name, justify="right")
     for result in report.results:
-        close = "–" if result.alignment is None else f"{result.alignment:.3f}"
+        alignment = "–" if result.alignment is None else f"{result.alignment:.3f}"
         rest = (result.uniformity, result.anisotropy, result.isotropy, result.mean_norm)
-        table.add_row(result.name, close, *(f"{value:.3f}" for value in rest))
+        table.add_row(result.name, alignment, *(f"{value:.3f}" for value in rest))
     return table
 
 
 def _check_output(path: Path) -> None:
-    """Refuse before the work what could not be written after it."""
+    """Check before the work that the report can be written after it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: give a file in a folder that may be written")
+        raise InputError(f"{path} cannot be written: choose a file in a writable folder")
 
 
 def _write(path: Path, text: str) -> None:
@@ -175,7 +184,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 where the input cannot be used."""
+    """Run the command line and return the exit status: 2 if the input cannot be used."""
     return run_command(app, argv, "evaluate.py", lists={"--sts": None, "--words": None})
 
 

@@ -11,7 +11,7 @@ from mirror_runtime.extras import require
 from training.checkpoint import Step
 
 FLUSH_SECONDS = 5
-"""So that a run can be watched; the library's own default is two minutes."""
+"""Short enough to watch a run; the library's default is two minutes."""
 
 
 class Events:
@@ -25,24 +25,23 @@ class Events:
         self._writer = writer
 
     def step(self, step: Step) -> None:
-        """Note loss, tokens and speed of a step."""
-        self._writer.add_scalar("loss", step.loss, step.step)
-        self._writer.add_scalar("tokens", step.tokens, step.step)
-        self._writer.add_scalar("seconds", step.seconds, step.step)
+        """Record loss, tokens and seconds of a step."""
+        for name in ("loss", "tokens", "seconds"):
+            self.value(name, getattr(step, name), step.step)
 
-    def figure(self, name: str, value: float, step: int) -> None:
-        """Note one figure at a step."""
+    def value(self, name: str, value: float, step: int) -> None:
+        """Record one value at a step."""
         self._writer.add_scalar(name, value, step)
 
 
 @contextmanager
 def open_events(folder: Path) -> Iterator[Events]:
-    """Give a new event file in a folder, complete when the block ends.
+    """Open a new event file in a folder, and complete it when the block ends.
 
     Raises:
         MissingExtra: tensorboard is not installed.
     """
-    require("tensorboard", "train")  # torch's own message would not say what to install
+    require("tensorboard", "train")  # torch's own message does not name the extra to install
     writer = require("torch.utils.tensorboard", "train").SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
     try:
         yield Events(writer)

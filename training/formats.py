@@ -1,6 +1,6 @@
-"""Streams of raw text from what people have: text lines, pairs, JSON lines, Parquet, and data sets by name.
+"""Readers of corpus files: text lines, pairs, JSON lines, Parquet, and data sets by name.
 
-Every reader holds one line, or one batch of rows, at a time.
+Every reader holds one line, or one batch of rows, in memory.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 
 HUB = "hf:"
-"""What a data set's name begins with: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
+"""Prefix of a data set's name: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
 
 TEXT_COLUMNS = ("text",)
 PAIR_COLUMNS = ("text1", "text2")
 
 
 class Records:
-    """One corpus file as an iterable of records: tuples of one text, or of two where `pairs` is set.
+    """One corpus file as an iterable of records: tuples of one text, or of two if `pairs` is set.
 
-    Texts are stripped; an empty line or a missing value gives empty texts.
+    Texts are stripped; an empty line or a missing value becomes empty texts.
 
     Args:
-        name: a path, or a data set's name after `hf:`. `.jsonl` and `.parquet` are read as such, anything else as UTF-8
-            text, and `.gz` is unpacked on the way.
+        name: a path, or `hf:` and a data set's name. `.jsonl` and `.parquet` are read as such, anything else as UTF-8
+            text; `.gz` is decompressed first.
         pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
-        columns: of JSON lines, Parquet and data sets; empty for `text`, or `text1` and `text2`.
+        columns: of JSON lines, Parquet and data sets; empty means `text`, or `text1` and `text2`.
     """
 
     def __init__(self, name: str, *, pairs: bool = False, columns: Sequence[str] = ()) -> None:
@@ -44,17 +44,17 @@ class Records:
         if len(self.columns) != (2 if pairs else 1):
             raise InputError(
                 f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
-                + ("pairs need two" if pairs else "give one, or two with --pairs")
+                + ("pairs need two" if pairs else "name one, or two with --pairs")
             )
 
     @property
     def sha256(self) -> str:
-        """Hash of the file's (unpacked) bytes, or of a data set's texts; whole once the records were read."""
+        """Hash of the file's (decompressed) bytes, or of a data set's texts; final after all records were read."""
         return self._digest.hexdigest()
 
     @property
     def has_columns(self) -> bool:
-        """Whether the format knows columns."""
+        """Whether the format has columns."""
         return self.name.startswith(HUB) or self._suffix in (".jsonl", ".parquet")
 
     @property
@@ -65,7 +65,7 @@ class Records:
         """Read from the start.
 
         Raises:
-            InputError: naming the file, and the line or column that cannot be used.
+            InputError: a record is malformed; the message names the file, and the line or column.
         """
         self._digest = hashlib.sha256()
         if self.name.startswith(HUB):
@@ -104,7 +104,7 @@ class Records:
                 yield (value.strip(),)
                 continue
             if not isinstance(value, dict):
-                raise InputError(f"{where}: a {type(value).__name__} where an object is expected")
+                raise InputError(f"{where}: a {type(value).__name__}, expected an object")
             _check_columns(where, self.columns, list(value))
             yield tuple(_text(where, name, value[name]) for name in self.columns)
 
@@ -132,7 +132,7 @@ class Records:
         datasets = require("datasets", "train")
         name, *rest = self.name.removeprefix(HUB).split(":")
         if not name or len(rest) > 2:
-            raise InputError(f"{self.name}: say hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
+            raise InputError(f"{self.name}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
         config, split = ([None, "train"] if not rest else [None, *rest])[-2:]
         try:
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -146,11 +146,11 @@ class Records:
             reason = (str(error).splitlines() or ["no reason given"])[0]
             raise InputError(
                 f"data set {name!r} (config {config}, split {split}) cannot be read: check the name and the network, "
-                f"or give a file ({type(error).__name__}: {reason})"
+                f"or pass a file ({type(error).__name__}: {reason})"
             ) from error
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        """Give the lines with their numbers. Only a newline ends one: U+2028 may be part of a text."""
+        """Yield the lines with their numbers. Only a newline ends a line: U+2028 may be part of a text."""
         try:
             opened = gzip.open(self.name, "rb") if self.name.endswith(".gz") else open(self.name, "rb")  # noqa: SIM115
             with cast("IO[bytes]", opened) as stream:
@@ -164,7 +164,7 @@ class Records:
     def _decode(self, data: bytes, number: int) -> str:
         if b"\0" in data:
             raise InputError(
-                f"corpus {self.name} is not text: line {number} holds NUL bytes. Give UTF-8 text, one sentence a line"
+                f"corpus {self.name} is not text: line {number} holds NUL bytes. It must be UTF-8, one sentence a line"
             )
         try:
             return data.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
@@ -174,8 +174,8 @@ class Records:
             ) from error
 
 
-def _check_columns(where: str, wanted: Sequence[str], found: Sequence[str]) -> None:
-    for name in wanted:
+def _check_columns(where: str, required: Sequence[str], found: Sequence[str]) -> None:
+    for name in required:
         if name not in found:
             has = ", ".join(map(repr, found)) or "none"
             raise InputError(f"{where}: no column {name!r}, only {has}. Name the right one with --column")
@@ -185,5 +185,5 @@ def _text(where: str, column: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: column {column!r} holds a {type(value).__name__} where text is expected")
+        raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, expected text")
     return value.strip()

@@ -1,8 +1,8 @@
-"""The gradient of a loss over a whole batch, with the memory of a part of it (GradCache, Gao et al. 2021, section 3).
+"""The gradient of a loss over a whole batch, in the memory of a part of it (GradCache, Gao et al. 2021, section 3).
 
 A contrastive loss needs the vectors of all texts at once, but the graph behind a vector needs only that vector's
-gradient. So all pieces are encoded without a graph, the loss gives each vector's gradient, and each piece is encoded
-once more, now with its graph and with the same dropout masks, and sent backward.
+gradient. So all pieces are encoded without a graph; the loss yields each vector's gradient; then each piece is encoded
+again, with its graph and the same dropout masks, and its gradient is propagated.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def accumulate(
     """Add the gradient of a loss over all pieces' vectors to the parameters' `grad`.
 
     Args:
-        pieces: int64 [texts of the piece] each: their places in the whole. A single piece is encoded once.
-        encode: gives float [texts of the piece, dim] for a piece's number.
-        loss_of: gives a scalar for float [texts, dim]. What else it depends on gets its gradient, too.
-        generator: from which `encode` draws; it is set back so that both passes draw the same.
-        autocast: entered once a pass, so that weights are cast once and not once a piece.
+        pieces: int64 [texts of the piece] each: their indices in the whole. A single piece is encoded once.
+        encode: maps a piece's number to float [texts of the piece, dim].
+        loss_of: maps float [texts, dim] to a scalar. Other tensors that it depends on get their gradient, too.
+        generator: from which `encode` draws; it is rewound so that both passes draw the same.
+        autocast: entered once a pass, so that weights are cast once instead of once a piece.
 
     Returns:
         The loss, without a graph.
@@ -61,5 +61,5 @@ def accumulate(
 
 
 def _inverse(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Give where each text of the whole lies among the pieces, one after another."""
+    """Return the index of each text of the whole in the concatenated pieces."""
     return torch.cat(list(pieces)).argsort()

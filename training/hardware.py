@@ -1,4 +1,4 @@
-"""What a run runs on: device, number format, and the other processes where a launcher started several."""
+"""The hardware of a run: device, precision, and the processes that a launcher started."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mirror_runtime.host import has_bf16
 from training.recipe import Device, TunePrecision
 
 LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where a launcher says how many processes it started: `accelerate launch` with GPUs, `torchrun`, and the MPI that
-`accelerate launch` uses on CPUs."""
+"""Environment variables with the number of processes: of `torchrun` and of `accelerate launch` with GPUs, and of the
+MPI implementations that `accelerate launch` uses on CPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a run runs on, after `auto` was decided.
+    """The hardware of a run, with every `auto` decided.
 
     Attributes:
         device: of this process.
         precision: of the matrix products.
-        rank: which of the processes this is, from 0. Process 0 alone writes and reports.
-        processes: how many share each batch.
+        rank: number of this process, from 0. Only process 0 writes and reports.
+        processes: number of processes that share each batch.
     """
 
     device: Device
@@ -36,28 +36,28 @@ class Hardware:
 
     @property
     def writes(self) -> bool:
-        """Whether this is the process that writes and reports."""
+        """Whether this process writes and reports."""
         return self.rank == 0
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Give the context in which matrix products run in `precision`."""
+        """Return the context in which matrix products run in `precision`."""
         if self.precision is TunePrecision.FP32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.value, dtype=torch.bfloat16)
 
     def generator(self) -> torch.Generator:
-        """Give the generator from which the device's dropout draws."""
+        """Return the generator from which the device's dropout draws."""
         if self.device is Device.CUDA:
             return torch.cuda.default_generators[torch.cuda.current_device()]
         return torch.default_generator
 
     def share(self, count: int) -> slice:
-        """Give this process's part of a batch of `count` texts, which `processes` must divide."""
+        """Return this process's part of a batch of `count` texts, a multiple of `processes`."""
         size = count // self.processes
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Join all processes' tensors along the first dimension, in the order of ranks; they have one shape.
+        """Concatenate all processes' tensors, which have one shape, along the first dimension in the order of ranks.
 
         Returns:
             A tensor without a graph, on the device of `own`.
@@ -84,15 +84,15 @@ class Hardware:
 
 
 def choose_hardware(device: Device, precision: TunePrecision) -> Hardware:
-    """Decide what `auto` means on this machine, and join the other processes of a launch.
+    """Decide every `auto` on this machine, and join the other processes of a launch.
 
     Raises:
-        EngineError: CUDA was asked for and is not there.
+        EngineError: `device` is CUDA, and this PyTorch finds no NVIDIA GPU.
     """
     if device is Device.AUTO:
         device = Device.CUDA if torch.cuda.is_available() else Device.CPU
     if device is Device.CUDA and not torch.cuda.is_available():
-        raise EngineError("--device cuda: this PyTorch sees no NVIDIA GPU. Install a CUDA build, or say --device cpu")
+        raise EngineError("--device cuda: PyTorch finds no NVIDIA GPU. Install a CUDA build, or use --device cpu")
     rank, processes = _join(device)
     if precision is TunePrecision.AUTO:
         precision = TunePrecision.BF16 if _multiplies_bf16(device) else TunePrecision.FP32
@@ -102,9 +102,9 @@ def choose_hardware(device: Device, precision: TunePrecision) -> Hardware:
 def _join(device: Device) -> tuple[int, int]:
     if all(os.environ.get(name, "1") == "1" for name in LAUNCHED):
         return 0, 1
-    from accelerate import PartialState  # a second of import time that a run of one process need not pay
+    from accelerate import PartialState  # a second of import time, which a run of one process does not need
 
-    state = PartialState(cpu=device is Device.CPU)  # takes this process's GPU, too
+    state = PartialState(cpu=device is Device.CPU)  # also selects this process's GPU
     return state.process_index, state.num_processes
 
 

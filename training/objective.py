@@ -1,4 +1,4 @@
-"""What a step minimises: losses over the vectors of a whole batch, found by name."""
+"""Objectives: losses over the vectors of a whole batch, by name."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class Objective(str, Enum):
-    """Names of objectives."""
+    """The objectives."""
 
     MIRROR = "mirror"
     """Symmetric NT-Xent over both views (Mirror-BERT equation 1, in the form of its published code)."""
     SELF_GUIDED = "self-guided"
-    """A text's vector against the pooled layers of a frozen copy of the model (SG-BERT section 3)."""
+    """A text's vector against pooled layers of a frozen copy of the model (SG-BERT section 3)."""
 
 
 class Variant(str, Enum):
@@ -23,24 +23,24 @@ class Variant(str, Enum):
     BASE = "base"
     """NT-Xent between vector and view; one layer is drawn for each text, as in OPT1 and OPT2."""
     OPT1 = "opt1"
-    """Vectors alone are anchors; other vectors and other texts' views are negatives."""
+    """Only vectors are anchors; other vectors and other texts' views are negatives."""
     OPT2 = "opt2"
-    """As OPT1, without other vectors as negatives."""
+    """Like OPT1, without other vectors as negatives."""
     OPT3 = "opt3"
-    """As OPT2, with all layers at once as views: the paper's SG-OPT."""
+    """Like OPT2, with all layers at once as views: the paper's SG-OPT."""
 
 
 def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give the mean cross-entropy of finding each vector's other view among all 2B - 1 other vectors.
+    """Compute the mean cross-entropy of identifying each vector's other view among all 2B - 1 other vectors.
 
     The positive is part of the denominator and both views of the other texts are negatives, as in the published code
     (the paper prints the sum without the positive).
 
     Args:
-        first: float [B, dim], need not be normalised: similarity is the cosine.
+        first: float [B, dim]; need not be normalised, since similarity is the cosine.
         second: float [B, dim], the same texts' second views.
         temperature: divides the cosine.
-        groups: int64 [B]: texts of one group are the same to the model, and so are no negatives of each other.
+        groups: int64 [B]: texts of one group are the same to the model, so they are not negatives of each other.
 
     Returns:
         float32 scalar.
@@ -57,12 +57,12 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, group
 
 
 def guided_base(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give NT-Xent between texts' vectors and their views; arguments as `guided_opt3`, with K = 1."""
+    """Compute NT-Xent between texts' vectors and their views; arguments like `guided_opt3`, with K = 1."""
     return nt_xent(vectors, views[:, 0], temperature, groups)
 
 
 def guided_opt1(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give SG-BERT's OPT1; arguments as `guided_opt3`, with K = 1."""
+    """Compute SG-BERT's OPT1; arguments like `guided_opt3`, with K = 1."""
     negatives = _cosines(vectors, vectors, temperature).masked_fill(_same(groups), float("-inf"))
     return torch.nn.functional.cross_entropy(
         torch.cat([_view_logits(vectors, views[:, 0], temperature, groups), negatives], dim=1),
@@ -71,36 +71,36 @@ def guided_opt1(vectors: torch.Tensor, views: torch.Tensor, temperature: float, 
 
 
 def guided_opt2(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give SG-BERT's OPT2; arguments as `guided_opt3`, with K = 1."""
+    """Compute SG-BERT's OPT2; arguments like `guided_opt3`, with K = 1."""
     return torch.nn.functional.cross_entropy(
         _view_logits(vectors, views[:, 0], temperature, groups), torch.arange(len(groups), device=groups.device)
     )
 
 
 def guided_opt3(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give SG-BERT's OPT3: the mean over texts i and layers k of -log p(i, k).
+    """Compute SG-BERT's OPT3: the mean over texts i and layers k of -log p(i, k).
 
     p(i, k) is the share of view (i, k) among itself and all layers' views of all other texts.
 
     Args:
-        vectors: float [B, dim], of the tuned model, behind the projection head.
-        views: float [B, K, dim], of the frozen copy, behind the same head.
+        vectors: float [B, dim], of the tuned model, after the projection head.
+        views: float [B, K, dim], of the frozen copy, after the same head.
         temperature: divides the cosine.
-        groups: int64 [B]: texts of one group are the same to the model, and so are no negatives of each other.
+        groups: int64 [B]: texts of one group are the same to the model, so they are not negatives of each other.
 
     Returns:
         float32 scalar.
     """
     count, layers, dim = views.shape
     cosines = _cosines(vectors, views.reshape(count * layers, dim), temperature).view(count, count, layers)
-    own = torch.arange(count, device=groups.device)
-    positives = cosines[own, own]
+    index = torch.arange(count, device=groups.device)
+    positives = cosines[index, index]
     negatives = cosines.masked_fill(_same(groups)[:, :, None], float("-inf")).flatten(1).logsumexp(dim=1)
     return (torch.logaddexp(positives, negatives[:, None]) - positives).mean()
 
 
 def _cosines(left: torch.Tensor, right: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Give float32 [left, right]."""
+    """Return all cosines over the temperature, float32 [left, right]."""
     normalize = torch.nn.functional.normalize
     return normalize(left.float(), dim=-1) @ normalize(right.float(), dim=-1).T / temperature
 
@@ -110,7 +110,7 @@ def _same(groups: torch.Tensor) -> torch.Tensor:
 
 
 def _view_logits(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Give float32 [B, B]: vector against view, the positive on the diagonal, -inf for the same text elsewhere."""
+    """Return float32 [B, B]: vector against view, the positive on the diagonal, -inf elsewhere for the same text."""
     others = _same(groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
     return _cosines(vectors, views, temperature).masked_fill(others, float("-inf"))
 

@@ -211,7 +211,6 @@ def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> 
     if pooling is Pooling.LAST:
         return flat[first + sizes - 1]
     totals = flat.new_zeros(len(sizes) + 1, flat.shape[1])  # row 0 is for the empty slots
-
     if pooling is Pooling.MAX:
         attended = packed.attended.to(device).flatten()
         index = (text_ids * attended)[:, None].expand(-1, flat.shape[1])

@@ -28,13 +28,13 @@ class Device(str, Enum):
     """Where the model is tuned."""
 
     AUTO = "auto"
-    """The NVIDIA GPU if there is one, else the CPU."""
+    """The NVIDIA GPU if PyTorch finds one, else the CPU."""
     CPU = "cpu"
     CUDA = "cuda"
 
 
 class Schedule(str, Enum):
-    """How the learning rate goes down after warm-up."""
+    """The learning rate after warm-up."""
 
     CONSTANT = "constant"
     LINEAR = "linear"
@@ -51,43 +51,43 @@ class Recipe(str, Enum):
     """Phrases of a few words; published for biomedical names."""
     WORD = "word"
     SELF_GUIDED = "self-guided"
-    """SG-BERT's SG-OPT. Its early stopping on labelled pairs is left out: it asks for labels."""
+    """SG-BERT's SG-OPT, without its early stopping on labelled pairs, which needs labels."""
     MIRROR_PLUS = "mirror+"
-    """The sentence recipe with a temperature of 0.05 and repeated tokens, for mean pooling: better on every set that it
-    was tried on, in the same time (docs/log.md)."""
+    """The sentence recipe with a temperature of 0.05 and repeated tokens, for mean pooling: better on every set
+    that was tried, in the same time (docs/log.md)."""
     MIRROR_CLS = "mirror+cls"
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Everything that decides a run besides base, corpus and pooling. The defaults are the sentence recipe.
+    """The settings of a run except base, corpus and pooling. The defaults are the sentence recipe.
 
     Attributes:
-        objective: what is minimised.
+        objective: the loss to minimise.
         variant: of the self-guided objective.
-        drift: of the self-guided objective: weight of the squared distance of the weights from where they began.
+        drift: of the self-guided objective: weight of the squared distance between the weights and the base's.
         seed: of shuffling, span masks and dropout.
         epochs: passes over the corpus.
-        batch_size: texts a step, over all processes; each gives two vectors.
+        batch_size: texts a step, over all processes; each has two vectors.
         lr: of AdamW, at its highest.
         schedule: of the learning rate after warm-up.
         warmup: share of the steps over which the learning rate rises from zero.
         beta2: of AdamW.
         weight_decay: of AdamW, on every parameter.
-        clip: largest L2 norm of a step's gradient; None leaves it as it is.
+        clip: maximum L2 norm of a step's gradient; None disables clipping.
         temperature: divides the cosine.
-        mask_length: characters hidden in a view; 0 for none. Pairs are never masked.
-        mask_views: which views lose characters.
-        reference_masking: mask by the letter of the published code, see `mask_span_literally`.
-        repetition: share of its tokens that the second view says twice at most, see `repeat_tokens`; 0 for none.
+        mask_length: masked characters of a view; 0 for none. Pairs are never masked.
+        mask_views: which views are masked.
+        reference_masking: mask exactly like the published code, see `mask_span_literally`.
+        repetition: maximum share of its tokens that the second view repeats, see `repeat_tokens`; 0 for none.
         dropout: probability everywhere in the model.
         drophead: probability that an attention head is dropped for a text.
-        max_tokens: a text's limit while tuning, special tokens included.
+        max_tokens: a text's limit while tuning, including special tokens.
         micro_batch_tokens: slots that go through the model at once, which bounds memory; None for the whole batch.
             The gradient is that of the whole batch.
         precision: of the matrix products.
-        device: where it runs.
+        device: to tune on.
     """
 
     objective: Objective = Objective.MIRROR
@@ -141,7 +141,7 @@ class TuneConfig:
             if not valid:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}")
         if self.reference_masking and self.mask_views is not MaskViews.SECOND:
-            raise InputError("--reference-masking hides characters in the second view alone: leave --mask-views out")
+            raise InputError("--reference-masking masks only the second view: leave --mask-views out")
 
 
 _SENTENCE = TuneConfig()

@@ -17,12 +17,12 @@ HEAD_WIDTH = 4096
 
 
 class SelfGuided:
-    """The frozen copy, the projection head and the drift penalty; all of it is thrown away after tuning.
+    """The frozen copy, the projection head and the drift penalty, which are discarded after tuning.
 
     Freezes the embeddings of `model`, as the paper does. Draws the head's weights from torch's global generator.
 
     Args:
-        model: the encoder that is tuned, with the weights it begins with.
+        model: the encoder to tune, with its initial weights.
         variant: form of the loss.
         temperature: divides the cosine.
         drift: weight of the squared distance between the model and its frozen copy.
@@ -43,11 +43,11 @@ class SelfGuided:
         model.embeddings.requires_grad_(False)
 
     def views(self, packed: PackedTexts, layers: torch.Tensor) -> torch.Tensor:
-        """Pool the frozen copy's layers, the embeddings being layer 0, by their largest values.
+        """Max-pool layers of the frozen copy; layer 0 is the embeddings.
 
         Args:
             packed: the texts.
-            layers: int64 [texts], the layer drawn for each text; OPT3 takes all instead.
+            layers: int64 [texts], the layer drawn for each text; OPT3 uses all layers instead.
 
         Returns:
             float32 [texts, views, dim], on the model's device.
@@ -60,7 +60,7 @@ class SelfGuided:
         return pooled[torch.arange(len(layers), device=pooled.device), layers.to(pooled.device)][:, None]
 
     def loss(self, vectors: torch.Tensor, views: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        """Give the contrastive part of the loss.
+        """Compute the contrastive part of the loss.
 
         Args:
             vectors: float [B, dim], of the tuned model.
@@ -71,9 +71,9 @@ class SelfGuided:
         return GUIDED_LOSSES[self.variant](projected[:, 0], projected[:, 1:], self.temperature, groups)
 
     def add_drift(self) -> float:
-        """Add the drift penalty's gradient to the parameters' `grad`; gives the penalty, weight included."""
+        """Add the drift penalty's gradient to the parameters' `grad`; return the weighted penalty."""
         pairs = zip(self.model.parameters(), self.frozen.parameters(), strict=True)
-        tuned = [(now, then) for now, then in pairs if now.grad is not None]
-        differences = torch._foreach_sub([now.detach() for now, _ in tuned], [then for _, then in tuned])
-        torch._foreach_add_([now.grad for now, _ in tuned], differences, alpha=2 * self.drift)
+        moved = [(tuned, frozen) for tuned, frozen in pairs if tuned.grad is not None]
+        differences = torch._foreach_sub([tuned.detach() for tuned, _ in moved], [frozen for _, frozen in moved])
+        torch._foreach_add_([tuned.grad for tuned, _ in moved], differences, alpha=2 * self.drift)
         return self.drift * sum(float(norm) ** 2 for norm in torch._foreach_norm(differences))

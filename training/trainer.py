@@ -1,4 +1,4 @@
-"""The tuning loop: two views of every text, packed, through the model; one loss; one step."""
+"""The tuning loop: encode the packed views of a batch, compute the loss, update the weights."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ from training.checkpoint import Checkpoint, State, Step, fingerprint
 from training.drophead import DropHead, drop_heads
 from training.dropout import set_dropout
 from training.gradient_cache import accumulate
-from training.hardware import Hardware, choose_hardware
+from training.hardware import Hardware
 from training.objective import Objective, nt_xent
 from training.packed import PackedTexts, encode_packed
 from training.recipe import Schedule, TuneConfig
 from training.self_guided import SelfGuided
 
-__all__ = ["Hardware", "Step", "choose_hardware", "steps_in", "train"]
-
 T = TypeVar("T")
 
 
 def steps_in(texts: int, config: TuneConfig) -> int:
-    """Count the steps of a run: the last texts of an epoch, fewer than a batch, are left out."""
+    """Return the steps of a run. The last texts of an epoch, fewer than a batch, are left out."""
     return config.epochs * (texts // config.batch_size)
 
 
@@ -44,22 +42,22 @@ def train(
     on_step: Callable[[Step], None],
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Tune the reference's model in place. One seed gives the same weights again on one machine's CPU.
+    """Tune the reference's model in place. On one machine's CPU, the same seed gives the same weights.
 
     Seeds torch's global generator, from which dropout draws.
 
     Args:
         reference: model, tokenizer and pooling; left in evaluation mode on the CPU.
-        data: distinct texts, or pairs of texts that mean the same.
+        data: distinct texts, or pairs of texts with the same meaning.
         config: the recipe.
-        hardware: where and how.
-        on_step: called after each step; after a resume first for the steps that were done before.
-        checkpoint: where the run's state is kept; a run that was killed goes on from it, and ends in the weights that
-            it would have had. The file is left there.
+        hardware: device, precision and processes.
+        on_step: called after each step; after a resume first for the earlier steps.
+        checkpoint: of the run's state. A killed run resumes from it, and ends in the same weights as an undisturbed
+            run. The file is left there.
 
     Raises:
-        InputError: data that the recipe cannot be used on (see `check`), a checkpoint of another run, or a loss that is
-            not finite.
+        InputError: the recipe cannot be used with the data (see `check`), the checkpoint is of another run, or the
+            loss is not finite.
     """
     check(reference, data, config, hardware)
     run = _Run(reference, config, hardware, steps_in(len(data), config))
@@ -68,7 +66,7 @@ def train(
     state = checkpoint.load(identity) if checkpoint else None
     if state is not None:
         done.extend(state.steps)
-    _agree(len(done), hardware)
+    _check_same_step(len(done), hardware)
     with run:
         if state is not None:
             run.restore(state)
@@ -87,10 +85,10 @@ def train(
 
 
 class _Run:
-    """Model, objective, optimiser and dropout of one run, between `with` and its end."""
+    """Model, objective, optimiser and dropout of one run. A context manager: tune inside of its block."""
 
     def __init__(self, reference: Reference, config: TuneConfig, hardware: Hardware, steps: int) -> None:
-        self.model: Any = reference.model  # the types of its `to` and `eval` are lost behind transformers' decorators
+        self.model: Any = reference.model  # transformers' decorators lose the types of its `to` and `eval`
         self.spec = reference.spec
         self.config = config
         self.hardware = hardware
@@ -103,13 +101,14 @@ class _Run:
         self.guide: SelfGuided | None = None
         if config.objective is Objective.SELF_GUIDED:
             self.guide = SelfGuided(self.model, config.variant, config.temperature, config.drift)
-        if self.hardware.rank:  # the head begins alike in every process; dropout differs
+        if self.hardware.rank:  # the head is the same in every process; dropout differs
             torch.manual_seed((config.seed + self.hardware.rank) % 2**63)
         self.generator = self.hardware.generator()
-        self.own = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.shared = list(self.guide.head.parameters()) if self.guide else []
+        self.model_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.head_parameters = list(self.guide.head.parameters()) if self.guide else []
+        self.parameters = [*self.model_parameters, *self.head_parameters]
         self.optimizer = torch.optim.AdamW(
-            [*self.own, *self.shared],
+            self.parameters,
             lr=config.lr,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -131,7 +130,7 @@ class _Run:
             )
 
     def step(self, batch: Batch, number: int) -> float:
-        """Make one step; gives its loss."""
+        """Run one step and return its loss."""
         config = self.config
         rate = config.lr * learning_rate(number, self.steps, config)
         for settings in self.optimizer.param_groups:
@@ -152,8 +151,8 @@ class _Run:
         def encode(piece: int) -> torch.Tensor:
             return self._encode(pieces[piece])
 
-        def loss_of(own: torch.Tensor) -> torch.Tensor:
-            vectors = self._gather(own.view(-1, batch.texts, own.shape[1]).transpose(0, 1))
+        def loss_of(encoded: torch.Tensor) -> torch.Tensor:
+            vectors = self._gather(encoded.view(-1, batch.texts, encoded.shape[1]).transpose(0, 1))
             if guide is None:
                 loss = nt_xent(vectors[:, 0], vectors[:, 1], config.temperature, groups)
             else:
@@ -167,14 +166,14 @@ class _Run:
             return loss
 
         loss = accumulate(places, encode, loss_of, self.generator, hardware.autocast).item()
-        for parameter in self.shared:  # every process has this gradient in full
+        for parameter in self.head_parameters:  # every process has the whole gradient
             if hardware.processes > 1 and parameter.grad is not None:
                 parameter.grad /= hardware.processes
-        hardware.sum_gradients([*self.own, *self.shared])
+        hardware.sum_gradients(self.parameters)
         if guide is not None:
             loss += guide.add_drift()
         if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_([*self.own, *self.shared], config.clip)
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         return loss
 
     def _encode(self, packed: PackedTexts) -> torch.Tensor:
@@ -185,7 +184,7 @@ class _Run:
     def _views(
         self, guide: SelfGuided, pieces: Sequence[PackedTexts], places: Sequence[torch.Tensor], batch: Batch
     ) -> torch.Tensor:
-        """Give the views of all processes' texts: float32 [examples, views, dim]."""
+        """Compute the views of all processes' texts: float32 [examples, views, dim]."""
         with self.hardware.autocast():
             parts = [
                 guide.views(piece, batch.layers[place] if len(batch.layers) else batch.layers)
@@ -193,16 +192,16 @@ class _Run:
             ]
         return self.hardware.gather(torch.cat(parts)[torch.cat(list(places)).argsort()])
 
-    def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Join all processes' vectors [examples, sides, dim]; this process's part keeps its graph."""
+    def _gather(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Concatenate all processes' vectors [examples, sides, dim]; this process's part keeps its graph."""
         if self.hardware.processes == 1:
-            return own
-        share = self.hardware.share(len(own) * self.hardware.processes)
-        everyone = self.hardware.gather(own.contiguous())
-        return torch.cat([everyone[: share.start], own, everyone[share.stop :]])
+            return vectors
+        share = self.hardware.share(len(vectors) * self.hardware.processes)
+        gathered = self.hardware.gather(vectors.contiguous())
+        return torch.cat([gathered[: share.start], vectors, gathered[share.stop :]])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give everything that the next step depends on besides settings and corpus, on the CPU."""
+        """Return every tensor that the next step depends on, on the CPU."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.guide is not None:
             tensors |= {f"head.{name}": value for name, value in self.guide.head.state_dict().items()}
@@ -213,32 +212,32 @@ class _Run:
         return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
     def restore(self, state: State) -> None:
-        """Go back to what `tensors` gave."""
+        """Restore the tensors that `tensors` returned."""
         parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "head": {}, "optimizer": {}}
-        for full, value in state.tensors.items():
-            part, _, name = full.partition(".")
+        for path, value in state.tensors.items():
+            part, _, name = path.partition(".")
             if part in parts:
                 parts[part][name] = value
         self.model.load_state_dict(parts["model"])
         if self.guide is not None:
             self.guide.head.load_state_dict(parts["head"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
-        for full, value in parts["optimizer"].items():
-            index, _, name = full.partition(".")
+        for path, value in parts["optimizer"].items():
+            index, _, name = path.partition(".")
             moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self.generator.set_state(state.tensors["generators"][self.hardware.rank])
 
 
 def learning_rate(number: int, steps: int, config: TuneConfig) -> float:
-    """Give the share of `lr` that a step has.
+    """Return the learning rate of a step as a share of `lr`.
 
-    It rises linearly over the warm-up, reaching 1 with its last step; no step has a rate of 0.
+    It rises linearly over the warm-up and is 1 at its last step; it is never 0.
 
     Args:
-        number: the step, from 1.
+        number: of the step, from 1.
         steps: of the whole run.
-        config: says schedule and warm-up.
+        config: has schedule and warm-up.
     """
     warmup = math.ceil(config.warmup * steps)
     if number <= warmup:
@@ -252,17 +251,17 @@ def learning_rate(number: int, steps: int, config: TuneConfig) -> float:
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Give the items, each made in another thread while its predecessor is in use."""
+    """Yield the items, each produced in another thread while its predecessor is in use."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
+        upcoming = thread.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = thread.submit(next, items, end)
             yield item  # type: ignore[misc]
 
 
 def _identity(reference: Reference, data: Sequence[Example], config: TuneConfig, hardware: Hardware) -> dict[str, Any]:
-    """Give what decides a run's course."""
+    """Return everything that determines a run, as JSON values."""
     weights = reference.model.state_dict()
     base = (part for name, value in weights.items() for part in (name.encode(), value.contiguous().numpy().tobytes()))
     texts = (text.encode() for example in data for text in ([example] if isinstance(example, str) else example))
@@ -278,8 +277,8 @@ def _identity(reference: Reference, data: Sequence[Example], config: TuneConfig,
     }
 
 
-def _agree(done: int, hardware: Hardware) -> None:
-    """Refuse to go on where processes have read different checkpoints."""
-    everyone = hardware.gather(torch.tensor([done])).tolist()
-    if len(set(everyone)) > 1:
-        raise InputError(f"the processes found checkpoints of steps {everyone}: put the output where all hosts see it")
+def _check_same_step(done: int, hardware: Hardware) -> None:
+    """Check that all processes have read the same checkpoint."""
+    steps = hardware.gather(torch.tensor([done])).tolist()
+    if len(set(steps)) > 1:
+        raise InputError(f"the processes found checkpoints of steps {steps}: put the output where all hosts see it")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    gc.disable()  # imports make half a million objects and no garbage: looking for it takes a third of their time
+    gc.disable()  # imports make half a million objects and no garbage: collection takes a third of their time
 
 import typer
 from rich.console import Console
@@ -26,9 +26,10 @@ from training.checkpoint import Step
 from training.contamination import Overlap
 from training.corpus import CorpusRequest
 from training.evaluate import load_sets, show
+from training.job import Job, RunObserver, Start, Summary
 from training.objective import Objective, Variant
 from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
-from training.run import Job, Start, Summary, Watcher, tune
+from training.run import tune
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -36,14 +37,14 @@ LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
 
 
 def _default(name: str) -> str:
-    """Say a setting's default, and where recipes differ from the sentence recipe, theirs."""
-    shown = {recipe: _shown(getattr(config, name)) for recipe, config in RECIPES.items()}
-    usual = shown[Recipe.SENTENCE]
-    others = [f"{recipe.value} {value}" for recipe, value in shown.items() if value != usual]
+    """Format a setting's default in the sentence recipe, and in each recipe that differs from it."""
+    defaults = {recipe: _format(getattr(config, name)) for recipe, config in RECIPES.items()}
+    usual = defaults[Recipe.SENTENCE]
+    others = [f"{recipe.value} {value}" for recipe, value in defaults.items() if value != usual]
     return f"({'; '.join([usual, *others])})"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "yes" if value else "no" if value is False else "none"
     return str(value.value) if isinstance(value, Enum) else f"{value:g}" if isinstance(value, float) else str(value)
@@ -61,18 +62,18 @@ def command(
         list[str],
         typer.Option(
             help="UTF-8 text (one sentence, phrase or word a line), .jsonl, .parquet, any of these with .gz, or a data "
-            "set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are joined"
+            "set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are concatenated"
         ),
     ],
     output: Annotated[Path, typer.Option(help="run folder to write")],
-    pooling: Annotated[Pooling | None, typer.Option(help="needed where the base does not record it")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="required if the base does not record it")] = None,
     revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an output folder in use, at the end")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing run folder, at the end")] = False,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            help="steps between two checkpoints beside the output; after a kill the same command goes on from the "
-            "last: of 50 steps with 20, from 20 or 40 (none)"
+            help="steps between two checkpoints beside the output; after a kill, the same command resumes from the "
+            "last one: with 20, from step 20 or 40 of 50 (none)"
         ),
     ] = None,
     tensorboard: Annotated[
@@ -81,25 +82,26 @@ def command(
     pairs: Annotated[
         bool,
         typer.Option(
-            "--pairs", help="each line is text1<TAB>text2, two texts that mean the same", rich_help_panel="Corpus"
+            "--pairs", help="each line is text1<TAB>text2, texts with the same meaning", rich_help_panel="Corpus"
         ),
     ] = False,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="of .jsonl, .parquet and data sets (text; with --pairs text1 text2)", rich_help_panel="Corpus"
+            help="to read from .jsonl, .parquet and data sets (text; with --pairs text1 text2)",
+            rich_help_panel="Corpus",
         ),
     ] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            help="distinct lines to keep, drawn with --seed: 10000 of a million (all)", rich_help_panel="Corpus"
+            help="number of distinct lines to draw with --seed, such as 10000 (all)", rich_help_panel="Corpus"
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="evaluation sets or files of lines whose texts are left out, compared without case and punctuation",
+            help="evaluation sets or files of lines; their texts are left out, ignoring case and punctuation",
             rich_help_panel="Corpus",
         ),
     ] = None,
@@ -114,69 +116,68 @@ def command(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="where the options below take their defaults (sentence; with --objective self-guided, self-guided)",
+            help="defaults of the options below (sentence; with --objective self-guided: self-guided)",
             rich_help_panel="Recipe",
         ),
     ] = None,
-    objective: Annotated[Objective | None, _setting("objective", "what is minimised")] = None,
+    objective: Annotated[Objective | None, _setting("objective", "loss to minimise")] = None,
     variant: Annotated[Variant | None, _setting("variant", "of the self-guided objective")] = None,
     drift: Annotated[
-        float | None, _setting("drift", "of the self-guided objective: weight of the distance from the base's weights")
+        float | None, _setting("drift", "of the self-guided objective: weight of the distance to the base's weights")
     ] = None,
     seed: Annotated[int | None, _setting("seed", "of shuffling, masks, dropout and --sample")] = None,
     epochs: Annotated[int | None, _setting("epochs", "passes over the corpus")] = None,
     batch_size: Annotated[
         int | None, _setting("batch_size", "texts a step, over all processes: 10,000 lines at 200 are 50 steps")
     ] = None,
-    lr: Annotated[float | None, _setting("lr", "of AdamW, at its highest")] = None,
+    lr: Annotated[float | None, _setting("lr", "maximum learning rate of AdamW")] = None,
     schedule: Annotated[Schedule | None, _setting("schedule", "of the learning rate after warm-up")] = None,
     warmup: Annotated[
         float | None, _setting("warmup", "share of the steps over which the learning rate rises: 0.1 of 50 are 5")
     ] = None,
     beta2: Annotated[float | None, _setting("beta2", "of AdamW")] = None,
     weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW, on every parameter")] = None,
-    clip: Annotated[float | None, _setting("clip", "largest norm of a step's gradient")] = None,
+    clip: Annotated[float | None, _setting("clip", "maximum norm of a step's gradient")] = None,
     temperature: Annotated[float | None, _setting("temperature", "divides the cosine")] = None,
     mask_length: Annotated[
-        int | None, _setting("mask_length", "characters hidden in a view of 30 or more; 0 for none")
+        int | None, _setting("mask_length", "masked characters in a view of 30 or more; 0 for none")
     ] = None,
-    mask_views: Annotated[MaskViews | None, _setting("mask_views", "which views lose characters")] = None,
+    mask_views: Annotated[MaskViews | None, _setting("mask_views", "which views are masked")] = None,
     reference_masking: Annotated[
-        bool | None, _setting("reference_masking", "mask by the letter of the published code, quirks included")
+        bool | None, _setting("reference_masking", "mask exactly like the published code, including its quirks")
     ] = None,
     repetition: Annotated[
         float | None,
-        _setting("repetition", "share of its tokens that the second view says twice: at most 3 of 10 with 0.3"),
+        _setting("repetition", "maximum share of its tokens that the second view repeats: 3 of 10 with 0.3"),
     ] = None,
     dropout: Annotated[float | None, _setting("dropout", "everywhere in the model")] = None,
     drophead: Annotated[
         float | None, _setting("drophead", "probability that an attention head is dropped for a text; with --dropout 0")
     ] = None,
     max_tokens: Annotated[
-        int | None, _setting("max_tokens", "longest text while tuning, special tokens included")
+        int | None, _setting("max_tokens", "longest text while tuning, including special tokens")
     ] = None,
     micro_batch_tokens: Annotated[
         int | None,
         _setting(
             "micro_batch_tokens",
-            "slots that go through the model at once, which bounds memory: 400 texts in rows of 64 with 4096 are about "
-            "100 rows, 64 at once",
+            "slots that go through the model at once, which bounds memory: of 400 texts in about 100 rows of 64, 4096 "
+            "slots are 64 rows",
         ),
     ] = None,
-    precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 where the device has it")] = None,
-    device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if there is one")] = None,
+    precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 if the device supports it")] = None,
+    device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if PyTorch finds one")] = None,
 ) -> None:
     """Tune a masked language model into a text encoder, without labels (Mirror-BERT, SG-BERT).
 
-    Writes a folder that sentence-transformers loads and that says its pooling (encoder.json). Defaults are in
+    Writes a folder that sentence-transformers loads and that records its pooling (encoder.json). Defaults are in
     parentheses: the sentence recipe's, then those of recipes that differ. The last line of stdout is one JSON object.
     """
-    given = locals()
-    settings = {field.name: given[field.name] for field in dataclasses.fields(TuneConfig)}
+    options = locals()
     if recipe is None:
         recipe = Recipe.SELF_GUIDED if objective is Objective.SELF_GUIDED else Recipe.SENTENCE
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    config = dataclasses.replace(RECIPES[recipe], **chosen)
+    changes = {f.name: options[f.name] for f in dataclasses.fields(TuneConfig) if options[f.name] is not None}
+    config = dataclasses.replace(RECIPES[recipe], **changes)
     job = Job(
         base=base,
         revision=revision,
@@ -201,16 +202,16 @@ def command(
         sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
 
 
-class _Display(Watcher):
-    """Shows a run on a terminal: what it begins with, and bars with the time left."""
+class _Display(RunObserver):
+    """Shows a run on a terminal: the corpus, and progress bars with the remaining time."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {}
 
-    def start(self, start: Start) -> None:
+    def on_start(self, start: Start) -> None:
         corpus, lengths, hardware = start.corpus, start.lengths, start.hardware
-        left_out = [f"{corpus.duplicates:,} repeats", f"{corpus.empty:,} empty lines"]
+        left_out = [f"{corpus.duplicates:,} duplicates", f"{corpus.empty:,} empty lines"]
         if corpus.overlaps:
             left_out.append(f"{corpus.excluded:,} with evaluation texts")
         show = self.progress.console.print
@@ -224,26 +225,26 @@ class _Display(Watcher):
         )
         show(
             f"tokens a text: median {lengths.p50}, 95 % up to {lengths.p95}, longest {lengths.max}; "
-            f"{lengths.over:.1%} are longer than --max-tokens {lengths.max_tokens} and are cut"
+            f"{lengths.over:.1%} are longer than --max-tokens {lengths.max_tokens} and are truncated"
         )
         for overlap in corpus.overlaps:
-            show(f"left out: {_shared(overlap)}")
+            show(f"left out: {_overlap(overlap)}")
         for overlap in start.overlaps:
-            show(f"in the corpus: {_shared(overlap)}")
+            show(f"in the corpus: {_overlap(overlap)}")
         if start.checkpoint is not None:
-            show(f"going on from {start.checkpoint}", soft_wrap=True)
+            show(f"resuming from {start.checkpoint}", soft_wrap=True)
         self.tasks["tuning"] = self.progress.add_task("tuning", total=start.steps, note="")
 
-    def step(self, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         self.progress.update(self.tasks["tuning"], completed=step.step, note=f"loss {step.loss:.4f}")
 
-    def evaluate(self, encoder: str, done: int, total: int) -> None:
+    def on_progress(self, encoder: str, done: int, total: int) -> None:
         if encoder not in self.tasks:
-            self.tasks[encoder] = self.progress.add_task(f"measuring {encoder}", total=total, note="")
+            self.tasks[encoder] = self.progress.add_task(f"evaluating {encoder}", total=total, note="")
         self.progress.update(self.tasks[encoder], completed=done)
 
 
-def _shared(overlap: Overlap) -> str:
+def _overlap(overlap: Overlap) -> str:
     return f"{overlap.found:,} of {overlap.texts:,} texts of {overlap.file} ({overlap.share:.1%})"
 
 
@@ -271,7 +272,7 @@ def _run(job: Job, console: Console) -> Summary:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 2 where the input cannot be used."""
+    """Run the command line and return the exit status: 2 if the input cannot be used."""
     return run_command(app, argv, "tune.py", lists=dict.fromkeys(LISTS))
 
 

@@ -239,7 +239,7 @@ def test_a_template_may_be_given_to_an_encoder_without_one(copy: Path) -> None:
         (HeadSpec(ditto=Ditto(layer=2, head=0)), "no head 2:0"),
         (HeadSpec(pooling=Pooling.MASK, template="{text} means it."), r"\[MASK\] once in the template"),
         (HeadSpec(pooling=Pooling.MASK), "needs a template"),
-        (HeadSpec(pooling=Pooling.DITTO), "ditto alone needs it"),
+        (HeadSpec(pooling=Pooling.DITTO), "set it for ditto only"),
     ],
 )
 def test_heads_that_the_encoder_lacks_are_refused(tiny_bert: Path, head: HeadSpec, problem: str) -> None:

@@ -61,7 +61,7 @@ def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, w
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing to evaluate on: give --sts or --words files"),
+        ([], "nothing to evaluate on: pass --sts or --words files"),
         (["--sts", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
         (["--sts", "{sts}"], "does not record its pooling"),
         (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),

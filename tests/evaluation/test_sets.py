@@ -94,13 +94,13 @@ def test_multi_simlex_gives_one_language_or_all(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("just words here\nand more\n", "line 1: no number and no known header"),
-        ("a\tb\t1\nc\td\tmuch\ne\tf\t2\n", "line 2: 'much' is no score"),
-        ("a\tb\t1\nc\td\nc\td\t3\n", "line 2: 2 columns where at least 3 are expected"),
+        ("a\tb\t1\nc\td\tmuch\ne\tf\t2\n", "line 2: the score must be a number: 'much'"),
+        ("a\tb\t1\nc\td\nc\td\t3\n", "line 2: 2 columns, expected at least 3"),
         ("a\tb\t1\n\td\t2\nc\td\t3\n", "line 2: a text is empty"),
         ("a\tb\tinf\n", "line 1: no number and no known header"),
-        ("1\tb\t2\n1\tc\t2\n", "line 1: the columns of the texts and the score cannot be told"),
-        ("a\tb\t1\nc\td\t2\n", "has 2 scored pairs, of at least 3"),
-        ("a\tb\t1\nc\td\t1\ne\tf\t1\n", "scores every pair 1: it has no order"),
+        ("1\tb\t2\n1\tc\t2\n", "line 1: the columns of texts and score are ambiguous"),
+        ("a\tb\t1\nc\td\t2\n", "has 2 scored pairs: at least 3 are needed"),
+        ("a\tb\t1\nc\td\t1\ne\tf\t1\n", "scores every pair 1: scores must differ"),
         ("a\tb\t1\nd\xe9\td\t1\n", "is not UTF-8 in line 2"),
     ],
 )

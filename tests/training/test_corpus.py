@@ -95,9 +95,9 @@ def test_json_lines_give_a_column_or_bare_strings(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{'text': 1}", "line 2: not JSON"),
-        ("[1]", "line 2: a list where an object is expected"),
+        ("[1]", "line 2: a list, expected an object"),
         ('{"body": "x"}', "line 2: no column 'text', only 'body'. Name the right one with --column"),
-        ('{"text": 7}', "line 2: column 'text' holds a int where text is expected"),
+        ('{"text": 7}', "line 2: column 'text' holds a int, expected text"),
     ],
 )
 def test_bad_json_lines_name_the_line(tmp_path: Path, line: str, message: str) -> None:

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from encoders.reference import Reference
-from encoders.source import resolve
 from mirror_runtime.bundle import Pooling
 from mirror_runtime.errors import InputError
+from tests.support.tuning import load
 from training.drophead import drop_heads, head_scales
 from training.packed import encode_packed, pack
 
@@ -33,7 +32,7 @@ def test_a_text_that_would_lose_all_heads_keeps_them() -> None:
 
 def test_packed_rows_equal_padded_texts_with_the_definition(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The definition: what head h of layer l gives for text t is multiplied by scale[l][t, h]."""
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    reference = load(tiny_bert)
     model: Any = reference.model
     drawn: list[torch.Tensor] = []
 
@@ -67,7 +66,7 @@ def test_packed_rows_equal_padded_texts_with_the_definition(tiny_bert: Path, mon
 
 
 def test_nothing_is_left_on_the_model_and_an_unknown_family_is_refused(tiny_bert: Path) -> None:
-    model: Any = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    model: Any = load(tiny_bert).model
     with drop_heads(model, 0.0) as drophead:
         assert drophead is None
     with drop_heads(model, 0.5):
@@ -77,5 +76,5 @@ def test_nothing_is_left_on_the_model_and_an_unknown_family_is_refused(tiny_bert
     model.encoder.layer[0].attention.output.renamed = (
         model.encoder.layer[0].attention.output.__dict__["_modules"].pop("dense")
     )
-    with pytest.raises(InputError, match="--drophead cannot be used with a bert model"), drop_heads(model, 0.5):
+    with pytest.raises(InputError, match="--drophead is not supported for a bert model"), drop_heads(model, 0.5):
         pass

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from encoders.layers import hidden_states
-from encoders.reference import Reference
-from encoders.source import resolve
-from mirror_runtime.bundle import Pooling
+from tests.support.tuning import load
 from training.dropout import WordDropout, attention, set_dropout, word_dropout
 
 
@@ -65,7 +63,7 @@ def test_nothing_is_dropped_at_zero_or_in_evaluation() -> None:
 
 
 def test_a_model_gets_the_rate_everywhere_and_its_own_modules_back(tiny_bert: Path) -> None:
-    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    model = load(tiny_bert).model
     before = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     with set_dropout(model, 0.37):
         fast = [module.p for module in model.modules() if isinstance(module, WordDropout)]
@@ -75,7 +73,7 @@ def test_a_model_gets_the_rate_everywhere_and_its_own_modules_back(tiny_bert: Pa
 
 
 def test_attention_is_that_of_pytorch_but_for_the_mask(tiny_bert: Path) -> None:
-    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    model = load(tiny_bert).model
     ids = torch.randint(5, 40, (3, 16), generator=torch.Generator().manual_seed(0))
     allowed = (torch.arange(16) // 5)[:, None] == (torch.arange(16) // 5)[None, :]
     allowed = allowed.expand(3, 1, 16, 16)
@@ -89,7 +87,7 @@ def test_attention_is_that_of_pytorch_but_for_the_mask(tiny_bert: Path) -> None:
 
 
 def test_attention_probabilities_are_dropped_too(tiny_bert: Path) -> None:
-    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model
+    model = load(tiny_bert).model
     ids, allowed = torch.full((1, 16), 7), torch.ones(1, 1, 16, 16, dtype=torch.bool)
     with set_dropout(model, 0.5):
         for module in model.modules():

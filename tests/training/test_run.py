@@ -1,11 +1,10 @@
-"""A run from names to a folder: what is in it, and that nothing is where it failed."""
+"""A run from names to a folder: its content, and that a failed run leaves nothing."""
 
 import dataclasses
 import errno
 import json
+import resource
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from encoders.reference import Reference
@@ -21,31 +21,32 @@ from evaluation.sets import read_sets
 from evaluation.similarity import Group
 from mirror_runtime.bundle import Pooling
 from mirror_runtime.errors import EngineError, InputError, MissingExtra
-from tests.support.paths import ROOT
-from training import run
+from training import run, run_folder
 from training.checkpoint import Step
 from training.corpus import CorpusRequest
 from training.curve import draw_curve
 from training.hardware import choose_hardware
+from training.job import Job, RunObserver, Start
 from training.recipe import Device, TuneConfig, TunePrecision
-from training.run import Job, Start, Watcher, tune
+from training.run import tune
+from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
 
 
-class Recorder(Watcher):
+class Recorder(RunObserver):
     def __init__(self) -> None:
         self.started: list[Start] = []
         self.steps: list[Step] = []
         self.evaluated: dict[str, list[tuple[int, int]]] = {}
 
-    def start(self, start: Start) -> None:
+    def on_start(self, start: Start) -> None:
         self.started.append(start)
 
-    def step(self, step: Step) -> None:
+    def on_step(self, step: Step) -> None:
         self.steps.append(step)
 
-    def evaluate(self, encoder: str, done: int, total: int) -> None:
+    def on_progress(self, encoder: str, done: int, total: int) -> None:
         self.evaluated.setdefault(encoder, []).append((done, total))
 
 
@@ -71,7 +72,7 @@ def sts(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_measured_run_says_before_and_after(job: Job, sts: Path) -> None:
+def test_an_evaluated_run_reports_before_and_after(job: Job, sts: Path) -> None:
     from sentence_transformers import SentenceTransformer
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -82,7 +83,7 @@ def test_a_measured_run_says_before_and_after(job: Job, sts: Path) -> None:
     folder = job.output
     assert [path.name for path in folder.parent.iterdir()] == ["run"]  # the checkpoint is gone, too
     assert [step.step for step in recorder.steps] == [1, 2, 3, 4, 5]
-    assert {name: seen[-1] for name, seen in recorder.evaluated.items()} == {"before": (6, 6), "after": (6, 6)}
+    assert {name: progress[-1] for name, progress in recorder.evaluated.items()} == {"before": (6, 6), "after": (6, 6)}
     assert summary.before is not None
     assert summary.after is not None
     assert summary.before.results[0].spearman != summary.after.results[0].spearman
@@ -97,9 +98,9 @@ def test_a_measured_run_says_before_and_after(job: Job, sts: Path) -> None:
     assert report["corpus"]["files"][0]["name"] == "text.txt"
     assert report["result"]["sts_after"] == round(summary.after.results[0].spearman.value, 3)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    figures = [str(measured.results[0].spearman) for measured in (summary.before, summary.after)]
+    values = [str(measured.results[0].spearman) for measured in (summary.before, summary.after)]
     row = next(line for line in card.splitlines() if line.startswith("| some-sts | 30 "))
-    assert row.startswith(f"| some-sts | 30 | {figures[0]} | {figures[1]} | ")
+    assert row.startswith(f"| some-sts | 30 | {values[0]} | {values[1]} | ")
     assert row.endswith("| 16.7% |")
     assert "![loss](loss.png)" in card
 
@@ -115,7 +116,7 @@ def test_a_measured_run_says_before_and_after(job: Job, sts: Path) -> None:
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
-def test_pairs_are_learnt_from(job: Job, tmp_path: Path) -> None:
+def test_a_corpus_of_pairs(job: Job, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"the cat no. {i}\ta dog no. {i}\n" for i in range(20)))
     recorder = Recorder()
@@ -125,16 +126,16 @@ def test_pairs_are_learnt_from(job: Job, tmp_path: Path) -> None:
     assert "20 pairs of texts" in (job.output / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_killed_run_goes_on_and_says_so(job: Job) -> None:
-    class Killed(Recorder):
-        def step(self, step: Step) -> None:
-            super().step(step)
+def test_a_stopped_run_resumes_and_reports_its_checkpoint(job: Job) -> None:
+    class Stopped(Recorder):
+        def on_step(self, step: Step) -> None:
+            super().on_step(step)
             if step.step == 4:
                 raise KeyboardInterrupt
 
     job = dataclasses.replace(job, checkpoint_every=2)
     with pytest.raises(KeyboardInterrupt):
-        tune(job, Killed())
+        tune(job, Stopped())
     assert [path.name for path in job.output.parent.iterdir()] == [".run.checkpoint"]
     recorder = Recorder()
     tune(job, recorder)
@@ -153,7 +154,7 @@ def test_a_disk_that_fills_up_is_one_clear_error(job: Job, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run, broken, full)
+    monkeypatch.setattr(run_folder, broken, full)
     with pytest.raises(InputError, match=r"run cannot be written: No space left on device\. Nothing was left there"):
         tune(job)
     assert list(job.output.parent.iterdir()) == []
@@ -169,25 +170,21 @@ def test_a_disk_without_room_for_the_weights_is_refused_before_the_first_step(
     assert recorder.started == []
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job) -> None:
-    """The kernel refuses to let files grow, as a full disk or a quota would; safetensors writes past Python's files."""
-    script = f"""
-import resource, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from training.tune import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
-sys.exit(main(sys.argv[1:]))
-"""
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernel limits file sizes, as a full disk or a quota would; safetensors writes past Python's files."""
     options = ["--base", job.base, "--corpus", job.corpus.files[0], "--output", str(job.output), "--pooling", "mean"]
-    command = [sys.executable, "-c", script, *options, "--batch-size", "8", "--max-tokens", "48"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert hasattr(signal, "SIGXFSZ")
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # Python ignores SIGXFSZ
+    try:
+        status = main([*options, "--batch-size", "8", "--max-tokens", "48"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert "run cannot be written: " in line
     assert "File too large" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in captured.err
     assert list(job.output.parent.iterdir()) == []
 
 
@@ -199,13 +196,11 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_first_step(job: 
 
 
 def test_a_full_device_names_the_cure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run, "train", full)
-    with pytest.raises(EngineError, match="give a --micro-batch-tokens"):
+    with pytest.raises(EngineError, match="set --micro-batch-tokens"):
         tune(job)
 
 
@@ -221,17 +216,17 @@ def test_a_missing_package_names_its_extra(job: Job, monkeypatch: pytest.MonkeyP
 
 def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     second = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), rank=1, processes=2)
-    seen: list[Any] = []
+    used: list[Any] = []
     monkeypatch.setattr(run, "choose_hardware", lambda *_: second)
 
     def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, checkpoint: Any) -> None:
-        seen.append(hardware)
+        used.append(hardware)
         on_step(Step(step=1, loss=1.0, tokens=1, seconds=1.0))
 
     monkeypatch.setattr(run, "train", train)
     recorder = Recorder()
     summary = tune(job, recorder)
-    assert (seen, summary.steps, summary.start.hardware.writes) == ([second], 1, False)
+    assert (used, summary.steps, summary.start.hardware.writes) == ([second], 1, False)
     assert (recorder.started, recorder.steps) == ([], [])
     assert not job.output.parent.exists()
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from encoders.reference import Reference
-from encoders.source import resolve
 from mirror_runtime.bundle import Ditto, Pooling
 from mirror_runtime.errors import EngineError, InputError
+from tests.support.tuning import FP32, load, tune, weights
 from training.augment import MaskViews
 from training.batches import batches, group
 from training.checkpoint import Step
@@ -21,7 +21,6 @@ from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TuneP
 from training.self_guided import SelfGuided
 from training.trainer import learning_rate, steps_in, train
 
-FP32 = Hardware(device=Device.CPU, precision=TunePrecision.FP32)
 BF16 = Hardware(device=Device.CPU, precision=TunePrecision.BF16)
 _LETTERS = random.Random(0)
 TEXTS = [" ".join(_LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4 + i % 20)) + f" {i % 10}" for i in range(40)]
@@ -31,15 +30,7 @@ SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48)
 def tuned(
     folder: Path, config: TuneConfig = SMALL, hardware: Hardware = FP32, pooling: Pooling = Pooling.MEAN
 ) -> tuple[Reference, list[Step]]:
-    limit = config.max_tokens if pooling is Pooling.MEAN_PADDED else None
-    reference = Reference.load(resolve(str(folder), pooling=pooling, max_tokens=limit))
-    steps: list[Step] = []
-    train(reference, TEXTS, config, hardware, steps.append)
-    return reference, steps
-
-
-def weights(reference: Reference) -> torch.Tensor:
-    return torch.cat([value.flatten() for value in reference.model.state_dict().values()])
+    return tune(folder, TEXTS, config, hardware=hardware, pooling=pooling)
 
 
 @pytest.mark.parametrize("hardware", [FP32, BF16])
@@ -63,11 +54,11 @@ def test_the_loss_falls(tiny_bert: Path, pooling: Pooling) -> None:
 
 
 def test_without_dropout_and_mask_the_first_loss_is_that_of_two_equal_views(tiny_bert: Path) -> None:
-    """The first step's loss is what the reference's vectors give, and texts that tokenise alike are no negatives."""
+    """The first step's loss is what the reference's vectors give, and texts with equal tokens are not negatives."""
     texts = [*TEXTS, *(text.upper() for text in TEXTS[:3])]
     groups = torch.tensor([*range(len(TEXTS)), 0, 1, 2])
     config = dataclasses.replace(SMALL, batch_size=len(texts), mask_length=0, dropout=0.0)
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=48))
+    reference = load(tiny_bert, max_tokens=48)
     vectors = torch.from_numpy(reference.encode(texts))
     expected = nt_xent(vectors, vectors, config.temperature, groups).item()
     steps: list[Step] = []
@@ -83,14 +74,14 @@ def test_bf16_is_close_to_fp32_and_is_used(tiny_bert: Path) -> None:
     assert rough.model.dtype is exact.model.dtype is torch.float32
 
 
-def test_texts_that_tokenise_alike_share_a_group(tiny_bert: Path) -> None:
-    tokenizer = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).tokenizer
+def test_texts_with_equal_tokens_share_a_group(tiny_bert: Path) -> None:
+    tokenizer = load(tiny_bert).tokenizer
     ids = tokenizer(["The cat", "the  CAT", "the dog"])["input_ids"]
     assert group(ids).tolist() == [0, 0, 2]
 
 
 def test_every_weight_that_a_vector_depends_on_is_tuned(tiny_bert: Path) -> None:
-    before = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN)).model.state_dict()
+    before = load(tiny_bert).model.state_dict()
     after, _ = tuned(tiny_bert)
     same = [name for name, value in after.model.state_dict().items() if torch.equal(value, before[name])]
     assert same == []
@@ -107,9 +98,9 @@ def test_a_corpus_smaller_than_a_batch_is_refused(tiny_bert: Path) -> None:
 
 
 def test_a_tokenizer_without_mask_token_is_refused_unless_nothing_is_masked(tiny_bert: Path) -> None:
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    reference = load(tiny_bert)
     reference.tokenizer.mask_token = None
-    with pytest.raises(InputError, match="no mask token: say --mask-length 0"):
+    with pytest.raises(InputError, match="no mask token: set --mask-length 0"):
         train(reference, TEXTS, SMALL, FP32, lambda _: None)
     train(reference, TEXTS, dataclasses.replace(SMALL, mask_length=0), FP32, lambda _: None)
 
@@ -135,7 +126,7 @@ def test_a_tokenizer_without_mask_token_is_refused_unless_nothing_is_masked(tiny
         ("seed", -1),
     ],
 )
-def test_settings_that_make_no_sense_name_their_option(name: str, value: float) -> None:
+def test_invalid_settings_name_their_option(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is"):
         dataclasses.replace(SMALL, **{name: value})  # type: ignore[arg-type]
 
@@ -165,7 +156,7 @@ def test_recipes_are_the_published_ones() -> None:
 
 def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineError, match="sees no NVIDIA GPU"):
+    with pytest.raises(EngineError, match="finds no NVIDIA GPU"):
         choose_hardware(Device.CUDA, TunePrecision.AUTO)
     assert choose_hardware(Device.AUTO, TunePrecision.FP32) == FP32
     assert choose_hardware(Device.CPU, TunePrecision.AUTO).precision is not TunePrecision.AUTO
@@ -183,7 +174,7 @@ def test_self_guided_tuning_lowers_the_loss_and_leaves_the_embeddings_alone(
     reference, steps = tuned(tiny_bert, config, pooling=Pooling.CLS)
     losses = [step.loss for step in steps]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    before = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS)).model.state_dict()
+    before = load(tiny_bert, Pooling.CLS).model.state_dict()
     same = {name for name, value in reference.model.state_dict().items() if torch.equal(value, before[name])}
     assert same == {name for name in before if name.startswith("embeddings.")}
     assert all(parameter.requires_grad for parameter in reference.model.parameters())
@@ -195,7 +186,7 @@ def test_the_first_self_guided_loss_is_that_of_hugging_faces_layers(
     """Without dropout, both the vectors and the frozen copy's layers come from the weights at the start."""
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 64)
     config = dataclasses.replace(GUIDED, batch_size=len(TEXTS), dropout=0.0)
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
+    reference = load(tiny_bert, Pooling.CLS)
     batch = reference.tokenizer(TEXTS, padding=True, truncation=True, max_length=48, return_tensors="pt")
     mask = batch["attention_mask"][:, :, None]
     with torch.no_grad():
@@ -210,7 +201,7 @@ def test_the_first_self_guided_loss_is_that_of_hugging_faces_layers(
 
 
 def test_drift_is_the_squared_distance_from_the_start_with_its_gradient(tiny_bert: Path) -> None:
-    model = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS)).model
+    model = load(tiny_bert, Pooling.CLS).model
     guide = SelfGuided(model, Variant.OPT3, 0.01, 0.25)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in parameters]
@@ -230,7 +221,7 @@ def test_drift_is_the_squared_distance_from_the_start_with_its_gradient(tiny_ber
 def test_pairs_are_the_two_views_and_nothing_is_masked(tiny_bert: Path) -> None:
     pairs = [(text, f"{text} and a guitar by the river") for text in TEXTS]
     config = dataclasses.replace(SMALL, batch_size=len(pairs), dropout=0.0)
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=48))
+    reference = load(tiny_bert, max_tokens=48)
     reference.tokenizer.mask_token = None
     sides = [torch.from_numpy(reference.encode(list(side))) for side in zip(*pairs, strict=True)]
     expected = nt_xent(sides[0], sides[1], config.temperature, torch.arange(len(pairs))).item()
@@ -241,7 +232,7 @@ def test_pairs_are_the_two_views_and_nothing_is_masked(tiny_bert: Path) -> None:
         train(reference, pairs, dataclasses.replace(GUIDED, mask_length=0), FP32, steps.append)
 
 
-def test_pairs_that_share_a_text_are_no_negatives_of_each_other() -> None:
+def test_pairs_that_share_a_text_are_not_negatives_of_each_other() -> None:
     a, b, c, d, e = ([token] for token in range(5))
     assert group([a, b, c], [d, d, e]).tolist() == [0, 0, 2]
     assert group([a, b, c], [b, c, d]).tolist() == [0, 0, 0]
@@ -250,8 +241,8 @@ def test_pairs_that_share_a_text_are_no_negatives_of_each_other() -> None:
 
 
 def views(folder: Path, **settings: object) -> list[tuple[str, str]]:
-    """Give what one step looks at, as text."""
-    reference = Reference.load(resolve(str(folder), pooling=Pooling.MEAN))
+    """Return the views of one batch as text."""
+    reference = load(folder)
     texts = [f"the cat no. {i} is playing the guitar" for i in range(8)]
     (batch,) = batches(reference, texts, dataclasses.replace(SMALL, **settings), FP32)  # type: ignore[arg-type]
     decoded = [
@@ -303,8 +294,8 @@ def test_clipping_bounds_the_gradient_and_drophead_changes_the_run(tiny_bert: Pa
     assert not torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, drophead=0.5))[0]))
 
 
-def test_a_head_that_is_not_learnt_is_refused(tiny_bert: Path) -> None:
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+def test_an_unsupported_head_is_refused(tiny_bert: Path) -> None:
+    reference = load(tiny_bert)
     spec = dataclasses.replace(reference.spec, pooling=Pooling.DITTO, ditto=Ditto(layer=0, head=0))
     other = dataclasses.replace(reference, spec=spec)
     with pytest.raises(InputError, match="an encoder with pooling ditto cannot be tuned"):
@@ -312,7 +303,7 @@ def test_a_head_that_is_not_learnt_is_refused(tiny_bert: Path) -> None:
 
 
 def test_a_template_is_part_of_every_view(tiny_bert: Path) -> None:
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
+    reference = load(tiny_bert)
     templated = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, template="river: {text}"))
     bare, longer = (next(batches(one, TEXTS, SMALL, FP32)) for one in (reference, templated))
     assert longer.tokens == bare.tokens + 2 * SMALL.batch_size * 2  # "river" and ":" in both views
