@@ -1,12 +1,12 @@
 # People and CI call these and nothing else.
 PYTHON ?= python3
 VENV := .venv
-# What `make setup` installs. Other Pythons than the lock's: CONSTRAINTS= EXTRAS=test
+# The lock is for one Python; on another, run with CONSTRAINTS= EXTRAS=test.
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# NVIDIA's Python modules without the libraries behind them: what tests hold the TensorRT calls against.
+# NVIDIA's Python modules without the libraries behind them: tests check calls of TensorRT against them.
 TENSORRT_BINDINGS := $(addprefix $(VENV)/tensorrt-,10.16.1.11 11.4.0.106)
 
 # Tests run in parallel; tests of one file share a worker. TEST_WORKERS=0 runs them in one process.
@@ -20,7 +20,7 @@ TESTED = $(addprefix tests/,$(ROOM))
 
 .PHONY: help setup demo test test-fast check docs bench format clean
 
-help:  ## say what there is
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 setup: $(STAMP)  ## make .venv with the locked versions
@@ -36,14 +36,14 @@ demo: setup  ## raw text -> tuned weights -> ONNX -> Triton -> answers (DEMO='--
 $(VENV)/tensorrt-%: | $(STAMP)
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ tensorrt-cu13-bindings==$*
 
-# One torch or OpenMP thread a worker: two workers of two threads each are slower on two cores.
+# One OpenMP thread a worker: two workers with two threads each are slower on two cores.
 test test-fast: export OMP_NUM_THREADS ?= 1
 test test-fast: export MKL_NUM_THREADS ?= 1
 
-test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run (ROOM=export: one room; PYTEST='-k packing': options)
+test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run (ROOM=export: one room; PYTEST='-k packing' passes options)
 	$(RUN_TESTS) --durations=20 $(TESTED) $(PYTEST)
 
-test-fast: setup  ## the tests that need no traced graph, no server and no other process
+test-fast: setup  ## tests without traced graphs, servers and other processes: under a minute
 	$(RUN_TESTS) --fast $(TESTED) $(PYTEST)
 
 check: setup  ## lint, types, import rules, generated files
