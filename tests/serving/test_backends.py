@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from mirror_runtime.errors import ServerError
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.options import Backend
 from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
+from mirror_runtime.triton.server.processes import runners
 from tests.support.fake_bundles import PARITY
 
 pytestmark = pytest.mark.serving
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.serving
 TEXTS = ["", "one", "zwei Häuser", *(" ".join(["word"] * n) for n in range(1, 80))]
 
 STAND_IN = '''\
-"""Stands in for a backend that the wheel has not: the same tensors, from the engine without weights."""
+"""Stands in for a backend that the wheel lacks: the same tensors, from the engine without weights."""
 
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class TritonPythonModel:
 
 @pytest.fixture(scope="module")
 def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`embed` over an `encoder` whose backend alone is replaced: its configuration is the one for ONNX Runtime."""
+    """`embed` and an `encoder` with the configuration for ONNX Runtime, except for the backend."""
     folder = tmp_path_factory.mktemp("two")
     bundle = folder / "bundle"
     shutil.copytree(fake_bundle, bundle)
@@ -79,6 +80,7 @@ def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (encoder / "1" / "model.py").write_text(STAND_IN)
     with Server(folder / "models") as running:
         yield running
+        running.stop(grace_s=0)
 
 
 def packed_artifact(manifest: Manifest) -> Artifact:
@@ -96,7 +98,7 @@ def packed_artifact(manifest: Manifest) -> Artifact:
     )
 
 
-def test_vectors_through_a_second_model_are_the_encoders(two_models: Server, fake_bundle: Path) -> None:
+def test_a_second_model_returns_the_encoders_vectors(two_models: Server, fake_bundle: Path) -> None:
     with Encoder.load(fake_bundle, engine="fake") as encoder, two_models.client() as client:
         expected = encoder.encode_detailed(TEXTS)
         for batch_size in (1, 64):
@@ -105,7 +107,7 @@ def test_vectors_through_a_second_model_are_the_encoders(two_models: Server, fak
             np.testing.assert_array_equal(served.truncated, expected.truncated)
 
 
-def test_a_failing_second_model_fails_the_request_and_hides_its_paths(two_models: Server) -> None:
+def test_a_failing_second_model_fails_the_request_without_its_paths(two_models: Server) -> None:
     with two_models.client() as client:
         with pytest.raises(ServerError, match="encoding failed; the server's log says why") as caught:
             client.encode(["explode"])
@@ -114,19 +116,10 @@ def test_a_failing_second_model_fails_the_request_and_hides_its_paths(two_models
     assert "graph.onnx broke" in two_models.log_tail(60)
 
 
-@pytest.fixture
-def serve(fake_bundle: Path, tmp_path: Path) -> Callable[[ServingOptions], Server]:
-    def start(options: ServingOptions) -> Server:
-        write_temporary_repository(fake_bundle, tmp_path, options)
-        return Server(tmp_path)
-
-    return start
-
-
-def test_two_instances_share_the_work_and_the_cores(serve: Callable[..., Server], fake_bundle: Path) -> None:
-    with (
-        serve(ServingOptions(engine="fake", instances=2)) as server,
-        Encoder.load(fake_bundle, engine="fake") as encoder,
-        server.client() as client,
-    ):
-        np.testing.assert_array_equal(client.encode(TEXTS, batch_size=2), encoder.encode(TEXTS))
+def test_two_instances_share_the_work(fake_bundle: Path, tmp_path: Path) -> None:
+    write_temporary_repository(fake_bundle, tmp_path, ServingOptions(engine="fake", instances=2))
+    with Server(tmp_path) as server, Encoder.load(fake_bundle, engine="fake") as encoder:
+        assert len(runners(server.pid, "embed")) == 2
+        with server.client() as client:
+            np.testing.assert_array_equal(client.encode(TEXTS, batch_size=2), encoder.encode(TEXTS))
+        server.stop(grace_s=0)

@@ -1,4 +1,4 @@
-"""SIGTERM: what was accepted is answered, what comes later is refused, and nothing is left behind."""
+"""SIGTERM: accepted requests are answered, later ones rejected, and nothing is left behind."""
 
 import http.client
 import json
@@ -9,28 +9,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tritonclient.grpc
 
 from mirror_runtime.triton import Client
 from tests.support.fake_bundles import busy_texts
 from tests.support.mirror_serve import Load, MirrorServe, wait_until
+from tests.support.triton_requests import text_input
 
 pytestmark = pytest.mark.serving
 
 BUSY = busy_texts()
-"""Some tenths of a second for the fake engine."""
+"""Takes the fake engine some tenths of a second."""
 
 
 def over_grpc(client: tritonclient.grpc.InferenceServerClient, texts: list[bytes]) -> object:
-    tensor = tritonclient.grpc.InferInput("TEXT", [len(texts), 1], "BYTES")
-    tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
-    return client.infer("embed", [tensor], client_timeout=30).as_numpy("EMBEDDING")
+    return client.infer("embed", text_input(*texts), client_timeout=30).as_numpy("EMBEDDING")
 
 
 class KeptAlive:
-    """One HTTP connection for all requests, as a gateway would have."""
+    """One HTTP connection for all requests, like a gateway's."""
 
     def __init__(self, address: str) -> None:
         self.connection = http.client.HTTPConnection(address, timeout=30)
@@ -59,18 +57,17 @@ def test_sigterm_under_load_drops_no_accepted_request(fake_bundle: Path) -> None
         ]
         with Load(callers, pause_s=0.002) as load:
             wait_until(lambda: len(load.outcomes) > 30)
-            asked_at = time.monotonic()
-            began = time.monotonic()
+            terminated_at = time.monotonic()
             assert served.terminate() == 0
-            took = time.monotonic() - began
+            took = time.monotonic() - terminated_at
         assert not served.shared_memory()
-        accepted = [o for o in load.outcomes if o.began < asked_at]
+        accepted = [o for o in load.outcomes if o.began < terminated_at]
         assert not [o for o in accepted if isinstance(o.result, Exception)]
-        assert sum(o.ended > asked_at for o in accepted) >= 1, "else nothing was under way"
-        refused = [str(o.result) for o in load.failures()]
-        assert any("UNAVAILABLE" in text and "the server is stopping" in text for text in refused), refused[:5]
-        assert any("503 the server is stopping" in text for text in refused), refused[:5]
-        assert took < 8, "idle connections are not waited for"
+        assert sum(o.ended > terminated_at for o in accepted) >= 1, "else this test proves nothing"
+        rejected = [str(o.result) for o in load.failures()]
+        assert any("UNAVAILABLE" in text and "the server is stopping" in text for text in rejected), rejected[:5]
+        assert any("503 the server is stopping" in text for text in rejected), rejected[:5]
+        assert took < 8, "idle connections do not delay it"
         client.close()
         idle.close()
         for caller in kept:
@@ -80,23 +77,23 @@ def test_sigterm_under_load_drops_no_accepted_request(fake_bundle: Path) -> None
     assert "Traceback" not in served.output
 
 
-def test_a_second_signal_ends_it_at_once(fake_bundle: Path) -> None:
+def test_a_second_signal_ends_it_immediately(fake_bundle: Path) -> None:
     with MirrorServe(fake_bundle, "--engine", "fake") as served, Client(served.grpc, timeout_s=20) as client:
         assert client.ready()
         runner = served.runner()
         os.kill(runner, signal.SIGSTOP)
         ended: list[bool] = []
-        asking = threading.Thread(target=lambda: ended.append(client.ready()))
-        asking.start()
+        caller = threading.Thread(target=lambda: ended.append(client.ready()))
+        caller.start()
         time.sleep(0.5)
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in served.output)
-        time.sleep(1.5)
-        assert served.process.poll() is None, "it waits for the request under way"
+        time.sleep(1.0)
+        assert served.process.poll() is None, "it waits for the accepted request"
         began = time.monotonic()
         assert served.terminate() == 0
         assert time.monotonic() - began < 5
-        asking.join(10)
+        caller.join(10)
         assert ended == [False]
         assert "stopped before every request was answered" in served.output
         assert not served.shared_memory()

@@ -1,4 +1,4 @@
-"""Real weights behind a real server: what `make demo` shows, at a size for tests."""
+"""Real weights behind a real server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +29,7 @@ def real_server(minilm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     write_repository(minilm_bundle, repository, ServingOptions(engine="onnxruntime", precision="fp32"), link=True)
     with Server(repository) as server:
         yield server
+        server.stop(grace_s=0)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -38,12 +39,12 @@ def test_served_vectors_are_the_encoders(real_server: Server, minilm_bundle: Pat
     with real_server.client(protocol) as client:
         served = client.encode(TEXTS, batch_size=8)
     assert served.shape == expected.shape == (len(TEXTS), 384)
-    # Rows are packed differently there, so the last bits may differ.
+    # The server packs the rows differently, so the last bits may differ.
     assert cosines(served, expected).min() >= 0.999999
-    assert float(served[1] @ served[2]) > float(served[1] @ served[3]) + 0.2, "meaning survives the way through"
+    assert float(served[1] @ served[2]) > float(served[1] @ served[3]) + 0.2, "similar texts have similar vectors"
 
 
-def test_a_text_gives_the_same_vector_alone_and_in_company(real_server: Server) -> None:
+def test_a_texts_vector_does_not_depend_on_its_batch(real_server: Server) -> None:
     with real_server.client() as client:
         together = client.encode(TEXTS, batch_size=256)
         alone = np.concatenate([client.encode([text]) for text in TEXTS[:8]])
