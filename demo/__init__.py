@@ -1,1 +1,1 @@
-"""The whole way in five minutes."""
+"""The whole pipeline in five minutes."""

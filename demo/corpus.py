@@ -1,4 +1,4 @@
-"""The demo's corpus: what the standard library says about its own functions, and questions to ask of it."""
+"""The demo's corpus, which is the docstrings of the standard library, and questions about it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ QUESTIONS = (
     "how much room is left on the disk?",
     "find out what two texts have in common",
 )
-"""In plain words: none of them uses the words of the docstring that answers it."""
+"""None of them uses the words of the docstring that answers it."""
 
-_SHORTEST = 20  # characters: "Return self." and its like answer nothing
+_SHORTEST = 20  # characters; "Return self." and the like answer no question
 
 
 def functions() -> dict[str, str]:
-    """Map first sentences of the library's docstrings to what they describe; where several share one, to the first."""
+    """Return the first function of the standard library for each first sentence of a docstring."""
     found: dict[str, str] = {}
     for item in standard_library():
         if len(item.summary) >= _SHORTEST:

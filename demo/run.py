@@ -1,6 +1,6 @@
-"""The whole way on this machine: raw text, tuned weights, ONNX, packed runtime, Triton, answers, numbers.
+"""Run the whole pipeline on this machine: raw text, tuned weights, ONNX, packed runtime, Triton, search, benchmarks.
 
-Run it with `make demo`. Everything it makes lies in one folder (`.demo`), each stage by the command a user would type.
+Run it with `make demo`. It writes into one folder (`.demo`), and runs each stage with the command that a user would.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from demo.corpus import QUESTIONS, functions
 from encoders.reference import Reference
 from encoders.source import resolve
 from mirror_runtime import Encoder, MirrorError
-from mirror_runtime.bundle import Pooling
+from mirror_runtime.cli.options import PoolingOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.triton import Server
@@ -46,7 +46,7 @@ TOP = 3
 
 
 class Serve(str, Enum):
-    """Where the demo's vectors come from."""
+    """How the demo's vectors are computed."""
 
     TRITON = "triton"
     CONTAINER = "container"
@@ -55,19 +55,26 @@ class Serve(str, Enum):
 
 @dataclass
 class Stages:
-    """Prints each stage with its seconds."""
+    """Prints and times the stages."""
 
     console: Console
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
+        """Print a headline, and the seconds of the block."""
         self.console.rule(f"[bold]{name}", align="left")
-        began = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - began
+        self.seconds[name] = time.perf_counter() - start
         self.console.print(f"[dim]{name}: {self.seconds[name]:.1f} s[/]")
+
+    def print_table(self) -> None:
+        """Print the seconds of all stages and their sum."""
+        table = Table("stage", "seconds", title="time of each stage", title_justify="left")
+        for name, seconds in (self.seconds | {"all": sum(self.seconds.values())}).items():
+            table.add_row(name, f"{seconds:.1f}")
+        self.console.print(table)
 
 
 def demo(
@@ -75,25 +82,22 @@ def demo(
         str,
         typer.Option(help="Folder or hub name of the encoder to tune. Default: the packaged all-MiniLM-L6-v2."),
     ] = "",
-    pooling: Annotated[
-        Pooling | None,
-        typer.Option(help="Needed for a base that records none, such as bert-base-uncased: mean or cls."),
-    ] = None,
+    pooling: PoolingOption = None,
     serve: Annotated[
         Serve,
         typer.Option(help="triton: the wheel's tritonserver; container: print the command; none: in process only."),
     ] = Serve.TRITON,
-    folder: Annotated[Path, typer.Option(help="Where everything is written.")] = Path(".demo"),
+    folder: Annotated[Path, typer.Option(help="Output folder.")] = Path(".demo"),
 ) -> None:
-    """Tune an encoder on this Python's own docstrings, export it, serve it with Triton and ask it questions.
+    """Tune an encoder on this Python's own docstrings, export it, serve it with Triton and query it.
 
-    Takes about 3 minutes on 2 cores: 10 s corpus, 60 s tuning, 40 s export, the rest serving and measuring.
+    Takes about 3 minutes on 2 cores: 10 s corpus, 60 s tuning, 40 s export, the rest serving and benchmarking.
     """
     if serve is Serve.TRITON:
         try:
             find_distribution()
         except MirrorError as error:
-            raise InputError(f"{error}. The demo also runs with --serve container or --serve none") from error
+            raise InputError(f"{error}. Or run the demo with --serve container or --serve none") from error
     console = Console()
     stages = Stages(console)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,6 @@ def demo(
 
         base = str(MODEL_DIR)
     corpus, run, bundle = folder / "corpus.txt", folder / "run", folder / "bundle"
-
     with stages.stage("corpus"):
         names = functions()
         sentences = list(names)
@@ -113,8 +116,8 @@ def demo(
         before_corpus, before_questions = before.encode(sentences), before.encode(QUESTIONS)
         del before
     with stages.stage("tune"):
-        chosen = ["--pooling", pooling.value] if pooling else []
-        _run(console, "training/tune.py", "--base", base, "--corpus", corpus, "--output", run, "--overwrite", *chosen)
+        head = ["--pooling", pooling.value] if pooling else []
+        _run(console, "training/tune.py", "--base", base, "--corpus", corpus, "--output", run, "--overwrite", *head)
     with stages.stage("export"):
         _run(console, "export/to_onnx.py", run, "--output", bundle, "--overwrite")
     with Encoder.load(bundle) as encoder, stages.stage("serve and ask"):
@@ -127,23 +130,18 @@ def demo(
                 console.print("serve it with:", style="bold")
                 console.print(container_command((folder / "models").resolve(), ROOT), soft_wrap=True, highlight=False)
             vectors, questions = encoder.encode(sentences), encoder.encode(QUESTIONS)
-        _answers(console, names, (before_corpus, before_questions), (vectors, questions))
+        _print_answers(console, names, (before_corpus, before_questions), (vectors, questions))
     with stages.stage("prove and measure"):
         tuned = Reference.load(resolve(str(run)))
         parity = _parity(console, bundle, tuned, sentences, vectors, served=serve is Serve.TRITON)
         speeds = _speeds(console, bundle, tuned, sentences)
-
-    table = Table("stage", "seconds", title="time of each stage", title_justify="left")
-    for name, seconds in stages.seconds.items():
-        table.add_row(name, f"{seconds:.1f}")
-    table.add_row("all", f"{sum(stages.seconds.values()):.1f}")
-    console.print(table)
+    stages.print_table()
     result = {"seconds": stages.seconds, "texts": len(sentences), "parity": parity, "speeds": speeds}
     sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _run(console: Console, script: str, *arguments: str | Path) -> None:
-    """Run one of the project's commands as a user would, showing it."""
+    """Print and run one of the project's commands."""
     words = [script, *map(str, arguments)]
     console.print(f"$ python {shlex.join(words)}", style="cyan", soft_wrap=True, highlight=False)
     if subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode != 0:
@@ -153,18 +151,19 @@ def _run(console: Console, script: str, *arguments: str | Path) -> None:
 def _through_triton(
     console: Console, folder: Path, bundle: Path, sentences: Sequence[str]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Serve the bundle with the real tritonserver and fetch the vectors of sentences and questions from it."""
+    """Serve the bundle with the real tritonserver; return its vectors of sentences and questions."""
     models = folder / "models"
     _run(console, "export/to_triton.py", bundle, "--output", models, "--overwrite")
-    began = time.perf_counter()
+    start = time.perf_counter()
     with Server(models) as server:
         console.print(
-            f"tritonserver answers on {server.host}:{server.grpc_port} (gRPC) after {time.perf_counter() - began:.1f} s"
+            f"tritonserver is ready on {server.host}:{server.grpc_port} (gRPC) after "
+            f"{time.perf_counter() - start:.1f} s"
         )
         with server.client() as client:
-            began = time.perf_counter()
+            start = time.perf_counter()
             vectors = client.encode(sentences)
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - start
             console.print(
                 f"{len(sentences):,} sentences through Triton in {seconds:.1f} s: "
                 f"{len(sentences) / seconds:,.0f} sentences/s"
@@ -172,7 +171,7 @@ def _through_triton(
             return vectors, client.encode(QUESTIONS)
 
 
-def _answers(
+def _print_answers(
     console: Console,
     names: dict[str, str],
     before: tuple[NDArray[np.float32], NDArray[np.float32]],
@@ -198,16 +197,16 @@ def _parity(
     *,
     served: bool,
 ) -> dict[str, float]:
-    """Compare the demo's vectors and every packed artifact with PyTorch on ragged sentences; worst cosine each."""
-    picked = np.linspace(0, len(sentences) - 1, PARITY_TEXTS).astype(int)
-    texts = [sentences[i] for i in picked]
+    """Return the worst cosine to PyTorch of the demo's vectors and of every packed artifact."""
+    sample = np.linspace(0, len(sentences) - 1, PARITY_TEXTS).astype(int)
+    texts = [sentences[i] for i in sample]
     reference = tuned.encode(texts)
     worst: dict[str, float] = {}
 
     def compare(name: str, ours: NDArray[np.float32]) -> None:
         worst[name] = float(cosines(ours, reference).min())
 
-    compare("served by Triton" if served else "in process", vectors[picked])
+    compare("served by Triton" if served else "in process", vectors[sample])
     with Encoder.load(bundle) as encoder:
         pairs = [(a.engine.value, a.precision.value) for a in encoder.manifest.artifacts if a.layout.value == "packed"]
     for engine, precision in pairs:
@@ -221,29 +220,29 @@ def _parity(
 
 
 def _speeds(console: Console, bundle: Path, tuned: Reference, sentences: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Time our runtime and PyTorch in turns on the same texts."""
+    """Measure Mirror Runtime and PyTorch, interleaved, on the same texts."""
     texts = [sentences[i] for i in np.linspace(0, len(sentences) - 1, SPEED_TEXTS).astype(int)]
     with Encoder.load(bundle) as encoder:
         encoder.warm_up()
         ours = f"Mirror Runtime, {encoder.engine.name.value} {encoder.engine.precision.value}"
-        runners: dict[str, Callable[[Sequence[str]], object]] = {ours: encoder.encode, "PyTorch fp32": tuned.encode}
-        whole: dict[str, list[float]] = {name: [] for name in runners}
-        single: dict[str, list[float]] = {name: [] for name in runners}
-        for encode in runners.values():
+        runtimes: dict[str, Callable[[Sequence[str]], object]] = {ours: encoder.encode, "PyTorch fp32": tuned.encode}
+        bulk: dict[str, list[float]] = {name: [] for name in runtimes}
+        single: dict[str, list[float]] = {name: [] for name in runtimes}
+        for encode in runtimes.values():
             encode(texts[:64])
         for _ in range(SPEED_ROUNDS):
-            for name, encode in runners.items():
-                whole[name].append(_seconds(encode, texts))
+            for name, encode in runtimes.items():
+                bulk[name].append(_seconds(encode, texts))
                 single[name].extend(_seconds(encode, [text]) for text in texts[:: SPEED_TEXTS // 32])
     table = Table(
         "runtime",
         "sentences/s",
         "p50 of one sentence, ms",
-        title=f"{len(texts)} sentences, tokenising included, same run",
+        title=f"{len(texts)} sentences, including tokenising, same run",
     )
     speeds = {}
-    for name in runners:
-        rate, p50 = len(texts) / float(np.median(whole[name])), 1000 * float(np.median(single[name]))
+    for name in runtimes:
+        rate, p50 = len(texts) / float(np.median(bulk[name])), 1000 * float(np.median(single[name]))
         speeds[name] = {"sentences_per_s": rate, "p50_ms": p50}
         table.add_row(name, f"{rate:,.0f}", f"{p50:.1f}")
     console.print(table)
@@ -251,13 +250,13 @@ def _speeds(console: Console, bundle: Path, tuned: Reference, sentences: Sequenc
 
 
 def _seconds(encode: Callable[[Sequence[str]], object], texts: Sequence[str]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     encode(texts)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 0 on success, 2 when it cannot run as asked."""
+    """Run the demo and return the exit status: 0 on success, 2 if it cannot run with these options."""
     return run_command(application(demo), argv, "demo")
 
 

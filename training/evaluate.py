@@ -21,31 +21,28 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from evaluation.sets import EvaluationSet, read_sets
 from evaluation.similarity import AGGREGATION, CLOSE, Group, Report, difference, evaluate, flat
-from mirror_runtime.bundle import Pooling
-from mirror_runtime.cli.run import run_command
+from mirror_runtime.cli.options import PoolingOption, RevisionOption
+from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def command(
     *,
     encoders: Annotated[
         list[str],
-        typer.Argument(metavar="ENCODER...", help="folders or hub names; the first is compared with the others"),
+        typer.Argument(metavar="ENCODER...", help="Folders or hub names. The others are compared with the first."),
     ],
-    sts: Annotated[list[str] | None, typer.Option(help="sentence similarity sets: files or folders")] = None,
-    words: Annotated[list[str] | None, typer.Option(help="word similarity sets: files, or MULTISIMLEX:ENG")] = None,
-    pooling: Annotated[Pooling | None, typer.Option(help="required if an encoder does not record it")] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
+    sts: Annotated[list[str] | None, typer.Option(help="Sentence similarity sets: files or folders.")] = None,
+    words: Annotated[list[str] | None, typer.Option(help="Word similarity sets: files, or MULTISIMLEX:ENG.")] = None,
+    pooling: PoolingOption = None,
+    revision: RevisionOption = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="truncate texts to this many tokens (each encoder's own limit)")
+        int | None, typer.Option(help="Truncate texts to this many tokens. Default: each encoder's own limit.")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=100, help="of the bootstrap behind the 95 % intervals")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="of the bootstrap")] = 0,
-    output: Annotated[Path | None, typer.Option(help="also write the report to this JSON file")] = None,
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap for the 95 % intervals.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
 ) -> None:
     """Compare cosines with human scores: Spearman times 100 per set with a 95 % interval, and the plain mean.
 
@@ -185,7 +182,7 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 2 if the input cannot be used."""
-    return run_command(app, argv, "evaluate.py", lists={"--sts": None, "--words": None})
+    return run_command(application(command), argv, "evaluate.py", lists={"--sts": None, "--words": None})
 
 
 if __name__ == "__main__":

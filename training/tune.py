@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from mirror_runtime.bundle import Pooling
-from mirror_runtime.cli.run import run_command
+from mirror_runtime.cli.options import PoolingOption, RevisionOption
+from mirror_runtime.cli.run import application, run_command
 from training.augment import MaskViews
 from training.checkpoint import Step
 from training.contamination import Overlap
@@ -30,8 +30,6 @@ from training.job import Job, RunObserver, Start, Summary
 from training.objective import Objective, Variant
 from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
 from training.run import tune
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
 
@@ -54,119 +52,119 @@ def _setting(name: str, help_text: str) -> Any:
     return typer.Option(help=f"{help_text} {_default(name)}", rich_help_panel="Recipe")
 
 
-@app.command()
 def command(
     *,
-    base: Annotated[str, typer.Option(help="folder or hub name of a masked language model or encoder")],
+    base: Annotated[str, typer.Option(help="Folder or hub name of a masked language model or encoder.")],
     corpus: Annotated[
         list[str],
         typer.Option(
             help="UTF-8 text (one sentence, phrase or word a line), .jsonl, .parquet, any of these with .gz, or a data "
-            "set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are concatenated"
+            "set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are concatenated."
         ),
     ],
-    output: Annotated[Path, typer.Option(help="run folder to write")],
-    pooling: Annotated[Pooling | None, typer.Option(help="required if the base does not record it")] = None,
-    revision: Annotated[str | None, typer.Option(help="branch, tag or commit of a hub name")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing run folder, at the end")] = False,
+    output: Annotated[Path, typer.Option(help="Run folder to write.")],
+    pooling: PoolingOption = None,
+    revision: RevisionOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder, at the end.")] = False,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            help="steps between two checkpoints beside the output; after a kill, the same command resumes from the "
-            "last one: with 20, from step 20 or 40 of 50 (none)"
+            help="Steps between two checkpoints beside the output. After a kill, the same command resumes from the "
+            "last one: with 20, from step 20 or 40 of 50. (none)"
         ),
     ] = None,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="write event files into OUTPUT/tensorboard")
+        bool, typer.Option("--tensorboard", help="Write event files into OUTPUT/tensorboard.")
     ] = False,
     pairs: Annotated[
         bool,
         typer.Option(
-            "--pairs", help="each line is text1<TAB>text2, texts with the same meaning", rich_help_panel="Corpus"
+            "--pairs", help="Each line is text1<TAB>text2, texts with the same meaning.", rich_help_panel="Corpus"
         ),
     ] = False,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="to read from .jsonl, .parquet and data sets (text; with --pairs text1 text2)",
+            help="To read from .jsonl, .parquet and data sets. (text; with --pairs text1 text2)",
             rich_help_panel="Corpus",
         ),
     ] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            help="number of distinct lines to draw with --seed, such as 10000 (all)", rich_help_panel="Corpus"
+            help="Number of distinct lines to draw with --seed, such as 10000. (all)", rich_help_panel="Corpus"
         ),
     ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            help="evaluation sets or files of lines; their texts are left out, ignoring case and punctuation",
+            help="Evaluation sets or files of lines. Their texts are left out, ignoring case and punctuation.",
             rich_help_panel="Corpus",
         ),
     ] = None,
     sts: Annotated[
         list[str] | None,
-        typer.Option(help="sentence similarity sets, measured before and after", rich_help_panel="Evaluation"),
+        typer.Option(help="Sentence similarity sets, measured before and after.", rich_help_panel="Evaluation"),
     ] = None,
     words: Annotated[
         list[str] | None,
-        typer.Option(help="word similarity sets, measured before and after", rich_help_panel="Evaluation"),
+        typer.Option(help="Word similarity sets, measured before and after.", rich_help_panel="Evaluation"),
     ] = None,
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="defaults of the options below (sentence; with --objective self-guided: self-guided)",
+            help="Defaults of the options below. (sentence; with --objective self-guided: self-guided)",
             rich_help_panel="Recipe",
         ),
     ] = None,
-    objective: Annotated[Objective | None, _setting("objective", "loss to minimise")] = None,
-    variant: Annotated[Variant | None, _setting("variant", "of the self-guided objective")] = None,
+    objective: Annotated[Objective | None, _setting("objective", "Loss to minimise.")] = None,
+    variant: Annotated[Variant | None, _setting("variant", "Form of the self-guided objective.")] = None,
     drift: Annotated[
-        float | None, _setting("drift", "of the self-guided objective: weight of the distance to the base's weights")
+        float | None, _setting("drift", "Of the self-guided objective: weight of the distance to the base's weights.")
     ] = None,
-    seed: Annotated[int | None, _setting("seed", "of shuffling, masks, dropout and --sample")] = None,
-    epochs: Annotated[int | None, _setting("epochs", "passes over the corpus")] = None,
+    seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
+    epochs: Annotated[int | None, _setting("epochs", "Passes over the corpus.")] = None,
     batch_size: Annotated[
-        int | None, _setting("batch_size", "texts a step, over all processes: 10,000 lines at 200 are 50 steps")
+        int | None, _setting("batch_size", "Texts a step, over all processes: 10,000 lines at 200 are 50 steps.")
     ] = None,
-    lr: Annotated[float | None, _setting("lr", "maximum learning rate of AdamW")] = None,
-    schedule: Annotated[Schedule | None, _setting("schedule", "of the learning rate after warm-up")] = None,
+    lr: Annotated[float | None, _setting("lr", "Maximum learning rate of AdamW.")] = None,
+    schedule: Annotated[Schedule | None, _setting("schedule", "Learning rate after warm-up.")] = None,
     warmup: Annotated[
-        float | None, _setting("warmup", "share of the steps over which the learning rate rises: 0.1 of 50 are 5")
+        float | None, _setting("warmup", "Share of the steps over which the learning rate rises: 0.1 of 50 are 5.")
     ] = None,
-    beta2: Annotated[float | None, _setting("beta2", "of AdamW")] = None,
-    weight_decay: Annotated[float | None, _setting("weight_decay", "of AdamW, on every parameter")] = None,
-    clip: Annotated[float | None, _setting("clip", "maximum norm of a step's gradient")] = None,
-    temperature: Annotated[float | None, _setting("temperature", "divides the cosine")] = None,
+    beta2: Annotated[float | None, _setting("beta2", "Beta2 of AdamW.")] = None,
+    weight_decay: Annotated[float | None, _setting("weight_decay", "Of AdamW, on every parameter.")] = None,
+    clip: Annotated[float | None, _setting("clip", "Maximum norm of a step's gradient.")] = None,
+    temperature: Annotated[float | None, _setting("temperature", "Divides the cosine.")] = None,
     mask_length: Annotated[
-        int | None, _setting("mask_length", "masked characters in a view of 30 or more; 0 for none")
+        int | None, _setting("mask_length", "Masked characters in a view of 30 or more; 0 for none.")
     ] = None,
-    mask_views: Annotated[MaskViews | None, _setting("mask_views", "which views are masked")] = None,
+    mask_views: Annotated[MaskViews | None, _setting("mask_views", "Which views are masked.")] = None,
     reference_masking: Annotated[
-        bool | None, _setting("reference_masking", "mask exactly like the published code, including its quirks")
+        bool | None, _setting("reference_masking", "Mask exactly like the published code, including its quirks.")
     ] = None,
     repetition: Annotated[
         float | None,
-        _setting("repetition", "maximum share of its tokens that the second view repeats: 3 of 10 with 0.3"),
+        _setting("repetition", "Maximum share of its tokens that the second view repeats: 3 of 10 with 0.3."),
     ] = None,
-    dropout: Annotated[float | None, _setting("dropout", "everywhere in the model")] = None,
+    dropout: Annotated[float | None, _setting("dropout", "Dropout everywhere in the model.")] = None,
     drophead: Annotated[
-        float | None, _setting("drophead", "probability that an attention head is dropped for a text; with --dropout 0")
+        float | None,
+        _setting("drophead", "Probability that an attention head is dropped for a text; with --dropout 0."),
     ] = None,
     max_tokens: Annotated[
-        int | None, _setting("max_tokens", "longest text while tuning, including special tokens")
+        int | None, _setting("max_tokens", "Longest text while tuning, including special tokens.")
     ] = None,
     micro_batch_tokens: Annotated[
         int | None,
         _setting(
             "micro_batch_tokens",
-            "slots that go through the model at once, which bounds memory: of 400 texts in about 100 rows of 64, 4096 "
-            "slots are 64 rows",
+            "Slots that go through the model at once, which bounds memory: of 400 texts in about 100 rows of 64, 4096 "
+            "slots are 64 rows.",
         ),
     ] = None,
-    precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 if the device supports it")] = None,
-    device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if PyTorch finds one")] = None,
+    precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 if the device supports it.")] = None,
+    device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if PyTorch finds one.")] = None,
 ) -> None:
     """Tune a masked language model into a text encoder, without labels (Mirror-BERT, SG-BERT).
 
@@ -273,7 +271,7 @@ def _run(job: Job, console: Console) -> Summary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 2 if the input cannot be used."""
-    return run_command(app, argv, "tune.py", lists=dict.fromkeys(LISTS))
+    return run_command(application(command), argv, "tune.py", lists=dict.fromkeys(LISTS))
 
 
 if __name__ == "__main__":
