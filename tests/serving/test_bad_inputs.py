@@ -101,7 +101,7 @@ LONG = "word " * 100
 
 HTTP = [
     Http("malformed JSON", 500, "parse", b'{"inputs": ['),
-    Http("no JSON", 500, "parse", b"hello"),
+    Http("not JSON", 500, "parse", b"hello"),
     Http("an array", 500, "", b"[1, 2]"),
     Http("no inputs", 500, "inputs", b"{}"),
     Http("empty inputs", 400, "expected 1 inputs", b'{"inputs": []}'),
@@ -143,7 +143,7 @@ HTTP = [
     Http("JSON length below zero", 400, "", **binary(prefixed(b"a"), length="-5")),
     Http("unknown model", 404, "unknown model", body("a"), path="/v2/models/embedd/infer"),
     Http("unknown version", 404, "version", body("a"), path="/v2/models/embed/versions/7/infer"),
-    Http("version that is no number", 404, "", body("a"), path="/v2/models/embed/versions/new/infer"),
+    Http("version that is not a number", 404, "", body("a"), path="/v2/models/embed/versions/new/infer"),
     Http("unknown path", 404, "", body("a"), path="/v2/models/embed/encode"),
     Http("GET", 405, "", b"", method="GET"),
 ]
@@ -182,7 +182,7 @@ GRPC = [
     Grpc("unknown model", "NOT_FOUND", "unknown model", model="embedd"),
     Grpc("no model", "NOT_FOUND", "", model=""),
     Grpc("unknown version", "NOT_FOUND", "version", version="7"),
-    Grpc("version that is no number", "INVALID_ARGUMENT", "version", version="new"),
+    Grpc("version that is not a number", "INVALID_ARGUMENT", "version", version="new"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`mirror serve` as a process of its own, and a little load on it."""
+"""`mirror serve` as a separate process, and some load on it."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from mirror_runtime.triton.server.server import SHARED_MEMORY
 
 
 class MirrorServe:
-    """`mirror serve`, ready on entry, killed on exit if it still runs."""
+    """`mirror serve`: ready on entry, killed on exit if it still runs."""
 
     def __init__(self, source: Path, *options: str, code: str | None = None) -> None:
         run = ["-c", code] if code else ["-m", "mirror_runtime.cli", "serve"]
@@ -43,7 +43,7 @@ class MirrorServe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:  # a test failed: nobody else would end what it started
+        if self.process.poll() is None:  # a test failed, and nothing else ends its processes
             server = self.tritonserver
             self.process.kill()
             kill_group(server)
@@ -73,14 +73,14 @@ class MirrorServe:
         return next(int(pid) for pid, parent, name in rows if int(parent) == self.process.pid and "triton" in name)
 
     def runner(self) -> int:
-        """The process that runs the model."""
+        """Return the process that runs the model."""
         return runners(self.tritonserver, "embed")[0]
 
     def shared_memory(self) -> list[Path]:
         return list(SHARED_MEMORY.glob(f"mirror_{self.process.pid}_*"))
 
     def terminate(self, timeout_s: float = 30.0) -> int:
-        """Send SIGTERM and give the exit status."""
+        """Send SIGTERM and return the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
@@ -95,7 +95,7 @@ class MirrorServe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request: when it began and ended, and what came of it."""
+    """One request: when it began and ended, and its result or exception."""
 
     began: float
     ended: float
@@ -103,9 +103,9 @@ class Outcome:
 
 
 class Load:
-    """Callers that make one request after the other, each in a thread of its own, until the block ends.
+    """Callers that send one request after the other, each in a thread of its own, until the block ends.
 
-    The functions are called in their threads; what they return or raise is an outcome.
+    What a caller returns or raises is an outcome.
     """
 
     def __init__(self, callers: Sequence[Callable[[], object]], pause_s: float = 0.0) -> None:
@@ -125,7 +125,7 @@ class Load:
         self.stop()
 
     def stop(self) -> None:
-        """No new requests; returns when those under way have ended."""
+        """Send no further requests, and wait for those under way."""
         self._stopping.set()
         for thread in self._threads:
             thread.join(60)

@@ -31,13 +31,13 @@ class AsyncClient:
     ```
 
     Args:
-        url: host and port; None means port 8001 of this machine for gRPC and 8000 for HTTP.
-        protocol: "grpc" or "http".
-        model: the model's name.
-        timeout_s: how long one request may take, in seconds; retries and pauses count.
+        url: see `Client`, and so are the following.
+        protocol: see `Client`.
+        model: see `Client`.
+        timeout_s: see `Client`.
         in_flight: most requests of one call under way at once.
-        batch_tokens: most tokens in a request, estimated from the texts' lengths; a single text may have more.
-        fingerprint: of the vector space that the caller expects. Another one is an error. None accepts any.
+        batch_tokens: see `Client`.
+        fingerprint: see `Client`.
         patient: repeat requests that an overloaded server refused. False raises the refusal immediately, for callers
             that pass it on.
 

@@ -32,7 +32,7 @@ from mirror_runtime.errors import (
     TextError,
     UnavailableError,
 )
-from mirror_runtime.tokenizer import defect
+from mirror_runtime.tokenizer import validate_text
 from mirror_runtime.vectors import Vectors
 
 BATCH_TOKENS = 8192
@@ -309,7 +309,7 @@ def pause_before(tries: int, hint_s: float | None, jitter: Callable[[float, floa
 
 
 def _utf8(position: int, text: object, limit: int) -> bytes | TextError:
-    problem = defect(position, text)
+    problem = validate_text(position, text)
     if problem is not None:
         return problem
     raw = str(text).encode("utf-8")

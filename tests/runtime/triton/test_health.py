@@ -142,7 +142,7 @@ def test_the_threads_probe_and_watch_until_they_are_stopped(served):
     stopping = threading.Event()
     timer = threading.Timer(0.2, stopping.set)
     timer.start()
-    with Watchdog(served, policy) as watchdog:  # type: ignore[arg-type]
+    with Watchdog(served, policy) as watchdog:
         assert watchdog.watch(stopping) == ""
         assert watchdog.prober.answered_at
         served.dead = "worker"
