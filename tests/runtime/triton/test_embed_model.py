@@ -47,8 +47,7 @@ def start(pb_utils):
     models: list[Any] = []
 
     def starting(bundle: Path, options: ServingOptions) -> Any:
-        sys.modules.pop("mirror_runtime.triton.model.embed_model", None)
-        model = importlib.import_module("mirror_runtime.triton.model.embed_model").TritonPythonModel()
+        model = new_model()
         model.initialize(arguments(bundle, options))
         models.append(model)
         return model
@@ -56,6 +55,12 @@ def start(pb_utils):
     yield starting
     for model in models:
         model.finalize()
+
+
+def new_model() -> Any:
+    """Create the model from a fresh import, which binds the present `pb_utils`."""
+    sys.modules.pop("mirror_runtime.triton.model.embed_model", None)
+    return importlib.import_module("mirror_runtime.triton.model.embed_model").TritonPythonModel()
 
 
 def arguments(bundle: Path, options: ServingOptions) -> dict[str, str]:
@@ -102,30 +107,30 @@ class Brake:
         return self.run(rows)
 
 
-def test_the_model_serves_the_bundle_beside_it(start, make_bundle):
+def test_small_batches_are_answered_within_the_call(start, make_bundle):
     bundle = make_bundle()
     model = start(bundle, ServingOptions(engine="fake", streams=2, long_texts=LongTexts.CHUNK))
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
     assert model.encoder.engine.streams == 2
-    responses = serve(model, FakeRequest(b"one"), FakeRequest(b"\xff"), FakeRequest(b"two", b"three"))
-    assert responses[1].error.code == FakeTritonError.INVALID_ARG
-    assert not responses[1].output_tensors
-    assert [t.name for t in responses[0].output_tensors] == ["EMBEDDING", "TOKENS", "TRUNCATED"]
+    requests = [FakeRequest(b"one"), FakeRequest(b"\xff"), FakeRequest(b"two", b"three")]
+    one, bad, two = model.execute(requests)
+    assert not any(request.answered.is_set() for request in requests)
+    assert (bad.error.code, bad.output_tensors) == (FakeTritonError.INVALID_ARG, [])
+    assert [t.name for t in one.output_tensors] == ["EMBEDDING", "TOKENS", "TRUNCATED"]
     with Encoder.load(bundle, engine="fake") as encoder:
-        expected = encoder.encode(["two", "three"])
-    np.testing.assert_array_equal(responses[2].output_tensors[0].array, expected)
+        expected = encoder.encode(["one", "two", "three"])
+    served = np.concatenate([response.output_tensors[0].array for response in (one, two)])
+    np.testing.assert_array_equal(served, expected)
+    assert model._budget.in_flight == 0
+    assert model._scheduler.counts["admitted"] == 3
 
 
-def test_the_fingerprint_is_returned_on_request(start, make_bundle):
+def test_the_fingerprint_is_an_output_and_on_newer_servers_a_response_parameter(start, pb_utils, make_bundle):
+    pb_utils.InferenceResponse = NewFakeResponse
     model = start(make_bundle(), ServingOptions(engine="fake"))
     (response,) = serve(model, FakeRequest(b"one", b"two", outputs=["EMBEDDING", "FINGERPRINT"]))
     output = response.output_tensors[-1]
     assert (output.name, output.array.tolist()) == ("FINGERPRINT", [[b"0123456789abcdef"]] * 2)
-
-
-def test_newer_servers_get_the_fingerprint_as_a_response_parameter_too(start, pb_utils, make_bundle):
-    pb_utils.InferenceResponse = NewFakeResponse
-    (response,) = serve(start(make_bundle(), ServingOptions(engine="fake")), FakeRequest(b"one"))
     assert response.parameters == {"fingerprint": "0123456789abcdef"}
 
 
@@ -149,21 +154,6 @@ def test_invalid_parameters_are_rejected_by_name(start, make_bundle, parameters,
     assert message in str(bad.error)
     assert len(str(bad.error)) < 200
     assert good.error is None
-
-
-def test_small_batches_are_answered_within_the_call(start, make_bundle):
-    bundle = make_bundle()
-    model = start(bundle, ServingOptions(engine="fake", streams=1))
-    requests = [FakeRequest(b"one"), FakeRequest(b"\xff"), FakeRequest(b"two", b"three")]
-    one, bad, more = model.execute(requests)
-    assert not any(request.answered.is_set() for request in requests)
-    assert bad.error.code == FakeTritonError.INVALID_ARG
-    with Encoder.load(bundle, engine="fake") as encoder:
-        expected = encoder.encode(["one", "two", "three"])
-    served = np.concatenate([response.output_tensors[0].array for response in (one, more)])
-    np.testing.assert_array_equal(served, expected)
-    assert model._budget.in_flight == 0
-    assert model._scheduler.counts["admitted"] == 3
 
 
 @pytest.mark.parametrize("inline", [512, 0], ids=["within the call", "by a worker"])
@@ -271,8 +261,7 @@ def test_an_engine_failure_fails_every_request_and_is_quoted_only_in_the_log(sta
 
 
 def test_metrics_count_requests_by_outcome(pb_utils, make_bundle, monkeypatch):
-    sys.modules.pop("mirror_runtime.triton.model.embed_model", None)
-    model = importlib.import_module("mirror_runtime.triton.model.embed_model").TritonPythonModel()
+    model = new_model()
     model.initialize(arguments(make_bundle(), ServingOptions(engine="fake", max_tokens_in_flight=60)))
     brake = Brake(model, monkeypatch)
     accepted = FakeRequest(b"word " * 40)
@@ -296,9 +285,8 @@ def test_a_bundle_that_cannot_be_loaded_ends_in_one_message(start, make_bundle):
 
 def test_a_bundle_of_another_vector_space_than_the_repository_promises_is_rejected(pb_utils, make_bundle):
     bundle = make_bundle()
-    given = arguments(bundle, ServingOptions(engine="fake"))
+    promised = arguments(bundle, ServingOptions(engine="fake"))
     text = (bundle / "manifest.json").read_text().replace("0123456789abcdef", "fedcba9876543210")
     (bundle / "manifest.json").write_text(text)
-    model = importlib.import_module("mirror_runtime.triton.model.embed_model").TritonPythonModel()
     with pytest.raises(RuntimeError, match="promises vectors of 0123456789abcdef and the bundle has fedcba98"):
-        model.initialize(given)
+        new_model().initialize(promised)

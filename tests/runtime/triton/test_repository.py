@@ -120,35 +120,33 @@ def test_options_are_validated(options, message):
         ServingOptions(**options)
 
 
-def a_plan(**changes) -> HostPlan:
-    setting = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
-    measured = Trial(
-        setting=setting, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True
-    )
-    fields = {
-        "format_version": 1,
-        "goal": Goal.THROUGHPUT,
-        "floor": 0.999,
-        "fingerprint": "0123456789abcdef",
-        "host": HostIdentity(cpu="a CPU", features="0", cores=8),
-        "versions": {},
-        "texts": 100,
-        "rounds": 3,
-        "chosen": setting,
-        "measured": (measured,),
-    }
-    return HostPlan(**{**fields, **changes})
+SETTING = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
+
+PLAN = HostPlan(
+    format_version=1,
+    goal=Goal.THROUGHPUT,
+    floor=0.999,
+    fingerprint="0123456789abcdef",
+    host=HostIdentity(cpu="a CPU", features="0", cores=8),
+    versions={},
+    texts=100,
+    rounds=3,
+    chosen=SETTING,
+    measured=(
+        Trial(setting=SETTING, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True),
+    ),
+)
 
 
 def test_a_plan_fills_open_options():
-    options = ServingOptions(max_batch_size=8).follow(a_plan(), "0123456789abcdef")
-    assert options.setting == a_plan().chosen
+    options = ServingOptions(max_batch_size=8).follow(PLAN, "0123456789abcdef")
+    assert options.setting == SETTING
     assert options.max_batch_size == 8
-    assert ServingOptions(streams=1).follow(a_plan(), "0123456789abcdef").streams == 1
+    assert ServingOptions(streams=1).follow(PLAN, "0123456789abcdef").streams == 1
     with pytest.raises(InputError, match="the plan is for the bundle 0123456789abcdef, not fed"):
-        ServingOptions().follow(a_plan(), "fed")
+        ServingOptions().follow(PLAN, "fed")
     with pytest.raises(InputError, match="accepted nothing for engine onnxruntime"):
-        ServingOptions(engine="onnxruntime").follow(a_plan(), "0123456789abcdef")
+        ServingOptions(engine="onnxruntime").follow(PLAN, "0123456789abcdef")
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -247,7 +245,7 @@ def test_to_triton_writes_a_repository_and_ends_in_one_json_line(make_bundle, tm
 
 def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
     bundle = make_bundle(artifacts=(make_artifact(EngineName.OPENVINO, Precision.BF16),))
-    write_plan(a_plan(), tmp_path / "plan.json")
+    write_plan(PLAN, tmp_path / "plan.json")
     arguments = [str(bundle), "--output", str(tmp_path / "repo"), "--plan", str(tmp_path / "plan.json")]
     assert to_triton.main(arguments) == 0, capsys.readouterr().err
     config = parsed((tmp_path / "repo" / "embed" / "config.pbtxt").read_text(encoding="utf-8"))
