@@ -1,41 +1,28 @@
-"""Many callers on one event loop: nothing lost, nothing computed twice, nobody harmed by a neighbour."""
+"""Many callers on one event loop: no text is lost or computed twice, and no caller is affected by another's."""
 
 import asyncio
-import threading
 import time
 
 import numpy as np
 import pytest
 
 from mirror_runtime import AsyncEncoder, Encoder, EngineError, InputError, OverloadedError, TextError
+from tests.support.gateways import EngineGate
 
 
 @pytest.fixture
-def encoder(make_bundle):
-    with Encoder.load(make_bundle(), engine="fake", streams=2) as encoder:
+def encoder(gateway_bundle):
+    with Encoder.load(gateway_bundle, engine="fake", streams=2) as encoder:
         yield encoder
 
 
 @pytest.fixture
-def gate(encoder, monkeypatch):
-    """The engine waits here; `gate.calls` counts the batches that reached it."""
-
-    class Gate:
-        def __init__(self) -> None:
-            self.open = threading.Event()
-            self.reached = threading.Event()
-
-    gate = Gate()
-    run = encoder.engine.run
-
-    def wait(rows):
-        gate.reached.set()
-        assert gate.open.wait(20)
-        return run(rows)
-
-    monkeypatch.setattr(encoder.engine, "run", wait)
+def gate(encoder):
+    """A closed gate in front of the engine."""
+    gate = EngineGate(encoder.engine)
+    gate.close()
     yield gate
-    gate.open.set()
+    gate.open()
 
 
 async def until(condition) -> None:
@@ -43,6 +30,16 @@ async def until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         await asyncio.sleep(0.001)
+
+
+def gathered(encoder, *calls, **options):
+    """Run several calls of `encode` at once and return their vectors or errors."""
+
+    async def main():
+        async with AsyncEncoder(encoder, **options) as shared:
+            return await asyncio.gather(*map(shared.encode, calls), return_exceptions=True)
+
+    return asyncio.run(main())
 
 
 def test_a_hundred_callers_get_their_own_vectors_in_few_batches(encoder):
@@ -70,11 +67,7 @@ def test_a_hundred_callers_get_their_own_vectors_in_few_batches(encoder):
 def test_calls_of_several_texts_keep_their_order(encoder):
     texts = [f"{i} alpha" for i in range(50)]
 
-    async def main():
-        async with AsyncEncoder(encoder, max_batch_tokens=40) as shared:
-            return await asyncio.gather(shared.encode(texts), shared.encode(texts[::-1]), shared.encode([]))
-
-    forward, backward, nothing = asyncio.run(main())
+    forward, backward, nothing = gathered(encoder, texts, texts[::-1], [], max_batch_tokens=40)
     np.testing.assert_array_equal(forward, encoder.encode(texts))
     np.testing.assert_array_equal(backward, forward[::-1])
     assert nothing.shape == (0, 8)
@@ -84,10 +77,10 @@ def test_equal_texts_are_computed_once(encoder, gate):
     async def main():
         async with AsyncEncoder(encoder, max_wait_ms=0) as shared:
             calls = [asyncio.create_task(shared.encode(["same", "same"])) for _ in range(10)]
-            await until(gate.reached.is_set)  # running: later callers join it all the same
+            await until(lambda: gate.runs)  # running: later callers join it all the same
             calls.append(asyncio.create_task(shared.encode(["same"])))
             await asyncio.sleep(0)
-            gate.open.set()
+            gate.open()
             return await asyncio.gather(*calls), shared.stats
 
     found, stats = asyncio.run(main())
@@ -97,35 +90,39 @@ def test_equal_texts_are_computed_once(encoder, gate):
     assert all((vectors == found[0][0]).all() for vectors in found)
 
 
-def test_a_full_queue_refuses_at_once_and_loses_nothing(encoder, gate):
+def test_a_full_queue_refuses_immediately_with_a_retry_after_and_loses_nothing(encoder, gate):
     async def main():
         async with AsyncEncoder(encoder, max_wait_ms=0, max_waiting=4) as shared:
             taken = [asyncio.create_task(shared.encode(["running 1"]))]
-            await until(gate.reached.is_set)
+            await until(lambda: gate.runs)
             taken.append(asyncio.create_task(shared.encode(["running 2"])))
             await until(lambda: shared.stats.running == 2)
             taken.append(asyncio.create_task(shared.encode(["a", "b", "c"])))
             await until(lambda: shared.stats.waiting == 3)
             began = time.perf_counter()
-            with pytest.raises(OverloadedError, match="3 texts wait and 2 more would exceed 4"):
+            with pytest.raises(OverloadedError, match="3 texts wait and 2 more would exceed 4") as refused:
                 await shared.encode(["d", "e"])
             refused_s = time.perf_counter() - began
+            assert refused.value.retry_after_s == 0.5  # nothing has finished yet
             taken.append(asyncio.create_task(shared.encode(["d", "a"])))  # "a" waits already: only one more
             await until(lambda: shared.stats.waiting == 4)
-            gate.open.set()
+            gate.open()
             await asyncio.gather(*taken)
+            with pytest.raises(OverloadedError) as refused:
+                await shared.encode(list("vwxyz"))
+            assert refused.value.retry_after_s == 0.01  # measured, and nothing is in flight
             return refused_s, shared.stats
 
     refused_s, stats = asyncio.run(main())
     assert refused_s < 0.05  # it waits for nothing; the bound of 5 ms is measured on a quiet machine
-    assert (stats.refused, stats.calls, stats.waiting, stats.running) == (1, 4, 0, 0)
+    assert (stats.refused, stats.calls, stats.waiting, stats.running) == (2, 4, 0, 0)
 
 
 def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(encoder, gate):
     async def main():
         async with AsyncEncoder(encoder, max_wait_ms=0) as shared:
             started = asyncio.create_task(shared.encode(["started"]))
-            await until(gate.reached.is_set)
+            await until(lambda: gate.runs)
             behind = asyncio.create_task(shared.encode(["behind"]))
             await until(lambda: shared.stats.running == 2)
             alone = asyncio.create_task(shared.encode(["mine", "ours"]))
@@ -135,7 +132,7 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
             started.cancel()
             await asyncio.gather(alone, started, return_exceptions=True)
             assert shared.stats.waiting == 1
-            gate.open.set()
+            gate.open()
             return await asyncio.gather(behind, other), shared.stats
 
     (_, ours), stats = asyncio.run(main())
@@ -145,63 +142,43 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
 
 
 @pytest.mark.parametrize("bad", [None, 7, "lone \ud800"])
-def test_a_bad_text_hurts_its_caller_alone(encoder, bad):
-    async def main():
-        async with AsyncEncoder(encoder) as shared:
-            return await asyncio.gather(
-                shared.encode(["good"]), shared.encode(["fine", bad]), shared.encode(["well"]), return_exceptions=True
-            )
-
-    good, error, well = asyncio.run(main())
+def test_a_bad_text_fails_its_caller_only(encoder, bad):
+    good, error, well = gathered(encoder, ["good"], ["fine", bad], ["well"])
     assert isinstance(error, TextError)
     assert error.index == 1
     np.testing.assert_array_equal(np.concatenate([good, well]), encoder.encode(["good", "well"]))
 
 
-def test_a_text_over_the_limit_is_refused_with_its_own_position(make_bundle):
-    async def main(encoder):
-        async with AsyncEncoder(encoder) as shared:
-            return await asyncio.gather(
-                shared.encode(["a", "word " * 100]), shared.encode(["b"]), return_exceptions=True
-            )
-
-    with Encoder.load(make_bundle(), engine="fake", long_texts="error") as encoder:
-        error, good = asyncio.run(main(encoder))
+def test_a_text_over_the_limit_is_refused_with_its_own_position(gateway_bundle):
+    with Encoder.load(gateway_bundle, engine="fake", long_texts="error") as encoder:
+        error, good = gathered(encoder, ["a", "word " * 100], ["b"])
         np.testing.assert_array_equal(good, encoder.encode(["b"]))
     assert isinstance(error, TextError)
     assert error.index == 1
     assert "has 102 tokens" in str(error)
 
 
-def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_later_one(encoder, monkeypatch):
-    run = encoder.engine.run
-
-    def fail(rows):
-        raise EngineError("out of cheese")
-
-    async def main():
-        async with AsyncEncoder(encoder) as shared:
-            monkeypatch.setattr(encoder.engine, "run", fail)
-            failed = await asyncio.gather(shared.encode(["a"]), shared.encode(["b"]), return_exceptions=True)
-            monkeypatch.setattr(encoder.engine, "run", run)
-            return failed, await shared.encode(["a"])
-
-    failed, later = asyncio.run(main())
+def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_later_one(encoder, gate):
+    gate.open()
+    gate.failure = EngineError("out of cheese")
+    failed = gathered(encoder, ["a"], ["b"])
+    gate.failure = None
+    (later,) = gathered(encoder, ["a"])
     assert [str(error) for error in failed] == ["out of cheese"] * 2
     np.testing.assert_array_equal(later, encoder.encode(["a"]))
 
 
-def test_closing_finishes_what_was_taken_and_takes_no_more(encoder, gate):
+def test_closing_finishes_accepted_calls_and_refuses_new_ones(encoder, gate):
     async def main():
         shared = AsyncEncoder(encoder, max_wait_ms=10_000)
         taken = [asyncio.create_task(shared.encode([f"text {i}"])) for i in range(20)]
         await asyncio.sleep(0)
         closing = asyncio.create_task(shared.aclose())
-        await until(gate.reached.is_set)
+        await until(lambda: gate.runs)
         with pytest.raises(EngineError, match="is closed"):
             await shared.encode(["late"])
         assert not closing.done()
-        gate.open.set()
+        gate.open()
         await closing
         return await asyncio.gather(*taken)
 
@@ -213,17 +190,17 @@ def test_the_next_batch_is_tokenised_while_the_engine_runs(encoder, gate):
     async def main():
         async with AsyncEncoder(encoder, max_wait_ms=0) as shared:
             first = asyncio.create_task(shared.encode(["first"]))
-            await until(gate.reached.is_set)
+            await until(lambda: gate.runs)
             second = asyncio.create_task(shared.encode(["second"]))
             await until(lambda: encoder.stats.texts == 2)  # counted when tokenised; the engine still holds the first
             assert not first.done()
-            gate.open.set()
+            gate.open()
             await asyncio.gather(first, second)
 
     asyncio.run(main())
 
 
-def test_mistakes_are_named(encoder):
+def test_mistakes_are_errors(encoder):
     async def one_string(shared):
         await shared.encode("one string")
 

@@ -1,4 +1,4 @@
-"""A gateway on a free port of loopback, in a thread of the test, and a client that sends whatever it is told."""
+"""A gateway on a free port of loopback, in a thread of the test, with a client and an engine that can be blocked."""
 
 import contextlib
 import http.client
@@ -22,11 +22,11 @@ from mirror_runtime.gateway.settings import GatewaySettings
 
 MODEL = "mini"
 FINGERPRINT = "0123456789abcdef"
-"""Of the bundles that tests make for the fake engine."""
+"""The fingerprint of bundles for the fake engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class HttpReply:
     status: int
     headers: Mapping[str, str]
     body: bytes
@@ -37,11 +37,11 @@ class Reply:
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """What is wrong, in OpenAI's shape and no other."""
-        answer = self.json
-        assert set(answer) == {"error"}
-        assert set(answer["error"]) == {"message", "type", "param", "code"}
-        return answer["error"]
+        """The error, checked for OpenAI's shape."""
+        body = self.json
+        assert set(body) == {"error"}
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        return body["error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Gateway:
 
     def send(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, timeout: float = 30
-    ) -> Reply:
-        """Send a request: bytes and iterables of bytes as they are (the latter in chunks), anything else as JSON."""
+    ) -> HttpReply:
+        """Send a request: bytes unchanged, iterators of bytes in chunks, anything else as JSON."""
         sent = dict(headers or {})
         if body is not None and not isinstance(body, bytes) and not hasattr(body, "__next__"):
             body = json.dumps(body).encode()
@@ -67,13 +67,13 @@ class Gateway:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
             connection.request(method, path, body, sent)  # type: ignore[arg-type]
             response = connection.getresponse()
-            return Reply(
+            return HttpReply(
                 status=response.status,
                 headers={name.lower(): value for name, value in response.getheaders()},
                 body=response.read(),
             )
 
-    def embed(self, texts: object, **fields: object) -> Reply:
+    def embed(self, texts: object, **fields: object) -> HttpReply:
         return self.send("POST", "/v1/embeddings", {"model": MODEL, "input": texts, **fields})
 
     def metric(self, name: str, **labels: str) -> float:
@@ -82,7 +82,7 @@ class Gateway:
 
 @contextlib.contextmanager
 def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake", **settings: Any) -> Iterator[Gateway]:
-    """Run a gateway on a bundle."""
+    """Run a gateway on a bundle until the block ends."""
     encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
     chosen = GatewaySettings(**{"model": MODEL, "drain_s": 0.0, **settings})
     backend = InProcessBackend(encoder, long_texts=long_texts, max_waiting=chosen.max_in_flight + 1)
@@ -98,11 +98,36 @@ def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake",
     finally:
         server.should_exit = True
         thread.join(20)
-        assert not thread.is_alive(), "the gateway does not stop"
+        assert not thread.is_alive(), "the gateway did not stop"
+
+
+class EngineGate:
+    """Stands in front of an engine: runs wait while it is closed, and raise `failure` if it is set."""
+
+    def __init__(self, engine: Any) -> None:
+        self.failure: Exception | None = None
+        self.runs = 0
+        self.run_engine = engine.run
+        self._open = threading.Event()
+        self._open.set()
+        engine.run = self._run
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def _run(self, rows: NDArray[np.int64]) -> Any:
+        self.runs += 1
+        assert self._open.wait(20)
+        if self.failure is not None:
+            raise self.failure
+        return self.run_engine(rows)
 
 
 def vectors(numbers: Any) -> NDArray[np.float32]:
-    """What a client makes of an answer's lists."""
+    """Convert the lists of a response, as a client does."""
     return np.asarray(numbers, np.float32)
 
 

@@ -1,4 +1,4 @@
-"""A corpus over two local Ray workers gives what one encoder gives, and goes on where it was."""
+"""A corpus on Ray workers gets the vectors of one encoder, and a resumed run encodes the missing shards only."""
 
 import json
 import os
@@ -6,24 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
 from mirror_runtime import Encoder, InputError
+from mirror_runtime.cli.main import main
+from mirror_runtime.corpus import encode_ray
 from mirror_runtime.corpus.encode_file import EncodeProgress
 from mirror_runtime.corpus.encode_ray import encode_with_ray
 from mirror_runtime.corpus.files import CorpusFile
 
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-FAKE = {"engine": "fake"}
-
-
-@pytest.fixture
-def bundle(make_bundle) -> Path:
-    return make_bundle()
+OPTIONS = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
 
 
 @pytest.fixture
@@ -33,26 +29,69 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+class Rows(list):
+    """Stands in for a Ray data set: it maps in this process."""
+
+    def map_batches(self, worker, fn_constructor_args, batch_size, compute):
+        encode = worker(*fn_constructor_args)
+        results = (encode({name: np.array([value]) for name, value in row.items()}) for row in self)
+        return Rows({name: values[0] for name, values in result.items()} for result in results)
+
+    def iter_rows(self):
+        return iter(self)
+
+
+@pytest.fixture
+def ray_in_process(monkeypatch):
+    data = SimpleNamespace(
+        DataContext=SimpleNamespace(get_current=SimpleNamespace),
+        ActorPoolStrategy=lambda size: None,
+        from_items=lambda items, override_num_blocks: Rows(items),
+    )
+    ray = SimpleNamespace(data=data, is_initialized=lambda: True, exceptions=SimpleNamespace(RayError=OSError))
+    monkeypatch.setattr(encode_ray, "require", lambda *_: ray)
+
+
 def vectors(folder: Path) -> np.ndarray:
     files = sorted(folder.iterdir())
     return np.concatenate([np.float32(parquet.read_table(file)["embedding"].to_pylist()) for file in files])
 
 
-@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
-def test_parts_cover_every_row_once_and_in_order(tmp_path, kind):
-    texts = [f"text {i}" for i in range(25)]
-    path = tmp_path / f"in.{kind}"
-    if kind == "parquet":
-        parquet.write_table(pa.table({"text": texts}), path, row_group_size=4)
-    else:
-        path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in texts))
-    source = CorpusFile(path=path)
-    parts = list(source.shards(10))
-    assert [part.number for part in parts] == list(range(len(parts)))
-    assert [text for part in parts for text in source.texts(part)] == texts
-    assert [part.first for part in parts] == [sum(p.rows for p in parts[:i]) for i in range(len(parts))]
-    assert sum(source.shard_size(part) for part in parts) == source.size
-    assert next(iter(CorpusFile(path=path).shards(10**9))).rows == 25
+def expected(bundle: Path, corpus: Path) -> np.ndarray:
+    with Encoder.load(bundle, engine="fake") as encoder:
+        return encoder.encode(corpus.read_text().splitlines())
+
+
+def test_the_command_writes_a_folder_of_shards(ray_in_process, bundle, corpus, tmp_path, capsys):
+    arguments = ["encode", str(bundle), str(corpus), "-o", str(tmp_path / "out"), "--engine", "fake"]
+    assert main([*arguments, "--engine-pool", "ray", "--workers", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["texts"], report["workers"], report["output"]) == (1000, 2, str(tmp_path / "out"))
+    np.testing.assert_array_equal(vectors(tmp_path / "out"), expected(bundle, corpus))
+
+
+def test_a_resumed_run_encodes_the_missing_shards_and_only_with_the_same_settings(
+    ray_in_process, bundle, corpus, tmp_path
+):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("".join(json.dumps({"text": f"row {i}" if i != 777 else None}) + "\n" for i in range(1000)))
+    with pytest.raises(InputError, match="row 778: is NoneType"):
+        encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS)
+    partial = tmp_path / "out.partial"
+    assert sorted(file.stem for file in partial.glob("*.parquet")) == ["part-000000", "part-000001", "part-000003"]
+    with pytest.raises(InputError, match="unfinished run with other settings"):
+        encode_with_ray(bundle, CorpusFile(path=corpus), tmp_path / "out", **OPTIONS)
+    kept = (partial / "part-000001.parquet").stat().st_mtime_ns
+    progress: list[EncodeProgress] = []
+    encode_with_ray(
+        bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS, zero_bad=True, on_progress=progress.append
+    )
+    assert [(now.texts, now.failed) for now in progress] == [(700, 0), (1000, 1)]
+    assert (tmp_path / "out" / "part-000001.parquet").stat().st_mtime_ns == kept
+    assert np.flatnonzero(~vectors(tmp_path / "out").any(1)).tolist() == [777]
+    assert not partial.exists()
+    with pytest.raises(InputError, match="exists"):
+        encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS)
 
 
 LOOPBACK_ONLY = """
@@ -66,18 +105,18 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
 
 @pytest.fixture
 def loopback_only(request: pytest.FixtureRequest) -> bool:
-    """Run the test in a network of its own, which has a loopback device alone: Ray listens on the machine's address.
+    """Run the test in a network namespace with a loopback device only, because Ray listens on the machine's address.
 
-    The test asks whether it is there already; if not, it has been run there by now and has nothing left to do.
+    Returns False outside of it, where the test has been run inside already and has nothing left to do.
     """
     if "MIRROR_TESTS_LOOPBACK_ONLY" in os.environ:
         return True
-    apart = ("unshare", "--user", "--map-root-user", "--net")
-    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode != 0:
+    namespace = ("unshare", "--user", "--map-root-user", "--net")
+    if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0:
         pytest.skip("no network namespace can be made here, and Ray would listen on the machine's own address")
     test = f"{Path(__file__)}::{request.node.name}"
     done = subprocess.run(
-        [*apart, sys.executable, "-c", LOOPBACK_ONLY, test],
+        [*namespace, sys.executable, "-c", LOOPBACK_ONLY, test],
         capture_output=True,
         text=True,
         env=os.environ | {"MIRROR_TESTS_LOOPBACK_ONLY": "1"},
@@ -87,57 +126,12 @@ def loopback_only(request: pytest.FixtureRequest) -> bool:
     return False
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # starts Ray: 15 s
 @pytest.mark.filterwarnings("ignore")  # Ray's own deprecations and unclosed sockets
-def test_two_workers_encode_go_on_and_name_a_bad_row(loopback_only, bundle, corpus, tmp_path):
-    if not loopback_only:
-        return
-    reports: list[EncodeProgress] = []
-    output = tmp_path / "out"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        broken = tmp_path / "broken.jsonl"
-        broken.write_text("".join(json.dumps({"text": f"row {i}" if i != 777 else None}) + "\n" for i in range(1000)))
-        with pytest.raises(InputError, match="row 778: is NoneType"):
-            encode_with_ray(
-                bundle, CorpusFile(path=broken), tmp_path / "bad", workers=1, load_options=FAKE, shard_rows=300
-            )
-        assert (tmp_path / "bad.partial").is_dir()
-
-        done = encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, load_options=FAKE, shard_rows=300)
+def test_two_real_workers_encode_a_corpus(loopback_only, bundle, corpus, tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    if loopback_only:
+        done = encode_with_ray(bundle, CorpusFile(path=corpus), tmp_path / "out", **OPTIONS)
         assert done.texts == 1000
-        with Encoder.load(bundle, engine="fake") as encoder:
-            expected = encoder.encode(corpus.read_text().splitlines())
-        np.testing.assert_array_equal(vectors(output), expected)
-        assert len(list(output.iterdir())) == 4
-        with pytest.raises(InputError, match="exists"):
-            encode_with_ray(bundle, CorpusFile(path=corpus), output, workers=2, load_options=FAKE)
-
-        second = tmp_path / "second.partial"  # as if killed before its third part
-        output.rename(second)
-        state = json.loads((tmp_path / "bad.partial" / "state.json").read_text())
-        stat = corpus.stat()
-        state |= {"input": str(corpus.resolve()), "input_bytes": stat.st_size, "input_mtime_ns": stat.st_mtime_ns}
-        (second / "state.json").write_text(json.dumps(state))
-        (second / "part-000002.parquet").unlink()
-        kept = (second / "part-000001.parquet").stat().st_mtime_ns
-        encode_with_ray(
-            bundle,
-            CorpusFile(path=corpus),
-            tmp_path / "second",
-            workers=1,
-            load_options=FAKE,
-            shard_rows=300,
-            on_progress=reports.append,
-        )
-        assert [report.texts for report in reports] == [700, 1000]
-        assert (tmp_path / "second" / "part-000001.parquet").stat().st_mtime_ns == kept
-        np.testing.assert_array_equal(vectors(tmp_path / "second"), expected)
-        assert not list(tmp_path.glob("out*"))
-
-        with pytest.raises(InputError, match="unfinished run with other settings"):
-            encode_with_ray(
-                bundle, CorpusFile(path=corpus), tmp_path / "bad", workers=1, load_options=FAKE, shard_rows=300
-            )
-    finally:
-        ray.shutdown()
+        assert len(list((tmp_path / "out").iterdir())) == 4
+        np.testing.assert_array_equal(vectors(tmp_path / "out"), expected(bundle, corpus))

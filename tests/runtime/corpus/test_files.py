@@ -12,7 +12,7 @@ def texts(source: CorpusFile, skip: int = 0) -> list[object]:
     return [row.text for row in source.rows(skip)]
 
 
-def test_text_lines_are_kept_as_they_are(tmp_path):
+def test_text_lines_are_kept_unchanged(tmp_path):
     path = tmp_path / "in.txt"
     path.write_bytes("one\r\n\n  two \u2028still two\nthree".encode())
     source = CorpusFile(path=path)
@@ -36,6 +36,23 @@ def test_parquet_columns_are_streamed(tmp_path):
     assert source.size == 3
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_shards_cover_every_row_once_and_in_order(tmp_path, kind):
+    expected = [f"text {i}" for i in range(25)]
+    path = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table({"text": expected}), path, row_group_size=4)
+    else:
+        path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in expected))
+    source = CorpusFile(path=path)
+    shards = list(source.shards(10))
+    assert [shard.number for shard in shards] == list(range(len(shards)))
+    assert [text for shard in shards for text in source.texts(shard)] == expected
+    assert [shard.first for shard in shards] == [sum(s.rows for s in shards[:i]) for i in range(len(shards))]
+    assert sum(map(source.shard_size, shards)) == source.size
+    assert next(iter(source.shards(10**9))).rows == 25
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -44,19 +61,19 @@ def test_parquet_columns_are_streamed(tmp_path):
         ("in.jsonl", json.dumps({"body": "a"}).encode(), "no field 'text', only 'body'"),
         ("in.parquet", b"PAR1 no", "is not a Parquet file"),
         ("in.csv", b"a", r"must end in \.txt, \.jsonl, \.parquet"),
+        ("absent.txt", None, "does not exist"),
     ],
 )
-def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message):
+def test_an_error_names_the_file_and_the_line(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         texts(CorpusFile(path=path))
 
 
-def test_a_missing_column_or_file_is_named(tmp_path):
+def test_a_missing_column_is_named(tmp_path):
     path = tmp_path / "in.parquet"
     parquet.write_table(pa.table({"body": ["a"]}), path)
     with pytest.raises(InputError, match="no column 'text'; it has body"):
         texts(CorpusFile(path=path))
-    with pytest.raises(InputError, match="does not exist"):
-        CorpusFile(path=tmp_path / "absent.txt")

@@ -1,123 +1,135 @@
-"""Too much, too slow, broken, given up, about to stop: refusals are quick and nothing is lost."""
+"""Overload, timeouts, failures, disconnects and draining: refusals are immediate and no accepted request is lost."""
 
 import http.client
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
 
 from mirror_runtime.errors import DeadlineExceededError, EngineError, OverloadedError, ServerError, UnavailableError
+from mirror_runtime.gateway import service
 from mirror_runtime.gateway.errors import refusal_of
-from tests.support.gateways import FINGERPRINT, MODEL, running, vectors, wait_until
+from mirror_runtime.retry_after import RetryEstimator
+from tests.support.gateways import FINGERPRINT, MODEL, EngineGate, running, vectors, wait_until
 
 
-class Gate:
-    """The engine waits here while it is closed, or fails when it is told to."""
-
-    def __init__(self, engine) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.failure: Exception | None = None
-        self.runs = 0
-        self._run = engine.run
-
-    def run(self, rows):
-        self.runs += 1
-        assert self.open.wait(20)
-        if self.failure is not None:
-            raise self.failure
-        return self._run(rows)
+@pytest.fixture(scope="module")
+def shared_gateway(gateway_bundle):
+    with running(gateway_bundle, max_batch=8, max_in_flight=8, timeout_s=5.0) as gateway:
+        yield gateway, EngineGate(gateway.encoder.engine)
 
 
 @pytest.fixture
-def gated(gateway_bundle, monkeypatch):
-    with (
-        running(gateway_bundle, max_batch=8, max_in_flight=8, timeout_s=5.0) as gateway,
-        ThreadPoolExecutor(16) as pool,
-    ):
-        gate = Gate(gateway.encoder.engine)
-        monkeypatch.setattr(gateway.encoder.engine, "run", gate.run)
+def gated(shared_gateway):
+    """A gateway for 8 texts at a time, the gate of its engine, and a pool of clients."""
+    gateway, gate = shared_gateway
+    with ThreadPoolExecutor(16) as pool:
         yield gateway, gate, pool
-        gate.open.set()
+        gate.failure = None
+        gate.open()
+    gateway.service._outcome_at = -service.FRESH_S
+    gateway.service.draining = False
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that the service sees, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(service, "time", clock)
+    return clock
 
 
 def in_flight(gateway) -> float:
     return gateway.metric("mirror_gateway_texts_in_flight")
 
 
-def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(gated):
+def refusals(gateway) -> float:
+    return gateway.metric("mirror_gateway_refusals_total", code="overloaded")
+
+
+def test_requests_over_the_limit_are_refused_immediately_with_a_measured_retry_after(gated, monkeypatch):
     gateway, gate, pool = gated
-    gate.open.clear()
-    taken = [pool.submit(gateway.embed, [f"{i} a", f"{i} b"]) for i in range(4)]
+    clock = SimpleNamespace(now=0.0)
+    estimator = RetryEstimator(lambda: clock.now)
+    monkeypatch.setattr(gateway.service, "_tokens", estimator)
+    estimator.enter(100)
+    clock.now = 40.0
+    estimator.finish(100)  # 0.4 s a token
+    before = refusals(gateway)
+    gate.close()
+    accepted = [pool.submit(gateway.embed, [f"{i} a", f"{i} b"]) for i in range(4)]
     wait_until(lambda: in_flight(gateway) == 8)
     began = time.perf_counter()
     refused = gateway.embed("one more")
     seconds = time.perf_counter() - began
     assert (refused.status, refused.error["code"], refused.error["type"]) == (429, "overloaded", "rate_limit_error")
-    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.headers["retry-after"] == "4"  # 8 texts of 2 tokens, half of them in 3.2 s
     assert "8 texts are being encoded and 1 more would exceed 8" in refused.error["message"]
-    assert seconds < 0.5  # it waits for nothing; the bound of 20 ms is measured on a quiet machine
-    gate.open.set()
-    for i, reply in enumerate(answer.result() for answer in taken):
+    assert seconds < 0.5  # nothing waits; the bound of 20 ms is measured on a quiet machine
+    gate.open()
+    for i, reply in enumerate(answer.result() for answer in accepted):
         found = vectors([item["embedding"] for item in reply.json["data"]])
         np.testing.assert_array_equal(found, gateway.encoder.encode([f"{i} a", f"{i} b"]))
+    assert estimator.in_flight == 0
     assert gateway.embed("one more").status == 200
-    assert gateway.metric("mirror_gateway_refusals_total", code="overloaded") == 1
+    assert refusals(gateway) == before + 1
 
 
-def test_the_openai_client_waits_as_it_is_told_and_succeeds(gated):
+def test_the_openai_client_waits_as_told_and_succeeds(gated):
     gateway, gate, pool = gated
-    gate.open.clear()
-    taken = pool.submit(gateway.embed, ["text"] * 8)
+    before = refusals(gateway)
+    gate.close()
+    accepted = pool.submit(gateway.embed, ["text"] * 8)
     wait_until(lambda: in_flight(gateway) == 8)
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as hasty:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as impatient:
         with pytest.raises(openai.RateLimitError):
-            hasty.embeddings.create(model=MODEL, input="a")
-        patient = pool.submit(hasty.with_options(max_retries=3).embeddings.create, model=MODEL, input="a")
-        wait_until(lambda: gateway.metric("mirror_gateway_refusals_total", code="overloaded") == 2)
-        gate.open.set()
+            impatient.embeddings.create(model=MODEL, input="a")
+        patient = pool.submit(impatient.with_options(max_retries=3).embeddings.create, model=MODEL, input="a")
+        wait_until(lambda: refusals(gateway) == before + 2)
+        gate.open()
         assert patient.result().data
-    assert taken.result().status == 200
+    assert accepted.result().status == 200
 
 
-def test_overload_is_not_illness(gated):
+def test_an_overloaded_gateway_is_healthy(gated, clock):
     gateway, gate, pool = gated
     assert gateway.send("GET", "/health").json == {"status": "ok", "fingerprint": FINGERPRINT}
-    gate.open.clear()
-    taken = pool.submit(gateway.embed, ["text"] * 8)
+    gate.close()
+    accepted = pool.submit(gateway.embed, ["text"] * 8)
     wait_until(lambda: in_flight(gateway) == 8)
-    time.sleep(1.05)  # until the last success is no longer believed
+    clock.now += service.FRESH_S  # the last success no longer counts
     probe = pool.submit(gateway.send, "GET", "/health")
-    time.sleep(0.1)
+    time.sleep(0.05)
     assert not probe.done()
-    gate.open.set()
-    assert probe.result().status == taken.result().status == 200
+    gate.open()
+    assert probe.result().status == accepted.result().status == 200
 
 
-def test_health_is_a_real_inference_that_is_believed_for_a_second(gated):
+def test_health_is_an_inference_whose_outcome_counts_for_a_second(gated, clock):
     gateway, gate, pool = gated
     assert gateway.send("GET", "/health").status == 200
     runs = gate.runs
     assert [reply.status for reply in pool.map(lambda _: gateway.send("GET", "/health"), range(10))] == [200] * 10
     assert gate.runs == runs
     gate.failure = EngineError("/secret/path: out of cheese")
-    time.sleep(1.05)
-    sick = list(pool.map(lambda _: gateway.send("GET", "/health"), range(5)))
-    assert [reply.status for reply in sick] == [503] * 5
+    clock.now += service.FRESH_S
+    unhealthy = list(pool.map(lambda _: gateway.send("GET", "/health"), range(5)))
+    assert [reply.status for reply in unhealthy] == [503] * 5
     assert gate.runs == runs + 1
-    assert sick[0].error["code"] == "unhealthy"
-    assert "retry-after" in sick[0].headers
-    assert b"cheese" not in sick[0].body
+    assert unhealthy[0].error["code"] == "unhealthy"
+    assert "retry-after" in unhealthy[0].headers
+    assert b"cheese" not in unhealthy[0].body
     gate.failure = None
-    time.sleep(1.05)
+    clock.now += service.FRESH_S
     assert gateway.send("GET", "/health").status == 200
 
 
-def test_a_failing_engine_is_logged_under_the_requests_id_and_not_told(gated, caplog):
+def test_an_engine_failure_is_logged_under_the_request_id_and_not_sent(gated, caplog):
     gateway, gate, _ = gated
     gate.failure = RuntimeError("/secret/path: out of cheese")
     reply = gateway.send("POST", "/v1/embeddings", {"model": MODEL, "input": "a"}, {"X-Request-ID": "mine-7"})
@@ -128,48 +140,49 @@ def test_a_failing_engine_is_logged_under_the_requests_id_and_not_told(gated, ca
     assert gateway.embed("a").status == 200
 
 
-def test_vectors_that_are_no_numbers_do_not_leave(gated, monkeypatch):
+def test_vectors_that_are_not_finite_are_not_sent(gated, monkeypatch):
     gateway, gate, _ = gated
-    monkeypatch.setattr(gate, "_run", lambda rows: np.full((rows.shape[0], rows.shape[1] // 4, 8), np.nan, np.float32))
+    monkeypatch.setattr(
+        gate, "run_engine", lambda rows: np.full((rows.shape[0], rows.shape[1] // 4, 8), np.nan, np.float32)
+    )
     assert gateway.embed("a").status == 500
     assert gateway.send("GET", "/health").status == 503
 
 
-def test_what_takes_too_long_is_refused_and_no_longer_wanted(gateway_bundle, monkeypatch):
-    with running(gateway_bundle, timeout_s=0.2) as gateway:
-        gate = Gate(gateway.encoder.engine)
-        monkeypatch.setattr(gateway.encoder.engine, "run", gate.run)
-        gate.open.clear()
-        try:
-            reply = gateway.embed("slow")
-            assert (reply.status, reply.error["code"]) == (503, "deadline_exceeded")
-            assert "retry-after" in reply.headers
-            wait_until(lambda: in_flight(gateway) == 0)
-        finally:
-            gate.open.set()
-        wait_until(lambda: gateway.embed("quick again").status == 200)
+def test_a_request_that_takes_too_long_is_refused_and_dropped(gated, monkeypatch):
+    gateway, gate, _ = gated
+    monkeypatch.setattr(gateway.service, "settings", SimpleNamespace(**vars(gateway.service.settings)))
+    monkeypatch.setattr(gateway.service.settings, "timeout_s", 0.1)
+    gate.close()
+    reply = gateway.embed("slow")
+    assert (reply.status, reply.error["code"]) == (503, "deadline_exceeded")
+    assert "retry-after" in reply.headers
+    wait_until(lambda: in_flight(gateway) == 0)
+    gate.open()
+    wait_until(lambda: gateway.embed("quick again").status == 200)
 
 
-def test_a_client_that_leaves_takes_its_waiting_texts_along(gated):
+def test_the_waiting_texts_of_a_client_that_disconnects_are_dropped(gated):
     gateway, gate, pool = gated
-    gate.open.clear()
-    running_ones = []
-    for i in range(2):  # one after the other, so that they are two batches and no more can start
-        running_ones.append(pool.submit(gateway.embed, f"running {i}"))
-        wait_until(lambda: gateway.service.backend._async.stats.batches == len(running_ones))
+    stats = gateway.service.backend._async.stats
+    gate.close()
+    encoding = []
+    for i in range(2):  # one after the other, so that they form two batches and no third can start
+        encoding.append(pool.submit(gateway.embed, f"encoding {i}"))
+        wait_until(lambda: gateway.service.backend._async.stats.batches == stats.batches + len(encoding))
     connection = http.client.HTTPConnection("127.0.0.1", gateway.port)
-    body = json.dumps({"model": MODEL, "input": ["never", "wanted"]})
+    body = json.dumps({"model": MODEL, "input": ["never", "encoded"]})
     connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
     wait_until(lambda: in_flight(gateway) == 4)
     connection.close()
     wait_until(lambda: in_flight(gateway) == 2)
-    gate.open.set()
-    assert [answer.result().status for answer in running_ones] == [200, 200]
-    assert gateway.service.backend._async.stats.dropped == 2
+    gate.open()
+    assert [answer.result().status for answer in encoding] == [200, 200]
+    assert gateway.service.backend._async.stats.dropped == stats.dropped + 2
     wait_until(lambda: gateway.metric("mirror_gateway_requests_total", route="/v1/embeddings", status="499") == 1)
 
 
-def test_a_gateway_about_to_stop_answers_and_asks_its_clients_to_leave(gated):
+def test_a_draining_gateway_answers_and_closes_its_connections(gated):
     gateway, _, _ = gated
     gateway.service.draining = True
     health = gateway.send("GET", "/health")
