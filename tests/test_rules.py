@@ -50,7 +50,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
 def test_only_a_test_that_is_costly_itself_needs_the_mark(run):
     result = run(BUSY)
     result.assert_outcomes(passed=3, failed=1)
-    result.stdout.fnmatch_lines(["*test_costly took 0.* s (0.* s of CPU time)*mark it `slow` with the reason*"])
+    result.stdout.fnmatch_lines(["*test_costly took *of CPU time*mark it `slow` with the reason*"])
 
 
 def test_a_fast_run_leaves_marked_tests_out_and_refuses_unmarked_processes(run):

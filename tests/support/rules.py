@@ -3,6 +3,7 @@
 - A test that costs more than `LIMIT_S` seconds (setup and call) fails unless it is marked `slow`. Its cost is the
   smaller of wall-clock and CPU time, without session fixtures and cached folders (see `tests.support.stopwatch`):
   neither a busy machine nor the order of the tests changes the result.
+- Files run in an order that suits parallel workers.
 - `--fast` skips the tests that are marked, by hand or by a fixture of theirs, as tracing a graph, starting a server or
   starting a process. A test that does one of these without the mark fails under `--fast`.
 """
@@ -46,6 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, fixtures in FIXTURES.items():
             if used.intersection(fixtures):
                 item.add_marker(mark)
+    _order_files(items)
     if config.getoption("--fast"):
         slow = [item for item in items if any(map(item.get_closest_marker, NOT_FAST))]
         config.hook.pytest_deselected(items=slow)
@@ -94,6 +96,22 @@ def pytest_runtest_makereport(
                 f"{LIMIT_S:.0f} s: make it faster, or mark it `slow` with the reason"
             )
     return report
+
+
+def _order_files(items: list[pytest.Item]) -> None:
+    """Put the files that take long first, so that no worker of a parallel run starts one of them last.
+
+    One file that uses the bundle of MiniLM leads, to start its export, and the others follow later, when it is done.
+    """
+    exporting = [item.path for item in items if "minilm_bundle" in getattr(item, "fixturenames", ())]
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("serving")}
+
+    def turn(item: pytest.Item) -> int:
+        if item.path in exporting:
+            return 0 if item.path == exporting[0] else 2
+        return 1 if item.path in slow else 3
+
+    items.sort(key=turn)
 
 
 def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
