@@ -1,9 +1,7 @@
-"""Encoder to bundle: `python export/to_onnx.py ENCODER --output BUNDLE`."""
+"""Export an encoder to a bundle: `python export/to_onnx.py ENCODER --output BUNDLE`."""
 
 from __future__ import annotations
 
-import gc
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,22 +10,23 @@ from typing import Annotated
 
 if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    gc.disable()  # imports make half a million objects and no garbage: looking for it takes a third of their time
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from encoders.source import Head
+from encoders.families import FAMILIES
+from encoders.source import HeadSpec
 from evaluation.sets import read_sets
 from export.bundle.build import Export, Request, build
+from export.bundle.card import short_name, summary
 from export.bundle.head_options import HeadOptions, parse_ditto, parse_layers
 from export.bundle.hub import check_hub, push
-from export.bundle.words import short_name, summary
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
-from mirror_runtime.cli.run import application, run_command
+from mirror_runtime.cli.options import ProofSetsOption, ProofTextsOption, RevisionOption
+from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.host import peak_memory_bytes
 
 
@@ -35,22 +34,27 @@ def run(
     encoder: Annotated[
         str,
         typer.Argument(
-            help="A run folder, a sentence-transformers folder, or a hub name (BERT family).", show_default=False
+            help="A run folder, a sentence-transformers folder, a Hugging Face folder, or a hub name. Families: "
+            f"{', '.join(FAMILIES)}.",
+            show_default=False,
         ),
     ],
     output: Annotated[
-        Path, typer.Option(help="The bundle's folder; it appears whole or not at all.", show_default=False)
+        Path,
+        typer.Option(help="The bundle's folder. It appears only when the bundle is complete.", show_default=False),
     ],
     precision: Annotated[
         list[Precision] | None,
         typer.Option(
-            help="Such as --precision fp32 bf16 int8. fp32 is always made. Default: bf16 too where the CPU has "
-            "avx512_bf16 or amx_bf16."
+            help="One or several, such as --precision fp32 bf16 int8. fp32 is always included. Default: also bf16 on "
+            "CPUs with avx512_bf16 or amx_bf16."
         ),
     ] = None,
     pooling: Annotated[
         Pooling | None,
-        typer.Option("--pooling", "--head", help="Needed for an encoder that records none.", show_default=False),
+        typer.Option(
+            "--pooling", "--head", help="Required for an encoder that does not record its pooling.", show_default=False
+        ),
     ] = None,
     layers: Annotated[
         str | None,
@@ -63,29 +67,30 @@ def run(
     ditto: Annotated[
         str | None,
         typer.Option(
-            help="For pooling ditto, LAYER:HEAD whose attention weighs the tokens, from 0: 0:9 for bert-base-uncased.",
+            help="For pooling ditto: LAYER:HEAD, counted from 0, whose attention weights the tokens: 0:9 for "
+            "bert-base-uncased.",
             show_default=False,
         ),
     ] = None,
     template: Annotated[
         str | None,
         typer.Option(
-            help="Text around every text, such as 'query: {text}'. Pooling mask needs one with the mask token: "
-            "'This sentence : \"{text}\" means [MASK] .'",
+            help="Insert every text into this template, such as 'query: {text}'. Pooling mask needs one with the mask "
+            "token: 'This sentence : \"{text}\" means [MASK] .'",
             show_default=False,
         ),
     ] = None,
     whiten: Annotated[
         Path | None,
         typer.Option(
-            help="Whiten on this text file, one text a line: vectors get mean 0 and covariance 1 on it, then unit "
+            help="Whiten on this text file, one text per line: vectors get mean 0 and covariance 1 on it, then unit "
             "length. It must have more lines than a vector has components.",
             show_default=False,
         ),
     ] = None,
     whiten_dim: Annotated[
         int | None,
-        typer.Option(min=1, help="Directions to keep, such as 256 of 768. Default: all.", show_default=False),
+        typer.Option(min=1, help="Directions that the whitening keeps, such as 256 of 768.", show_default="all"),
     ] = None,
     dim: Annotated[
         int | None,
@@ -98,41 +103,27 @@ def run(
     vector_type: Annotated[
         VectorType | None,
         typer.Option(
-            help="What leaves the graph: with 384 components a vector is 1,536 bytes as float32, 768 as float16, 384 "
-            "as int8, 48 as binary. Default: what is recorded, mostly float32.",
+            help="Data type of the vectors. 384 components are 1,536 bytes as float32, 768 as float16, 384 as int8 and "
+            "48 as binary. Default: the recorded type, usually float32.",
             show_default=False,
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=3, help="Replace the recorded limit: with 128, a text of 300 tokens is over it.", show_default=False
-        ),
+        int | None, typer.Option(min=3, help="Replace the recorded limit on a text's tokens.", show_default=False)
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Of a hub name: branch, tag or commit.", show_default=False)
-    ] = None,
-    parity_texts: Annotated[
-        Path | None,
-        typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones of 2 to 20,000 tokens."),
-    ] = None,
+    revision: RevisionOption = None,
+    parity_texts: ProofTextsOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Find the scales of int8 and fp8 on these texts, one a line: 300 of your own kind are plenty. "
+            help="Measure the scales of int8 and fp8 on these texts, one per line; 300 of your own kind are plenty. "
             "Default: built-in ones.",
             show_default=False,
         ),
     ] = None,
-    sts: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Scored pairs, such as --sts stsb-test.tsv: an artifact may lose 0.5 points of Spearman on none.",
-            show_default=False,
-        ),
-    ] = None,
+    sts: ProofSetsOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the bundle when the new one is proven.")
+        bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is proven.")
     ] = False,
     push_to_hub: Annotated[
         str | None,
@@ -143,11 +134,11 @@ def run(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new hub repository private.")] = False,
 ) -> None:
-    """Export an encoder to ONNX with its pooled head inside, prove the vectors, and write a bundle.
+    """Export an encoder to ONNX with its pooling head inside, prove the vectors, and write a bundle.
 
-    An artifact that misses its floor is left out. Exit status 1 when --precision named one of them; 2 when there is no
-    bundle at all. MiniLM (22 million parameters) takes about 45 seconds on 2 cores and gives 270 MB: weights, padded
-    and packed graph.
+    Artifacts below their floor are left out. The exit status is 1 if --precision named one of them, and 2 if no bundle
+    was written. MiniLM (22 million parameters) takes about 50 seconds on 2 cores; its bundle has 270 MB: the weights,
+    the padded and the packed graph.
     """
     console = Console(stderr=True, highlight=False)
     if push_to_hub is not None:
@@ -157,12 +148,12 @@ def run(
         output=output,
         revision=revision,
         pooling=pooling,
-        head=Head(
+        head=HeadSpec(
             layers=parse_layers(layers) if layers else None,
             ditto=parse_ditto(ditto) if ditto else None,
             template=template,
         ),
-        additions=HeadOptions(
+        head_options=HeadOptions(
             whiten=read_texts(whiten) if whiten else None,
             whiten_dim=whiten_dim,
             dim=dim,
@@ -176,32 +167,36 @@ def run(
         overwrite=overwrite,
     )
     began = time.perf_counter()
-    export = _built(request, console)
+    export = _build_with_progress(request, console)
     seconds = time.perf_counter() - began
     console.print(_table(export.manifest.artifacts))
-    for entry in export.refused:
-        console.print(f"[red]refused:[/] {entry.name}", soft_wrap=True)
-        console.print(f"  {entry.reason}", soft_wrap=True, markup=False)
+    for refused in export.refused:
+        console.print(f"[red]refused:[/] {refused.name}", soft_wrap=True)
+        console.print(f"  {refused.reason}", soft_wrap=True, markup=False)
     commit = None
     if push_to_hub is not None:
         console.print(f"pushing to {push_to_hub}")
         commit = push(output, push_to_hub, export.manifest, private=private)
-    report = {
-        "bundle": str(output),
-        "fingerprint": export.manifest.fingerprint,
-        "seconds": round(seconds, 1),
-        "peak_memory_mb": round(peak_memory_bytes() / 1e6),
-        "artifacts": [summary(artifact) for artifact in export.manifest.artifacts],
-        "refused": [{"artifact": entry.name, "asked": entry.asked, "reason": entry.reason} for entry in export.refused],
-        "commit": commit,
-    }
-    sys.stdout.write(json.dumps(report) + "\n")
-    if any(entry.asked for entry in export.refused):
+    print_json(
+        {
+            "bundle": str(output),
+            "fingerprint": export.manifest.fingerprint,
+            "seconds": round(seconds, 1),
+            "peak_memory_mb": round(peak_memory_bytes() / 1e6),
+            "artifacts": [summary(artifact) for artifact in export.manifest.artifacts],
+            "refused": [
+                {"artifact": refused.name, "asked": refused.requested, "reason": refused.reason}
+                for refused in export.refused
+            ],
+            "commit": commit,
+        }
+    )
+    if any(refused.requested for refused in export.refused):
         raise typer.Exit(1)
 
 
-def _built(request: Request, console: Console) -> Export:
-    """Build with the running stage and its clock on the screen; each finished stage leaves a line."""
+def _build_with_progress(request: Request, console: Console) -> Export:
+    """Build, and show the running stage with its time; each finished stage leaves a line."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         running: list[tuple[str, float]] = []
@@ -223,7 +218,7 @@ def _built(request: Request, console: Console) -> Export:
 
 
 def _table(artifacts: Sequence[Artifact]) -> Table:
-    table = Table("artifact", "MB", "cosine", "floor", "alone", "ranks", "top 10", "STS", padding=(0, 0))
+    table = Table("artifact", "MB", "cosine", "floor", "batch inv.", "ranks", "top 10", "STS", padding=(0, 0))
     for artifact in artifacts:
         parity = artifact.parity
         table.add_row(
@@ -240,12 +235,10 @@ def _table(artifacts: Sequence[Artifact]) -> Table:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 on an error that the message explains."""
+    """Run the command line; return 0 on success, 2 on an error that the message explains."""
     lists = {"--precision": {precision.value for precision in Precision}, "--sts": None}
     return run_command(application(run), argv, "to_onnx.py", lists=lists)
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
     sys.exit(main())

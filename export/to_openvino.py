@@ -1,10 +1,8 @@
-"""Bundle to OpenVINO IR: `python export/to_openvino.py BUNDLE`."""
+"""Convert a bundle to OpenVINO IR: `python export/to_openvino.py BUNDLE`."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,50 +11,39 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
-from rich.console import Console
 
 from evaluation.sets import read_sets
 from export.bundle.openvino_ir import FILES, add_ir
+from export.progress import progress_lines
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Precision
-from mirror_runtime.cli.run import application, run_command
+from mirror_runtime.cli.options import BundleArgument, ProofSetsOption, ProofTextsOption
+from mirror_runtime.cli.run import application, print_json, run_command
 
 
 def run(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE", show_default=False)],
+    bundle: BundleArgument,
     precision: Annotated[
         list[Precision] | None,
         typer.Option(
-            help="fp32 (padded), bf16 (packed), int8 (both). Default: what the bundle holds and this CPU runs.",
+            help="fp32 (padded), bf16 (packed), int8 (both). Default: all that the bundle has and this CPU supports.",
             show_default=False,
         ),
     ] = None,
-    parity_texts: Annotated[
-        Path | None,
-        typer.Option(help="Prove on these texts, one a line. Default: over 500 built-in ones, 2 to 20,000 tokens."),
-    ] = None,
-    sts: Annotated[
-        list[str] | None,
-        typer.Option(help="Scored pairs: an artifact may lose 0.5 points of Spearman on none.", show_default=False),
-    ] = None,
+    parity_texts: ProofTextsOption = None,
+    sts: ProofSetsOption = None,
 ) -> None:
-    """Write a bundle's graphs in OpenVINO's own format, prove them, and enter them in its manifest.
+    """Write a bundle's graphs in OpenVINO's own format, prove them, and add them to its manifest.
 
-    The padded ones have the names that sentence-transformers loads; the packed ones serve from then on. Where anything
-    fails the bundle stays as it was.
+    The padded graphs have the names that sentence-transformers loads; the packed graphs are used for serving from then
+    on. The bundle does not change if anything fails.
     """
-    console = Console(stderr=True, highlight=False)
-    began = time.perf_counter()
-
-    def show(stage: str) -> None:
-        console.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  {stage}")
-
     artifacts = add_ir(
         bundle,
         tuple(precision) if precision else None,
         texts=read_texts(parity_texts) if parity_texts else None,
         sets=tuple(found for path in sts or () for found in read_sets(path)),
-        on_stage=show,
+        on_progress=progress_lines(),
     )
     rows = [
         {
@@ -69,14 +56,13 @@ def run(
         }
         for artifact in artifacts
     ]
-    sys.stdout.write(json.dumps({"bundle": str(bundle), "artifacts": rows}) + "\n")
+    print_json({"bundle": str(bundle), "artifacts": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 2 on an error that the message explains."""
-    return run_command(
-        application(run), argv, "to_openvino.py", lists={"--precision": {p.value for p in FILES}, "--sts": None}
-    )
+    """Run the command line; return 0 on success, 2 on an error that the message explains."""
+    lists = {"--precision": {precision.value for precision in FILES}, "--sts": None}
+    return run_command(application(run), argv, "to_openvino.py", lists=lists)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Bundle to Triton model repository: `python export/to_triton.py BUNDLE --output REPO`."""
+"""Write a Triton model repository from a bundle: `python export/to_triton.py BUNDLE --output REPO`."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,18 @@ import typer
 from rich.console import Console
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.cli.run import run_command
+from mirror_runtime.cli.options import (
+    BundleArgument,
+    EngineOption,
+    InstancesOption,
+    LinkOption,
+    LongTextsOption,
+    MaxBatchSizeOption,
+    MaxTokensInFlightOption,
+    PrecisionOption,
+    StreamsOption,
+)
+from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.plan import read_plan
 from mirror_runtime.selection import AUTO
@@ -29,33 +39,19 @@ from mirror_runtime.triton.repository.render import write_repository
 
 ROOT = Path(__file__).resolve().parents[1]
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
 def run(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.", metavar="BUNDLE")],
-    output: Annotated[Path, typer.Option(help="The model repository; REPO/embed is written.", metavar="REPO")],
-    engine: Annotated[str, typer.Option(help="auto, or an engine that the bundle holds, such as openvino.")] = AUTO,
-    precision: Annotated[str, typer.Option(help="auto, or a precision that the bundle holds, such as bf16.")] = AUTO,
-    streams: Annotated[
-        int | None,
-        typer.Option(min=1, help="Executions side by side: 2 on 2 cores favours throughput, 1 favours one request."),
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts a request may have.")] = 256,
-    long_texts: Annotated[
-        LongTexts, typer.Option(help="Texts over the encoder's max_tokens: cut, refused, or averaged over chunks.")
-    ] = LongTexts.TRUNCATE,
-    instances: Annotated[
-        int, typer.Option(min=1, help="Processes that run the model, each on its share of the cores.")
-    ] = 1,
-    max_tokens_in_flight: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Tokens taken and not answered; more are refused. 32768: 70 requests of 32 sentences.",
-        ),
-    ] = 32768,
+    bundle: BundleArgument,
+    output: Annotated[
+        Path, typer.Option(help="The model repository; REPO/embed is written.", metavar="REPO", show_default=False)
+    ],
+    engine: EngineOption = AUTO,
+    precision: PrecisionOption = AUTO,
+    streams: StreamsOption = None,
+    max_batch_size: MaxBatchSizeOption = 256,
+    long_texts: LongTextsOption = LongTexts.TRUNCATE,
+    instances: InstancesOption = 1,
+    max_tokens_in_flight: MaxTokensInFlightOption = 32768,
     plan: Annotated[
         Path | None,
         typer.Option(help="A plan of the serving machine: engine, precision, streams, rows.", metavar="F"),
@@ -65,11 +61,13 @@ def run(
     ] = Backend.PYTHON,
     cores: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the serving machine, for Triton's own backends: the plan's, or ours."),
+        typer.Option(
+            min=1,
+            help="Cores of the serving machine, for Triton's own backends. Default: those in the plan, else this "
+            "machine's.",
+        ),
     ] = None,
-    link: Annotated[
-        bool, typer.Option("--link", help="Share the bundle's files by hard links where the file system allows it.")
-    ] = False,
+    link: LinkOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the models if they exist.")] = False,
 ) -> None:
     """Write a Triton model repository that serves a bundle, and print how to start Triton on it."""
@@ -85,11 +83,11 @@ def run(
         backend=backend,
     )
     if plan is not None:
-        followed = read_plan(plan)
+        serving_plan = read_plan(plan)
         if backend is not Backend.PYTHON and engine == AUTO:
             options = replace(options, engine=ENGINES[backend].value)
-        options = options.follow(followed, manifest.fingerprint)
-        cores = cores or followed.host.cores
+        options = options.follow(serving_plan, manifest.fingerprint)
+        cores = cores or serving_plan.host.cores
     folder = write_repository(bundle, output, options, link=link, overwrite=overwrite, cores=cores)
     command = container_command(output.resolve(), ROOT, engine=options.engine, backend=backend)
     console = Console(highlight=False, soft_wrap=True)
@@ -97,22 +95,23 @@ def run(
     if backend is Backend.PYTHON:
         console.print(f"serve it on this machine:       mirror serve {shlex.quote(str(bundle))}", markup=False)
     console.print(f"serve it in NVIDIA's container: {command}", markup=False)
-    report = {
-        "repository": str(output.resolve()),
-        "model": MODEL_NAME,
-        "dim": manifest.encoder.dim,
-        "fingerprint": manifest.fingerprint,
-        "max_batch_size": max_batch_size,
-        "backend": backend.value,
-        "container": command,
-    }
     sys.stdout.flush()
-    sys.stdout.write(json.dumps(report) + "\n")
+    print_json(
+        {
+            "repository": str(output.resolve()),
+            "model": MODEL_NAME,
+            "dim": manifest.encoder.dim,
+            "fingerprint": manifest.fingerprint,
+            "max_batch_size": max_batch_size,
+            "backend": backend.value,
+            "container": command,
+        }
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and give its exit status."""
-    return run_command(app, argv, "to_triton.py")
+    """Run the command line; return 0 on success, 2 on an error that the message explains."""
+    return run_command(application(run), argv, "to_triton.py")
 
 
 if __name__ == "__main__":

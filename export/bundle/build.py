@@ -1,25 +1,25 @@
-"""An encoder to a bundle: graphs, certificates, canaries, card, manifest."""
+"""Build a bundle from an encoder: graphs, certificates, canaries, card, manifest."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from encoders.reference import Reference
-from encoders.source import Head, resolve
+from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
 from export.bundle.card import write_card
-from export.bundle.head_options import HeadOptions, add, write_fitted
-from export.graph.trace import EXTERNAL_DATA_BYTES, Graph, export_graphs, parts
+from export.bundle.head_options import HeadOptions, extend_head, write_record
+from export.graph.trace import EXTERNAL_DATA_BYTES, Graph, export_graphs, graph_files
 from export.precision.variants import VARIANTS, provers, write_aliases, write_variant
-from export.proof.parity import Candidate, Expected, prove_artifact
-from export.proof.proof_texts import CANARIES, parity_texts
+from export.proof.candidate import Candidate
+from export.proof.parity import Expected, prove_artifact
+from export.proof.proof_texts import CANARIES
 from mirror_runtime import __version__
 from mirror_runtime.bundle import (
     CANARIES_FILE,
@@ -31,7 +31,6 @@ from mirror_runtime.bundle import (
     EngineName,
     Layout,
     Manifest,
-    Parity,
     Pooling,
     Precision,
     fingerprint,
@@ -43,35 +42,36 @@ from mirror_runtime.errors import EngineError, InputError, MissingExtra, ParityE
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import has_bf16
 
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
+"""Called with the name of each stage as it begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to export and where to.
+    """What to export, and where to.
 
     Attributes:
         encoder: a run folder, a sentence-transformers folder, a plain Hugging Face folder, or a hub name.
-        output: the bundle to be.
-        revision: of a hub name.
-        pooling: needed where the encoder records none.
-        head: what else is said of a head that the encoder does not record.
-        additions: what is added behind it.
+        output: the bundle's folder.
+        revision: branch, tag or commit of a hub name.
+        pooling: required for an encoder that does not record one.
+        head: layers, Ditto and template of a head that the encoder does not record.
+        head_options: what is added after the recorded head.
         max_tokens: replaces the recorded length limit.
-        precisions: what must be proven besides fp32; None proves bf16 where this machine can.
-        calibration: texts to find the scales of int8 and fp8 on; None takes the built-in ones.
-        texts: what to prove on besides the canaries; None takes the built-in ones.
+        precisions: the precisions to prove in addition to fp32; None for bf16 where this machine supports it.
+        calibration: texts to measure the scales of int8 and fp8 on; None for the built-in ones.
+        texts: texts to prove on, in addition to the canaries; None for the built-in ones.
         sets: scored pairs on which no artifact may lose quality.
         overwrite: replace an existing bundle.
-        external_data_bytes: graphs larger than this keep their weights beside them.
+        external_data_bytes: graphs with more bytes of weights keep them in a file beside the graph.
     """
 
     encoder: str
     output: Path
     revision: str | None = None
     pooling: Pooling | None = None
-    head: Head | None = None
-    additions: HeadOptions = field(default_factory=HeadOptions)
+    head: HeadSpec | None = None
+    head_options: HeadOptions = field(default_factory=HeadOptions)
     max_tokens: int | None = None
     precisions: tuple[Precision, ...] | None = None
     calibration: tuple[str, ...] | None = None
@@ -83,16 +83,16 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """An artifact that is not in the bundle, since it missed its floor or its engine failed.
+    """An artifact that is left out of the bundle because it missed its floor or its engine failed.
 
     Attributes:
         name: its engine, precision and layout.
-        asked: whether the request named its precision.
-        reason: what it missed, and the worst texts.
+        requested: whether the request named its precision.
+        reason: the floor it missed, with the worst texts, or the engine's error.
     """
 
     name: str
-    asked: bool
+    requested: bool
     reason: str
 
 
@@ -101,37 +101,34 @@ class Export:
     """A written bundle.
 
     Attributes:
-        manifest: as it was written.
-        refused: what was left out.
+        manifest: as written.
+        refused: the artifacts left out.
     """
 
     manifest: Manifest
     refused: tuple[Refused, ...]
 
 
-def build(request: Request, on_stage: Say = lambda _: None, *, reference: Reference | None = None) -> Export:
+def build(request: Request, on_progress: OnProgress = lambda _: None, *, reference: Reference | None = None) -> Export:
     """Export an encoder, prove every artifact, and write the bundle whole or not at all.
 
-    The fp32 graphs on ONNX Runtime are the ground that everything else stands on: where one of them misses its floor
-    there is no bundle. Any other artifact that misses its own is left out, and the rest stays whole.
+    Everything else is derived from the fp32 graphs on ONNX Runtime: if one of them misses its floor, no bundle is
+    written. Any other artifact that misses its floor is left out.
 
     Args:
         request: what to export.
-        on_stage: called with the name of each stage as it begins.
-        reference: the encoder, loaded already; `request.encoder` and what replaces its settings are then not read.
-
-    Returns:
-        What was written, and what was refused.
+        on_progress: called with the name of each stage as it begins.
+        reference: an encoder that is already loaded; the request's encoder and its overrides are then not read.
 
     Raises:
         BundleError: the encoder cannot be loaded or its pooling cannot be fused.
-        ParityError: the fp32 vectors differ from the reference, or are not finite. Nothing is left behind.
+        ParityError: the fp32 vectors differ from the reference, or are not finite. Nothing is written.
         EngineError: an engine that must be proven cannot run here.
         InputError: the output exists, cannot be written, or is being written by another process.
     """
     pairs = _pairs(request.precisions)
     if reference is None:
-        on_stage("load")
+        on_progress("load")
         source = resolve(
             request.encoder,
             revision=request.revision,
@@ -140,14 +137,14 @@ def build(request: Request, on_stage: Say = lambda _: None, *, reference: Refere
             max_tokens=request.max_tokens,
         )
         reference = Reference.load(source)
-    if request.additions != HeadOptions():
-        on_stage("extend the head")
-    reference, fitted = add(reference, request.additions)
+    if request.head_options != HeadOptions():
+        on_progress("extend the head")
+    reference, whitening = extend_head(reference, request.head_options)
     with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:
         try:
-            if fitted is not None:
-                write_fitted(fitted, folder)
-            return _fill(folder, reference, pairs, request, on_stage)
+            if whitening is not None:
+                write_record(whitening, folder)
+            return _fill(folder, reference, pairs, request, on_progress)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"{request.output} cannot be written: {reason}") from error
@@ -158,8 +155,9 @@ def _fill(
     reference: Reference,
     pairs: tuple[tuple[EngineName, Precision], ...],
     request: Request,
-    on_stage: Say,
+    on_progress: OnProgress,
 ) -> Export:
+    """Write all files of a bundle to an empty folder."""
     spec = reference.spec
     write_layout(
         folder, model=reference.model, tokenizer=reference.tokenizer, spec=spec, dense=reference.dense, card=""
@@ -173,19 +171,20 @@ def _fill(
         artifacts=(),
     )
     (folder / "onnx").mkdir()
-    on_stage("export padded and packed graph")
+    on_progress("export padded and packed graph")
     graphs = export_graphs(reference, folder / "onnx", external_data_bytes=request.external_data_bytes)
-    on_stage("reference vectors")
-    expected = Expected.of(reference, request.texts or parity_texts(), request.sets)
+    on_progress("reference vectors")
+    expected = Expected.of(reference, request.texts, request.sets)
     artifacts: list[Artifact] = []
     refused: list[Refused] = []
 
     def refuse(name: str, precision: Precision, error: Exception) -> None:
-        refused.append(Refused(name=name, asked=precision in (request.precisions or ()), reason=str(error)))
+        requested = precision in (request.precisions or ())
+        refused.append(Refused(name=name, requested=requested, reason=str(error)))
 
     def prove(candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
-            on_stage(f"prove {candidate}")
+            on_progress(f"prove {candidate}")
             try:
                 parity = prove_artifact(folder, candidate, manifest, expected)
             except (ParityError, EngineError) as error:
@@ -193,11 +192,11 @@ def _fill(
                     raise
                 refuse(str(candidate), candidate.precision, error)
             else:
-                artifacts.append(_artifact(folder, candidate, parity))
+                artifacts.append(candidate.certified(folder, parity))
 
     prove(_fp32_files(folder, graphs, pairs))
     for precision in [precision for precision in VARIANTS if precision in (request.precisions or ())]:
-        on_stage(f"write {precision.value}")
+        on_progress(f"write {precision.value}")
         try:
             written = list(
                 write_variant(
@@ -215,7 +214,7 @@ def _fill(
         else:
             prove(_variant_files(folder, written, precision))
     _keep_proven(folder, artifacts)
-    on_stage("manifest")
+    on_progress("manifest")
     _write_canaries(folder, expected)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
@@ -227,7 +226,7 @@ def _fill(
 def _fp32_files(
     folder: Path, graphs: Mapping[Layout, Graph], pairs: tuple[tuple[EngineName, Precision], ...]
 ) -> Iterator[Candidate]:
-    """List what the fp32 files are to be proven with, ONNX Runtime first."""
+    """Yield the candidates of the fp32 files, ONNX Runtime first."""
     padded, packed = graphs[Layout.PADDED], graphs[Layout.PACKED]
     yield Candidate.of(folder, padded, EngineName.ONNXRUNTIME, Precision.FP32)
     for engine, precision in pairs:
@@ -235,42 +234,34 @@ def _fp32_files(
 
 
 def _variant_files(folder: Path, graphs: Iterable[Graph], precision: Precision) -> Iterator[Candidate]:
-    """List what the files of another precision are to be proven with."""
+    """Yield the candidates of another precision's files."""
     for graph in graphs:
         for engine in provers(graph, precision):
             if installed(engine):
                 yield Candidate.of(folder, graph, engine, precision)
 
 
-def _pairs(asked: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
-    """List the engines and precisions to prove the packed graph with, ONNX Runtime in fp32 always."""
+def _pairs(requested: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
+    """List the engines and precisions to prove the packed fp32 graph with; ONNX Runtime in fp32 always comes first."""
     pairs = [(EngineName.ONNXRUNTIME, Precision.FP32)]
     openvino = installed(EngineName.OPENVINO)
-    if asked and Precision.BF16 in asked:
+    if requested and Precision.BF16 in requested:
         if not openvino:
             raise MissingExtra("openvino", "openvino")
         if not has_bf16():
-            raise EngineError("bf16 cannot be proven here: this CPU has neither avx512_bf16 nor amx_bf16. Leave it out")
+            raise EngineError(
+                "bf16 cannot be proven on this CPU, which has neither avx512_bf16 nor amx_bf16: leave it out"
+            )
     if openvino:
         pairs.append((EngineName.OPENVINO, Precision.FP32))
-        if has_bf16() and asked is None:  # where bf16 is asked for, it has a file of its own
+        if has_bf16() and requested is None:  # a request for bf16 gets a file of its own
             pairs.append((EngineName.OPENVINO, Precision.BF16))
     return tuple(pairs)
 
 
-def _artifact(folder: Path, candidate: Candidate, parity: Parity) -> Artifact:
-    path = folder / candidate.path
-    return candidate.certified(
-        parity,
-        path=candidate.path,
-        size=sum(file.stat().st_size for file in parts(path)),
-        toolchain={name: version(name) for name in ("torch", "transformers", "onnx", candidate.engine.value)},
-    )
-
-
 def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
-    """Remove the graphs that no artifact has proven, and give those that have been the names that others look for."""
-    proven = {part for artifact in artifacts for part in parts(folder / artifact.path)}
+    """Remove the graphs without a proven artifact, and write the additional names of the proven padded ones."""
+    proven = {part for artifact in artifacts for part in graph_files(folder / artifact.path)}
     for path in set((folder / "onnx").iterdir()) - proven:
         path.unlink()
     for artifact in artifacts:

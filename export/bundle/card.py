@@ -1,22 +1,26 @@
-"""A bundle's model card: what it is, what was measured of it, how to load it."""
+"""A bundle's model card, and the wording of heads and artifacts in tables and reports. Light: imports no torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from encoders.write import beyond_sentence_transformers
-from export.bundle.words import head_in_words, markdown_table, rounded_down, short_name
-from mirror_runtime.bundle import Artifact, EncoderSpec, Layout, Manifest, VectorType
+from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Manifest, VectorType, to_json
 
 CARD_FILE = "README.md"
 
 MARK = "<!-- written by the exporter from here on -->"
-"""Everything below it is made anew when artifacts are added."""
+"""Everything below this line is rewritten when artifacts are added."""
+
+COLUMNS = (
+    *("file", "engine", "precision", "MB", "floor", "worst cosine", "mean cosine", "largest difference"),
+    *("batch invariance", "ranks", "top 10"),
+)
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Write what a manifest says into a bundle's README.md, below what is there already; a certificate is replaced.
+    """Write a manifest's content to a bundle's README.md, below what is already there; a certificate is replaced.
 
     Raises:
         OSError: it cannot be written.
@@ -28,34 +32,34 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def certificate_card(spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str) -> str:
-    """Give the card's body in Markdown; the front matter is the layout's.
+    """Return the card's body in Markdown; the front matter belongs to the encoder's own card.
 
     Args:
-        spec: what decides a vector.
-        artifacts: the proven ones, at least one; all were compared with the same texts.
+        spec: the encoder's spec.
+        artifacts: the proven ones, at least one; all were compared on the same texts.
         fingerprint: of the vector space.
     """
     parity = artifacts[0].parity
     return f"""
 # {spec.base_model}, exported
 
-{_description(spec)} The pooled head is inside the graphs.
+{_description(spec)} The graphs include the pooling head.
 
 Vector space **`{fingerprint}`**: a hash of weights, tokenizer and head. Vectors of encoders with the same fingerprint \
-can be compared; an index made with another one has to be made again.
+can be compared. An index built with another fingerprint must be rebuilt.
 
 ## Certificate
 
-Measured when this folder was made, on {parity.texts:,} ragged texts (sha256 `{parity.texts_sha256[:16]}…`), against \
-{parity.reference}, with the engine and the options that serve. An artifact below its floor is not here.
+Measured when this folder was written, on {parity.texts:,} ragged texts (sha256 `{parity.texts_sha256[:16]}…`), \
+against {parity.reference}, with the engine and options used for serving. Artifacts below their floor are not included.
 
 {_certificates(artifacts)}
 
-*Worst cosine*: of any text with the reference's vector. *Alone*: the worst cosine between a text's vector by itself \
-and among others. *Ranks*: Spearman correlation of similarities with the reference's. *Top 10*: share of a text's ten \
-nearest that are also the reference's.
+*Worst cosine*: the smallest cosine of any text's vector to the reference's. *Batch invariance*: the smallest cosine \
+between a text's vectors when encoded by itself and among other texts. *Ranks*: Spearman correlation of similarities \
+with the reference's. *Top 10*: the share of each text's ten nearest texts that the reference has too.
 {_quality(artifacts)}
-`mirror verify` on this folder checks every file and recomputes stored vectors on the machine that serves.
+`mirror verify` on this folder checks every file and recomputes stored vectors on the serving machine.
 
 ## Use
 
@@ -67,14 +71,79 @@ vectors = Encoder.load("path/to/this/folder").encode(["some text"])
 {_other_libraries(spec, artifacts)}"""
 
 
+def describe_head(spec: EncoderSpec, *, whitened: bool = False) -> str:
+    """Describe how token vectors become a text's vector, such as "mean, dense to 256, unit length".
+
+    Args:
+        spec: the encoder's spec.
+        whitened: whether its last dense layer is a whitening.
+    """
+    parts = [spec.pooling.value]
+    if spec.ditto is not None:
+        parts = [f"ditto {spec.ditto.layer}:{spec.ditto.head}"]
+    if spec.pad_to is not None:
+        parts = [f"{spec.pooling.value} to {spec.pad_to} tokens"]
+    if spec.layers != (-1,):
+        parts.append(f"layers {', '.join(map(str, spec.layers))} averaged")
+    for i, dense in enumerate(spec.dense, start=1):
+        name = "whitened" if whitened and i == len(spec.dense) else "dense"
+        activation = "" if dense.activation is Activation.IDENTITY else f" and {dense.activation.value}"
+        parts.append(f"{name} to {dense.out_features}{activation}")
+    parts.append("unit length" if spec.normalize else "not normalised")
+    if spec.template is not None:
+        parts.append(f"every text set into `{spec.template}`")
+    return ", ".join(parts)
+
+
+def short_name(artifact: Artifact) -> str:
+    """Return an artifact's engine, precision and layout, such as "openvino bf16 packed"."""
+    return f"{artifact.engine.value} {artifact.precision.value} {artifact.layout.value}"
+
+
+def round_down(cosine: float) -> str:
+    """Format a cosine with six digits, rounded down, so that 0.9999997 is not shown as 1.
+
+    What float32 cannot distinguish from 1 is 1.
+    """
+    return f"{math.floor((cosine + 1e-9) * 1e6) / 1e6:.6f}"
+
+
+def summary(artifact: Artifact) -> dict[str, object]:
+    """Return an artifact and its certificate for a command's JSON report."""
+    return {
+        "path": artifact.path,
+        "engine": artifact.engine.value,
+        "precision": artifact.precision.value,
+        "layout": artifact.layout.value,
+        "size": artifact.size,
+        "min_cosine": artifact.parity.min_cosine,
+        "floor": artifact.parity.floor,
+        "neighbour_cosine": artifact.parity.neighbour_cosine,
+        "spearman": artifact.parity.spearman,
+        "top10_overlap": artifact.parity.top10_overlap,
+        "sts": to_json(artifact.parity.sts),
+    }
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Format a Markdown table.
+
+    Args:
+        head: column names.
+        rows: one cell for each column.
+        left: number of leading columns aligned left; the others hold figures and are aligned right.
+    """
+    rule = "|" + "---|" * left + "--:|" * (len(head) - left)
+    first, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows))
+    return "\n".join([first, rule, *others])
+
+
 def _description(spec: EncoderSpec) -> str:
     kind = "numbers" if spec.vector_type is VectorType.FLOAT32 else f"components ({spec.vector_type.value})"
-    return f"{spec.dim} {kind} a text, pooling {head_in_words(spec)}, texts of up to {spec.max_tokens} tokens."
+    return f"{spec.dim} {kind} per text, pooling {describe_head(spec)}, texts of up to {spec.max_tokens} tokens."
 
 
 def _certificates(artifacts: Sequence[Artifact]) -> str:
-    head = ("file", "engine", "precision", "MB", "floor", "worst cosine", "mean cosine", "largest difference", "alone",
-            "ranks", "top 10")  # fmt: skip
     rows = [
         (
             f"`{artifact.path}`",
@@ -82,16 +151,16 @@ def _certificates(artifacts: Sequence[Artifact]) -> str:
             artifact.precision.value,
             f"{artifact.size / 1e6:.1f}",
             str(artifact.parity.floor),
-            rounded_down(artifact.parity.min_cosine),
-            rounded_down(artifact.parity.mean_cosine),
+            round_down(artifact.parity.min_cosine),
+            round_down(artifact.parity.mean_cosine),
             f"{artifact.parity.max_abs_diff:.1e}",
-            rounded_down(artifact.parity.neighbour_cosine),
+            round_down(artifact.parity.neighbour_cosine),
             f"{artifact.parity.spearman:.4f}",
             f"{artifact.parity.top10_overlap:.1%}",
         )
         for artifact in artifacts
     ]
-    return markdown_table(head, rows, left=3)
+    return markdown_table(COLUMNS, rows, left=3)
 
 
 def _quality(artifacts: Sequence[Artifact]) -> str:
@@ -106,21 +175,23 @@ def _quality(artifacts: Sequence[Artifact]) -> str:
         known = next(score for score in measured if score is not None)
         rows.append((name, f"{known.pairs:,}", f"{known.reference:.2f}", *figures))
     table = markdown_table(("set", "pairs", "PyTorch", *map(short_name, artifacts)), rows, left=1)
-    return f"\nSpearman correlation with people's scores, in points:\n\n{table}\n"
+    return f"\nSpearman correlation with human scores, in points:\n\n{table}\n"
 
 
 def _other_libraries(spec: EncoderSpec, artifacts: Sequence[Artifact]) -> str:
+    from encoders.write import beyond_sentence_transformers  # loads torch, which only exports have
+
     padded = [artifact.path for artifact in artifacts if artifact.layout is Layout.PADDED]
-    graphs = next((path for path in padded if path.endswith(".onnx")), None)
-    found = []
+    graph = next((path for path in padded if path.endswith(".onnx")), None)
+    sections = []
     if not beyond_sentence_transformers(spec):
-        found.append(
+        sections.append(
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             'vectors = SentenceTransformer("path/to/this/folder").encode(["some text"])\n```'
         )
-    if graphs is not None:
-        found.append(
-            f"`{graphs}` gives token vectors first and `sentence_embedding`, the pooled ones, second: any ONNX runtime "
-            "runs it."
+    if graph is not None:
+        sections.append(
+            f"Any ONNX runtime can run `{graph}`. Its first output holds token vectors, its second, "
+            "`sentence_embedding`, the pooled vectors."
         )
-    return "".join(f"\n{part}\n" for part in found)
+    return "".join(f"\n{section}\n" for section in sections)

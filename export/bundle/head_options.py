@@ -1,4 +1,4 @@
-"""What the caller asks of a head on top of what the encoder records: whitening, cut, vector type."""
+"""Extend an encoder's recorded head: whitening, fewer dimensions, another vector type."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from mirror_runtime.bundle import Activation, Dense, Ditto, VectorType, sha256_t
 from mirror_runtime.errors import InputError
 
 CALIBRATION_TEXTS = 256
+"""Short texts to measure the scale of int8 vectors on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """What is added behind the recorded head, in this order.
+    """What is added after the recorded head, in this order.
 
     Attributes:
         whiten: texts to fit a whitening on; the vectors are then normalised.
-        whiten_dim: directions that it keeps; None keeps all.
-        dim: components to keep, the first ones (Matryoshka).
-        vector_type: of the output.
+        whiten_dim: directions that the whitening keeps; None for all.
+        dim: number of leading components to keep (Matryoshka); None for all.
+        vector_type: data type of the output; None for the recorded one.
     """
 
     whiten: tuple[str, ...] | None = None
@@ -38,20 +39,20 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         if self.whiten_dim is not None and self.whiten is None:
-            raise InputError("--whiten-dim says how many directions whitening keeps: give --whiten CORPUS with it")
+            raise InputError("--whiten-dim needs a whitening: pass --whiten CORPUS too")
         if self.dim is not None and self.dim < 1:
             raise InputError(f"--dim is {self.dim}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """The content of `whitening.json`: what a whitening was fitted on.
+class WhiteningRecord:
+    """The content of `whitening.json`: the texts that a whitening was fitted on.
 
     Attributes:
-        texts: how many.
+        texts: number of texts.
         texts_sha256: hash of the texts, joined by newlines.
         dim: directions kept.
-        variance: share of the corpus's variance that they hold.
+        variance: share of the corpus's variance in these directions.
     """
 
     texts: int
@@ -60,95 +61,95 @@ class Fitted:
     variance: float
 
 
-def parse_layers(word: str) -> tuple[int, ...]:
-    """Read layers as they are written on the command line: numbers with commas, negative from the end.
+def parse_layers(option: str) -> tuple[int, ...]:
+    """Parse layers from the command line: numbers with commas, negative from the end.
 
     Raises:
-        InputError: a part is no number.
+        InputError: a part is not a number.
     """
     try:
-        return tuple(map(int, word.split(",")))
+        return tuple(map(int, option.split(",")))
     except ValueError:
-        raise InputError(f"--layers {word}: give numbers with commas, such as --layers 1,-1") from None
+        raise InputError(f"--layers {option}: must be numbers with commas, such as --layers 1,-1") from None
 
 
-def parse_ditto(word: str) -> Ditto:
-    """Read the attention head of Ditto as LAYER:HEAD.
+def parse_ditto(option: str) -> Ditto:
+    """Parse the attention head of Ditto, LAYER:HEAD.
 
     Raises:
-        InputError: it is something else.
+        InputError: the option has another form.
     """
-    layer, _, head = word.partition(":")
+    layer, _, head = option.partition(":")
     if not (layer.isdecimal() and head.isdecimal()):
-        raise InputError(f"--ditto {word}: give LAYER:HEAD from 0, such as 0:9")
+        raise InputError(f"--ditto {option}: must be LAYER:HEAD, counted from 0, such as 0:9")
     return Ditto(layer=int(layer), head=int(head))
 
 
-def add(reference: Reference, additions: HeadOptions) -> tuple[Reference, Fitted | None]:
+def extend_head(reference: Reference, options: HeadOptions) -> tuple[Reference, WhiteningRecord | None]:
     """Extend an encoder's head.
 
     Returns:
-        The encoder with the new head, and what its whitening was fitted on, if it got one.
+        The encoder with the new head, and the record of its whitening, if it has a new one.
 
     Raises:
-        InputError: the texts do not suffice, the encoder has fewer components than asked for, or its vectors are
-            rounded already.
+        InputError: there are too few texts, the encoder has fewer components than requested, or its vectors are
+            already rounded.
     """
-    fitted = None
-    if additions.whiten is not None:
-        reference, fitted = whiten(reference, additions.whiten, additions.whiten_dim)
-    if additions.dim is not None:
-        if additions.dim > reference.spec.dim:
-            raise InputError(f"--dim is {additions.dim}: the vectors have {reference.spec.dim} components")
-        reference = _replaced(reference, dim=additions.dim)
-    kind = additions.vector_type
+    record = None
+    if options.whiten is not None:
+        reference, record = whiten(reference, options.whiten, options.whiten_dim)
+    if options.dim is not None:
+        if options.dim > reference.spec.dim:
+            raise InputError(f"--dim is {options.dim}: the vectors have {reference.spec.dim} components")
+        reference = _replace_spec(reference, dim=options.dim)
+    kind = options.vector_type
     if kind is not None and kind is not reference.spec.vector_type:
-        reference = _typed(reference, kind)
-    return reference, fitted
+        reference = _with_vector_type(reference, kind)
+    return reference, record
 
 
-def whiten(reference: Reference, texts: Sequence[str], dim: int | None = None) -> tuple[Reference, Fitted]:
-    """Fit a whitening on texts and put it behind the head as one dense layer, followed by normalisation.
+def whiten(reference: Reference, texts: Sequence[str], dim: int | None = None) -> tuple[Reference, WhiteningRecord]:
+    """Fit a whitening on texts and append it to the head as one dense layer, followed by normalisation.
 
     Raises:
-        InputError: the texts do not suffice, or the encoder's vectors are cut or rounded already.
+        InputError: there are too few texts, or the encoder's vectors are already cut or rounded.
     """
     spec = reference.spec
     vectors = reference.encode_uncut(texts)
     width = vectors.shape[1]
     if spec.dim != width or spec.vector_type is not VectorType.FLOAT32:
-        raise InputError(f"{spec.base_model} gives cut or rounded vectors: whiten the encoder that it was made from")
+        raise InputError(f"{spec.base_model} has cut or rounded vectors: whiten the encoder that it was exported from")
     fit = fit_whitening(vectors, dim or width)
-    described = Dense(in_features=width, out_features=len(fit.bias), bias=True, activation=Activation.IDENTITY)
-    layer = make_dense(described, torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
+    dense = Dense(in_features=width, out_features=len(fit.bias), bias=True, activation=Activation.IDENTITY)
+    layer = make_dense(dense, torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
     whitened = dataclasses.replace(
         reference,
-        spec=dataclasses.replace(spec, dense=(*spec.dense, described), dim=len(fit.bias), normalize=True),
+        spec=dataclasses.replace(spec, dense=(*spec.dense, dense), dim=len(fit.bias), normalize=True),
         dense=(*reference.dense, layer),
     )
-    return whitened, Fitted(
+    return whitened, WhiteningRecord(
         texts=len(texts), texts_sha256=sha256_texts(texts), dim=len(fit.bias), variance=round(fit.variance, 6)
     )
 
 
-def write_fitted(fitted: Fitted, folder: Path) -> None:
-    """Write what a whitening was fitted on beside the encoder."""
-    write_json(fitted, folder / WHITENING_FILE)
+def write_record(record: WhiteningRecord, folder: Path) -> None:
+    """Write the record of a whitening beside the encoder."""
+    write_json(record, folder / WHITENING_FILE)
 
 
-def _typed(reference: Reference, kind: VectorType) -> Reference:
+def _with_vector_type(reference: Reference, kind: VectorType) -> Reference:
     if reference.spec.vector_type is not VectorType.FLOAT32:
         raise InputError(
             f"{reference.spec.base_model} records {reference.spec.vector_type.value} vectors, which cannot become "
-            f"{kind.value}: export the encoder it was made from"
+            f"{kind.value}: export the encoder that it was exported from"
         )
     scale = None
     if kind is VectorType.INT8:
-        # The largest component of real text falls on 127: nothing is clipped, and rounding stays below 0.4 % of it.
+        # The largest component of real text becomes 127: nothing is clipped, and rounding errors are below 0.4 % of it.
         largest = np.abs(reference.encode(parity_texts(short=CALIBRATION_TEXTS, medium=8, long=1))).max()
         scale = float(np.float32(largest / 127))
-    return _replaced(reference, vector_type=kind, int8_scale=scale)
+    return _replace_spec(reference, vector_type=kind, int8_scale=scale)
 
 
-def _replaced(reference: Reference, **changes: object) -> Reference:
+def _replace_spec(reference: Reference, **changes: object) -> Reference:
     return dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, **changes))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A proven bundle to a model hub, through huggingface_hub."""
+"""Push a proven bundle to a model hub through huggingface_hub."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mirror_runtime.errors import InputError
 
 
 def check_hub(name: str) -> None:
-    """See that a push could begin, before an export takes minutes.
+    """Check that a push is possible, before an export takes minutes.
 
     Raises:
-        InputError: the name is no repository's, no token is at hand, or the hub was switched off.
+        InputError: the name is not a valid repository name, there is no token, or the hub is switched off.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -22,37 +22,37 @@ def check_hub(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"--push-to-hub {name!r} is no repository's name ({error}): give OWNER/NAME") from error
+        raise InputError(f"--push-to-hub {name!r} is not a repository name ({error}): it must be OWNER/NAME") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError("--push-to-hub needs the network, and HF_HUB_OFFLINE switches it off: unset it")
     if get_token() is None:
-        raise InputError("--push-to-hub finds no token: run `hf auth login`, or set HF_TOKEN to one that may write")
+        raise InputError(
+            "--push-to-hub finds no token: run `hf auth login`, or set HF_TOKEN to a token with write access"
+        )
 
 
 def push(bundle: Path, name: str, manifest: Manifest, *, private: bool = False) -> str:
-    """Upload a bundle to a model repository, which is made if need be.
-
-    The token is the one of `hf auth login` or of HF_TOKEN.
+    """Upload a bundle to a model repository, which is created if needed, with the token of `hf auth login` or HF_TOKEN.
 
     Args:
-        bundle: the proven folder. It stays as it is, whatever happens.
+        bundle: the proven folder, which is never changed.
         name: OWNER/NAME.
-        manifest: the bundle's.
-        private: make a new repository private; one that exists keeps its setting.
+        manifest: the bundle's manifest.
+        private: make a new repository private; an existing one keeps its setting.
 
     Returns:
         The commit's address.
 
     Raises:
-        InputError: the hub refused or cannot be reached.
+        InputError: the hub refused the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api: Any = HfApi()
     proven = ", ".join(dict.fromkeys(f"{a.engine.value} {a.precision.value}" for a in manifest.artifacts))
-    # The bases of the hub's own error are its HTTP library's, which differs between releases of huggingface_hub: a
-    # network that is down is an error of theirs.
+    # A network that is down raises an error of the HTTP library, which differs between releases of huggingface_hub: it
+    # is a base of the hub's own error.
     failures: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, OSError)
     try:
         api.create_repo(name, private=private, exist_ok=True)
@@ -64,7 +64,7 @@ def push(bundle: Path, name: str, manifest: Manifest, *, private: bool = False) 
         )
     except failures as error:
         raise InputError(
-            f"the bundle is in {bundle}, but {name} did not take it ({type(error).__name__}: {_first_line(error)}). "
+            f"the bundle is in {bundle}, but {name} did not accept it ({type(error).__name__}: {_first_line(error)}). "
             f"Check the name, the token's rights and the network, then: hf upload {name} {bundle}"
         ) from error
     return str(commit.commit_url)

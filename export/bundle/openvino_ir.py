@@ -1,21 +1,18 @@
-"""A bundle's graphs in OpenVINO's own format, proven and entered in the manifest."""
+"""Convert a bundle's graphs to OpenVINO's own format, prove them, and add them to the manifest."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from encoders.reference import Reference
-from encoders.source import resolve
 from evaluation.sets import EvaluationSet
 from export.bundle.update import add_artifacts, updating
-from export.graph.trace import GRAPH_FILES, Graph, parts
+from export.graph.trace import GRAPH_FILES, Graph
 from export.precision.half_precision import write_half
 from export.precision.variants import VARIANTS
-from export.proof.parity import Candidate, Expected, prove_artifact
-from export.proof.proof_texts import parity_texts
+from export.proof.candidate import Candidate
+from export.proof.parity import Expected, prove_artifact
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, check_files, read_manifest
 from mirror_runtime.engines.openvino_core import shared_core
 from mirror_runtime.errors import InputError
@@ -33,7 +30,7 @@ FILES: Mapping[Precision, Mapping[Layout, str]] = {
         Layout.PACKED: "openvino_model_packed_int8.xml",
     },
 }
-"""Names in the bundle's folder `openvino`; the weights lie beside each as `.bin`."""
+"""File names in the bundle's folder `openvino`; the weights are in a `.bin` file beside each."""
 
 
 def add_ir(
@@ -42,25 +39,25 @@ def add_ir(
     *,
     texts: Sequence[str] | None = None,
     sets: Sequence[EvaluationSet] = (),
-    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[Artifact, ...]:
-    """Write a bundle's graphs as OpenVINO IR, prove them, and enter them in the manifest, which is written last.
+    """Write a bundle's graphs as OpenVINO IR, prove them, and add them to the manifest, which is written last.
 
-    A packed IR takes the place of the ONNX file that OpenVINO ran in that precision before.
+    A packed IR replaces the ONNX file that OpenVINO ran in that precision before.
 
     Args:
-        bundle: the bundle; where anything fails it stays as it was.
-        precisions: fp32 (padded), bf16 (packed), int8 (both); None writes what the bundle holds and this CPU runs.
-        texts: what to prove on; None takes the built-in ones.
+        bundle: the bundle; it does not change if anything fails.
+        precisions: fp32 (padded), bf16 (packed), int8 (both); None for all that the bundle has and this CPU supports.
+        texts: texts to prove on; None for the built-in ones.
         sets: scored pairs on which no artifact may lose quality.
-        on_stage: called with the name of each stage as it begins.
+        on_progress: called with the name of each stage as it begins.
 
     Returns:
         The new artifacts.
 
     Raises:
         MissingExtra: openvino is not installed.
-        InputError: the bundle holds no graph of a precision that was asked for, or cannot be written.
+        InputError: the bundle has no graph of a requested precision, or cannot be written.
         EngineError: OpenVINO cannot convert or run a graph here.
         ParityError: vectors differ from the reference.
     """
@@ -68,34 +65,27 @@ def add_ir(
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
     chosen = _precisions(manifest, precisions)
-    with updating(bundle) as made:
-        (made / FOLDER).mkdir()
-        written = [(p, graph) for p in chosen for graph in _write(bundle, manifest, p, made / FOLDER, on_stage)]
-        on_stage("reference vectors")
-        expected = Expected.of(Reference.load(resolve(str(bundle))), texts or parity_texts(), sets)
+    with updating(bundle) as staging:
+        (staging / FOLDER).mkdir()
+        written = [(p, graph) for p in chosen for graph in _write(bundle, manifest, p, staging / FOLDER, on_progress)]
+        on_progress("reference vectors")
+        expected = Expected.of_bundle(bundle, texts, sets)
         artifacts = []
         for precision, graph in written:
             candidate = Candidate.of(bundle, graph, EngineName.OPENVINO, precision)
-            on_stage(f"prove {candidate}")
+            on_progress(f"prove {candidate}")
             parity = prove_artifact(bundle, candidate, manifest, expected)
-            artifacts.append(
-                candidate.certified(
-                    parity,
-                    path=f"{FOLDER}/{graph.path.name}",
-                    size=sum(file.stat().st_size for file in parts(graph.path)),
-                    toolchain={name: version(name) for name in ("torch", "transformers", "onnx", "openvino")},
-                )
-            )
-        add_artifacts(bundle, made, artifacts)
+            artifacts.append(candidate.certified(bundle, parity, path=f"{FOLDER}/{graph.path.name}"))
+        add_artifacts(bundle, staging, artifacts)
     return tuple(artifacts)
 
 
 def convert(graph: Path, path: Path) -> None:
-    """Write an ONNX file as OpenVINO IR, with its numbers as they are.
+    """Write an ONNX file as OpenVINO IR without changing its numbers.
 
     Args:
         graph: the ONNX file.
-        path: the `.xml` to write; the weights go to the `.bin` beside it.
+        path: the `.xml` file to write; the weights go to a `.bin` file beside it.
 
     Raises:
         MissingExtra: openvino is not installed.
@@ -109,30 +99,31 @@ def convert(graph: Path, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def _precisions(manifest: Manifest, asked: Sequence[Precision] | None) -> tuple[Precision, ...]:
-    if asked is None:
+def _precisions(manifest: Manifest, requested: Sequence[Precision] | None) -> tuple[Precision, ...]:
+    if requested is None:
         int8 = (Precision.INT8,) if _onnx(Precision.INT8, Layout.PACKED) in manifest.files else ()
         return (Precision.FP32, *((Precision.BF16,) if has_bf16() else ()), *int8)
-    unknown = [precision.value for precision in asked if precision not in FILES]
+    unknown = [precision.value for precision in requested if precision not in FILES]
     if unknown:
         raise InputError(f"{', '.join(unknown)} is not written as OpenVINO IR: choose fp32, bf16 or int8")
-    return tuple(dict.fromkeys(asked))
+    return tuple(dict.fromkeys(requested))
 
 
 def _write(
-    bundle: Path, manifest: Manifest, precision: Precision, folder: Path, on_stage: Callable[[str], None]
+    bundle: Path, manifest: Manifest, precision: Precision, folder: Path, on_progress: Callable[[str], None]
 ) -> Iterator[Graph]:
+    """Convert a bundle's graphs of one precision into `folder`."""
     for layout, name in FILES[precision].items():
-        on_stage(f"write {name}")
-        signed = next(a for a in manifest.artifacts if a.layout is layout)  # all of one layout have one signature
+        on_progress(f"write {name}")
+        template = next(a for a in manifest.artifacts if a.layout is layout)  # one signature for each layout
         with TemporaryDirectory() as scratch:
             source = bundle / _onnx(precision, layout)
             if precision is Precision.BF16 and not source.is_file():
                 fp32 = Graph(
                     layout=layout,
                     path=bundle / _onnx(Precision.FP32, layout),
-                    inputs=signed.inputs,
-                    outputs=signed.outputs,
+                    inputs=template.inputs,
+                    outputs=template.outputs,
                 )
                 source = write_half(fp32, Path(scratch) / source.name, precision).path
             if not source.is_file():
@@ -141,10 +132,10 @@ def _write(
                     f"export/to_onnx.py --precision {precision.value}"
                 )
             convert(source, folder / name)
-        yield Graph(layout=layout, path=folder / name, inputs=signed.inputs, outputs=signed.outputs)
+        yield Graph(layout=layout, path=folder / name, inputs=template.inputs, outputs=template.outputs)
 
 
 def _onnx(precision: Precision, layout: Layout) -> str:
-    """Name the ONNX file that an IR is made from."""
+    """Return the path in the bundle of the ONNX file that an IR is converted from."""
     files = GRAPH_FILES if precision is Precision.FP32 else VARIANTS[precision].files
     return f"onnx/{files[layout]}"

@@ -1,4 +1,4 @@
-"""Artifacts added to a bundle that exists already, on the machine that they are for; it stays whole throughout."""
+"""Add artifacts to an existing bundle, on the machine that they are for; the bundle is valid at every moment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mirror_runtime.errors import InputError
 
 @contextmanager
 def updating(bundle: Path) -> Iterator[Path]:
-    """Give an empty folder inside a bundle, for what is being made; it vanishes when the block ends.
+    """Yield an empty folder inside a bundle for new files; it is removed when the block ends.
 
     Raises:
         InputError: the bundle cannot be written, or another process is adding to it.
@@ -29,7 +29,7 @@ def updating(bundle: Path) -> Iterator[Path]:
         raise InputError(f"{bundle} cannot be opened: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in bundle.glob(".partial-*"):  # of killed processes: this one holds the lock
+        for left in bundle.glob(".partial-*"):  # left by killed processes: this one holds the lock
             shutil.rmtree(left)
         folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=bundle))
     except BlockingIOError:
@@ -45,13 +45,13 @@ def updating(bundle: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def add_artifacts(bundle: Path, made: Path, artifacts: Sequence[Artifact]) -> Manifest:
-    """Move new files into a bundle and name them, and their artifacts, in its manifest, which is written last.
+def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) -> Manifest:
+    """Move new files into a bundle, and add them and their artifacts to its manifest, which is written last.
 
     Args:
         bundle: the bundle.
-        made: folder given by `updating`; everything in it moves to the same relative path of the bundle.
-        artifacts: what was proven. One of the same engine, precision and layout as before takes that one's place.
+        staging: the folder from `updating`; its files move to the same relative paths in the bundle.
+        artifacts: the proven ones. Each replaces an artifact of the same engine, precision and layout.
 
     Returns:
         The new manifest.
@@ -63,19 +63,19 @@ def add_artifacts(bundle: Path, made: Path, artifacts: Sequence[Artifact]) -> Ma
     files = dict(manifest.files)
     new = {(a.engine, a.precision, a.layout) for a in artifacts}
     kept = tuple(a for a in manifest.artifacts if (a.engine, a.precision, a.layout) not in new)
-    amended = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))
+    updated = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))
     try:
         if (bundle / CARD_FILE).is_file():
-            shutil.copyfile(bundle / CARD_FILE, made / CARD_FILE)
-            write_card(made, amended)
-        for path in sorted(p for p in made.rglob("*") if p.is_file()):
-            relative = path.relative_to(made)
+            shutil.copyfile(bundle / CARD_FILE, staging / CARD_FILE)
+            write_card(staging, updated)
+        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+            relative = path.relative_to(staging)
             (bundle / relative).parent.mkdir(parents=True, exist_ok=True)
             files[relative.as_posix()] = sha256_file(path)
             os.replace(path, bundle / relative)
-        amended = dataclasses.replace(amended, files=files)
-        write_json(amended, made / MANIFEST_FILE)
-        os.replace(made / MANIFEST_FILE, bundle / MANIFEST_FILE)
+        updated = dataclasses.replace(updated, files=files)
+        write_json(updated, staging / MANIFEST_FILE)
+        os.replace(staging / MANIFEST_FILE, bundle / MANIFEST_FILE)
     except OSError as error:
         raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
-    return amended
+    return updated

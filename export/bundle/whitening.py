@@ -1,4 +1,4 @@
-"""BERT-whitening (Su et al. 2021): one linear layer that gives a corpus's vectors mean 0 and covariance 1."""
+"""BERT-whitening (Su et al. 2021): one linear layer after which a corpus's vectors have mean 0 and covariance 1."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from mirror_runtime.errors import InputError
 
 WHITENING_FILE = "whitening.json"
-"""In a bundle: what its whitening was fitted on. Its weights are the last dense layer's."""
+"""Records in a bundle what its whitening was fitted on. The weights are those of the last dense layer."""
 
 SMALLEST_SHARE = 1e-8
-"""Of the largest variance: a direction with less is noise, and dividing by its deviation would blow it up."""
+"""Share of the largest variance: a direction with less is noise, which dividing by its deviation would amplify."""
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """y = weight x + bias.
+    """The linear layer y = weight x + bias.
 
     Attributes:
         weight: float32 [dim, width].
         bias: float32 [dim].
-        variance: share of the corpus's variance that the kept directions hold, 0 to 1.
+        variance: share of the corpus's variance in the kept directions, 0 to 1.
     """
 
     weight: NDArray[np.float32]
@@ -38,28 +38,28 @@ def fit_whitening(vectors: NDArray[np.float32], dim: int) -> Whitening:
 
     Args:
         vectors: float32 [n, width], pooled and not normalised.
-        dim: directions to keep; all of `width` makes a rotation and scaling without loss.
+        dim: directions to keep; with all of `width` the layer is lossless.
 
     Raises:
-        InputError: there are too few vectors, or they do not spread over that many directions.
+        InputError: there are too few vectors, or they span fewer directions.
     """
     count, width = vectors.shape
     if not 1 <= dim <= width:
-        raise InputError(f"--whiten-dim is {dim}: the vectors have {width} components, so give 1 to {width}")
+        raise InputError(f"--whiten-dim is {dim}: the vectors have {width} components, so it must be 1 to {width}")
     if count <= dim:
         raise InputError(
-            f"{count} texts cannot fix {dim} directions: whiten on more text, or with a smaller --whiten-dim"
+            f"{count} texts cannot determine {dim} directions: whiten on more text, or with a smaller --whiten-dim"
         )
     exact = vectors.astype(np.float64)
     mean = exact.mean(0)
     centred = exact - mean
     variances, directions = np.linalg.eigh(centred.T @ centred / count)  # ascending
     kept = variances[::-1][:dim]
-    spread = int((kept > SMALLEST_SHARE * variances[-1]).sum())
-    if spread < dim:
+    spanned = int((kept > SMALLEST_SHARE * variances[-1]).sum())
+    if spanned < dim:
         raise InputError(
-            f"the texts' vectors spread over {spread} directions only: whiten on more varied text, or give "
-            f"--whiten-dim {spread} or less"
+            f"the texts' vectors span only {spanned} directions: whiten on more varied text, or pass "
+            f"--whiten-dim {spanned} or less"
         )
     weight = (directions[:, ::-1][:, :dim] / np.sqrt(kept)).T
     return Whitening(

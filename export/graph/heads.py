@@ -1,4 +1,4 @@
-"""The heads of `EncoderSpec` as modules that both graphs hold: token vectors in, text vectors of the final type out."""
+"""The pooling heads of `EncoderSpec` as modules inside both graphs: token vectors in, text vectors out."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from encoders.families import Pick
+from encoders.layers import Pick
 from encoders.reference import Reference
 from mirror_runtime.bundle import ONE_TOKEN, TOKENS_PER_SLOT, EncoderSpec, Pooling, VectorType
 from mirror_runtime.vectors import LARGEST_INT8
 
 EPSILON = 1e-12
-"""Smallest norm divided by, as `torch.nn.functional.normalize` has it."""
+"""The smallest norm to divide by, as in `torch.nn.functional.normalize`."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the texts of a batch lie in its rows: the same for both layouts.
+    """Where the texts of a batch lie in its rows, in a form that both layouts share.
 
     Attributes:
-        own: bool [R, K, L]: the tokens of text k in row r, without padding.
-        slots: bool [R, K, L]: the same with the padding that belongs to the text.
+        tokens: bool [R, K, L]: the tokens of text k in row r, without padding.
+        padded_tokens: bool [R, K, L]: the same with the padding that belongs to the text.
         positions: int64 [R, L]: 0, 1, … within each text.
     """
 
-    own: torch.Tensor
-    slots: torch.Tensor
+    tokens: torch.Tensor
+    padded_tokens: torch.Tensor
     positions: torch.Tensor
 
     @classmethod
-    def packed(cls, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> Segments:
-        """Find the texts of packed rows, K = L // `TOKENS_PER_SLOT` of them, the last ones mostly empty."""
+    def from_packed(cls, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> Segments:
+        """Locate the texts of packed rows: K = L // `TOKENS_PER_SLOT` slots, of which the last are mostly empty."""
         numbers = torch.arange(1, segment_ids.shape[1] // TOKENS_PER_SLOT + 1)[None, :, None]
         rows = segment_ids[:, None, :]
-        return cls(own=rows == numbers, slots=rows.abs() == numbers, positions=position_ids)
+        return cls(tokens=rows == numbers, padded_tokens=rows.abs() == numbers, positions=position_ids)
 
     @classmethod
-    def padded(cls, attention_mask: torch.Tensor) -> Segments:
-        """Find the one text of each padded row, K = 1."""
-        own = attention_mask.to(torch.bool)[:, None, :]
+    def from_padded(cls, attention_mask: torch.Tensor) -> Segments:
+        """Locate the single text of each padded row: K = 1."""
+        tokens = attention_mask.to(torch.bool)[:, None, :]
         positions = torch.arange(attention_mask.shape[1])[None, :].expand_as(attention_mask)
-        return cls(own=own, slots=torch.ones_like(own), positions=positions)
+        return cls(tokens=tokens, padded_tokens=torch.ones_like(tokens), positions=positions)
 
-    def at(self, index: int) -> torch.Tensor:
-        """Find each text's token number `index`, negative from its end: bool [R, K, L]."""
+    def token_at(self, index: int) -> torch.Tensor:
+        """Locate token number `index` of each text, counted from its end if negative: bool [R, K, L]."""
         positions = self.positions[:, None, :]
         if index < 0:
-            positions = positions - self.own.sum(-1, keepdim=True)
-        return self.own & (positions == index)
+            positions = positions - self.tokens.sum(-1, keepdim=True)
+        return self.tokens & (positions == index)
 
 
 class PickTokens:
-    """Takes one position for each text out of rows: a `Pick`, see `encoders.families`.
+    """Select one position of each text: a `Pick`, see `encoders.layers`.
 
     Args:
-        where: bool [R, K, L], at most one True a text; a text without any gets the row's first position.
+        where: bool [R, K, L], at most one True for each text; without one, the row's first position is selected.
     """
 
     def __init__(self, where: torch.Tensor) -> None:
@@ -67,8 +67,8 @@ class PickTokens:
         self._rows, self._slots = rows, slots
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Take float [R, n, L, X], give [R, n, K, X]."""
-        # One row of a table for each position: Gather, which every engine has, and no product to be quantised.
+        """Select from float [R, n, L, X]; returns [R, n, K, X]."""
+        # Positions are rows of a table: a Gather, which every engine has, instead of a product that would be quantised.
         table = values.transpose(1, 2).flatten(0, 1)
         chosen = table.index_select(0, self._index)
         return chosen.reshape(self._rows, self._slots, *chosen.shape[1:]).transpose(1, 2)
@@ -78,7 +78,7 @@ class Head(nn.Module):
     """Everything between token vectors and the graph's output.
 
     Args:
-        reference: whose head it is.
+        reference: the encoder whose head to build.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -89,12 +89,12 @@ class Head(nn.Module):
 
     @property
     def attentions_of(self) -> int | None:
-        """The layer whose attention the head reads."""
+        """The layer whose attention probabilities the head reads; None where it reads none."""
         return None if self.spec.ditto is None else self.spec.ditto.layer
 
-    def picked(self, segments: Segments) -> Pick | None:
-        """Say which rows of the last layer are enough; None where all are needed."""
-        return None if self.index is None else PickTokens(segments.at(self.index))
+    def token_pick(self, segments: Segments) -> Pick | None:
+        """Return the selection of the last layer's rows that the head needs; None where it needs all of them."""
+        return None if self.index is None else PickTokens(segments.token_at(self.index))
 
     def forward(
         self,
@@ -104,13 +104,13 @@ class Head(nn.Module):
         pruned: bool,
         probabilities: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Pool each text and bring its vector into the final form.
+        """Pool each text and convert its vector to the final form.
 
         Args:
-            states: of the embeddings and of each layer, float [R, L, width].
+            states: the embeddings and the output of each layer, float [R, L, width].
             segments: where the texts lie.
-            pruned: whether the last layer's holds one token for each text, [R, K, width].
-            probabilities: of the layer that Ditto reads, float [R, heads, L, L].
+            pruned: whether the last layer holds one token for each text only, [R, K, width].
+            probabilities: attention of the layer that Ditto reads, float [R, heads, L, L].
 
         Returns:
             [R, K, width of the vector type]; zeros for slots without a text.
@@ -119,11 +119,11 @@ class Head(nn.Module):
         for layer in self.dense:
             pooled = layer(pooled)
         pooled = pooled[..., : self.spec.dim]
-        # Dense layers with a bias, and a picked first position, give empty slots something.
-        pooled = pooled * segments.own.any(-1, keepdim=True).to(pooled.dtype)
+        # Dense layers with a bias, and the selected first position, leave values in empty slots.
+        pooled = pooled * segments.tokens.any(-1, keepdim=True).to(pooled.dtype)
         if self.spec.normalize:
             pooled = pooled / (pooled * pooled).sum(-1, keepdim=True).sqrt().clamp(min=EPSILON)
-        return _typed(pooled, self.spec)
+        return _convert(pooled, self.spec)
 
     def _pool(
         self,
@@ -133,7 +133,7 @@ class Head(nn.Module):
         probabilities: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.index is not None:
-            pick = PickTokens(segments.at(self.index))
+            pick = PickTokens(segments.token_at(self.index))
             last = len(states) - 1
             return _average(
                 [
@@ -145,14 +145,14 @@ class Head(nn.Module):
         if self.spec.pooling is Pooling.MAX:
             return self._maximum(hidden, segments)
         weights = self._weights(hidden, segments, probabilities)
-        empty = ~segments.own.any(-1, keepdim=True)
+        empty = ~segments.tokens.any(-1, keepdim=True)
         return (weights @ hidden) / (weights.sum(-1, keepdim=True) + empty.to(hidden.dtype))
 
     def _weights(self, hidden: torch.Tensor, segments: Segments, probabilities: torch.Tensor | None) -> torch.Tensor:
-        """Give the weights of a mean's tokens, float [R, K, L]."""
+        """Compute the weight of each token in a weighted mean, float [R, K, L]."""
         if self.spec.pooling is Pooling.MEAN_PADDED:
-            return segments.slots.to(hidden.dtype)
-        weights = segments.own.to(hidden.dtype)
+            return segments.padded_tokens.to(hidden.dtype)
+        weights = segments.tokens.to(hidden.dtype)
         if self.spec.pooling is Pooling.WEIGHTED_MEAN:
             return weights * (segments.positions + 1).to(hidden.dtype)[:, None, :]
         if self.spec.ditto is not None:
@@ -163,26 +163,26 @@ class Head(nn.Module):
         return weights
 
     def _maximum(self, hidden: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """Give each text's largest components: a running maximum within texts, read at their last tokens.
+        """Compute each text's largest components: a running maximum within texts, read at their last tokens.
 
-        Each step doubles the reach, so that no array has more elements than the token vectors, where comparing every
-        slot with every token has K times as many.
+        Each step doubles the distance covered, so no array has more elements than the token vectors. Comparing every
+        slot with every token would need K times as many.
         """
         reach = 1
         while reach < self.spec.max_tokens:
-            # A token `reach` places ahead is of the same text where the position is not smaller than that.
+            # The token `reach` places earlier belongs to the same text where the position is at least `reach`.
             before = nn.functional.pad(hidden, (0, 0, reach, 0))[:, : hidden.shape[1]]
             same = (segments.positions >= reach)[:, :, None]
             hidden = torch.where(same, torch.maximum(hidden, before), hidden)
             reach *= 2
-        return PickTokens(segments.at(-1))(hidden[:, None])[:, 0]
+        return PickTokens(segments.token_at(-1))(hidden[:, None])[:, 0]
 
 
 def token_index(reference: Reference) -> int | None:
-    """Give the number of the token that a pooling reads, negative from the text's end; None where it reads several.
+    """Return the index of the token that a pooling reads, negative from the text's end; None where it reads several.
 
-    What lies between the template's mask token and the near end of the string is tokenised the same whatever the text
-    is: the mask token splits the string before the tokenizer's model sees it.
+    The part between the template's mask token and the nearer end of the string has the same tokens for every text,
+    because the tokenizer splits the string at the mask token first.
     """
     pooling = reference.spec.pooling
     if pooling not in ONE_TOKEN:
@@ -203,8 +203,8 @@ def _average(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     return total / len(layers) if len(layers) > 1 else total
 
 
-def _typed(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
-    """Bring components to the spec's vector type; zeros stay zeros."""
+def _convert(vectors: torch.Tensor, spec: EncoderSpec) -> torch.Tensor:
+    """Convert components to the spec's vector type; zeros stay zeros."""
     if spec.vector_type is VectorType.FLOAT16:
         return vectors.to(torch.float16)
     if spec.vector_type is VectorType.INT8:

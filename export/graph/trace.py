@@ -1,4 +1,4 @@
-"""The two graphs of an encoder, with the pooled head inside, as ONNX files of standard operators only."""
+"""Export an encoder's padded and packed graph, with the pooling head inside, to ONNX of standard operators only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from encoders.families import FAMILIES
 from encoders.reference import Reference
-from export.beside import beside
 from export.graph.heads import Head, Segments
 from export.graph.layouts import packed_states, padded_states
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
@@ -24,53 +23,49 @@ from mirror_runtime.errors import EngineError
 from mirror_runtime.vectors import dtype_of, width_of
 
 OPSET = 18
-"""Of ai.onnx: has LayerNormalization, and every engine and tool we hand files to reads it."""
+"""Version of ai.onnx: it has LayerNormalization, and every engine and tool that reads our files supports it."""
 
 EXTERNAL_DATA_BYTES = 2_000_000_000
-"""Weights larger than this lie in a file beside the graph: Protocol Buffers end at 2 GiB."""
+"""Weights larger than this go to a file beside the graph: Protocol Buffers are limited to 2 GiB."""
 
 GRAPH_FILES = {Layout.PADDED: "model.onnx", Layout.PACKED: "model_packed.onnx"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Names, types and dimensions of a graph's inputs and outputs, in order."""
+    """Names, types and dimensions of a graph's inputs and outputs, in the graph's order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Graph:
+class Graph(Signature):
     """An exported and checked ONNX file.
 
     Attributes:
         layout: padded or packed.
         path: the file.
-        inputs: in the graph's order.
-        outputs: in the graph's order.
     """
 
     layout: Layout
     path: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
 
 def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: bool = True) -> Signature:
-    """Give the contract of an encoder's graph.
+    """Return the inputs and outputs that an encoder's graph must have.
 
     Args:
         layout: padded or packed.
-        spec: whose vectors it gives. Some families have no token types, and then the graph takes none.
+        spec: decides the vectors. Graphs of families without token types have no such input.
         width: components of a token vector.
-        token_vectors: whether a padded graph gives these too.
+        token_vectors: whether a padded graph also outputs token vectors.
     """
-    dtype, numbers = dtype_of(spec).name, width_of(spec)
+    dtype, vector_width = dtype_of(spec).name, width_of(spec)
     if layout is Layout.PADDED:
         batch: tuple[str, str] = ("batch_size", "sequence_length")
         names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if FAMILIES[spec.family].token_types else 2]
-        vectors = TensorSpec(name="sentence_embedding", dtype=dtype, shape=(batch[0], numbers))
+        vectors = TensorSpec(name="sentence_embedding", dtype=dtype, shape=(batch[0], vector_width))
         tokens = TensorSpec(name="last_hidden_state", dtype="float32", shape=(*batch, width))
         return Signature(
             inputs=tuple(_int64(name, batch) for name in names),
@@ -79,17 +74,19 @@ def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: b
         )
     return Signature(
         inputs=tuple(_int64(name, ("rows", "length")) for name in ("input_ids", "position_ids", "segment_ids")),
-        outputs=(TensorSpec(name="embedding", dtype=dtype, shape=("rows", f"length // {TOKENS_PER_SLOT}", numbers)),),
+        outputs=(
+            TensorSpec(name="embedding", dtype=dtype, shape=("rows", f"length // {TOKENS_PER_SLOT}", vector_width)),
+        ),
     )
 
 
 class PaddedEncoder(nn.Module):
-    """One text a row, filled up with padding.
+    """One text in each row, followed by padding.
 
     Args:
         reference: model and head.
-        token_vectors: give these too. Without them a head that reads one token of a text needs the last layer for that
-            token alone.
+        token_vectors: also output token vectors. Without them, a head that reads one token of a text needs the last
+            layer for that token only.
     """
 
     def __init__(self, reference: Reference, *, token_vectors: bool = True) -> None:
@@ -104,25 +101,25 @@ class PaddedEncoder(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Encode rows.
 
-        `mean_padded` is the vector of texts padded to `pad_to`, however long the rows are: the graph pads them itself.
+        For `mean_padded` the graph itself pads or cuts rows to `pad_to`, whatever their length.
 
         Args:
             input_ids: int64 [batch_size, sequence_length].
-            attention_mask: int64 [batch_size, sequence_length]: 1 on the text's own tokens.
+            attention_mask: int64 [batch_size, sequence_length]: 1 on the text's tokens.
             token_type_ids: int64 [batch_size, sequence_length], for the families that have them.
 
         Returns:
-            Token vectors float32 [batch_size, sequence_length, width], if wanted, and text vectors
+            Token vectors float32 [batch_size, sequence_length, width], if `token_vectors`, and text vectors
             [batch_size, width of the vector type].
         """
         length = input_ids.shape[1]
         pad_to = self.head.spec.pad_to
         if pad_to is not None:
-            attention_mask = _filled(attention_mask, pad_to, 0)
-            input_ids = torch.where(attention_mask == 0, self.pad_id, _filled(input_ids, pad_to, self.pad_id))
-            token_type_ids = None if token_type_ids is None else _filled(token_type_ids, pad_to, 0)
-        segments = Segments.padded(attention_mask)
-        pick = None if self.token_vectors else self.head.picked(segments)
+            attention_mask = _fit_columns(attention_mask, pad_to, 0)
+            input_ids = torch.where(attention_mask == 0, self.pad_id, _fit_columns(input_ids, pad_to, self.pad_id))
+            token_type_ids = None if token_type_ids is None else _fit_columns(token_type_ids, pad_to, 0)
+        segments = Segments.from_padded(attention_mask)
+        pick = None if self.token_vectors else self.head.token_pick(segments)
         states, probabilities = padded_states(
             self.encoder,
             input_ids,
@@ -136,7 +133,7 @@ class PaddedEncoder(nn.Module):
 
 
 class PackedEncoder(nn.Module):
-    """Several texts a row, told apart by segment ids: attention stays within a segment, and each is pooled by itself.
+    """Several texts in each row, with segment ids: attention stays within a segment, and each segment is pooled.
 
     Args:
         reference: model and head.
@@ -153,17 +150,17 @@ class PackedEncoder(nn.Module):
         Args:
             input_ids: int64 [rows, length].
             position_ids: int64 [rows, length]: 0, 1, … within each text.
-            segment_ids: int64 [rows, length]: 0 where empty, else 1, 2, … for the texts of the row. For `mean_padded`
-                each text takes `pad_to` positions, and those of its padding have its number with a minus.
+            segment_ids: int64 [rows, length]: 1, 2, … for the texts of the row, 0 at empty positions. For
+                `mean_padded` each text takes `pad_to` positions, and its padding has its number negated.
 
         Returns:
             [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
         """
-        segments = Segments.packed(position_ids, segment_ids)
+        segments = Segments.from_packed(position_ids, segment_ids)
         padding = None
         if self.head.spec.pad_to is not None:
             padding, segment_ids = segment_ids < 0, segment_ids.abs()
-        pick = self.head.picked(segments)
+        pick = self.head.token_pick(segments)
         states, probabilities = packed_states(
             self.encoder,
             input_ids,
@@ -184,24 +181,17 @@ def export_graphs(
     token_vectors: bool = True,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> Mapping[Layout, Graph]:
-    """Write the padded and the packed graph of an encoder into a folder, and check them.
+    """Write the padded and the packed graph of an encoder to a folder, and check them: see `export_graph`.
 
     Raises:
         EngineError: PyTorch cannot translate the model, or a file breaks the contract.
     """
-    width: int = reference.model.config.hidden_size
-
-    def export(layout: Layout) -> None:
-        path = folder / GRAPH_FILES[layout]
-        export_graph(reference, layout, path, token_vectors=token_vectors, external_data_bytes=external_data_bytes)
-
-    with beside(lambda: export(Layout.PACKED), "export of the packed graph"):
-        export(Layout.PADDED)
-    graphs: dict[Layout, Graph] = {}
-    for layout, name in GRAPH_FILES.items():
-        contract = signature(layout, reference.spec, width, token_vectors=token_vectors)
-        graphs[layout] = Graph(layout=layout, path=folder / name, inputs=contract.inputs, outputs=contract.outputs)
-    return graphs
+    return {
+        layout: export_graph(
+            reference, layout, folder / name, token_vectors=token_vectors, external_data_bytes=external_data_bytes
+        )
+        for layout, name in GRAPH_FILES.items()
+    }
 
 
 def export_graph(
@@ -211,18 +201,15 @@ def export_graph(
     *,
     token_vectors: bool = True,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Signature:
+) -> Graph:
     """Write one graph of an encoder, with its head inside, and check the file.
 
     Args:
         reference: model and head, fp32, in evaluation mode.
         layout: padded or packed.
         path: the ONNX file to write; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it.
-        token_vectors: whether the padded graph gives these too, as other libraries want them.
+        token_vectors: whether the padded graph also outputs token vectors, as other libraries expect.
         external_data_bytes: see `EXTERNAL_DATA_BYTES`.
-
-    Returns:
-        What the file's inputs and outputs are.
 
     Raises:
         EngineError: PyTorch cannot translate the model, or the file breaks the contract.
@@ -235,13 +222,13 @@ def export_graph(
     else:
         wrapper = PackedEncoder(reference)
     proto = _trace(wrapper.eval(), contract)
-    _clean(proto)
+    _strip_metadata(proto)
     _name_outputs(proto, contract)
     _name_dimensions(proto, contract)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(proto, path, external_data_bytes)
+    save_graph(proto, path, external_data_bytes)
     check_graph(path, contract)
-    return contract
+    return Graph(layout=layout, path=path, inputs=contract.inputs, outputs=contract.outputs)
 
 
 def check_graph(path: Path, contract: Signature) -> None:
@@ -253,7 +240,7 @@ def check_graph(path: Path, contract: Signature) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise EngineError(f"{path.name} is no valid ONNX file: {error}") from error
+        raise EngineError(f"{path.name} is not a valid ONNX file: {error}") from error
     proto = onnx.load(path, load_external_data=False)
     domains = {entry.domain for entry in proto.opset_import} | {node.domain for node in proto.graph.node}
     if domains - {"", "ai.onnx"} or proto.functions:
@@ -263,28 +250,35 @@ def check_graph(path: Path, contract: Signature) -> None:
     used = {name for node in proto.graph.node for name in node.input}
     unused = [tensor.name for tensor in contract.inputs if tensor.name not in used]
     if unused:
-        raise EngineError(f"{path.name} makes no use of its input {', '.join(unused)}: the translation lost it")
-    found = Signature(
-        inputs=tuple(map(_tensor_spec, proto.graph.input)), outputs=tuple(map(_tensor_spec, proto.graph.output))
-    )
+        raise EngineError(f"{path.name} does not use its input {', '.join(unused)}: the translation lost it")
+    found = signature_of(proto)
     if found != contract:
-        raise EngineError(f"{path.name} has {found} where {contract} is the contract")
+        raise EngineError(f"{path.name} has {found}, but the contract is {contract}")
+
+
+def signature_of(proto: onnx.ModelProto) -> Signature:
+    """Read the inputs and outputs of a loaded graph; weights that are listed as inputs do not count."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    return Signature(
+        inputs=tuple(_tensor_spec(value) for value in proto.graph.input if value.name not in weights),
+        outputs=tuple(map(_tensor_spec, proto.graph.output)),
+    )
 
 
 def _int64(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
     return TensorSpec(name=name, dtype="int64", shape=shape)
 
 
-def _filled(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
-    """Bring int64 [rows, L] to `length` columns, L at most."""
+def _fit_columns(values: torch.Tensor, length: int, fill: int) -> torch.Tensor:
+    """Pad int64 [rows, L] with `fill`, or cut it, to `length` columns."""
     return nn.functional.pad(values, (0, length), value=fill)[:, :length]
 
 
 def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
-    """Translate a module whose inputs are all int64 with two free dimensions."""
+    """Translate a module whose inputs are all int64 with two dynamic dimensions."""
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    # Neither 0 nor 1 a dimension, or the exporter would take the size for a constant.
-    # One tensor for each input: the exporter takes the same object given twice for one input.
+    # No dimension of size 0 or 1: the exporter would take that size for a constant.
+    # A separate tensor for each input: the exporter merges inputs that are the same object.
     examples = tuple(torch.ones(3, 64, dtype=torch.int64) for _ in contract.inputs)
     with _quiet_exporter():
         try:
@@ -301,15 +295,15 @@ def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
         except torch.onnx.OnnxExporterError as error:
             raise EngineError(f"PyTorch cannot translate the encoder to ONNX: {error}") from error
     if program is None:
-        raise EngineError("PyTorch gave no ONNX program")
+        raise EngineError("PyTorch returned no ONNX program")
     proto: onnx.ModelProto = program.model_proto
     return proto
 
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep two messages about PyTorch's own inside from the user; everything else still shows."""
-    # It lists torchvision's operators as missing, which no text encoder uses.
+    """Silence two messages about PyTorch's internals; everything else is still shown."""
+    # It reports torchvision's operators as missing, which no text encoder uses.
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
     registry.setLevel(logging.ERROR)
@@ -322,14 +316,14 @@ def _quiet_exporter() -> Iterator[None]:
         registry.setLevel(level)
 
 
-def _clean(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes: they hold source paths of this machine and make equal exports differ."""
+def _strip_metadata(proto: onnx.ModelProto) -> None:
+    """Remove the exporter's metadata: it contains source paths of this machine and makes equal exports differ."""
     graph = proto.graph
     items: tuple[Any, ...] = (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer)
     for item in items:
         del item.metadata_props[:]
         item.doc_string = ""
-    # Inner shapes would keep the dimensions' old names; every reader infers them again.
+    # Shapes of inner values would keep the dimensions' old names; every reader infers them again.
     del graph.value_info[:]
 
 
@@ -338,7 +332,7 @@ def _output(index: int) -> str:
 
 
 def _name_outputs(proto: onnx.ModelProto, contract: Signature) -> None:
-    """Give outputs their names last: PyTorch calls an inner value `embedding` too, after its operator."""
+    """Rename the outputs last, because PyTorch names an inner value `embedding` too, after its operator."""
     names = {tensor.name: f"{tensor.name}_inner" for tensor in contract.outputs}
     names |= {_output(i): tensor.name for i, tensor in enumerate(contract.outputs)}
     for node in proto.graph.node:
@@ -351,21 +345,21 @@ def _name_outputs(proto: onnx.ModelProto, contract: Signature) -> None:
 
 def _name_dimensions(proto: onnx.ModelProto, contract: Signature) -> None:
     graph = proto.graph
-    wanted = {tensor.name: tensor for tensor in (*contract.inputs, *contract.outputs)}
+    specs = {tensor.name: tensor for tensor in (*contract.inputs, *contract.outputs)}
     for value in (*graph.input, *graph.output):
-        for dimension, name in zip(value.type.tensor_type.shape.dim, wanted[value.name].shape, strict=True):
-            # A fixed size where a free one is wanted is left alone here: `check_graph` refuses it.
+        for dimension, name in zip(value.type.tensor_type.shape.dim, specs[value.name].shape, strict=True):
+            # A fixed size in place of a dynamic one stays: `check_graph` refuses it.
             if isinstance(name, str) and not dimension.HasField("dim_value"):
                 dimension.dim_param = name
 
 
-def parts(graph: Path) -> list[Path]:
+def graph_files(graph: Path) -> list[Path]:
     """List a graph's file and the weights beside it: `<name>_data` of an ONNX file, `.bin` of an OpenVINO IR."""
     beside = (graph.with_name(f"{graph.name}_data"), graph.with_suffix(".bin"))
     return [graph, *(path for path in beside if path.is_file())]
 
 
-def save(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
+def save_graph(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
     """Write a graph; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
     beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > external_data_bytes
     if beside:

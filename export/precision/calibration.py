@@ -1,4 +1,4 @@
-"""What flows into a packed graph's linear layers on real text: where int8 and fp8 take their scales from."""
+"""Record the activations that a packed graph's linear layers read on real text, as the basis of int8 and fp8 scales."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from onnx import NodeProto
 from export.graph.rewrite import Rewrite
 from export.proof.proof_texts import parity_texts
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
-from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
 from mirror_runtime.packing import ShapeSet, pack
+from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
 from mirror_runtime.vectors import components, cosines
 
 TOKENS = 10_000
-"""Tokens to calibrate on: more did not move the vectors of MiniLM."""
+"""Tokens to calibrate on: more did not change the vectors of MiniLM."""
 
-ROWS = 256
-"""Tokens whose vectors are kept of each layer, to try scales on."""
+SAMPLED_TOKENS = 256
+"""Tokens whose activations are kept for each layer, to try scales on."""
 
 DEGENERATE = (
     "",
@@ -45,15 +45,15 @@ DEGENERATE = (
     "same " * 600,
     ", " * 300,
 )
-"""Texts without language: such tokens give the largest values in a transformer, and scales must reach them."""
+"""Texts that are not language: their tokens cause the largest activations, and scales must reach them."""
 
-_MOVES = frozenset({"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity"})
+_REARRANGING = frozenset({"Reshape", "Transpose", "Slice", "Gather", "Squeeze", "Unsqueeze", "Identity"})
 
 Vectors = NDArray[np.float32]
 
 
 class Origin(Enum):
-    """What made a value: it says how far other texts may take it beyond what calibration saw."""
+    """The operator that computed a value; decides how far other texts may exceed its range in calibration."""
 
     NORM = "norm"
     ATTENTION = "attention"
@@ -62,12 +62,12 @@ class Origin(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationStats:
-    """What was seen of the value that one or several linear layers read.
+    """Statistics of a value that one or several linear layers read.
 
     Attributes:
-        peak: float32 [channels], the largest magnitude of each.
-        rows: float32 [n, channels], the value at n tokens.
-        origin: what made it.
+        peak: float32 [channels], the largest magnitude of each channel.
+        rows: float32 [n, channels], the value at n sampled tokens.
+        origin: the operator that computed it.
     """
 
     peak: Vectors
@@ -77,21 +77,21 @@ class ActivationStats:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Packed batches of the calibration texts, the fp32 graph's vectors of them, and what its linear layers read.
+    """Packed batches of the calibration texts, the fp32 graph's vectors, and statistics of its activations.
 
     Attributes:
-        spec: the encoder's.
+        spec: the encoder's spec.
         feeds: inputs of the packed graph, batch by batch.
-        slots: of each batch, where in the flat output the texts' vectors lie.
+        slots: for each batch, the positions of the texts' vectors in the flattened output.
         vectors: float32 [n, dim], batch by batch.
-        flows: by position among `linear_inputs` of the graph.
+        activations: in the order of the graph's `linear_inputs`.
     """
 
     spec: EncoderSpec
     feeds: tuple[Mapping[str, NDArray[np.int64]], ...]
     slots: tuple[NDArray[np.int64], ...]
     vectors: Vectors
-    flows: tuple[ActivationStats, ...]
+    activations: tuple[ActivationStats, ...]
 
     @classmethod
     def run(cls, graph: Path, bundle: Path, spec: EncoderSpec, texts: Sequence[str] | None = None) -> Calibration:
@@ -100,53 +100,53 @@ class Calibration:
         Args:
             graph: the packed ONNX file.
             bundle: the folder that holds the tokenizer.
-            spec: the encoder's.
-            texts: what to calibrate on; None takes docstrings of this Python and texts without language, none of which
-                proves artifacts.
+            spec: the encoder's spec.
+            texts: the calibration texts; None for docstrings of this Python and texts that are not language. None of
+                these are used to prove artifacts.
 
         Raises:
-            InputError: the texts give no tokens.
+            InputError: the texts have no tokens, or cannot be encoded.
         """
         feeds, slots = _batches(bundle, spec, texts)
         rewrite = Rewrite(graph)
         names = list(linear_inputs(rewrite))
-        session = rewrite.session(reading=names)
+        session = rewrite.session(extra_outputs=names)
         draw = np.random.default_rng(0)
         peaks: list[list[Vectors]] = [[] for _ in names]
         rows: list[list[Vectors]] = [[] for _ in names]
         vectors = []
-        share = ROWS / sum(int((feed["segment_ids"] > 0).sum()) for feed in feeds)
-        for feed, places in zip(feeds, slots, strict=True):
+        share = SAMPLED_TOKENS / sum(int((feed["segment_ids"] > 0).sum()) for feed in feeds)
+        for feed, text_slots in zip(feeds, slots, strict=True):
             tokens = np.flatnonzero(feed["segment_ids"].reshape(-1))
             embedding, *values = session.run([rewrite.outputs[0], *names], feed)
-            vectors.append(_vectors(embedding, places, spec))
-            for at, value in enumerate(values):
+            vectors.append(_vectors(embedding, text_slots, spec))
+            for i, value in enumerate(values):
                 flat = value.reshape(-1, value.shape[-1])
-                # The last layer may compute one token of each text alone, in the text's slot.
-                own = flat[tokens if len(flat) == feed["segment_ids"].size else places]
-                peaks[at].append(np.abs(own).max(0))
-                rows[at].append(own[draw.random(len(own)) < share])
-        flows = (
+                # The last layer may compute only one token of each text, in the text's slot.
+                used = flat[tokens if len(flat) == feed["segment_ids"].size else text_slots]
+                peaks[i].append(np.abs(used).max(0))
+                rows[i].append(used[draw.random(len(used)) < share])
+        activations = (
             ActivationStats(peak=np.max(p, axis=0), rows=np.concatenate(r), origin=_origin(rewrite, name))
             for name, p, r in zip(names, peaks, rows, strict=True)
         )
-        return cls(spec=spec, feeds=feeds, slots=slots, vectors=np.concatenate(vectors), flows=tuple(flows))
+        return cls(spec=spec, feeds=feeds, slots=slots, vectors=np.concatenate(vectors), activations=tuple(activations))
 
     def cosines(
         self, session: Any, batches: Sequence[int] | None = None, extra: Mapping[str, NDArray[np.bool_]] | None = None
     ) -> NDArray[np.float32]:
-        """Compare a rewritten graph with the fp32 one.
+        """Compare a rewritten graph's vectors with those of the fp32 graph.
 
         Args:
-            session: of the rewritten graph.
-            batches: which to run; None runs all.
-            extra: inputs besides the packed graph's own.
+            session: a session of the rewritten graph.
+            batches: the batches to run; None for all.
+            extra: inputs in addition to the packed graph's own.
 
         Returns:
             float32 [n], each text's cosine, batch by batch.
         """
         chosen = range(len(self.feeds)) if batches is None else batches
-        ends = np.cumsum([len(places) for places in self.slots])
+        ends = np.cumsum([len(slots) for slots in self.slots])
         found = [
             _vectors(session.run(None, {**self.feeds[i], **(extra or {})})[0], self.slots[i], self.spec) for i in chosen
         ]
@@ -156,9 +156,9 @@ class Calibration:
 
 
 def linear_inputs(graph: Rewrite) -> dict[str, list[NodeProto]]:
-    """Find the values that the transformer's linear layers read, with the products that read them, in graph order.
+    """Return the values that the transformer's linear layers read, each with its matrix products, in graph order.
 
-    A linear layer is a product of a computed value and a matrix of weights. Those of the head are not listed.
+    A linear layer is a product of a computed value and a matrix of weights. Those of the head are left out.
     """
     backbone = graph.backbone()
     found: dict[str, list[NodeProto]] = {}
@@ -170,24 +170,24 @@ def linear_inputs(graph: Rewrite) -> dict[str, list[NodeProto]]:
 
 
 def _origin(graph: Rewrite, name: str) -> Origin:
-    """Follow a value back over what only moves numbers."""
+    """Find the operator that computed a value, behind those that only rearrange it."""
     producers = {out: node for node in graph.nodes for out in node.output}
-    while (node := producers.get(name)) is not None and node.op_type in _MOVES:
+    while (node := producers.get(name)) is not None and node.op_type in _REARRANGING:
         name = node.input[0]
     if node is not None and node.op_type == "LayerNormalization":
         return Origin.NORM
-    attends = node is not None and node.op_type == "MatMul" and not any(map(graph.constant, node.input))
-    return Origin.ATTENTION if attends else Origin.ACTIVATION
+    is_attention = node is not None and node.op_type == "MatMul" and not any(map(graph.constant, node.input))
+    return Origin.ATTENTION if is_attention else Origin.ACTIVATION
 
 
 def calibration_texts() -> Iterator[str]:
-    """Give texts without language, then docstrings of this Python's standard library that prove no artifact."""
+    """Yield texts that are not language, then docstrings of this Python's standard library that prove no artifact."""
     yield from DEGENERATE
     proving = set(parity_texts())
     others = [item.text for item in standard_library() if item.text not in proving and len(item.text) <= 2000]
     order = np.random.default_rng(0).permutation(len(others))
-    for at in order:
-        yield others[at]
+    for i in order:
+        yield others[i]
 
 
 def _batches(
@@ -202,10 +202,12 @@ def _batches(
         if tokens >= TOKENS:
             break
         chosen.append(text)
-        tokens += min(spec.max_tokens, len(text) // 4 + 2)  # about: the exact count does not matter
+        tokens += min(spec.max_tokens, len(text) // 4 + 2)  # an estimate: the exact count does not matter
     window = tokenizer(chosen)
     if not window.lengths.size or window.errors:
-        raise InputError("the calibration texts cannot be encoded: give --calibration a file of real text, one a line")
+        raise InputError(
+            "the calibration texts cannot be encoded: pass --calibration a file of real text, one per line"
+        )
     batches = pack(window.ids, window.lengths, ShapeSet.up_to(spec.max_tokens))
     feeds = tuple(
         {name: getattr(batch.rows, name) for name in ("input_ids", "position_ids", "segment_ids")} for batch in batches
@@ -214,5 +216,5 @@ def _batches(
 
 
 def _vectors(embedding: NDArray[Any], slots: NDArray[np.int64], spec: EncoderSpec) -> Vectors:
-    """Take texts' vectors out of a packed output, as components."""
+    """Extract the texts' vectors from a packed output, as components."""
     return components(embedding.reshape(-1, embedding.shape[-1])[slots], spec)

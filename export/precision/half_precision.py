@@ -1,7 +1,7 @@
-"""fp16 and bf16 written into a graph: strongly typed, so that TensorRT and CUDA compute what the file says.
+"""Convert a graph to fp16 or bf16, strongly typed, so that TensorRT and CUDA compute in the types of the file.
 
-The library converters do not serve here: those of onnxruntime.transformers and onnxconverter_common know fp16 only and
-leave pairs of casts around blocked nodes; nvidia-modelopt's `onnx` extra wants another build of ONNX Runtime.
+Library converters do not fit: those of onnxruntime.transformers and onnxconverter_common support fp16 only and leave
+pairs of casts around blocked nodes; nvidia-modelopt's `onnx` extra requires another build of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from export.graph.rewrite import Array, Rewrite, checked
+from export.graph.rewrite import Array, Rewrite, check_rewritten
 from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
 from mirror_runtime.bundle import Precision
 from mirror_runtime.errors import EngineError
@@ -28,7 +28,7 @@ _NUMPY: Mapping[int, np.dtype[np.generic]] = {
 LARGEST_FP16 = 65504.0
 
 SCALES_OPSET = 19
-"""The first whose scales of QuantizeLinear may be half precision."""
+"""The first opset in which QuantizeLinear accepts scales in half precision."""
 
 
 def write_half(
@@ -41,18 +41,19 @@ def write_half(
 ) -> Graph:
     """Write a graph with weights, matrix products and softmax in fp16 or bf16, and its head in fp32.
 
-    LayerNormalization stays one operator with `stash_type` 1: half in and out, statistics in fp32. What follows the
-    last of them (pooling, dense layers, norms) is computed in fp32, and the inputs and outputs are the source's.
+    LayerNormalization stays one operator with `stash_type` 1: input and output in half precision, statistics in fp32.
+    Everything after the last of them (pooling, dense layers, norms) is computed in fp32. Inputs and outputs do not
+    change.
 
     Args:
-        source: fp32, or quantised with fp32 around it.
+        source: an fp32 graph, or a quantised one whose other operators are fp32.
         path: the file to write.
         half: fp16 or bf16.
-        precision: what the file says its matrix products are in; None for `half` itself.
+        precision: recorded in the file as that of its matrix products; None for `half` itself.
         external_data_bytes: see `EXTERNAL_DATA_BYTES`.
 
     Raises:
-        EngineError: a number of the graph is infinite in fp16.
+        EngineError: a constant of the graph is infinite in fp16.
     """
     kind = HALVES[half]
     graph = Rewrite(source.path)
@@ -69,7 +70,7 @@ def write_half(
         node.input[:] = [halves.get(name, name) for name in node.input]
         _retype(node, kind)
     for name in sorted(halved):
-        # fp32 again for the head, and for values that are outputs of the graph themselves.
+        # Back to fp32 for the head, and for values that are outputs of the graph.
         readers = [node for node in head if name in node.input]
         if graph.constant(name) is None and (readers or name in graph.outputs):
             inner = f"{name}_half"
@@ -80,7 +81,7 @@ def write_half(
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in body):
         graph.opset = max(graph.opset, SCALES_OPSET)
     graph.save(path, precision or half, external_data_bytes=external_data_bytes)
-    return checked(source, path)
+    return check_rewritten(source, path)
 
 
 def _halve(values: Array, kind: int, name: str) -> Array:
@@ -91,7 +92,7 @@ def _halve(values: Array, kind: int, name: str) -> Array:
 
 
 def _retype(node: NodeProto, kind: int) -> None:
-    """Turn what a node says of fp32 into the half type: casts and constants made in place."""
+    """Change a node's fp32 attributes, casts and inline constants, to the half type in place."""
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = kind

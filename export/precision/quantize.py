@@ -1,14 +1,14 @@
-"""int8 and fp8 written into a graph as QuantizeLinear and DequantizeLinear pairs, with scales found by measurement.
+"""Quantise a graph to int8 or fp8 with QuantizeLinear and DequantizeLinear pairs, whose scales are measured.
 
-Weights take one scale a channel, activations one constant scale a tensor, all symmetric with zero point 0. No scale
-depends on what else is in a batch, so a text's vector does not either; ONNX Runtime's dynamic int8 takes its scales
-from the whole batch, and fails the proof for that. Three things make one scale a tensor enough: SmoothQuant (section 4:
-an activation's channels are divided, the weights' rows multiplied) with its exponent tried layer by layer, several
-columns for the few widest channels of a feed-forward layer (`export.precision.channel_splitting`), and room above
-what calibration saw. A layer that still costs too much stays in float, found by letting each out in turn.
+Weights have one scale per channel, activations one constant scale per tensor, all symmetric with zero point 0. No scale
+depends on the batch, so neither does a text's vector; ONNX Runtime's dynamic int8 takes its scales from the whole batch
+and fails the proof of batch invariance. Three techniques make one scale per tensor sufficient: SmoothQuant (section 4:
+an activation's channels are divided, the weights' rows multiplied) with an exponent chosen for each layer, splitting
+the widest channels of a feed-forward layer (`export.precision.channel_splitting`), and a margin above the range seen in
+calibration. Layers that still cost too much stay in float; they are found by leaving out each in turn.
 
-Library quantisers do not serve here: ONNX Runtime's smooths nothing, NNCF's smooths all layers by one exponent; both
-leave the embedding table, half of a small encoder, in float or under one scale, and neither tells what a layer costs.
+Library quantisers do not fit: ONNX Runtime's does no smoothing, NNCF's smooths all layers with one exponent; both leave
+the embedding table, half of a small encoder, in float or under one scale, and neither measures what a layer costs.
 """
 
 from __future__ import annotations
@@ -24,46 +24,46 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from export.graph.rewrite import Array, Rewrite, checked
+from export.graph.rewrite import Array, Rewrite, check_rewritten
 from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
 from export.precision.calibration import ActivationStats, Calibration, Origin, Vectors, linear_inputs
-from export.precision.channel_splitting import Columns, first_half, widen
+from export.precision.channel_splitting import Columns, producing_layer, split_channels
 from export.precision.half_precision import write_half
-from export.proof.parity import Floors
+from export.proof.floors import Floors
 from mirror_runtime.bundle import Precision
 
-ROOM = 0.005
+FLOOR_MARGIN = 0.005
 """Layers are left in float until the worst calibration text is this far above the proof's floor."""
 
 EXPONENTS = (0.0, 0.5, 0.7, 0.8, 0.9, 1.0)
-"""Of the activations' peaks in the smoothing factor; 0 smooths nothing."""
+"""Exponents of the activations' peaks in the smoothing factor; 0 means no smoothing."""
 
-GAIN = 0.8
-"""A feed-forward layer is widened where this takes its error to so small a share or less."""
+SPLITTING_GAIN = 0.8
+"""Channels are split only where this reduces the layer's error to this share or less."""
 
 SMALLEST_SCALE = 2.0**-24
-"""The smallest positive fp16: scales are fp16 where the rest of a graph is."""
+"""The smallest positive fp16 number: scales are fp16 in graphs whose other operators are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RangeMargin:
-    """How far beyond what calibration saw a scale reaches. Clipping never paid: other texts' peaks cost more.
+    """How far a scale reaches beyond the range seen in calibration. Clipping never paid: it costs other texts more.
 
     Attributes:
-        headroom: times the peak seen.
-        least: the share of channels whose peaks are taken for too small, and raised to the next one's.
+        headroom: factor on the measured peak.
+        raised_share: share of channels, those with the smallest peaks, whose peaks are raised to the next larger one.
     """
 
     headroom: float
-    least: float
+    raised_share: float
 
 
-REACHES: Mapping[Origin, RangeMargin] = {
-    Origin.NORM: RangeMargin(headroom=1.2, least=0.5),
-    # An average over ordinary text is smaller than the vectors, which one word over and over brings out again.
-    Origin.ATTENTION: RangeMargin(headroom=2.0, least=0.5),
-    # Most channels fire on few texts: one that calibration never saw firing may fire as the others do.
-    Origin.ACTIVATION: RangeMargin(headroom=1.2, least=0.8),
+RANGE_MARGINS: Mapping[Origin, RangeMargin] = {
+    Origin.NORM: RangeMargin(headroom=1.2, raised_share=0.5),
+    # Attention averages over ordinary text, so peaks are lower than for a text that repeats one word.
+    Origin.ATTENTION: RangeMargin(headroom=2.0, raised_share=0.5),
+    # Most channels fire on few texts: one that did not fire in calibration may fire as strongly as the others.
+    Origin.ACTIVATION: RangeMargin(headroom=1.2, raised_share=0.8),
 }
 """Found on MiniLM: calibrated on docstrings, the worst of 1,000 STS-B sentences rose from cosine 0.974 to 0.990."""
 
@@ -74,8 +74,8 @@ class Format:
 
     Attributes:
         largest: the largest number it represents at scale 1.
-        dtype: of the stored numbers.
-        opset: the first that has it.
+        dtype: data type of the stored numbers.
+        opset: the first opset that has it.
     """
 
     largest: float
@@ -91,14 +91,14 @@ FORMATS: Mapping[Precision, Format] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedInput:
-    """How the value that one or several linear layers read is quantised.
+    """How a value that one or several linear layers read is quantised.
 
     Attributes:
-        smoothing: float32 [channels]: the value is divided, the weights' rows are multiplied by it.
-        scale: of the divided value.
-        columns: that carry the value's channels.
-        error: of the layers' outputs, relative, on calibration text.
-        layers: those that read it, as `_layer` names them.
+        smoothing: float32 [channels]: the value is divided by it, the weights' rows are multiplied by it.
+        scale: scale of the divided value.
+        columns: the columns of each channel.
+        error: relative error of the layers' outputs on calibration text.
+        layers: keys of the layers that read the value, see `_layer_key`.
         quantized: False leaves these layers in float.
     """
 
@@ -110,100 +110,102 @@ class QuantizedInput:
     quantized: bool = True
 
     def rounded_value(self, name: str) -> str:
-        """Name what is rounded of a value that is called `name`."""
-        if self.columns.widened:
+        """Return the name of the value that is rounded in place of the value `name`."""
+        if self.columns.has_splits:
             return f"{name}_staggered"
         return f"{name}_smooth" if (self.smoothing != 1).any() else name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a graph's linear layers are quantised; it fits the padded and the packed graph of one encoder.
+class QuantizationPlan:
+    """How the linear layers of an encoder's padded and packed graph are quantised.
 
     Attributes:
         precision: int8 or fp8.
-        sites: by position among the packed graph's `linear_inputs`.
-        worst_cosine: of the calibration texts.
+        inputs: in the order of the packed graph's `linear_inputs`.
+        worst_cosine: over the calibration texts.
     """
 
     precision: Precision
-    sites: tuple[QuantizedInput, ...]
+    inputs: tuple[QuantizedInput, ...]
     worst_cosine: float
 
 
-def plan_sites(graph: Path, calibration: Calibration, precision: Precision) -> Plan:
-    """Choose scales and smoothing, and which layers stay in float.
+def plan_quantization(graph: Path, calibration: Calibration, precision: Precision) -> QuantizationPlan:
+    """Choose scales, smoothing, and the layers that stay in float.
 
     Args:
         graph: the fp32 packed ONNX file.
-        calibration: of this graph.
+        calibration: the calibration of this graph.
         precision: int8 or fp8.
     """
     rewrite = Rewrite(graph)
     form = FORMATS[precision]
-    sites: list[QuantizedInput] = []
-    for flow, (name, nodes) in zip(calibration.flows, linear_inputs(rewrite).items(), strict=True):
+    inputs: list[QuantizedInput] = []
+    for stats, (name, nodes) in zip(calibration.activations, linear_inputs(rewrite).items(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
-        layers = frozenset(_layer(rewrite, node) for node in nodes)
-        # Of fp8 more columns resolve no more: its steps grow with the number.
-        widens = precision is Precision.INT8 and first_half(rewrite, name) is not None
-        sites.append(replace(best_site(flow, weights, form, widens=widens), layers=layers))
-    target = Floors.of(precision, calibration.spec).reference + ROOM
-    cosines = calibration.cosines(_session(graph, sites, form))
+        layers = frozenset(_layer_key(rewrite, node) for node in nodes)
+        # Splitting does not help fp8: its steps grow with the number.
+        splittable = precision is Precision.INT8 and producing_layer(rewrite, name) is not None
+        inputs.append(replace(best_quantization(stats, weights, form, splittable=splittable), layers=layers))
+    target = Floors.of(precision, calibration.spec).reference + FLOOR_MARGIN
+    cosines = calibration.cosines(_session(graph, inputs, form))
     if cosines.min() < target:
-        for at in _by_gain(graph, sites, form, calibration, cosines):
-            sites[at] = replace(sites[at], quantized=False)
-            cosines = calibration.cosines(_session(graph, sites, form))
+        for i in _rank_by_gain(graph, inputs, form, calibration, cosines):
+            inputs[i] = replace(inputs[i], quantized=False)
+            cosines = calibration.cosines(_session(graph, inputs, form))
             if cosines.min() >= target:
                 break
-    return Plan(precision=precision, sites=tuple(sites), worst_cosine=float(cosines.min()))
+    return QuantizationPlan(precision=precision, inputs=tuple(inputs), worst_cosine=float(cosines.min()))
 
 
-def best_site(flow: ActivationStats, weights: Array, form: Format, *, widens: bool = False) -> QuantizedInput:
-    """Try smoothing exponents, and more columns, and take what changes the layers' outputs least.
+def best_quantization(
+    stats: ActivationStats, weights: Array, form: Format, *, splittable: bool = False
+) -> QuantizedInput:
+    """Try smoothing exponents and channel splitting, and return the variant that changes the layers' outputs least.
 
     Args:
-        flow: what the layers read.
+        stats: the value that the layers read, in calibration.
         weights: float32 [channels, outputs].
         form: the number format.
-        widens: whether the value may have more columns than channels.
+        splittable: whether the value's channels may be split.
     """
-    plain = _best(flow, weights, form, Columns.single(flow.peak.size))
-    if not widens:
-        return plain
-    wide = _best(flow, weights, form, Columns.spread(flow.peak))
-    return wide if wide.error <= GAIN * plain.error else plain
+    unsplit = _best_smoothing(stats, weights, form, Columns.unsplit(stats.peak.size))
+    if not splittable:
+        return unsplit
+    split = _best_smoothing(stats, weights, form, Columns.split(stats.peak))
+    return split if split.error <= SPLITTING_GAIN * unsplit.error else unsplit
 
 
-def _best(flow: ActivationStats, weights: Array, form: Format, columns: Columns) -> QuantizedInput:
-    """Find the smoothing and the scale for channels in these columns."""
+def _best_smoothing(stats: ActivationStats, weights: Array, form: Format, columns: Columns) -> QuantizedInput:
+    """Find the smoothing and the scale with the smallest error for these columns."""
     channels, stagger = columns.channels, columns.stagger
-    wanted = flow.rows @ weights
-    power = max(float((wanted**2).sum()), 1e-12)
-    reaches = REACHES[flow.origin]
-    least = max(float(np.quantile(flow.peak, reaches.least)), 1e-5)
-    peak = (np.maximum(flow.peak, least) / columns.copies).astype(np.float32)
-    reach = np.maximum(np.abs(weights).max(1), 1e-5)
-    rows, weights = flow.rows[:, channels] / columns.copies[channels], weights[channels]
+    expected = stats.rows @ weights
+    power = max(float((expected**2).sum()), 1e-12)
+    margin = RANGE_MARGINS[stats.origin]
+    smallest_peak = max(float(np.quantile(stats.peak, margin.raised_share)), 1e-5)
+    peak = (np.maximum(stats.peak, smallest_peak) / columns.copies).astype(np.float32)
+    largest_weight = np.maximum(np.abs(weights).max(1), 1e-5)
+    rows, weights = stats.rows[:, channels] / columns.copies[channels], weights[channels]
 
     def attempt(factor: Vectors) -> QuantizedInput:
-        scale = max(float((peak / factor).max()) * reaches.headroom / form.largest, SMALLEST_SCALE)
+        scale = max(float((peak / factor).max()) * margin.headroom / form.largest, SMALLEST_SCALE)
         values = rounded(rows / factor[channels] / scale + stagger, form).astype(np.float32) * scale
         stored, scales = quantize_columns(weights * factor[channels, None], form)
-        error = float((((values @ (stored.astype(np.float32) * scales)) - wanted) ** 2).sum()) / power
+        error = float((((values @ (stored.astype(np.float32) * scales)) - expected) ** 2).sum()) / power
         smoothing = (factor * columns.copies).astype(np.float32)
         return QuantizedInput(smoothing=smoothing, scale=scale, columns=columns, error=error)
 
     factors = [peak**exponent for exponent in EXPONENTS]
-    factors += [peak**exponent / reach ** (1 - exponent) for exponent in EXPONENTS if 0 < exponent < 1]
-    evened = [(factor / np.exp(np.log(factor).mean())).astype(np.float32) for factor in factors]
-    return min((attempt(factor) for factor in evened), key=lambda site: site.error)
+    factors += [peak**exponent / largest_weight ** (1 - exponent) for exponent in EXPONENTS if 0 < exponent < 1]
+    normalized = [(factor / np.exp(np.log(factor).mean())).astype(np.float32) for factor in factors]
+    return min((attempt(factor) for factor in normalized), key=lambda candidate: candidate.error)
 
 
 def write_quantized_for_gpu(
-    source: Graph, path: Path, plan: Plan, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
+    source: Graph, path: Path, plan: QuantizationPlan, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
 ) -> Graph:
-    """Write a graph with its linear layers quantised and everything else in fp16, for TensorRT and CUDA.
+    """Write a graph with quantised linear layers and everything else in fp16, for TensorRT and CUDA.
 
     Raises:
         EngineError: the file breaks the contract, or fp16 cannot hold the weights.
@@ -218,94 +220,102 @@ def write_quantized_for_gpu(
 
 
 def write_quantized(
-    source: Graph, path: Path, plan: Plan, *, tables: bool = True, external_data_bytes: int = EXTERNAL_DATA_BYTES
+    source: Graph,
+    path: Path,
+    plan: QuantizationPlan,
+    *,
+    tables: bool = True,
+    external_data_bytes: int = EXTERNAL_DATA_BYTES,
 ) -> Graph:
-    """Write a graph with its linear layers quantised and everything else in fp32, for CPUs.
+    """Write a graph with quantised linear layers and everything else in fp32, for CPUs.
 
-    Layers that read one value (query, key, value) become one product: ONNX Runtime then runs all of it in int8.
+    Layers that read the same value (query, key, value) become one product, which ONNX Runtime runs in int8 as a whole.
 
     Args:
         source: the fp32 graph.
         path: the file to write.
-        plan: made for this encoder.
-        tables: store embedding tables as int8 with one scale a row. TensorRT's Gather takes no int8.
+        plan: of this encoder.
+        tables: store embedding tables as int8 with one scale per row. TensorRT's Gather does not accept int8.
         external_data_bytes: see `EXTERNAL_DATA_BYTES`.
 
     Raises:
         EngineError: the file breaks the contract.
     """
     graph = Rewrite(source.path)
-    _quantize(graph, plan.sites, FORMATS[plan.precision])
+    _quantize(graph, plan.inputs, FORMATS[plan.precision])
     if tables:
         _quantize_tables(graph)
     graph.save(path, plan.precision, external_data_bytes=external_data_bytes)
-    return checked(source, path)
+    return check_rewritten(source, path)
 
 
 def rounded(values: Array, form: Format) -> Array:
-    """Round to the format's numbers, saturating."""
-    held = np.clip(values, -form.largest, form.largest)
-    return (np.rint(held) if form.dtype == np.int8 else held).astype(form.dtype)
+    """Round to the format's numbers, with saturation."""
+    clipped = np.clip(values, -form.largest, form.largest)
+    return (np.rint(clipped) if form.dtype == np.int8 else clipped).astype(form.dtype)
 
 
 def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
-    """Quantise a matrix with one scale a column.
+    """Quantise a matrix with one scale per column.
 
     Returns:
-        The stored numbers, and float32 [columns].
+        The stored numbers, and the scales, float32 [columns].
     """
     scales = np.maximum(np.abs(weights).max(0) / form.largest, SMALLEST_SCALE).astype(np.float32)
     return rounded(weights / scales, form), scales
 
 
-def _layer(graph: Rewrite, node: NodeProto) -> bytes:
-    """Name a linear layer by its weights, which an encoder's padded and packed graph share."""
-    name: bytes = graph.array(node.input[1])[0].tobytes()
-    return name
+def _layer_key(graph: Rewrite, node: NodeProto) -> bytes:
+    """Identify a linear layer by its weights, which an encoder's padded and packed graph share."""
+    key: bytes = graph.array(node.input[1])[0].tobytes()
+    return key
 
 
-def _reads(graph: Rewrite, sites: Sequence[QuantizedInput]) -> list[tuple[str, str, QuantizedInput, list[NodeProto]]]:
-    """Bring a graph's linear layers to the sites of the packed graph.
+def _assigned(
+    graph: Rewrite, inputs: Sequence[QuantizedInput]
+) -> list[tuple[str, str, QuantizedInput, list[NodeProto]]]:
+    """Assign a graph's linear layers to the quantised inputs of the packed graph.
 
-    A value may belong to two sites: where the packed graph computes [CLS] alone in the last layer, its query reads
-    another value than key and value do, and in the padded graph the same one.
+    A value may belong to two of them: where the packed graph computes only [CLS] in the last layer, the query reads
+    another value than key and value do, while in the padded graph all three read the same one.
 
     Returns:
-        The value that is read, a name for what is made of it, its site, and the layers.
+        The value, a prefix for the names of the nodes made from it, its quantisation, and the layers.
     """
-    of_layer = {layer: at for at, site in enumerate(sites) for layer in site.layers}
-    reads: list[tuple[str, str, QuantizedInput, list[NodeProto]]] = []
+    index_of_layer = {layer: i for i, quantized in enumerate(inputs) for layer in quantized.layers}
+    assigned: list[tuple[str, str, QuantizedInput, list[NodeProto]]] = []
     for value, nodes in linear_inputs(graph).items():
         readers: dict[int, list[NodeProto]] = {}
         for node in nodes:
-            readers.setdefault(of_layer[_layer(graph, node)], []).append(node)
-        for nth, (at, own) in enumerate(readers.items()):
-            reads.append((value, value if nth == 0 else f"{value}_{nth}", sites[at], own))
-    return reads
+            readers.setdefault(index_of_layer[_layer_key(graph, node)], []).append(node)
+        for nth, (i, layers) in enumerate(readers.items()):
+            assigned.append((value, value if nth == 0 else f"{value}_{nth}", inputs[i], layers))
+    return assigned
 
 
-def _quantize(graph: Rewrite, sites: Sequence[QuantizedInput], form: Format) -> None:
+def _quantize(graph: Rewrite, inputs: Sequence[QuantizedInput], form: Format) -> None:
+    """Quantise a graph's linear layers in place."""
     graph.opset = max(graph.opset, form.opset)
-    reads = [read for read in _reads(graph, sites) if read[2].quantized]
-    for value, _, site, nodes in reads:
-        if site.columns.widened:
-            half = first_half(graph, value)
-            assert half is not None  # the padded and the packed graph have the same layers
-            widen(graph, half, site.columns, nodes)
-    for value, name, site, nodes in reads:
-        smoothing = site.smoothing[site.columns.channels]
+    assigned = [entry for entry in _assigned(graph, inputs) if entry[2].quantized]
+    for value, _, quantized, nodes in assigned:
+        if quantized.columns.has_splits:
+            producer = producing_layer(graph, value)
+            assert producer is not None  # the padded and the packed graph have the same layers
+            split_channels(graph, producer, quantized.columns, nodes)
+    for value, name, quantized, nodes in assigned:
+        smoothing = quantized.smoothing[quantized.columns.channels]
         if (smoothing != 1).any():
             graph.node("Mul", [value, graph.add(f"{name}_smoothing", 1 / smoothing)], [f"{name}_smooth"])
             value = f"{name}_smooth"
-        if site.columns.widened:
-            stagger = graph.add(f"{name}_stagger", site.columns.stagger * np.float32(site.scale))
+        if quantized.columns.has_splits:
+            stagger = graph.add(f"{name}_stagger", quantized.columns.stagger * np.float32(quantized.scale))
             graph.node("Add", [value, stagger], [f"{name}_staggered"])
-        scale = graph.add(f"{name}_scale", np.array(site.scale, np.float32))
+        scale = graph.add(f"{name}_scale", np.array(quantized.scale, np.float32))
         zero = graph.add(f"{name}_zero", np.zeros((), form.dtype))
-        graph.node("QuantizeLinear", [site.rounded_value(name), scale, zero], [f"{name}_quantized"])
+        graph.node("QuantizeLinear", [quantized.rounded_value(name), scale, zero], [f"{name}_quantized"])
         graph.node("DequantizeLinear", [f"{name}_quantized", scale, zero], [f"{name}_dequantized"])
-        together = np.concatenate([graph.array(node.input[1]) for node in nodes], axis=1)
-        stored, scales = quantize_columns(together * smoothing[:, None], form)
+        combined = np.concatenate([graph.array(node.input[1]) for node in nodes], axis=1)
+        stored, scales = quantize_columns(combined * smoothing[:, None], form)
         first = nodes[0].output[0]
         weight = [
             graph.add(f"{first}_weight", stored),
@@ -321,7 +331,7 @@ def _quantize(graph: Rewrite, sites: Sequence[QuantizedInput], form: Format) -> 
 
 
 def _split(graph: Rewrite, product: str, nodes: Sequence[NodeProto]) -> None:
-    """Cut one product into those of several layers, behind their biases if each has one: engines fuse one addition."""
+    """Split one product into the outputs of several layers, after the biases if all have one: engines fuse one Add."""
     outputs = [node.output[0] for node in nodes]
     readers = [node for node in graph.nodes if set(outputs) & set(node.input)]
     added = {node.input[0]: node for node in readers if node.op_type == "Add" and graph.constant(node.input[1])}
@@ -337,7 +347,7 @@ def _split(graph: Rewrite, product: str, nodes: Sequence[NodeProto]) -> None:
 
 
 def _quantize_tables(graph: Rewrite) -> None:
-    """Store the tables that rows are gathered from as int8: the row and its scale are gathered, then multiplied."""
+    """Store embedding tables as int8: a row and its scale are gathered, then multiplied."""
     form = FORMATS[Precision.INT8]
     for node in [node for node in graph.nodes if node.op_type == "Gather"]:
         tensor = graph.constant(node.input[0])
@@ -353,33 +363,34 @@ def _quantize_tables(graph: Rewrite) -> None:
         graph.node("Mul", [f"{result}_number", f"{result}_scale"], [result])
 
 
-def _session(graph: Path, sites: Sequence[QuantizedInput], form: Format) -> Any:
+def _session(graph: Path, inputs: Sequence[QuantizedInput], form: Format) -> Any:
+    """Open the quantised graph in ONNX Runtime."""
     rewrite = Rewrite(graph)
-    _quantize(rewrite, sites, form)
+    _quantize(rewrite, inputs, form)
     return rewrite.session(fused=form.dtype == np.int8)
 
 
-def _by_gain(
-    graph: Path, sites: Sequence[QuantizedInput], form: Format, calibration: Calibration, cosines: NDArray[np.float32]
+def _rank_by_gain(
+    graph: Path, inputs: Sequence[QuantizedInput], form: Format, calibration: Calibration, cosines: NDArray[np.float32]
 ) -> list[int]:
-    """Order the sites by how much closer the worst text comes when the value of that site alone is not rounded.
+    """Order the inputs by the worst text's cosine when that input alone is not rounded, the highest first.
 
-    One session serves all: a switch for each site chooses the rounded or the float value at run time.
+    One session serves all: a switch for each input chooses the rounded or the float value at run time.
     """
     rewrite = Rewrite(graph)
     names = list(linear_inputs(rewrite))
-    _quantize(rewrite, sites, form)
+    _quantize(rewrite, inputs, form)
     switches = [f"{name}_switch" for name in names]
-    for name, switch, site in zip(names, switches, sites, strict=True):
-        value = site.rounded_value(name)
+    for name, switch, quantized in zip(names, switches, inputs, strict=True):
+        value = quantized.rounded_value(name)
         for node in rewrite.nodes:
             node.input[:] = [f"{name}_chosen" if read == f"{name}_dequantized" else read for read in node.input]
         rewrite.node("Where", [switch, f"{name}_dequantized", value], [f"{name}_chosen"])
     session = rewrite.session(switches=switches, fused=form.dtype == np.int8)
-    ends = np.cumsum([len(places) for places in calibration.slots])
+    ends = np.cumsum([len(slots) for slots in calibration.slots])
     batch = int(np.searchsorted(ends, int(cosines.argmin()), side="right"))  # the worst text's
-    gains = []
+    reached = []
     for left_out in switches:
         extra = {switch: np.array(switch != left_out) for switch in switches}
-        gains.append(float(calibration.cosines(session, [batch], extra).min()))
-    return sorted(range(len(sites)), key=lambda at: -gains[at])
+        reached.append(float(calibration.cosines(session, [batch], extra).min()))
+    return sorted(range(len(inputs)), key=lambda i: -reached[i])

@@ -1,4 +1,4 @@
-"""Files of other precisions, made from the fp32 graphs: which, under which names, and what proves them."""
+"""The files of other precisions: their names, how they are written from the fp32 graphs, and what proves them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from export.graph.trace import Graph
 from export.precision.calibration import Calibration
 from export.precision.half_precision import HALVES, write_half
-from export.precision.quantize import plan_sites, write_quantized, write_quantized_for_gpu
+from export.precision.quantize import plan_quantization, write_quantized, write_quantized_for_gpu
 from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Precision
 
 
@@ -20,10 +20,10 @@ class Variant:
     """The files of one precision.
 
     Attributes:
-        files: by layout; a layout that is absent is not written.
-        gpu_files: by layout, for TensorRT and CUDA, which compute what is not quantised in fp16.
-        engines: that prove a file, by layout; ONNX Runtime proves what is for GPUs.
-        aliases: more names for the padded file, which other tools look for.
+        files: file names by layout; a missing layout is not written.
+        gpu_files: file names by layout, for TensorRT and CUDA, whose unquantised operators are fp16.
+        engines: the engines that prove the packed file; ONNX Runtime proves all others.
+        aliases: additional names of the padded file that other tools look for.
     """
 
     files: Mapping[Layout, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Variant:
 
 VARIANTS: Mapping[Precision, Variant] = {
     Precision.FP16: Variant(files={Layout.PADDED: "model_fp16.onnx", Layout.PACKED: "model_packed_fp16.onnx"}),
-    # ONNX Runtime has no bf16 on the CPU; OpenVINO runs this file as it runs the fp32 file lowered to bf16.
+    # ONNX Runtime has no bf16 on the CPU. OpenVINO runs this file as it runs the fp32 file in bf16.
     Precision.BF16: Variant(files={Layout.PACKED: "model_packed_bf16.onnx"}, engines=(EngineName.OPENVINO,)),
     Precision.INT8: Variant(
         # transformers.js, optimum and infinity look for the first name, sentence-transformers' users for the alias.
@@ -60,13 +60,13 @@ def write_variant(
     """Write the files of one precision beside the fp32 graphs; each is checked.
 
     Args:
-        folder: the bundle in the making, which holds the tokenizer.
-        graphs: fp32.
+        folder: the unfinished bundle, which holds the tokenizer.
+        graphs: the fp32 graphs.
         precision: a key of `VARIANTS`.
-        spec: the encoder's.
-        calibration: texts to find scales on; None takes built-in ones. fp16 needs none.
+        spec: the encoder's spec.
+        calibration: texts to measure scales on; None for the built-in ones. Half precision needs none.
         external_data_bytes: see `export.graph.trace.EXTERNAL_DATA_BYTES`.
-        gpu: write the files for GPUs too, where there are others.
+        gpu: also write the files for GPUs.
 
     Raises:
         EngineError: the precision cannot hold the weights.
@@ -80,7 +80,7 @@ def write_variant(
         return
     packed = graphs[Layout.PACKED].path
     measured = Calibration.run(packed, folder, spec, calibration)
-    plan = plan_sites(packed, measured, precision)
+    plan = plan_quantization(packed, measured, precision)
     for layout, name in variant.files.items():
         path = graphs[layout].path.with_name(name)
         yield write_quantized(graphs[layout], path, plan, external_data_bytes=external_data_bytes)
@@ -90,17 +90,17 @@ def write_variant(
 
 
 def provers(graph: Graph, precision: Precision) -> tuple[EngineName, ...]:
-    """Name the engines that prove a file of `write_variant`."""
+    """Return the engines that prove a file of `write_variant`."""
     variant = VARIANTS[precision]
     for_cpu = graph.layout is Layout.PACKED and graph.path.name not in variant.gpu_files.values()
     return variant.engines if for_cpu else (EngineName.ONNXRUNTIME,)
 
 
 def write_aliases(path: Path, precision: Precision) -> None:
-    """Give a proven padded file its other names: hard links where the file system has them, else copies."""
+    """Write a proven padded file under its additional names: hard links where the file system has them, else copies."""
     for name in VARIANTS[precision].aliases if precision in VARIANTS else ():
         alias = path.with_name(name)
         try:
             os.link(path, alias)
-        except OSError:  # another kind of file system: a copy is the same to every reader
+        except OSError:  # a file system without hard links
             shutil.copyfile(path, alias)

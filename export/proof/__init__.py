@@ -1,1 +1,1 @@
-"""The certificate of an artifact: its vectors against PyTorch's."""
+"""Prove artifacts: compare their vectors with PyTorch's, and certify the result."""

@@ -1,12 +1,12 @@
-"""The texts that a graph is proven with: ragged, real, the same on every run, and nasty where texts can be."""
+"""The texts that a graph is proven with: ragged, real, the same in every run, edge cases included."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from mirror_runtime.docstrings import standard_library
 from mirror_runtime.errors import InputError
+from mirror_runtime.stdlib_texts import standard_library
 
 EDGE_CASES = (
     "",
@@ -23,7 +23,7 @@ EDGE_CASES = (
     "[CLS] [SEP] [PAD] [MASK] are words here",
     "word " * 20_000,
 )
-"""Empty, whitespace, emoji, NUL, several scripts, a word without end, special tokens spelt out, 100,000 characters."""
+"""Empty, whitespace, emoji, NUL, several scripts, an endless word, special tokens spelt out, 100,000 characters."""
 
 CANARIES = (
     "The house is warm.",
@@ -36,17 +36,17 @@ CANARIES = (
     "word " * 40,
     " ".join(f"Sentence {i} of this long text says that {i} times {i} is {i * i}." for i in range(1, 61)),
 )
-"""Short texts of several kinds, a longer one, and one that most encoders truncate: their vectors are stored in the
-bundle."""
+"""Texts whose vectors are stored in the bundle: several short ones, a longer one, and one that most encoders
+truncate."""
 
 
 def parity_texts(short: int = 500, medium: int = 40, long: int = 8) -> tuple[str, ...]:
-    """Give first sentences and whole docstrings of this Python's standard library, and the nasty ones.
+    """Return first sentences and whole docstrings of this Python's standard library, and `EDGE_CASES`.
 
     Args:
-        short: first sentences, spread evenly over the library.
-        medium: whole docstrings of 200 to 800 characters.
-        long: whole docstrings of more than 2,500 characters, longer than most encoders take.
+        short: number of first sentences, spread evenly over the library.
+        medium: number of whole docstrings of 200 to 800 characters.
+        long: number of whole docstrings of more than 2,500 characters, which most encoders truncate.
     """
     documented = standard_library()
     whole = list(dict.fromkeys(item.text for item in documented))
@@ -60,24 +60,24 @@ def parity_texts(short: int = 500, medium: int = 40, long: int = 8) -> tuple[str
 
 
 def read_texts(path: Path) -> tuple[str, ...]:
-    """Read a UTF-8 file of one text a line; empty lines are left out.
+    """Read a UTF-8 file with one text per line, without its empty lines.
 
     Raises:
-        InputError: it cannot be read, is no UTF-8, or holds no text.
+        InputError: the file cannot be read, is not UTF-8, or contains no text.
     """
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}. Give a text file of one text a line") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}. Pass a text file with one text per line") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 at byte {error.start}: convert it to UTF-8") from error
+        raise InputError(f"{path} is not UTF-8 at byte {error.start}: convert it to UTF-8") from error
     texts = tuple(line for line in content.split("\n") if line.strip())
     if not texts:
-        raise InputError(f"{path} holds no text: give one text a line")
+        raise InputError(f"{path} contains no text: it must have one text per line")
     return texts
 
 
 def _spread(items: Sequence[str], count: int) -> list[str]:
-    """Take `count` items at even distances, or all where there are fewer."""
+    """Return `count` items at even distances, or all if there are fewer."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,13 +1,13 @@
-"""ONNX to TensorRT plan, by the calls that TensorRT 10 and 11 have in common.
+"""Build a TensorRT plan from ONNX, with the calls that TensorRT 10 and 11 have in common.
 
-Imports nothing but the standard library and, when it builds, `tensorrt`: `to_tensorrt.py --script` copies this very
-file, as `build_engine.py`, for machines that have only a GPU container. There it builds the request that lies beside
-it, and keeps the plan if its vectors are the stored reference's (`prove_plan.py`, which needs numpy):
+Imports only the standard library and, when it builds, `tensorrt`: `to_tensorrt.py --script` copies this file, as
+`build_engine.py`, for machines that have only a GPU container. There it builds the request in the same folder, and
+keeps the plan if its vectors are the stored reference's (`prove_plan.py`, which needs numpy):
 
     python build_engine.py [FOLDER]
 
-Networks are strongly typed, so a plan computes in the types that the ONNX file holds. No precision flag is set, since
-TensorRT 11 has none, and 10 obeys none in a strongly typed network.
+Networks are strongly typed, so a plan computes in the types of the ONNX file. No precision flag is set: TensorRT 11 has
+none, and TensorRT 10 ignores them in a strongly typed network.
 """
 
 from __future__ import annotations
@@ -34,24 +34,27 @@ SAMPLES_FILE = "samples.npz"
 PROOF_MODULE = "prove_plan"
 
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-"""Smallest, usual and largest shape of each input."""
+"""The smallest, usual and largest shape of each input."""
+
+OnProgress = Callable[[str], None]
+"""Called with each line of progress."""
 
 Prove = Callable[[Any, Any], tuple[float, float]]
-"""From the module `tensorrt` and an engine to the worst cosine and its floor."""
+"""Compute an engine's worst cosine and its floor, from the module `tensorrt` and the engine."""
 
 HARDWARE = {
     "none": "NONE",
     "ampere-plus": "AMPERE_PLUS",
     "same-compute-capability": "SAME_COMPUTE_CAPABILITY",
 }
-"""Members of `HardwareCompatibilityLevel`. All but "none" cost speed."""
+"""Members of `HardwareCompatibilityLevel`. All except "none" cost speed."""
 
 FUSED_ATTENTION = ("_mha", "mha_", "fused_attention", "fmha")
-"""Parts of the names of layers and tactics in which attention is one kernel."""
+"""Parts of the names of layers and tactics that compute attention in one kernel."""
 
 
 class BuildError(Exception):
-    """A plan cannot be built here; the message says why and what to do."""
+    """A plan cannot be built on this machine; the message states the reason and a remedy."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,15 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        onnx: the graph, relative to the request's folder; external weights lie beside it.
-        onnx_sha256: of its bytes.
+        onnx: the graph, relative to the request's folder; external weights are in the same folder.
+        onnx_sha256: hash of its bytes.
         plan: file to write, relative to the request's folder. The sidecar is `<plan>.json`.
-        precision: what the graph holds, such as "fp16"; for the sidecar and for whether TF32 may be used.
+        precision: the graph's precision, such as "fp16"; recorded in the sidecar.
         layout: "packed" or "padded".
-        profiles: see `Profile`; the engine gets them in this order.
+        profiles: see `Profile`; the engine has them in this order.
         level: builder optimisation level, 0 (quickest build) to 5 (all tactics; hours for large models).
-        workspace_gib: most GPU memory for scratch; None leaves TensorRT all of it.
-        version_compatible: a plan that newer TensorRT versions load too. Costs speed.
+        workspace_gib: maximum GPU memory for scratch; None for all.
+        version_compatible: the plan also loads in newer TensorRT versions. Costs speed.
         hardware: a key of `HARDWARE`.
         timing_cache: file of kernel timings to read and extend, relative to the request's folder; None for none.
     """
@@ -111,31 +114,31 @@ def build(
     folder: Path,
     *,
     gpu: Gpu | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
     prove: Prove | None = None,
 ) -> dict[str, Any]:
-    """Build a plan; it, its sidecar, its inspector report and the timing cache appear whole or not at all.
+    """Build a plan. The plan, its sidecar, its inspector report and the timing cache are written only on success.
 
     Args:
         request: what to build.
-        folder: what the request's files are relative to.
-        gpu: the GPU; None asks the driver.
-        say: takes a line of progress.
-        prove: gives an engine's worst cosine to the reference and the floor for it; None leaves the proof to the
-            caller.
+        folder: the folder to which the request's paths are relative.
+        gpu: the GPU; None to ask the driver.
+        on_progress: called with each line of progress.
+        prove: returns an engine's worst cosine to the reference and its floor; None to leave the proof to the caller.
 
     Returns:
         The sidecar's content.
 
     Raises:
-        BuildError: no GPU, no tensorrt, the graph cannot be built, or the engine's vectors are not the reference's.
+        BuildError: there is no GPU or no tensorrt, the graph cannot be built, or the engine's vectors are not the
+            reference's.
     """
     onnx, plan = folder / request.onnx, folder / request.plan
     if not onnx.is_file() or _sha256(onnx.read_bytes()) != request.onnx_sha256:
-        raise BuildError(f"{onnx} is missing or not the file that the request was written for: copy it again")
+        raise BuildError(f"{onnx} is missing, or is not the file that the request was written for: copy it again")
     trt = _tensorrt()
     gpu = gpu or this_gpu()
-    say(f"TensorRT {trt.__version__} on {gpu.name}, {len(request.profiles)} profiles")
+    on_progress(f"TensorRT {trt.__version__} on {gpu.name}, {len(request.profiles)} profiles")
     began = time.perf_counter()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -145,16 +148,16 @@ def build(
     _add_profiles(builder, config, network, request.profiles)
     cache = _timing_cache(config, request, folder)
     if not builder.is_network_supported(network, config):
-        raise BuildError(f"TensorRT says that it cannot build {onnx.name} with these settings; its messages are above")
-    say("building")
+        raise BuildError(f"TensorRT cannot build {onnx.name} with these settings; its messages are above")
+    on_progress("building")
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise BuildError(f"TensorRT built no engine of {onnx.name}; its messages are above")
+        raise BuildError(f"TensorRT failed to build an engine from {onnx.name}; its messages are above")
     content = bytes(serialized)
     engine = trt.Runtime(logger).deserialize_cuda_engine(content)
     if engine is None:
         raise BuildError("TensorRT cannot load the engine that it built; its messages are above")
-    cosine = None if prove is None else _proven(trt, engine, prove, say)
+    cosine = None if prove is None else _check_vectors(trt, engine, prove, on_progress)
     layers = _inspect(trt, engine)
     sidecar = {
         "format_version": FORMAT_VERSION,
@@ -181,7 +184,7 @@ def build(
     }
     if engine.num_optimization_profiles != len(request.profiles):
         raise BuildError(
-            f"the engine has {engine.num_optimization_profiles} profiles where {len(request.profiles)} were asked for"
+            f"the engine has {engine.num_optimization_profiles} profiles, but {len(request.profiles)} were requested"
         )
     plan.parent.mkdir(parents=True, exist_ok=True)
     if cache is not None and request.timing_cache is not None:
@@ -193,7 +196,7 @@ def build(
 
 
 def sidecar_path(plan: Path) -> Path:
-    """Give the file that says what a plan is and where it runs."""
+    """Return the path of the file that describes a plan and where it runs."""
     return plan.with_name(f"{plan.name}.json")
 
 
@@ -206,7 +209,7 @@ def read_request(path: Path) -> BuildRequest:
     """Read what `write_request` wrote.
 
     Raises:
-        BuildError: the file is missing or not such a request.
+        BuildError: the file is missing or not a build request.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -216,11 +219,13 @@ def read_request(path: Path) -> BuildRequest:
         )
         return BuildRequest(**data)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BuildError(f"{path} is no build request: {error}. Write it again with to_tensorrt.py --script") from error
+        raise BuildError(
+            f"{path} is not a build request: {error}. Write it again with to_tensorrt.py --script"
+        ) from error
 
 
 def trtexec_line(request: BuildRequest) -> str:
-    """Give the command that builds the same engine with TensorRT's own tool, which writes no sidecar."""
+    """Return the command that builds the same engine with TensorRT's own tool, which writes no sidecar."""
     words = ["trtexec", f"--onnx={request.onnx}", f"--saveEngine={request.plan}", "--stronglyTyped"]
     for index, profile in enumerate(request.profiles):
         words += [f"--profile={index}"] if len(request.profiles) > 1 else []
@@ -241,7 +246,7 @@ def trtexec_line(request: BuildRequest) -> str:
 
 
 def this_gpu() -> Gpu:
-    """Ask the driver for the first GPU that this process may use.
+    """Query the driver for the first GPU that this process may use.
 
     Raises:
         BuildError: there is no driver or no GPU.
@@ -250,8 +255,8 @@ def this_gpu() -> Gpu:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
         raise BuildError(
-            "no NVIDIA driver (libcuda.so.1) is here: a plan is built on the machine with the GPU that will run it; "
-            "write what that machine needs with --script"
+            "no NVIDIA driver (libcuda.so.1) on this machine: a plan must be built on the machine with the GPU that "
+            "runs it; write a build folder for that machine with --script"
         ) from None
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     name = ctypes.create_string_buffer(256)
@@ -263,7 +268,7 @@ def this_gpu() -> Gpu:
         or cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
     ):
-        raise BuildError("the NVIDIA driver shows this process no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES")
+        raise BuildError("the NVIDIA driver shows no GPU to this process: see nvidia-smi and CUDA_VISIBLE_DEVICES")
     return Gpu(name=name.value.decode(), compute_capability=f"{major.value}.{minor.value}")
 
 
@@ -290,7 +295,7 @@ def _configure(trt: Any, builder: Any, request: BuildRequest) -> Any:
     config = builder.create_builder_config()
     config.builder_optimization_level = request.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # Where the graph says fp32 (all of it, or the head), fp32 is meant: TF32 keeps 10 bits of it, and is on by default.
+    # Whatever is fp32 in the graph (all of it, or the head) must stay fp32: TF32, on by default, keeps only 10 bits.
     config.clear_flag(trt.BuilderFlag.TF32)
     if request.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(request.workspace_gib * GIB))
@@ -318,14 +323,15 @@ def _timing_cache(config: Any, request: BuildRequest, folder: Path) -> Any | Non
         return None
     path = folder / request.timing_cache
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    # Never with mismatches ignored: timings of another GPU choose kernels that may be slow or wrong here.
+    # Never ignore mismatches: timings of another GPU select kernels that may be slow or wrong here.
     if not config.set_timing_cache(cache, False):
-        raise BuildError(f"{path} is a timing cache of another GPU or TensorRT version: name another file")
+        raise BuildError(f"{path} is a timing cache of another GPU or TensorRT version: use another file")
     return cache
 
 
-def _proven(trt: Any, engine: Any, prove: Prove, say: Callable[[str], None]) -> float:
-    say("comparing with the reference")
+def _check_vectors(trt: Any, engine: Any, prove: Prove, on_progress: OnProgress) -> float:
+    """Return the engine's worst cosine to the reference, or raise where it is below the floor."""
+    on_progress("comparing with the reference")
     try:
         worst, floor = prove(trt, engine)
     except RuntimeError as error:
@@ -339,7 +345,7 @@ def _proven(trt: Any, engine: Any, prove: Prove, say: Callable[[str], None]) -> 
 
 
 def _inspect(trt: Any, engine: Any) -> list[str]:
-    """Give each layer of the engine as one line of JSON: its name, tactic and types."""
+    """Return one line of JSON for each layer of the engine: its name, tactic and types."""
     inspector = engine.create_engine_inspector()
     return [inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(engine.num_layers)]
 
@@ -372,14 +378,14 @@ def _sha256(content: bytes) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write beside, then rename: a killed process leaves no half file under the name."""
+    """Write to a temporary file and rename it, so that a killed process leaves no incomplete file."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_bytes(content)
     os.replace(beside, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build the request in a folder (default: this file's); 0 on success, 2 where the message says why not."""
+    """Build the request in a folder (default: this file's); return 0 on success, 2 with a message on an error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = Path(arguments[0]) if arguments else Path(__file__).resolve().parent
 
@@ -388,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return worst
 
     try:
-        sidecar = build(read_request(folder / REQUEST_FILE), folder, say=_say, prove=prove)
+        sidecar = build(read_request(folder / REQUEST_FILE), folder, on_progress=_print_progress, prove=prove)
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -396,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _print_progress(line: str) -> None:
     sys.stderr.write(f"{line}\n")
 
 

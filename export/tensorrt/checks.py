@@ -1,4 +1,4 @@
-"""What can be checked of a graph for TensorRT without a GPU, rule by rule, each breach named by its node."""
+"""Check a graph against TensorRT's rules without a GPU; every breach names its node."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ RULES: tuple[Callable[[GraphView], Iterator[Breach]], ...] = (
 )
 
 SHOWN = 5
-"""Breaches spelled out in an error message; the rest is counted."""
+"""Breaches quoted in an error message; the others are counted."""
 
 
 def breaches(view: GraphView) -> tuple[Breach, ...]:
-    """Hold a graph against every rule.
+    """Check a graph against every rule.
 
     Returns:
-        What breaks which rule where; empty for a graph that TensorRT should take.
+        All breaches; empty for a graph that TensorRT should accept.
     """
     return tuple(breach for rule in RULES for breach in rule(view))
 
 
 def require_clean(view: GraphView, path: Path) -> None:
-    """Refuse a graph where it breaks a rule.
+    """Raise if a graph breaks a rule.
 
     Args:
         view: the graph.
         path: its file, for the message.
 
     Raises:
-        EngineError: naming the first breaches with their nodes.
+        EngineError: it breaks a rule; the message names the first breaches with their nodes.
     """
     found = breaches(view)
     if found:
         shown = "; ".join(map(str, found[:SHOWN])) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-        raise EngineError(f"{path.name} is not fit for TensorRT: {shown}")
+        raise EngineError(f"{path.name} is not suitable for TensorRT: {shown}")
 
 
 def graph_precision(view: GraphView) -> Precision:
-    """Say what a strongly typed engine of this graph computes its matrix products in: what the file itself holds.
+    """Return the precision in which a strongly typed engine of this graph computes its matrix products.
 
-    A graph with quantised weights or activations is int8 or fp8, whatever the rest is in.
+    A graph with quantised weights or activations is int8 or fp8, whatever the types of its other operators.
     """
     quantized = {quantized_type(view, node) for node in view.nodes if node.op_type == "DequantizeLinear"}
     if TensorProto.FLOAT8E4M3FN in quantized:
@@ -66,13 +66,13 @@ def graph_precision(view: GraphView) -> Precision:
     if quantized:
         return Precision.INT8
     products = Counter(view.types.get(node.input[0]) for node in view.nodes if node.op_type in ("MatMul", "Gemm"))
-    kinds: dict[int, Precision] = {TensorProto.FLOAT16: Precision.FP16, TensorProto.BFLOAT16: Precision.BF16}
+    precisions: dict[int, Precision] = {TensorProto.FLOAT16: Precision.FP16, TensorProto.BFLOAT16: Precision.BF16}
     most = products.most_common(1)
-    return kinds.get(most[0][0] or 0, Precision.FP32) if most else Precision.FP32
+    return precisions.get(most[0][0] or 0, Precision.FP32) if most else Precision.FP32
 
 
 def report(path: Path, found: Sequence[Breach]) -> dict[str, object]:
-    """Sum up the checks of one file for a JSON report."""
+    """Summarise the checks of one file for a JSON report."""
     return {
         "graph": path.name,
         "rules": [rule.__name__.removeprefix("check_") for rule in RULES],

@@ -1,4 +1,4 @@
-"""Numbers that half precision cannot hold: mask fills, epsilons, sums, and rows of attention that see nothing."""
+"""Rules on numbers that half precision cannot represent: mask fills, epsilons and sums; and on attention masks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LARGEST: Mapping[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT
 SMALLEST: Mapping[int, float] = {TensorProto.FLOAT16: 2.0**-24, TensorProto.BFLOAT16: 2.0**-133}
 """The largest and the smallest positive number of each type."""
 
-ROOM = 32752.0
-"""Largest magnitude of a number that is added to fp16 scores: the sum of two such stays finite."""
+LARGEST_ADDEND = 32752.0
+"""The largest magnitude of a number added to fp16 scores: the sum of two of these is finite."""
 
 SUMS = frozenset({"ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "CumSum"})
 
 MASKS = frozenset({"segment_ids", "attention_mask"})
-"""Inputs that say which positions are text."""
+"""Inputs that mark which positions are text."""
 
 LENGTH = 64
-"""Of the rows that masks are computed for."""
+"""Length of the rows that masks are computed for."""
 
 _CARRIERS = frozenset(
     {
@@ -35,11 +35,11 @@ _CARRIERS = frozenset(
         *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
     }
 )
-"""Operators that hand a constant on, so that a Cast behind them meets it."""
+"""Operators that pass a constant on, so that a later Cast applies to it."""
 
 
 def check_constants(view: GraphView) -> Iterator[Breach]:
-    """Refuse constants that are not finite, or that half precision makes infinite or zero.
+    """Find constants that are not finite, or that become infinite or zero in half precision.
 
     Mask fills must leave room for the score that they are added to.
     """
@@ -47,7 +47,7 @@ def check_constants(view: GraphView) -> Iterator[Breach]:
         if tensor.data_type not in (TensorProto.FLOAT, TensorProto.DOUBLE, *HALVES):
             continue
         array = view.constant(name)
-        assert array is not None  # its name is a constant's
+        assert array is not None  # the name is that of a constant
         values = np.abs(floats(array))
         place = _place(view, name)
         if not np.isfinite(values).all():
@@ -60,7 +60,7 @@ def check_constants(view: GraphView) -> Iterator[Breach]:
         if (
             tensor.data_type == TensorProto.FLOAT16
             and values.size == 1
-            and values.max() > ROOM
+            and values.max() > LARGEST_ADDEND
             and _is_added(view, name)
         ):
             yield Breach(
@@ -69,7 +69,7 @@ def check_constants(view: GraphView) -> Iterator[Breach]:
                 problem=f"{name} is {floats(array).min():.4g} and overflows fp16 when a score is added: use -10000",
             )
         if tensor.data_type in HALVES or values.size > 64:
-            continue  # what is fp16 already is finite, and weights are checked where they are cast, by their type
+            continue  # fp16 values are finite, and weights are checked by their type where they are cast
         largest, positive = values.max(initial=0.0), values[values > 0]
         for half in _casts(view, name):
             if largest > LARGEST[half]:
@@ -82,7 +82,7 @@ def check_constants(view: GraphView) -> Iterator[Breach]:
 
 
 def check_sums(view: GraphView) -> Iterator[Breach]:
-    """Refuse long sums in half precision (pooling, norms, taken-apart LayerNorm), and divisors that may be 0 in it."""
+    """Find long sums in half precision (pooling, norms, a decomposed LayerNorm), and divisors that may be 0 in it."""
     for node in view.nodes:
         half = HALVES.get(view.types.get(node.input[0], 0)) if node.input else None
         if half is None:
@@ -91,7 +91,7 @@ def check_sums(view: GraphView) -> Iterator[Breach]:
             yield Breach(
                 rule="sums",
                 node=view.label(node),
-                problem=f"it adds up in {half}: cast to fp32 before it (LayerNormalization, whole, does so itself)",
+                problem=f"it sums in {half}: cast to fp32 first (the LayerNormalization operator does so itself)",
             )
         if node.op_type == "Div" and (floor := view.producer.get(node.input[1])) is not None:
             bounds = [view.constant(name) for name in floor.input if name in view.constants]
@@ -102,9 +102,9 @@ def check_sums(view: GraphView) -> Iterator[Breach]:
 
 
 def check_masks(view: GraphView) -> Iterator[Breach]:
-    """Refuse attention in which a position may see nothing: its softmax is NaN, or spreads over what is not its text.
+    """Find attention in which a position may attend to nothing: its softmax is NaN, or covers other texts.
 
-    The mask is cut out of the graph and computed for rows with several texts, with one, and with none at all.
+    The mask is extracted from the graph and computed for rows with several texts, with one, and with none.
     """
     depends = _dependencies(view)
     masks: dict[str, str] = {}
@@ -114,7 +114,9 @@ def check_masks(view: GraphView) -> Iterator[Breach]:
         mask = _mask_of(view, node, depends)
         if mask is None:
             yield Breach(
-                rule="masks", node=view.label(node), problem="nothing masks its scores: texts would see each other"
+                rule="masks",
+                node=view.label(node),
+                problem="its scores have no mask: texts would attend to each other",
             )
         else:
             masks.setdefault(mask, view.label(node))
@@ -127,24 +129,24 @@ def check_masks(view: GraphView) -> Iterator[Breach]:
             continue
         else:
             blind = values.astype(np.float64).max(-1) < -1.0
-        # Only what every position has: slots without a text may see nothing, since their vectors are zeros anyway.
+        # Check square masks only: slots without a text may attend to nothing, since their vectors are zeros anyway.
         if values.shape[-2:] == (LENGTH, LENGTH) and blind.any():
             yield Breach(
                 rule="masks",
                 node=label,
-                problem=f"its mask {mask} leaves {int(blind.sum())} positions that see nothing: "
-                "let empty positions see each other",
+                problem=f"its mask {mask} leaves {int(blind.sum())} positions that attend to nothing: "
+                "let empty positions attend to each other",
             )
 
 
 def _compute(view: GraphView, name: str) -> NDArray[np.generic]:
-    """Compute one value, for rows of several texts, of one, and of none."""
-    wanted: set[str] = {name}
+    """Compute one value for rows with several texts, with one, and with none."""
+    needed: set[str] = {name}
     nodes: list[NodeProto] = []
     for node in reversed(view.nodes):
-        if wanted & set(node.output):
+        if needed & set(node.output):
             nodes.insert(0, node)
-            wanted |= set(node.input)
+            needed |= set(node.input)
     segments = np.array([[1] * 8 + [2] * 24 + [3] * 16 + [0] * 16, [1] * LENGTH, [0] * LENGTH], np.int64)
     positions = np.array([[*range(8), *range(24), *range(16), *[0] * 16], [*range(LENGTH)], [0] * LENGTH], np.int64)
     samples = {
@@ -152,23 +154,23 @@ def _compute(view: GraphView, name: str) -> NDArray[np.generic]:
         "position_ids": positions,
         "attention_mask": (segments > 0).astype(np.int64),
     }
-    # Of any other input a mask reads the size alone.
-    feed = {source: samples.get(source, np.zeros_like(segments)) for source in sorted(wanted & view.inputs.keys())}
+    # A mask reads only the size of any other input.
+    feed = {source: samples.get(source, np.zeros_like(segments)) for source in sorted(needed & view.inputs.keys())}
     graph = onnx.helper.make_graph(
         nodes,
         "mask",
         [view.inputs[source] for source in feed],
         [onnx.helper.make_empty_tensor_value_info(name)],
-        [tensor for key, tensor in view.constants.items() if key in wanted and key not in view.producer],
+        [tensor for key, tensor in view.constants.items() if key in needed and key not in view.producer],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", view.opset)])
-    with np.errstate(over="ignore"):  # what overflows is infinite, and named by the caller
+    with np.errstate(over="ignore"):  # overflows become infinite, which the caller reports
         results: Any = ReferenceEvaluator(model).run(None, feed)
     return np.asarray(results[0])
 
 
 def _dependencies(view: GraphView) -> dict[str, frozenset[str]]:
-    """Which graph inputs' values each value is computed from; their sizes do not count."""
+    """Return the graph inputs whose values each value depends on; dependence on sizes does not count."""
     depends = {name: frozenset({name}) for name in view.inputs}
     for node in view.nodes:
         names = () if node.op_type in ("Shape", "Size") else node.input
@@ -178,7 +180,7 @@ def _dependencies(view: GraphView) -> dict[str, frozenset[str]]:
 
 
 def _mask_of(view: GraphView, softmax: NodeProto, depends: dict[str, frozenset[str]]) -> str | None:
-    """Find what is added to a softmax's scores, or what chooses among them, and comes from the mask input alone."""
+    """Find the value that is added to a softmax's scores, or selects among them, and depends only on mask inputs."""
     name = softmax.input[0]
     while (node := view.producer.get(name)) is not None:
         if node.op_type in ("Add", "Where", "Sub"):
@@ -203,7 +205,7 @@ def _mask_of(view: GraphView, softmax: NodeProto, depends: dict[str, frozenset[s
 
 
 def _casts(view: GraphView, name: str) -> set[int]:
-    """Half-precision types that a constant is cast to, behind operators that hand it on."""
+    """Return the half-precision types that a constant is cast to, directly or behind `_CARRIERS`."""
     found: set[int] = set()
     seen = {name}
     todo = [name]
@@ -226,6 +228,6 @@ def _is_added(view: GraphView, name: str) -> bool:
 
 
 def _place(view: GraphView, name: str) -> str:
-    """Name the node where a constant is met: its first consumer."""
+    """Return the name of a constant's first consumer."""
     consumers = view.consumers.get(name)
     return view.label(consumers[0]) if consumers else "graph"

@@ -1,6 +1,6 @@
-"""Which ONNX operators TensorRT's parser takes, in which types: facts of onnx-tensorrt's `docs/operators.md`, as data.
+"""The ONNX operators and types that TensorRT's parser accepts, from onnx-tensorrt's `docs/operators.md`, as data.
 
-Taken from the table of TensorRT 10.15, with what 11.0 added (Swish). An operator that is not here is not supported.
+The table of TensorRT 10.15, with the addition of 11.0 (Swish). An operator that is not listed is not supported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from onnx import TensorProto
 
 OPSETS = (9, 24)
-"""First and last opset of ai.onnx that the parsers of TensorRT 10.15 to 11.2 state."""
+"""First and last opset of ai.onnx that the parsers of TensorRT 10.15 to 11.2 support."""
 
 TYPE_NAMES: Mapping[int, str] = {
     TensorProto.FLOAT: "FP32",
@@ -25,10 +25,10 @@ TYPE_NAMES: Mapping[int, str] = {
     TensorProto.INT64: "INT64",
     TensorProto.BOOL: "BOOL",
 }
-"""TensorRT's names of the element types it knows; every other type is refused."""
+"""TensorRT's names of the element types that it has; every other type is a breach."""
 
 CHECKED_TYPES = frozenset({"FP32", "FP16", "BF16", "FP8", "FP4", "INT8", "INT4", "UINT8"})
-"""The table is incomplete for indices, shapes and conditions, so only the types of values are held against it."""
+"""Types that are checked: the table is incomplete for indices, shapes and conditions."""
 
 _FLOAT = "FP32 FP16 BF16"
 _NUMBER = "FP32 FP16 BF16 INT32 INT64"
@@ -69,7 +69,7 @@ _BY_TYPES: Mapping[str, str] = {
 SUPPORTED: Mapping[str, frozenset[str]] = {
     operator: frozenset(types.split()) for types, operators in _BY_TYPES.items() for operator in operators.split()
 }
-"""Types that each supported operator takes."""
+"""The types that each supported operator accepts."""
 
 WHY_NOT: Mapping[str, str] = {
     "DynamicQuantizeLinear": "scales computed at run time (ONNX Runtime's dynamic int8); export static QDQ int8",
@@ -77,9 +77,9 @@ WHY_NOT: Mapping[str, str] = {
     "ConvInteger": "ONNX Runtime's dynamic int8; export static QDQ int8",
     "QLinearMatMul": "the QOperator format; export static QDQ int8",
     "QLinearConv": "the QOperator format; export static QDQ int8",
-    "NonZero": "its output's shape depends on the data, which no CUDA graph can hold",
+    "NonZero": "its output's shape depends on the data, which CUDA graphs do not support",
 }
-"""Operators that graphs meant for other engines hold, with the way out."""
+"""Operators found in graphs for other engines, with the remedy."""
 
 DATA_DEPENDENT = frozenset({"NonZero", "NonMaxSuppression"})
-"""Supported by the parser, and refused here: see `WHY_NOT`."""
+"""Supported by the parser, but treated as breaches: see `WHY_NOT`."""

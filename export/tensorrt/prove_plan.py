@@ -1,7 +1,7 @@
-"""Whether a plan computes the reference's vectors on this GPU, asked with nothing but numpy and the NVIDIA driver.
+"""Compare a plan's vectors with the reference's on this GPU, using only numpy and the NVIDIA driver.
 
-`to_tensorrt.py --script` puts this file beside `build_engine.py`, which holds back a plan that fails. It is the short
-proof, on some dozens of texts; a machine with this project on it proves plans with the runtime itself.
+`to_tensorrt.py --script` copies this file beside `build_engine.py`, which discards a plan that fails. This short proof
+uses a few dozen texts; a machine with this project installed proves plans with the runtime itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Driver:
     """GPU memory and one stream, in the context that TensorRT uses too.
 
     Raises:
-        RuntimeError: the driver refuses.
+        RuntimeError: a driver call failed.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Driver:
         self.stream = int(stream.value or 0)
 
     def put(self, array: NDArray[Any]) -> int:
-        """Copy an array to new GPU memory and give its address."""
+        """Copy an array to new GPU memory, and return its address."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(array.nbytes))
         self._call("cuMemcpyHtoD_v2", address, ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes))
@@ -47,7 +47,7 @@ class Driver:
         self._call("cuMemcpyDtoH_v2", host, ctypes.c_uint64(address), size)
 
     def free(self, address: int) -> None:
-        """Give memory back."""
+        """Free GPU memory."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -62,11 +62,11 @@ def prove(trt: Any, engine: Any, samples: Path, driver: Any | None = None) -> tu
     Args:
         trt: the module `tensorrt`.
         engine: deserialised.
-        samples: what `write_samples` of the exporter wrote.
-        driver: see `Driver`; None makes one.
+        samples: the file that the exporter's `write_samples` wrote.
+        driver: see `Driver`; None to create one.
 
     Returns:
-        The worst cosine of any text, -1 where a vector is not finite; and the floor that it must reach.
+        The worst cosine of any text, or -1 where a vector is not finite; and the floor that it must reach.
 
     Raises:
         RuntimeError: CUDA or TensorRT failed.
@@ -79,28 +79,29 @@ def prove(trt: Any, engine: Any, samples: Path, driver: Any | None = None) -> tu
         feed = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
         vectors = stored[f"{batch}/vectors"]
         out = _run(trt, engine, driver, feed, str(stored["output"])).reshape(-1, vectors.shape[1])
-        found, wanted = _numbers(out[stored[f"{batch}/slots"]]), _numbers(vectors)
+        found, expected = _numbers(out[stored[f"{batch}/slots"]]), _numbers(vectors)
         if not np.isfinite(found).all():
             return -1.0, float(stored["floor"])
-        lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-        worst = min(worst, float(((found * wanted).sum(1) / np.maximum(lengths, 1e-12)).min()))
+        lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+        worst = min(worst, float(((found * expected).sum(1) / np.maximum(lengths, 1e-12)).min()))
     return worst, float(stored["floor"])
 
 
 def _numbers(vectors: NDArray[Any]) -> NDArray[np.float64]:
-    """Give vectors as numbers that have a cosine: the bits of packed binary ones as -1 and 1."""
+    """Convert vectors to numbers for a cosine: the bits of packed binary vectors become -1 and 1."""
     if vectors.dtype == np.uint8:
         return 2.0 * np.unpackbits(vectors, axis=-1) - 1.0
     return vectors.astype(np.float64)
 
 
 def _run(trt: Any, engine: Any, driver: Any, feed: Mapping[str, NDArray[Any]], output: str) -> NDArray[Any]:
+    """Run one batch and return one output."""
     context = engine.create_execution_context()
     if not context.set_optimization_profile_async(_profile(engine, feed), driver.stream):
-        raise RuntimeError("TensorRT refuses its own profile")
+        raise RuntimeError("TensorRT rejects its own profile")
     for name, array in feed.items():
         if not context.set_input_shape(name, tuple(array.shape)):
-            raise RuntimeError(f"TensorRT refuses shape {array.shape} of {name}")
+            raise RuntimeError(f"TensorRT rejects shape {array.shape} of {name}")
     arrays: dict[str, NDArray[Any]] = {}
     addresses: dict[str, int] = {}
     for name in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
@@ -118,6 +119,7 @@ def _run(trt: Any, engine: Any, driver: Any, feed: Mapping[str, NDArray[Any]], o
 
 
 def _profile(engine: Any, feed: Mapping[str, NDArray[Any]]) -> int:
+    """Return the index of a profile that covers the shapes of a batch."""
     for index in range(engine.num_optimization_profiles):
         least, _, most = zip(*(engine.get_tensor_profile_shape(name, index) for name in feed), strict=True)
         if all(

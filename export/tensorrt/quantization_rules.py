@@ -1,4 +1,4 @@
-"""Explicit quantisation as TensorRT takes it: symmetric, with constant scales, by tensor or by a weight's channel."""
+"""Rules of TensorRT's explicit quantisation: symmetric, constant scales, per tensor or per channel of a weight."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FIRST_OPSET: Mapping[int, int] = {
     TensorProto.INT4: 21,
     TensorProto.FLOAT4E2M1: 23,
 }
-"""The opset that brings each quantised type."""
+"""The first opset of each quantised type."""
 
 HALF_SCALE_OPSET = 19
 """The first opset whose scales may be fp16 or bf16."""
 
 
 def check_quantization(view: GraphView) -> Iterator[Breach]:
-    """Refuse Q and DQ nodes that break TensorRT's rules of explicit quantisation."""
+    """Find Q and DQ nodes that break TensorRT's rules of explicit quantisation."""
     for node in view.nodes:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -40,7 +40,7 @@ def check_quantization(view: GraphView) -> Iterator[Breach]:
 
 
 def quantized_type(view: GraphView, node: NodeProto) -> int:
-    """Give the quantised element type of a Q or DQ node; ONNX's default uint8 where nothing says it."""
+    """Return the quantised element type of a Q or DQ node; ONNX's default is uint8."""
     if node.op_type == "DequantizeLinear":
         return view.types.get(node.input[0], TensorProto.UINT8)
     if len(node.input) > 2 and node.input[2]:
@@ -52,7 +52,7 @@ def _type(view: GraphView, node: NodeProto) -> Iterator[str]:
     kind = quantized_type(view, node)
     name = TYPE_NAMES.get(kind, TensorProto.DataType.Name(kind))
     if kind not in FIRST_OPSET:
-        yield f"it quantises to {name}; TensorRT takes INT8, FP8 (E4M3), INT4 and FP4 only"
+        yield f"it quantises to {name}; TensorRT accepts INT8, FP8 (E4M3), INT4 and FP4 only"
     elif view.opset < FIRST_OPSET[kind]:
         yield f"{name} needs opset {FIRST_OPSET[kind]}; the graph's is {view.opset}"
 
@@ -72,25 +72,25 @@ def _scale(view: GraphView, node: NodeProto) -> Iterator[str]:
     name = node.input[1]
     scale = view.constant(name)
     if scale is None:
-        yield f"its scale {name} is computed; TensorRT takes constant scales only"
+        yield f"its scale {name} is computed; TensorRT accepts constant scales only"
         return
     values, kind = floats(scale), view.constants[name].data_type
     if not np.isfinite(values).all() or (values <= 0).any():
-        yield f"its scale {name} holds {values.min():.4g}; scales are positive and finite"
+        yield f"its scale {name} holds {values.min():.4g}; scales must be positive and finite"
     if kind != TensorProto.FLOAT and view.opset < HALF_SCALE_OPSET:
         yield f"its scale {name} is {TYPE_NAMES.get(kind, kind)}, which needs opset {HALF_SCALE_OPSET}"
     value = node.input[0] if node.op_type == "QuantizeLinear" else node.output[0]
     around = view.types.get(value)
     if around is not None and around != kind:
         types = f"{TYPE_NAMES.get(kind, kind)} and {value} is {TYPE_NAMES.get(around, around)}"
-        yield f"its scale {name} is {types}: give both one type"
+        yield f"its scale {name} is {types}: both must have the same type"
     if values.size > 1:
         yield from _channels(view, node, values.shape)
 
 
 def _channels(view: GraphView, node: NodeProto, scales: tuple[int, ...]) -> Iterator[str]:
     if not view.is_weight(node.input[0]):
-        yield f"it has {scales} scales for a computed value: activations take one scale, channels are for weights"
+        yield f"it has {scales} scales for a computed value: activations have one, weights one per channel"
         return
     weight = view.constants.get(node.input[0])
     if weight is None or attribute(node, "block_size", 0) or len(scales) != 1:

@@ -1,4 +1,4 @@
-"""Operators, opset and types: what TensorRT's parser takes, and what a strongly typed network must agree in."""
+"""Rules on operators, opset and types: what TensorRT's parser accepts, and what strong typing requires."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from export.tensorrt.view import Breach, GraphView, attribute
 
 STANDARD = ("", "ai.onnx")
 OUTPUT_TYPES = frozenset({"FP32", "FP16", "BF16", "INT32", "INT64", "UINT8", "BOOL"})
-"""What may leave a network: the quantised types exist between a Q and a DQ only."""
+"""Types allowed for a network's outputs: the quantised types exist only between Q and DQ nodes."""
 
 
 def check_domains(view: GraphView) -> Iterator[Breach]:
-    """Refuse operators outside ai.onnx.
+    """Find operators outside ai.onnx.
 
-    The parser looks them up by name alone: `com.microsoft.Gelu` would be taken for ONNX's Gelu, and most others fail as
+    The parser looks them up by name only: it would take `com.microsoft.Gelu` for ONNX's Gelu, and most others fail as
     a missing plugin.
     """
     for node in view.nodes:
@@ -27,26 +27,25 @@ def check_domains(view: GraphView) -> Iterator[Breach]:
             yield Breach(
                 rule="domain",
                 node=view.label(node),
-                problem=f"its domain is {node.domain}; TensorRT takes ai.onnx only. Export without fusing operators",
+                problem=f"its domain is {node.domain}; TensorRT accepts ai.onnx only. Export without fusing operators",
             )
     for function in view.proto.functions:
-        yield Breach(
-            rule="domain", node=f"function {function.name}", problem="local functions are not used by our graphs"
-        )
+        yield Breach(rule="domain", node=f"function {function.name}", problem="local functions are not supported")
 
 
 def check_opset(view: GraphView) -> Iterator[Breach]:
-    """Refuse opsets outside the parser's range."""
+    """Find an opset outside the parser's range."""
     first, last = OPSETS
     if not first <= view.opset <= last:
-        yield Breach(rule="opset", node="graph", problem=f"its opset is {view.opset}; TensorRT takes {first} to {last}")
+        problem = f"its opset is {view.opset}; TensorRT accepts {first} to {last}"
+        yield Breach(rule="opset", node="graph", problem=problem)
 
 
 def check_operators(view: GraphView) -> Iterator[Breach]:
-    """Refuse operators that the parser does not have, types that they do not take, and outputs of unknown size."""
+    """Find operators that the parser does not have, types that they do not accept, and outputs of unknown size."""
     for node in view.nodes:
         if node.domain not in STANDARD:
-            continue  # named by `check_domains`
+            continue  # reported by `check_domains`
         label, operator = view.label(node), node.op_type
         if operator not in SUPPORTED or operator in DATA_DEPENDENT:
             reason = WHY_NOT.get(operator)
@@ -60,7 +59,7 @@ def check_operators(view: GraphView) -> Iterator[Breach]:
             kind = _kind(view, name)
             if kind is not None and kind in CHECKED_TYPES and kind not in SUPPORTED[operator]:
                 known = ", ".join(sorted(SUPPORTED[operator]))
-                yield Breach(rule="operator", node=label, problem=f"{name} is {kind}; {operator} takes {known}")
+                yield Breach(rule="operator", node=label, problem=f"{name} is {kind}; {operator} accepts {known}")
         if operator in ("LayerNormalization", "Attention") and len([name for name in node.output if name]) > 1:
             yield Breach(rule="operator", node=label, problem="only its first output is supported")
     for value in view.proto.graph.output:
@@ -72,7 +71,7 @@ def check_operators(view: GraphView) -> Iterator[Breach]:
 
 
 def check_types(view: GraphView) -> Iterator[Breach]:
-    """Refuse nodes whose inputs disagree in type: a strongly typed network casts nothing by itself."""
+    """Find nodes whose inputs have different types: a strongly typed network does not cast implicitly."""
     for name, kind in view.types.items():
         if kind not in TYPE_NAMES and (name in view.constants or name in view.inputs):
             yield Breach(
@@ -84,11 +83,11 @@ def check_types(view: GraphView) -> Iterator[Breach]:
 
 
 def _agree(view: GraphView, node: NodeProto) -> Iterator[Breach]:
-    """Bind the operator's type parameters to the types found, input by input, then complete unknown output types."""
+    """Bind the operator's type parameters to its inputs' types, then fill in unknown output types."""
     try:
         schema = onnx.defs.get_schema(node.op_type, view.opset)
     except onnx.defs.SchemaError:
-        return  # named by `check_operators`
+        return  # reported by `check_operators`
     allowed = {item.type_param_str: set(item.allowed_type_strs) for item in schema.type_constraints}
     bound: dict[str, str] = {}  # the first input of each type parameter
     for name, formal in zip(node.input, _formals(schema.inputs, len(node.input)), strict=True):
@@ -96,29 +95,29 @@ def _agree(view: GraphView, node: NodeProto) -> Iterator[Breach]:
             continue
         found, first = _tensor_type(view, name), bound.setdefault(formal.type_str, name)
         if found not in allowed.get(formal.type_str, {formal.type_str}):
-            problem = f"{name} is {found}, which {node.op_type} refuses"
+            problem = f"{name} is {found}, which {node.op_type} does not accept"
             yield Breach(rule="types", node=view.label(node), problem=problem)
         elif found != _tensor_type(view, first):
             problem = f"{name} is {found} beside {first}, which is {_tensor_type(view, first)}: cast one of them"
             yield Breach(rule="types", node=view.label(node), problem=problem)
     for name, formal in zip(node.output, _formals(schema.outputs, len(node.output)), strict=True):
-        if name and name not in view.types:  # type inference stops at a breach; what follows it is checked all the same
+        if name and name not in view.types:  # type inference stops at a breach; the nodes after it are still checked
             kind = attribute(node, "to") if node.op_type == "Cast" else view.types.get(bound.get(formal.type_str, ""))
             view.types |= {} if kind is None else {name: kind}
 
 
 def _formals(formals: Sequence[Any], count: int) -> list[Any]:
-    """Give the formal parameter of each actual one: the last may stand for several."""
+    """Return the formal parameter of each actual one: the last may stand for several."""
     return [formals[min(i, len(formals) - 1)] for i in range(count)]
 
 
 def _tensor_type(view: GraphView, name: str) -> str:
-    """Give a value's type in ONNX's words."""
+    """Return a value's type as ONNX writes it, such as "tensor(float)"."""
     return f"tensor({_type_name(view.types[name]).lower()})"
 
 
 def _kind(view: GraphView, name: str) -> str | None:
-    """TensorRT's name of a value's type; ONNX's own name where it has none; None where it is unknown."""
+    """Return TensorRT's name of a value's type, ONNX's name where it has none, and None where it is unknown."""
     kind = view.types.get(name)
     return None if kind is None else TYPE_NAMES.get(kind, _type_name(kind))
 

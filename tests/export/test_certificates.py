@@ -1,4 +1,4 @@
-"""Certificates of several bundles: every figure is its manifest's, and what differs in kind is not put together."""
+"""Certificates of several bundles: every figure is from a manifest, and unlike measurements stay apart."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from export.bundle.card import describe_head
 from export.bundle.whitening import WHITENING_FILE
-from export.bundle.words import head_in_words
 from export.certificates import main
 from mirror_runtime.bundle import (
     MANIFEST_FILE,
@@ -35,7 +35,7 @@ WHITENING = Dense(in_features=8, out_features=4, bias=True, activation=Activatio
 
 
 def changed(folder: Path, files: dict[str, str] | None = None, **spec: object) -> Path:
-    """Change what a bundle's manifest says of its head."""
+    """Change the head in a bundle's manifest."""
     manifest = read_manifest(folder)
     encoder = dataclasses.replace(manifest.encoder, **spec)  # type: ignore[arg-type]
     manifest = dataclasses.replace(manifest, encoder=encoder, files={**manifest.files, **(files or {})})
@@ -89,11 +89,11 @@ def test_every_artifact_is_a_row_and_nothing_is_rounded_up(bundles, tmp_path, ca
         "of fp32": "30.0%",
         "worst cosine": "0.987654",
         "floor": "0.980000",
-        "alone": "0.999512",
+        "batch invariance": "0.999512",
         "stsb-test": "82.03",
         "Δ": "-0.13",
     }
-    assert body[0][-2:] == ["-", "-"], "what was not measured is no figure"
+    assert body[0][-2:] == ["-", "-"], "no figure without a measurement"
     assert "Cosines of 1 texts (sha256 0000000000000000…) against tests." in output.read_text(encoding="utf-8")
 
 
@@ -107,7 +107,7 @@ def test_sets_of_one_name_and_other_content_have_columns_of_their_own(bundles, t
     assert body[3][-4:] == ["-", "-", "82.03", "+0.07"]
 
 
-def test_bundles_proven_on_other_texts_are_told_apart(bundles, capsys):
+def test_bundles_proven_on_different_texts_have_a_line_each(bundles, capsys):
     manifest = read_manifest(bundles[1])
     (artifact,) = manifest.artifacts
     parity = dataclasses.replace(artifact.parity, texts=7, texts_sha256="f" * 64)
@@ -165,9 +165,9 @@ def test_bundles_of_one_name_are_shown_by_their_paths(make_bundle, make_artifact
         ({"vector_type": VectorType.BINARY}, "mean, unit length"),
     ],
 )
-def test_a_head_is_told_in_the_order_that_a_text_goes(bundles, spec, words):
+def test_a_head_is_described_in_the_order_of_computation(bundles, spec, words):
     encoder = read_manifest(changed(bundles[0], **spec)).encoder
-    assert head_in_words(encoder, whitened=True) == words
+    assert describe_head(encoder, whitened=True) == words
 
 
 @pytest.mark.parametrize(
@@ -195,5 +195,5 @@ def test_run_by_path_it_loads_no_torch(bundles):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "export.bundle.words" in imported
+    assert "export.bundle.card" in imported
     assert not imported & {"torch", "transformers", "onnxruntime", "openvino"}

@@ -1,19 +1,18 @@
-"""The export command: one JSON line at the end, one clear line where the input cannot be used."""
+"""The export command: a JSON report as the last line, and one clear line for bad input."""
 
 import json
 
 import pytest
 
-from export.proof import parity
+from export.proof import floors
 from export.to_onnx import main
 from mirror_runtime.bundle import Precision, check_files, read_manifest
 
 
-def test_the_last_line_of_stdout_is_the_report(tiny_bert, tmp_path, capsys):
-    texts = tmp_path / "texts.txt"
-    texts.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
+@pytest.mark.trace
+def test_the_last_line_of_stdout_is_the_report(tiny_bert, texts_file, tmp_path, capsys):
     output = tmp_path / "bundle"
-    options = ["--pooling", "cls", "--precision", "fp32", "--max-tokens", "32", "--parity-texts", str(texts)]
+    options = ["--pooling", "cls", "--precision", "fp32", "--max-tokens", "32", "--parity-texts", texts_file]
     assert main([str(tiny_bert), "--output", str(output), *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     manifest = read_manifest(output)
@@ -22,14 +21,12 @@ def test_the_last_line_of_stdout_is_the_report(tiny_bert, tmp_path, capsys):
     assert manifest.encoder.max_tokens == 32
 
 
-def test_a_precision_that_was_asked_for_and_misses_its_floor_is_status_1(
-    tiny_bert, tiny_graphs, tmp_path, capsys, monkeypatch
+def test_a_requested_precision_below_its_floor_is_status_1(
+    tiny_bert, tiny_graphs, texts_file, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setitem(parity.FLOORS, Precision.FP16, 1.0)
-    texts = tmp_path / "texts.txt"
-    texts.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
+    monkeypatch.setitem(floors.FLOORS, Precision.FP16, 1.0)
     output = tmp_path / "bundle"
-    options = ["--pooling", "mean", "--precision", "fp32", "fp16", "--parity-texts", str(texts)]
+    options = ["--pooling", "mean", "--precision", "fp32", "fp16", "--parity-texts", texts_file]
     assert main([str(tiny_bert), "--output", str(output), *options]) == 1
     shown = capsys.readouterr()
     assert "refused: onnxruntime fp16 padded" in shown.err
@@ -38,7 +35,7 @@ def test_a_precision_that_was_asked_for_and_misses_its_floor_is_status_1(
     assert {entry["asked"] for entry in report["refused"]} == {True}
     assert {entry["precision"] for entry in report["artifacts"]} == {"fp32"}
     check_files(output, read_manifest(output))
-    assert not list((output / "onnx").glob("*fp16*")), "what is not proven is not there"
+    assert not list((output / "onnx").glob("*fp16*")), "unproven files are removed"
 
 
 def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_graphs, tmp_path, capsys):

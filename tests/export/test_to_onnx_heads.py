@@ -1,4 +1,4 @@
-"""Heads from the command line to vectors: the bundle's own encoder and verification agree with the reference."""
+"""Heads from the command line to vectors: the bundle's encoder and `mirror verify` agree with the reference."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from encoders.reference import Reference
-from encoders.source import Head, resolve
+from encoders.source import HeadSpec, resolve
 from export.to_onnx import main
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import Ditto, Pooling, VectorType, check_files, read_manifest
@@ -30,19 +30,20 @@ def exported(tiny_bert: Path, output: Path, lines: str, options: list[str]) -> N
     assert main([str(tiny_bert), "--output", str(output), *fixed, *options]) == 0
 
 
+@pytest.mark.trace
 @pytest.mark.parametrize(
     ("options", "head"),
     [
-        (["--pooling", "mean_padded"], Head(pooling=Pooling.MEAN_PADDED)),
-        (["--ditto", "1:0", "--layers", "0,-1"], Head(ditto=Ditto(layer=1, head=0), layers=(0, -1))),
+        (["--pooling", "mean_padded"], HeadSpec(pooling=Pooling.MEAN_PADDED)),
+        (["--ditto", "1:0", "--layers", "0,-1"], HeadSpec(ditto=Ditto(layer=1, head=0), layers=(0, -1))),
         (
             ["--head", "mask", "--template", 'a "{text}" is [MASK] .'],
-            Head(pooling=Pooling.MASK, template='a "{text}" is [MASK] .'),
+            HeadSpec(pooling=Pooling.MASK, template='a "{text}" is [MASK] .'),
         ),
     ],
     ids=["mean_padded", "ditto", "mask"],
 )
-def test_a_head_is_served_as_it_was_asked_for(tiny_bert, tmp_path, lines, options, head, capsys):
+def test_the_requested_head_is_served(tiny_bert, tmp_path, lines, options, head, capsys):
     output = tmp_path / "bundle"
     exported(tiny_bert, output, lines, options)
     expected = Reference.load(resolve(str(tiny_bert), max_tokens=32, head=head)).encode(TEXTS)
@@ -52,6 +53,7 @@ def test_a_head_is_served_as_it_was_asked_for(tiny_bert, tmp_path, lines, option
     assert mirror(["verify", str(output)]) == 0
 
 
+@pytest.mark.trace
 def test_whitening_a_cut_and_int8_in_one_command(tiny_bert, tmp_path, lines, capsys):
     output = tmp_path / "bundle"
     options = ["--pooling", "cls", "--whiten", lines, "--whiten-dim", "16", "--dim", "8", "--vector-type", "int8"]
@@ -64,7 +66,7 @@ def test_whitening_a_cut_and_int8_in_one_command(tiny_bert, tmp_path, lines, cap
     assert (fitted["texts"], fitted["dim"]) == (sum(bool(text) for text in TEXTS), 16)
     assert "whitening.json" in manifest.files
     assert "2_Dense/model.safetensors" in manifest.files
-    # The bundle alone says the same as what it was made from.
+    # The bundle alone is as good as the encoder it was exported from.
     expected = Reference.load(resolve(str(output))).encode(TEXTS)
     with Encoder.load(output, engine="onnxruntime", precision="fp32") as encoder:
         found = encoder.encode(TEXTS)
@@ -77,11 +79,11 @@ def test_whitening_a_cut_and_int8_in_one_command(tiny_bert, tmp_path, lines, cap
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--pooling", "mean", "--layers", "first"], "--layers first: give numbers"),
+        (["--pooling", "mean", "--layers", "first"], "--layers first: must be numbers"),
         (["--pooling", "mean", "--layers", "1,9"], "no layer 9"),
-        (["--ditto", "1"], "--ditto 1: give LAYER:HEAD"),
+        (["--ditto", "1"], "--ditto 1: must be LAYER:HEAD"),
         (["--pooling", "mean", "--dim", "33"], "--dim is 33: the vectors have 32"),
-        (["--pooling", "mean", "--whiten-dim", "4"], "give --whiten CORPUS"),
+        (["--pooling", "mean", "--whiten-dim", "4"], "pass --whiten CORPUS"),
         (["--pooling", "mean", "--template", "no place"], "must contain {text} once"),
         (["--pooling", "mask"], "needs a template"),
     ],

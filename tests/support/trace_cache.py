@@ -156,11 +156,12 @@ def _file_of(name: str) -> Path | None:
 
 
 def _wrapper_key(wrapper: Any, contract: object) -> str:
+    """Hash a module that is to be traced: an encoder with one head or several."""
     digest = hashlib.sha256()
     settings = {name: value for name, value in vars(wrapper).items() if isinstance(value, (bool, int, str))}
-    head = wrapper.head
+    heads = [(module.spec, module.index) for module in wrapper.modules() if hasattr(module, "spec")]
     # The representation of a module is its structure: every layer with its sizes and activation.
-    digest.update(repr((type(wrapper).__name__, settings, contract, head.spec, head.index, wrapper)).encode())
+    digest.update(repr((type(wrapper).__name__, settings, contract, heads, wrapper)).encode())
     digest.update(wrapper.encoder.config.to_json_string().encode())
     for name, tensor in (*wrapper.named_parameters(), *wrapper.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""Bundles appear whole or not at all, and only proven."""
+"""Bundles appear complete or not at all, and only proven."""
 
 import dataclasses
 import json
@@ -61,6 +61,7 @@ def test_sentence_transformers_reads_the_bundle(tiny_bundle, tiny_bert):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.trace
 def test_a_wrong_head_fails_the_export_and_leaves_nothing(tiny_bert, tmp_path, monkeypatch):
     right = graphs.PackedEncoder.__init__
 
@@ -85,13 +86,13 @@ def test_one_wrong_shape_is_refused(tiny_bert, tiny_graphs, tmp_path, monkeypatc
     assert "openvino fp32 packed in rows of 21 x 48 tokens differs from" in refused.reason
 
 
-def test_nan_weights_are_refused(tiny_bert, tmp_path):
+def test_nan_weights_are_refused(tiny_bert, tiny_graphs, tmp_path):
     source = shutil.copytree(tiny_bert, tmp_path / "source")
     weights = load_file(source / "model.safetensors")
     name = next(key for key in weights if key.endswith("output.dense.bias"))
     weights[name] = np.full_like(weights[name], np.nan)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ParityError, match="NaN or infinity"):
+    with pytest.raises(ParityError, match=r"the reference .* returns NaN or infinity"):
         build(request(source, tmp_path / "bundle"))
     assert left_behind(tmp_path) == ["source"]
 
@@ -153,7 +154,7 @@ def configure(**changes):
         (without("tokenizer.json"), "has no tokenizer.json"),
         (without("model.safetensors"), "model.safetensors is missing"),
         (without("config.json"), "no config.json"),
-        (pickle_only, "pickled weights only.*convert them to model.safetensors"),
+        (pickle_only, "only pickled weights.*convert them to model.safetensors"),
         (cut_weights, "cannot be loaded"),
         (break_header, "cannot be loaded"),
     ],
@@ -181,16 +182,16 @@ def test_two_exports_into_one_folder_do_not_meet(tiny_bundle, tiny_bert, tmp_pat
 
 
 def spoiled(monkeypatch, engine, precision):
-    """Make one engine and precision give vectors that are turned away from the reference."""
+    """Rotate the components of the vectors of one engine and precision."""
     right = parity.prove
 
-    def turned(encode, expected, floors, *, what):
-        if what != spoiled_name:
+    def rotated(encode, expected, floors, *, what):
+        if what != name:
             return right(encode, expected, floors, what=what)
         return right(lambda texts: np.roll(encode(texts), 1, axis=1), expected, floors, what=what)
 
-    spoiled_name = f"{engine} {precision} packed"
-    monkeypatch.setattr(parity, "prove", turned)
+    name = f"{engine} {precision} packed"
+    monkeypatch.setattr(parity, "prove", rotated)
 
 
 def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, t
     output = tmp_path / "bundle"
     export = build(request(tiny_bert, output))
     (refused,) = export.refused
-    assert (refused.name, refused.asked) == ("openvino fp32 packed", True)
+    assert (refused.name, refused.requested) == ("openvino fp32 packed", True)
     assert "Worst: " in refused.reason
     manifest = read_manifest(output)
     check_files(output, manifest)
@@ -206,7 +207,7 @@ def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, t
     assert (output / "onnx/model_packed.onnx").is_file(), "another artifact has proven it"
     assert "openvino" not in (output / "README.md").read_text(encoding="utf-8")
     again = build(request(tiny_bert, tmp_path / "again", precisions=None))
-    assert [entry.asked for entry in again.refused] == [False]
+    assert [entry.requested for entry in again.refused] == [False]
 
 
 def test_without_the_fp32_graphs_there_is_no_bundle(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
@@ -222,6 +223,7 @@ def test_an_encoder_that_is_loaded_already_is_not_loaded_again(tiny_bert, tiny_g
     assert export.manifest.encoder == reference.spec
 
 
+@pytest.mark.trace
 def test_a_full_disk_is_one_clear_error(tiny_bert, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
@@ -245,6 +247,7 @@ def test_a_precision_with_files_of_its_own_has_the_names_that_tools_look_for(tin
     assert {path.relative_to(output).as_posix() for path in (output / "onnx").iterdir()} == proven
 
 
+@pytest.mark.trace
 def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_bert, tmp_path):
     source = shutil.copytree(tiny_bert, tmp_path / "source")
     weights = load_file(source / "model.safetensors")
@@ -252,13 +255,13 @@ def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     export = build(request(source, tmp_path / "bundle", precisions=(Precision.FP32, Precision.FP16)))
     (refused,) = export.refused
-    assert (refused.name, refused.asked) == ("fp16", True)
+    assert (refused.name, refused.requested) == ("fp16", True)
     assert "fp16 cannot hold" in refused.reason
     check_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
     assert not list((tmp_path / "bundle/onnx").glob("*fp16*"))
 
 
-def test_what_cannot_be_proven_here_is_not_promised(tiny_bert, tmp_path, monkeypatch):
+def test_a_precision_that_cannot_be_proven_here_is_refused(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "installed", lambda _: False)
     with pytest.raises(MissingExtra, match="openvino"):
         build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))

@@ -1,4 +1,4 @@
-"""The model card states what the manifest states, and claims nothing that is not so."""
+"""The model card states what the manifest states, and nothing else."""
 
 import dataclasses
 

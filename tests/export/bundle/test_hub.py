@@ -1,4 +1,4 @@
-"""The push, against a hub that is not there."""
+"""Pushing to a hub, with a stand-in for its API."""
 
 import json
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from mirror_runtime.errors import InputError
 
 
 class FakeApi:
-    """Remembers calls in its class; `failure` is raised by the upload."""
+    """Records calls in its class; the upload raises `failure`."""
 
     calls: ClassVar[list[tuple[str, dict]]]
     failure: ClassVar[BaseException | None]
@@ -64,12 +64,12 @@ def test_a_hub_that_cannot_be_reached_costs_no_bundle(tiny_bundle, hub):
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "owner/na me", "owner/name--x"])
-def test_a_name_that_is_no_repository_is_refused(hub, name):
+def test_an_invalid_repository_name_is_refused(hub, name):
     with pytest.raises(InputError, match="OWNER/NAME"):
         check_hub(name)
 
 
-def test_a_missing_token_is_seen_before_anything_is_exported(tiny_bert, tmp_path, hub, monkeypatch, capsys):
+def test_a_missing_token_is_noticed_before_the_export(tiny_bert, tmp_path, hub, monkeypatch, capsys):
     command = [str(tiny_bert), "--output", str(tmp_path / "bundle"), "--pooling", "mean", "--push-to-hub", "owner/name"]
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert to_onnx.main(command) == 2
@@ -80,10 +80,8 @@ def test_a_missing_token_is_seen_before_anything_is_exported(tiny_bert, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_pushes_what_it_proved(tiny_bert, tiny_graphs, tmp_path, hub, capsys):
-    texts = tmp_path / "texts.txt"
-    texts.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
-    options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", str(texts), "--push-to-hub", "owner/name"]
+def test_the_command_pushes_the_proven_bundle(tiny_bert, tiny_graphs, texts_file, tmp_path, hub, capsys):
+    options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", texts_file, "--push-to-hub", "owner/name"]
     assert to_onnx.main([str(tiny_bert), "--output", str(tmp_path / "bundle"), *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["commit"].endswith("/commit/1")

@@ -1,4 +1,4 @@
-"""OpenVINO IR in a bundle: names that others load, proofs, and a bundle that failure leaves alone."""
+"""OpenVINO IR in a bundle: the names that others load, the proofs, and a bundle that failures do not change."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 from export import to_openvino
 from export.bundle import openvino_ir
 from export.bundle.openvino_ir import add_ir
-from export.proof import parity
+from export.proof import floors
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest, sha256_file
 from mirror_runtime.errors import InputError, MissingExtra, ParityError
@@ -27,7 +27,7 @@ def content(bundle):
     return {path.relative_to(bundle).as_posix(): sha256_file(path) for path in bundle.rglob("*") if path.is_file()}
 
 
-def test_the_padded_graph_is_proven_and_entered(bundle, tmp_path, capsys):
+def test_the_padded_graph_is_proven_and_added(bundle, tmp_path, capsys):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(text for text in TEXTS if text), encoding="utf-8")
     assert to_openvino.main([str(bundle), "--precision", "fp32", "--parity-texts", str(texts)]) == 0
@@ -43,16 +43,16 @@ def test_the_padded_graph_is_proven_and_entered(bundle, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not has_bf16(), reason="OpenVINO runs bf16 only on CPUs with bf16 instructions")
-def test_the_packed_bf16_graph_serves_from_then_on(bundle):
+def test_the_packed_bf16_graph_is_served(bundle):
     (artifact,) = add_ir(bundle, [Precision.BF16], texts=TEXTS)
     assert artifact.path == "openvino/openvino_model_packed_bf16.xml"
     with Encoder.load(bundle, engine="openvino", precision="bf16") as encoder:
         assert encoder.encode(["the cat sat"]).shape == (1, 32)
 
 
-def test_a_breach_leaves_the_bundle_as_it_was(bundle, monkeypatch):
+def test_a_missed_floor_does_not_change_the_bundle(bundle, monkeypatch):
     before = content(bundle)
-    monkeypatch.setitem(parity.FLOORS, Precision.FP32, 1.0)  # not one bit may differ
+    monkeypatch.setitem(floors.FLOORS, Precision.FP32, 1.0)  # not one bit may differ
     with pytest.raises(ParityError):
         add_ir(bundle, [Precision.FP32], texts=TEXTS)
     assert content(bundle) == before

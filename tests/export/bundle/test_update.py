@@ -1,4 +1,4 @@
-"""Artifacts added to an existing bundle: in whole, once at a time, and never to its harm."""
+"""Adding artifacts to an existing bundle: completely, by one process at a time, and without damage on failure."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from mirror_runtime.errors import InputError
 def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(make_bundle, make_artifact):
     bundle = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
     before = read_manifest(bundle)
-    with updating(bundle) as made:
-        (made / "tensorrt").mkdir()
-        (made / "tensorrt" / "model.plan").write_bytes(b"plan")
-        written = add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
+    with updating(bundle) as staging:
+        (staging / "tensorrt").mkdir()
+        (staging / "tensorrt" / "model.plan").write_bytes(b"plan")
+        written = add_artifacts(bundle, staging, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     after = read_manifest(bundle)
     assert after == written
     check_files(bundle, after)
@@ -28,14 +28,14 @@ def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(m
 
 def test_a_second_build_takes_the_place_of_the_first(make_bundle, make_artifact):
     bundle = make_bundle(artifacts=(make_artifact(EngineName.TENSORRT, Precision.FP16),))
-    with updating(bundle) as made:
-        add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
+    with updating(bundle) as staging:
+        add_artifacts(bundle, staging, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     assert len(read_manifest(bundle).artifacts) == 1
 
 
 def fail_half_way(bundle: Path) -> None:
-    with updating(bundle) as made:
-        (made / "model.plan").write_bytes(b"plan")
+    with updating(bundle) as staging:
+        (staging / "model.plan").write_bytes(b"plan")
         raise RuntimeError("half way")
 
 
@@ -68,8 +68,8 @@ def test_the_manifest_is_written_last(make_bundle, make_artifact, monkeypatch: p
     replaced: list[str] = []
     real = os.replace
     monkeypatch.setattr("os.replace", lambda a, b: (replaced.append(Path(b).name), real(a, b)))
-    with updating(bundle) as made:
-        (made / "z.plan").write_bytes(b"plan")
-        add_artifacts(bundle, made, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
+    with updating(bundle) as staging:
+        (staging / "z.plan").write_bytes(b"plan")
+        add_artifacts(bundle, staging, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     assert replaced == ["z.plan", MANIFEST_FILE]
     assert json.loads((bundle / MANIFEST_FILE).read_text())["artifacts"]

@@ -1,4 +1,4 @@
-"""Whitening: what it makes of a corpus's vectors, and that it is one dense layer of the encoder."""
+"""Whitening: its effect on a corpus's vectors, and its form as one dense layer of the encoder."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from export.bundle.head_options import HeadOptions, add, whiten
+from export.bundle.head_options import HeadOptions, extend_head, whiten
 from export.bundle.whitening import fit_whitening
 from mirror_runtime.bundle import Pooling, VectorType
 from mirror_runtime.errors import InputError
@@ -47,18 +47,18 @@ def test_the_directions_of_largest_variance_are_kept():
 
 
 def test_bad_corpora_are_refused_with_the_cure():
-    with pytest.raises(InputError, match="5 texts cannot fix 12 directions"):
+    with pytest.raises(InputError, match="5 texts cannot determine 12 directions"):
         fit_whitening(skewed(5), 12)
-    with pytest.raises(InputError, match="components, so give 1 to 12"):
+    with pytest.raises(InputError, match="components, so it must be 1 to 12"):
         fit_whitening(skewed(), 13)
     flat = np.repeat(skewed(200, 3), 4, axis=1)
-    with pytest.raises(InputError, match="spread over 3 directions only"):
+    with pytest.raises(InputError, match="span only 3 directions"):
         fit_whitening(flat, 12)
 
 
 def test_an_encoder_is_whitened_by_one_dense_layer(reference):
-    whitened, fitted = whiten(reference, TEXTS, 16)
-    assert (fitted.texts, fitted.dim) == (len(TEXTS), 16)
+    whitened, record = whiten(reference, TEXTS, 16)
+    assert (record.texts, record.dim) == (len(TEXTS), 16)
     (dense,) = whitened.spec.dense
     assert (dense.in_features, dense.out_features, whitened.spec.dim, whitened.spec.normalize) == (32, 16, 16, True)
     white = whitened.encode_uncut(TEXTS)
@@ -67,9 +67,9 @@ def test_an_encoder_is_whitened_by_one_dense_layer(reference):
     np.testing.assert_allclose(whitened.encode(TEXTS), unit, atol=1e-5)
 
 
-def test_additions_come_in_order_whitening_cut_type(reference):
-    additions = HeadOptions(whiten=tuple(TEXTS), whiten_dim=16, dim=8, vector_type=VectorType.INT8)
-    made, _ = add(reference, additions)
+def test_the_order_is_whitening_cut_type(reference):
+    options = HeadOptions(whiten=tuple(TEXTS), whiten_dim=16, dim=8, vector_type=VectorType.INT8)
+    made, _ = extend_head(reference, options)
     assert (made.spec.dense[0].out_features, made.spec.dim, made.spec.vector_type) == (16, 8, VectorType.INT8)
     whitened, _ = whiten(reference, TEXTS, 16)
     cut = whitened.encode(TEXTS)[:, :8]
@@ -78,18 +78,18 @@ def test_additions_come_in_order_whitening_cut_type(reference):
     scale = made.spec.int8_scale or 0
     steps = found / scale
     np.testing.assert_allclose(steps, steps.round(), atol=1e-3)
-    # Calibrated on other text, so that a few components here are clipped.
+    # The scale was measured on other text, so a few components here are clipped.
     np.testing.assert_allclose(found, cut.clip(-127 * scale, 127 * scale), atol=0.51 * scale)
 
 
-def test_what_contradicts_the_encoder_is_refused(reference):
-    with pytest.raises(InputError, match="give --whiten CORPUS"):
+def test_options_that_do_not_fit_the_encoder_are_refused(reference):
+    with pytest.raises(InputError, match="pass --whiten CORPUS"):
         HeadOptions(whiten_dim=4)
     with pytest.raises(InputError, match="--dim is 33: the vectors have 32"):
-        add(reference, HeadOptions(dim=33))
-    cut, _ = add(reference, HeadOptions(dim=16))
+        extend_head(reference, HeadOptions(dim=33))
+    cut, _ = extend_head(reference, HeadOptions(dim=16))
     with pytest.raises(InputError, match="cut or rounded vectors"):
         whiten(cut, TEXTS)
-    bits, _ = add(reference, HeadOptions(vector_type=VectorType.BINARY))
+    bits, _ = extend_head(reference, HeadOptions(vector_type=VectorType.BINARY))
     with pytest.raises(InputError, match="cannot become int8"):
-        add(bits, HeadOptions(vector_type=VectorType.INT8))
+        extend_head(bits, HeadOptions(vector_type=VectorType.INT8))

@@ -1,4 +1,4 @@
-"""Each head in both graphs, among neighbours of all lengths, against its definition written out text by text."""
+"""Every head in both layouts, with texts of several lengths in one batch, against its definition for a single text."""
 
 import dataclasses
 import itertools
@@ -15,9 +15,12 @@ import torch
 
 from encoders.pooling import make_dense
 from encoders.reference import Reference
-from encoders.source import Head, resolve
-from export.graph.trace import PackedEncoder, PaddedEncoder, export_graph
-from export.proof.parity import FLOORS, Floors
+from encoders.source import HeadSpec, resolve
+from export.graph import trace
+from export.graph.heads import Head, Segments
+from export.graph.layouts import packed_states, padded_states
+from export.graph.trace import PackedEncoder, PaddedEncoder
+from export.proof.floors import FLOORS, Floors
 from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, Precision, VectorType
 from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.vectors import components, cosines, dtype_of, round_vectors
@@ -36,31 +39,34 @@ TEMPLATE = 'the: "{text}" is [MASK] .'
 PAD_TO = 24
 
 HEADS = {
-    "mean": Head(pooling=Pooling.MEAN),
-    "cls": Head(pooling=Pooling.CLS),
-    "mean_padded": Head(pooling=Pooling.MEAN_PADDED),
-    "max": Head(pooling=Pooling.MAX),
-    "weighted_mean": Head(pooling=Pooling.WEIGHTED_MEAN),
-    "last": Head(pooling=Pooling.LAST),
-    "mask": Head(pooling=Pooling.MASK, template=TEMPLATE),
-    "mask ahead": Head(pooling=Pooling.MASK, template='[MASK] is "{text}" .'),
-    "ditto": Head(ditto=Ditto(layer=1, head=1), layers=(0, -1)),
-    "first and last": Head(pooling=Pooling.MEAN, layers=(1, -1)),
-    "first and last [CLS]": Head(pooling=Pooling.CLS, layers=(0, 2)),
-    "an inner layer": Head(pooling=Pooling.LAST, layers=(1,)),
-    "largest of an average": Head(pooling=Pooling.MAX, layers=(-2, -1)),
+    "mean": HeadSpec(pooling=Pooling.MEAN),
+    "cls": HeadSpec(pooling=Pooling.CLS),
+    "mean_padded": HeadSpec(pooling=Pooling.MEAN_PADDED),
+    "max": HeadSpec(pooling=Pooling.MAX),
+    "weighted_mean": HeadSpec(pooling=Pooling.WEIGHTED_MEAN),
+    "last": HeadSpec(pooling=Pooling.LAST),
+    "mask": HeadSpec(pooling=Pooling.MASK, template=TEMPLATE),
+    "mask ahead": HeadSpec(pooling=Pooling.MASK, template='[MASK] is "{text}" .'),
+    "ditto": HeadSpec(ditto=Ditto(layer=1, head=1), layers=(0, -1)),
+    "first and last": HeadSpec(pooling=Pooling.MEAN, layers=(1, -1)),
+    "first and last [CLS]": HeadSpec(pooling=Pooling.CLS, layers=(0, 2)),
+    "an inner layer": HeadSpec(pooling=Pooling.LAST, layers=(1,)),
+    "largest of an average": HeadSpec(pooling=Pooling.MAX, layers=(-2, -1)),
 }
+ONNX_HEADS = ("mean", "max", "weighted_mean", "last", "mask ahead", "ditto", "first and last [CLS]")
+"""Heads with different operators; `mean_padded` is missing, because its graph pads the rows: see the command's tests."""
+
 ONE_TOKEN = ("cls", "last", "mask", "mask ahead", "first and last [CLS]")
 
 
 @pytest.fixture(scope="module")
 def encoders(tiny_bert: Path) -> Callable[[str], Reference]:
-    """Give the tiny encoder with a head of `HEADS`, not normalised."""
+    """Return a function that loads the tiny encoder with a head of `HEADS`, not normalised."""
     return lambda name: Reference.load(resolve(str(tiny_bert), max_tokens=PAD_TO, head=HEADS[name]))
 
 
 def defined(reference: Reference, text: str) -> Array:
-    """Give a text's pooled vector as the papers and libraries word it, from the text alone."""
+    """Compute a text's pooled vector as papers and libraries define it, from that text only."""
     spec: Any = reference.spec
     tokenizer: Any = reference.tokenizer
     model: Any = reference.model
@@ -99,14 +105,14 @@ def defined(reference: Reference, text: str) -> Array:
 
 
 def packed_feed(reference: Reference, texts: Sequence[str]) -> tuple[dict[str, Array], Array]:
-    """Pack texts as the runtime does, into rows where they meet others: inputs, and each text's place in the output."""
+    """Pack texts as the runtime does, several in a row; return the inputs, and each text's slot in the output."""
     pieces = reference.tokenize(texts)
-    own = np.array([len(piece) for piece in pieces])
+    unpadded = np.array([len(piece) for piece in pieces])
     pad_to = reference.spec.pad_to
     if pad_to is not None:
         pieces = [piece + [reference.tokenizer.pad_token_id] * (pad_to - len(piece)) for piece in pieces]
     ids, lengths = np.array([*itertools.chain(*pieces)]), np.array([len(piece) for piece in pieces])
-    batches = pack(ids, lengths, ShapeSet(lengths=(64,)), own=None if pad_to is None else own)
+    batches = pack(ids, lengths, ShapeSet(lengths=(64,)), unpadded_lengths=None if pad_to is None else unpadded)
     names = ("input_ids", "position_ids", "segment_ids")
     rows = {name: np.concatenate([getattr(batch.rows, name) for batch in batches]) for name in names}
     slots = np.zeros(len(texts), np.int64)
@@ -142,19 +148,90 @@ def torch_vectors(reference: Reference, layout: Layout, texts: Sequence[str], **
     return out.reshape(-1, out.shape[-1])[slots]
 
 
-def graph_vectors(reference: Reference, layout: Layout, texts: Sequence[str], folder: Path, **options: bool) -> Array:
-    path = folder / f"{layout.value}.onnx"
-    export_graph(reference, layout, path, **options)
-    session = onnxruntime.InferenceSession(str(path))
-    if layout is Layout.PADDED:
-        return session.run(["sentence_embedding"], padded_feed(reference, texts))[0]
-    feed, slots = packed_feed(reference, texts)
-    (out,) = session.run(["embedding"], feed)
-    return out.reshape(-1, out.shape[-1])[slots]
-
-
 def changed(reference: Reference, layers: tuple[Any, ...] = (), **changes: Any) -> Reference:
     return dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, **changes), dense=layers)
+
+
+DENSE = (
+    Dense(in_features=32, out_features=24, bias=True, activation=Activation.TANH),
+    Dense(in_features=24, out_features=16, bias=False, activation=Activation.GELU),
+)
+
+
+def dense_layers() -> tuple[torch.nn.Sequential, ...]:
+    draw = np.random.default_rng(0)
+    weights = [draw.normal(size=(d.out_features, d.in_features)) for d in DENSE]
+    return tuple(
+        make_dense(d, torch.tensor(w), torch.tensor(draw.normal(size=d.out_features)) if d.bias else None)
+        for d, w in zip(DENSE, weights, strict=True)
+    )
+
+
+def with_dense(reference: Reference) -> Reference:
+    return changed(reference, dense_layers(), dense=DENSE, dim=8, normalize=True)
+
+
+VECTOR_TYPES: dict[str, dict[str, Any]] = {
+    "float16": {"vector_type": VectorType.FLOAT16},
+    "int8": {"vector_type": VectorType.INT8, "int8_scale": 0.004},
+    "binary": {"vector_type": VectorType.BINARY},
+    "binary of 8": {"vector_type": VectorType.BINARY, "dim": 8},
+}
+
+
+class AllHeads(torch.nn.Module):
+    """Several heads on one encoder, so that one trace translates them all."""
+
+    def __init__(self, references: Sequence[Reference], layout: Layout) -> None:
+        super().__init__()
+        self.encoder = references[0].model
+        self.heads = torch.nn.ModuleList(map(Head, references))
+        self.layout = layout.value
+
+    def forward(self, ids: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.layout == Layout.PACKED.value:
+            segments = Segments.from_packed(second, third)
+            states, probabilities = packed_states(self.encoder, ids, second, third, attentions_of=1)
+        else:
+            segments = Segments.from_padded(second)
+            states, probabilities = padded_states(self.encoder, ids, second, third, attentions_of=1)
+        return tuple(head(states, segments, pruned=False, probabilities=probabilities) for head in self.heads)
+
+
+@pytest.fixture(scope="module", params=list(Layout))
+def graph_vectors(request, encoders, tmp_path_factory) -> Callable[[Reference], Array]:
+    """Return a function that runs one head of the ONNX graph with all heads on `TEXTS`."""
+    layout: Layout = request.param
+    references = [changed(encoders(name), normalize=True) for name in ONNX_HEADS]
+    references.append(with_dense(encoders("mean")))
+    references += [changed(encoders("mean"), normalize=True, **changes) for changes in VECTOR_TYPES.values()]
+    contract = trace.signature(layout, references[0].spec, 32)
+    contract = dataclasses.replace(contract, outputs=contract.outputs[-1:] * len(references))
+    path = tmp_path_factory.mktemp("heads") / f"{layout.value}.onnx"
+    onnx.save(trace._trace(AllHeads(references, layout).eval(), contract), path)
+    session = onnxruntime.InferenceSession(str(path))
+    names = {(ref.spec, bool(ref.dense)): f"mirror_output_{i}" for i, ref in enumerate(references)}
+
+    def run(reference: Reference) -> Array:
+        output = names[reference.spec, bool(reference.dense)]
+        if layout is Layout.PADDED:
+            return session.run([output], padded_feed(reference, TEXTS))[0][:, 0]
+        feed, slots = packed_feed(reference, TEXTS)
+        (out,) = session.run([output], feed)
+        return out.reshape(-1, out.shape[-1])[slots]
+
+    return run
+
+
+def export_vectors(reference: Reference, layout: Layout, folder: Path, **options: bool) -> Array:
+    """Export one graph and run it on `TEXTS`."""
+    path = trace.export_graph(reference, layout, folder / f"{layout.value}.onnx", **options).path
+    session = onnxruntime.InferenceSession(str(path))
+    if layout is Layout.PADDED:
+        return session.run(["sentence_embedding"], padded_feed(reference, TEXTS))[0]
+    feed, slots = packed_feed(reference, TEXTS)
+    (out,) = session.run(["embedding"], feed)
+    return out.reshape(-1, out.shape[-1])[slots]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -173,23 +250,30 @@ def test_no_two_heads_are_the_same_by_accident(encoders):
         assert np.abs(first - second).max() > 0.01, f"{a} and {b}"
 
 
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("layout", list(Layout))
-def test_the_onnx_files_give_the_reference_vectors(encoders, tmp_path, layout, name):
+@pytest.mark.trace
+@pytest.mark.parametrize("name", ONNX_HEADS)
+def test_onnx_computes_what_the_reference_does(encoders, graph_vectors, name):
     reference = changed(encoders(name), normalize=True)
-    found = graph_vectors(reference, layout, TEXTS, tmp_path)
+    np.testing.assert_allclose(graph_vectors(reference), reference.encode(TEXTS), atol=2e-5)
+
+
+@pytest.mark.trace
+@pytest.mark.parametrize(("layout", "name"), [(Layout.PACKED, "first and last [CLS]"), (Layout.PADDED, "mask")])
+def test_a_graph_that_computes_one_token_in_its_last_layer_is_exact(encoders, tmp_path, layout, name):
+    reference = encoders(name)
+    found = export_vectors(reference, layout, tmp_path, token_vectors=False)
     np.testing.assert_allclose(found, reference.encode(TEXTS), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ONE_TOKEN)
-def test_a_padded_graph_without_token_vectors_gives_the_same(encoders, tmp_path, name):
+def test_a_padded_encoder_without_token_vectors_is_exact(encoders, name):
     reference = encoders(name)
-    found = graph_vectors(reference, Layout.PADDED, TEXTS, tmp_path, token_vectors=False)
+    found = torch_vectors(reference, Layout.PADDED, TEXTS, token_vectors=False)
     np.testing.assert_allclose(found, reference.encode(TEXTS), atol=2e-5)
 
 
 def products(path: Path, feed: dict[str, Array]) -> int:
-    """Count the multiplications of a graph's matrix products, from the shapes that they meet when it runs."""
+    """Count the multiplications in a graph's matrix products, from the shapes at run time."""
     proto = onnx.load(path)
     nodes = [node for node in proto.graph.node if node.op_type in ("MatMul", "Gemm")]
     constants = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
@@ -200,37 +284,23 @@ def products(path: Path, feed: dict[str, Array]) -> int:
     return sum(math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1] for node in nodes)
 
 
-def test_with_one_token_a_text_the_last_layer_is_computed_for_no_other(encoders, tmp_path):
+@pytest.mark.trace
+def test_with_one_token_per_text_the_last_layer_computes_no_others(tiny_bert, tmp_path):
     counts = {}
     texts = ["cat " * 7] * 7  # a row of 64 tokens
-    for name in ("cls", "mean"):
-        path = tmp_path / f"{name}.onnx"
-        export_graph(encoders(name), Layout.PACKED, path)
-        counts[name] = products(path, packed_feed(encoders(name), texts)[0])
-    # Of 64 positions 16 are left in the last of 2 layers: its query, output, feed-forward and attention products.
+    for pooling in (Pooling.CLS, Pooling.MEAN):
+        reference = Reference.load(resolve(str(tiny_bert), pooling=pooling))
+        graph = trace.export_graph(reference, Layout.PACKED, tmp_path / f"{pooling.value}.onnx")
+        counts[pooling] = products(graph.path, packed_feed(reference, texts)[0])
+    # In the last of 2 layers 16 of 64 positions remain, in query, output, feed-forward and attention products.
     width, inner, length, kept = 32, 64, 64, 16
     layer = length * (2 * width * width + 2 * width * inner) + 2 * length * length * width
     pooled = 16 * length * width
-    assert counts["mean"] - counts["cls"] == pooled + layer * (length - kept) // length
-
-
-DENSE = (
-    Dense(in_features=32, out_features=24, bias=True, activation=Activation.TANH),
-    Dense(in_features=24, out_features=16, bias=False, activation=Activation.GELU),
-)
-
-
-def dense_layers() -> tuple[torch.nn.Sequential, ...]:
-    draw = np.random.default_rng(0)
-    weights = [draw.normal(size=(d.out_features, d.in_features)) for d in DENSE]
-    return tuple(
-        make_dense(d, torch.tensor(w), torch.tensor(draw.normal(size=d.out_features)) if d.bias else None)
-        for d, w in zip(DENSE, weights, strict=True)
-    )
+    assert counts[Pooling.MEAN] - counts[Pooling.CLS] == pooled + layer * (length - kept) // length
 
 
 def projected(reference: Reference, pooled: Array) -> Array:
-    """Dense layers, cut and norm, written out."""
+    """Apply dense layers, cut and norm in plain numpy."""
     layers: list[Any] = [layer[0] for layer in reference.dense]
     first, second = layers
     hidden = np.tanh(first.weight.numpy() @ pooled + first.bias.numpy())
@@ -241,70 +311,54 @@ def projected(reference: Reference, pooled: Array) -> Array:
 
 
 @pytest.mark.parametrize("name", ["mean", "cls"])
-def test_dense_layers_then_the_cut_then_the_norm(encoders, tmp_path, name):
-    reference = changed(encoders(name), dense_layers(), dense=DENSE, dim=8, normalize=True)
+def test_dense_layers_then_the_cut_then_the_norm(encoders, name):
+    reference = with_dense(encoders(name))
     expected = np.array([projected(reference, defined(reference, text)) for text in TEXTS])
     np.testing.assert_allclose(reference.encode(TEXTS), expected, atol=2e-5)
     for layout in Layout:
         np.testing.assert_allclose(torch_vectors(reference, layout, TEXTS), expected, atol=2e-5)
-        np.testing.assert_allclose(graph_vectors(reference, layout, TEXTS, tmp_path), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        (VectorType.FLOAT16, {}),
-        (VectorType.INT8, {"int8_scale": 0.004}),
-        (VectorType.BINARY, {}),
-        (VectorType.BINARY, {"dim": 8}),
-    ],
-)
-@pytest.mark.parametrize("layout", list(Layout))
-def test_vector_types_are_those_of_the_runtime(encoders, tmp_path, layout, kind, changes):
-    plain = changed(encoders("mean"), normalize=True, **({"dim": changes["dim"]} if "dim" in changes else {}))
-    reference = changed(plain, vector_type=kind, **changes)
-    found = graph_vectors(reference, layout, TEXTS, tmp_path)
+@pytest.mark.trace
+def test_onnx_computes_dense_layers(encoders, graph_vectors):
+    reference = with_dense(encoders("mean"))
+    np.testing.assert_allclose(graph_vectors(reference), reference.encode(TEXTS), atol=2e-5)
+
+
+@pytest.mark.trace
+@pytest.mark.parametrize("name", VECTOR_TYPES)
+def test_vector_types_are_those_of_the_runtime(encoders, graph_vectors, name):
+    plain = changed(encoders("mean"), normalize=True, dim=VECTOR_TYPES[name].get("dim", 32))
+    reference = changed(plain, **VECTOR_TYPES[name])
+    found = graph_vectors(reference)
     assert found.dtype == dtype_of(reference.spec)
     expected = components(round_vectors(plain.encode(TEXTS), reference.spec), reference.spec)
     values = components(found, reference.spec)
-    # Where a component lies at a boundary, rounding may go either way.
+    # A component at a boundary may be rounded either way.
     assert (values == expected).mean() > 0.95
-    assert np.abs(values - expected).max() <= 1.001 * {VectorType.BINARY: 2, VectorType.INT8: 0.004}.get(kind, 5e-4)
-    np.testing.assert_array_equal(torch_vectors(reference, layout, TEXTS).dtype, found.dtype)
+    step = {VectorType.BINARY: 2, VectorType.INT8: 0.004}.get(reference.spec.vector_type, 5e-4)
+    assert np.abs(values - expected).max() <= 1.001 * step
+    for layout in Layout:
+        assert torch_vectors(reference, layout, TEXTS).dtype == found.dtype
     assert (reference.encode(TEXTS) == values).mean() > 0.95
 
 
+SPEC = EncoderSpec(
+    base_model="x", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=8, dim=8
+)
+
+
 def test_int8_is_clipped_and_bits_lie_highest_first() -> None:
-    spec = EncoderSpec(
-        base_model="x",
-        revision=None,
-        family="bert",
-        pooling=Pooling.MEAN,
-        normalize=False,
-        max_tokens=8,
-        dim=8,
-        vector_type=VectorType.INT8,
-        int8_scale=0.01,
-    )
+    spec = dataclasses.replace(SPEC, vector_type=VectorType.INT8, int8_scale=0.01)
     values = np.array([[9.0, -9.0, 0.0, 0.012, -0.018, 0.005, 1.27, -1.27]], np.float32)
     assert round_vectors(values, spec).tolist() == [[127, -127, 0, 1, -2, 0, 127, -127]]
-    bits = dataclasses.replace(spec, vector_type=VectorType.BINARY, int8_scale=None)
+    bits = dataclasses.replace(SPEC, vector_type=VectorType.BINARY)
     assert round_vectors(values, bits).tolist() == [[0b10010110]]
     assert components(round_vectors(values, bits), bits).tolist() == [[1, -1, -1, 1, -1, 1, 1, -1]]
 
 
-def test_the_floor_of_int8_allows_for_rounding_and_not_for_more():
-    spec = EncoderSpec(
-        base_model="x",
-        revision=None,
-        family="bert",
-        pooling=Pooling.MEAN,
-        normalize=True,
-        max_tokens=8,
-        dim=384,
-        vector_type=VectorType.INT8,
-        int8_scale=0.0016,
-    )
+def test_the_floor_of_int8_vectors_allows_for_rounding_only():
+    spec = dataclasses.replace(SPEC, dim=384, vector_type=VectorType.INT8, int8_scale=0.0016)
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(500, 384))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Further columns: staggered roundings are finer, and a layer is widened where only an activation stands behind it."""
+"""Channel splitting: staggered roundings are finer, and channels are split only behind a plain activation."""
 
 import numpy as np
 import onnx
@@ -6,11 +6,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.graph.rewrite import Rewrite
-from export.precision.channel_splitting import SPARE, Columns, first_half, widen
+from export.precision.channel_splitting import CHANNELS_PER_EXTRA_COLUMN, Columns, producing_layer, split_channels
 
 
 def graph(tmp_path, *, reader="MatMul", between=(), second_reader=None) -> Rewrite:
-    """x [2, 4] -> product, bias, tanh, what is between -> `v`, and what reads it."""
+    """Build x [2, 4] -> product, bias, tanh, the nodes `between` -> `v`, and its reader."""
     draw = np.random.default_rng(0)
     constants = {
         "w": draw.normal(size=(4, 6)),
@@ -41,8 +41,8 @@ def graph(tmp_path, *, reader="MatMul", between=(), second_reader=None) -> Rewri
     return Rewrite(tmp_path / "g.onnx")
 
 
-def test_the_first_half_of_a_feed_forward_is_found(tmp_path):
-    half = first_half(graph(tmp_path), "v")
+def test_the_producing_layer_is_found(tmp_path):
+    half = producing_layer(graph(tmp_path), "v")
     assert half is not None
     assert (half.product.output[0], half.addition.output[0]) == ("p", "q")
 
@@ -60,33 +60,33 @@ def test_the_first_half_of_a_feed_forward_is_found(tmp_path):
     ],
     ids=str,
 )
-def test_what_others_read_or_move_is_not_widened(tmp_path, changes):
-    assert first_half(graph(tmp_path, **changes), "v") is None
+def test_values_with_other_readers_or_operators_are_not_split(tmp_path, changes):
+    assert producing_layer(graph(tmp_path, **changes), "v") is None
 
 
-def test_a_value_of_its_own_is_not_widened(tmp_path):
-    assert first_half(graph(tmp_path), "x") is None
+def test_an_input_is_not_split(tmp_path):
+    assert producing_layer(graph(tmp_path), "x") is None
 
 
-def test_a_widened_graph_computes_the_same(tmp_path):
+def test_a_split_graph_computes_the_same(tmp_path):
     plain, wide = graph(tmp_path), graph(tmp_path)
-    half = first_half(wide, "v")
+    half = producing_layer(wide, "v")
     assert half is not None
     readers = [node for node in wide.nodes if node.op_type == "MatMul" and node.input[0] == "v"]
-    widen(wide, half, Columns(np.array([1, 3, 1, 1, 2, 1])), readers)
+    split_channels(wide, half, Columns(np.array([1, 3, 1, 1, 2, 1])), readers)
     assert wide.array("w").shape == (4, 9)
     feed = {"x": np.random.default_rng(1).normal(size=(2, 4)).astype(np.float32)}
     found, wanted = (made.session().run(None, feed)[0] for made in (wide, plain))
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_spare_columns_go_to_the_highest_peaks():
-    peak = np.ones(3 * SPARE, np.float32)
+def test_extra_columns_go_to_the_highest_peaks():
+    peak = np.ones(3 * CHANNELS_PER_EXTRA_COLUMN, np.float32)
     peak[[7, 9]] = 10, 4
-    columns = Columns.spread(peak)
+    columns = Columns.split(peak)
     assert columns.copies[7] == 3  # 10, then 5, then 3.3, when 4 is higher
     assert columns.copies[9] == 2
-    assert columns.copies.sum() == 3 * SPARE + 3
+    assert columns.copies.sum() == 3 * CHANNELS_PER_EXTRA_COLUMN + 3
     assert columns.channels[-3:].tolist() == [7, 7, 9]
 
 

@@ -1,4 +1,4 @@
-"""fp16 and bf16 inside the graph: types that agree, a head in fp32, vectors that stay."""
+"""fp16 and bf16 inside the graph: consistent types, a head in fp32, close vectors."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def graph_of(bundle: Path, layout: Layout) -> Graph:
 
 
 def rows(vocabulary: int = 60) -> dict[str, np.ndarray]:
-    """Two rows of 16: three texts and a rest of 4, and one text that fills its row."""
+    """Return two rows of 16: one with three texts and 4 empty positions, one filled by a single text."""
     draw = np.random.default_rng(0)
     segments = np.array([[1] * 5 + [2] * 4 + [3] * 3 + [0] * 4, [1] * 16])
     positions = np.array([[*range(5), *range(4), *range(3), *range(4)], [*range(16)]])
@@ -91,11 +91,10 @@ def test_a_weight_beyond_fp16_is_refused_and_bf16_named(tiny_bundle, tmp_path):
     write_half(wide, tmp_path / "half.onnx", Precision.BF16)
 
 
+@pytest.mark.trace
 def test_a_family_with_other_operators_is_halved_too(tiny_encoder, tmp_path):
     reference = Reference.load(resolve(str(tiny_encoder("mpnet")), pooling=Pooling.MEAN))
-    path = tmp_path / "packed.onnx"
-    contract = export_graph(reference, Layout.PACKED, path)
-    source = Graph(layout=Layout.PACKED, path=path, inputs=contract.inputs, outputs=contract.outputs)
+    source = export_graph(reference, Layout.PACKED, tmp_path / "packed.onnx")
     made = write_half(source, tmp_path / "half.onnx", Precision.FP16)
     assert not [breach for breach in breaches(GraphView.load(made.path)) if breach.rule != "masks"]
     found, wanted = (texts_of(run(graph.path, rows(20))) for graph in (made, source))

@@ -1,4 +1,4 @@
-"""int8 and fp8 inside the graph: symmetric, constant scales, close vectors, and neighbours that do not matter."""
+"""int8 and fp8 inside the graph: symmetric constant scales, close vectors, and batch invariance."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +12,17 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from export.bundle.build import Request, build
 from export.graph.rewrite import Rewrite
-from export.graph.trace import Graph, export_graph
+from export.graph.trace import export_graph
 from export.precision import quantize
 from export.precision.calibration import ActivationStats, Calibration, Origin, calibration_texts, linear_inputs
-from export.precision.channel_splitting import SPARE, Columns
+from export.precision.channel_splitting import CHANNELS_PER_EXTRA_COLUMN, Columns
 from export.precision.half_precision import write_half
 from export.precision.quantize import (
     FORMATS,
-    GAIN,
+    SPLITTING_GAIN,
     QuantizedInput,
-    best_site,
-    plan_sites,
+    best_quantization,
+    plan_quantization,
     write_quantized,
     write_quantized_for_gpu,
 )
@@ -49,7 +49,7 @@ def calibration(tiny_bundle):
 @pytest.fixture(scope="module")
 def plans(tiny_bundle, calibration):
     packed = graph_of(tiny_bundle, Layout.PACKED).path
-    return {precision: plan_sites(packed, calibration, precision) for precision in FORMATS}
+    return {precision: plan_quantization(packed, calibration, precision) for precision in FORMATS}
 
 
 def quantizers(path: Path) -> list[tuple[onnx.NodeProto, np.ndarray, np.ndarray]]:
@@ -108,7 +108,7 @@ def test_the_files_for_gpus_keep_every_rule_of_tensorrt(tiny_bundle, plans, tmp_
     assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.97
 
 
-def test_the_file_for_cpus_is_small_and_tensorrt_names_what_it_cannot_take(tiny_bundle, plans, tmp_path):
+def test_the_file_for_cpus_has_small_tables_which_tensorrt_does_not_accept(tiny_bundle, plans, tmp_path):
     source = graph_of(tiny_bundle, Layout.PACKED)
     made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
     tables = [t for t in onnx.load(made.path).graph.initializer if "embeddings" in t.name and len(t.dims) == 2]
@@ -116,7 +116,7 @@ def test_the_file_for_cpus_is_small_and_tensorrt_names_what_it_cannot_take(tiny_
     assert any("Gather" in breach.node or "Gather" in breach.problem for breach in breaches(GraphView.load(made.path)))
 
 
-def test_a_text_does_not_depend_on_its_neighbours(tiny_bundle, plans, tmp_path):
+def test_a_text_does_not_depend_on_its_batch(tiny_bundle, plans, tmp_path):
     made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plans[Precision.INT8])
     one = rows()
     other = {**one, "input_ids": one["input_ids"].copy()}
@@ -126,8 +126,8 @@ def test_a_text_does_not_depend_on_its_neighbours(tiny_bundle, plans, tmp_path):
     assert cosines(found, again).min() > 0.99999
 
 
-def wide_flow() -> tuple[ActivationStats, np.ndarray]:
-    """192 channels of which one is far wider than the rest, and a layer's weights."""
+def stats_with_a_wide_channel() -> tuple[ActivationStats, np.ndarray]:
+    """Return statistics of 192 channels, one far wider than the others, and a layer's weights."""
     draw = np.random.default_rng(0)
     values = draw.normal(size=(256, 192)).astype(np.float32)
     values[:, 5] *= 30
@@ -137,32 +137,32 @@ def wide_flow() -> tuple[ActivationStats, np.ndarray]:
 
 
 def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
-    flow, weights = wide_flow()
+    stats, weights = stats_with_a_wide_channel()
     form = FORMATS[Precision.INT8]
-    plain, wide = (best_site(flow, weights, form, widens=widens) for widens in (False, True))
-    assert not plain.columns.widened
-    assert wide.columns.copies[5] == 1 + 192 // SPARE
-    assert wide.columns.copies.sum() == 192 + 192 // SPARE
-    assert wide.error <= GAIN * plain.error
-    calm = replace(flow, peak=np.ones_like(flow.peak), rows=np.clip(flow.rows, -1, 1))
-    assert not best_site(calm, weights, form, widens=True).columns.widened
+    plain, wide = (best_quantization(stats, weights, form, splittable=splittable) for splittable in (False, True))
+    assert not plain.columns.has_splits
+    assert wide.columns.copies[5] == 1 + 192 // CHANNELS_PER_EXTRA_COLUMN
+    assert wide.columns.copies.sum() == 192 + 192 // CHANNELS_PER_EXTRA_COLUMN
+    assert wide.error <= SPLITTING_GAIN * plain.error
+    calm = replace(stats, peak=np.ones_like(stats.peak), rows=np.clip(stats.rows, -1, 1))
+    assert not best_quantization(calm, weights, form, splittable=True).columns.has_splits
 
 
-def test_a_channel_that_calibration_never_saw_firing_is_still_in_reach():
+def test_the_scale_covers_a_channel_that_did_not_fire_in_calibration():
     draw = np.random.default_rng(0)
     values = draw.normal(size=(256, 64)).astype(np.float32)
     values[:, 9] *= 0.01
     weights = draw.normal(size=(64, 32)).astype(np.float32)
-    flow = ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
-    site = best_site(flow, weights, FORMATS[Precision.INT8])
-    assert 127 * site.scale * site.smoothing[9] >= 2
+    stats = ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
+    chosen = best_quantization(stats, weights, FORMATS[Precision.INT8])
+    assert 127 * chosen.scale * chosen.smoothing[9] >= 2
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
-def test_more_columns_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine):
+def test_split_channels_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine):
     source, plan = graph_of(tiny_bundle, Layout.PACKED), plans[Precision.INT8]
-    sites = tuple(widened(site) if at % 4 == 3 else site for at, site in enumerate(plan.sites))
-    made = write_quantized(source, tmp_path / "q.onnx", replace(plan, sites=sites))
+    inputs = tuple(with_splits(quantized) if i % 4 == 3 else quantized for i, quantized in enumerate(plan.inputs))
+    made = write_quantized(source, tmp_path / "q.onnx", replace(plan, inputs=inputs))
     inner = {tuple(tensor.dims) for tensor in onnx.load(made.path).graph.initializer if tensor.name.endswith("_weight")}
     assert {dims for dims in inner if 64 + 3 in dims}
     loaded = engine(made.path, Precision.INT8, 1)
@@ -171,10 +171,10 @@ def test_more_columns_give_the_same_vectors(tiny_bundle, plans, tmp_path, engine
     assert cosines(texts_of(found), texts_of(run(source.path, rows()))).min() > 0.98
 
 
-def widened(site: QuantizedInput) -> QuantizedInput:
-    copies = np.ones_like(site.columns.copies)
+def with_splits(quantized: QuantizedInput) -> QuantizedInput:
+    copies = np.ones_like(quantized.columns.copies)
     copies[[0, 3]] = 3, 2
-    return replace(site, columns=Columns(copies), smoothing=site.smoothing * copies.astype(np.float32))
+    return replace(quantized, columns=Columns(copies), smoothing=quantized.smoothing * copies.astype(np.float32))
 
 
 def test_bias_stands_before_the_split_of_query_key_and_value(tiny_bundle, plans, tmp_path):
@@ -191,29 +191,23 @@ def test_bias_stands_before_the_split_of_query_key_and_value(tiny_bundle, plans,
 def test_layers_are_left_in_float_until_the_worst_text_is_close(tiny_bundle, calibration, plans, monkeypatch):
     packed = graph_of(tiny_bundle, Layout.PACKED).path
     before = plans[Precision.INT8]
-    assert all(site.quantized for site in before.sites)
+    assert all(quantized.quantized for quantized in before.inputs)
     target = 1 - (1 - before.worst_cosine) / 2
-    monkeypatch.setattr(quantize, "ROOM", target - 0.98)
-    plan = plan_sites(packed, calibration, Precision.INT8)
-    left_out = sum(not site.quantized for site in plan.sites)
-    assert 0 < left_out < len(plan.sites)
+    monkeypatch.setattr(quantize, "FLOOR_MARGIN", target - 0.98)
+    plan = plan_quantization(packed, calibration, Precision.INT8)
+    left_out = sum(not quantized.quantized for quantized in plan.inputs)
+    assert 0 < left_out < len(plan.inputs)
     assert plan.worst_cosine >= target
 
 
-def test_attention_is_told_from_other_values(tiny_bundle):
-    graph = Rewrite(graph_of(tiny_bundle, Layout.PACKED).path)
-    names = linear_inputs(graph)
-    assert len(names) == 8  # two layers: what attention reads, what it gives, what the feed-forward reads and gives
-
-
-def test_the_calibration_sees_attention_and_the_own_tokens_alone(calibration):
-    assert [flow.origin for flow in calibration.flows] == [
-        Origin.NORM,
-        Origin.ATTENTION,
-        Origin.NORM,
-        Origin.ACTIVATION,
-    ] * 2
-    assert all(np.isfinite(flow.peak).all() and flow.rows.shape[1] == flow.peak.size for flow in calibration.flows)
+def test_the_inputs_of_linear_layers_are_found_with_their_origin(tiny_bundle, calibration):
+    names = linear_inputs(Rewrite(graph_of(tiny_bundle, Layout.PACKED).path))
+    assert len(names) == 8  # in each of two layers: of query-key-value, the output projection and both feed-forwards
+    origins = [stats.origin for stats in calibration.activations]
+    assert origins == [Origin.NORM, Origin.ATTENTION, Origin.NORM, Origin.ACTIVATION] * 2
+    for stats in calibration.activations:
+        assert np.isfinite(stats.peak).all()
+        assert stats.rows.shape[1] == stats.peak.size
 
 
 def test_calibration_texts_prove_nothing():
@@ -224,11 +218,11 @@ def test_calibration_texts_prove_nothing():
 
 def test_calibration_texts_without_a_token_are_an_error(tiny_bundle):
     spec = read_manifest(tiny_bundle).encoder
-    with pytest.raises(InputError, match="give --calibration"):
+    with pytest.raises(InputError, match="pass --calibration"):
         Calibration.run(graph_of(tiny_bundle, Layout.PACKED).path, tiny_bundle, spec, [])
 
 
-def test_a_file_runs_in_its_own_precision_alone(tiny_bundle, plans, tmp_path):
+def test_a_file_runs_only_in_its_own_precision(tiny_bundle, plans, tmp_path):
     source = graph_of(tiny_bundle, Layout.PACKED)
     made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
     with pytest.raises(EngineError, match="is a graph in int8, not fp32"):
@@ -251,26 +245,27 @@ def test_large_weights_go_beside_the_file(tiny_bundle, plans, tmp_path):
     np.testing.assert_array_equal(run(made.path, rows()), run(whole.path, rows()))
 
 
-def test_sites_without_smoothing_have_no_product_for_it(tiny_bundle, plans, tmp_path):
+def test_inputs_without_smoothing_have_no_product_for_it(tiny_bundle, plans, tmp_path):
     plan = plans[Precision.INT8]
-    plain = replace(plan, sites=tuple(replace(s, smoothing=np.ones_like(s.smoothing)) for s in plan.sites))
+    plain = replace(plan, inputs=tuple(replace(q, smoothing=np.ones_like(q.smoothing)) for q in plan.inputs))
     made = write_quantized(graph_of(tiny_bundle, Layout.PACKED), tmp_path / "q.onnx", plain)
     assert not [n for n in onnx.load(made.path).graph.node if n.output[0].endswith("_smooth")]
 
 
+@pytest.mark.trace
 def test_an_encoder_that_prunes_its_last_layer_is_quantised_too(tiny_bert, tiny_bundle, tmp_path):
     reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
-    contract = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
-    source = Graph(layout=Layout.PACKED, path=tmp_path / "cls.onnx", inputs=contract.inputs, outputs=contract.outputs)
+    source = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
     calibration = Calibration.run(source.path, tiny_bundle, reference.spec, WORDS * 8)
-    plan = plan_sites(source.path, calibration, Precision.INT8)
+    plan = plan_quantization(source.path, calibration, Precision.INT8)
     made = write_quantized(source, tmp_path / "q.onnx", plan)
     assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
     half = write_half(source, tmp_path / "half.onnx", Precision.FP16)
     assert cosines(texts_of(run(half.path, rows())), texts_of(run(source.path, rows()))).min() > 0.9999
 
 
-def test_the_plan_fits_both_graphs_of_an_encoder_that_computes_cls_alone(tiny_bert, tmp_path):
+@pytest.mark.trace
+def test_the_plan_fits_both_graphs_of_an_encoder_that_computes_only_cls(tiny_bert, tmp_path):
     texts = (*WORDS, "", "the river and the dog are on the mat. " * 3)
     built = build(
         Request(

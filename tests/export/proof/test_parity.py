@@ -1,4 +1,4 @@
-"""The gate itself: what it must refuse, and what it must not see as a fault."""
+"""The proof itself: the faults that it must find, and differences that are not faults."""
 
 import dataclasses
 import math
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from evaluation.sets import EvaluationSet
-from export.proof.parity import FLOORS, Expected, Floors, _quality, prove
+from export.proof.floors import FLOORS, Floors
+from export.proof.parity import Expected, _quality, prove
 from export.proof.proof_texts import EDGE_CASES, parity_texts, read_texts
 from mirror_runtime.bundle import EncoderSpec, Pooling, Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
@@ -60,12 +61,12 @@ def test_the_worst_text_is_named(expected):
         prove(lookup(table), expected, FP32, what="x")
 
 
-def test_a_missing_normalisation_is_seen_although_every_cosine_is_one(expected):
+def test_a_missing_normalisation_is_found_although_every_cosine_is_one(expected):
     with pytest.raises(ParityError, match="of its length"):
         prove(lookup(vectors() * np.float32(3)), expected, FP32, what="x")
 
 
-def test_vectors_that_depend_on_neighbours_are_refused(expected):
+def test_vectors_that_depend_on_the_batch_are_refused(expected):
     table = vectors()
 
     def leaky(texts):
@@ -76,7 +77,7 @@ def test_vectors_that_depend_on_neighbours_are_refused(expected):
         prove(leaky, expected, FP32, what="x")
 
 
-def test_int8_may_not_depend_on_neighbours_either(expected):
+def test_int8_must_not_depend_on_the_batch_either(expected):
     table = vectors()
 
     def leaky(texts):
@@ -88,7 +89,7 @@ def test_int8_may_not_depend_on_neighbours_either(expected):
         prove(leaky, expected, INT8, what="x")
 
 
-def test_ranks_and_nearest_texts_see_what_the_cosine_forgives(expected):
+def test_ranks_and_nearest_texts_show_what_the_floor_allows(expected):
     noise = np.random.default_rng(1).normal(size=(len(TEXTS), 8)).astype(np.float32)
     parity = prove(lookup(vectors() + np.float32(0.03) * noise), expected, INT8, what="x")
     assert 0.9 < parity.spearman < 0.9999
@@ -120,7 +121,7 @@ BITS = dataclasses.replace(SPEC, vector_type=VectorType.BINARY, dim=384)
 
 
 def at_angle_of(cosine: float, *, texts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give bits, as 1 and -1, of random vectors and of others that have this cosine to them."""
+    """Return the bits, as 1 and -1, of random vectors and of others at this cosine to them."""
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(texts, 384))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -132,27 +133,27 @@ def at_angle_of(cosine: float, *, texts: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.INT8])
-def test_bits_are_held_to_the_angle_together_and_to_what_is_rare_there_alone(precision):
+def test_bits_are_held_to_the_angle_on_average_and_to_what_is_rare_there_one_by_one(precision):
     floors = Floors.of(precision, BITS)
     before, after = at_angle_of(FLOORS[precision], texts=20_000)
     cosines = (before * after).mean(1)
     beyond = float((cosines < floors.reference).mean())
     half_the_room = float((cosines < (floors.reference + floors.mean) / 2).mean())
-    assert beyond <= 3e-4  # 1e-4 was meant: 2 of 20,000
+    assert beyond <= 3e-4  # intended: 1e-4, which is 2 of 20,000
     assert half_the_room > 2e-3
     assert cosines.mean() == pytest.approx(floors.mean, abs=2e-4)
     assert floors.reference < floors.mean
-    assert floors.reference <= floors.neighbour
+    assert floors.reference <= floors.batch_invariance
 
 
 @pytest.mark.parametrize(("share", "within"), [(0.9, True), (1.2, False)])
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.INT8])
-def test_bits_of_500_texts_tell_a_larger_angle_from_a_smaller_one(precision, share, within):
-    wanted, found = at_angle_of(math.cos(share * math.acos(FLOORS[precision])), texts=500)
+def test_bits_of_500_texts_distinguish_a_larger_angle_from_a_smaller_one(precision, share, within):
+    target, found = at_angle_of(math.cos(share * math.acos(FLOORS[precision])), texts=500)
     texts = tuple(f"text {i}" for i in range(500))
     table = dict(zip(texts, found.astype(np.float32), strict=True))
-    expected = Expected(texts=texts, vectors=wanted.astype(np.float32), reference="PyTorch")
-    floors = dataclasses.replace(Floors.of(precision, BITS), reference=-1.0, neighbour=-1.0)
+    expected = Expected(texts=texts, vectors=target.astype(np.float32), reference="PyTorch")
+    floors = dataclasses.replace(Floors.of(precision, BITS), reference=-1.0, batch_invariance=-1.0)
 
     def proven() -> None:
         prove(lambda chosen: np.stack([table[text] for text in chosen]), expected, floors, what="x")
@@ -165,9 +166,9 @@ def test_bits_of_500_texts_tell_a_larger_angle_from_a_smaller_one(precision, sha
 
 
 def test_one_text_whose_bits_are_another_s_is_refused():
-    wanted, found = at_angle_of(1.0, texts=40)
+    target, found = at_angle_of(1.0, texts=40)
     found[[3, 4]] = found[[4, 3]]
-    expected = Expected(texts=TEXTS, vectors=wanted.astype(np.float32), reference="PyTorch")
+    expected = Expected(texts=TEXTS, vectors=target.astype(np.float32), reference="PyTorch")
     with pytest.raises(ParityError, match=r"2 of 40 texts"):
         prove(lookup(found.astype(np.float32)), expected, Floors.of(Precision.INT8, BITS), what="x")
 
@@ -187,7 +188,7 @@ def test_texts_are_read_one_a_line(tmp_path):
     assert read_texts(path) == ("one", " two\u2028still two")
 
 
-@pytest.mark.parametrize(("content", "problem"), [(b"\n \n", "holds no text"), (b"\xff\xfe", "no UTF-8")])
+@pytest.mark.parametrize(("content", "problem"), [(b"\n \n", "contains no text"), (b"\xff\xfe", "not UTF-8")])
 def test_a_file_without_usable_texts_is_refused(tmp_path, content, problem):
     path = tmp_path / "texts.txt"
     path.write_bytes(content)

@@ -131,7 +131,7 @@ def request_in(folder: Path, **changes: Any) -> BuildRequest:
 
 
 def answers(profiles: int, **changes: Any) -> dict[str, Any]:
-    """What a TensorRT that builds a packed encoder says; input 3 is the output."""
+    """Return the answers of a TensorRT that builds a packed encoder; tensor 3 is the output."""
     names = [*(tensor.name for tensor in INPUTS), "embedding"]
     inputs = iter(names)
     counted = iter(range(1000))
@@ -236,7 +236,7 @@ def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.Monkey
         ({"IBuilderConfig.add_optimization_profile": -1}, "refuses profile 0"),
         ({"IBuilderConfig.set_timing_cache": False}, "timing cache of another GPU"),
         ({"Builder.is_network_supported": False}, "cannot build"),
-        ({"Builder.build_serialized_network": None}, "built no engine"),
+        ({"Builder.build_serialized_network": None}, "failed to build an engine"),
         ({"Runtime.deserialize_cuda_engine": None}, "cannot load the engine"),
         ({"ICudaEngine.num_optimization_profiles": 1}, "has 1 profiles"),
     ],
@@ -287,7 +287,7 @@ def test_a_request_survives_the_way_to_another_machine(tmp_path: Path):
     builder.write_request(request, tmp_path / "request.json")
     assert read_request(tmp_path / "request.json") == request
     (tmp_path / "request.json").write_text("{}")
-    with pytest.raises(BuildError, match="no build request"):
+    with pytest.raises(BuildError, match="not a build request"):
         read_request(tmp_path / "request.json")
 
 
@@ -351,7 +351,7 @@ def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.M
         (((2, 64), (1, 64), (2, 64)), "min <= opt <= max"),
         (((0, 64), (1, 64), (2, 64)), "min <= opt <= max"),
         (((1, 60), (1, 60), (1, 60)), "multiples of 16"),
-        (((1, 32), (1, 32), (1, 32)), "holds 32 tokens; the encoder takes texts of 64"),
+        (((1, 32), (1, 32), (1, 32)), "covers 32 tokens; the encoder accepts texts of 64"),
     ],
 )
 def test_profiles_that_do_not_add_up_are_refused(shapes: Any, message: str):
@@ -359,7 +359,7 @@ def test_profiles_that_do_not_add_up_are_refused(shapes: Any, message: str):
         check_profiles([dict.fromkeys((t.name for t in INPUTS), shapes)], INPUTS, 64)
 
 
-def test_profiles_that_leave_out_or_contradict_an_input_are_refused():
+def test_profiles_that_lack_or_contradict_an_input_are_refused():
     good = packed_profiles(INPUTS, ShapeSet.up_to(64))[-1]
     with pytest.raises(EngineError, match="the graph's inputs are"):
         check_profiles([{"input_ids": good["input_ids"]}], INPUTS, 64)

@@ -1,4 +1,4 @@
-"""`to_tensorrt.py` from bundle to proven artifact, on a GPU of stand-ins that computes what the graph computes."""
+"""`to_tensorrt.py` from bundle to proven artifact, on a stand-in GPU that runs the graph with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -288,9 +288,9 @@ def test_stored_samples_are_what_the_graph_gives(
             np.testing.assert_allclose(found.reshape(-1, wanted.shape[1])[stored[f"{i}/slots"]], wanted, atol=1e-4)
 
 
-def test_things_that_exclude_each_other_are_refused(bundle: Path, tmp_path: Path, capsys: Any):
+def test_contradicting_options_are_refused(bundle: Path, tmp_path: Path, capsys: Any):
     assert run(bundle, "--check", "--script", tmp_path / "s") == 2
-    assert "give one" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
     assert run(bundle, "--engine", "onnxruntime-cuda", "--padded") == 2
     assert "runs packed graphs" in capsys.readouterr().err
     assert run(bundle, "--precision", "fp32", "--script", tmp_path / "s", "--workspace", "0") == 2

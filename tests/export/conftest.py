@@ -1,0 +1,25 @@
+"""Fixtures of the tests of exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces_from_cache() -> Iterator[None]:
+    """Take PyTorch's translation of a module that was traced before from the cache: see `tests.support.trace_cache`."""
+    from tests.support.trace_cache import cached_traces
+
+    with cached_traces():
+        yield
+
+
+@pytest.fixture
+def texts_file(tmp_path: Path) -> str:
+    """A file with two short texts to prove on."""
+    path = tmp_path / "texts.txt"
+    path.write_text("the cat\na man is playing a guitar\n", encoding="utf-8")
+    return str(path)
