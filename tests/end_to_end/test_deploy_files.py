@@ -1,14 +1,14 @@
-"""The files of deploy/: valid by their schemas, and true to the programs that they start."""
+"""The files of deploy/ match their schemas and the programs that they start."""
 
 import json
 import re
-import subprocess
-import sys
 
+import check_jsonschema
 import kubernetes_validate
 import pytest
 import typer.main
 import yaml
+from click.testing import CliRunner
 
 from mirror_runtime.cli.main import app
 from mirror_runtime.gateway.metrics import GatewayMetrics
@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 OLDEST, NEWEST = "1.30", "1.37"
-"""Versions of Kubernetes that the manifests are checked against; 1.30 is the first with all that they use."""
+"""Versions of Kubernetes that the manifests are checked against; 1.30 is the first with every feature they use."""
 
 
 def documents(name: str):
@@ -38,12 +38,12 @@ def pod():
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 @pytest.mark.parametrize("name", resources())
-def test_manifests_fit_kubernetes_own_schemas(name, version):
+def test_manifests_match_the_schemas_of_kubernetes(name, version):
     for document in documents(name):
         kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_the_schemas_would_notice_a_mistake():
+def test_a_misspelt_field_violates_the_schemas():
     (deployment,) = documents("deployment.yaml")
     deployment["spec"]["template"]["spec"]["terminationGracePeriod"] = 75
     with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
@@ -55,13 +55,14 @@ def test_every_manifest_is_applied_or_a_helm_values_file():
     assert {path.name for path in KUBERNETES.glob("*.yaml")} == {*resources(), *others}
 
 
-def test_compose_fits_its_schema():
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
-    done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_compose_matches_its_schema():
+    checked = CliRunner().invoke(
+        check_jsonschema.main, ["--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
+    )
+    assert checked.exit_code == 0, checked.output
 
 
-def test_compose_publishes_on_loopback_alone_and_pins_its_images():
+def test_compose_publishes_only_on_loopback_and_pins_its_images():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
     assert set(services) == {"triton", "gateway", "prometheus", "grafana"}
@@ -113,7 +114,7 @@ def triton_flags(arguments) -> dict[str, str]:
     return dict(argument.removeprefix("--").split("=") for argument in arguments[1:] if "=" in argument)
 
 
-def test_tritons_flags_are_the_images_and_its_port_is_the_pods_own(pod):
+def test_the_pod_starts_triton_with_the_flags_of_the_image_on_a_private_port(pod):
     text = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "")
     image = json.loads(re.findall(r"^CMD (\[\"tritonserver.*\])$", text, re.MULTILINE)[0])
     (triton,) = pod["initContainers"]
@@ -127,12 +128,12 @@ def test_tritons_flags_are_the_images_and_its_port_is_the_pods_own(pod):
         assert flag in triton["args"]
 
 
-def test_a_pod_drains_is_probed_by_inference_and_has_its_memory(pod):
+def test_a_pod_drains_in_time_is_probed_by_inference_and_has_shared_memory(pod):
     (triton,), (gateway,) = pod["initContainers"], pod["containers"]
-    assert triton["restartPolicy"] == "Always", "no sidecar: it would have to end before the gateway starts"
+    assert triton["restartPolicy"] == "Always", "not a sidecar: the gateway would wait for it to end"
     for probe in (gateway["startupProbe"], gateway["readinessProbe"], triton["livenessProbe"]):
         assert probe["httpGet"]["path"] == "/health"
-        assert probe["timeoutSeconds"] > 10, "the gateway's own probe takes 10 s at most"
+        assert probe["timeoutSeconds"] > 10, "the gateway's own probe takes up to 10 s"
     sleep = gateway["lifecycle"]["preStop"]["sleep"]["seconds"]
     options = dict(argument.removeprefix("--").split("=") for argument in gateway["args"])
     exit_timeout = int(triton_flags(triton["args"])["exit-timeout-secs"])
@@ -152,7 +153,7 @@ def test_a_pod_drains_is_probed_by_inference_and_has_its_memory(pod):
     }
 
 
-def test_selectors_and_the_autoscaler_name_what_is_there():
+def test_selectors_and_the_autoscaler_refer_to_existing_objects():
     (deployment,) = documents("deployment.yaml")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert deployment["spec"]["selector"]["matchLabels"] == labels
@@ -161,7 +162,7 @@ def test_selectors_and_the_autoscaler_name_what_is_there():
     assert documents("network.yaml")[0]["spec"]["podSelector"]["matchLabels"] == labels
     scaler = documents("autoscaler.yaml")[0]["spec"]
     assert scaler["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
-    assert "replicas" not in deployment["spec"], "an apply would undo the autoscaler"
+    assert "replicas" not in deployment["spec"], "kubectl apply would reset the number that the autoscaler chose"
     (rule,) = documents("prometheus-adapter.yaml")[0]["rules"]["custom"]
     assert scaler["metrics"][0]["pods"]["metric"]["name"] == rule["name"]["as"]
 
@@ -170,18 +171,18 @@ def metrics_named(text: str) -> set[str]:
     return set(re.findall(r"\b(?:mirror|nv|process)_[a-z_]+", text)) - {"mirror_queue_seconds"}
 
 
-def test_dashboard_and_autoscaler_ask_for_metrics_that_exist():
+def test_dashboard_and_autoscaler_query_metrics_that_exist():
     board = json.loads((DEPLOY / "grafana/dashboards/mirror.json").read_text())
-    asked = {
+    queried = {
         name for panel in board["panels"] for target in panel["targets"] for name in metrics_named(target["expr"])
     } | metrics_named((KUBERNETES / "prometheus-adapter.yaml").read_text())
     families = list(GatewayMetrics().registry.collect())
     gateway = {sample.name for family in families for sample in family.samples}
-    # Families with labels have no sample before their first event.
+    # A family with labels has no samples before its first event.
     gateway |= {f"{family.name}{end}" for family in families for end in ("_total", "_bucket")}
     source = (DEPLOY.parent / "runtime/mirror_runtime/triton/model/metrics.py").read_text()
     model = set(re.findall(r'"(mirror_[a-z_]+)"', source))
-    missing = asked - gateway - model - {"nv_inference_count", "nv_inference_exec_count"}
+    missing = queried - gateway - model - {"nv_inference_count", "nv_inference_exec_count"}
     assert not missing
     assert len(board["panels"]) == len({panel["id"] for panel in board["panels"]}) == 9
     provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())
