@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 from numpy.typing import NDArray
 
 from mirror_runtime import Encoder
@@ -44,6 +46,29 @@ class HttpReply:
         return body["error"]
 
 
+def send(
+    port: int,
+    method: str,
+    path: str,
+    body: object = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 30,
+) -> HttpReply:
+    """Send a request: bytes unchanged, iterators of bytes in chunks, anything else as JSON."""
+    sent = dict(headers or {})
+    if body is not None and not isinstance(body, bytes) and not hasattr(body, "__next__"):
+        body = json.dumps(body).encode()
+        sent.setdefault("Content-Type", "application/json")
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+        connection.request(method, path, body, sent)  # type: ignore[arg-type]
+        response = connection.getresponse()
+        return HttpReply(
+            status=response.status,
+            headers={name.lower(): value for name, value in response.getheaders()},
+            body=response.read(),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Gateway:
     """A running gateway."""
@@ -59,19 +84,11 @@ class Gateway:
     def send(
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, timeout: float = 30
     ) -> HttpReply:
-        """Send a request: bytes unchanged, iterators of bytes in chunks, anything else as JSON."""
-        sent = dict(headers or {})
-        if body is not None and not isinstance(body, bytes) and not hasattr(body, "__next__"):
-            body = json.dumps(body).encode()
-            sent.setdefault("Content-Type", "application/json")
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)) as connection:
-            connection.request(method, path, body, sent)  # type: ignore[arg-type]
-            response = connection.getresponse()
-            return HttpReply(
-                status=response.status,
-                headers={name.lower(): value for name, value in response.getheaders()},
-                body=response.read(),
-            )
+        return send(self.port, method, path, body, headers, timeout)
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        """Return the `openai` client, which never retries."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def embed(self, texts: object, **fields: object) -> HttpReply:
         return self.send("POST", "/v1/embeddings", {"model": MODEL, "input": texts, **fields})
@@ -124,6 +141,15 @@ class EngineGate:
         if self.failure is not None:
             raise self.failure
         return self.run_engine(rows)
+
+
+def changed_bundle(bundle: Path, folder: Path, **encoder: object) -> Path:
+    """Copy a bundle for the fake engine and change fields of its encoder."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["encoder"] |= encoder
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 def vectors(numbers: Any) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Mistakes on the command line are named before anything is served."""
+"""Mistakes on the command line are errors before anything is served."""
 
 import socket
 
@@ -7,13 +7,14 @@ import pytest
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import InputError
 from mirror_runtime.gateway.settings import GatewaySettings, read_keys
+from tests.support.gateways import changed_bundle
 
 LONG = "a-key-of-many-characters"
 
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Run `mirror gateway`, which refuses to start, and give its message."""
+    """Run `mirror gateway`, which must refuse to start, and return its message."""
     monkeypatch.delenv("MIRROR_API_KEY", raising=False)
 
     def run(*arguments: object) -> str:
@@ -26,7 +27,7 @@ def refused(capsys, monkeypatch):
     return run
 
 
-def test_one_backend_is_named(refused, gateway_bundle):
+def test_exactly_one_backend_is_required(refused, gateway_bundle):
     assert "pass either a bundle or --triton" in refused()
     assert "pass either a bundle or --triton" in refused(gateway_bundle, "--triton", "127.0.0.1:8001")
     assert "protocol is 'carrier pigeon'" in refused(
@@ -34,13 +35,13 @@ def test_one_backend_is_named(refused, gateway_bundle):
     )
 
 
-def test_limits_that_make_no_sense(refused, gateway_bundle):
+def test_impossible_limits_are_refused(refused, gateway_bundle):
     fake = (gateway_bundle, "--engine", "fake", "--port", 0)
     assert "--dimensions 8: this encoder's vectors have 8; choose 1 to 7" in refused(*fake, "--dimensions", 8)
     assert "less than the 100 texts" in refused(*fake, "--max-batch", 100, "--max-in-flight", 50)
 
 
-def test_a_port_that_is_taken_and_one_where_nobody_is(refused, gateway_bundle):
+def test_a_port_in_use_and_a_server_that_is_absent_are_errors(refused, gateway_bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port} on 127.0.0.1 cannot be used" in refused(gateway_bundle, "--engine", "fake", "--port", port)
@@ -48,18 +49,11 @@ def test_a_port_that_is_taken_and_one_where_nobody_is(refused, gateway_bundle):
 
 
 def test_int8_vectors_are_refused(refused, gateway_bundle, tmp_path):
-    import json
-    import shutil
-
-    folder = tmp_path / "int8"
-    shutil.copytree(gateway_bundle, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["encoder"] |= {"vector_type": "int8", "int8_scale": 0.01}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "gives int8 vectors, which" in refused(folder, "--engine", "fake", "--port", 0)
+    int8 = changed_bundle(gateway_bundle, tmp_path / "int8", vector_type="int8", int8_scale=0.01)
+    assert "gives int8 vectors, which" in refused(int8, "--engine", "fake", "--port", 0)
 
 
-def test_keys_come_from_a_file_or_the_environment_and_no_message_holds_one(refused, tmp_path, monkeypatch):
+def test_keys_come_from_a_file_or_the_environment_and_messages_never_contain_one(refused, tmp_path, monkeypatch):
     keys = tmp_path / "keys"
     keys.write_text(f"{LONG}-1\n\n  {LONG}-2  \n")
     assert read_keys(keys, {}) == (f"{LONG}-1", f"{LONG}-2")

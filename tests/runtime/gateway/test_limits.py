@@ -86,7 +86,7 @@ def test_the_openai_client_waits_as_told_and_succeeds(gated):
     gate.close()
     accepted = pool.submit(gateway.embed, ["text"] * 8)
     wait_until(lambda: in_flight(gateway) == 8)
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as impatient:
+    with gateway.client() as impatient:
         with pytest.raises(openai.RateLimitError):
             impatient.embeddings.create(model=MODEL, input="a")
         patient = pool.submit(impatient.with_options(max_retries=3).embeddings.create, model=MODEL, input="a")

@@ -1,6 +1,7 @@
-"""The real `openai` client against a gateway: it must not see a difference."""
+"""The real `openai` client works with a gateway as with OpenAI."""
 
 import asyncio
+import base64
 
 import numpy as np
 import openai
@@ -20,20 +21,18 @@ def gateway(gateway_bundle):
 
 @pytest.fixture(scope="module")
 def client(gateway):
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+    with gateway.client() as client:
         yield client
 
 
 @pytest.mark.parametrize("encoding", [None, "float", "base64"])
-def test_vectors_are_the_encoders_to_the_bit(client, gateway, encoding):
-    given = {} if encoding is None else {"encoding_format": encoding}
-    answer = client.embeddings.create(model=MODEL, input=TEXTS, **given)
+def test_vectors_equal_the_encoders_to_the_bit(client, gateway, encoding):
+    chosen = {} if encoding is None else {"encoding_format": encoding}
+    answer = client.embeddings.create(model=MODEL, input=TEXTS, **chosen)
     expected = gateway.encoder.encode_detailed(TEXTS)
     assert [item.index for item in answer.data] == list(range(len(TEXTS)))
     found = [item.embedding for item in answer.data]
-    if encoding == "base64":  # asked for by name, the client leaves it to the caller
-        import base64
-
+    if encoding == "base64":  # the client decodes it only when it chose base64 itself
         found = [np.frombuffer(base64.b64decode(text), "<f4") for text in found]
     np.testing.assert_array_equal(np.asarray(found, np.float32), expected.vectors)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == expected.tokens.sum()
@@ -42,11 +41,12 @@ def test_vectors_are_the_encoders_to_the_bit(client, gateway, encoding):
 
 def test_one_text_is_a_list_of_one(client, gateway):
     answer = client.embeddings.create(model=MODEL, input="one text", user="someone")
-    np.testing.assert_array_equal(vectors([answer.data[0].embedding]), gateway.encoder.encode(["one text"]))
-    assert len(answer.data) == 1
+    np.testing.assert_array_equal(
+        vectors([item.embedding for item in answer.data]), gateway.encoder.encode(["one text"])
+    )
 
 
-def test_fewer_dimensions_are_cut_and_scaled_again(client, gateway):
+def test_fewer_dimensions_are_cut_and_normalised_again(client, gateway):
     answer = client.embeddings.create(model=MODEL, input=TEXTS, dimensions=4, encoding_format="float")
     cut = gateway.encoder.encode(TEXTS)[:, :4]
     expected = cut / np.linalg.norm(cut, axis=1, keepdims=True)
@@ -55,7 +55,7 @@ def test_fewer_dimensions_are_cut_and_scaled_again(client, gateway):
     np.testing.assert_array_equal(vectors([full.data[0].embedding]), gateway.encoder.encode(["a"]))
 
 
-def test_many_async_callers_get_their_own(gateway):
+def test_many_async_callers_get_their_own_vectors(gateway):
     async def main():
         async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
             answers = await asyncio.gather(
@@ -75,7 +75,7 @@ def test_truncation_and_the_vector_space_are_reported(client):
     assert raw.parse().model_extra["truncated"] == [1]
 
 
-def test_the_clients_exceptions_are_the_usual_ones(client):
+def test_the_client_raises_its_usual_exceptions(client):
     with pytest.raises(openai.NotFoundError, match="the model here is 'mini', not 'other'"):
         client.embeddings.create(model="other", input="a")
     with pytest.raises(openai.BadRequestError, match="may have 4, 8") as wrong:
@@ -86,11 +86,11 @@ def test_the_clients_exceptions_are_the_usual_ones(client):
     assert [model.id for model in client.models.list()] == [MODEL]
 
 
-def test_a_key_opens_and_others_do_not(gateway_bundle):
+def test_only_valid_keys_open_a_locked_gateway(gateway_bundle):
     keys = ("first-key-of-sixteen", "second-key-of-sixteen")
     with running(gateway_bundle, keys=keys) as locked:
         for key in keys:
-            with openai.OpenAI(base_url=f"{locked.url}/v1", api_key=key, max_retries=0) as client:
+            with locked.client(key) as client:
                 assert client.embeddings.create(model=MODEL, input="a").data
         for key in ("", "first-key-of-sixtee", "first-key-of-sixteenx", "first-key-of-sixteen second-key-of-sixteen"):
             reply = locked.send(
@@ -100,7 +100,7 @@ def test_a_key_opens_and_others_do_not(gateway_bundle):
             assert reply.error["code"] == "invalid_api_key"
             assert reply.headers["www-authenticate"] == "Bearer"
         basic = locked.send("GET", "/info", headers={"Authorization": f"Basic {keys[0]}"})
-        unread = locked.send("POST", "/embed", b"{no json")  # refused before its body is looked at
+        unread = locked.send("POST", "/embed", b"{no json")  # refused before its body is read
         nowhere = locked.send("GET", "/what/is/here")
         assert [basic.status, unread.status, nowhere.status] == [401, 401, 401]
         for path in ("/health", "/metrics", "/docs", "/openapi.json"):
@@ -109,10 +109,10 @@ def test_a_key_opens_and_others_do_not(gateway_bundle):
         assert schemes == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
 
 
-def test_a_real_models_vectors_arrive(tiny_bundle):
+def test_vectors_of_a_real_model_arrive(tiny_bundle):
     texts = ["the cat sat on the mat.", "a man is playing a guitar", ""]
     with running(tiny_bundle, engine="onnxruntime") as gateway, Encoder.load(tiny_bundle, engine="onnxruntime") as own:
-        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+        with gateway.client() as client:
             answer = client.embeddings.create(model=MODEL, input=texts)
         expected = own.encode(texts)
     found = vectors([item.embedding for item in answer.data])

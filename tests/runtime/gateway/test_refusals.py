@@ -1,4 +1,4 @@
-"""Bad requests: each gets its status and a reason that names the field, and leaves a healthy gateway behind."""
+"""Bad requests get a status and a reason that names the field, and leave the gateway healthy."""
 
 import pytest
 
@@ -71,20 +71,20 @@ def fields(**changes):
         (TEI, {"inputs": "a", "prompt_name": "query"}, 422, "prompt_name", "not permitted"),
     ],
 )
-def test_a_bad_request_is_named_and_harms_nobody(gateway, path, body, status, param, reason):
+def test_a_bad_request_gets_its_reason_and_affects_no_other(gateway, path, body, status, param, reason):
     reply = gateway.send("POST", path, body, JSON)
     assert reply.status == status, reply.body
     assert reply.error["param"] == param
     assert reason in reply.error["message"]
     assert reply.error["type"] == "invalid_request_error"
     assert reply.headers["x-request-id"]
-    assert len(reply.body) < 1200, "what the client sent comes back"
+    assert len(reply.body) < 1200, "the response repeats what the client sent"
     for leak in ("Traceback", ".py", "/work", "pydantic"):
         assert leak not in reply.body.decode()
-    assert gateway.embed("still well").status == 200
+    assert gateway.embed("still healthy").status == 200
 
 
-def test_other_mistakes(gateway):
+def test_wrong_forms_methods_and_routes(gateway):
     form = gateway.send("POST", V1, b"input=a", {"Content-Type": "application/x-www-form-urlencoded"})
     assert form.status == 422
     assert "Content-Type: application/json" in form.error["message"]
@@ -96,15 +96,15 @@ def test_other_mistakes(gateway):
     assert gateway.send("GET", "/info/").status == 404
 
 
-def test_a_body_that_does_not_say_its_length_is_counted(gateway):
+def test_a_chunked_body_is_counted_while_it_is_read(gateway):
     chunks = iter([b'{"model": "mini", "input": "', *([b"a" * 4096] * 20), b'"}'])
     reply = gateway.send("POST", V1, chunks, JSON)
     assert reply.status == 413
     assert "more than 10000 bytes" in reply.error["message"]
-    assert gateway.embed("still well").status == 200
+    assert gateway.embed("still healthy").status == 200
 
 
-def test_a_much_too_large_body_gets_its_answer(gateway):
+def test_a_body_far_over_the_limit_gets_a_response(gateway):
     reply = gateway.send("POST", V1, b"x" * 5_000_000, JSON)
     assert reply.status == 413
-    assert gateway.embed("still well").status == 200
+    assert gateway.embed("still healthy").status == 200

@@ -1,7 +1,6 @@
-"""What a gateway says besides vectors, and TEI's way to ask for them."""
+"""The routes other than OpenAI's: TEI's, information, metrics and the document."""
 
 import asyncio
-import json
 import re
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 
 from mirror_runtime import __version__
 from mirror_runtime.gateway.app import make_app
-from tests.support.gateways import FINGERPRINT, MODEL, running, vectors
+from tests.support.gateways import FINGERPRINT, MODEL, changed_bundle, running, vectors
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +17,7 @@ def gateway(gateway_bundle):
         yield gateway
 
 
-def test_tei_gives_bare_vectors(gateway):
+def test_tei_returns_bare_vectors(gateway):
     one = gateway.send("POST", "/embed", {"inputs": "a text"})
     many = gateway.send("POST", "/embed", {"inputs": ["a text", "b"], "normalize": True, "truncate": True})
     np.testing.assert_array_equal(vectors(one.json), gateway.encoder.encode(["a text"]))
@@ -29,7 +28,7 @@ def test_tei_gives_bare_vectors(gateway):
     assert len(cut[0]) == 4
 
 
-def test_tei_refuses_to_cut_where_it_must_not(gateway):
+def test_tei_refuses_texts_that_it_must_not_truncate(gateway):
     texts = ["short", "word " * 100]
     assert gateway.send("POST", "/embed", {"inputs": texts}).headers["x-truncated"] == "1"
     refused = gateway.send("POST", "/embed", {"inputs": texts, "truncate": False})
@@ -38,7 +37,7 @@ def test_tei_refuses_to_cut_where_it_must_not(gateway):
     assert gateway.send("POST", "/embed", {"inputs": texts[:1], "truncate": False}).status == 200
 
 
-def test_the_policy_for_long_texts_is_the_operators(gateway_bundle):
+def test_the_operator_chooses_the_policy_for_long_texts(gateway_bundle):
     with running(gateway_bundle, long_texts="error") as strict:
         refused = strict.embed(["fine", "word " * 100])
         assert refused.status == 400
@@ -49,15 +48,8 @@ def test_the_policy_for_long_texts_is_the_operators(gateway_bundle):
         assert whole.send("POST", "/embed", {"inputs": "word " * 100, "truncate": False}).headers["x-truncated"] == "0"
 
 
-def test_vectors_that_are_not_scaled_can_be(gateway_bundle, tmp_path, monkeypatch):
-    import shutil
-
-    folder = tmp_path / "raw"
-    shutil.copytree(gateway_bundle, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["encoder"]["normalize"] = False
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with running(folder) as raw:
+def test_vectors_of_an_unnormalised_encoder_can_be_scaled(gateway_bundle, tmp_path, monkeypatch):
+    with running(changed_bundle(gateway_bundle, tmp_path / "raw", normalize=False)) as raw:
         run = raw.encoder.engine.run
         monkeypatch.setattr(raw.encoder.engine, "run", lambda rows: 3 * run(rows))
         for normalize, length in ((None, 3), (False, 3), (True, 1)):
@@ -65,7 +57,7 @@ def test_vectors_that_are_not_scaled_can_be(gateway_bundle, tmp_path, monkeypatc
             assert np.linalg.norm(reply.json[0]) == pytest.approx(length, rel=1e-6)
 
 
-def test_info_names_what_is_served_and_the_limits(gateway):
+def test_info_describes_the_model_and_the_limits(gateway):
     assert gateway.send("GET", "/info").json == {
         "model": MODEL,
         "fingerprint": FINGERPRINT,
@@ -84,7 +76,7 @@ def test_info_names_what_is_served_and_the_limits(gateway):
     }
 
 
-def test_metrics_count_what_happened(gateway):
+def test_metrics_count_requests_texts_and_refusals(gateway):
     before = gateway.metric("mirror_gateway_tokens_total")
     assert gateway.embed(["three words here", "word " * 100]).status == 200
     assert gateway.embed("a", dimensions=3).status == 400
@@ -102,7 +94,7 @@ def test_metrics_count_what_happened(gateway):
     assert 'mirror_gateway_request_seconds_bucket{le="0.01",route="/v1/embeddings"}' in page.body.decode()
 
 
-def test_whoever_has_an_answer_finds_it_counted(gateway):
+def test_a_request_is_counted_before_its_last_byte_is_sent(gateway):
     def count() -> float:
         return gateway.metric("mirror_gateway_requests_total", route="other", status="404")
 
@@ -116,26 +108,27 @@ def test_whoever_has_an_answer_finds_it_counted(gateway):
 
     scope = {"type": "http", "method": "GET", "path": "/nowhere", "query_string": b"", "headers": []}
 
-    async def ask():
+    async def request():
         await make_app(gateway.service)(scope, receive, send)
 
-    asyncio.run(ask())
+    asyncio.run(request())
     assert counts == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"), [("abc-123", True), ("x" * 128, True), ("x" * 129, False), ("two words", False), (None, False)]
+    ("request_id", "kept"),
+    [("abc-123", True), ("x" * 128, True), ("x" * 129, False), ("two words", False), (None, False)],
 )
-def test_a_request_keeps_its_id_or_gets_one(gateway, given, kept):
-    reply = gateway.send("GET", "/info", headers={} if given is None else {"X-Request-ID": given})
+def test_a_request_keeps_its_valid_id_or_gets_one(gateway, request_id, kept):
+    reply = gateway.send("GET", "/info", headers={} if request_id is None else {"X-Request-ID": request_id})
     if kept:
-        assert reply.headers["x-request-id"] == given
+        assert reply.headers["x-request-id"] == request_id
     else:
         assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
     assert gateway.send("GET", "/nowhere").headers["x-request-id"]
 
 
-def test_the_document_describes_every_answer(gateway):
+def test_the_document_describes_every_response(gateway):
     document = gateway.send("GET", "/openapi.json").json
     assert set(document["paths"]) == {"/v1/embeddings", "/embed", "/v1/models", "/info", "/health", "/metrics"}
     vectors = document["paths"]["/v1/embeddings"]["post"]["responses"]

@@ -1,4 +1,4 @@
-"""A Triton server behind the gateway, played by a stand-in: what it says of itself, refuses, and becomes."""
+"""A Triton server behind the gateway, replaced by a stand-in: its card, refusals, absences and new models."""
 
 import asyncio
 import time
@@ -28,6 +28,8 @@ OPTIONS = ClientOptions(url="127.0.0.1:8001", timeout_s=10)
 
 
 class Server:
+    """A server, and the connection to it for threads."""
+
     def __init__(self) -> None:
         self.parameters = dict(PARAMETERS)
         self.data_type = "TYPE_FP32"
@@ -45,6 +47,9 @@ class Server:
             "parameters": {name: {"string_value": value} for name, value in self.parameters.items()},
         }
 
+    def close(self):
+        pass
+
     def submit(self, texts):
         if self.refusals:
             raise self.refusals.pop()
@@ -57,21 +62,8 @@ class Server:
         )
 
 
-class Connection:
-    """To one server, for threads."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    def config(self):
-        return self.server.config()
-
-    def close(self):
-        pass
-
-
 class AsyncConnection:
-    """To one server, for asyncio."""
+    """A connection to the server for asyncio."""
 
     body_bytes = 1_000_000
 
@@ -91,18 +83,18 @@ class AsyncConnection:
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
-    monkeypatch.setattr(client, "GrpcTransport", lambda url, model, timeout_s: Connection(server))
+    monkeypatch.setattr(client, "GrpcTransport", lambda url, model, timeout_s: server)
     monkeypatch.setattr(async_client, "AsyncGrpcTransport", lambda url, model: AsyncConnection(server))
     return server
 
 
-def test_the_card_is_what_the_configuration_says(server):
+def test_the_card_is_read_from_the_configuration(server):
     card = fetch_card(OPTIONS)
     assert (card.model, card.fingerprint, card.dim, card.max_tokens) == ("some/encoder", "first", 4, 64)
     assert (card.normalized, card.engine, card.precision) == (True, "openvino", "bf16")
 
 
-def test_a_server_that_is_not_up_yet_is_waited_for(server, monkeypatch):
+def test_fetching_waits_for_a_server_to_come_up(server, monkeypatch):
     monkeypatch.setattr(triton_backend, "_POLL_S", 0.01)
     server.refusals = [UnavailableError("away")] * 3
     assert fetch_card(OPTIONS, wait_s=5).dim == 4
@@ -113,20 +105,20 @@ def test_a_server_that_is_not_up_yet_is_waited_for(server, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["base_model", "max_tokens", "normalize", "fingerprint"])
-def test_an_old_repository_is_named_with_the_cure(server, missing):
+def test_an_old_repository_is_refused_with_the_cure(server, missing):
     del server.parameters[missing]
     with pytest.raises(ServerError, match=rf"has no {missing}: write its repository again"):
         fetch_card(OPTIONS)
 
 
 @pytest.mark.parametrize("data_type", ["TYPE_INT8", "TYPE_UINT8"])
-def test_vectors_that_are_no_floats_are_refused(server, data_type):
+def test_vectors_that_are_not_floats_are_refused(server, data_type):
     server.data_type = data_type
     with pytest.raises(InputError, match="responses cannot hold"):
         fetch_card(OPTIONS)
 
 
-def test_a_full_server_is_refused_at_once_and_a_passing_absence_is_bridged(server):
+def test_an_overloaded_server_is_an_immediate_error_and_a_short_absence_is_retried(server):
     async def main():
         backend = TritonBackend(OPTIONS, fetch_card(OPTIONS))
         await backend.encode(["a"])
@@ -141,7 +133,7 @@ def test_a_full_server_is_refused_at_once_and_a_passing_absence_is_bridged(serve
     assert asyncio.run(main()).vectors.shape == (1, 4)
 
 
-def test_a_replaced_model_is_labelled_with_its_own_fingerprint(server):
+def test_a_replaced_model_gets_its_own_fingerprint_and_card(server):
     async def main():
         backend = TritonBackend(OPTIONS, fetch_card(OPTIONS))
         service = GatewayService(backend, GatewaySettings(model="m"), GatewayMetrics())
