@@ -1,38 +1,62 @@
-"""A regression planted on purpose, to see that the benchmark catches it. The runtime knows nothing of this."""
+"""Run the benchmark with a planted regression: `self_check.py` checks that `compare.py` catches it.
+
+    python benchmarks/planted.py 0.15 BUNDLE …
+
+takes the arguments of `run.py` after the slowdown: each engine run takes longer by this share of its time, asleep.
+Neither the runtime nor `run.py` knows about it.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import run
+from mirror_runtime import Encoder
 from mirror_runtime.engines import Engine
 from mirror_runtime.packing import PackedRows
 from mirror_runtime.vectors import Vectors
 
 
-class Slowed:
-    """An engine each of whose runs takes longer by a share of its own time, asleep.
+def slow_down(engine: Engine, share: float) -> None:
+    """Make every run of an engine sleep for a share of its own time: 0.15 turns 10 ms into 11.5 ms."""
+    unchanged = engine.run
 
-    Args:
-        engine: what computes.
-        share: 0.15 lets a run of 10 ms take 11.5 ms.
-    """
-
-    def __init__(self, engine: Engine, share: float) -> None:
-        self.name = engine.name
-        self.precision = engine.precision
-        self.streams = engine.streams
-        self.length_multiple = engine.length_multiple
-        self.dynamic_shapes = engine.dynamic_shapes
-        self._engine = engine
-        self._share = share
-
-    def run(self, rows: PackedRows) -> Vectors:
-        """Run one batch, then sleep."""
+    def run_slowly(rows: PackedRows) -> Vectors:
         began = time.perf_counter()
-        vectors = self._engine.run(rows)
-        time.sleep(self._share * (time.perf_counter() - began))
+        vectors = unchanged(rows)
+        time.sleep(share * (time.perf_counter() - began))
         return vectors
 
-    def close(self) -> None:
-        """Release the engine."""
-        self._engine.close()
+    setattr(engine, "run", run_slowly)  # noqa: B010 - mypy rejects an assignment to a method
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plant the slowdown in every encoder that this process loads, and run the benchmark.
+
+    Returns:
+        What `run.py` returns.
+    """
+    share, *arguments = sys.argv[1:] if argv is None else argv
+    load = Encoder.load
+
+    def load_slowed(*values: Any, **options: Any) -> Encoder:
+        encoder = load(*values, **options)
+        slow_down(encoder.engine, float(share))
+        return encoder
+
+    setattr(Encoder, "load", load_slowed)  # noqa: B010 - likewise
+    try:
+        return run.main(arguments)
+    finally:
+        setattr(Encoder, "load", load)  # noqa: B010 - likewise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from mirror_runtime.environments import make_environment
+from benchmarks.peers.environments import make_environment
 from mirror_runtime.errors import PeerError
 
 NAME = "perf_analyzer"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.load.targets import GRPC, HTTP
 from mirror_runtime.bundle import EncoderSpec, read_canaries
 from mirror_runtime.encoder import Encoder
-from mirror_runtime.vectors import Vectors, components
+from mirror_runtime.vectors import Vectors, components, distance_problem
 
 TEXTS_PER_REQUEST = {1: 0.80, 8: 0.15, 32: 0.05}
 """Sizes of the mix's requests, and how often each is drawn."""
@@ -127,11 +126,7 @@ class ExpectedVectors:
     long_from: int
 
     def problem(self, chosen: Sequence[int], vectors: Vectors) -> str:
-        """Describe what is wrong with an answer; "" if it is right.
-
-        The cosine cannot detect a missing normalisation, so the distance relative to the expected vector's length is
-        bounded too, by sqrt(2 - 2 floor): for unit vectors this is the same condition.
-        """
+        """Describe what is wrong with an answer, see `distance_problem`; "" if it is right."""
         expected = self.components[list(chosen)]
         if len(vectors) != len(chosen):
             return f"{len(vectors)} vectors for {len(chosen)} texts"
@@ -140,16 +135,7 @@ class ExpectedVectors:
             return f"vectors have shape {found.shape} where {expected.shape} is expected"
         if not np.isfinite(found).all():
             return "vectors are not finite"
-        lengths = np.maximum(np.linalg.norm(expected, axis=1), 1e-12)
-        cosines = (found * expected).sum(1) / np.maximum(np.linalg.norm(found, axis=1) * lengths, 1e-12)
-        worst = int(cosines.argmin())
-        if cosines[worst] < self.floor:
-            return f"cosine {cosines[worst]:.6f} is below {self.floor}: {self.texts[chosen[worst]][:60]!r}"
-        off = np.linalg.norm(found - expected, axis=1) / lengths
-        worst, bound = int(off.argmax()), math.sqrt(2 - 2 * self.floor)
-        if off[worst] > bound:
-            return f"off by {off[worst]:.2g} of its length, more than {bound:.2g}: {self.texts[chosen[worst]][:60]!r}"
-        return ""
+        return distance_problem(found, expected, self.floor, [self.texts[at] for at in chosen])
 
     @classmethod
     def compute(cls, encoder: Encoder, bundle: Path, texts: Sequence[str], seed: int) -> ExpectedVectors:

@@ -13,11 +13,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: nothing of ou
 from benchmarks.peers.protocol import Library, Model, in_length_order, open_tokenizer, read_head, serve
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "modules.json", "1_Pooling/config.json")
-"""What the converter leaves out and encoding needs."""
+"""Files that encoding needs and the converter does not copy."""
 
 
 def export(model: str, backend: str, output: str, texts: Sequence[str]) -> None:
-    """Convert the weights; quantising happens at loading, from the same file."""
+    """Convert the weights. They are quantised at loading, from the same file."""
     converter = import_module("ctranslate2.converters").TransformersConverter(model)
     converter.convert(output)
     for name in COPIED:

@@ -1,8 +1,8 @@
-"""The engines by themselves: the loop somebody writes who wants no framework. Runs in its own environment.
+"""The engines by themselves: the plain loop that one writes without a framework. Runs in its own environment.
 
 Tokenise everything, sort by length, cut into batches, pad each batch to its longest text, run the bundle's padded
-graph, whose output is the vector. `openvino` asks for one batch at a time; `openvino-async` keeps several under way
-with OpenVINO's own queue and its throughput hint, which is what its documentation advises for this.
+graph, whose output is the vector. `openvino` runs one batch at a time; `openvino-async` keeps several under way with
+OpenVINO's own queue and its throughput hint, as its documentation recommends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUTPUT = "sentence_embedding"
 
 Feed = dict[str, Any]
 Run = Callable[[Iterable[Feed]], list[Any]]
-"""Batches to the vectors of each, in the order of the batches."""
+"""Maps batches to the vectors of each, in the order of the batches."""
 
 
 def open_model(model: str, backend: str) -> Model:
@@ -57,7 +57,7 @@ def _onnxruntime(file: str) -> tuple[Run, list[str], str, int | None]:
 def _openvino(file: str) -> tuple[Run, list[str], str, int | None]:
     compiled = import_module("openvino").Core().compile_model(file, "CPU")
     names = [value.get_any_name() for value in compiled.inputs]
-    return lambda feeds: [compiled(feed)[OUTPUT] for feed in feeds], names, *_says(compiled)
+    return lambda feeds: [compiled(feed)[OUTPUT] for feed in feeds], names, *_properties(compiled)
 
 
 def _openvino_async(file: str) -> tuple[Run, list[str], str, int | None]:
@@ -78,10 +78,10 @@ def _openvino_async(file: str) -> tuple[Run, list[str], str, int | None]:
         queue.wait_all()
         return [found[at] for at in range(len(found))]
 
-    return run, [value.get_any_name() for value in compiled.inputs], *_says(compiled)
+    return run, [value.get_any_name() for value in compiled.inputs], *_properties(compiled)
 
 
-def _says(compiled: Any) -> tuple[str, int]:
+def _properties(compiled: Any) -> tuple[str, int]:
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     return str(precision), int(compiled.get_property("INFERENCE_NUM_THREADS"))
 

@@ -1,4 +1,4 @@
-"""fastembed, with the bundle registered as a model of the user's own. Runs in its own environment."""
+"""fastembed, with the bundle registered as a custom model. Runs in its own environment."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from benchmarks.peers.protocol import Library, Model, serve
 
 
 class Engine:
-    """The engine, started anew for each batch size: it is an argument of its making.
+    """The engine, restarted for each batch size, which is an argument of its constructor.
 
     The driver never times the first call with a batch size.
     """
@@ -26,7 +26,7 @@ class Engine:
         self._batch_size = 0
 
     def encode(self, texts: Sequence[str], batch_size: int) -> Any:
-        """Give all texts to the engine at once: batching is its affair."""
+        """Pass all texts to the engine at once: it forms the batches."""
         if batch_size != self._batch_size:
             self._start(batch_size)
         vectors, _ = self._loop.run_until_complete(self._engine.embed(sentences=list(texts)))
@@ -45,7 +45,7 @@ class Engine:
 
 
 def open_model(model: str, backend: str) -> Model:
-    """Start the engine with one text a batch; the first real call starts it anew."""
+    """Start the engine with one text per batch; the first real call restarts it."""
     engine = Engine(model)
     engine.encode(["start"], 1)
     return Model(encode=engine.encode, precision="float32", threads=int(sys.modules["torch"].get_num_threads()))

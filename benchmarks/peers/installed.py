@@ -1,4 +1,4 @@
-"""How many bytes packages take on disk. Runs in peers' environments, too: imports nothing that a bare Python lacks."""
+"""The disk space of packages. Runs in peers' environments, too: imports only the standard library."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from importlib import metadata
 from pathlib import Path
 
 INSTALLERS = frozenset({"pip", "setuptools", "wheel"})
-"""In every environment, and of no use to what runs there."""
+"""In every environment, and not needed by the programs that run there."""
 
 
 def installed_bytes(names: Collection[str] | None = None) -> int:
     """Add up the files of installed packages, compiled Python included.
 
     Args:
-        names: whose; by default all of this environment but the installers.
+        names: of the packages; None for all of this environment except the installers.
     """
     total = 0
     for package in metadata.distributions():
@@ -30,7 +30,7 @@ def installed_bytes(names: Collection[str] | None = None) -> int:
 
 
 def normal(name: str) -> str:
-    """Give a package's name as indexes compare it."""
+    """Return a package's name as indexes compare it."""
     return name.lower().replace("_", "-").replace(".", "-")
 
 

@@ -2,13 +2,13 @@
 
     python mirror_bert_recipe.py --base FOLDER --corpus FILE --output FOLDER --pooling mean --seed 42
 
-Plain PyTorch and transformers, nothing of ours. It does what the published code does (cambridgeltl/mirror-bert at
+Plain PyTorch and transformers, none of our code. It follows the published code (cambridgeltl/mirror-bert at
 8b6b9de): every view padded to 50 tokens, five characters of the second one replaced by "[MASK]" unless the text is
 shorter than 30 characters, two forward passes with dropout 0.1, NT-Xent at temperature 0.04 over batches of 200 text
-pairs, AdamW at 2e-5, one epoch, "mean" over padding too. Its mixed precision is a GPU's, so a CPU computes in fp32.
+pairs, AdamW at 2e-5, one epoch, "mean" over padding too. Its mixed precision needs a GPU, so a CPU computes in fp32.
 
-Two things are kinder to it than its own code: the loss is one cross-entropy over a 400 x 400 matrix where
-pytorch-metric-learning builds one of 400 x 159,200, and the lines are tokenised without worker processes to start.
+Two changes favour it over its own code: the loss is one cross-entropy over a 400 x 400 matrix where
+pytorch-metric-learning builds one of 400 x 159,200, and the lines are tokenised without starting worker processes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHORTEST_MASKED = 30
 
 
 def mask_span(text: str, draw: random.Random) -> str:
-    """Hide five characters as the published code does: it replaces the first occurrence of the span it drew."""
+    """Mask five characters as the published code does: it replaces the first occurrence of the drawn span."""
     if len(text) < SHORTEST_MASKED:
         return text
     start = draw.randrange(len(text) - SPAN)
@@ -40,7 +40,7 @@ def mask_span(text: str, draw: random.Random) -> str:
 
 
 def nt_xent(vectors: torch.Tensor) -> torch.Tensor:
-    """Give the mean cross-entropy of finding each of 2B vectors' partner among the 2B - 1 others."""
+    """Return the mean cross-entropy of finding each of 2B vectors' partner among the 2B - 1 others."""
     unit = torch.nn.functional.normalize(vectors, dim=1)
     count = len(unit)
     similarity = unit @ unit.T / TEMPERATURE
@@ -55,12 +55,12 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--pooling", choices=("mean", "cls"), default="mean")
     parser.add_argument("--seed", type=int, default=42)
-    given = parser.parse_args()
-    torch.manual_seed(given.seed)
-    draw = random.Random(given.seed)
-    texts = [line.strip() for line in given.corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
-    tokenizer = AutoTokenizer.from_pretrained(given.base, local_files_only=True)
-    model = AutoModel.from_pretrained(given.base, local_files_only=True, use_safetensors=True)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    draw = random.Random(options.seed)
+    texts = [line.strip() for line in options.corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
+    tokenizer = AutoTokenizer.from_pretrained(options.base, local_files_only=True)
+    model = AutoModel.from_pretrained(options.base, local_files_only=True, use_safetensors=True)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     order = draw.sample(texts, len(texts))
@@ -71,14 +71,14 @@ def main() -> int:
         for view in (batch, [mask_span(text, draw) for text in batch]):
             inputs = tokenizer(view, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
             hidden = model(**inputs).last_hidden_state
-            views.append(hidden[:, 0] if given.pooling == "cls" else hidden.mean(1))
+            views.append(hidden[:, 0] if options.pooling == "cls" else hidden.mean(1))
         loss = nt_xent(torch.cat(views))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-    model.save_pretrained(given.output)
-    tokenizer.save_pretrained(given.output)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
     sys.stdout.write(json.dumps({"texts": len(texts), "steps": len(losses), "loss": losses[-1]}) + "\n")
     return 0
 

@@ -1,7 +1,7 @@
 """A peer's end of the line-JSON protocol, the same for every library.
 
-Runs in a peer's environment, so it imports nothing that a bare Python lacks. One JSON object a line on standard input,
-one on standard output, in turn:
+Runs in a peer's environment, so it imports only the standard library. One JSON object a line on standard input,
+one on standard output for each:
 
     {"op": "export", "model": DIR, "backend": B, "output": DIR, "texts": FILE}
         -> {"seconds": s}
@@ -14,9 +14,9 @@ one on standard output, in turn:
     {"op": "dump", "batch_size": n, "output": FILE.npy, "texts": FILE or null}
         -> {"texts": n}
 
-A texts file is a JSON list of strings; `dump` takes those of `load` where it is given none. A failure gives
-{"error": "..."} and the worker goes on; end of input ends it. Everything that libraries write to standard output goes
-to standard error.
+A texts file is a JSON list of strings; `dump` without one encodes those of `load`, and writes vectors [n, dim] in the
+library's own number type. A failure is answered with {"error": "..."} and the worker goes on; end of input ends it.
+Everything that libraries write to standard output goes to standard error.
 
 With the arguments `start DIR BACKEND FILE` the script loads the model, encodes one text, prints `ready BYTES`, encodes
 the file's texts, prints `done BYTES` and ends. The bytes are the process's peak resident memory.
@@ -37,10 +37,10 @@ from typing import Any
 Answer = dict[str, Any]
 
 WARM_CALLS = 3
-"""Untimed calls before single texts are timed: the other parties have just had the caches and cores."""
+"""Untimed calls before single texts are timed: the other parties have just used the caches and cores."""
 
 START_BATCH = 32
-"""Texts a batch after a start: what most libraries take by default."""
+"""Texts per batch after a start: the default of most libraries."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Model:
     """A loaded model.
 
     Attributes:
-        encode: texts and a batch size to vectors [n, dim], whatever the library's type for them is.
-        precision: what the library says it computes in.
-        threads: what the library says it uses; None where it does not say.
+        encode: takes texts and a batch size and returns vectors [n, dim] in any array-like type.
+        precision: number format that the library reports to compute in.
+        threads: that the library reports to use; None if it does not report them.
     """
 
     encode: Callable[[Sequence[str], int], Any]
@@ -106,23 +106,23 @@ class Worker:
         }
 
     def encode(self, batch_size: int, limit: int | None) -> Answer:
-        """Encode the first `limit` texts (None: all) and give the seconds."""
+        """Encode the first `limit` texts (None: all) and measure the seconds."""
         model, texts = self._loaded(), self._texts[:limit]
         began = time.perf_counter()
         model.encode(texts, batch_size)
         return {"seconds": time.perf_counter() - began, "texts": len(texts)}
 
     def single(self, texts: str, calls: int) -> Answer:
-        """Encode one text a call, in turns, after some calls that warm up, and give each call's milliseconds."""
+        """Encode one text per call, in turn, and measure each call's milliseconds."""
         model = self._loaded()
         return {"samples_ms": time_calls(lambda one: model.encode(one, 1), read_json(texts), calls)}
 
     def dump(self, batch_size: int, output: str, texts: str | None = None) -> Answer:
-        """Write the vectors of all texts, float32 [n, dim]."""
+        """Write the vectors of all texts, [n, dim]."""
         import numpy as np
 
         chosen = self._texts if texts is None else read_json(texts)
-        np.save(output, np.asarray(self._loaded().encode(chosen, batch_size), np.float32))
+        np.save(output, np.asarray(self._loaded().encode(chosen, batch_size)))
         return {"texts": len(chosen)}
 
     def _loaded(self) -> Model:
@@ -132,7 +132,7 @@ class Worker:
 
 
 def serve(library: Library, arguments: Sequence[str]) -> int:
-    """Answer requests until the input ends, or do one start."""
+    """Answer requests until the input ends, or perform one start."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if arguments:
@@ -171,7 +171,7 @@ def time_calls(encode: Callable[[list[str]], Any], texts: Sequence[str], calls: 
 
 
 def peak_bytes() -> int:
-    """Give the process's peak resident memory. What getrusage gives holds that of the process that started this one."""
+    """Return the process's peak resident memory. getrusage's figure would include the process that started this one."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
@@ -182,13 +182,13 @@ def read_json(path: str | Path) -> Any:
 
 
 def in_length_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Give the positions of texts in batches, longest first: little padding, and the largest batch fails at once."""
+    """Return the positions of texts in batches, longest first: little padding, and the largest batch fails at once."""
     order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
     return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
 
 
 def open_tokenizer(model: str) -> Any:
-    """Open a bundle's tokenizer with its own limit, and without padding."""
+    """Open a bundle's tokenizer with its own limit and without padding."""
     from importlib import import_module
 
     tokenizer = import_module("tokenizers").Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
@@ -208,7 +208,7 @@ def read_head(model: str) -> tuple[str, bool]:
     chosen = [kind for key, kind in kinds.items() if pooling.get(key)]
     modules = [module["type"].rsplit(".", 1)[-1] for module in read_json(Path(model) / "modules.json")]
     if len(chosen) != 1 or not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError("this peer knows heads of mean or cls pooling alone")
+        raise ValueError("this peer supports only mean and cls pooling")
     return chosen[0], "Normalize" in modules
 
 

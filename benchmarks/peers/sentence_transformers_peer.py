@@ -1,7 +1,7 @@
 """sentence-transformers, each backend opened as its documentation says. Runs in its own environment.
 
-The int8 variants are what the library's own export functions make of the weights: dynamic for ONNX, static for
-OpenVINO, calibrated on texts of the very workload, which is kind to it.
+The int8 variants come from the library's own export functions: dynamic for ONNX; static for OpenVINO, calibrated on
+texts of the workload itself, which favours it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.peers.protocol import Library, Model, serve
 
 SUFFIX = "peer_int8"
 FILES = {"onnx-int8": f"model_{SUFFIX}.onnx", "openvino-int8": f"openvino_model_{SUFFIX}.xml"}
-"""Names of its own: a bundle may hold our int8 under the library's usual ones."""
+"""Distinct names: a bundle may have our int8 under the library's usual ones."""
 
 CALIBRATION_TEXTS = 300
 """The library's default."""
@@ -73,7 +73,7 @@ def export(model: str, backend: str, output: str, texts: Sequence[str]) -> None:
 
 
 def _load(model: str, backend: str) -> Any:
-    library: Any = import_module("sentence_transformers")  # nothing of it is needed before the first request
+    library: Any = import_module("sentence_transformers")  # not needed before the first request
     options = {"model_kwargs": {"file_name": FILES[backend]}} if backend in FILES else {}
     return library.SentenceTransformer(model, backend=_engine(backend), device="cpu", local_files_only=True, **options)
 
@@ -83,19 +83,19 @@ def _engine(backend: str) -> str:
 
 
 def _onnx_configuration() -> str:
-    """Name the library's configuration for this CPU."""
+    """Return the library's configuration name for this CPU."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     return "avx512_vnni" if "avx512_vnni" in flags else "avx512" if "avx512f" in flags else "avx2"
 
 
 def _precision(model: Any, backend: str) -> str:
-    """Name what the backend computes in, by asking it where it can be asked."""
+    """Return the number format that the backend computes in, from the backend itself where it reports it."""
     inner = model[0].auto_model
     if _engine(backend) == "openvino":
         rest = str(inner.request.get_property("INFERENCE_PRECISION_HINT").to_string())
         return f"int8, rest {rest}" if backend in FILES else rest
     if _engine(backend) == "onnx":
-        return f"int8 ({_onnx_configuration()})" if backend in FILES else "float32"  # what the file holds
+        return f"int8 ({_onnx_configuration()})" if backend in FILES else "float32"  # of the file
     return str(next(inner.parameters()).dtype).removeprefix("torch.")
 
 
@@ -104,7 +104,7 @@ def _threads(model: Any, backend: str) -> int | None:
         return int(model[0].auto_model.request.get_property("INFERENCE_NUM_THREADS"))
     if _engine(backend) == "torch":
         return int(sys.modules["torch"].get_num_threads())  # loaded by the library
-    return None  # ONNX Runtime's default is one a physical core, and it does not tell
+    return None  # ONNX Runtime's default is one per physical core, and it does not report it
 
 
 if __name__ == "__main__":

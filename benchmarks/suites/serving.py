@@ -388,6 +388,7 @@ def measure_overload(
         ("memory before", "B", [before]),
         ("memory after", "B", [after]),
         ("recovery", "s", [] if recovery_s is None else [recovery_s]),
+        ("duration", "s", [pace.overload_s]),
     ):
         party.add(metric, unit, samples, **conditions)
     if recovery_s is None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import interop
+from benchmarks.interop import CONSUMERS, REQUIREMENTS, Cell, Verdict, main, run_consumers
+from benchmarks.peers.interop_peer import CONSUMERS as FUNCTIONS
 from mirror_runtime.bundle import (
     CANARIES_FILE,
     MANIFEST_FILE,
@@ -19,16 +22,12 @@ from mirror_runtime.bundle import (
     sha256_file,
     write_json,
 )
-from mirror_runtime.cli.main import main
-from mirror_runtime.consumers import matrix
-from mirror_runtime.consumers.matrix import CONSUMERS, HERE, Verdict, run_consumers
-from mirror_runtime.consumers.worker import CONSUMERS as FUNCTIONS
 from mirror_runtime.errors import BundleError, InputError, PeerError
 
 
 @pytest.fixture
 def environments(tmp_path) -> Path:
-    """Environments that are this one: it has sentence-transformers 6 and both engines, and no fastembed."""
+    """Environments that are this one: it has sentence-transformers 6 and both engines, but not fastembed."""
     folder = tmp_path / "environments"
     folder.mkdir()
     for name in {consumer.environment for consumer in CONSUMERS}:
@@ -36,18 +35,15 @@ def environments(tmp_path) -> Path:
     return folder
 
 
-def run(bundle: Path, environments: Path, *only: str) -> dict[str, matrix.Cell]:
+def run(bundle: Path, environments: Path, *only: str) -> dict[str, Cell]:
     return {cell.consumer: cell for cell in run_consumers(bundle, environments, only=only)}
 
 
-def test_libraries_read_the_bundle_unchanged_and_give_the_same_vectors(tiny_bundle, environments):
+def test_libraries_read_the_bundle_unchanged_and_compute_the_same_vectors(tiny_bundle, environments):
     before = {path: path.stat().st_mtime_ns for path in tiny_bundle.rglob("*")}
-    cells = run(tiny_bundle, environments, "sentence-transformers 6", "onnxruntime", "openvino")
-    assert {name: cell.verdict for name, cell in cells.items()} == {
-        "sentence-transformers 6, PyTorch": Verdict.AGREES,
-        "onnxruntime": Verdict.AGREES,
-        "openvino": Verdict.AGREES,
-    }
+    cells = run(tiny_bundle, environments, "onnxruntime", "openvino")
+    verdicts = {name: cell.verdict for name, cell in cells.items()}
+    assert verdicts == {"onnxruntime": Verdict.AGREES, "openvino": Verdict.AGREES}
     exact = cells["onnxruntime"]
     assert exact.floor == 0.99999
     assert exact.min_cosine is not None
@@ -56,28 +52,35 @@ def test_libraries_read_the_bundle_unchanged_and_give_the_same_vectors(tiny_bund
     assert {path: path.stat().st_mtime_ns for path in tiny_bundle.rglob("*")} == before
 
 
-def test_a_library_that_is_not_there_is_no_pass(tiny_bundle, environments, capsys):
+@pytest.mark.slow  # imports torch and transformers in a process of its own
+def test_sentence_transformers_pools_as_the_bundle_states(tiny_bundle, environments):
+    (cell,) = run(tiny_bundle, environments, "sentence-transformers 6").values()
+    assert (cell.verdict, cell.file) == (Verdict.AGREES, "model.safetensors")
+    assert cell.versions["sentence-transformers"]
+
+
+def test_a_library_that_is_not_installed_is_a_failure(tiny_bundle, environments, tmp_path, capsys):
     cells = run(tiny_bundle, environments, "fastembed")
     assert cells["fastembed"].verdict is Verdict.FAILED
     assert "No module named 'fastembed'" in cells["fastembed"].reason
-    options = ["--environments", str(environments), "--consumer", "fastembed"]
-    assert main(["verify", str(tiny_bundle), *options]) == 1
+    options = ["--env-dir", str(tmp_path), "--env", f"fastembed={sys.prefix}", "--library", "fastembed", "--json"]
+    assert main([str(tiny_bundle), *options]) == 1
     (cell,) = json.loads(capsys.readouterr().out.splitlines()[-1])["consumers"]
     assert (cell["consumer"], cell["verdict"]) == ("fastembed", "failed")
 
 
-def test_an_environment_that_cannot_be_made_is_said_so(tiny_bundle, tmp_path, monkeypatch):
+def test_an_environment_that_cannot_be_made_is_reported_once(tiny_bundle, tmp_path, monkeypatch):
     made = []
 
-    def fail(requirements, folder, say):
+    def fail(requirements, folder, on_progress):
         made.append((requirements, folder))
         raise PeerError("the environment cannot be made (status 1): no network")
 
-    monkeypatch.setattr(matrix, "make_environment", fail)
+    monkeypatch.setattr(interop, "make_environment", fail)
     cells = run(tiny_bundle, tmp_path / "none", "onnxruntime", "openvino")
     assert {cell.verdict for cell in cells.values()} == {Verdict.NOT_INSTALLED}
     assert all(cell.failed and "no network" in cell.reason for cell in cells.values())
-    assert made == [(HERE / "fastembed.txt", tmp_path / "none" / "fastembed")], "asked for once"
+    assert made == [(REQUIREMENTS / "fastembed.txt", tmp_path / "none" / "fastembed")], "tried once"
 
 
 def test_other_vectors_are_a_difference(tiny_bundle, environments, tmp_path):
@@ -98,9 +101,10 @@ def test_what_the_bundle_does_not_offer_is_neither_a_pass_nor_a_failure(tiny_bun
     assert "to_openvino.py" in cell.reason
 
 
-def test_a_corrupted_bundle_and_an_unknown_consumer_are_refused(tiny_bundle, environments, tmp_path):
-    with pytest.raises(InputError, match="no consumer is named keras"):
+def test_a_corrupted_bundle_and_an_unknown_library_are_refused(tiny_bundle, environments, tmp_path):
+    with pytest.raises(InputError, match="no library is named keras"):
         run(tiny_bundle, environments, "keras")
+    assert main([str(tiny_bundle), "--env", "keras=."]) == 2
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     (copy / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json differ"):
@@ -110,7 +114,7 @@ def test_a_corrupted_bundle_and_an_unknown_consumer_are_refused(tiny_bundle, env
 def test_every_consumer_has_its_function_and_pinned_requirements():
     for consumer in CONSUMERS:
         assert consumer.name in FUNCTIONS
-        lines = (HERE / f"{consumer.environment}.txt").read_text(encoding="utf-8").splitlines()
+        lines = (REQUIREMENTS / f"{consumer.environment}.txt").read_text(encoding="utf-8").splitlines()
         pinned = [line for line in lines if line and not line.startswith("#")]
         assert all("==" in line for line in pinned if line != "numpy")
 
@@ -118,10 +122,10 @@ def test_every_consumer_has_its_function_and_pinned_requirements():
 def offered(bundle: Path, **changes) -> set[str]:
     manifest = read_manifest(bundle)
     changed = dataclasses.replace(manifest, encoder=dataclasses.replace(manifest.encoder, **changes))
-    return {c.title for c in CONSUMERS if not matrix._not_offered(c, changed, bundle)}
+    return {c.title for c in CONSUMERS if not interop._not_offered(c, changed, bundle)}
 
 
-def test_heads_that_a_library_lacks_are_not_asked_of_it(tiny_bundle, tmp_path):
+def test_heads_that_a_library_lacks_are_not_offered_to_it(tiny_bundle, tmp_path):
     everyone = {consumer.title for consumer in CONSUMERS}
     assert offered(tiny_bundle) == offered(tiny_bundle, template="query: {text}") == everyone
     assert offered(tiny_bundle, pooling=Pooling.MAX) == everyone - {"fastembed"}

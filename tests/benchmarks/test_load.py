@@ -224,12 +224,15 @@ def test_right_vectors_have_no_problem(expected):
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda v: v[::-1], "is below 0.999: 'text 3'"),  # two texts' vectors swapped
+        (lambda v: v[::-1], "2 of 3 texts (cosine below 0.999"),  # two texts' vectors swapped
         (lambda v: v[:2], "2 vectors for 3 texts"),
         (lambda v: v[:, :8], "is expected"),
         (lambda v: np.where(v == v[1, 0], np.nan, v), "not finite"),
-        (lambda v: v * 2, "off by 1 of its length"),  # not normalised
-        (lambda v: v * np.array([[1], [1], [0]], np.float32), "is below 0.999: 'text 9'"),
+        (lambda v: v * 2, "'text 3' cosine 1.000000, off by 1 of its length"),  # not normalised
+        (
+            lambda v: v * np.array([[1], [1], [0]], np.float32),
+            "of its length). Worst: 'text 9'",
+        ),
     ],
 )
 def test_a_wrong_vector_is_found(expected, spoil, problem):
@@ -244,7 +247,7 @@ def test_vectors_of_bits_are_compared_as_components(expected):
         components=np.where(expected.components > 0, 1, -1).astype(np.float32),
     )
     assert binary.problem((0, 1), bits[:2]) == ""
-    assert "is below" in binary.problem((0, 1), bits[1:3])
+    assert "cosine below" in binary.problem((0, 1), bits[1:3])
 
 
 def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected):
@@ -303,7 +306,7 @@ def test_a_good_answer_is_compared_with_the_expected_vectors(expected):
     assert end(expected, lambda _: expected.components[[3, 5]], GOOD) == (Outcome.ANSWERED, "")
     outcome, reason = end(expected, lambda _: expected.components[[5, 3]], GOOD)
     assert outcome is Outcome.WRONG_VECTOR
-    assert "below 0.999" in reason
+    assert "cosine below 0.999" in reason
 
 
 @pytest.mark.parametrize(

@@ -1,102 +1,103 @@
-"""A soak's arithmetic and its report, without a server."""
+"""The soak: its arithmetic and report without a server, then real `mirror serve` runs."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.soak_figures import ALL, Findings, drift, growth, judge, restarts, slope, times_of
-from benchmarks.soak_report import render, write_files
-from benchmarks.soak_results import (
-    SCHEMA_VERSION,
+from benchmarks import soak
+from benchmarks.load.requests import ExpectedVectors
+from benchmarks.load.window import FirstSeen, Window
+from benchmarks.soak import main
+from benchmarks.soaking.observations import (
+    ALL,
     Ending,
     MemorySample,
+    Observations,
     Process,
-    Settings,
-    SoakReport,
-    Subject,
-    Thresholds,
-    Times,
-    Window,
+    WindowFigures,
 )
-from benchmarks.soak_tally import Outcome, Tally
-from mirror_runtime.bundle import from_json
+from benchmarks.soaking.report import Settings, SoakReport, Subject, render, write_files
+from benchmarks.soaking.server import ServedBundle
+from benchmarks.soaking.verdicts import Thresholds, drift, growth, judge, restarts
+from mirror_runtime.errors import ServerError
+from mirror_runtime.triton.server.processes import alive
+from mirror_runtime.triton.server.server import SHARED_MEMORY
+from tests.support.mirror_serve import wait_until
 
 THRESHOLDS = Thresholds(growth_mb_per_hour=30.0, drift=1.5, unexpected=0)
-CLEAN_END = Ending(by_itself=False, status=0, seconds=1.0, left=())
-FINE = Findings(
-    requests=100,
-    right=95,
-    unexpected=0,
-    growth_mb_per_hour=5.0,
-    growth_over_s=900.0,
-    p99_drift=1.1,
-    restarts=0,
-    ending=CLEAN_END,
-)
+CLEAN_END = Ending(by_itself=False, status=0, seconds=1.0, leftovers=())
 
 
 def sample(at_s: float, *sizes: float, pid: int = 10) -> MemorySample:
     names = ("tritonserver", "model", "model")
-    return MemorySample(
+    processes = tuple(
+        Process(name=name, pid=pid + i, resident_mb=size)
+        for i, (name, size) in enumerate(zip(names, sizes, strict=False))
+    )
+    return MemorySample(at_s=at_s, processes=processes)
+
+
+def figures(p99_ms: float | None) -> WindowFigures:
+    return WindowFigures(at_s=0.0, unexpected=0, p50_ms=p99_ms, p99_ms=p99_ms, lag_p99_ms=None)
+
+
+def window(*times_ms: float, at_s: float = 10.0, late_ms: float = 0.5, **ends: int) -> Window:
+    return Window(
         at_s=at_s,
-        processes=tuple(
-            Process(name=name, pid=pid + i, resident_mb=size)
-            for i, (name, size) in enumerate(zip(names, sizes, strict=False))
-        ),
+        seconds=10.0,
+        answered_ms={"grpc 1": times_ms},
+        refused_ms=(),
+        lag_ms=(late_ms,),
+        outcomes={"answered": len(times_ms), **ends},
+        first={end: FirstSeen(at_s=at_s, reason=f"{end} at {at_s}") for end in ends if end != "cancelled"},
+        cpu_s=0.5,
     )
 
 
-def window(p99_ms: float | None) -> Window:
-    times = None if p99_ms is None else Times(requests=1, p50_ms=1.0, p99_ms=p99_ms, p999_ms=p99_ms)
-    return Window(at_s=0.0, seconds=10.0, requests=1, outcomes={}, times=times, sent_late_p99_ms=None)
+def fine(**changes) -> Observations:
+    """A quarter of an hour without a finding: 5 MB an hour, and p99 grows by a tenth."""
+    observed = Observations(
+        memory=[sample(60.0 * i, 100.0, 200.0 + i / 12) for i in range(31)],
+        windows=[figures(10.0)] * 3 + [figures(10.5)] * 3 + [figures(11.0)] * 3,
+        ending=CLEAN_END,
+    )
+    observed.outcomes.update({"answered": 95, "cancelled": 5})
+    for name, value in changes.items():
+        setattr(observed, name, value)
+    return observed
 
 
-def test_a_slope_is_that_of_the_line_whatever_the_scatter_around_it():
-    at = np.linspace(100, 200, 400)
-    scatter = np.random.default_rng(0).normal(0, 5, 400)
-    assert slope(at.tolist(), (3 + 0.25 * at).tolist()) == pytest.approx(0.25)
-    assert slope(at.tolist(), (3 - 0.25 * at + scatter).tolist()) == pytest.approx(-0.25, abs=0.03)
-    assert slope([0, 1, 2], [0, 3, 0]) == 0
-
-
-@pytest.mark.parametrize("moments", [[], [1.0], [2.0, 2.0]])
-def test_a_slope_of_one_moment_is_refused(moments):
-    with pytest.raises(ValueError, match="two different moments"):
-        slope(moments, [1.0] * len(moments))
-
-
-def test_growth_is_of_the_second_half_and_an_hour():
-    # 100 MB while it warms up, then 1 MB every 60 s in the model alone.
+def test_growth_is_of_the_second_half_by_process_and_per_hour():
+    # It doubles while it warms up, then 1 MB every 60 s in the model alone, with some scatter.
+    scatter = np.random.default_rng(0).normal(0, 0.05, 21)
     warming = [sample(10.0 * i, 50.0, 100.0 + 10 * i) for i in range(10)]
-    steady = [sample(10.0 * i, 50.0, 200.0 + i / 6) for i in range(10, 21)]
+    steady = [sample(10.0 * i, 50.0, 100.0, 100.0 + i / 6 + scatter[i]) for i in range(10, 21)]
     found = growth([*warming, *steady])
-    assert found == pytest.approx({"tritonserver": 0.0, "model": 60.0, ALL: 60.0}, abs=1e-6)
-
-
-def test_processes_of_one_name_are_added_up():
-    found = growth([sample(0, 1.0, 1.0, 1.0), sample(1800, 1.0, 2.0, 3.0), sample(3600, 1.0, 3.0, 5.0)])
-    assert found == pytest.approx({"tritonserver": 0.0, "model": 6.0, ALL: 6.0})
+    assert found == pytest.approx({"tritonserver": 0.0, "model": 60.0, ALL: 60.0}, abs=4)
+    assert found[ALL] == pytest.approx(found["model"])
 
 
 def test_growth_of_too_few_samples_is_unknown():
     assert growth([]) == growth([sample(0, 1.0)]) == growth([sample(0, 1.0), sample(10, 9.0)]) == {}
 
 
-def test_drift_compares_the_last_third_with_the_first():
-    assert drift([window(p99) for p99 in [10] * 4 + [99] * 4 + [20] * 4]) == 2.0
-    assert drift([window(p99) for p99 in [20] * 4 + [99] * 4 + [10] * 4]) == 0.5
-
-
-def test_one_disturbed_window_is_no_drift():
-    assert drift([window(p99) for p99 in [10] * 11 + [5000]]) == 1.0
-
-
-def test_windows_without_answers_do_not_count_for_drift():
-    assert drift([window(p99) for p99 in [10, 10, None, 10, 15, 15, 15, 30, None, 30, 30]]) == 3.0
-    assert drift([window(p99) for p99 in [10] * 8 + [None] * 50]) is None
+@pytest.mark.parametrize(
+    ("p99s", "ratio"),
+    [
+        ([10] * 4 + [99] * 4 + [20] * 4, 2.0),
+        ([20] * 4 + [99] * 4 + [10] * 4, 0.5),
+        ([10] * 11 + [5000], 1.0),  # one disturbed window
+        ([10, 10, None, 10, 15, 15, 15, 30, None, 30, 30], 3.0),  # windows without answers do not count
+        ([10] * 8 + [None] * 50, None),
+    ],
+)
+def test_drift_compares_the_last_third_with_the_first(p99s, ratio):
+    assert drift([figures(p99) for p99 in p99s]) == ratio
 
 
 def test_a_new_tritonserver_is_a_restart_and_a_moment_without_one_is_not_two():
@@ -105,151 +106,242 @@ def test_a_new_tritonserver_is_a_restart_and_a_moment_without_one_is_not_two():
     assert restarts([*steady, sample(4), sample(5, 1.0, pid=20), sample(6, 1.0, pid=20)]) == 1
 
 
+def failing(**changes) -> list[str]:
+    return [verdict.name for verdict in judge(fine(**changes), THRESHOLDS) if verdict.passed is False]
+
+
 def test_a_run_within_its_thresholds_passes():
-    assert [verdict.passed for verdict in judge(FINE, THRESHOLDS)] == [True] * 5
-    edge = replace(FINE, growth_mb_per_hour=30.0, p99_drift=1.5)
-    assert all(verdict.passed for verdict in judge(edge, THRESHOLDS))
+    assert [verdict.passed for verdict in judge(fine(), THRESHOLDS)] == [True] * 5
+    assert judge(fine(), replace(THRESHOLDS, growth_mb_per_hour=5.01, drift=1.1))[1].passed
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "changes"),
     [
-        ("errors", {"unexpected": 1}),
-        ("errors", {"right": 0, "requests": 0}),
-        ("memory", {"growth_mb_per_hour": 30.1}),
-        ("p99 drift", {"p99_drift": 1.51}),
-        ("restarts", {"restarts": 1}),
+        ("errors", {"outcomes": fine().outcomes - fine().outcomes}),
+        ("memory", {"memory": [sample(60.0 * i, 100.0, 200.0 + i) for i in range(31)]}),
+        ("p99 drift", {"windows": [figures(10.0)] * 3 + [figures(16.0)] * 6}),
+        ("restarts", {"memory": [*fine().memory[:-1], sample(1800.0, 100.0, 202.5, pid=20)]}),
         ("end", {"ending": replace(CLEAN_END, status=None)}),
         ("end", {"ending": replace(CLEAN_END, status=1)}),
         ("end", {"ending": replace(CLEAN_END, by_itself=True)}),
-        ("end", {"ending": replace(CLEAN_END, left=("process 7 (model)",))}),
+        ("end", {"ending": replace(CLEAN_END, leftovers=("process 7 (model)",))}),
     ],
 )
-def test_each_threshold_fails_alone(name, change):
-    assert [v.name for v in judge(replace(FINE, **change), THRESHOLDS) if v.passed is False] == [name]
+def test_each_threshold_fails_alone(name, changes):
+    assert failing(**changes) == [name]
+
+
+def test_an_unexpected_end_fails_the_run_and_its_first_reason_is_kept():
+    observed = fine()
+    observed.add(window(12.0, 13.0, at_s=10.0, **{"wrong vector": 2, "cancelled": 1}))
+    observed.add(window(at_s=20.0, **{"wrong vector": 1}))
+    observed.add(
+        Window(at_s=30.0, seconds=10, answered_ms={}, refused_ms=(), lag_ms=(), outcomes={}, first={}, cpu_s=1)
+    )
+    (problem,) = observed.problems.values()
+    assert (problem.count, problem.first_at_s, problem.first_reason) == (3, 10.0, "wrong vector at 10.0")
+    assert (observed.unexpected, observed.answered, observed.cpu_s) == (3, 97, 2.0)
+    last, empty_of_answers = observed.windows[-2:]  # the window without any request is left out
+    assert (last.p50_ms, last.lag_p99_ms, empty_of_answers.p99_ms) == (12.5, 0.5, None)
+    assert [v.name for v in judge(observed, THRESHOLDS) if v.passed is False] == ["errors"]
+    assert {label: len(times) for label, times in observed.times()} == {ALL: 2, "grpc 1": 2}
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "changes"),
     [
-        ("memory", {"growth_mb_per_hour": None}),
-        ("memory", {"growth_mb_per_hour": 9999.0, "growth_over_s": 20.0}),
-        ("p99 drift", {"p99_drift": None}),
+        ("memory", {"memory": []}),
+        ("memory", {"memory": [sample(1.0 * i, 999.0 * i) for i in range(20)]}),
+        ("p99 drift", {"windows": [figures(10.0)] * 8}),
         ("end", {"ending": None}),
     ],
 )
-def test_what_a_short_run_cannot_say_is_not_judged(name, change):
-    verdicts = judge(replace(FINE, **change), THRESHOLDS)
+def test_what_a_short_run_cannot_show_is_not_judged(name, changes):
+    verdicts = judge(fine(**changes), THRESHOLDS)
     assert [v.name for v in verdicts if v.passed is None] == [name]
-    assert all(v.says.startswith("not judged") for v in verdicts if v.passed is None)
-
-
-def test_the_tally_closes_windows_and_forgets_nothing_of_the_whole():
-    tally = Tally()
-    for took in range(1, 101):
-        tally.sent(0.5)
-        tally.answered("grpc 1", float(took))
-    tally.ended(Outcome.CANCELLED, 3.0)
-    first = tally.close_window(10.0)
-    assert (first.at_s, first.seconds, first.requests) == (10.0, 10.0, 101)
-    assert first.outcomes == {"answered": 100, "cancelled": 1}
-    assert first.times == times_of([float(took) for took in range(1, 101)])
-    assert first.sent_late_p99_ms == 0.5
-
-    tally.answered("http 8", 500.0)
-    tally.ended(Outcome.WRONG_VECTOR, 12.0, "cosine 0.1")
-    tally.ended(Outcome.WRONG_VECTOR, 13.0, "cosine 0.2")
-    tally.ended(Outcome.LATE, 14.0, "10 s")
-    second = tally.close_window(15.0)
-    assert (second.seconds, second.requests) == (5.0, 4)
-    assert second.times is not None
-    assert second.times.p50_ms == 500.0
-    assert second.sent_late_p99_ms is None
-    assert [(p.kind, p.count, p.first_at_s, p.first_reason) for p in tally.problems()] == [
-        ("wrong vector", 2, 12.0, "cosine 0.1"),
-        ("no answer in time", 1, 14.0, "10 s"),
-    ]
-    whole = tally.times()
-    assert whole is not None
-    assert (whole.requests, whole.p50_ms) == (101, 51.0)
-    assert {kind: times.requests for kind, times in tally.times_by_kind().items()} == {"grpc 1": 100, "http 8": 1}
-    assert tally.close_window(20.0).requests == 0
+    assert all(v.finding.startswith("not judged") for v in verdicts if v.passed is None)
 
 
 @pytest.fixture
 def soaked(report) -> SoakReport:
-    tally = Tally()
-    tally.answered("grpc 1", 12.0)
-    tally.ended(Outcome.FAILED, 1.0, "a pipe | and\ntwo lines")
-    one = tally.close_window(10.0)
-    return SoakReport(
-        schema_version=SCHEMA_VERSION,
-        partial=False,
-        started="2026-01-01T00:00:00+00:00",
+    observed = Observations(
+        capacity_per_s=200.0,
         load_s=10.0,
-        host=report.host,
+        memory=[sample(0, 10.0, 20.0), sample(10, 11.0, 22.0)],
+        server_log=("broken", "starting again"),
+        ending=CLEAN_END,
+    )
+    failed = window(12.0, **{"server error": 1})
+    observed.add(replace(failed, first={"server error": FirstSeen(at_s=1.0, reason="a pipe | and\ntwo lines")}))
+    return SoakReport(
+        started="2026-01-01T00:00:00+00:00",
+        host=report.facts.host,
         versions={"numpy": "1"},
-        source=report.source,
+        source=report.facts.source,
         subject=Subject(
             name="mine", fingerprint="f" * 16, engine="fake", precision="fp32", floor=0.99, canaries=0, long_texts=100
         ),
-        workload=report.workload,
+        workload=report.facts.workload,
         settings=Settings(
             engine="auto", precision="auto", minutes=1.0, share=0.5, window_s=10.0, seed=0, thresholds=THRESHOLDS
         ),
-        capacity_per_s=200.0,
-        offered_per_s=100.0,
-        generator_cpu_share=0.2,
-        times=tally.times(),
-        times_by_kind=tally.times_by_kind(),
-        outcomes=one.outcomes,
-        windows=(one,),
-        memory=(sample(0, 10.0, 20.0), sample(10, 11.0, 22.0)),
-        growth_mb_per_hour={},
-        p99_drift=None,
-        problems=tally.problems(),
-        server_said=("broken", "starting again"),
-        ending=CLEAN_END,
-        verdicts=judge(replace(FINE, unexpected=1), THRESHOLDS),
+        observed=observed,
     )
 
 
-def test_the_files_hold_the_whole_report(soaked, tmp_path):
+def test_the_files_have_the_whole_report(soaked, tmp_path):
     write_files(soaked, tmp_path)
-    assert from_json(SoakReport, json.loads((tmp_path / "soak.json").read_text()), "soak.json") == soaked
+    written = json.loads((tmp_path / "soak.json").read_text())
+    assert (written["passed"], written["unexpected"], written["p99_ms"]) == (False, 1, 12.0)
+    assert written["problems"][0]["first_reason"] == "a pipe | and\ntwo lines"
+    found = {(one["metric"], *one.get("conditions", {}).values()): one["samples"] for one in written["measurements"]}
+    assert found["requests per second", "open"] == [100.0]
+    assert found["time per request", "grpc 1"] == [12.0]
+    assert found["requests", "server error", "no"] == [1.0]
+    assert found["resident memory", "model"] == [20.0, 22.0]
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "soak.md").read_text()
     assert "# Soak of mine: beyond its thresholds" in text
-    assert "| errors | **FAILED** | 1 of 100 requests" in text
+    assert "| errors | **FAILED** | 1 of 2 requests" in text
     assert "a pipe \\| and two lines" in text
     assert "0.5 of the 200.0" in text
     assert "starting again" in text
     assert str(Path.home()) not in text
 
 
-def test_a_report_of_nothing_is_a_valid_one(soaked, tmp_path):
-    nothing = replace(
-        soaked,
-        partial=True,
-        capacity_per_s=None,
-        offered_per_s=None,
-        generator_cpu_share=None,
-        load_s=0.0,
-        times=None,
-        times_by_kind={},
-        outcomes={},
-        windows=(),
-        memory=(),
-        problems=(),
-        server_said=(),
-        ending=None,
-    )
-    write_files(nothing, tmp_path)
-    assert from_json(SoakReport, json.loads((tmp_path / "soak.json").read_text()), "soak.json") == nothing
+def test_an_interrupted_run_that_saw_nothing_has_a_report(soaked, tmp_path):
+    write_files(replace(soaked, observed=Observations(partial=True)), tmp_path)
+    assert json.loads((tmp_path / "soak.json").read_text())["measurements"] == []
     assert "**Partial" in (tmp_path / "soak.md").read_text()
 
 
-def test_a_generator_that_was_late_is_told(soaked):
-    late = replace(soaked, windows=(replace(soaked.windows[0], sent_late_p99_ms=80.0),))
-    assert "In 1 of 1 windows the generator sent requests more than 20 ms late" in render(late)
+def test_a_generator_that_was_late_is_reported(soaked):
     assert "ms late" not in render(soaked)
+    soaked.observed.add(window(12.0, late_ms=80.0))
+    assert "In 1 of 2 windows the generator sent requests more than 20 ms late" in render(soaked)
+
+
+def command(bundle: Path, output: Path, minutes: float) -> list[str]:
+    texts = output.with_name("texts.txt")  # collecting the default ones takes seconds
+    texts.write_text("".join(f"the quick brown fox number {i} {'jumps ' * (i % 9)}\n" for i in range(200)))
+    options = ["--engine", "fake", "--texts", str(texts), "--minutes", str(minutes), "--window", "1"]
+    return [str(bundle), *options, "--output", str(output)]
+
+
+def read(output: Path) -> dict:
+    return json.loads((output / "soak.json").read_text())
+
+
+@pytest.mark.serving
+@pytest.mark.slow  # a real server under load for six seconds
+def test_a_clean_run_is_within_its_thresholds(gateway_bundle, tmp_path, capsys):
+    output = tmp_path / "out"
+    before = set(SHARED_MEMORY.glob("mirror_*"))
+    assert main(command(gateway_bundle, output, 0.1)) == 0, capsys.readouterr().err
+    headline = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert headline["passed"] is True
+    report = read(output)
+    assert (report["partial"], report["problems"]) == (False, [])
+    found = {(one["metric"], *one.get("conditions", {}).values()): one["samples"] for one in report["measurements"]}
+    outcomes = {key[1] for key in found if key[0] == "requests"}
+    assert {"answered", "bad request refused"} <= outcomes <= {"answered", "bad request refused", "cancelled"}
+    assert {key[1] for key in found if key[0] == "time per request"} >= {"all", "grpc 1", "http 1", "grpc 8", "http 8"}
+    assert len(found[("end of a window",)]) >= 5
+    (capacity,), requests = found["requests per second", "closed"], headline["requests"]
+    assert requests / 6 == pytest.approx(0.5 * capacity, rel=0.25)
+    for name in ("mirror serve", "tritonserver", "model", "all"):
+        assert min(found["resident memory", name]) > 1
+    assert (report["ending"]["status"], report["ending"]["leftovers"]) == (0, [])
+    assert {path.name for path in output.iterdir()} == {"soak.json", "soak.md", "soak.png"}
+    assert set(SHARED_MEMORY.glob("mirror_*")) <= before
+
+
+@pytest.mark.serving
+@pytest.mark.slow  # a real server under load, interrupted
+def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(gateway_bundle, tmp_path, monkeypatch, capsys):
+    compute = ExpectedVectors.compute
+
+    def spoilt(*arguments):
+        expected = compute(*arguments)
+        components = expected.components.copy()
+        components[: expected.long_from : 10] *= -1
+        return replace(expected, components=components)
+
+    windows = []
+
+    def interrupted(observed: Observations) -> str:
+        windows.append(observed.windows)
+        if len(observed.windows) >= 2:
+            signal.raise_signal(signal.SIGINT)
+        return ""
+
+    monkeypatch.setattr(ExpectedVectors, "compute", spoilt)
+    monkeypatch.setattr(soak, "_summary", interrupted)
+    output = tmp_path / "out"
+    assert main(command(gateway_bundle, output, 1.0)) == 130
+    report = read(output)
+    assert report["partial"] is True
+    assert report["load_s"] < 30
+    (problem,) = report["problems"]
+    assert problem["outcome"] == "wrong vector"
+    assert "cosine -1.0" in problem["first_reason"]
+    assert (report["ending"]["status"], report["ending"]["leftovers"]) == (0, [])
+    assert "FAILED     errors" in capsys.readouterr().err
+
+
+@pytest.mark.serving
+@pytest.mark.slow  # a real server whose model is killed and restarted
+def test_a_restart_and_leftovers_are_found(gateway_bundle):
+    with ServedBundle(gateway_bundle, "--engine", "fake") as server:
+        before = MemorySample(at_s=0, processes=server.processes())
+        pids = {process.name: process.pid for process in before.processes}
+        os.kill(pids["model"], signal.SIGKILL)
+        wait_until(lambda: any("serving again" in line for line in server.log))
+        after = MemorySample(at_s=1, processes=server.processes())
+        assert {process.name for process in after.processes} >= {"mirror serve", "tritonserver", "model"}
+        assert restarts([before, after]) == 1
+        region = SHARED_MEMORY / f"mirror_{pids['mirror serve']}_left"
+        region.touch()
+        ending = server.end()
+        assert (ending.by_itself, ending.status) == (False, 0)
+        assert ending.leftovers == (f"shared memory {region.name}",)
+    assert not region.exists()
+
+
+@pytest.mark.serving
+def test_a_server_that_is_killed_has_ended_by_itself_and_leaves_no_process(gateway_bundle):
+    with ServedBundle(gateway_bundle, "--engine", "fake") as server:
+        pids = [process.pid for process in server.processes()]
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(lambda: not server.running)
+        ending = server.end()
+        assert (ending.by_itself, ending.status) == (True, -signal.SIGKILL)
+    assert not any(map(alive, pids))
+
+
+def test_a_server_that_does_not_start_names_the_reason(tmp_path):
+    with pytest.raises(ServerError, match=r"did not start: .* is not a bundle"), ServedBundle(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{absent}"], "is not a bundle"),
+        (["{bundle}", "--engine", "nothing"], "engine 'nothing' is unknown"),
+        (["{bundle}", "--output", "{bundle}"], "is not replaced"),
+        (["{bundle}", "--texts", "{absent}"], "cannot be read"),
+        (["{bundle}", "--share", "2"], "--share"),
+    ],
+)
+def test_mistakes_end_in_status_2_before_anything_is_served(gateway_bundle, tmp_path, capsys, arguments, message):
+    names = {"bundle": gateway_bundle, "absent": tmp_path / "absent"}
+    options = [argument.format(**names) for argument in arguments]
+    if "--output" not in options:
+        options += ["--output", str(tmp_path / "out")]
+    assert main(options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert os.listdir(tmp_path) == []

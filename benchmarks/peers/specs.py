@@ -1,24 +1,24 @@
-"""The peers as data: which libraries, which backends, and what starts each."""
+"""The peers as data: libraries, their backends, and the commands that start them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent / "peers"
+FOLDER = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpec:
-    """A peer: adding one needs a requirements file, a script that speaks the protocol, and a line here.
+    """A peer: a new one needs a requirements file, a script that speaks the protocol, and an entry here.
 
     Attributes:
         name: of its environment, its requirements file and its script.
         title: as its makers write it.
         backends: each with the package whose version counts.
-        exports: which backends need files that the bundle may lack, and the file that shows they are there.
+        exports: backends that need files which the bundle may lack, each with a file that shows they are there.
         slow: it takes tens of seconds to load.
     """
 
@@ -30,7 +30,7 @@ class PeerSpec:
 
     @property
     def quick(self) -> bool:
-        """Whether a quick run measures it unasked: it converts nothing and loads soon."""
+        """Whether a quick run measures it by default: it converts nothing and loads fast."""
         return not self.exports and not self.slow
 
 
@@ -63,34 +63,51 @@ PEERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeerPoint:
-    """One backend of an installed peer, ready to load.
+class PeerBackend:
+    """One backend of an installed peer.
 
     Attributes:
-        model: the bundle, or a copy that holds the files the backend needs.
+        spec: the peer.
+        name: of the backend.
+        python: interpreter of the peer's environment.
+        model: the bundle, or a copy with the files that the backend needs.
     """
 
     spec: PeerSpec
-    backend: str
+    name: str
     python: Path
     model: Path
 
     @property
-    def name(self) -> str:
-        """Peer and backend."""
-        return f"{self.spec.title} {self.backend}"
+    def party(self) -> str:
+        """Peer and backend: its name in the report."""
+        return f"{self.spec.title} {self.name}"
 
     @property
     def package(self) -> str:
         """The package whose version counts."""
-        return self.spec.backends[self.backend]
+        return self.spec.backends[self.name]
+
+    @property
+    def needed_file(self) -> str | None:
+        """The file that the model must have; None if every bundle can be loaded."""
+        return self.spec.exports.get(self.name)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model has the files that the backend needs."""
+        return self.needed_file is None or (self.model / self.needed_file).is_file()
 
     @property
     def file_name(self) -> str:
-        """The same, fit for a file's name."""
-        return re.sub(r"[^\w-]+", "-", self.name)
+        """The party as a file name."""
+        return re.sub(r"[^\w-]+", "-", self.party)
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What starts the worker. Isolated mode keeps our folder and the user's packages out of its imports."""
+        """The command that starts the worker. Isolated mode keeps our folder and the user's packages out of it."""
         return str(self.python), "-I", str(FOLDER / f"{self.spec.name}_peer.py")
+
+    def exported_to(self, scratch: Path) -> PeerBackend:
+        """Return this backend with the copy of the model that its export writes."""
+        return replace(self, model=scratch / self.file_name)

@@ -1,4 +1,4 @@
-"""How many bytes a party's packages take on disk."""
+"""The disk space of a party's packages."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from benchmarks.peers.installed import installed_bytes, normal
 from mirror_runtime.bundle import EngineName
 from mirror_runtime.errors import PeerError
 
-SCRIPT = Path(__file__).resolve().parent / "peers" / "installed.py"
+SCRIPT = Path(__file__).resolve().parent / "installed.py"
 PACKAGE = "mirror-runtime"
 
 EXTRAS = {EngineName.ONNXRUNTIME: "cpu", EngineName.OPENVINO: "openvino"}
-"""What `pip install 'mirror-runtime[…]'` calls the engines of a CPU."""
+"""Extras of `pip install 'mirror-runtime[…]'` for the engines of a CPU."""
 
 
 @cache
 def our_bytes(engine: EngineName) -> int:
-    """Give what `pip install 'mirror-runtime[EXTRA]'` takes with all that it needs; 0 for an engine with no extra."""
+    """Return the bytes of `pip install 'mirror-runtime[EXTRA]'` and its dependencies; 0 without an extra."""
     if engine not in EXTRAS:
         return 0
     needed = needed_by(PACKAGE, EXTRAS[engine])
-    # This checkout may be installed in place: then the installer's list does not name our own files.
+    # This checkout may be installed in place: then the installer's list does not include our own files.
     ours = sum(file.stat().st_size for file in Path(mirror_runtime.__file__).parent.rglob("*") if file.is_file())
     return ours + installed_bytes(needed - {PACKAGE})
 
 
 @cache
 def environment_bytes(python: Path) -> int:
-    """Give what all packages of a peer's environment take.
+    """Return the bytes of all packages of a peer's environment.
 
     Raises:
-        PeerError: its Python cannot say.
+        PeerError: its Python cannot list them.
     """
     done = subprocess.run((python, "-I", SCRIPT), capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -46,15 +46,15 @@ def environment_bytes(python: Path) -> int:
 
 
 def needed_by(package: str, *extras: str) -> frozenset[str]:
-    """Give the names of the packages that a package needs here, itself among them, as far as they are installed."""
+    """Return the names of a package and its dependencies, as far as they are installed."""
     found: set[str] = set()
     waiting = [(package, extras)]
-    seen = set()
+    visited = set()
     while waiting:
-        name, wanted = waiting.pop()
-        if (name, wanted) in seen:
+        name, chosen = waiting.pop()
+        if (name, chosen) in visited:
             continue
-        seen.add((name, wanted))
+        visited.add((name, chosen))
         try:
             requires = metadata.requires(name) or ()
         except metadata.PackageNotFoundError:
@@ -62,6 +62,6 @@ def needed_by(package: str, *extras: str) -> frozenset[str]:
         found.add(normal(name))
         for line in requires:
             need = Requirement(line)
-            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*wanted, "")):
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*chosen, "")):
                 waiting.append((need.name, tuple(sorted(need.extras))))
     return frozenset(found)

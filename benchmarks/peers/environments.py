@@ -1,0 +1,101 @@
+"""Virtual environments of other libraries: made on demand from pinned requirements, and stamped with their hash."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from mirror_runtime.errors import InputError, PeerError
+
+STAMP = ".requirements-sha256"
+INCOMPLETE = "incomplete"
+
+
+def environment_python(folder: Path) -> Path:
+    """Return the interpreter of a virtual environment."""
+    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def existing_environment(folder: Path) -> Path:
+    """Return the interpreter of an environment that the user made; its packages are not checked.
+
+    Raises:
+        PeerError: the folder is not a virtual environment.
+    """
+    python = environment_python(folder)
+    if not python.is_file():
+        raise PeerError(f"{folder} is not a virtual environment: {python} does not exist")
+    return python
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether an environment's stamp shows that its installation ended."""
+    stamp = folder / STAMP
+    return stamp.is_file() and stamp.read_text(encoding="ascii") != INCOMPLETE
+
+
+def make_environment(requirements: Path, folder: Path, on_progress: Callable[[str], None]) -> Path:
+    """Make an environment unless its stamp shows that it is complete, and return its interpreter.
+
+    The hash is written to the stamp last, so an interrupted installation is repeated. Where packages come from is pip's
+    own configuration (its configuration files and PIP_ variables).
+
+    Args:
+        requirements: pinned, one per line.
+        folder: the environment's. It is replaced if its stamp is outdated, and left alone if it has none.
+        on_progress: takes a line of progress.
+
+    Raises:
+        PeerError: it cannot be made; the message has the last line of pip's output.
+    """
+    digest = hashlib.sha256(requirements.read_bytes() + platform.python_version().encode()).hexdigest()
+    stamp = folder / STAMP
+    if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
+        return existing_environment(folder)
+    if folder.exists():
+        if not stamp.is_file():
+            raise PeerError(f"{folder} exists and was not made by this program: move it, or name another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    stamp.write_text(INCOMPLETE, encoding="ascii")
+    on_progress(f"making {folder.name}")
+    _run([sys.executable, "-m", "venv", str(folder)], on_progress)
+    python = environment_python(folder)
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    _run([*pip, "-r", str(requirements)], on_progress)
+    stamp.write_text(digest, encoding="ascii")
+    return python
+
+
+def parse_environments(pairs: Sequence[str], option: str, known: Collection[str]) -> dict[str, Path]:
+    """Parse a command line's NAME=DIR pairs.
+
+    Raises:
+        InputError: a pair is malformed, or its name is not known.
+    """
+    parsed = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if name not in known or not folder:
+            raise InputError(f"{option} {pair!r}: write NAME=DIR, where NAME is one of {', '.join(sorted(known))}")
+        parsed[name] = Path(folder)
+    return parsed
+
+
+def _run(command: list[str], on_progress: Callable[[str], None]) -> None:
+    """Run a command and pass its lines on as progress."""
+    last = ""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    with process:
+        assert process.stdout is not None  # PIPE
+        for line in process.stdout:
+            if line.strip():
+                last = line.strip()
+                on_progress(last)
+    if process.returncode != 0:
+        raise PeerError(f"the environment cannot be made (status {process.returncode}): {last}")

@@ -1,0 +1,170 @@
+"""Check the benchmark itself with real runs of this commit: no false alarms, and planted regressions are caught.
+
+    python benchmarks/self_check.py BUNDLE --sts sts-test.tsv --output reports/self-check
+
+Compares the same code with itself several times: `compare.py` must raise no alarm. Then it compares with engine runs
+that take 15 % longer, and with a wrong pooling: it must raise one. The last line of standard output is one JSON object;
+exit status 1 if a comparison is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+
+from benchmarks.compare import Verdict, compare
+from benchmarks.report.storage import Report, read_report
+from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
+from mirror_runtime.cli.run import application, run_command
+from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.selection import choose
+
+ROOT = Path(__file__).resolve().parents[1]
+THRESHOLD = 0.07
+PLANTED = 0.15
+BARE_ENCODER = (
+    *("config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+)
+"""The files of an encoder without its head."""
+
+QUICK = ("--suite", "latency", "throughput", "--quick", "--rounds", "5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One comparison and its expected outcome.
+
+    Attributes:
+        name: what was compared.
+        alarms: metrics that got worse or are missing, each with its ratio.
+        expected: whether there should be any.
+    """
+
+    name: str
+    alarms: tuple[str, ...]
+    expected: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether the comparison's outcome is the expected one."""
+        return bool(self.alarms) == self.expected
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
+    sts: Annotated[Path, typer.Option(help="A sentence similarity set, to judge the pooling by.")],
+    output: Annotated[Path, typer.Option(help="New folder for the reports of all runs.")] = Path("reports/self-check"),
+    pairs: Annotated[int, typer.Option(min=1, help="Comparisons of the same code with itself.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Of each side of a comparison, interleaved, as in CI.")] = 5,
+    engine: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
+) -> None:
+    """Compare this commit with itself, and with itself made worse on purpose."""
+    manifest = read_manifest(bundle)
+    name, resolved, _ = choose(manifest, engine, precision)
+    if manifest.encoder.pooling is Pooling.CLS:
+        raise InputError(f"{bundle} has cls pooling, which is the wrong pooling to plant: use another bundle")
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"--output {output} is not empty: choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    artifact = _options(name, resolved)
+
+    def speed(title: str, *planted: str) -> tuple[list[Report], list[Report]]:
+        """Measure both sides in interleaved runs, the head with a planted slowdown if there is one."""
+        sides: tuple[list[Report], list[Report]] = [], []
+        for number in range(1, runs + 1):
+            for side, label, script in ((0, "base", ("run.py",)), (1, "head", planted or ("run.py",))):
+                folder = output / title / f"{label}-{number}"
+                sides[side].append(_measure(script, bundle, folder, *QUICK, *artifact))
+        return sides
+
+    trials = [judge(f"same code, {pair}", *speed(f"same-{pair}"), expected=False) for pair in range(1, pairs + 1)]
+    slower = speed("slower", "planted.py", str(PLANTED))
+    trials.append(judge(f"engine runs {100 * PLANTED:.0f} % longer", *slower, expected=True))
+    trials.append(judge("wrong pooling", *_poolings(bundle, sts, output), expected=True))
+    right = sum(trial.right for trial in trials)
+    line = {trial.name: {"alarms": trial.alarms, "right": trial.right} for trial in trials}
+    sys.stdout.write(json.dumps({"right": right, "of": len(trials), "trials": line}) + "\n")
+    if right < len(trials):
+        raise typer.Exit(1)
+
+
+def judge(name: str, base: Sequence[Report], head: Sequence[Report], *, expected: bool) -> Trial:
+    """Compare two sides, and print to standard error whether the outcome is right."""
+    alarms = tuple(
+        f"{change.metric} ({change.ratio:.3f})"
+        for change in compare(base, head, threshold=THRESHOLD)
+        if change.verdict in (Verdict.WORSE, Verdict.LOST)
+    )
+    trial = Trial(name=name, alarms=alarms, expected=expected)
+    sys.stderr.write(f"{'right' if trial.right else 'WRONG'}: {name}: {'; '.join(alarms) or 'no alarm'}\n")
+    return trial
+
+
+def call(*command: object) -> None:
+    """Run a command to its end.
+
+    Raises:
+        EngineError: it failed; the message is its last line.
+    """
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, errors="replace", check=False
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise EngineError(f"{Path(str(command[1])).name} ended with status {done.returncode}: {last[0]}")
+
+
+def _measure(script: Sequence[str], bundle: Path, folder: Path, *options: object) -> Report:
+    """Run `run.py`, or `planted.py` with its slowdown, in a process of its own."""
+    name, *arguments = script
+    call(sys.executable, ROOT / "benchmarks" / name, *arguments, bundle, *options, "--output", folder)
+    return read_report(folder)
+
+
+def _poolings(bundle: Path, sts: Path, output: Path) -> tuple[list[Report], list[Report]]:
+    """Judge the bundle, and the same weights exported with the first token's vector instead of the mean."""
+    bare, wrong = output / "bare-encoder", output / "wrong-pooling-bundle"
+    bare.mkdir()
+    for name in BARE_ENCODER:  # without the files that record the pooling: the exporter refuses to contradict them
+        if (bundle / name).is_file():
+            shutil.copy(bundle / name, bare / name)
+    export = (sys.executable, ROOT / "export" / "to_onnx.py", bare, "--output", wrong)
+    call(*export, "--pooling", Pooling.CLS.value, "--precision", Precision.FP32.value)
+    options = ("--suite", "quality", "--sts", sts, *_options(EngineName.ONNXRUNTIME, Precision.FP32))
+    right, other = (
+        _measure(("run.py",), which, output / "pooling" / title, *options)
+        for which, title in ((bundle, "base"), (wrong, "head"))
+    )
+    for folder in (bare, wrong):
+        shutil.rmtree(folder)
+    return [right], [other]
+
+
+def _options(engine: EngineName, precision: Precision) -> tuple[str, ...]:
+    return "--engine", engine.value, "--precision", precision.value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 when every comparison is right, 1 when one is wrong, 2 on a user's mistake.
+    """
+    return run_command(application(run), argv, "benchmarks/self_check.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

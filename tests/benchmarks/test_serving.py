@@ -1,0 +1,220 @@
+"""Suite `serving` against a fake generator, perf_analyzer as a script, and once the real servers."""
+
+import stat
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.load.generator import MOST_UNDER_WAY
+from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
+from benchmarks.load.servers import ServerTimes
+from benchmarks.load.window import FirstSeen, Window
+from benchmarks.plan import Environments
+from benchmarks.recorder import Recorder
+from benchmarks.suites import serving
+from benchmarks.suites.serving import QUICK, ClosedLoops, Party, measure_overload, measure_rate, run_serving
+from mirror_runtime.errors import PeerError, ServerError
+
+
+def window(*times_ms, seconds=1.0, refused=0, **outcomes):
+    return Window(
+        at_s=seconds,
+        seconds=seconds,
+        answered_ms={"grpc 1": times_ms} if times_ms else {},
+        refused_ms=(2.0,) * refused,
+        lag_ms=(0.5,) * len(times_ms),
+        outcomes={"answered": len(times_ms), "overloaded": refused, **outcomes},
+        first={"server error": FirstSeen(at_s=1.0, reason="broken")},
+        cpu_s=0.0,
+    )
+
+
+class Load:
+    """Returns prepared windows, and remembers what was requested."""
+
+    def __init__(self, *windows, recovery_s=None):
+        self.windows, self.recovery_s = list(windows), recovery_s
+        self.requested: list[dict] = []
+
+    def closed(self, **options):
+        self.requested.append(options)
+        return self.windows.pop(0)
+
+    def open(self, **options):
+        self.requested.append(options)
+        return self.windows.pop(0), self.recovery_s
+
+
+@pytest.fixture
+def party():
+    words: list[str] = []
+    return Party(name="fake fp32", recorder=Recorder(), on_step=words.append)
+
+
+def recorded(party, **conditions):
+    """What was recorded under these conditions, by metric."""
+    found = party.recorder.measurements
+    return {one.metric: one for one in found if all(one.conditions.get(k) == v for k, v in conditions.items())}
+
+
+def test_closed_loops_take_turns_with_passes_in_process(party):
+    happened = []
+    encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
+    runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=encoder)
+    loops = ClosedLoops(
+        runner=runner,  # type: ignore[arg-type]
+        texts=["text"] * 100,
+        server="triton",
+        target="grpc",
+        party=party,
+    )
+    load = Load(*(window(*[wait] * 10, seconds=wait / 10) for wait in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)))
+    waits = iter((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
+
+    def times():
+        return ServerTimes(queue_ms=next(waits), compute_ms=1.0, texts_per_execution=2.0)
+
+    for _ in range(3):
+        loops.round(((8, 1), (4, 32)), load, 0.8, times)  # type: ignore[arg-type]
+    assert happened == ["64 in process", "100 in process"] * 3
+    assert load.requested[:2] == [
+        {"callers": 8, "seconds": 0.8, "turn": ("grpc", 1)},
+        {"callers": 4, "seconds": 0.8, "turn": ("grpc", 32)},
+    ]
+    assert len(recorded(party, server="in process")["texts per second"].samples) == 3
+    single, several = recorded(party, callers=8), recorded(party, callers=4)
+    assert single["texts per second"].samples == pytest.approx((10.0, 10 / 3, 2.0))
+    assert single["time per request"].total == 30
+    assert several["texts per second"].samples[0] == pytest.approx(160.0)  # ten requests of 32 texts in two seconds
+    assert several["queue time"].samples == (2.0, 4.0, 6.0)
+    assert loops.rate((8, 1)) == pytest.approx(10 / 3)
+
+
+def test_a_loop_without_answers_is_an_error(party):
+    with pytest.raises(ServerError, match="no request was answered: broken"):
+        measure_rate(Load(window()), 0.5, 100.0, 2.0, 0, party, lambda: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answered", "more", "kept_up"),
+    [(96, {"server error": 4}, True), (94, {"server error": 6}, False), (96, {"not sent": 4}, False)],
+)
+def test_a_rate_is_kept_up_with_if_nearly_all_is_answered_in_time_and_nothing_is_left_unsent(
+    party, answered, more, kept_up
+):
+    load = Load(window(*[5.0] * answered, seconds=2.0, **more))
+    assert measure_rate(load, 0.5, 100.0, 2.0, 7, party, lambda: None) is kept_up  # type: ignore[arg-type]
+    assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 7}]
+    found = recorded(party, loop="open", share=0.5)
+    assert found["offered per second"].samples == (50.0,)
+    assert found["kept up"].samples == (float(kept_up),)
+    assert found["failed requests"].samples == (more.get("server error", 0),)
+
+
+def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(party):
+    load = Load(
+        window(10.0, 12.0),
+        window(*[40.0] * 20),
+        window(30.0, 50.0, seconds=2.0, refused=37, **{"server error": 1}),
+        recovery_s=0.75,
+    )
+    memory = iter((100, 110))
+    measure_overload(load, QUICK, 3, party, lambda: next(memory), 99)  # type: ignore[arg-type]
+    calm, most, flood = load.requested
+    assert (calm["callers"], most["callers"], calm["turn"]) == (1, 8, ("grpc", 16))
+    assert (flood["rate"], flood["seed"]) == (40.0, 3)
+    assert flood["recover_within_ms"] == pytest.approx(11.98)
+    found = recorded(party, loop="overload")
+    figures = {metric: one.samples for metric, one in found.items() if len(one.samples) == 1}
+    assert figures == {
+        "maximum texts per second": (320.0,),
+        "offered texts per second": (40 * 16 / QUICK.overload_s,),
+        "texts per second": (16.0,),
+        "refused requests": (37,),
+        "failed requests": (1,),
+        "memory before": (100,),
+        "memory after": (110,),
+        "recovery": (0.75,),
+        "duration": (QUICK.overload_s,),
+    }
+    assert found["time per request"].samples == (30.0, 50.0)
+    assert found["time per refusal"].total == 37
+    assert found["texts per second"].conditions["tokens"] == 99
+    assert not party.recorder.failures
+
+
+def test_a_server_that_does_not_recover_is_a_failure(party):
+    load = Load(window(10.0), window(40.0), window(30.0))
+    measure_overload(load, QUICK, 3, party, lambda: 1, 99)  # type: ignore[arg-type]
+    assert "did not recover" in party.recorder.failures[0].reason
+
+
+TABLE = """Concurrency,Inferences/Second,Client Send,Server Queue,p50 latency,p90 latency,p95 latency,p99 latency
+8,412.5,10,20,19000,22000,23000,31000
+"""
+
+
+def analyzer(folder, script):
+    program = folder / "bin" / "perf_analyzer"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!/usr/bin/env python3\nimport sys\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return find_perf_analyzer(folder, folder / "unused", lambda line: None)
+
+
+def analyzed(program, scratch):
+    return run_perf_analyzer(
+        program, model="embed", grpc_port=8001, texts=["a", "b"], callers=8, size=1, seconds=0.5, scratch=scratch
+    )
+
+
+def test_perf_analyzers_table_is_read(tmp_path):
+    script = f"open(sys.argv[sys.argv.index('-f') + 1], 'w').write({TABLE!r})\nassert '-b' in sys.argv"
+    assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == (412.5, 19.0, 31.0)
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("sys.exit('cannot connect')", "status 1: cannot connect"),
+        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n')", "0 rows"),
+        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n8\\n')", "no number in the column"),
+    ],
+)
+def test_perf_analyzer_without_figures_is_an_error(tmp_path, script, message):
+    program = analyzer(tmp_path / "env", script)
+    with pytest.raises(PeerError, match=message):
+        analyzed(program, tmp_path)
+
+
+@pytest.mark.serving
+@pytest.mark.slow  # starts a real Triton and a real gateway, and puts load on both
+def test_the_suite_measures_the_real_servers(plan, progress, tmp_path, monkeypatch):
+    plan = replace(
+        plan, rounds=1, environments=Environments(given={"perf_analyzer": tmp_path / "absent"}, folder=tmp_path)
+    )
+    pace = serving.Pace(closed_s=0.2, open_s=0.4, window_s=0.1, shares=(0.2, 0.4), calm_s=0.3, overload_s=0.5)
+    monkeypatch.setattr(serving, "QUICK", pace)
+    monkeypatch.setattr(serving, "OVERLOAD_FACTOR", 1.0)
+    recorder = Recorder()
+    run_serving(plan, recorder, progress)
+    (failure,) = recorder.failures
+    assert (failure.party, "does not have perf_analyzer" in failure.reason) == ("perf_analyzer", True)
+    party = Party(name="fake fp32", recorder=recorder, on_step=print)
+    for callers, size in ((1, 1), (8, 1), (32, 1), (4, 32)):
+        found = recorded(party, server="triton", callers=callers, **{"texts per request": size})
+        assert found["texts per second"].median > 10
+        assert found["failed requests"].samples == (0,)
+        assert found["texts per execution"].median >= 1
+        assert found["compute time"].median > 0
+    assert recorded(party, loop="open", share=0.2)["kept up"].samples == (1.0,)
+    overload = recorded(party, loop="overload")
+    assert overload["failed requests"].samples == (0,)
+    assert overload["memory after"].median > 10_000_000
+    assert overload["recovery"].median < 10
+    assert overload["time per request"].total < MOST_UNDER_WAY
+    for callers, size in ((8, 1), (32, 1), (4, 32)):
+        found = recorded(party, server="gateway", callers=callers, **{"texts per request": size})
+        assert found["texts per second"].median > 10
+        assert found["failed requests"].samples == (0,)
