@@ -1,7 +1,7 @@
 """Mirror Runtime: text to vectors you can prove.
 
-`Encoder.load("bundle").encode(texts)` gives float32 vectors. Importing this package loads no engine: the one that a
-bundle is loaded with is imported then.
+`Encoder.load("bundle").encode(texts)` returns float32 vectors. Importing this package does not load an engine;
+loading a bundle does.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs asyncio when it is asked for: it is a tenth of the way to a first vector."""
+    """Import what needs asyncio on first use: importing it takes a tenth of the time to a first vector."""
     if name in ("AsyncEncoder", "AsyncStats"):
         from mirror_runtime import async_encoder
 

@@ -1,8 +1,8 @@
-"""The contract between the rooms: what a run folder and a bundle say about themselves. A leaf: imports only `errors`.
+"""The schema of run folders and bundles, the contract between training, export and the runtime.
 
 A *run folder* (written by training) holds weights, a tokenizer and `encoder.json`, an `EncoderSpec`.
 A *bundle* (written by export) holds the same plus exported graphs and `manifest.json`, a `Manifest`.
-Both are JSON with one strict reader: a missing key, an unknown key or a value of the wrong type is an error.
+Both files are read strictly, see `strict_json`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CANARIES_FILE = "canaries.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 TOKENS_PER_SLOT = 4
-"""A packed row of L tokens has L // 4 slots: as many texts as may share the row. The graph computes it from L."""
+"""A packed row of L tokens has L // 4 slots: at most so many texts share the row. The graph computes this from L."""
 
 
 class Pooling(str, Enum):
-    """How token vectors become one vector. Recorded with the weights, never guessed."""
+    """How token vectors are combined into one vector. Recorded with the weights, never guessed."""
 
     MEAN = "mean"
-    """Mean of the text's own tokens (mask-weighted): what every current library calls mean."""
+    """Mean over the text's own tokens (mask-weighted): what every current library calls mean."""
     CLS = "cls"
     """The first token's vector."""
     MEAN_PADDED = "mean_padded"
@@ -48,27 +48,27 @@ class Pooling(str, Enum):
     MASK = "mask"
     """The vector at the mask token that `template` puts into every text (PromptBERT, section 4)."""
     DITTO = "ditto"
-    """Mean weighted by the attention that each token pays to itself in one head (Ditto, section 3.2). The weights are
-    divided by their sum, which the published code leaves out: cosines are the same."""
+    """Mean weighted by each token's attention to itself in one head (Ditto, section 3.2). The weights are divided by
+    their sum, unlike in the published code; cosines are the same."""
 
 
 ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK)
-"""Poolings that read one token of each text: the last layer need not be computed for the others."""
+"""Poolings that read one token of each text, so that the last layer need not compute the others."""
 
 
 class VectorType(str, Enum):
-    """What the numbers of a vector are when they leave the graph."""
+    """The number format of the vectors that a graph returns."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     INT8 = "int8"
-    """round(x / int8_scale), between -127 and 127: one scale for all components, so that int8 cosines are cosines."""
+    """round(x / int8_scale), between -127 and 127: one scale for all components, so int8 vectors have true cosines."""
     BINARY = "binary"
-    """One bit a component, 1 where it is positive, eight to a uint8, the first component in the highest bit."""
+    """One bit per component, 1 if positive; eight to a uint8, the first component in the highest bit."""
 
 
 class Activation(str, Enum):
-    """What follows a dense layer of the head."""
+    """The activation function after a dense layer of the head."""
 
     IDENTITY = "identity"
     TANH = "tanh"
@@ -77,7 +77,7 @@ class Activation(str, Enum):
 
 
 class Precision(str, Enum):
-    """The number format of the heavy matrix products."""
+    """The number format of the matrix products."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -93,24 +93,24 @@ class EngineName(str, Enum):
     ONNXRUNTIME_CUDA = "onnxruntime-cuda"
     """ONNX Runtime's CUDA provider."""
     ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"
-    """ONNX Runtime's TensorRT provider, which builds its engines when it first meets a shape."""
+    """ONNX Runtime's TensorRT provider, which builds an engine when a shape first occurs."""
     OPENVINO = "openvino"
     TENSORRT = "tensorrt"
     FAKE = "fake"
 
 
 class Layout(str, Enum):
-    """How texts lie in a graph's inputs."""
+    """How texts are arranged in a graph's inputs."""
 
     PADDED = "padded"
-    """One text a row, filled up with padding."""
+    """One text per row, with padding."""
     PACKED = "packed"
-    """Several texts a row, told apart by segment ids."""
+    """Several texts per row, separated by segment ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ditto:
-    """The attention head whose diagonal weighs the tokens (Ditto, section 3.2): both count from 0."""
+    """The attention head whose diagonal weights the tokens (Ditto, section 3.2). Both numbers count from 0."""
 
     layer: int
     head: int
@@ -120,8 +120,8 @@ class Ditto:
 class Dense:
     """A linear layer of the head. Whitening is one.
 
-    Layer i's weights lie in `<i + 2>_Dense/model.safetensors`, as `linear.weight` [out_features, in_features] and
-    `linear.bias`, which is where sentence-transformers has them.
+    The weights of layer i are in `<i + 2>_Dense/model.safetensors`, as `linear.weight` [out_features, in_features] and
+    `linear.bias`, where sentence-transformers keeps them.
     """
 
     in_features: int
@@ -132,27 +132,27 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Everything besides weights and tokenizer that decides a text's vector.
+    """Everything except weights and tokenizer that determines a text's vector.
 
-    The way of a text: `template`, tokens, transformer, mean over `layers`, `pooling`, `dense`, the first `dim`
-    components, `normalize`, `vector_type`.
+    The steps: `template`, tokens, transformer, mean over `layers`, `pooling`, `dense`, the first `dim` components,
+    `normalize`, `vector_type`.
 
     Attributes:
-        base_model: hub name or folder name the weights came from.
+        base_model: the weights' name on the hub or folder name.
         revision: its commit, or None for a local folder.
         family: `model_type` of the Hugging Face configuration, such as "bert".
-        pooling: how token vectors become one vector.
+        pooling: how token vectors are combined.
         normalize: whether the vector is scaled to unit L2 norm.
         max_tokens: longest input in tokens, special tokens included.
-        dim: components of the vector. Fewer than the head gives cuts the vector (Matryoshka).
+        dim: components of the vector. If the head has more, the vector is cut (Matryoshka).
         pad_to: length that `mean_padded` pads to, in tokens; None for every other pooling.
-        layers: whose outputs are averaged before pooling, as indices of Hugging Face's `hidden_states`: 0 the
-            embeddings, 1 the first layer, -1 the last.
-        ditto: the attention head that `ditto` weighs by; None for every other pooling.
+        layers: the layers whose outputs are averaged before pooling, as indices of Hugging Face's `hidden_states`: 0
+            the embeddings, 1 the first layer, -1 the last.
+        ditto: the attention head that weights the tokens of pooling `ditto`; None for every other pooling.
         dense: linear layers after pooling, in order.
-        template: text around every text, such as 'query: {text}'; None for none. Long texts lose tokens of their own,
-            never of the template.
-        vector_type: what leaves the graph.
+        template: text around every text, such as 'query: {text}'; None for no template. Truncation removes tokens of
+            the text, never of the template.
+        vector_type: the number format of the vectors that the graph returns.
         int8_scale: of `vector_type` int8; None for every other.
     """
 
@@ -177,9 +177,9 @@ class EncoderSpec:
         if self.dim < 1:
             raise BundleError(f"dim is {self.dim}: it must be positive")
         if (self.pooling is Pooling.MEAN_PADDED) != (self.pad_to is not None):
-            raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: mean_padded alone needs it")
+            raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: set it for mean_padded only")
         if (self.pooling is Pooling.DITTO) != (self.ditto is not None):
-            raise BundleError(f"ditto is {self.ditto} with pooling {self.pooling.value}: ditto alone needs it")
+            raise BundleError(f"ditto is {self.ditto} with pooling {self.pooling.value}: set it for ditto only")
         if self.pooling is Pooling.MASK and self.template is None:
             raise BundleError("pooling mask needs a template with the mask token, such as '{text} means [MASK].'")
         if not self.layers:
@@ -193,14 +193,16 @@ class EncoderSpec:
         for first, second in zip(self.dense, self.dense[1:], strict=False):
             if first.out_features != second.in_features:
                 raise BundleError(
-                    f"dense gives {first.out_features} components where {second.in_features} are expected"
+                    f"a dense layer has {first.out_features} outputs, but the next one {second.in_features} inputs"
                 )
         if self.dense and self.dim > self.dense[-1].out_features:
-            raise BundleError(f"dim is {self.dim}, more than the {self.dense[-1].out_features} that dense gives")
+            raise BundleError(f"dim is {self.dim}, more than the {self.dense[-1].out_features} outputs of dense")
 
     def _check_vector_type(self) -> None:
         if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
-            raise BundleError(f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: int8 needs it")
+            raise BundleError(
+                f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: set it for int8 only"
+            )
         if self.int8_scale is not None and not 0 < self.int8_scale < float("inf"):
             raise BundleError(f"int8_scale is {self.int8_scale}: it must be a positive number")
         if self.vector_type is VectorType.BINARY and self.dim % 8:
@@ -209,7 +211,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """One input or output of a graph: a dimension is a number, or a name where it is free."""
+    """One input or output of a graph. A dimension is a number, or a name if it is free."""
 
     name: str
     dtype: str
@@ -218,14 +220,14 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StsScore:
-    """An evaluation set of scored pairs: Spearman correlation of the pairs' cosines with people's scores, in points.
+    """The result on an evaluation set of scored pairs: Spearman correlation of cosines and human scores, in points.
 
     Attributes:
-        name: of the set.
-        pairs: how many.
-        sha256: of the set's file.
-        reference: by the reference's vectors, -100 to 100.
-        artifact: by the artifact's.
+        name: the set's name.
+        pairs: number of pairs.
+        sha256: hash of the set's file.
+        reference: of the reference's vectors, -100 to 100.
+        artifact: of the artifact's vectors.
     """
 
     name: str
@@ -237,20 +239,20 @@ class StsScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How an artifact's vectors compared with the reference when it was made, on ragged real text.
+    """An artifact's vectors compared with the reference at export, on ragged real text.
 
     Attributes:
-        reference: what it was compared with, such as "PyTorch 2.13.0 fp32".
-        texts: how many texts.
+        reference: the reference, such as "PyTorch 2.13.0 fp32".
+        texts: number of texts.
         texts_sha256: hash of the texts, joined by newlines.
         min_cosine: the worst text's cosine similarity.
         mean_cosine: mean over the texts.
         max_abs_diff: largest difference of one component.
-        floor: the `min_cosine` below which the artifact is refused.
-        neighbour_cosine: the worst cosine between a text's vector when it is alone and among others.
+        floor: the smallest `min_cosine` allowed.
+        neighbour_cosine: batch invariance: the worst cosine between a text's vectors alone and in a batch.
         spearman: rank correlation of pair similarities with the reference's, over random pairs of the texts.
         top10_overlap: share of each text's ten nearest texts that are also the reference's, mean over the texts.
-        sts: quality before and after, for each evaluation set that the exporter was given.
+        sts: quality of reference and artifact, for each evaluation set passed to the exporter.
     """
 
     reference: str
@@ -268,18 +270,18 @@ class Parity:
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """One way to run the encoder: a graph file, the engine and the precision that were proven together.
+    """One way to run the encoder: a graph file with the engine and the precision that were proven with it.
 
     Attributes:
         path: the graph, relative to the bundle.
-        engine: what runs it.
-        precision: what it runs in. One file may serve two precisions: OpenVINO lowers fp32 to bf16 by itself.
+        engine: the engine.
+        precision: the precision to run in. One file may serve two: OpenVINO lowers fp32 to bf16 by itself.
         layout: padded or packed.
         inputs: in the graph's order.
         outputs: in the graph's order.
         size: bytes of the graph and of the weights beside it.
-        parity: measured with this engine at this precision.
-        toolchain: versions of what made and measured it.
+        parity: measured with this engine in this precision.
+        toolchain: versions of the libraries that made and measured it.
     """
 
     path: str
@@ -295,7 +297,7 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """A text and its reference vector: recomputed by `mirror verify` on the machine that serves."""
+    """A text and its reference vector. `mirror verify` computes it again on the serving machine."""
 
     text: str
     vector: tuple[float, ...]
@@ -315,9 +317,9 @@ class Manifest:
     Attributes:
         format_version: of this schema; `FORMAT_VERSION`.
         created_by: the producer and its version.
-        encoder: what decides the vectors.
-        fingerprint: hash of weights, tokenizer and encoder: equal fingerprints mean one vector space.
-        files: sha256 of every file of the bundle but this one, by relative path.
+        encoder: what determines the vectors.
+        fingerprint: hash of weights, tokenizer and encoder: equal fingerprints mean the same vector space.
+        files: sha256 of every other file of the bundle, by relative path.
         artifacts: the ways to run it.
     """
 
@@ -348,10 +350,10 @@ def read_canaries(bundle: Path) -> tuple[Canary, ...]:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read `manifest.json` of a bundle. Hashes are not checked here: `check_files` does.
+    """Read `manifest.json` of a bundle, without checking hashes: see `check_files`.
 
     Raises:
-        BundleError: the folder is no bundle, or its manifest is malformed or of another format version.
+        BundleError: the folder is not a bundle, or its manifest is malformed or of another format version.
     """
     path = bundle / MANIFEST_FILE
     data = read_object(path, f"{bundle} is not a bundle")
@@ -383,13 +385,13 @@ def sha256_texts(texts: Iterable[str]) -> str:
 
 
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
-    """Name a vector space: 16 hexadecimal digits over weights, tokenizer and what the spec says of the vector.
+    """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    Where the weights came from (`base_model`, `revision`) does not count: the same weights give the same space.
+    The origin of the weights (`base_model`, `revision`) is left out: the same weights have the same vector space.
 
     Args:
         spec: the encoder's.
-        files: sha256 by relative path. Safetensors files and the tokenizer count, the head's included; others do not.
+        files: sha256 by relative path. Only safetensors files, the head's included, and the tokenizer count.
     """
     counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
     vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
@@ -405,7 +407,7 @@ def check_files(bundle: Path, manifest: Manifest) -> None:
     """
     missing = [name for name in manifest.files if not (bundle / name).is_file()]
     if missing:
-        raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy it again or export it again")
+        raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy or export it again")
     changed = [name for name, digest in manifest.files.items() if sha256_file(bundle / name) != digest]
     if changed:
         raise BundleError(

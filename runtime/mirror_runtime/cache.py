@@ -1,4 +1,4 @@
-"""Where this user's machine keeps what can be made again: converted graphs and measured plans. A leaf."""
+"""The user's cache folder, for converted graphs and measured plans. A leaf."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import os
 from pathlib import Path
 
 AUTO_CACHE = "auto"
-"""Stands for the user's own cache folder."""
+"""Means the user's own cache folder."""
 
 
 def cache_folder(choice: str | Path | None) -> Path | None:
-    """Resolve what a caller said about the cache.
+    """Resolve a caller's choice of cache.
 
     Args:
-        choice: a folder, None for no cache, or "auto" for `mirror-runtime` in the user's cache folder
+        choice: a folder; None for no cache; or "auto" for `mirror-runtime` in the user's cache folder
             (`$XDG_CACHE_HOME`, or `~/.cache`).
 
     Returns:
-        The folder, which need not exist, or None: no cache, or a user without a home, as in some containers.
+        The folder, which need not exist; None for no cache, or if the user has no home, as in some containers.
     """
     if choice is None:
         return None
     if choice != AUTO_CACHE:
         return Path(choice)
-    home = os.environ.get("XDG_CACHE_HOME")  # a relative one is to be ignored, says the specification
+    home = os.environ.get("XDG_CACHE_HOME")  # the specification says to ignore a relative one
     try:
         root = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
     except RuntimeError:

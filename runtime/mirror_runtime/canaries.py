@@ -1,4 +1,4 @@
-"""A bundle's canaries against vectors that were just computed: is it still the same vector space?"""
+"""Compare newly computed vectors of a bundle's canaries with the stored ones: is this still the same vector space?"""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from mirror_runtime.bundle import Canary
 from mirror_runtime.vectors import cosines, distance_problem
 
 DIFFERENT_MODEL_BELOW = 0.9
-"""A worst cosine below this is no rounding of any precision, nor another CPU: another model made the vectors."""
+"""No precision and no CPU rounds this far: vectors below this cosine come from another model."""
 
 
 class CanaryVerdict(str, Enum):
-    """What the canaries say."""
+    """The result of comparing canaries."""
 
     AGREES = "agrees"
     DRIFTED = "drifted"
-    """The same model, computed less exactly than the floor allows: another CPU, precision or library."""
+    """The same model, but less exact than the floor allows: another CPU, precision or library."""
     ANOTHER_MODEL = "another model"
-    """The vectors are finite and have little in common with the stored ones."""
+    """The vectors are finite but have little in common with the stored ones."""
     BROKEN = "broken"
     """Vectors are missing, of another length, or not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryComparison:
-    """Canaries' vectors against the stored ones.
+    """How far the canaries' vectors are from the stored ones.
 
     Attributes:
-        verdict: what they say.
-        problem: the same in words; empty where they agree.
-        min_cosine: the worst canary's; None where the vectors cannot be compared.
-        max_abs_diff: largest difference of one component; None likewise.
+        verdict: the result.
+        problem: a message for people; empty where the vectors agree.
+        min_cosine: the worst canary's cosine; None where the vectors cannot be compared.
+        max_abs_diff: the largest difference of one component; None likewise.
     """
 
     verdict: CanaryVerdict

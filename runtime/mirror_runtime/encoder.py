@@ -28,8 +28,8 @@ from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
-from mirror_runtime.plan import Decision, Setting, decide, find_plan
-from mirror_runtime.selection import AUTO, choose
+from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
+from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, unit_rows, width_of
@@ -167,15 +167,7 @@ class Encoder:
             EngineError: the setting is not in the bundle, not installed or not supported here.
         """
         manifest = read_manifest(bundle)
-        name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
-        decision = Decision(
-            engine=name,
-            precision=runs_in,
-            artifact=artifact,
-            streams=setting.streams,
-            row_tokens=setting.row_tokens,
-            batch_tokens=setting.batch_tokens,
-        )
+        decision = replace(decide_setting(manifest, setting), source=DecisionSource.ASKED)
         return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir))
 
     @classmethod

@@ -1,25 +1,25 @@
-"""The exceptions of Mirror Runtime. A leaf: imports nothing of ours.
+"""The exceptions of Mirror Runtime. A leaf: imports nothing of this package.
 
     MirrorError
     ├── BundleError        a bundle or run folder is missing, malformed or corrupted
     ├── ParityError        an artefact's vectors differ from the reference by more than its floor
     ├── EngineError        an engine cannot be loaded or failed while running
     │   └── MissingExtra   a package that the request needs is not installed
-    ├── OverloadedError    too many texts wait already; nothing is wrong with this one
+    ├── OverloadedError    too many texts are waiting; this one may be sent again later
     ├── InputError         the caller's texts or files cannot be encoded
     │   └── TextError      one text of a batch; carries its position
     ├── ServerError        a model server did not start, or answered with a failure
-    │   ├── UnavailableError        it cannot be reached, or refuses for now: another try may succeed
-    │   └── DeadlineExceededError   no answer within the time that was given
+    │   ├── UnavailableError        it cannot be reached, or rejects requests for now: another try may succeed
+    │   └── DeadlineExceededError   no answer before the caller's deadline
     └── PeerError          another library could not be installed, or failed
 
-Every message names what was wrong and what to do about it. Library users catch `MirrorError`; the command line prints
-the message without a traceback and exits with status 2.
+Every message names the problem and what to do about it. Library users catch `MirrorError`; the command line prints the
+message without a traceback and exits with status 2.
 """
 
 
 class MirrorError(Exception):
-    """Base of everything this package raises on purpose."""
+    """The base class of all errors that this package raises on purpose."""
 
 
 class BundleError(MirrorError):
@@ -27,11 +27,11 @@ class BundleError(MirrorError):
 
 
 class ParityError(MirrorError):
-    """Vectors differ from the reference by more than the stated floor, or are not finite."""
+    """Vectors differ from the reference by more than their floor allows, or are not finite."""
 
 
 class EngineError(MirrorError):
-    """An engine cannot be loaded, cannot do what was asked, or failed while running."""
+    """An engine cannot be loaded, does not support the request, or failed while running."""
 
 
 class MissingExtra(EngineError):
@@ -39,7 +39,7 @@ class MissingExtra(EngineError):
 
     Args:
         package: the import name that is missing.
-        extra: the extra of `mirror-runtime` that brings it.
+        extra: the extra of `mirror-runtime` that installs it.
     """
 
     def __init__(self, package: str, extra: str) -> None:
@@ -49,11 +49,11 @@ class MissingExtra(EngineError):
 
 
 class OverloadedError(MirrorError):
-    """Too many texts wait for an encoder already. Nothing was queued: the same call may succeed later.
+    """Too many texts are waiting for an encoder. Nothing was queued: the same call may succeed later.
 
     Args:
-        message: what was refused.
-        retry_after_s: after how many seconds another try makes sense; None where nobody said.
+        message: the reason.
+        retry_after_s: seconds after which to try again; None if unknown.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -62,15 +62,15 @@ class OverloadedError(MirrorError):
 
 
 class InputError(MirrorError):
-    """The caller's texts, files or options cannot be used as given."""
+    """The caller's texts, files or options cannot be used."""
 
 
 class TextError(InputError):
     """One text of a batch cannot be encoded.
 
     Args:
-        index: the text's 0-based position in what the caller passed.
-        reason: what is wrong with it and the cure.
+        index: the text's position in the caller's list, from 0.
+        reason: the problem and its cure.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -84,12 +84,12 @@ class ServerError(MirrorError):
 
 
 class UnavailableError(ServerError):
-    """A model server cannot be reached, or takes no requests for now: it starts, stops, or is being replaced."""
+    """A model server cannot be reached, or rejects requests while it starts, stops, or is being replaced."""
 
 
 class DeadlineExceededError(ServerError):
-    """No answer came within the time that the caller gave. The server may still have computed it."""
+    """No answer came before the caller's deadline. The server may still have computed it."""
 
 
 class PeerError(MirrorError):
-    """Another library could not be installed into its environment, refused a request, or ended without an answer."""
+    """Another library could not be installed into its environment, rejected a request, or ended without an answer."""

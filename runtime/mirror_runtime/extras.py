@@ -1,4 +1,4 @@
-"""Packages that only some requests need: imported when they are needed, and missed with a cure."""
+"""Import optional packages on first use, with an error that says how to install them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def require(module: str, extra: str) -> Any:
 
     Args:
         module: dotted name, such as "pyarrow.parquet".
-        extra: the extra of `mirror-runtime` that brings it.
+        extra: the extra of `mirror-runtime` that installs it.
 
     Raises:
         MissingExtra: it is not installed.
-        EngineError: it is installed and refuses to load, for instance beside another package's version.
+        EngineError: it is installed but cannot be loaded, for example next to another package's version.
     """
     package = module.split(".")[0]
     try:
@@ -27,4 +27,4 @@ def require(module: str, extra: str) -> Any:
             raise EngineError(f"{package} needs {error.name}, which is not installed") from error
         raise MissingExtra(package, extra) from error
     except ImportError as error:
-        raise EngineError(f"{package} is installed and cannot be loaded: {error}") from error
+        raise EngineError(f"{package} is installed but cannot be loaded: {error}") from error

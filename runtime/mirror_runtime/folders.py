@@ -15,27 +15,27 @@ from mirror_runtime.errors import InputError
 
 @contextmanager
 def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
-    """Give an empty folder beside `output` that takes its name when the block ends well, and vanishes otherwise.
+    """Yield an empty folder beside `output` which is renamed to `output` if the block succeeds, and removed otherwise.
 
-    A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. Two
-    processes that write the same output at once are told apart by a lock, which goes with the process that holds it.
+    A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. A lock,
+    which is released when its process ends, keeps two processes from writing the same output at once.
 
     Args:
-        output: what will appear; its parents are made.
-        overwrite: replace a folder that is there already. It stays as it is until the new one is complete.
-        marker: a file that every such folder holds. A folder without it is something else, and is never replaced.
+        output: the folder to write; its parents are created.
+        overwrite: replace an existing folder. It stays unchanged until the new one is complete.
+        marker: a file that every such folder contains. A folder without it is something else, and is never replaced.
 
     Raises:
         InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
     """
     output = output.absolute()
     if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file: give another --output")
+        raise InputError(f"{output} is a file: choose another --output")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(f"{output} is not empty: give another --output, or --overwrite to replace it")
+        raise InputError(f"{output} is not empty: choose another --output, or --overwrite to replace it")
     if output.is_dir() and any(output.iterdir()) and not (output / marker).is_file():
         raise InputError(
-            f"{output} holds something else (no {marker} in it) and is not replaced: give another --output"
+            f"{output} holds something else (it has no {marker}) and is not replaced: choose another --output"
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from error
     try:
-        partial.chmod(0o777 & ~umask())  # mkdtemp makes it private; a model server may be another user
+        partial.chmod(0o777 & ~umask())  # mkdtemp makes it private, but a model server may run as another user
         yield partial
         _publish(partial, output)
     finally:
@@ -56,14 +56,14 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
 
 @contextmanager
 def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which replaces `path` in one step when the block ends well.
+    """Yield a path beside `path` to write to, and rename it to `path` in one step if the block succeeds.
 
-    If the block fails, what was written is removed and an earlier file stays as it was.
+    If the block fails, the new file is removed and an earlier one stays unchanged.
 
     Args:
-        path: what will appear; its folder must exist.
-        shared: several processes may write this file at once, so each writes beside it under a name of its own, which
-            a killed process leaves behind. Otherwise the name is fixed and the next writer takes it over.
+        path: the file to write; its folder must exist.
+        shared: several processes may write this file at once, so each writes under a name of its own, which a killed
+            process leaves behind. Otherwise the name is fixed, and the next writer overwrites it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
@@ -83,7 +83,7 @@ def umask() -> int:
 
 @contextmanager
 def _alone_in(parent: Path) -> Iterator[None]:
-    """Keep other processes from looking for stale folders while this one makes and locks its own."""
+    """Keep other processes from removing stale folders until this one has locked its own."""
     handle = os.open(parent, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -93,7 +93,7 @@ def _alone_in(parent: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """Lock the folder itself, so that nothing of ours lies in it; gives the handle that holds the lock."""
+    """Lock the folder itself, so that it stays empty, and return the handle that holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +104,7 @@ def _lock(folder: Path) -> int:
 
 
 def _remove_stale(output: Path) -> None:
-    """Remove what killed processes left; refuse where one is alive."""
+    """Remove the folders of killed processes; raise an error if one is still running."""
     for left in output.parent.glob(f".{output.name}.partial-*"):
         try:
             lock = _lock(left)
@@ -115,7 +115,7 @@ def _remove_stale(output: Path) -> None:
 
 
 def _publish(partial: Path, output: Path) -> None:
-    """Give the folder its name. A directory cannot be replaced in one step: the old one is set aside, then removed."""
+    """Rename the folder. A directory cannot be replaced in one step, so the old one is moved away first."""
     if not output.exists():
         os.rename(partial, output)
         return
@@ -127,12 +127,12 @@ def _publish(partial: Path, output: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder of unfinished work for this process, made if need be.
+    """Create a folder of unfinished work if needed, and lock it for this process.
 
-    The lock goes with the process, so a kill leaves none behind.
+    The lock is released when the process ends, even if it is killed.
 
     Raises:
-        InputError: it cannot be written, or another process holds it.
+        InputError: the folder cannot be written, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

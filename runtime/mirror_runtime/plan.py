@@ -1,6 +1,6 @@
-"""The plan: what was measured to be the best way to run a bundle on this host, and whether it still holds.
+"""Plans: the fastest setting measured for a bundle on this host, and whether that is still valid.
 
-`mirror plan` writes it (see `planning`), `Encoder.load` follows it where the caller says "auto".
+`mirror plan` writes a plan (see `planner`); `Encoder.load` follows it for "auto".
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 PACKAGES = ("mirror-runtime", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tokenizers")
-"""Whose versions a plan holds for."""
+"""A plan is only valid for the versions of these packages that it was measured with."""
 
 
 class Goal(str, Enum):
-    """What a plan makes best."""
+    """What a plan optimises."""
 
     LATENCY = "latency"
     """The median time of one short text alone."""
     THROUGHPUT = "throughput"
-    """Texts a second when there are many."""
+    """Texts per second when there are many."""
 
 
 class DecisionSource(str, Enum):
-    """Who decided how a bundle runs."""
+    """Where the decision how to run a bundle came from."""
 
     ASKED = "asked"
-    """The caller named engine and precision."""
+    """The caller named the engine and the precision."""
     PLAN = "plan"
     """A plan measured on this host."""
     RULE = "rule"
@@ -50,12 +50,12 @@ class DecisionSource(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class HostIdentity:
-    """What a plan's figures depend on besides software.
+    """The hardware that a plan's figures depend on.
 
     Attributes:
-        cpu: the model.
+        cpu: model name.
         features: hash of the CPU's feature flags.
-        cores: usable by the process that measured.
+        cores: cores usable by the measuring process.
     """
 
     cpu: str
@@ -64,7 +64,7 @@ class HostIdentity:
 
     @property
     def key(self) -> str:
-        """Twelve hexadecimal digits that name this host."""
+        """Return twelve hexadecimal digits that identify this host."""
         return _digest([self.cpu, self.features, self.cores])
 
 
@@ -74,9 +74,9 @@ class Setting:
 
     Attributes:
         engine: the library.
-        precision: of the heavy products.
+        precision: of the matrix products.
         streams: batches in flight.
-        row_tokens: length of the everyday row.
+        row_tokens: the default row length.
         batch_tokens: tokens of a full batch.
     """
 
@@ -95,15 +95,15 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What a setting gave on this host; medians of rounds in which all settings took turns.
+    """The measurements of one setting on this host: medians over interleaved rounds.
 
     Attributes:
-        setting: what ran.
-        texts_per_s: many texts at once, tokenising included.
-        p50_ms: one short text alone, tokenising included.
-        min_cosine: the worst canary against its reference vector, here.
-        certified_cosine: the artifact's worst text when it was made.
-        accepted: whether both reach the plan's floor.
+        setting: the setting.
+        texts_per_s: throughput of many texts, tokenising included.
+        p50_ms: median time of one short text alone, tokenising included.
+        min_cosine: the worst canary's cosine with its reference vector, on this host.
+        certified_cosine: the worst text's cosine in the artifact's certificate.
+        accepted: whether both cosines reach the plan's floor.
     """
 
     setting: Setting
@@ -120,15 +120,15 @@ class HostPlan:
 
     Attributes:
         format_version: of this schema; `FORMAT_VERSION`.
-        goal: what `chosen` is best at.
-        floor: worst cosine that was accepted.
+        goal: what `chosen` optimises.
+        floor: the smallest cosine accepted.
         fingerprint: the bundle's.
-        host: where it was measured.
-        versions: packages that it was measured with.
-        texts: how many texts a round encoded.
-        rounds: how often each setting took its turn.
+        host: the host that was measured.
+        versions: the packages it was measured with.
+        texts: texts encoded in each round.
+        rounds: how often each setting was measured.
         chosen: the best accepted setting.
-        measured: everything that was tried.
+        measured: every setting that was measured.
     """
 
     format_version: int
@@ -143,15 +143,17 @@ class HostPlan:
     measured: tuple[Trial, ...]
 
     def best(self, engine: str = AUTO, precision: str = AUTO) -> Setting | None:
-        """Give the best accepted setting of what was asked for; None where nothing such was accepted."""
+        """Return the best accepted setting with this engine and precision; None if none was accepted."""
         if AUTO == engine == precision:
             return self.chosen
         fitting = [
-            m
-            for m in self.measured
-            if m.accepted and engine in (AUTO, m.setting.engine) and precision in (AUTO, m.setting.precision)
+            trial
+            for trial in self.measured
+            if trial.accepted
+            and engine in (AUTO, trial.setting.engine)
+            and precision in (AUTO, trial.setting.precision)
         ]
-        return min(fitting, key=lambda m: objective(m, self.goal)).setting if fitting else None
+        return min(fitting, key=lambda trial: objective(trial, self.goal)).setting if fitting else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,12 +162,12 @@ class Decision:
 
     Attributes:
         engine: the library.
-        precision: of the heavy products.
-        artifact: what proves them; None for the fake engine alone.
+        precision: of the matrix products.
+        artifact: the proven artifact; None for the fake engine, and for a graph that export is proving.
         streams: batches in flight; None lets the engine choose.
-        row_tokens: length of the everyday row.
+        row_tokens: the default row length.
         batch_tokens: tokens of a full batch.
-        source: who decided.
+        source: where the decision came from.
     """
 
     engine: EngineName
@@ -177,33 +179,38 @@ class Decision:
     source: DecisionSource = DecisionSource.ASKED
 
 
-def objective(measured: Trial, goal: Goal) -> float:
-    """Give the number that a goal wants small."""
-    return measured.p50_ms if goal is Goal.LATENCY else -measured.texts_per_s
+def objective(trial: Trial, goal: Goal) -> float:
+    """Return the number to minimise for a goal."""
+    return trial.p50_ms if goal is Goal.LATENCY else -trial.texts_per_s
 
 
 def decide(manifest: Manifest, engine: str, precision: str, plan: HostPlan | None) -> Decision:
-    """Choose how to run a bundle: what was asked for, else the plan, else the rule.
+    """Choose how to run a bundle: as the caller says, else by the plan, else by the rule.
 
     Args:
         manifest: the bundle's.
         engine: an engine's name or "auto".
         precision: a precision's name or "auto".
-        plan: what was measured here; None where nothing was.
+        plan: this host's plan; None without one.
 
     Raises:
         EngineError: see `mirror_runtime.selection.choose`.
     """
-    open_choice = AUTO in (engine, precision)
-    setting = plan.best(engine, precision) if plan is not None and open_choice else None
+    auto = AUTO in (engine, precision)
+    setting = plan.best(engine, precision) if plan is not None and auto else None
     if setting is None:
         name, runs_in, artifact = choose(manifest, engine, precision)
-        return Decision(
-            engine=name,
-            precision=runs_in,
-            artifact=artifact,
-            source=DecisionSource.RULE if open_choice else DecisionSource.ASKED,
-        )
+        source = DecisionSource.RULE if auto else DecisionSource.ASKED
+        return Decision(engine=name, precision=runs_in, artifact=artifact, source=source)
+    return decide_setting(manifest, setting)
+
+
+def decide_setting(manifest: Manifest, setting: Setting) -> Decision:
+    """Find the artifact of a setting.
+
+    Raises:
+        EngineError: see `mirror_runtime.selection.choose`.
+    """
     name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
     return Decision(
         engine=name,
@@ -217,12 +224,12 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: HostPlan | Non
 
 
 def this_host() -> HostIdentity:
-    """Describe the host that this process runs on."""
+    """Identify the host that this process runs on."""
     return HostIdentity(cpu=cpu_model(), features=_digest(sorted(cpu_flags())), cores=usable_cores())
 
 
 def installed_versions() -> dict[str, str]:
-    """Give the versions of the installed packages that a plan depends on."""
+    """Return the versions of the installed packages that a plan depends on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -233,7 +240,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def plan_path(cache: Path, fingerprint: str) -> Path:
-    """Say where this host's plan for a bundle is kept."""
+    """Return the path of this host's plan for a bundle."""
     return cache / "plans" / f"{fingerprint}-{this_host().key}.json"
 
 
@@ -241,7 +248,7 @@ def write_plan(plan: HostPlan, path: Path) -> None:
     """Write a plan file, whole or not at all.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: the path cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,23 +267,25 @@ def read_plan(path: Path) -> HostPlan:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no plan: {error}. Make one with mirror plan") from error
+        raise InputError(f"{path} is not a plan: {error}. Make one with mirror plan") from error
     found = data.get("format_version") if isinstance(data, dict) else None
     if found != FORMAT_VERSION:
-        raise InputError(f"{path} has plan format {found!r} and this mirror_runtime reads {FORMAT_VERSION}: plan again")
+        raise InputError(
+            f"{path} has plan format {found!r}, but this mirror_runtime reads {FORMAT_VERSION}: run mirror plan again"
+        )
     try:
         return from_json(HostPlan, data, str(path))
     except BundleError as error:
-        raise InputError(f"{error}. Make the plan again with mirror plan") from error
+        raise InputError(f"{error}. Run mirror plan again") from error
 
 
 def staleness(plan: HostPlan, fingerprint: str) -> str:
-    """Say why a plan does not hold for this bundle on this host; empty where it does."""
+    """Return why a plan is not valid for this bundle on this host; empty if it is valid."""
     if plan.fingerprint != fingerprint:
         return f"it is for the bundle {plan.fingerprint}, not {fingerprint}"
     host = this_host()
     if plan.host != host:
-        return f"it was measured on {plan.host.cores} cores of {plan.host.cpu}, here are {host.cores} of {host.cpu}"
+        return f"it was measured on {plan.host.cores} cores of {plan.host.cpu}, not on {host.cores} of {host.cpu}"
     versions = installed_versions()
     changed = [
         f"{name} {plan.versions.get(name, 'absent')} (now {versions.get(name, 'absent')})"
@@ -287,22 +296,22 @@ def staleness(plan: HostPlan, fingerprint: str) -> str:
 
 
 def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -> HostPlan | None:
-    """Find the plan that a caller may follow.
+    """Find the plan to follow.
 
     Args:
-        choice: a plan file, which must hold here; "auto" for this host's own, if there is one and it holds; or None.
-        cache: where this host's own plans are kept.
+        choice: a plan file, which must be valid here; "auto" for this host's own if it exists and is valid; or None.
+        cache: the folder of this host's own plans.
         fingerprint: the bundle's.
 
     Raises:
-        InputError: the file that was named is no plan, or does not hold here.
+        InputError: the named file is not a plan, or is not valid here.
     """
     if choice is None or (choice == AUTO and cache is None):
         return None
     if choice != AUTO:
         plan = read_plan(Path(choice))
         if reason := staleness(plan, fingerprint):
-            raise InputError(f"{choice} does not hold here: {reason}. Make a plan with mirror plan")
+            raise InputError(f"{choice} is not valid here: {reason}. Make a plan with mirror plan")
         return plan
     assert cache is not None
     path = plan_path(cache, fingerprint)

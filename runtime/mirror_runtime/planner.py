@@ -1,8 +1,9 @@
-"""Measure the ways to run a bundle on this host, in turns, and make a plan of the best.
+"""Measure the settings that a bundle can run with on this host, and make a plan of the best.
 
-The ways are not all combinations: first each artifact as it comes, then the streams of the best ones, then row lengths,
-then batch sizes, each step from the best of the step before. Within a step all settings take turns, the best so far
-among them, so that a machine that slows down slows all of them; only figures of one step are compared.
+Not all combinations are measured: first each artifact with its defaults, then the streams of the best ones, then row
+lengths, then batch sizes, each step from the best of the step before. The settings of a step are measured in
+interleaved rounds together with the best so far, so that a machine that slows down slows all of them; only figures of
+one step are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mirror_runtime.bundle import Artifact, EngineName, Layout, Precision, read_canaries, read_manifest
+from mirror_runtime.bundle import EngineName, Layout, read_canaries, read_manifest
 from mirror_runtime.cache import AUTO_CACHE
 from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries
 from mirror_runtime.encoder import Encoder
@@ -37,21 +38,21 @@ from mirror_runtime.vectors import components
 ROW_LENGTHS = (32, 64, 128)
 BATCH_TOKENS = (512, 1024, 2048)
 FLOOR = 0.999
-"""Worst cosine that a plan accepts where its caller names none: bf16 passes, 8-bit integers do not."""
+"""The smallest cosine that a plan accepts by default: bf16 passes, 8-bit integers do not."""
 
 MARGIN = 0.02
-"""How much better a setting must be to replace the best so far: less is noise, and plans should not flutter."""
+"""How much better a setting must be to replace the best so far: less is noise, and plans should be stable."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How long to measure.
+    """How much to measure.
 
     Attributes:
-        texts: encoded in each round.
-        singles: texts encoded alone in each round.
-        rounds: turns of each setting.
-        survivors: artifacts whose streams are tried.
+        texts: texts encoded together in each round.
+        singles: texts encoded one by one in each round.
+        rounds: measurements of each setting.
+        survivors: artifacts whose streams are varied.
     """
 
     texts: int = 1024
@@ -65,12 +66,12 @@ QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerProgress:
-    """What a caller is told while it waits.
+    """Progress of one step.
 
     Attributes:
-        name: what is being varied.
-        done: turns taken in this step.
-        turns: turns of this step.
+        name: what the step varies.
+        done: measurements done in this step.
+        turns: measurements of this step in all.
     """
 
     name: str
@@ -80,7 +81,7 @@ class PlannerProgress:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A setting that runs here, and its samples."""
+    """A setting that runs here, and its measurements."""
 
     setting: Setting
     encoder: Encoder
@@ -94,16 +95,16 @@ class Planner:
 
     Args:
         bundle: the folder that export wrote.
-        texts: what to measure with: at least a few hundred, like those that will be encoded.
-        goal: what to make best.
-        floor: worst cosine to accept, of the certificate and of the canaries here.
-        budget: how long to measure.
+        texts: texts to measure with: at least a few hundred, like those that will be encoded.
+        goal: what to optimise.
+        floor: the smallest cosine to accept, in the certificate and for the canaries on this host.
+        budget: how much to measure.
         cache_dir: see `Encoder.load`.
-        on_progress: told of each turn.
+        on_progress: called before each measurement and at the end of each step.
 
     Raises:
-        BundleError: the folder is no bundle or has no canaries to check vectors against.
-        InputError: there are no texts, or the floor is no cosine.
+        BundleError: the folder is not a bundle, or has no canaries to check vectors against.
+        InputError: there are no texts, or the floor is not a cosine.
     """
 
     def __init__(
@@ -118,10 +119,10 @@ class Planner:
         on_progress: Callable[[PlannerProgress], None] = lambda _: None,
     ) -> None:
         if not 0 < floor <= 1:
-            raise InputError(f"floor is {floor}: it is a cosine, such as {FLOOR}")
+            raise InputError(f"floor is {floor}: it must be a cosine, such as {FLOOR}")
         self._budget = budget or Budget()
         if not texts:
-            raise InputError("there are no texts to measure with: give some")
+            raise InputError("there are no texts to measure with: pass some")
         self._bundle = bundle
         self._manifest = read_manifest(bundle)
         self._canaries = read_canaries(bundle)
@@ -136,28 +137,27 @@ class Planner:
         self._measured: dict[Setting, Trial] = {}
         self._best: Setting | None = None
         self.refused: dict[str, str] = {}
-        """Artifacts that were not measured, by name, with the reason."""
+        """Artifacts that could not be measured, by name, with the reason."""
 
     def plan(self) -> HostPlan:
-        """Measure, and choose the best setting that reaches the floor.
+        """Measure the settings, and choose the best one that reaches the floor.
 
         Raises:
             ParityError: no setting reaches it.
             EngineError: nothing in the bundle runs here.
         """
         cores = usable_cores()
-        ways = self._candidates()
-        self._step("artifacts", ways.values())
+        self._step("artifacts", self._defaults())
         if not self._measured:
             raise EngineError(
                 f"nothing in the bundle runs here: {'; '.join(f'{k}: {v}' for k, v in self.refused.items())}"
             )
-        accepted = [s for s, m in self._measured.items() if m.accepted]
+        accepted = [setting for setting, trial in self._measured.items() if trial.accepted]
         if self._best is None:
-            worst = max(min(m.min_cosine, m.certified_cosine) for m in self._measured.values())
+            worst = max(min(trial.min_cosine, trial.certified_cosine) for trial in self._measured.values())
             raise ParityError(f"no artifact reaches the floor {self._floor}: the best has {worst:.6f}. Lower --floor")
         counts = {max(1, cores // 2), cores, 2 * cores if cores > 1 else 1, 1}
-        survivors = sorted(accepted, key=self._merit)[: self._budget.survivors]
+        survivors = sorted(accepted, key=self._objective)[: self._budget.survivors]
         self._step("streams", [replace(s, streams=n) for s in survivors for n in sorted(counts)])
         self._step("row lengths", [replace(self._best, row_tokens=n) for n in ROW_LENGTHS])
         self._step("batch sizes", [replace(self._best, batch_tokens=n) for n in BATCH_TOKENS])
@@ -171,27 +171,24 @@ class Planner:
             texts=len(self._texts),
             rounds=self._budget.rounds,
             chosen=self._best,
-            measured=tuple(sorted(self._measured.values(), key=lambda m: objective(m, self._goal))),
+            measured=tuple(sorted(self._measured.values(), key=lambda trial: objective(trial, self._goal))),
         )
 
-    def _candidates(self) -> dict[tuple[EngineName, Precision], Setting]:
-        """Every packed artifact with the streams that its engine chooses itself."""
-        ways: dict[tuple[EngineName, Precision], Setting] = {}
+    def _defaults(self) -> list[Setting]:
+        """List every packed artifact that can run here, with the streams that its engine chooses by default."""
+        settings = []
         for artifact in self._manifest.artifacts:
-            name = f"{artifact.engine.value} {artifact.precision.value}"
             if artifact.layout is not Layout.PACKED:
                 continue
             if not installed(artifact.engine):
-                self.refused[name] = "is not installed"
+                self.refused[f"{artifact.engine.value} {artifact.precision.value}"] = "is not installed"
                 continue
             streams = usable_cores() if artifact.engine is EngineName.OPENVINO else 1
-            ways[artifact.engine, artifact.precision] = Setting(
-                engine=artifact.engine, precision=artifact.precision, streams=streams
-            )
-        return ways
+            settings.append(Setting(engine=artifact.engine, precision=artifact.precision, streams=streams))
+        return settings
 
     def _step(self, name: str, settings: Iterable[Setting]) -> None:
-        """Let the settings that are not measured yet take turns, together with the best one so far."""
+        """Measure the new settings in interleaved rounds, together with the best one so far."""
         new = [s for s in dict.fromkeys(settings) if s not in self._measured]
         if not new:
             return
@@ -199,20 +196,20 @@ class Planner:
             new.insert(0, self._best)
         turns = len(new) * self._budget.rounds
         with ExitStack() as stack:
-            ways = [way for setting in new if (way := self._open(setting, stack)) is not None]
+            candidates = [found for setting in new if (found := self._open(setting, stack)) is not None]
             done = 0
             for _ in range(self._budget.rounds):
-                for way in ways:
+                for candidate in candidates:
                     self._on_progress(PlannerProgress(name=name, done=done, turns=turns))
-                    self._turn(way)
+                    self._measure(candidate)
                     done += 1
-            for way in ways:
-                self._measured[way.setting] = self._summary(way)
-            self._choose([way.setting for way in ways])
+            for candidate in candidates:
+                self._measured[candidate.setting] = self._summary(candidate)
+            self._choose([candidate.setting for candidate in candidates])
             self._on_progress(PlannerProgress(name=name, done=turns, turns=turns))
 
     def _open(self, setting: Setting, stack: ExitStack) -> _Candidate | None:
-        """Load a setting, check its vectors and run its shapes; None, with the reason kept, where it cannot run."""
+        """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
             vectors = encoder.encode(canary.text for canary in self._canaries)
@@ -224,45 +221,47 @@ class Planner:
             return None
         return _Candidate(setting, encoder, check, [], [])
 
-    def _turn(self, way: _Candidate) -> None:
+    def _measure(self, candidate: _Candidate) -> None:
         began = time.perf_counter()
-        way.encoder.encode(self._texts)
-        way.bulk_s.append(time.perf_counter() - began)
+        candidate.encoder.encode(self._texts)
+        candidate.bulk_s.append(time.perf_counter() - began)
         for text in self._singles:
             began = time.perf_counter()
-            way.encoder.encode([text])
-            way.single_s.append(time.perf_counter() - began)
+            candidate.encoder.encode([text])
+            candidate.single_s.append(time.perf_counter() - began)
 
-    def _summary(self, way: _Candidate) -> Trial:
-        certified = min(a.parity.min_cosine for a in self._manifest.artifacts if _is(a, way.setting))
+    def _summary(self, candidate: _Candidate) -> Trial:
+        setting, check = candidate.setting, candidate.check
+        certified = min(
+            artifact.parity.min_cosine
+            for artifact in self._manifest.artifacts
+            if artifact.layout is Layout.PACKED
+            and (artifact.engine, artifact.precision) == (setting.engine, setting.precision)
+        )
         return Trial(
-            setting=way.setting,
-            texts_per_s=len(self._texts) / statistics.median(way.bulk_s),
-            p50_ms=1000 * statistics.median(way.single_s),
-            min_cosine=way.check.min_cosine if way.check.min_cosine is not None else -1.0,
+            setting=setting,
+            texts_per_s=len(self._texts) / statistics.median(candidate.bulk_s),
+            p50_ms=1000 * statistics.median(candidate.single_s),
+            min_cosine=check.min_cosine if check.min_cosine is not None else -1.0,
             certified_cosine=certified,
-            accepted=way.check.verdict is CanaryVerdict.AGREES and certified >= self._floor,
+            accepted=check.verdict is CanaryVerdict.AGREES and certified >= self._floor,
         )
 
-    def _merit(self, setting: Setting) -> float:
+    def _objective(self, setting: Setting) -> float:
         return objective(self._measured[setting], self._goal)
 
     def _choose(self, rivals: Sequence[Setting]) -> None:
-        """Replace the best so far where a setting measured beside it is clearly better."""
-        accepted = [s for s in rivals if self._measured[s].accepted]
+        """Replace the best setting so far if one measured together with it is clearly better."""
+        accepted = [setting for setting in rivals if self._measured[setting].accepted]
         if not accepted:
             return
-        leader = min(accepted, key=self._merit)
-        # Of two merits the smaller is better; throughput counts negative, which turns the margin round.
-        bar = self._merit(self._best) if self._best is not None else math.inf
-        if self._merit(leader) < bar - MARGIN * abs(bar) or self._best is None:
+        leader = min(accepted, key=self._objective)
+        # The smaller objective is better. That of throughput is negative, hence the absolute value.
+        bar = self._objective(self._best) if self._best is not None else math.inf
+        if self._objective(leader) < bar - MARGIN * abs(bar) or self._best is None:
             self._best = leader
 
 
-def _is(artifact: Artifact, setting: Setting) -> bool:
-    return (artifact.engine, artifact.precision, artifact.layout) == (setting.engine, setting.precision, Layout.PACKED)
-
-
 def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """Pick texts at equal distances; all of them where there are fewer."""
+    """Pick evenly spaced texts; all of them if there are fewer."""
     return list(texts[:: max(1, len(texts) // count)][:count])

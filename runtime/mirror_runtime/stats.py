@@ -1,4 +1,4 @@
-"""What an encoder has done: counters that threads share, and the snapshot that callers read. A leaf."""
+"""Counters of an encoder, shared by threads, and the snapshot that callers read. A leaf."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What an encoder has done since it was loaded.
+    """The work of an encoder since it was loaded.
 
     Attributes:
-        texts: texts given.
-        failed: texts that got an error.
+        texts: texts received.
+        failed: texts with an error.
         truncated: texts that lost tokens.
-        tokens: useful tokens executed.
-        slots: token places executed, empty ones included; `tokens / slots` is the fill of the rows.
+        tokens: tokens computed, without padding.
+        slots: positions computed, empty ones included; `tokens / slots` is the fill of the rows.
         executions: batches run.
         tokenize_s: seconds spent tokenising.
         pack_s: seconds spent packing.
@@ -36,24 +36,24 @@ class Stats:
 
     @property
     def fill(self) -> float:
-        """Share of the executed token places that held a token; 0 before anything ran."""
+        """Return the share of computed positions that held a token; 0 before anything ran."""
         return self.tokens / self.slots if self.slots else 0.0
 
 
 class Counters:
-    """Sums that several threads add to."""
+    """Sums of the fields of `Stats`. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._sums = dict(vars(Stats()))
 
     def add(self, **more: float) -> None:
-        """Add to the fields of `Stats` that are named."""
+        """Add amounts to the named fields of `Stats`."""
         with self._lock:
             for name, amount in more.items():
                 self._sums[name] += amount
 
     def snapshot(self) -> Stats:
-        """Give the sums of this moment."""
+        """Return the current sums."""
         with self._lock:
             return Stats(**self._sums)

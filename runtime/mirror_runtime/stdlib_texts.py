@@ -1,6 +1,6 @@
-"""Real text that every Python has: the docstrings of its standard library, thousands of them, in a fixed order.
+"""Real text that every Python installation has: thousands of docstrings of the standard library, in a fixed order.
 
-Parity proofs, benchmark workloads and the demo need ragged natural text on machines that reach no data set.
+Parity proofs, benchmark workloads and the demo need ragged natural text on machines without access to a data set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 _SKIPPED = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo", "pydoc_data"}
 )
-# C modules behind a public name: their docstrings belong to what people import.
+# C modules behind a public module: their docstrings count as the public module's.
 _PUBLIC = {
     "posix": "os",
     "_io": "io",
@@ -39,8 +39,8 @@ class Documented:
     """A module, class or function of the standard library.
 
     Attributes:
-        name: dotted, such as "shutil.rmtree".
-        text: its whole docstring, indentation removed.
+        name: the dotted name, such as "shutil.rmtree".
+        text: its whole docstring, without indentation.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Documented:
 
     @property
     def summary(self) -> str:
-        """The first sentence on one line, without a leading signature; empty where there is none."""
+        """Return the first sentence on one line, without a leading signature; empty if there is none."""
         text = _SIGNATURE.sub("", self.text, count=1).strip()
         end = _SENTENCE_END.search(text + "\n\n")
         return " ".join(text[: end.start() + 1 if end else None].split())
@@ -56,13 +56,13 @@ class Documented:
 
 @cache
 def standard_library() -> tuple[Documented, ...]:
-    """Collect the docstrings of every public object of this Python's standard library; takes a few seconds once.
+    """Collect the docstrings of this Python's standard library. The first call takes a few seconds.
 
     Returns:
-        Objects by file and position, then those of the built-in C modules. The same Python gives the same ones.
+        Public objects by file and position, then those of built-in C modules. The same Python has the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    with _collector_resting():
+    with _collector_paused():
         found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
     for module in sorted(sys.builtin_module_names):
         found.extend(_of_builtin(module))
@@ -70,22 +70,22 @@ def standard_library() -> tuple[Documented, ...]:
 
 
 @contextmanager
-def _collector_resting() -> Iterator[None]:
-    """Keep Python's collector from walking all that the process holds, some hundred times, while trees come and go.
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, which would scan the whole process some hundred times while trees are parsed.
 
-    With PyTorch imported that is more than half of the time. The trees hold no cycles: nothing is kept for it.
+    With PyTorch imported, that takes more than half of the time. The trees have no cycles, so nothing accumulates.
     """
-    resting = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if resting:
+        if enabled:
             gc.enable()
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """List Python files. What is skipped is not walked either: thousands of installed files may lie in there."""
+    """List Python files. Skipped folders are not entered: they may hold thousands of installed files."""
     for folder, inner, names in os.walk(root):
         inner[:] = set(inner) - _SKIPPED
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
@@ -97,7 +97,7 @@ def _of_file(path: Path, root: Path) -> Iterator[Documented]:
         return
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # the library holds files that are broken on purpose
+    except (SyntaxError, UnicodeDecodeError):  # the library has files that are broken on purpose
         return
     yield from _of_node(tree, ".".join(part for part in parts if part != "__init__"))
 

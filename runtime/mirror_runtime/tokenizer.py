@@ -1,8 +1,8 @@
-"""Texts to token ids: one call for a window of texts, with the policy for long ones and an error per bad text.
+"""Tokenise a window of texts in one call, with a policy for long texts and an error for each bad one.
 
-Where the encoder has a template, what is tokenised is the whole string, template and text together: a token may span
-both where the tokenizer joins them, as everyone who puts the template around the text by hand would have it. A string
-of too many tokens loses tokens that lie wholly within the text, from its end; those of the template stay.
+If the encoder has a template, the whole string is tokenised, template and text together. A token may span both, exactly
+as if the template had been put around the text by hand. A string of too many tokens loses tokens from the end of the
+text; those of the template stay.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, TextError
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-"""Names the padding token, which `tokenizer.json` does not."""
+"""The file that names the padding token, which `tokenizer.json` does not."""
 
 
 class LongTexts(str, Enum):
-    """What happens to a text of more tokens than the encoder takes."""
+    """The policy for texts of more than `max_tokens` tokens."""
 
     TRUNCATE = "truncate"
     """Keep the first `max_tokens`; the text is marked as truncated and counted."""
     ERROR = "error"
-    """Refuse the text; the others are encoded."""
+    """Reject the text; the others are encoded."""
     CHUNK = "chunk"
-    """Cut it into pieces of `max_tokens`, encode each, and take the mean of their vectors (normalised again)."""
+    """Split it into pieces of `max_tokens`, encode each, and average their vectors (normalised again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """A window of texts as pieces ready to be packed. A text is one piece unless it was cut into chunks.
+    """A window of texts as pieces ready to be packed. A text has one part, or several if it was split into chunks.
 
-    Equal pieces are there once, as their vectors are the same: also those of texts that the tokenizer takes for equal,
-    such as "A dog" and "a  dog" where it ignores case and blanks.
+    Parts with equal tokens share one piece, because their vectors are equal: also those of different texts with the
+    same tokens, such as "A dog" and "a  dog" where the tokenizer ignores case and spaces.
 
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
         lengths: int64 [pieces], tokens of each piece, padding included.
-        unpadded_lengths: int64 [pieces], of them, those ahead of the padding; None where no piece has any.
-        part_text: int64 [parts], a text for each piece that is part of it; ascending, a failed text has none.
-        part_piece: int64 [parts], that piece.
-        tokens: int64 [texts], tokens of the whole text with special tokens, before any policy; 0 for a failed text.
+        unpadded_lengths: int64 [pieces], tokens before padding; None if nothing is padded.
+        part_text: int64 [parts], the text of each part; ascending. A failed text has no part.
+        part_piece: int64 [parts], the piece of each part.
+        tokens: int64 [texts], tokens of the whole text with special tokens, before truncation; 0 for a failed text.
         truncated: bool [texts].
         errors: the failed texts, by position.
     """
@@ -69,16 +69,16 @@ class Tokenizer:
     """A bundle's tokenizer with its length limit.
 
     Args:
-        path: a `tokenizer.json`. Truncation and padding settings inside it are ignored: the bundle's spec rules.
+        path: a `tokenizer.json`. Its truncation and padding settings are ignored, because the `EncoderSpec` has these.
         max_tokens: longest piece in tokens, special tokens included.
         long_texts: policy for longer texts.
         template: text around every text, see `EncoderSpec`.
-        pad_to: tokens that every piece is filled up to with padding; None for none. `SPECIAL_TOKENS_FILE` beside the
-            tokenizer says what padding is.
+        pad_to: pad every piece to this many tokens; None for no padding. `SPECIAL_TOKENS_FILE` beside the tokenizer
+            names the padding token.
 
     Raises:
-        BundleError: a file cannot be read; special tokens lie elsewhere than around the text; or the template leaves
-            no room for it.
+        BundleError: a file cannot be read; special tokens are not just before and after the text; or the template
+            leaves no room for the text.
     """
 
     def __init__(
@@ -99,31 +99,33 @@ class Tokenizer:
         self._prefix, self._suffix = _special_tokens(self._tokenizer, path)
         self._body = max_tokens - len(self._prefix) - len(self._suffix)
         if self._body < 1:
-            raise BundleError(f"max_tokens is {max_tokens}, which leaves no room beside the special tokens")
+            raise BundleError(f"max_tokens is {max_tokens}: the special tokens leave no room for a text")
         self._max_tokens = max_tokens
         self._long_texts = long_texts
         self._before, _, self._after = (template or "{text}").partition("{text}")
         taken = len(self._tokenizer.encode(self._before + self._after, add_special_tokens=False).ids)
         if taken >= self._body:
-            raise BundleError(f"the template {template!r} has {taken} tokens, which leaves no room in {max_tokens}")
+            raise BundleError(
+                f"the template {template!r} has {taken} tokens: {max_tokens} in all leave no room for a text"
+            )
         self._pad_to = pad_to
         self._pad_id = 0 if pad_to is None else _padding_token(self._tokenizer, path.with_name(SPECIAL_TOKENS_FILE))
 
     @classmethod
     def of(cls, folder: Path, spec: EncoderSpec, long_texts: LongTexts) -> Tokenizer:
-        """Load the tokenizer of a bundle or a run folder for packed rows.
+        """Load the tokenizer of a bundle or a run folder, for packed rows.
 
         Raises:
-            BundleError: see above.
+            BundleError: as the constructor.
         """
         return cls(folder / TOKENIZER_FILE, spec.max_tokens, long_texts, template=spec.template, pad_to=spec.pad_to)
 
     def __call__(self, texts: Sequence[object], long_texts: Sequence[LongTexts] | None = None) -> Tokenized:
-        """Tokenise a window of texts. Never raises for a bad text: it is named in `errors`.
+        """Tokenise a window of texts. A bad text does not raise; `errors` has it.
 
         Args:
-            texts: what to tokenise.
-            long_texts: the policy of each text; None for the tokenizer's own.
+            texts: the texts.
+            long_texts: the policy for each text; None for the tokenizer's own.
         """
         errors = {i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
@@ -179,7 +181,7 @@ class Tokenizer:
         return f"{self._before}{text}{self._after}" if self._before or self._after else str(text)
 
     def _split(self, text: object, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Split a whole string's tokens: the template's before the text, the text's own, the template's behind it."""
+        """Split a whole string's tokens: the template's before the text, the text's own, the template's after it."""
         if not self._before and not self._after:
             return [], ids, []
         encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
@@ -188,13 +190,13 @@ class Tokenizer:
 
     def _too_long(self, tokens: int) -> str:
         return (
-            f"has {tokens} tokens and the encoder takes {self._max_tokens}: "
+            f"has {tokens} tokens, more than the encoder's {self._max_tokens}: "
             "shorten it, or choose the policy truncate or chunk"
         )
 
 
 def validate_text(index: int, text: object) -> TextError | None:
-    """Say what keeps a text from being encoded: it is no string, or holds a lone surrogate. None where all is well."""
+    """Return an error if a text is not a string or contains a lone surrogate; else None."""
     if not isinstance(text, str):
         return TextError(index, f"is {type(text).__name__}, not str: decode or convert it first")
     if not text.isascii():
@@ -203,7 +205,7 @@ def validate_text(index: int, text: object) -> TextError | None:
         except UnicodeEncodeError as error:
             return TextError(
                 index,
-                f"holds a lone surrogate at character {error.start}, which is no Unicode text: "
+                f"contains a lone surrogate at character {error.start}, which is not valid Unicode: "
                 "decode its bytes with errors='replace'",
             )
     return None
@@ -213,12 +215,12 @@ def text_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple
     """Find the tokens that lie wholly within a part of a string.
 
     Args:
-        offsets: of each token, its first character and the one behind its last.
+        offsets: the half-open range of each token's characters.
         begin: the part's first character.
-        end: the one behind its last.
+        end: the character after its last.
 
     Returns:
-        The first such token and the one behind the last; equal where there is none.
+        The half-open range of the tokens; empty where there are none.
     """
     first = next((i for i, (start, _) in enumerate(offsets) if start >= begin), len(offsets))
     last = next((i for i in range(len(offsets), first, -1) if offsets[i - 1][1] <= end), first)
@@ -234,17 +236,17 @@ def _padding_token(tokenizer: _Tokenizer, path: Path) -> int:
         name = json.loads(path.read_text(encoding="utf-8"))["pad_token"]
         found = tokenizer.token_to_id(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} names no padding token, which this encoder's pooling reads: {error}") from error
+        raise BundleError(f"{path} has no padding token, which this encoder's pooling needs: {error}") from error
     if found is None:
-        raise BundleError(f"{path} names the padding token {name!r}, which the tokenizer does not have")
+        raise BundleError(f"{path} has the padding token {name!r}, which the tokenizer does not know")
     return int(found)
 
 
 def _special_tokens(tokenizer: _Tokenizer, path: Path) -> tuple[list[int], list[int]]:
-    """Split what the tokenizer puts around a text, such as [CLS] and [SEP]."""
+    """Return the special tokens that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
     body = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
     for at in range(len(full) - len(body) + 1):
         if body and full[at : at + len(body)] == body:
             return list(full[:at]), list(full[at + len(body) :])
-    raise BundleError(f"{path}: cannot tell its special tokens from the text's (it makes {full} of 'a')")
+    raise BundleError(f"{path}: cannot separate its special tokens from the text's ('a' becomes {full})")

@@ -1,4 +1,4 @@
-"""Recompute a bundle's proof on this machine: its files, its vector space's name, its canaries on each engine."""
+"""Check a bundle on this machine: the hashes of its files, its fingerprint, and its canaries on each engine."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mirror_runtime.vectors import components
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactCheck:
-    """One artifact's canaries on this machine.
+    """The canaries of one artifact on this machine.
 
     Attributes:
-        artifact: what was run.
-        comparison: what came of it; None where it could not be run.
-        problem: why it could not be run, or what the comparison found; empty where it passed.
+        artifact: the artifact.
+        comparison: its vectors against the stored ones; None where it could not run.
+        problem: why it could not run, or how its vectors differ; empty where it passed.
     """
 
     artifact: Artifact
@@ -37,29 +37,29 @@ class ArtifactCheck:
 
     @property
     def ran(self) -> bool:
-        """Whether the engine produced vectors."""
+        """Return whether the engine produced vectors."""
         return self.comparison is not None
 
     @property
     def agrees(self) -> bool:
-        """Whether the vectors are those that the bundle stores."""
+        """Return whether the vectors agree with the stored ones."""
         return self.comparison is not None and self.comparison.verdict is CanaryVerdict.AGREES
 
 
 def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[ArtifactCheck, ...]:
     """ArtifactCheck every file's hash and the fingerprint, then run the canaries through every packed artifact.
 
-    Three things are told apart: files that changed since the export (`BundleError`, corrupted), whole files of another
-    vector space (`BundleError`, naming both fingerprints), and vectors that this machine computes otherwise (a
-    comparison with `CanaryVerdict.DRIFTED`, or `CanaryVerdict.ANOTHER_MODEL` where that is beyond any rounding).
+    This distinguishes files that changed since the export (`BundleError`: corrupted), intact files of another vector
+    space (`BundleError`, with both fingerprints), and vectors that come out differently on this machine (a comparison
+    with `CanaryVerdict.DRIFTED`, or `CanaryVerdict.ANOTHER_MODEL` if rounding cannot explain the difference).
 
     Args:
         bundle: the folder.
-        expected_fingerprint: of the vector space that is wanted, such as the one an index was made with.
+        expected_fingerprint: the required vector space, such as the one that an index was built with; None for any.
 
     Returns:
         A result for each packed artifact. One whose engine is not installed, or whose precision this CPU lacks, did
-        not run, and `problem` says why.
+        not run; its `problem` has the reason.
 
     Raises:
         BundleError: see above.
@@ -67,8 +67,8 @@ def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Ar
     manifest = read_manifest(bundle)
     if expected_fingerprint not in (None, manifest.fingerprint):
         raise BundleError(
-            f"{bundle} is another model: its vector space is {manifest.fingerprint} where {expected_fingerprint} is "
-            "expected. Take the bundle that the vectors were made with, or make them again"
+            f"{bundle} is another model: its vector space is {manifest.fingerprint}, not {expected_fingerprint}. "
+            "Use the bundle that the vectors were made with, or encode again"
         )
     check_files(bundle, manifest)
     check_fingerprint(manifest)
@@ -76,16 +76,16 @@ def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Ar
 
 
 def check_fingerprint(manifest: Manifest) -> None:
-    """See that a manifest's fingerprint names the weights, the tokenizer and the head that it lists.
+    """Check that a manifest's fingerprint is that of the weights, the tokenizer and the head that it lists.
 
     Raises:
-        BundleError: it names others.
+        BundleError: the fingerprint is another.
     """
     found = fingerprint(manifest.encoder, manifest.files)
     if found != manifest.fingerprint:
         raise BundleError(
-            f"the bundle holds another model than it says: weights, tokenizer and head have the fingerprint {found}, "
-            f"and the manifest says {manifest.fingerprint}. Export the encoder again"
+            f"the bundle contains another model: weights, tokenizer and head have the fingerprint {found}, but the "
+            f"manifest has {manifest.fingerprint}. Export the encoder again"
         )
 
 
@@ -94,7 +94,7 @@ def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> ArtifactChec
         return ArtifactCheck(artifact=artifact, comparison=None, problem=f"{artifact.engine.value} is not installed")
     canaries = read_canaries(bundle)
     try:
-        # This very file: a bundle may have several for one engine and precision.
+        # By its path, because a bundle may have several artifacts for one engine and precision.
         with Encoder.of_graph(bundle, manifest, artifact.engine, artifact.precision, artifact.path) as encoder:
             vectors = components(encoder.encode(canary.text for canary in canaries), encoder.spec)
     except EngineError as error:

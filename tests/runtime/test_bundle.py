@@ -47,7 +47,7 @@ def test_manifest_survives_the_round_trip(make_bundle, make_artifact):
         ({"dim": True}, "dim is True; expected int"),
         ({"pooling": "average"}, "pooling is 'average'; known are mean, cls, mean_padded"),
         ({"surprise": 1}, "unknown surprise"),
-        ({"pad_to": 64}, "mean_padded alone needs it"),
+        ({"pad_to": 64}, "set it for mean_padded only"),
         ({"max_tokens": 2}, "max_tokens is 2"),
     ],
 )

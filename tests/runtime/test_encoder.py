@@ -233,7 +233,7 @@ def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, m
 
 def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artifact):
     folder = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
-    with pytest.raises(EngineError, match="engine 'onnx' is unknown: choose auto, onnxruntime"):
+    with pytest.raises(EngineError, match="engine 'onnx' is unknown: it must be one of auto, onnxruntime"):
         Encoder.load(folder, engine="onnx")
     with pytest.raises(EngineError, match="precision 'half' is unknown"):
         Encoder.load(folder, precision="half")

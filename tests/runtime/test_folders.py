@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mirror_runtime.errors import InputError
-from mirror_runtime.folders import whole_folder
+from mirror_runtime.folders import replace_file, whole_folder
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -80,10 +80,30 @@ def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_pa
     assert [path.name for path in output.iterdir()] == ["all"]
 
 
+def _fail_half_way(path: Path) -> None:
+    path.write_text("half")
+    raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, shared: bool) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), replace_file(path, shared=shared) as beside:
+        _fail_half_way(beside)
+    assert path.read_text() == "old"
+    with replace_file(path, shared=shared) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+        assert (str(os.getpid()) in beside.name) is shared
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     output = tmp_path / "home"
     output.mkdir()
     (output / "precious").write_text("x")
-    with pytest.raises(InputError, match="no all in it"), whole_folder(output, overwrite=True, marker="all"):
+    with pytest.raises(InputError, match="it has no all"), whole_folder(output, overwrite=True, marker="all"):
         pass
     assert [path.name for path in output.iterdir()] == ["precious"]

@@ -105,7 +105,7 @@ def test_a_stale_plan_is_left_aside_and_the_log_says_why(tiny_bundle, plan, cach
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
         assert encoder.decision.source is DecisionSource.RULE
     assert reason in caplog.text
-    with pytest.raises(InputError, match="does not hold here"):
+    with pytest.raises(InputError, match="is not valid here"):
         Encoder.load(tiny_bundle, plan=path)
 
 
@@ -117,7 +117,7 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
     path.write_text(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
         assert encoder.decision.source is DecisionSource.RULE
-    assert "is no plan" in caplog.text
+    assert "is not a plan" in caplog.text
     path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):
         read_plan(path)
@@ -177,7 +177,7 @@ def test_only_a_clear_and_accepted_rival_replaces_the_best(tiny_bundle):
     }
     planner._choose([rivals[1]])
     planner._choose([rivals[1], rivals[2], rivals[3]])
-    assert planner._best == rivals[1], "1 % is noise, and what is below the floor is no rival"
+    assert planner._best == rivals[1], "1 % is noise, and what is below the floor does not count"
     planner._choose([rivals[1], rivals[4]])
     assert planner._best == rivals[4]
 

@@ -54,5 +54,5 @@ def test_auto_never_takes_int8_and_int8_is_there_for_the_asking(make_bundle, mak
     assert choose(manifest, "onnxruntime", "auto")[:2] == ORT32
     assert choose(manifest, "auto", "int8")[:2] == (EngineName.OPENVINO, Precision.INT8)
     alone = read_manifest(make_bundle(artifacts=(make_artifact(*pairs[0]),), name="alone"))
-    with pytest.raises(EngineError, match=r"it has onnxruntime int8\. Ask for one of these"):
+    with pytest.raises(EngineError, match=r"it has onnxruntime int8\. Choose one of these"):
         choose(alone, "auto", "auto")

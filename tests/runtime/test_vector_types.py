@@ -1,4 +1,4 @@
-"""float16, int8 and packed bits, all the way from the engine to files, servers and proofs."""
+"""float16, int8 and binary vectors, from the engine to files, servers and proofs."""
 
 import asyncio
 import dataclasses
@@ -37,7 +37,7 @@ KINDS = [
 
 @pytest.fixture
 def typed(make_bundle: Callable[..., Path]) -> Callable[..., Path]:
-    """Write a bundle for the fake engine whose vectors are of a type."""
+    """Write a bundle for the fake engine with vectors of a type."""
 
     def make(kind: VectorType, max_tokens: int = 64) -> Path:
         bundle = make_bundle(max_tokens=max_tokens, dim=DIM, name=kind.value)
@@ -127,7 +127,7 @@ def test_fewer_dimensions_are_the_leading_components(typed, kind):
 
 
 class Served:
-    """A transport to a server whose vectors are of a type."""
+    """A transport to a server with vectors of a type."""
 
     body_bytes = 1000
 
@@ -169,8 +169,8 @@ def test_the_async_encoder_gives_the_type_too(typed):
     ("changes", "problem"),
     [
         ({"vector_type": VectorType.BINARY, "dim": 12}, "need a multiple of 8"),
-        ({"vector_type": VectorType.INT8}, "int8 needs it"),
-        ({"int8_scale": 0.1}, "int8 needs it"),
+        ({"vector_type": VectorType.INT8}, "set it for int8 only"),
+        ({"int8_scale": 0.1}, "set it for int8 only"),
         ({"vector_type": VectorType.INT8, "int8_scale": 0.0}, "must be a positive number"),
         ({"vector_type": VectorType.INT8, "int8_scale": float("nan")}, "must be a positive number"),
         ({"pooling": Pooling.MASK}, "needs a template"),

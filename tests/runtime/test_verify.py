@@ -1,4 +1,4 @@
-"""`verify` tells four things apart: agreement, drift, corruption, another model."""
+"""`verify` distinguishes agreement, drift, corruption and another model."""
 
 import dataclasses
 import json
@@ -39,14 +39,14 @@ def copy(tiny_bundle, tmp_path) -> Path:
 
 
 def rewrite(bundle: Path, **changes) -> None:
-    """Change the manifest, with the hashes of what lies there now."""
+    """Change the manifest, with the hashes of the present files."""
     manifest = read_manifest(bundle)
     files = {name: sha256_file(bundle / name) for name in manifest.files}
     write_json(dataclasses.replace(manifest, **{"files": files, **changes}), bundle / MANIFEST_FILE)
 
 
 def turned(vector: tuple[float, ...], cosine: float) -> tuple[float, ...]:
-    """Give a vector of the same length at a known angle."""
+    """Turn a vector by a known angle, keeping its length."""
     v = np.array(vector)
     other = np.roll(v, 1) - v * (np.roll(v, 1) @ v) / (v @ v)
     other *= np.linalg.norm(v) / np.linalg.norm(other)
@@ -110,12 +110,12 @@ def test_a_changed_byte_is_corruption(copy, name):
 def test_whole_files_of_another_vector_space_are_another_model(copy, capsys):
     spec = dataclasses.replace(read_manifest(copy).encoder, pooling=Pooling.CLS)
     rewrite(copy, encoder=spec)
-    with pytest.raises(BundleError, match="another model than it says"):
+    with pytest.raises(BundleError, match="the bundle contains another model"):
         verify.verify(copy)
     rewrite(copy, fingerprint=fingerprint(spec, read_manifest(copy).files))
-    wanted = "0" * 16
-    assert main(["verify", str(copy), "--fingerprint", wanted]) == 2
-    assert f"where {wanted} is expected" in capsys.readouterr().err
+    expected = "0" * 16
+    assert main(["verify", str(copy), "--fingerprint", expected]) == 2
+    assert f"not {expected}" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_not_installed_is_no_agreement(tiny_bundle, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Engines by name. Each file imports its library when an engine is made, never before."""
+"""Engines by name. Each module imports its library when an engine is loaded, not before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GPU_PROVIDERS = (EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT)
 
 
 def installed(name: EngineName) -> bool:
-    """Tell whether an engine's library can be found, without importing it."""
+    """Return whether an engine's library is installed, without importing it."""
     if name in _GPU_PROVIDERS:  # onnxruntime-gpu has the same import name as onnxruntime
         return any(distributions(name="onnxruntime-gpu"))
     return name is EngineName.FAKE or find_spec(_LIBRARIES[name]) is not None
@@ -35,12 +35,12 @@ def load_engine(
     """Load a packed graph into an engine.
 
     Args:
-        name: which engine.
-        precision: what it must run in; an engine that cannot raises instead of choosing another.
-        graph: the ONNX file, or TensorRT's plan; the fake engine needs none and ignores it.
+        name: the engine.
+        precision: the precision to run in; an engine never falls back to another.
+        graph: the ONNX file or TensorRT plan; the fake engine ignores it.
         streams: batches in flight; None lets the engine choose from this process's cores.
-        spec: what a vector is, which only the fake engine cannot read from the graph.
-        cache: a folder for what the engine makes of this very graph, to start faster next time; None for none.
+        spec: the encoder's; only the fake engine cannot read the vector's format from the graph.
+        cache: a folder for what the engine makes of this graph, to start faster next time; None for no cache.
 
     Raises:
         MissingExtra: the engine's library is not installed.

@@ -1,4 +1,4 @@
-"""What an engine is: the one seam between packed rows and the libraries that execute graphs."""
+"""The interface between packed rows and the libraries that execute graphs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mirror_runtime.vectors import Vectors
 
 
 class Engine(Protocol):
-    """Runs packed rows through one graph. Knows token ids only: no texts, no policies.
+    """Runs packed rows through one graph. It knows token ids only, not texts or policies.
 
     Attributes:
         name: the library.
-        precision: what it runs in: exactly what was asked for.
-        streams: how many calls of `run` it serves at once; the caller keeps that many in flight.
+        precision: the precision it runs in: always the requested one.
+        streams: concurrent calls of `run` that it serves; the caller keeps that many in flight.
         length_multiple: row lengths of more than 32 tokens must be multiples of it.
         dynamic_shapes: whether a further shape is cheap. It is not where shapes are built ahead of time, or where each
             one holds the weights once more on a GPU.
@@ -34,7 +34,7 @@ class Engine(Protocol):
             rows: arrays [R, L].
 
         Returns:
-            [R, L // 4, width] of the encoder's vector type, see `mirror_runtime.vectors`; empty slots are zeros. The
+            [R, L // 4, width] of the encoder's vector type, see `mirror_runtime.vectors`; zeros in empty slots. The
             caller owns the array.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The few CUDA runtime calls that a TensorRT engine needs, through NVIDIA's own `cuda.bindings`."""
+"""The few CUDA runtime calls that a TensorRT engine needs, through NVIDIA's `cuda.bindings`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CudaDevice:
         self._cuda = require("cuda.bindings.runtime", "tensorrt")
         try:
             count = self._call(self._cuda.cudaGetDeviceCount)
-        except (EngineError, RuntimeError) as error:  # the latter where there is no driver library to load
+        except (EngineError, RuntimeError) as error:  # the latter if there is no driver library
             raise EngineError(f"no NVIDIA GPU can be used here ({error}): see nvidia-smi") from error
         if count == 0:
             raise EngineError("the NVIDIA driver shows this process no GPU: see CUDA_VISIBLE_DEVICES")
@@ -52,19 +52,19 @@ class CudaDevice:
         self.compute_capability = f"{properties.major}.{properties.minor}"
 
     def stream(self) -> Any:
-        """Make a stream that does not wait for the default one."""
+        """Create a stream that does not wait for the default one."""
         return self._call(self._cuda.cudaStreamCreateWithFlags, self._cuda.cudaStreamNonBlocking)
 
     def wait(self, stream: Any) -> None:
-        """Wait until everything in the stream is done."""
+        """Wait for everything in a stream."""
         self._call(self._cuda.cudaStreamSynchronize, stream)
 
     def allocate(self, size: int) -> int:
-        """Take GPU memory of `size` bytes, and give its address (a multiple of 256)."""
+        """Allocate `size` bytes of GPU memory, and return the address (a multiple of 256)."""
         return int(self._call(self._cuda.cudaMalloc, size))
 
     def buffer(self, shape: tuple[int, ...], dtype: DTypeLike) -> Buffer:
-        """Take memory for one tensor on both sides."""
+        """Allocate memory for one tensor on the host and on the GPU."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         pinned = int(self._call(self._cuda.cudaMallocHost, size))
         view = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pinned)).view(dtype).reshape(shape)
@@ -81,8 +81,8 @@ class CudaDevice:
         self._call(self._cuda.cudaMemcpyAsync, buffer.host.ctypes.data, buffer.device, buffer.host.nbytes, kind, stream)
 
     def capture(self, work: Callable[[], None], stream: Any) -> Any:
-        """Record what `work` queues in a stream as a graph that `launch` repeats at the same addresses."""
-        # Other threads may allocate meanwhile, which a capture of global mode would forbid them.
+        """Record what `work` queues in a stream, as a graph that `launch` repeats with the same addresses."""
+        # Other threads may allocate meanwhile; a capture in global mode would forbid it.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call(self._cuda.cudaStreamBeginCapture, stream, mode)
         try:
@@ -98,7 +98,7 @@ class CudaDevice:
         self._call(self._cuda.cudaGraphLaunch, graph, stream)
 
     def free(self, *, addresses: list[int], buffers: list[Buffer], graphs: list[Any], streams: list[Any]) -> None:
-        """Give everything back."""
+        """Release memory, graphs and streams."""
         for graph in graphs:
             self._call(self._cuda.cudaGraphExecDestroy, graph)
         for buffer in buffers:
@@ -110,7 +110,7 @@ class CudaDevice:
             self._call(self._cuda.cudaStreamDestroy, stream)
 
     def _call(self, function: Any, *arguments: Any) -> Any:
-        """Call a CUDA function, which returns a status and at most one value."""
+        """Call a CUDA function, which returns a status and at most one value; return the value."""
         status, *values = function(*arguments)
         if status != self._cuda.cudaError_t.cudaSuccess:
             _, text = self._cuda.cudaGetErrorString(status)

@@ -1,4 +1,4 @@
-"""An engine without weights: vectors are a fixed function of a text's own token ids. For tests of everything else."""
+"""An engine without weights, for tests: vectors are a fixed function of a text's token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mirror_runtime.vectors import Vectors, round_vectors
 
 
 class FakeEngine:
-    """Hashes each segment's ids and positions to a unit vector: wrong packing or order gives a different vector."""
+    """Hashes each segment's ids and positions to a unit vector, so that wrong packing or order changes the vector."""
 
     def __init__(self, precision: Precision, streams: int | None, spec: EncoderSpec) -> None:
         self.name = EngineName.FAKE
@@ -34,4 +34,4 @@ class FakeEngine:
         return round_vectors(out, self._spec)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""

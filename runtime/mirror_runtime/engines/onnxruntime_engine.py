@@ -15,28 +15,28 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import BLOCK, PackedRows
 
 PRECISION_KEY = "mirror_precision"
-"""Metadata of an ONNX file whose products are not in fp32: what they are in."""
+"""Metadata key of an ONNX file for the precision of its matrix products; fp32 if absent."""
 
 
 class OnnxRuntimeEngine:
-    """Runs packed graphs on ONNX Runtime's CPU provider, in the precision that the file holds.
+    """Runs packed graphs on ONNX Runtime's CPU provider, in the precision of the file.
 
-    Int8 products run in int8. fp16 and fp8 files are computed in fp32 between their roundings: that proves a file, and
-    is slower than fp32.
+    Int8 products run in int8. fp16 and fp8 files are computed in fp32 between their roundings, which suffices to prove
+    a file but is slower than fp32.
 
     Args:
         graph: the packed ONNX file.
-        precision: fp32, fp16, int8 or fp8: what the file says of itself.
+        precision: fp32, fp16, int8 or fp8: that of the file.
         streams: batches in flight; None means one that uses every core.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
-        EngineError: the file is of another precision, has no kernels here (bf16), or cannot be loaded.
+        EngineError: the file has another precision, there are no kernels for it (bf16), or it cannot be loaded.
     """
 
     def __init__(self, graph: Path, precision: Precision, streams: int | None) -> None:
         if precision is Precision.BF16:
-            raise EngineError("onnxruntime has no bf16 kernels on the CPU: choose openvino, or another precision")
+            raise EngineError("onnxruntime has no bf16 kernels on the CPU: choose openvino or another precision")
         self.name = EngineName.ONNXRUNTIME
         self.precision: Precision = precision
         self.streams = streams or 1
@@ -46,7 +46,7 @@ class OnnxRuntimeEngine:
         self._session = open_session(graph, threads=threads, fused=precision is not Precision.FP8)
         held = self._session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, Precision.FP32.value)
         if held != precision.value:
-            raise EngineError(f"{graph.name} is a graph in {held}, not {precision.value}: ask for {held}")
+            raise EngineError(f"{graph.name} is a graph in {held}, not {precision.value}: request {held}")
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
@@ -68,12 +68,12 @@ class OnnxRuntimeEngine:
 
 
 def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
-    """Open an ONNX file the way this runtime serves it; the exporter proves its graphs with the same options.
+    """Open an ONNX file with the options of this runtime; export proves its graphs with the same ones.
 
     Args:
         graph: any ONNX file.
         threads: threads within one call.
-        fused: let operators be merged with the roundings around them. The fused operators know no fp8.
+        fused: allow operators to be fused with the roundings around them. Fused operators do not support fp8.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -86,7 +86,7 @@ def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that spin between calls take the cores from the tokenizer and from other sessions.
+    # Threads that spin between calls would take cores from the tokenizer and from other sessions.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if not fused:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU, by its CUDA or TensorRT provider: a session and a CUDA graph for each packed shape."""
+"""ONNX Runtime on an NVIDIA GPU, with its CUDA or TensorRT provider: a session and a CUDA graph per packed shape."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ INPUTS = ("input_ids", "position_ids", "segment_ids")
 OUTPUT = "embedding"
 
 TENSORRT_MAJOR = 10
-"""What the published onnxruntime-gpu wheels (1.31) link their TensorRT provider with: libnvinfer.so.10. A TensorRT 11
-beside them does not serve; only builds from source link it."""
+"""The published onnxruntime-gpu wheels (1.31) link their TensorRT provider with libnvinfer.so.10. They cannot use an
+installed TensorRT 11, which only builds from source link."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """How one of ONNX Runtime's GPU providers is asked for a packed shape.
+    """The settings of one of ONNX Runtime's GPU providers.
 
     Attributes:
-        name: ONNX Runtime's.
-        device: where its arrays live, in ONNX Runtime's words.
+        name: ONNX Runtime's name.
+        device: ONNX Runtime's name for the device of its arrays.
         options: provider options for one shape, precision, graph and cache folder.
-        static: whether the session is told the shape, so that nothing about shapes is left to compute on the CPU;
-            TensorRT is told by its profile.
-        cure: what to look at where the provider does not come up.
+        static: whether the session fixes the shape, so that no shapes are computed on the CPU; TensorRT's profile does
+            the same.
+        cure: what to check if the provider cannot be loaded.
     """
 
     name: str
@@ -54,16 +54,16 @@ class Provider:
 
 
 def cuda_options(shape: Shape, precision: Precision, graph: Path, cache: Path | None) -> Mapping[str, str]:
-    """Give the CUDA provider's options: captured as a CUDA graph, and fp32 meant as fp32."""
+    """Return the CUDA provider's options: captured as a CUDA graph, and fp32 without TF32."""
     return {"device_id": "0", "enable_cuda_graph": "1", "use_tf32": "0"}
 
 
 def tensorrt_options(shape: Shape, precision: Precision, graph: Path, cache: Path | None) -> Mapping[str, str]:
-    """Give the TensorRT provider's options: one static profile, a CUDA graph, and the engine kept in `cache`.
+    """Return the TensorRT provider's options: one static profile, a CUDA graph, and the engine kept in `cache`.
 
-    The provider builds engines of several profiles and runs the first alone (microsoft/onnxruntime pull request 31624),
-    hence a session for each shape. It also builds weakly typed networks, which take fp16 from the graph only where they
-    are allowed to; the certificate measures what came of it.
+    The provider builds engines of several profiles but only runs the first (microsoft/onnxruntime pull request 31624),
+    hence a session for each shape. It also builds weakly typed networks, which use the graph's fp16 only if an option
+    allows it; the certificate measures the result.
     """
     shapes = ",".join(f"{name}:{shape[0]}x{shape[1]}" for name in INPUTS)
     options = {
@@ -102,7 +102,7 @@ PROVIDERS = {
         device="cuda",
         options=tensorrt_options,
         static=False,
-        cure=f"it wants TensorRT {TENSORRT_MAJOR} on the library path (pip install 'tensorrt<{TENSORRT_MAJOR + 1}'); "
+        cure=f"it needs TensorRT {TENSORRT_MAJOR} on the library path (pip install 'tensorrt<{TENSORRT_MAJOR + 1}'); "
         "with TensorRT 11 use engine tensorrt",
     ),
 }
@@ -119,20 +119,20 @@ class _Bound:
 
 
 class OnnxRuntimeGpuEngine:
-    """Runs packed graphs on a GPU through ONNX Runtime. Shapes are prepared when first needed.
+    """Runs packed graphs on a GPU through ONNX Runtime. A shape is prepared when it first occurs.
 
-    Each shape's session holds the weights once more on the GPU: 13 shapes of a 45 MB fp16 graph are 600 MB.
+    Each shape's session has its own copy of the weights on the GPU: 13 shapes of a 45 MB fp16 graph take 600 MB.
 
     Args:
-        name: which provider.
+        name: the provider.
         graph: the packed ONNX file.
-        precision: what the file holds; fp8 is not for these providers.
-        streams: batches in flight; they take turns on the GPU. None means 1.
-        cache: a folder for the engines that TensorRT builds; None builds them anew in every process.
+        precision: that of the file; these providers do not support fp8.
+        streams: batches in flight, which the GPU runs one at a time. None means 1.
+        cache: a folder for the engines that TensorRT builds; None builds them again in every process.
 
     Raises:
         MissingExtra: onnxruntime is not installed.
-        EngineError: the provider is not in the installed package, or cannot run this precision.
+        EngineError: the installed package lacks the provider, or the provider does not support this precision.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class OnnxRuntimeGpuEngine:
         self._graph = graph
         self._cache = cache
         self._bound: dict[Shape, _Bound] = {}
-        # A capture forbids other threads' allocations, and a captured graph runs once at a time.
+        # During a capture other threads must not allocate, and a captured graph cannot run twice at once.
         self._turn = threading.Lock()
 
     def run(self, rows: PackedRows) -> Vectors:
@@ -171,7 +171,7 @@ class OnnxRuntimeGpuEngine:
                 bound.binding.synchronize_inputs()
                 bound.session.run_with_iobinding(bound.binding)
                 bound.binding.synchronize_outputs()
-                # On the CPU `numpy` is a view of memory that the next call overwrites.
+                # On the CPU, `numpy` returns a view of memory that the next call overwrites.
                 result: Vectors = np.array(bound.output.numpy())
             except Exception as error:  # onnxruntime's exceptions share no base class of their own
                 raise EngineError(f"{self.name.value} failed on rows {rows.shape}: {error}") from error
@@ -188,7 +188,7 @@ class OnnxRuntimeGpuEngine:
         count, length = rows.shape
         dim = described.shape[-1]
         if not isinstance(dim, int):
-            raise EngineError(f"{self._graph.name} does not say how long its vectors are: export it again")
+            raise EngineError(f"{self._graph.name} has vectors of unknown length: export it again")
         shape = [count, *(described.shape[1:-1] if self._provider.static else [length // 4]), dim]
         dtype = _DTYPES[described.type]
         binding = session.io_binding()
@@ -204,7 +204,7 @@ class OnnxRuntimeGpuEngine:
         ort, provider = self._onnxruntime, self._provider
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # A graph of which parts run on the CPU cannot be captured, and is not what was asked for.
+        # A graph that runs partly on the CPU cannot be captured, and is not what the caller requested.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "0" if provider.device == "cpu" else "1")
         if provider.static:
             options.add_free_dimension_override_by_name("rows", shape[0])
@@ -216,8 +216,8 @@ class OnnxRuntimeGpuEngine:
             raise EngineError(f"{self.name.value} cannot load {self._graph.name} for rows {shape}: {error}") from error
         running = session.get_providers()
         if running[0] != provider.name:
-            # ONNX Runtime goes on without a provider that fails to load, with a warning.
+            # If a provider fails to load, ONNX Runtime only warns and continues with the next.
             raise EngineError(
-                f"{provider.name} did not come up ({', '.join(running)} would run instead): {provider.cure}"
+                f"{provider.name} could not be loaded ({', '.join(running)} would run instead): {provider.cure}"
             )
         return session

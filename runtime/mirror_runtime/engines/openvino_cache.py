@@ -1,7 +1,7 @@
-"""ONNX graphs kept in OpenVINO's own format: parsed once, and their weights mapped from disk afterwards.
+"""Cache ONNX graphs in OpenVINO's own format: parsed once, with weights mapped from disk afterwards.
 
-The conversion does not change a bit of any vector. What it saves is the parsing, and a private copy of the weights in
-every process: mapped pages are shared by all processes of a machine and can be dropped when memory is short.
+The conversion does not change any vector, not even in the last bit. It saves the parsing and a copy of the weights in
+every process: mapped pages are shared by all processes of a machine, and the system can drop them when memory is short.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _GRAPH, _WEIGHTS, _SIZES = "graph.xml", "graph.bin", "sizes.json"
 
 
 def read_graph(core: Any, graph: Path, cache: Path | None) -> Any:
-    """Read a graph, through the cache where it is an ONNX file.
+    """Read a graph, through the cache if it is an ONNX file.
 
-    A cache that cannot be written, is damaged or belongs to another release of OpenVINO changes speed alone: the ONNX
-    file is read then, and the reason is logged.
+    If the cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
+    only takes longer; the reason is logged.
 
     Args:
-        core: OpenVINO's.
-        graph: an ONNX file, or an OpenVINO `.xml`, which is read as it is.
+        core: the `openvino.Core`.
+        graph: an ONNX file, or an OpenVINO `.xml`, which is not cached.
         cache: this graph's own folder, named after its content; None for no cache.
 
     Returns:
         An `openvino.Model`.
 
     Raises:
-        RuntimeError: OpenVINO's, the graph itself cannot be read.
+        RuntimeError: from OpenVINO, if the graph itself cannot be read.
     """
     if cache is None or graph.suffix != ".onnx":
         return core.read_model(graph)
@@ -50,23 +50,23 @@ def read_graph(core: Any, graph: Path, cache: Path | None) -> Any:
             openvino.save_model(model, partial / _GRAPH, compress_to_fp16=False)
             sizes = {name: (partial / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
             (partial / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
-    except (InputError, OSError, RuntimeError) as error:  # no room, no right, or another process is writing it
+    except (InputError, OSError, RuntimeError) as error:  # disk full, no permission, or another process is writing it
         _log.info("the graph is not cached: %s", error)
         return model
     return _read(core, folder) or model
 
 
 def _read(core: Any, folder: Path) -> Any | None:
-    """Read a kept graph; None where there is none or it is damaged."""
+    """Read a cached graph; None if there is none or it is damaged."""
     try:
         sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
         whole = sizes == {name: (folder / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
         if whole:
             return core.read_model(folder / _GRAPH)
-        reason = "files have other sizes than when they were written"
+        reason = "file sizes have changed"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error)
-    _log.warning("the cached graph in %s is damaged (%s) and is made again", folder, reason)
+    _log.warning("the cached graph in %s is damaged (%s) and is written again", folder, reason)
     return None

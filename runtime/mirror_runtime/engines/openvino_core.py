@@ -1,4 +1,4 @@
-"""OpenVINO's core, one for the whole process."""
+"""The process's only `openvino.Core`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mirror_runtime.extras import require
 
 
 def shared_core() -> Any:
-    """Give the `openvino.Core` that everything in this process compiles with.
+    """Return the `openvino.Core` that this whole process compiles with.
 
-    With a second one, which goes after the first, the next signal kills the process: each puts a stack for signal
-    handlers in place, and the last to go puts back its predecessor's, whose memory is gone (2026.4.1).
+    With two of them the next signal may kill the process: each installs a stack for signal handlers, and the last one
+    to be destroyed restores its predecessor's, whose memory has been freed (2026.4.1).
 
     Raises:
         MissingExtra: openvino is not installed.

@@ -26,31 +26,33 @@ from mirror_runtime.packing import BLOCK, PackedRows
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3
-"""How often a shape is compiled before streams that disagree are an error. Seen three times in some hundred starts, on
-a busy machine (2026.4.1): one stream of a model gave vectors of its own for every text."""
+"""Compilations of a shape before disagreeing streams are an error. Seen three times in some hundred starts, on a busy
+machine (2026.4.1): one stream of a model computed different vectors for every text."""
 
 _ROUNDS = 3
-"""How often streams are compared at most: on a busy machine one of them may take what was meant for the other."""
+"""Maximum comparison rounds. On a busy machine one stream may run both requests, so one round can miss the other
+stream."""
 
 _APART, _LONG = 1.5, 0.02
-"""A round is the last if it took all streams this many seconds and none this many times as long as another: what one
-stream runs for two takes it twice as long. Threads that start later blur shorter ones."""
+"""A round is conclusive if every stream took over `_LONG` seconds and none took `_APART` times as long as another: a
+stream that runs two requests takes twice as long. Threads that start late blur shorter rounds."""
 
 _ONE_TOKEN_MULTIPLE = 64
-"""The row step of graphs whose last layer computes one token a text, in its slot. OpenVINO (2026.4.1) gets wrong what
-the 12 slots of 48 tokens ask, in bf16 always and in fp32 where rows are many; 4, 8 and multiples of 16 are right."""
+"""The length multiple of graphs whose last layer computes one token per text, in its slot. With the 12 slots of 48
+tokens, OpenVINO (2026.4.1) computes wrong vectors: in bf16 always, in fp32 with many rows. 4, 8 and multiples of 16
+slots are right."""
 
 _HINTS = {Precision.FP32: "f32", Precision.BF16: "bf16", Precision.INT8: "bf16"}
-"""What is not quantised is computed in this; int8 graphs on a CPU without bf16 in f32."""
+"""The precision of whatever is not quantised; int8 graphs use f32 on a CPU without bf16."""
 
 _FIRST_TENSORS = threading.Lock()
-"""Held while a process looks at its first tensors: when two threads do so at the same time, one waits for Python's lock
-and the other for the guard of a static table of types, for ever (2026.4.1). Later ones only read the table."""
+"""Held while a process creates its first tensor. If two threads do so at once, they deadlock: one waits for Python's
+lock, the other for the guard of a static table of types (2026.4.1). Later tensors only read the table."""
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """An infer request and numpy views of its own input and output memory, which static shapes never move."""
+    """An infer request with numpy views of its input and output memory, which stays in place for a static shape."""
 
     request: Any
     inputs: Mapping[str, NDArray[np.int64]]
@@ -62,18 +64,18 @@ class _Slot:
         return cls(request=request, inputs=inputs, output=request.get_output_tensor(0).data)
 
     def fill(self, rows: PackedRows) -> None:
-        """Write rows into the inputs."""
+        """Copy rows to the inputs."""
         for name, view in self.inputs.items():
             view[...] = getattr(rows, name)
 
     def run(self) -> None:
-        """Compute.
+        """Run the request and wait for it.
 
         Raises:
             EngineError: OpenVINO failed.
         """
         try:
-            # Not `infer`: it makes tensor objects at each call. Here they are views, made once.
+            # `infer` would create tensor objects at each call; these views are created once.
             self.request.start_async()
             self.request.wait()
         except RuntimeError as error:
@@ -84,22 +86,22 @@ class _Slot:
 class OpenVinoEngine:
     """Runs packed graphs on OpenVINO's CPU plugin: in fp32, lowered to bf16 by the plugin, or in int8.
 
-    An int8 file's quantised products run in int8, the rest in bf16 where the CPU has it, else in fp32.
+    The quantised products of an int8 file run in int8, the rest in bf16 if the CPU has it, else in fp32.
 
-    Shapes are compiled when first needed: a batch of many rows for throughput, with as many streams as asked for and
-    the cores shared among them; a single row for latency, with all cores on one stream. All streams run the first batch
-    of a shape, and must agree.
+    A shape is compiled when it first occurs: a batch of many rows for throughput, with `streams` streams that share the
+    cores; a single row for latency, with all cores on one stream. All streams run the first batch of a shape, and their
+    vectors must agree.
 
     Args:
         graph: the packed ONNX file.
         precision: fp32, bf16 or int8.
         streams: batches in flight; None means one for each core.
         cache: see `load_engine`.
-        length_multiple: see `Engine`; `length_multiple_of` says it.
+        length_multiple: see `Engine` and `length_multiple_of`.
 
     Raises:
         MissingExtra: openvino is not installed.
-        EngineError: the precision does not exist on this CPU, or the file cannot be loaded.
+        EngineError: this CPU does not support the precision, or the file cannot be loaded.
     """
 
     def __init__(
@@ -151,10 +153,10 @@ class OpenVinoEngine:
         del self._model
 
     def _compile(self, rows: PackedRows) -> NDArray[np.float32] | None:
-        """Compile the shape of some rows, once; several threads compile as many shapes side by side.
+        """Compile the shape of some rows once; threads compile different shapes in parallel.
 
         Returns:
-            The rows' vectors, where the streams have run them to be compared.
+            The rows' vectors if the streams had to run them to be compared; else None.
         """
         shape = rows.shape
         with self._compiling.setdefault(shape, threading.Lock()):
@@ -170,15 +172,15 @@ class OpenVinoEngine:
             return vectors
 
     def _agreeing_slots(self, rows: PackedRows) -> list[_Slot]:
-        """Compile the shape of some rows for streams that all give the same vectors for them."""
+        """Compile the shape of some rows until all streams compute the same vectors for them."""
         for _ in range(_ATTEMPTS):
             slots = self._compiled_slots(rows.shape)
             if _agree(slots, rows):
                 return slots
-            _log.warning("openvino's streams disagree on rows %s: %s is compiled again", rows.shape, self._graph.name)
+            _log.warning("openvino's streams disagree on rows %s: compiling %s again", rows.shape, self._graph.name)
         raise EngineError(
-            f"openvino's streams gave different vectors for one batch, {_ATTEMPTS} times over: run {self._graph.name} "
-            "with streams=1, or on onnxruntime"
+            f"openvino's streams computed different vectors for one batch, {_ATTEMPTS} times in a row: run "
+            f"{self._graph.name} with streams=1, or with onnxruntime"
         )
 
     def _compiled_slots(self, shape: tuple[int, int]) -> list[_Slot]:
@@ -198,23 +200,23 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise EngineError(f"openvino cannot compile {self._graph.name} for rows {shape}: {error}") from error
         if ran.lower().replace("bfloat16", "bf16").replace("float32", "f32") != self._hint:
-            raise EngineError(f"openvino compiled {self._graph.name} for {ran} where {self.precision.value} was asked")
+            raise EngineError(f"openvino compiled {self._graph.name} for {ran}, not for {self.precision.value}")
         return [_Slot.of(compiled.create_infer_request(), self._inputs) for _ in range(self.streams)]
 
 
 def _agree(slots: Sequence[_Slot], rows: PackedRows) -> bool:
-    """Run the same rows on all streams at once, until all have, and tell whether they gave the same bits."""
+    """Run the same rows on all streams at once, until each has, and return whether their vectors are bit-identical."""
     for slot in slots:
         slot.fill(rows)
 
-    def took(slot: _Slot) -> float:
+    def seconds_of(slot: _Slot) -> float:
         slot.run()
         return time.perf_counter() - started
 
     with ThreadPoolExecutor(len(slots)) as threads:
         for _ in range(_ROUNDS):
             started = time.perf_counter()
-            seconds = list(threads.map(took, slots))
+            seconds = list(threads.map(seconds_of, slots))
             if not all(np.array_equal(slot.output, slots[0].output, equal_nan=True) for slot in slots):
                 return False
             if min(seconds) > _LONG and max(seconds) < _APART * min(seconds):
@@ -223,12 +225,12 @@ def _agree(slots: Sequence[_Slot], rows: PackedRows) -> bool:
 
 
 def length_multiple_of(pooling: Pooling) -> int:
-    """Give the row step that OpenVINO gets an encoder's vectors right with."""
+    """Return the length multiple with which OpenVINO computes a pooling correctly."""
     return _ONE_TOKEN_MULTIPLE if pooling in ONE_TOKEN else BLOCK
 
 
 def compile_padded(graph: Path, precision: Precision) -> Any:
-    """Compile a padded graph with free dimensions, for a proof: serving runs packed graphs.
+    """Compile a padded graph with free dimensions, for a proof. Serving runs packed graphs.
 
     Args:
         graph: an ONNX file or an OpenVINO `.xml`.
@@ -252,17 +254,17 @@ def compile_padded(graph: Path, precision: Precision) -> Any:
 
 
 def _hint(core: Any, precision: Precision) -> str:
-    """Say what OpenVINO computes in where nothing is quantised."""
+    """Return the precision of whatever is not quantised."""
     if precision not in _HINTS:
         raise EngineError(f"openvino runs graphs in fp32, bf16 or int8, not {precision.value}")
     bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if precision is Precision.BF16 and not bf16:
-        raise EngineError("this CPU has no bf16 (avx512_bf16 or amx_bf16): ask for fp32")
+        raise EngineError("this CPU has no bf16 (avx512_bf16 or amx_bf16): request fp32")
     return _HINTS[precision] if bf16 else "f32"
 
 
 def _check_held(model: Any, graph: Path, precision: Precision) -> None:
-    """Refuse to run a quantised graph as anything but int8, and the other way round."""
+    """Check that a quantised graph runs in int8, and no other does."""
     quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
     if quantized != (precision is Precision.INT8):
         held = "int8" if quantized else "floating point"

@@ -1,4 +1,4 @@
-"""What stands beside a TensorRT plan: where it was built, for which shapes, and whether it may run here."""
+"""The card beside a TensorRT plan: where it was built and for which shapes. Check whether the plan may run here."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ class PlanCard:
         tensorrt: version that built the plan.
         gpu: name of the GPU it was built on.
         compute_capability: of that GPU, such as "8.9".
-        platform: system and machine; plans never cross it.
-        precision: of the heavy products, as the ONNX file holds it.
+        platform: system and machine; a plan runs on no other.
+        precision: of the matrix products in the ONNX file.
         layout: packed or padded.
         onnx: name of the graph.
-        onnx_sha256: of the graph.
-        plan_sha256: of the plan.
+        onnx_sha256: hash of the graph.
+        plan_sha256: hash of the plan.
         inputs: of the engine; -1 is a free dimension.
         outputs: of the engine.
         profiles: for each, every input's smallest, usual and largest shape.
         level: builder optimisation level.
-        workspace_gib: limit it was built with; None for none.
+        workspace_gib: the builder's memory limit; None for no limit.
         version_compatible: whether newer TensorRT versions may load it.
         hardware: "none", "ampere-plus" or "same-compute-capability".
-        layers: of the engine.
+        layers: layers of the engine.
         fused_attention: how many of them are fused attention.
-        min_cosine: to the reference, where the build proved it; None where the manifest's certificate does.
-        build_s: seconds the build took.
+        min_cosine: with the reference, if the build proved it; None if only the manifest's certificate does.
+        build_s: seconds of the build.
     """
 
     format_version: int
@@ -65,7 +65,7 @@ class PlanCard:
 
 
 def card_path(plan: Path) -> Path:
-    """Give the card's file."""
+    """Return the path of a plan's card."""
     return plan.with_name(f"{plan.name}.json")
 
 
@@ -81,43 +81,42 @@ def read_card(plan: Path) -> PlanCard:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"{plan.name} has no readable card {path.name}, which says where it may run: {error}. "
-            "Build it with export/to_tensorrt.py"
+            f"{plan.name} has no readable card {path.name}: {error}. Build it with export/to_tensorrt.py"
         ) from error
     if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        raise EngineError(f"{path.name} is no card of format version {FORMAT_VERSION}: build the plan again")
+        raise EngineError(f"{path.name} is not a card of format version {FORMAT_VERSION}: build the plan again")
     return from_json(PlanCard, data, str(path))
 
 
 def check_card(card: PlanCard, *, tensorrt: str, gpu: str, compute_capability: str) -> None:
-    """Refuse a plan that was not built for this TensorRT and this GPU, before TensorRT fails on it or runs it slowly.
+    """Check that a plan was built for this TensorRT and this GPU, before TensorRT fails on it or runs it slowly.
 
     Args:
         card: the plan's.
-        tensorrt: version installed here.
-        gpu: name of the GPU here.
-        compute_capability: of the GPU here.
+        tensorrt: the installed version.
+        gpu: name of this machine's GPU.
+        compute_capability: of this machine's GPU.
 
     Raises:
-        EngineError: naming both sides and the cure.
+        EngineError: it was not; the message has both sides and the cure.
     """
     again = "build it here with export/to_tensorrt.py"
     built, here = _numbers(card.tensorrt), _numbers(tensorrt)
     if card.version_compatible and here[0] < built[0]:
-        raise EngineError(f"the plan is of TensorRT {card.tensorrt} and {tensorrt}, older, is installed: {again}")
+        raise EngineError(f"the plan is of TensorRT {card.tensorrt}, but the older {tensorrt} is installed: {again}")
     if not card.version_compatible and built != here:
-        raise EngineError(f"the plan is of TensorRT {card.tensorrt} and {tensorrt} is installed: {again}")
+        raise EngineError(f"the plan is of TensorRT {card.tensorrt}, but {tensorrt} is installed: {again}")
     fits = {
         "none": gpu == card.gpu and compute_capability == card.compute_capability,
         "ampere-plus": _numbers(compute_capability) >= (8, 0),
         "same-compute-capability": compute_capability == card.compute_capability,
     }
     if card.hardware not in fits:
-        raise EngineError(f"the plan's card says hardware {card.hardware!r}; known are {', '.join(fits)}")
+        raise EngineError(f"the plan's card has hardware {card.hardware!r}: it must be one of {', '.join(fits)}")
     if not fits[card.hardware]:
         raise EngineError(
             f"the plan is built for {card.gpu} (compute capability {card.compute_capability}, hardware "
-            f"compatibility {card.hardware}) and this is {gpu} ({compute_capability}): {again}"
+            f"compatibility {card.hardware}), but this is {gpu} ({compute_capability}): {again}"
         )
 
 

@@ -19,7 +19,7 @@ from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.vectors import Vectors
 
 STREAMS = 2
-"""Batches in flight where the caller does not say: while one computes, the other's arrays are copied and packed."""
+"""Default of batches in flight: while one is computed, the other's arrays are packed and copied."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Arrays = Mapping[str, NDArray[Any]]
@@ -27,7 +27,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Ready:
-    """A context set to one profile and shape, its memory, and the graph that runs it; None where shapes are free."""
+    """A context set to one profile and shape, its memory, and its CUDA graph; None for a dynamic profile."""
 
     context: Any
     inputs: Mapping[str, Buffer]
@@ -37,7 +37,7 @@ class _Ready:
 
 @dataclass
 class _Lane:
-    """What one batch in flight has to itself: a stream, scratch memory, and a context for each shape it has met."""
+    """The resources of one batch in flight: a stream, scratch memory, and a context for each shape so far."""
 
     stream: Any
     scratch: int
@@ -47,19 +47,19 @@ class _Lane:
 class LoadedPlan:
     """A deserialised plan that runs named arrays. Safe to call from several threads.
 
-    Shapes of a static profile (min = max) are prepared once and repeated as a CUDA graph that holds the copies too;
-    other shapes are prepared for each call.
+    A shape of a static profile (min = max) is prepared once and repeated as a CUDA graph, copies included; any other
+    shape is prepared at each call.
 
     Args:
         plan: the file; its card lies beside it.
-        streams: calls that run at once.
+        streams: concurrent calls.
 
     Attributes:
-        card: what the plan is.
+        card: the plan's card.
 
     Raises:
         MissingExtra: tensorrt or cuda.bindings is not installed.
-        EngineError: the plan was built for another GPU or TensorRT, or cannot be loaded.
+        EngineError: the plan is for another GPU or TensorRT, or cannot be loaded.
     """
 
     def __init__(self, plan: Path, streams: int) -> None:
@@ -82,7 +82,7 @@ class LoadedPlan:
             raise EngineError(f"{plan.name} cannot be read: {error.strerror}") from error
         if self._engine is None:
             raise EngineError(f"TensorRT cannot load {plan.name}, which may be truncated: copy or build it again")
-        # Contexts of one lane never run at once, so they share one scratch memory, large enough for every profile.
+        # Contexts of one lane never run at once, so they share scratch memory that is large enough for every profile.
         self._scratch_bytes = max(1, int(self._engine.device_memory_size_v2))
         self._lanes: SimpleQueue[_Lane] = SimpleQueue()
         self._all_lanes = [
@@ -98,7 +98,7 @@ class LoadedPlan:
             feed: each input's array.
 
         Raises:
-            EngineError: no profile holds the shapes, or CUDA or TensorRT failed.
+            EngineError: no profile has the shapes, or CUDA or TensorRT failed.
         """
         shapes = {name: array.shape for name, array in feed.items()}
         index = self._profile(shapes)
@@ -125,7 +125,7 @@ class LoadedPlan:
             self._lanes.put(lane)
 
     def close(self) -> None:
-        """Release graphs, memory and streams, and the engine after the contexts that use it."""
+        """Release graphs, memory and streams, and then the engine."""
         for lane in self._all_lanes:
             for ready in lane.ready.values():
                 self._release(ready)
@@ -135,7 +135,7 @@ class LoadedPlan:
         del self._engine, self._runtime
 
     def _profile(self, shapes: Shapes) -> int:
-        """Find the profile that holds the shapes; the smallest one where several do."""
+        """Find the smallest profile that has the shapes."""
         fitting = [
             (sum(max(profile[name][2]) for name in shapes), index)
             for index, profile in enumerate(self.card.profiles)
@@ -153,7 +153,7 @@ class LoadedPlan:
         return min(fitting)[1]
 
     def _prepare(self, lane: _Lane, index: int, shapes: Shapes) -> _Ready:
-        """Set a context up for one shape, run it once, and record the run where its profile is static."""
+        """Set up a context for one shape, run it once, and record the run if its profile is static."""
         trt, engine = self._trt, self._engine
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
@@ -172,7 +172,7 @@ class LoadedPlan:
         for name in names:
             shape = tuple(int(size) for size in context.get_tensor_shape(name))
             buffer = self._cuda.buffer(shape, trt.nptype(engine.get_tensor_dtype(name)))
-            buffer.host[...] = 0  # what the first run reads must at least be valid ids
+            buffer.host[...] = 0  # the first run must read valid ids
             side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
             side[name] = buffer
             if not context.set_tensor_address(name, buffer.device):
@@ -180,7 +180,7 @@ class LoadedPlan:
         ready = _Ready(context=context, inputs=inputs, outputs=outputs, graph=None)
         if any(least != most for least, _, most in self.card.profiles[index].values()):
             return ready
-        # The first run after a change of shape does work that a capture must not meet.
+        # The first run after a change of shape does work that must not be captured.
         self._queue(lane, ready)
         self._cuda.wait(lane.stream)
         graph = self._cuda.capture(lambda: self._queue(lane, ready), lane.stream)
@@ -205,12 +205,12 @@ class TensorRtEngine:
 
     Args:
         plan: the file; its card lies beside it.
-        precision: what the plan computes in; another is refused.
+        precision: that of the plan.
         streams: batches in flight; None means `STREAMS`.
 
     Raises:
         MissingExtra: tensorrt or cuda.bindings is not installed.
-        EngineError: the plan is of another precision, layout, GPU or TensorRT, or cannot be loaded.
+        EngineError: the plan has another precision or layout, is for another GPU or TensorRT, or cannot be loaded.
     """
 
     def __init__(self, plan: Path, precision: Precision, streams: int | None) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's GPU engine: its options, its refusals, and its way of binding arrays, run on the CPU provider."""
+"""ONNX Runtime's GPU engine: its options, its errors, and its array binding, run with the CPU provider."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOCUMENTED = {
     *("trt_timing_cache_enable", "trt_timing_cache_path", "trt_builder_optimization_level", "trt_cuda_graph_enable"),
     *("trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes", "trt_layer_norm_fp32_fallback"),
 }
-"""Of the TensorRT provider, from ONNX Runtime's documentation; the 1.31.1 GPU wheel's provider holds these strings."""
+"""Options of the TensorRT provider in ONNX Runtime's documentation; the 1.31.1 GPU wheel contains these strings."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def packed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same code path, with the CPU provider where the CUDA one would be."""
+    """Run the same code with the CPU provider instead of the GPU ones."""
 
     def nothing(*_: Any) -> Mapping[str, str]:
         return {}
@@ -71,8 +71,8 @@ def test_bound_arrays_give_the_vectors_of_the_plain_session(
     assert len({batch.shape for batch in rows}) > 1
     kept = [(engine.run(batch), plain.run(batch)) for batch in (*rows, *reversed(rows))]
     # Compared after all runs: a result that is a view of the engine's memory would have changed by now.
-    for found, wanted in kept:
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    for found, expected in kept:
+        np.testing.assert_allclose(found, expected, atol=1e-6)
     engine.close()
 
 
@@ -90,7 +90,7 @@ def test_a_provider_that_is_not_in_the_package_is_refused_with_the_cure(packed: 
 def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(
     monkeypatch: pytest.MonkeyPatch, packed: tuple[Path, EncoderSpec]
 ):
-    """What ONNX Runtime does where libnvinfer.so.10 is absent: a warning, and a session on another provider."""
+    """Without libnvinfer.so.10, ONNX Runtime warns and opens a session on another provider."""
 
     class Dropped(onnxruntime.InferenceSession):  # type: ignore[misc]
         def __init__(self, path: str, options: Any, providers: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(
     monkeypatch.setattr(onnxruntime_gpu, "require", lambda module, extra: fake)
     graph, spec = packed
     engine = load_engine(TENSORRT, Precision.FP16, graph, spec=spec)
-    with pytest.raises(EngineError, match=r"did not come up \(CPUExecutionProvider would run instead\).*TensorRT 10"):
+    with pytest.raises(EngineError, match=r"not be loaded \(CPUExecutionProvider would run instead\).*TensorRT 10"):
         engine.run(batches()[0])
 
 
@@ -143,7 +143,7 @@ def test_without_a_cache_folder_the_tensorrt_provider_keeps_nothing():
 
 
 def test_a_static_session_computes_nothing_about_shapes(packed: tuple[Path, EncoderSpec], tmp_path: Path):
-    """A CUDA graph holds no node that runs on the CPU, where shape arithmetic does: told both sizes, none is left."""
+    """Shape arithmetic runs on the CPU and cannot be captured in a CUDA graph. With both sizes fixed, none is left."""
     import onnx
 
     graph, _ = packed

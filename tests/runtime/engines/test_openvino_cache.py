@@ -1,4 +1,4 @@
-"""The cached graph changes speed alone: never a bit of a vector, whatever state the cache is in."""
+"""The cached graph changes speed only: vectors are bit-identical, whatever the state of the cache."""
 
 import logging
 import shutil
@@ -39,7 +39,7 @@ def test_the_first_load_fills_it_and_the_second_reads_it_with_the_same_bits(tiny
     [
         ("graph.xml", lambda whole: whole[: len(whole) // 2]),
         ("graph.bin", lambda whole: whole[: len(whole) // 2]),
-        ("graph.bin", lambda whole: whole + bytes(64)),  # OpenVINO itself would read this one
+        ("graph.bin", lambda whole: whole + bytes(64)),  # OpenVINO itself would accept this one
         ("sizes.json", lambda whole: whole[: len(whole) // 2]),
     ],
 )

@@ -1,4 +1,4 @@
-"""A shape serves only when its vectors are right, on all its streams."""
+"""A shape is only used if its vectors are right on all streams."""
 
 import logging
 import subprocess
@@ -23,7 +23,7 @@ TEXTS = [f"the cat sat on the mat {'dog ' * (i % 30)}{'a ' * (i // 30)}" for i i
 
 @pytest.fixture
 def damage(monkeypatch):
-    """Have one stream of the first `times` models give other vectors, as a damaged copy of the weights does."""
+    """Make one stream of the first `times` models compute other vectors, as a damaged copy of the weights would."""
 
     def plant(times):
         make, compiled = openvino_engine._Slot.of, []
@@ -54,14 +54,14 @@ class _Damaged:
 
 def test_streams_that_disagree_are_compiled_again_and_the_log_says_so(tiny_bundle, damage, caplog):
     with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
-        wanted = encoder.encode(TEXTS)
+        expected = encoder.encode(TEXTS)
     damage(1)
     with (
         caplog.at_level(logging.WARNING),
         Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
     ):
         vectors = encoder.encode(TEXTS)
-    np.testing.assert_allclose(vectors, wanted, atol=1e-4)
+    np.testing.assert_allclose(vectors, expected, atol=1e-4)
     assert "streams disagree" in caplog.text
 
 
@@ -69,7 +69,7 @@ def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, 
     damage(100)
     with (
         Encoder.load(tiny_bundle, engine="openvino", precision="fp32", streams=2, cache_dir=None) as encoder,
-        pytest.raises(EngineError, match=r"different vectors for one batch, 3 times over: run .* with streams=1"),
+        pytest.raises(EngineError, match=r"different vectors for one batch, 3 times in a row: run .* with streams=1"),
     ):
         encoder.encode(TEXTS)
 
@@ -81,7 +81,7 @@ def test_one_stream_has_nobody_to_disagree_with(tiny_bundle, damage):
 
 
 class _Request:
-    """Takes so many seconds in each round."""
+    """A request that takes these seconds, round by round."""
 
     def __init__(self, seconds):
         self._seconds, self.rounds = iter(seconds), 0
@@ -94,7 +94,7 @@ class _Request:
 
 
 class _Broken(_Request):
-    """Fails as OpenVINO does."""
+    """A request that fails as OpenVINO's do."""
 
     def wait(self):
         raise RuntimeError("Exception from src/inference")
@@ -175,5 +175,5 @@ def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
         Encoder.of_graph(bundle, manifest, EngineName.ONNXRUNTIME, Precision.FP32, "onnx/model_packed.onnx") as exact,
         Encoder.of_graph(bundle, manifest, EngineName.OPENVINO, Precision.BF16, path) as encoder,
     ):
-        wanted, found = (np.concatenate([e.encode([text]) for text in texts]) for e in (exact, encoder))
-    assert cosines(wanted, found).min() > 0.9995
+        expected, found = (np.concatenate([e.encode([text]) for text in texts]) for e in (exact, encoder))
+    assert cosines(expected, found).min() > 0.9995
