@@ -1,9 +1,8 @@
-"""The gateway as its users run it: the command, in front of a real tritonserver or on a bundle, until it is stopped."""
+"""The command `mirror gateway` as a process, on a bundle or in front of a real tritonserver, until it is stopped."""
 
 import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.triton import Server
-from tests.support.gateways import vectors
+from tests.support.gateways import send, vectors, wait_until
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.serving
@@ -29,49 +28,41 @@ TEXTS = ["", "a", "Zwei Häuser am See 🏠", *(" ".join(["word"] * n) for n in 
 
 
 @contextlib.contextmanager
-def gateway(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[SimpleNamespace]:
-    """Run `mirror gateway` on a free port; `output()` after it has ended."""
+def gateway(*arguments: str) -> Iterator[SimpleNamespace]:
+    """Run `mirror gateway` on a free port."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mirror_runtime.cli", "gateway", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **(environment or {})},
         cwd=ROOT,
     )
     assert process.stdout is not None
     try:
-        lines: list[str] = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("more"):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        port = int(re.search(r"127\.0\.0\.1:(\d+)/docs", lines[-1])[1])  # type: ignore[index]
-        yield SimpleNamespace(process=process, port=port, url=f"http://127.0.0.1:{port}", lines=lines)
+        output = ""
+        while (found := re.search(r"^more .*127\.0\.0\.1:(\d+)/docs", output, re.MULTILINE)) is None:
+            line = process.stdout.readline()
+            assert line, output
+            output += line
+        port = int(found[1])
+        yield SimpleNamespace(process=process, port=port, url=f"http://127.0.0.1:{port}")
     finally:
         process.kill()
         process.communicate()
 
 
-def stop(running: SimpleNamespace, number: signal.Signals = signal.SIGTERM) -> str:
-    """Stop a gateway with a signal, see that it ends well, and give what it had to say."""
+def stop(running: SimpleNamespace, number: signal.Signals) -> str:
+    """Stop a gateway with a signal, check its exit status, and return its remaining output."""
     running.process.send_signal(number)
     output, _ = running.process.communicate(timeout=30)
     assert running.process.returncode == 0, output
     return str(output)
 
 
-def post(port: int, path: str, body: object) -> tuple[int, dict[str, str], bytes]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-
-
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_vectors_through_triton_are_the_encoders(server: Server, fake_bundle: Path, protocol: str) -> None:
+@pytest.mark.parametrize(("protocol", "number"), [("grpc", signal.SIGTERM), ("http", signal.SIGINT)])
+def test_vectors_through_triton_equal_the_encoders(
+    server: Server, fake_bundle: Path, protocol: str, number: signal.Signals
+) -> None:
     port = {"grpc": server.grpc_port, "http": server.http_port}[protocol]
     arguments = ("--triton", f"127.0.0.1:{port}", "--triton-protocol", protocol, "--dimensions", "8")
     with Encoder.load(fake_bundle, engine="fake") as encoder, gateway(*arguments) as running:
@@ -92,23 +83,17 @@ def test_vectors_through_triton_are_the_encoders(server: Server, fake_bundle: Pa
             cut / np.linalg.norm(cut, axis=1, keepdims=True),
             rtol=1e-6,
         )
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", running.port)) as connection:
-            connection.request("GET", "/info")
-            info = json.loads(connection.getresponse().read())
+        info = send(running.port, "GET", "/info").json
         assert info["fingerprint"] == encoder.fingerprint
         assert (info["dim"], info["max_tokens"], info["normalized"]) == (16, 64, True)
         assert (info["engine"], info["backend"]) == ("fake", f"triton {protocol}://127.0.0.1:{port}")
-        assert "stopped; 4 requests answered" in stop(running)
+        assert "stopped; 4 requests answered" in stop(running, number)
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_is_said_and_its_return_noticed(
-    server: Server, fake_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_server_is_reported_and_its_return_noticed(server: Server, fake_bundle: Path, tmp_path: Path) -> None:
     def health(port: int) -> int:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-            connection.request("GET", "/health")
-            return connection.getresponse().status
+        return send(port, "GET", "/health").status
 
     with (
         Server(server.repository) as own,
@@ -116,27 +101,23 @@ def test_a_server_that_goes_away_is_said_and_its_return_noticed(
     ):
         assert health(running.port) == 200
         own.stop()
-        status, headers, body = post(running.port, "/embed", {"inputs": "a"})
-        assert status == 503
-        assert int(headers["retry-after"]) >= 1
-        assert json.loads(body)["error"]["code"] in ("backend_unavailable", "deadline_exceeded")
+        refused = send(running.port, "POST", "/embed", {"inputs": "a"})
+        assert refused.status == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.error["code"] in ("backend_unavailable", "deadline_exceeded")
         assert health(running.port) == 503
         own.start()
         own.wait_ready()
-        deadline = time.monotonic() + 20
-        while health(running.port) != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert post(running.port, "/embed", {"inputs": "a"})[0] == 200
+        wait_until(lambda: health(running.port) == 200)
+        assert send(running.port, "POST", "/embed", {"inputs": "a"}).status == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_under_load_loses_nothing(fake_bundle: Path, number: signal.Signals) -> None:
+def test_stopping_under_load_loses_nothing(fake_bundle: Path) -> None:
     answered: list[int] = []
     broken: list[BaseException] = []
 
     def client(port: int) -> None:
-        """Keep asking on kept connections until nobody listens any more."""
+        """Send requests over one connection until the gateway closes it."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         body = json.dumps({"inputs": ["word " * 50] * 16})
         while True:
@@ -148,7 +129,7 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path, number: signal.Sig
                 answered.append(response.status)
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                if not fresh:  # a new connection may find the port closed, or closing: nothing was taken
+                if not fresh:  # a new connection may find the port closed: nothing was accepted
                     broken.append(error)
                 return
 
@@ -157,17 +138,17 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path, number: signal.Sig
         for thread in clients:
             thread.start()
         time.sleep(1.5)
-        output = stop(running, number)
+        output = stop(running, signal.SIGTERM)
         for thread in clients:
             thread.join(10)
     assert set(answered) == {200}
     assert f"stopped; {len(answered)} requests answered" in output, "an answer never arrived"
-    assert not broken, "a request was taken and not answered"
+    assert not broken, "a request was accepted and not answered"
     assert len(answered) > 50
 
 
 def printed(language: str) -> str:
-    """The example in that language that docs/how-to/gateway.md shows for the gateway."""
+    """Read the example in that language from docs/how-to/gateway.md."""
     section = (ROOT / "docs/how-to/gateway.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[0]
 

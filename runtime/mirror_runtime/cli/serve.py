@@ -42,7 +42,9 @@ def serve(
     metrics_port: Annotated[int, port_option("Prometheus")] = 8002,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on. There is no authentication: 0.0.0.0 serves anyone who reaches it."),
+        typer.Option(
+            help="Address to listen on. The server has no authentication: 0.0.0.0 serves anyone who reaches it."
+        ),
     ] = "127.0.0.1",
     engine: EngineOption = AUTO,
     precision: PrecisionOption = AUTO,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.async_encoder import CHARACTERS_PER_TOKEN
+from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.client.protocol import ClientOptions, ModelFacts, Parameters, Rejected, Reply
 from mirror_runtime.encoder import Encoded
 from mirror_runtime.errors import (
@@ -268,7 +268,7 @@ class Exchange:
             if isinstance(raw, TextError):
                 self._errors[position] = raw
                 continue
-            more = 2 + len(str(text)) // CHARACTERS_PER_TOKEN
+            more = estimate_tokens(str(text))
             if held and (
                 len(held) == self._call.batch_size
                 or size + len(raw) > body_bytes

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -19,7 +20,7 @@ from mirror_runtime.corpus.encode_file import EncodeProgress
 from mirror_runtime.corpus.encode_ray import encode_with_ray
 from mirror_runtime.corpus.files import CorpusFile
 
-OPTIONS = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
+OPTIONS: dict[str, Any] = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
 
 
 @pytest.fixture
