@@ -1,7 +1,9 @@
-"""Every family: packed rows give each text the vector and the gradient that Hugging Face's own forward pass gives."""
+"""Every family: in packed rows, each text has the vector and the gradient of Hugging Face's own forward pass."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from encoders.families import FAMILIES
 from encoders.layers import hidden_states, relative_bucket
-from encoders.reference import Reference
+from encoders.reference import Reference, eager_attention
 from encoders.source import resolve
 from encoders.write import write_layout
 from mirror_runtime.bundle import TOKENIZER_FILE, Pooling
@@ -29,9 +31,14 @@ TEXTS = ragged_texts()
 each_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
+@pytest.fixture(scope="module")
+def load(tiny_encoder: Make) -> Callable[[str], Reference]:
+    return cache(lambda family: Reference.load(resolve(str(tiny_encoder(family)), pooling=Pooling.MEAN)))
+
+
 @pytest.fixture
-def reference(tiny_encoder: Make, family: str) -> Reference:
-    return Reference.load(resolve(str(tiny_encoder(family)), pooling=Pooling.MEAN))
+def reference(load: Callable[[str], Reference], family: str) -> Reference:
+    return load(family)
 
 
 def rows(reference: Reference, texts: tuple[str, ...], pad_to: int | None = None) -> PackedTexts:
@@ -50,9 +57,9 @@ def differ(one: np.ndarray, other: np.ndarray) -> bool:
 
 @each_family
 @pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.CLS, Pooling.MEAN_PADDED])
-def test_packed_equals_hugging_face(tiny_encoder: Make, family: str, pooling: Pooling) -> None:
-    reference = Reference.load(resolve(str(tiny_encoder(family)), pooling=pooling))
-    assert reference.spec.max_tokens == POSITIONS  # though RoBERTa's and MPNet's tables have two rows more
+def test_packed_equals_hugging_face(reference: Reference, tiny_encoder: Make, family: str, pooling: Pooling) -> None:
+    reference = dataclasses.replace(reference, spec=resolve(str(tiny_encoder(family)), pooling=pooling).spec)
+    assert reference.spec.max_tokens == POSITIONS  # although RoBERTa's and MPNet's tables have two more rows
     packed = rows(reference, TEXTS, reference.spec.pad_to)
     with torch.inference_mode():
         vectors = encode_packed(reference.model, packed, pooling).numpy()
@@ -69,8 +76,7 @@ def test_every_layer_and_its_attention_equal_hugging_face(reference: Reference) 
     positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     own = batch["attention_mask"].bool()
     model: Any = reference.model
-    model.set_attn_implementation("eager")  # the only one of transformers that gives probabilities
-    with torch.inference_mode():
+    with eager_attention(model), torch.inference_mode():
         whole = model(**batch, output_hidden_states=True, output_attentions=True)
         for mask in (own[:, None, None, :], torch.where(own[:, None, None, :], 0.0, -10_000.0)):
             states, weights = hidden_states(model, batch["input_ids"], positions, mask, attentions_of=1)
@@ -101,7 +107,7 @@ def test_gradients_equal_those_of_hugging_face(reference: Reference) -> None:
 
 
 @each_family
-def test_neighbours_and_what_lies_in_empty_slots_do_not_matter(reference: Reference) -> None:
+def test_neighbours_and_tokens_in_empty_slots_do_not_matter(reference: Reference) -> None:
     one, other = rows(reference, TEXTS[:4]), rows(reference, (TEXTS[0], *TEXTS[9:14]))
     other.input_ids[other.text_ids == 0] = 0  # as the runtime fills them
     with torch.inference_mode():
@@ -110,7 +116,7 @@ def test_neighbours_and_what_lies_in_empty_slots_do_not_matter(reference: Refere
 
 
 @each_family
-def test_dropout_reaches_every_place(reference: Reference) -> None:
+def test_every_dropout_is_replaced_and_used(reference: Reference) -> None:
     model, packed = reference.model, rows(reference, TEXTS[:4])
     places = sum(isinstance(module, nn.Dropout) for module in model.modules())
     expected = encode_packed(model, packed, Pooling.MEAN)
@@ -118,7 +124,7 @@ def test_dropout_reaches_every_place(reference: Reference) -> None:
         fast = [module for module in model.modules() if isinstance(module, WordDropout)]
         assert len(fast) == places >= 5
         torch.testing.assert_close(encode_packed(model, packed, Pooling.MEAN), expected, atol=1e-5, rtol=0)
-        for module in fast:  # each by itself changes the vectors, so none is passed by
+        for module in fast:  # each alone changes the vectors, so all are used
             module.train()
             torch.manual_seed(0)
             assert differ(encode_packed(model, packed, Pooling.MEAN).detach().numpy(), expected.detach().numpy())

@@ -1,4 +1,4 @@
-"""Finding an encoder and knowing what it computes."""
+"""Finding an encoder and determining what it computes."""
 
 import json
 import shutil
@@ -33,15 +33,16 @@ def edit(path: Path, change: Edit) -> None:
     write(path, value)
 
 
+def make_modules(folder: Path, *kinds: tuple[str, str]) -> None:
+    """Write `modules.json` from paths and classes."""
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
+    write(folder / "modules.json", modules)
+
+
 def make_old(folder: Path) -> None:
+    """Make a folder of sentence-transformers 2: [CLS], normalised, up to 40 tokens."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    write(
-        folder / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(kinds)
-        ],
-    )
+    make_modules(folder, *((path, f"sentence_transformers.models.{kind}") for path, kind in kinds))
     write(
         folder / "1_Pooling" / "config.json",
         {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
@@ -50,25 +51,25 @@ def make_old(folder: Path) -> None:
 
 
 def make_new(folder: Path) -> None:
-    kinds = [
-        ("", "base.modules.transformer.Transformer"),
-        ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
-    ]
-    write(
-        folder / "modules.json",
-        [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
-            for i, (path, kind) in enumerate(kinds)
-        ],
+    """Make a folder of sentence-transformers 5: mean."""
+    make_modules(
+        folder,
+        ("", "sentence_transformers.base.modules.transformer.Transformer"),
+        ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
     )
-    write(
-        folder / "1_Pooling" / "config.json",
-        {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True},
-    )
+    config = {"embedding_dimension": 32, "pooling_mode": "mean", "include_prompt": True}
+    write(folder / "1_Pooling" / "config.json", config)
     write(folder / "sentence_bert_config.json", {"transformer_task": "feature-extraction"})
 
 
-def test_a_plain_folder_needs_its_pooling_said(tiny_bert: Path) -> None:
+def add_dense(folder: Path, **config: object) -> None:
+    """Insert a dense layer into `modules.json`."""
+    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    edit(folder / "modules.json", lambda modules: modules.insert(2, dense))
+    write(folder / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True} | config)
+
+
+def test_a_plain_folder_needs_a_pooling(tiny_bert: Path) -> None:
     with pytest.raises(BundleError, match="--pooling"):
         resolve(str(tiny_bert))
     assert resolve(str(tiny_bert), pooling=Pooling.CLS).spec == EncoderSpec(
@@ -104,7 +105,7 @@ def test_weights_may_lie_in_the_transformer_modules_own_folder(copy: Path, tmp_p
     assert source.spec.max_tokens == 40
 
 
-def test_a_run_folder_says_everything_itself(copy: Path) -> None:
+def test_a_run_folder_records_everything(copy: Path) -> None:
     spec = EncoderSpec(
         base_model="some/base",
         revision="abc",
@@ -124,7 +125,7 @@ def test_a_run_folder_says_everything_itself(copy: Path) -> None:
         resolve(str(copy))
 
 
-def test_what_is_asked_for_replaces_limits_but_never_the_recorded_pooling(copy: Path) -> None:
+def test_arguments_replace_limits_but_never_the_recorded_pooling(copy: Path) -> None:
     make_old(copy)
     spec = resolve(str(copy), max_tokens=20, normalize=False, pooling=Pooling.CLS).spec
     assert (spec.max_tokens, spec.normalize) == (20, False)
@@ -145,42 +146,49 @@ def test_what_is_asked_for_replaces_limits_but_never_the_recorded_pooling(copy: 
         (lambda c: c.pop("hidden_size"), "no hidden_size"),
     ],
 )
-def test_models_that_cannot_be_reproduced_are_refused(copy: Path, change: Edit, message: str) -> None:
+def test_unsupported_models_are_refused(copy: Path, change: Edit, message: str) -> None:
     edit(copy / "config.json", change)
     with pytest.raises(BundleError, match=message):
         resolve(str(copy), pooling=Pooling.MEAN)
 
 
 def test_missing_parts_are_named(copy: Path) -> None:
-    (copy / "tokenizer.json").rename(copy / "kept.json")
-    with pytest.raises(BundleError, match=r"no tokenizer\.json"):
-        resolve(str(copy), pooling=Pooling.MEAN)
+    def check(message: str) -> None:
+        with pytest.raises(BundleError, match=message):
+            resolve(str(copy), pooling=Pooling.MEAN)
+
+    (copy / "tokenizer.json").unlink()
+    check(r"no tokenizer\.json")
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(BundleError, match=r"only pickled weights.*model\.safetensors"):
-        resolve(str(copy), pooling=Pooling.MEAN)
+    check(r"only pickled weights.*model\.safetensors")
     (copy / "pytorch_model.bin").unlink()
-    with pytest.raises(BundleError, match="no weights"):
-        resolve(str(copy), pooling=Pooling.MEAN)
+    check("no weights")
     (copy / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(BundleError, match="cannot be read as JSON"):
-        resolve(str(copy), pooling=Pooling.MEAN)
+    check("cannot be read as JSON")
     (copy / "config.json").unlink()
-    with pytest.raises(BundleError, match=r"no config\.json"):
-        resolve(str(copy), pooling=Pooling.MEAN)
+    check(r"no config\.json")
 
 
-def test_heads_that_cannot_be_reproduced_are_refused_by_name(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True), r"pooling cls \+ max"),
+        (
+            "modules.json",
+            lambda m: m.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}),
+            "Normalize, Dense: the order must be",
+        ),
+        (
+            "modules.json",
+            lambda m: m.append({"path": "3_X", "type": "sentence_transformers.models.LSTM"}),
+            r"sentence_transformers\.models\.LSTM",
+        ),
+    ],
+)
+def test_unsupported_heads_are_refused_by_name(copy: Path, file: str, change: Edit, message: str) -> None:
     make_old(copy)
-    edit(copy / "1_Pooling" / "config.json", lambda c: c.update(pooling_mode_max_tokens=True))
-    with pytest.raises(BundleError, match=r"pooling cls \+ max"):
-        resolve(str(copy))
-    make_old(copy)
-    edit(copy / "modules.json", lambda m: m.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}))
-    with pytest.raises(BundleError, match=r"Normalize, Dense: the order must be"):
-        resolve(str(copy))
-    make_old(copy)
-    edit(copy / "modules.json", lambda m: m.append({"path": "3_X", "type": "sentence_transformers.models.LSTM"}))
-    with pytest.raises(BundleError, match=r"sentence_transformers\.models\.LSTM"):
+    edit(copy / file, change)
+    with pytest.raises(BundleError, match=message):
         resolve(str(copy))
 
 
@@ -195,18 +203,14 @@ def test_heads_that_cannot_be_reproduced_are_refused_by_name(copy: Path) -> None
 )
 def test_dense_layers_of_other_kinds_are_refused(copy: Path, config: dict[str, Any], problem: str) -> None:
     make_old(copy)
-    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-    edit(copy / "modules.json", lambda m: m.insert(2, dense))
-    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True} | config)
+    add_dense(copy, **config)
     with pytest.raises(BundleError, match=problem):
         resolve(str(copy))
 
 
 def test_dense_weights_are_never_unpickled(copy: Path) -> None:
     make_old(copy)
-    dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-    edit(copy / "modules.json", lambda m: m.insert(2, dense))
-    write(copy / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8, "bias": True})
+    add_dense(copy)
     (copy / "3_Dense" / "pytorch_model.bin").write_bytes(b"pickled")
     source = resolve(str(copy))
     assert (source.spec.dim, source.dense) == (8, (copy / "3_Dense",))
@@ -267,7 +271,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(name: str) -> None:
         resolve(name)
 
 
-def test_a_name_that_the_hub_does_not_give_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_cannot_be_downloaded_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(name: str, **_: object) -> str:
         raise LocalEntryNotFoundError("no network")
 
@@ -277,16 +281,16 @@ def test_a_name_that_the_hub_does_not_give_is_one_clear_error(monkeypatch: pytes
 
 
 def test_a_hub_name_is_recorded_with_its_commit(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
-    asked: dict[str, Any] = {}
+    call: dict[str, Any] = {}
 
-    def give(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
+    def download(name: str, **options: Any) -> str:
+        call.update(options, name=name)
         return str(copy)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     spec = resolve("owner/name", revision="v2", pooling=Pooling.MEAN).spec
     assert (spec.base_model, spec.revision) == ("owner/name", "encoder")
-    assert (asked["name"], asked["revision"]) == ("owner/name", "v2")
-    assert not [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or "py" in pattern]
+    assert (call["name"], call["revision"]) == ("owner/name", "v2")
+    assert not [pattern for pattern in call["allow_patterns"] if "bin" in pattern or "py" in pattern]
     with pytest.raises(InputError, match="is for hub names"):
         resolve(str(copy), revision="v2", pooling=Pooling.MEAN)

@@ -52,13 +52,13 @@ def test_sentence_transformers_has_these_poolings_too(tiny_bert: Path, tmp_path:
     reference = written(tiny_bert, tmp_path / "run", pooling, max_tokens=30)
     model = SentenceTransformer(str(tmp_path / "run"), device="cpu")
     np.testing.assert_allclose(model.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
-    # Without our own file the folder says the same.
+    # Without encoder.json the folder records the same.
     (tmp_path / "run" / "encoder.json").unlink()
     assert resolve(str(tmp_path / "run")).spec.pooling is pooling
 
 
-def with_dense(base: Path, **changes: Any) -> Reference:
-    """The encoder with two dense layers of random weights behind its mean."""
+def write_with_dense(base: Path, run: Path, **changes: Any) -> Reference:
+    """Write the encoder with two dense layers of random weights after its mean."""
     dense = (
         Dense(in_features=32, out_features=24, bias=True, activation=Activation.TANH),
         Dense(in_features=24, out_features=16, bias=False, activation=Activation.GELU),
@@ -74,7 +74,9 @@ def with_dense(base: Path, **changes: Any) -> Reference:
     )
     plain = Reference.load(resolve(str(base), pooling=Pooling.MEAN, max_tokens=30))
     spec = dataclasses.replace(plain.spec, dense=dense, template="the cat: {text}", **({"dim": 16} | changes))
-    return dataclasses.replace(plain, spec=spec, dense=layers)
+    reference = dataclasses.replace(plain, spec=spec, dense=layers)
+    write_layout(run, model=plain.model, tokenizer=plain.tokenizer, spec=spec, dense=layers, card="")
+    return reference
 
 
 @pytest.mark.parametrize("changes", [{}, {"normalize": True}, {"dim": 8}, {"dim": 8, "normalize": True}])
@@ -84,22 +86,14 @@ def test_dense_layers_a_cut_and_a_prompt_survive_in_sentence_transformers(
     from sentence_transformers import SentenceTransformer
 
     run = tmp_path / "run"
-    reference = with_dense(tiny_bert, **changes)
-    write_layout(
-        run,
-        model=reference.model,
-        tokenizer=reference.tokenizer,
-        spec=reference.spec,
-        dense=reference.dense,
-        card="",
-    )
+    reference = write_with_dense(tiny_bert, run, **changes)
     vectors = reference.encode(RAGGED)
     assert vectors.shape == (len(RAGGED), reference.spec.dim)
     np.testing.assert_allclose(SentenceTransformer(str(run), device="cpu").encode(RAGGED), vectors, atol=1e-5)
     again = Reference.load(resolve(str(run)))
     assert again.spec == reference.spec
     assert np.array_equal(again.encode(RAGGED), vectors)
-    # What sentence-transformers reads is what we read when our own file is not there: the cut is a dense layer then.
+    # Without encoder.json we read the same files as sentence-transformers: the cut is a dense layer then.
     (run / "encoder.json").unlink()
     theirs = Reference.load(resolve(str(run)))
     assert len(theirs.dense) == 2 + ("dim" in changes)
@@ -111,15 +105,7 @@ def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path,
     from sentence_transformers import SentenceTransformer
 
     run = tmp_path / "run"
-    reference = with_dense(tiny_bert, normalize=True)
-    write_layout(
-        run,
-        model=reference.model,
-        tokenizer=reference.tokenizer,
-        spec=reference.spec,
-        dense=reference.dense,
-        card="",
-    )
+    reference = write_with_dense(tiny_bert, run, normalize=True)
     SentenceTransformer(str(run), device="cpu").save(str(tmp_path / "theirs"))
     theirs = Reference.load(resolve(str(tmp_path / "theirs"), max_tokens=30))
     np.testing.assert_allclose(theirs.encode(RAGGED), reference.encode(RAGGED), atol=1e-5)
@@ -129,6 +115,7 @@ def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path,
     ("head", "changes", "reason"),
     [
         (HeadSpec(pooling=Pooling.MASK, template="{text} is [MASK]"), {}, "pooling `mask`"),
+        (HeadSpec(pooling=Pooling.MEAN_PADDED), {}, "padded to 30 tokens"),
         (HeadSpec(ditto=Ditto(layer=0, head=1)), {}, "pooling `ditto`"),
         (HeadSpec(pooling=Pooling.MEAN, layers=(0, -1)), {}, "average of layers 0, -1"),
         (HeadSpec(pooling=Pooling.MEAN, template="a {text} ."), {}, "continues after the text"),
@@ -136,7 +123,7 @@ def test_dense_layers_that_sentence_transformers_wrote_are_read(tiny_bert: Path,
         (HeadSpec(pooling=Pooling.MEAN), {"vector_type": VectorType.INT8, "int8_scale": 0.1}, "int8 vectors"),
     ],
 )
-def test_heads_beyond_sentence_transformers_are_not_passed_off_as_its_own(
+def test_heads_beyond_sentence_transformers_get_no_modules(
     tiny_bert: Path, tmp_path: Path, head: HeadSpec, changes: dict[str, Any], reason: str
 ) -> None:
     run = tmp_path / "run"
@@ -144,6 +131,7 @@ def test_heads_beyond_sentence_transformers_are_not_passed_off_as_its_own(
     reference = Reference.load(dataclasses.replace(source, spec=dataclasses.replace(source.spec, **changes)))
     write_layout(run, model=reference.model, tokenizer=reference.tokenizer, spec=reference.spec, card="")
     assert not (run / "modules.json").exists()
+    assert not (run / "1_Pooling").exists()
     card = (run / "README.md").read_text(encoding="utf-8")
     assert reason in card
     assert "sentence-transformers\n" not in card.split("---")[1]
@@ -158,7 +146,7 @@ def test_real_weights_on_ragged_real_text_survive_the_round_trip(minilm: Path, t
 
     names = ("json", "pathlib", "argparse", "os", "logging", "random")
     docs = [value.__doc__ for name in names for value in vars(__import__(name)).values() if callable(value)]
-    texts = [line for doc in docs if doc for line in (doc.strip(), doc.strip().split("\n")[0])][:120]
+    texts = [line for doc in docs if doc for line in (doc.strip(), doc.strip().split("\n")[0])][:60]
     assert min(map(len, texts)) < 40
     assert max(map(len, texts)) > 1000
     reference = written(minilm, tmp_path / "run", None)
@@ -168,8 +156,8 @@ def test_real_weights_on_ragged_real_text_survive_the_round_trip(minilm: Path, t
     again = Reference.load(resolve(str(tmp_path / "run")))
     assert again.spec == reference.spec
     assert np.array_equal(again.encode(texts[:8]), reference.encode(texts[:8]))
-    alone = np.concatenate([reference.encode([text]) for text in texts[:40]])
-    assert cosines(vectors[:40], alone).min() >= 0.99999
+    alone = np.concatenate([reference.encode([text]) for text in texts[:16]])
+    assert cosines(vectors[:16], alone).min() >= 0.99999
 
 
 def test_the_folder_holds_what_other_tools_read(tiny_bert: Path, tmp_path: Path) -> None:
@@ -206,15 +194,3 @@ def test_truncation_and_padding_state_does_not_leak_into_the_tokenizer(tiny_bert
     config = read(tmp_path / "tokenizer_config.json")
     assert (config["model_max_length"], config["pad_token"]) == (30, "[PAD]")
     assert not config.keys() & {"max_length", "truncation_strategy", "stride", "name_or_path"}
-
-
-def test_mean_padded_is_not_passed_off_as_a_pooling_of_sentence_transformers(tiny_bert: Path, tmp_path: Path) -> None:
-    reference = written(tiny_bert, tmp_path / "run", Pooling.MEAN_PADDED, max_tokens=30)
-    assert not (tmp_path / "run" / "modules.json").exists()
-    assert not (tmp_path / "run" / "1_Pooling").exists()
-    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    assert "padded to 30 tokens" in card
-    assert "sentence-transformers\n" not in card.split("---")[1]
-    again = Reference.load(resolve(str(tmp_path / "run")))
-    assert again.spec.pooling is Pooling.MEAN_PADDED
-    assert np.array_equal(again.encode(RAGGED), reference.encode(RAGGED))

@@ -46,7 +46,7 @@ def test_one_seed_gives_identical_weights_and_another_seed_others(tiny_bert: Pat
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_loss_falls(tiny_bert: Path, pooling: Pooling) -> None:
-    config = dataclasses.replace(SMALL, epochs=16, temperature=0.1, lr=2e-3)
+    config = dataclasses.replace(SMALL, epochs=8, temperature=0.1, lr=4e-3)
     reference, steps = tuned(tiny_bert, config, pooling=pooling)
     losses = [step.loss for step in steps]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
@@ -74,10 +74,14 @@ def test_bf16_is_close_to_fp32_and_is_used(tiny_bert: Path) -> None:
     assert rough.model.dtype is exact.model.dtype is torch.float32
 
 
-def test_texts_with_equal_tokens_share_a_group(tiny_bert: Path) -> None:
-    tokenizer = load(tiny_bert).tokenizer
-    ids = tokenizer(["The cat", "the  CAT", "the dog"])["input_ids"]
+def test_examples_that_share_a_text_share_a_group(tiny_bert: Path) -> None:
+    ids = load(tiny_bert).tokenizer(["The cat", "the  CAT", "the dog"])["input_ids"]
     assert group(ids).tolist() == [0, 0, 2]
+    a, b, c, d, e = ([token] for token in range(5))
+    assert group([a, b, c], [d, d, e]).tolist() == [0, 0, 2]
+    assert group([a, b, c], [b, c, d]).tolist() == [0, 0, 0]
+    assert group([a, b, c], [a, b, c]).tolist() == [0, 1, 2]
+    assert group([a, b, a], [c, d, d]).tolist() == [0, 0, 0]
 
 
 def test_every_weight_that_a_vector_depends_on_is_tuned(tiny_bert: Path) -> None:
@@ -232,14 +236,6 @@ def test_pairs_are_the_two_views_and_nothing_is_masked(tiny_bert: Path) -> None:
         train(reference, pairs, dataclasses.replace(GUIDED, mask_length=0), FP32, steps.append)
 
 
-def test_pairs_that_share_a_text_are_not_negatives_of_each_other() -> None:
-    a, b, c, d, e = ([token] for token in range(5))
-    assert group([a, b, c], [d, d, e]).tolist() == [0, 0, 2]
-    assert group([a, b, c], [b, c, d]).tolist() == [0, 0, 0]
-    assert group([a, b, c], [a, b, c]).tolist() == [0, 1, 2]
-    assert group([a, b, a], [c, d, d]).tolist() == [0, 0, 0]
-
-
 def views(folder: Path, **settings: object) -> list[tuple[str, str]]:
     """Return the views of one batch as text."""
     reference = load(folder)
@@ -256,9 +252,8 @@ def test_masking_can_be_of_the_second_view_of_both_or_by_the_letter(tiny_bert: P
     both = views(tiny_bert, mask_views=MaskViews.BOTH)
     assert all("[MASK]" in first and "[MASK]" in second for first, second in both)
     assert sum(first != second for first, second in both) >= 6
-    assert all(
-        "[MASK]" not in first and "[MASK]" in second for first, second in views(tiny_bert, reference_masking=True)
-    )
+    by_the_letter = views(tiny_bert, reference_masking=True)
+    assert all("[MASK]" not in first and "[MASK]" in second for first, second in by_the_letter)
     with pytest.raises(InputError, match="leave --mask-views out"):
         dataclasses.replace(SMALL, reference_masking=True, mask_views=MaskViews.BOTH)
 
