@@ -1,12 +1,12 @@
-"""Compare two benchmark reports, or two sets of them, and say what changed beyond the noise.
+"""Compare two benchmark reports, or two sets of them, and report what changed beyond the noise.
 
     python benchmarks/compare.py BASE HEAD [--threshold 0.07] [--output comparison.md]
 
-BASE and HEAD are report folders, or folders of report folders: several runs of each side that took turns (A B A B) see
+BASE and HEAD are report folders, or folders of report folders: several interleaved runs of each side (A B A B) show
 the drift between processes, which the rounds inside one run cannot. A change counts when it is larger than the
-threshold and than what each side's own runs are apart, on average; with a single run on a side, than 35 %. Times beside
-which a yardstick was measured are held against each other in its units, so that a machine that others slow down
-meanwhile is no change. Exit status 1 when something got worse.
+threshold and than the average distance between the runs of a side; a single run counts 35 %. Times beside which a
+reference was timed are compared in units of it, so that a machine that others slow down is not a change. Exit status 1
+when something got worse.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -25,34 +27,87 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.changes import CONFIDENCE, POINTS, Change, Verdict, quality_changes
-from benchmarks.results import REPORT_FILE, Report, read_report
-from benchmarks.summary import BOOTSTRAP_DRAWS
-from benchmarks.timed import Timed, timed
+from benchmarks.report.markdown import table_lines
+from benchmarks.report.record import PEOPLE, Better, Measurement
+from benchmarks.report.statistics import resampled_medians
+from benchmarks.report.storage import REPORT_FILE, Report, read_report
+from benchmarks.report.tables import NONE
+from evaluation.statistics import resample_spearman, spearman
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 ALONE = 0.35
-"""What a single run of a side may be off: processes of the same code were as far apart in a lone text's latency, for
-the rounds inside a process share its luck with memory and what else the machine does."""
+"""Error of a single run: processes of the same code were as far apart in a single text's latency, for the rounds
+inside a process share its luck with memory and with the machine's other work."""
 
 MANY = 5
-"""Runs of a side whose slowest and fastest do not count for how far they are apart."""
+"""Runs of a side from which on its slowest and fastest do not count for the distance between runs."""
 
 INTERVAL = 90.0
-"""Percent, for times. Chosen on quick runs of one commit, five against five, and checked on fresh ones with yardsticks:
-ten comparisons without an alarm, and 15 % planted seen in every metric. Work that comes and goes beside the runs
+"""Percent, for times. Chosen on quick runs of one commit, five against five, and checked on fresh ones with reference
+work: ten comparisons without an alarm, and 15 % planted seen in every metric. Work that comes and goes beside the runs
 still defeats it."""
 
-Runs = Sequence[Sequence[float]]
-"""Samples of one metric: one sequence a run; smaller is better."""
+CONFIDENCE = 99.0
+"""Percent, for quality. A comparison judges many metrics: at 95 % one in twenty would be a false alarm."""
+
+POINTS = 0.5
+"""Of Spearman x 100: a larger loss whose interval excludes 0 counts. An export's int8 may lose as much."""
+
+RESAMPLES = 1000
+JITTER = 1e-5
+"""Of a worst cosine between two runs of the same artifact."""
+
+EXPORT_COSINE = "worst cosine of export"
+NAN = float("nan")
+
+Key: TypeAlias = tuple[object, ...]
+Runs: TypeAlias = Sequence[Sequence[float]]
+"""Samples of one metric: one sequence per run; smaller is better."""
+
+
+class Verdict(str, Enum):
+    """The conclusion from a metric's ratio and its interval."""
+
+    WORSE = "worse"
+    BETTER = "better"
+    SAME = "same"
+    NOISY = "too noisy to tell"
+    """The interval exceeds the threshold on a side, and also includes 1."""
+    LOST = "no longer measured"
+    NEW = "new"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One metric in both reports.
+
+    Attributes:
+        metric: its name, such as "throughput, openvino bf16, texts per second".
+        unit: of `base` and `head`.
+        base: median over all runs; None where it was not measured.
+        head: likewise.
+        ratio: how many times as much time HEAD takes: above 1 is worse. For scores, BASE over HEAD.
+        low: of the ratio's interval.
+        high: likewise.
+    """
+
+    metric: str
+    unit: str
+    base: float | None
+    head: float | None
+    ratio: float = NAN
+    low: float = NAN
+    high: float = NAN
+    verdict: Verdict
 
 
 def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float, seed: int = 0) -> list[Change]:
-    """Compare every metric that either side has.
+    """Compare every judged metric that either side has.
 
-    Times are compared by their medians, in yardsticks where all runs have them; the interval is a bootstrap over runs
-    and, within a run, over samples.
+    Times and rates are compared by their medians, in units of the reference work where all runs have it; the interval
+    is a bootstrap over runs and, within a run, over samples. Samples that pair with people's scores are compared by
+    their rank correlation with them, over the same resampled pairs on both sides.
 
     Args:
         base: one or several runs.
@@ -61,43 +116,93 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
         seed: of the bootstrap.
 
     Returns:
-        One entry a metric: people's scores, times, then the worst cosine of each artifact.
+        One entry per metric: people's scores, times, then the worst cosine of each artifact.
     """
-    changes = quality_changes(base, head, seed=seed)
-    left, right = _times(base), _times(head)
-    for metric in dict.fromkeys((*left, *right)):
-        before, after = left.get(metric, ()), right.get(metric, ())
-        changes.append(_change(metric, before, after, threshold, seed))
-    left_cosines, right_cosines = _cosines(base), _cosines(head)
-    for metric in dict.fromkeys((*left_cosines, *right_cosines)):
-        changes.append(_quality(metric, left_cosines.get(metric), right_cosines.get(metric)))
-    return changes
+    left, right = _judged(base), _judged(head)
+    people = _people(base) | _people(head)
+    order: list[list[Change]] = [[], [], []]
+    for key in dict.fromkeys((*left, *right)):
+        before, after = left.get(key, []), right.get(key, [])
+        one = (before or after)[0]
+        scores = people.get((one.suite, tuple(sorted(one.conditions.items()))))
+        if one.metric == EXPORT_COSINE:
+            order[2].append(_compare_cosine(before, after))
+        elif scores is not None:
+            order[0].append(_compare_scores(before, after, scores, seed))
+        else:
+            order[1].append(_compare_times(before, after, threshold, seed))
+    return [change for changes in order for change in changes]
 
 
-def _change(metric: str, left: Sequence[Timed], right: Sequence[Timed], threshold: float, seed: int) -> Change:
-    unit = next(one.unit for one in (*left, *right))
-    before, after = _median([one.samples for one in left]), _median([one.samples for one in right])
-    if before is None or after is None:
-        verdict = Verdict.LOST if left else Verdict.NEW
-        nan = float("nan")
-        return Change(
-            metric=metric, unit=unit, base=before, head=after, ratio=nan, low=nan, high=nan, verdict=verdict
-        )  # fmt: skip
-    scaled = all(one.yardstick for one in (*left, *right))
-    base, head = ([one.in_yardsticks if scaled else one.samples for one in side] for side in (left, right))
+def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
+    """Return our measurements with a direction of improvement, and the artifacts' cosines; peers are not judged."""
+    found: dict[Key, list[Measurement]] = {}
+    for report in reports:
+        for one in report.measurements:
+            judged = one.better is not Better.NEITHER and one.suite != "peers" and not report.is_peer(one.party)
+            if judged or one.metric == EXPORT_COSINE:
+                found.setdefault(one.key, []).append(one)
+    return found
+
+
+def _people(reports: Sequence[Report]) -> dict[Key, Sequence[float]]:
+    return {
+        (one.suite, tuple(sorted(one.conditions.items()))): one.samples
+        for report in reports
+        for one in report.measurements
+        if one.party == PEOPLE
+    }
+
+
+def _name(one: Measurement) -> str:
+    conditions = (
+        f"{value:,} {name}" if isinstance(value, (int, float)) else str(value)
+        for name, value in one.conditions.items()
+        if name != "sha256"
+    )
+    return ", ".join((one.suite, one.party, *conditions, one.metric))
+
+
+def _one_sided(before: Sequence[Measurement], after: Sequence[Measurement]) -> Change | None:
+    """Return the change of a metric that only one side has."""
+    if before and after:
+        return None
+    one = (*before, *after)[0]
+    base, head = (_typical([m.samples for m in side]) if side else None for side in (before, after))
+    verdict = Verdict.LOST if before else Verdict.NEW
+    return Change(metric=_name(one), unit=one.unit, base=base, head=head, verdict=verdict)
+
+
+def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Change:
+    if (change := _one_sided(before, after)) is not None:
+        return change
+    one = before[0]
+    scaled = all(m.reference for m in (*before, *after))
+    base, head = ([_times(m, scaled=scaled) for m in side] for side in (before, after))
     draws = _bootstrap(head, seed) / _bootstrap(base, seed + 1)
     tail = (100 - INTERVAL) / 2
     low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
-    ratio = float(_typical(head) / _typical(base))
-    verdict = _judge(ratio, low, high, threshold, max(threshold, (_apart(base) + _apart(head)) / 2))
+    ratio = _typical(head) / _typical(base)
+    verdict = _verdict(ratio, low, high, threshold, max(threshold, (_distance(base) + _distance(head)) / 2))
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
-        verdict = Verdict.NOISY  # one sample says nothing of how samples scatter
+        verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
+    shown = [_typical([m.samples for m in side]) for side in (before, after)]
     return Change(
-        metric=metric, unit=unit, base=before, head=after, ratio=ratio, low=low, high=high, verdict=verdict
+        metric=_name(one), unit=one.unit, base=shown[0], head=shown[1], ratio=ratio, low=low, high=high, verdict=verdict
     )  # fmt: skip
 
 
-def _judge(ratio: float, low: float, high: float, threshold: float, needed: float) -> Verdict:
+def _times(one: Measurement, *, scaled: bool) -> list[float]:
+    """Return the samples as times, rates as their reciprocals, each over the reference of its round if `scaled`."""
+    samples = np.asarray(one.samples, np.float64)
+    times = 1 / samples if one.better is Better.HIGHER else samples
+    if not scaled:
+        return [float(time) for time in times]
+    rounds = zip(np.array_split(times, len(one.reference)), one.reference, strict=True)
+    return [float(time) for part, reference in rounds for time in part / reference]
+
+
+def _verdict(ratio: float, low: float, high: float, threshold: float, needed: float) -> Verdict:
     if ratio > 1 + needed and low > 1:
         return Verdict.WORSE
     if ratio < 1 / (1 + needed) and high < 1:
@@ -107,31 +212,14 @@ def _judge(ratio: float, low: float, high: float, threshold: float, needed: floa
     return Verdict.NOISY
 
 
-def _apart(runs: Runs) -> float:
-    """Say how far the runs of one side are apart, slowest over fastest minus 1: a change must be larger to be one.
+def _distance(runs: Runs) -> float:
+    """Return how far the runs of one side are apart, slowest over fastest minus 1: a change must exceed it.
 
     Of `MANY` runs or more the slowest and the fastest do not count: one that was disturbed must not hide a change.
     """
     medians = sorted(float(np.median(run)) for run in runs)
     inner = medians[1:-1] if len(medians) >= MANY else medians
     return ALONE if len(medians) == 1 else inner[-1] / inner[0] - 1
-
-
-def _quality(metric: str, base: float | None, head: float | None) -> Change:
-    """Judge a worst cosine: any step away from 1 that is more than a rerun's jitter is a change of the vectors."""
-    nan = float("nan")
-    if base is None or head is None:
-        verdict = Verdict.LOST if head is None else Verdict.NEW
-        ratio = nan
-    else:
-        ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
-        moved = abs(head - base) > 1e-5
-        verdict = Verdict.SAME if not moved or 0.5 <= ratio <= 2 else Verdict.WORSE if ratio > 1 else Verdict.BETTER
-    return Change(metric=metric, unit="cosine", base=base, head=head, ratio=ratio, low=nan, high=nan, verdict=verdict)
-
-
-def _median(runs: Runs) -> float | None:
-    return _typical(runs) if runs else None
 
 
 def _typical(runs: Runs) -> float:
@@ -141,46 +229,70 @@ def _typical(runs: Runs) -> float:
 def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     """Draw medians over runs of medians within runs: float64 [BOOTSTRAP_DRAWS]."""
     random = np.random.default_rng(seed)
-    within = np.stack(
-        [np.median(random.choice(np.asarray(run), (BOOTSTRAP_DRAWS, len(run))), axis=1) for run in runs], axis=1
-    )
+    within = np.stack([resampled_medians(run, random) for run in runs], axis=1)
     chosen = random.integers(0, len(runs), within.shape)
     draws: NDArray[np.float64] = np.median(np.take_along_axis(within, chosen, axis=1), axis=1)
     return draws
 
 
-def _times(reports: Sequence[Report]) -> dict[str, list[Timed]]:
-    found: dict[str, list[Timed]] = {}
-    for report in reports:
-        for one in timed(report):
-            found.setdefault(one.metric, []).append(one)
-    return found
+def _compare_cosine(before: Sequence[Measurement], after: Sequence[Measurement]) -> Change:
+    """Judge a worst cosine: a step away from 1 beyond a rerun's jitter is a change of the vectors."""
+    if (change := _one_sided(before, after)) is not None:
+        return change
+    base, head = before[-1].median, after[-1].median
+    ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
+    same = abs(head - base) <= JITTER or 0.5 <= ratio <= 2
+    verdict = Verdict.SAME if same else Verdict.WORSE if ratio > 1 else Verdict.BETTER
+    return Change(metric=_name(before[0]), unit="cosine", base=base, head=head, ratio=ratio, verdict=verdict)
 
 
-def _cosines(reports: Sequence[Report]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for report in reports:
-        for point in (*(r.point for r in report.throughput), *(r.point for r in report.latency)):
-            found[f"worst cosine, {point.name}"] = point.parity.min_cosine
-    return found
+def _compare_scores(
+    before: Sequence[Measurement], after: Sequence[Measurement], scores: Sequence[float], seed: int
+) -> Change:
+    """Compare rank correlations. A side's first run stands for it: the cosines of its runs are equal up to rounding."""
+    sides = [side[0].samples if side else None for side in (before, after)]
+    base, head = (None if samples is None else 100 * spearman(samples, scores) for samples in sides)
+    change = Change(
+        metric=_name((*before, *after)[0]), unit="Spearman x 100", base=base, head=head,
+        verdict=Verdict.LOST if head is None else Verdict.NEW,
+    )  # fmt: skip
+    if base is None or head is None:
+        return change
+    old, new = (
+        resample_spearman(samples, scores, RESAMPLES, np.random.default_rng([seed, 0])) for samples in sides if samples
+    )
+    tail = (100 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(100 * (new - old), (tail, 100 - tail))
+    gain = head - base
+    verdict = Verdict.SAME if abs(gain) <= POINTS else Verdict.NOISY
+    if gain < -POINTS and high < 0:
+        verdict = Verdict.WORSE
+    elif gain > POINTS and low > 0:
+        verdict = Verdict.BETTER
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample of a handful of pairs may correlate with nothing
+        ratio_low, ratio_high = np.nanpercentile(old / new, (tail, 100 - tail))
+    return Change(
+        metric=change.metric, unit=change.unit, base=base, head=head, ratio=base / head, low=float(ratio_low),
+        high=float(ratio_high), verdict=verdict,
+    )  # fmt: skip
 
 
 def read_side(folder: Path) -> list[Report]:
     """Read a report folder, or every report folder inside a folder, by name.
 
     Raises:
-        InputError: there is none, or one is partial or malformed.
+        InputError: there are none, or one is partial or malformed.
     """
     folders = (
         [folder] if (folder / REPORT_FILE).is_file() else sorted(p.parent for p in folder.glob(f"*/{REPORT_FILE}"))
     )
     if not folders:
         raise InputError(
-            f"{folder} holds no {REPORT_FILE}, nor do its folders: run benchmarks/run.py --output {folder}"
+            f"neither {folder} nor a folder in it has a {REPORT_FILE}: run benchmarks/run.py --output {folder}"
         )
     reports = [read_report(path) for path in folders]
     for path, report in zip(folders, reports, strict=True):
-        if report.partial:
+        if report.facts.partial:
             raise InputError(f"{path} is a partial report of an interrupted run: measure again")
     return reports
 
@@ -188,10 +300,10 @@ def read_side(folder: Path) -> list[Report]:
 def warnings(base: Sequence[Report], head: Sequence[Report]) -> list[str]:
     """Name the conditions that differ between the sides and make their figures incomparable."""
     checks: Mapping[str, Callable[[Report], object]] = {
-        "machines": lambda r: (r.host.cpu_model, r.host.cores_usable),
-        "workloads": lambda r: r.workload.texts_sha256,
-        "vector spaces": lambda r: r.subject.fingerprint,
-        "settings": lambda r: (r.settings.quick, r.settings.suites),
+        "machines": lambda r: (r.facts.host.cpu_model, r.facts.host.cores_usable),
+        "workloads": lambda r: r.facts.workload.texts_sha256,
+        "vector spaces": lambda r: r.facts.subject.fingerprint,
+        "settings": lambda r: (r.facts.settings.quick, r.facts.settings.suites),
     }
     found = []
     for what, of in checks.items():
@@ -205,33 +317,33 @@ def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, 
     """Render a comparison as Markdown for a pull request's comment, changes first."""
     order = list(Verdict)
     rows = [
-        f"| {c.metric} | {_figure(c.base)} | {_figure(c.head)} | {c.unit} | {_figure(c.ratio)} | "
-        f"{_figure(c.low)} to {_figure(c.high)} | {c.verdict.value} |"
-        for c in sorted(changes, key=lambda c: order.index(c.verdict))
-    ]
-    worse = [c for c in changes if c.verdict in (Verdict.WORSE, Verdict.LOST)]
-    verdict = f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**"
+        (
+            change.metric, _figure(change.base), _figure(change.head), change.unit, _figure(change.ratio),
+            f"{_figure(change.low)} to {_figure(change.high)}", change.verdict.value,
+        )
+        for change in sorted(changes, key=lambda change: order.index(change.verdict))
+    ]  # fmt: skip
+    worse = [change for change in changes if change.verdict in (Verdict.WORSE, Verdict.LOST)]
     lines = [
         "## Benchmark comparison",
         "",
-        verdict,
+        f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**",
         *(f"\n> {note}" for note in notes),
         "",
-        "| metric | base | head | unit | ratio | interval | verdict |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
+        table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows),
         "",
-        f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse. Those of latency and throughput are of "
-        "times over a yardstick, bare matrix products that were timed beside them, where every run has one. A verdict "
-        f"needs a change of more than {100 * threshold:.0f} %, and of more than the runs of a side are apart, on "
-        f"average (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval does not hold 1; for "
-        f"quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval does not hold 0.",
+        f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse; rates are compared as times. Latency and "
+        "throughput are compared in units of reference work, bare matrix products timed beside them, where every run "
+        f"has it. A verdict needs a change of more than {100 * threshold:.0f} %, and of more than the average distance "
+        f"between the runs of a side (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval "
+        f"excludes 1; for quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval "
+        "excludes 0.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.6g}"
+    return NONE if value is None or np.isnan(value) else f"{value:.6g}"
 
 
 def run(
@@ -242,7 +354,7 @@ def run(
     ] = 0.07,
     output: Annotated[Path | None, typer.Option(help="Also write the Markdown to this file.")] = None,
 ) -> None:
-    """Say what changed between BASE and HEAD beyond the noise; exit status 1 if something got worse."""
+    """Report what changed between BASE and HEAD beyond the noise; exit status 1 if something got worse."""
     before, after = read_side(base), read_side(head)
     changes = compare(before, after, threshold=threshold)
     if not changes:
@@ -251,9 +363,9 @@ def run(
     if output is not None:
         output.write_text(text, encoding="utf-8")
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-    counts = {verdict.value: sum(c.verdict is verdict for c in changes) for verdict in Verdict}
+    counts = {verdict.value: sum(change.verdict is verdict for change in changes) for verdict in Verdict}
     sys.stdout.write(json.dumps({key: count for key, count in counts.items() if count}) + "\n")
-    if any(c.verdict in (Verdict.WORSE, Verdict.LOST) for c in changes):
+    if any(change.verdict in (Verdict.WORSE, Verdict.LOST) for change in changes):
         raise typer.Exit(1)
 
 
@@ -261,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when nothing got worse, 1 when something did, 2 on a mistake of the caller's.
+        0 when nothing got worse, 1 when something did, 2 on a user error.
     """
     return run_command(application(run), argv, "benchmarks/compare.py")
 

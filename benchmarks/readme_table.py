@@ -1,4 +1,4 @@
-"""Write the README's table of parties from a committed report, or see that it still says what the report says.
+"""Write the README's table of parties from a committed report, or check that it matches the report.
 
     python benchmarks/readme_table.py benchmarks/reports/2026-11-21-epyc-2-cores     # writes
     python benchmarks/readme_table.py --check                                        # exit status 1 if it differs
@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
 
-from benchmarks.blocks import NONE, Table
-from benchmarks.markdown import table_lines
-from benchmarks.results import Report, read_report
+from benchmarks.report.markdown import table_lines
+from benchmarks.report.record import Measurement
+from benchmarks.report.storage import Report, read_report
+from benchmarks.report.tables import NONE
+from benchmarks.suites.quality import MEAN
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
@@ -33,69 +35,63 @@ _BLOCK = re.compile(r"(<!-- benchmark: )(.+?)( -->\n)(.*?)(<!-- /benchmark -->)"
 def render_table(report: Report) -> str:
     """Return conditions and table as Markdown: parties by rate, as ratios to the fastest peer, with quality beside it.
 
-    Ratios, because parties that took turns share the machine's mood; an absolute rate of a busy machine means nothing.
+    Ratios, because interleaved parties share the machine's state; an absolute rate of a busy machine means nothing.
+    Agreement is shown only where every party has a cosine to the same reference, the bundle's own fp32.
 
     Raises:
         InputError: the report has no peers to compare with.
     """
-    if not report.peers:
+    facts = report.facts
+    rates = sorted(report.select("peers", "texts per second"), key=lambda one: -one.median)
+    if not any(report.is_peer(one.party) for one in rates):
         raise InputError("the report has no peers: run benchmarks/run.py with --suite peers startup quality")
-    best = max(r.texts_per_s for r in report.peers)
-    work, host = report.workload, report.host
+    best = max(one.median for one in rates if report.is_peer(one.party))
+    quality = {one.party: f"{one.median:.2f}" for one in report.select("quality", "Spearman x 100", set=MEAN)}
+    cosines = {one.party: f"{one.figure('min'):.6f}" for one in report.select("peers", "worst cosine to fp32")}
+    agreement = all(one.party in cosines for one in rates)
+    rows = []
+    for one in rates:
+        ours = not report.is_peer(one.party)
+        ratio = f"{one.median / best:.2f} x"
+        rows.append(
+            (
+                f"**Mirror Runtime, {one.party}**" if ours else _peer_name(report, one),
+                str(one.conditions.get("computes in", NONE)),
+                f"**{ratio}**" if ours else ratio,
+                quality.get(one.party, NONE),
+                *([cosines[one.party]] if agreement else []),
+            )
+        )
+    head = ("party", "computes in", "rate", "Spearman x 100", *(["worst cosine to fp32"] if agreement else []))
     conditions = (
-        f"{work.texts:,} texts (mean {work.tokens_mean:.1f} tokens), {report.subject.base_model}, tokenising included, "
-        f"one interleaved run on {host.cores_usable} cores of an {host.cpu_model} ({report.started[:10]}), each party "
-        "at its best batch size:"
+        f"{facts.workload.texts:,} texts (mean {facts.workload.tokens_mean:.1f} tokens), {facts.subject.base_model}, "
+        f"tokenising included, one interleaved run on {facts.host.cores_usable} cores of an {facts.host.cpu_model} "
+        f"({facts.started[:10]}), each party at its best batch size:"
     )
-    quality = {result.party: f"{result.mean.value:.2f}" for result in report.quality}
-    rows = [
-        (
-            r.texts_per_s,
-            (
-                f"**Mirror Runtime, {r.point.name}**",
-                r.point.precision.value,
-                f"**{r.texts_per_s / best:.2f} x**",
-                quality.get(r.point.name, NONE),
-            ),
-        )
-        for r in report.ours_beside_peers
-    ]
-    rows += [
-        (
-            r.texts_per_s,
-            (
-                f"{r.peer} {r.version}, {r.backend}",
-                r.precision,
-                f"{r.texts_per_s / best:.2f} x",
-                quality.get(r.name, NONE),
-            ),
-        )
-        for r in report.peers
-    ]
-    head = ("party", "computes in", "rate", "Spearman x 100")
-    rows.sort(key=lambda row: -row[0])
-    table = Table(head, [cells for _, cells in rows])
-    return f"{conditions}\n\n{table_lines(table.head, table.rows)}\n\n{_note(report)}\n"
-
-
-def _note(report: Report) -> str:
-    sets = ", ".join(one.name for one in report.quality_sets)
+    sets = ", ".join(str(one.conditions["set"]) for one in report.select("quality", "score"))
     scores = f" Spearman is the mean over {sets}." if sets else ""
-    return f"Rates are medians, as ratios to the fastest peer.{scores}"
+    note = f"Rates are medians, as ratios to the fastest peer.{scores}"
+    return f"{conditions}\n\n{table_lines(head, rows)}\n\n{note}\n"
+
+
+def _peer_name(report: Report, rate: Measurement) -> str:
+    """Return a peer's library with its version, and its backend."""
+    title = next(title for title in report.facts.settings.peers if rate.party.startswith(f"{title} "))
+    return f"{title} {rate.conditions.get('version', '')}, {rate.party.removeprefix(f'{title} ')}"
 
 
 def run(
     report: Annotated[Path | None, typer.Argument(help="Report folder to write the table of.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a table differs.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the table differs.")] = False,
     readme: Annotated[Path, typer.Option(help="The file that holds the table.")] = ROOT / "README.md",
 ) -> None:
-    """Write the table of REPORT into the README, or check the one that is there."""
+    """Write the table of REPORT into the README, or check the present one."""
     if check == (report is not None):
-        raise InputError("give a report folder to write its table, or --check")
+        raise InputError("name a report folder to write its table, or use --check")
     text = readme.read_text(encoding="utf-8")
     found = _BLOCK.search(text)
     if found is None:
-        raise InputError(f"{readme} has no table: put <!-- benchmark: {NO_REPORT} --> and <!-- /benchmark --> into it")
+        raise InputError(f"{readme} has no table: add <!-- benchmark: {NO_REPORT} --> and <!-- /benchmark -->")
     if report is not None:
         named = report.resolve()
         if not named.is_relative_to(readme.resolve().parent):
@@ -105,11 +101,11 @@ def run(
         readme.write_text(text[: found.start()] + block + text[found.end() :], encoding="utf-8")
         return
     if found[2] == NO_REPORT:
-        sys.stderr.write(f"{readme.name}: its table is of no report yet, so there is nothing to compare\n")
+        sys.stderr.write(f"{readme.name} has no table of a report yet: nothing to compare\n")
         return
     if found[4] != render_table(read_report(readme.parent / found[2])):
         sys.stderr.write(
-            f"error: {readme.name}'s table is not that of {found[2]}: python benchmarks/readme_table.py {found[2]}\n"
+            f"error: {readme.name}'s table differs from {found[2]}: run python benchmarks/readme_table.py {found[2]}\n"
         )
         raise typer.Exit(1)
 
@@ -118,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 when the table is written or right, 1 when it differs, 2 on a mistake of the caller's.
+        0 when the table is written or matches, 1 when it differs, 2 on a user error.
     """
     return run_command(application(run), argv, "benchmarks/readme_table.py")
 

@@ -24,6 +24,17 @@ class Recorder:
         """All measurements in the order in which their keys were first added."""
         return tuple(self._measurements.values())
 
+    def snapshot(self) -> Recorder:
+        """Return a copy, to find what is added after it."""
+        return Recorder(_measurements=dict(self._measurements), failures=list(self.failures))
+
+    def added_since(self, before: Recorder) -> Recorder:
+        """Return what was added after a snapshot, replaced measurements included."""
+        added = {
+            key: one for key, one in self._measurements.items() if before._measurements.get(key) is not one
+        }  # fmt: skip
+        return Recorder(_measurements=added, failures=self.failures[len(before.failures) :])
+
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, in place of an earlier one of the same key."""
         self._measurements[measurement.key] = measurement

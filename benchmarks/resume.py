@@ -1,72 +1,88 @@
-"""An interrupted run goes on where it stopped: its partial report holds what need not be measured again."""
+"""Interrupted runs continue where they stopped: every finished suite is a file beside the report's folder."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.machine_results import Host
-from benchmarks.report import settings_of
-from benchmarks.results import Failure, Report, Source, read_report
-from benchmarks.session import Plan, Results
+from benchmarks.recorder import Recorder
+from benchmarks.report.facts import Facts
+from benchmarks.report.record import SCHEMA_VERSION
+from benchmarks.report.storage import measured_json, read_facts, read_measured, read_object, write_object
 from mirror_runtime.errors import InputError
+from mirror_runtime.strict_json import to_json
+
+RUN_FILE = "run.json"
 
 
-def read_interrupted(folder: Path, plan: Plan, *, host: Host, versions: Mapping[str, str], source: Source) -> Report:
-    """Read the partial report in a folder, and see that this run is the same one.
+class Unfinished:
+    """The finished suites of a run, in a folder that is deleted when the run is complete.
 
-    Raises:
-        InputError: there is none, it is complete, or it was measured with something else; the message says with what.
+    Args:
+        output: folder of the report.
     """
-    try:
-        report = read_report(folder)
-    except InputError as error:
-        raise InputError(f"--resume: {error}") from error
-    if not report.partial:
-        raise InputError(f"--resume: the report in {folder} is complete: leave the option out to measure anew")
-    then_and_now: Mapping[str, tuple[object, object]] = {
-        "bundle's fingerprint": (report.subject.fingerprint, plan.manifest.fingerprint),
-        "workload": (report.workload.texts_sha256, plan.workload.info.texts_sha256),
-        "settings": (report.settings, settings_of(plan)),
-        "machine": (_machine(report.host), _machine(host)),
-        "versions": (dict(report.versions), dict(versions)),
-        "commit": (report.source.commit, source.commit),
-    }
-    for what, (then, now) in then_and_now.items():
-        if then != now:
-            raise InputError(f"--resume: the {what} of the interrupted run was {then}, and is {now}: measure anew")
-    return report
 
+    def __init__(self, output: Path) -> None:
+        output = output.absolute()
+        self.folder = output.with_name(f"{output.name}.unfinished")
 
-def restore(report: Report) -> Results:
-    """Give the results of an interrupted run that are complete; what was half done is measured anew."""
-    done = set(report.finished)
-    peers = "peers" in done
-    return Results(
-        ceilings={(c.engine, c.precision): c for c in report.ceilings if "ceilings" in done},
-        bandwidth=report.bandwidth if "ceilings" in done else None,
-        latency={(r.point.name, r.tokens): r for r in report.latency if f"latency {r.tokens}" in done},
-        throughput={r.point.name: r for r in report.throughput if "throughput" in done},
-        lengths={(r.point.name, r.tokens): r for r in report.lengths if "lengths" in done},
-        startup={r.party: r for r in report.startup if "startup" in done},
-        quality={r.party: r for r in report.quality if not r.ours and peers},
-        serving={r.name: r for r in report.serving if f"serving {r.name}" in done},
-        ours_beside_peers={r.point.name: r for r in report.ours_beside_peers if peers},
-        peers={r.name: r for r in report.peers if peers},
-        single_texts={r.party: r for r in report.single_texts if peers},
-        comparisons={(c.point.name, c.peer): c for c in report.comparisons if peers},
-        training={r.party: r for r in report.training},
-        scaling={r.point.name: r for r in report.scaling},
-        failures=[failure for failure in report.failures if _kept(failure, done)],
-        finished=list(report.finished),
-    )
+    def start(self, facts: Facts) -> None:
+        """Begin a new run; what an interrupted one left is deleted.
 
+        Raises:
+            InputError: the folder has something else.
+        """
+        if self.folder.exists():
+            if not (self.folder / RUN_FILE).is_file():
+                raise InputError(f"{self.folder} has no {RUN_FILE} and is not replaced: choose another --output")
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        self._write_facts(facts)
 
-def _kept(failure: Failure, done: set[str]) -> bool:
-    if failure.suite == "quality":
-        return False  # vectors are judged anew: peers' need the baseline
-    return failure.suite in done or f"{failure.suite} {failure.party}" in done
+    def save(self, suite: str, results: Recorder, facts: Facts) -> None:
+        """Write what a finished suite measured."""
+        write_object(self.folder / f"{suite}.json", measured_json(results.measurements, results.failures))
+        self._write_facts(facts)
 
+    def resume(self, facts: Facts, recorder: Recorder) -> tuple[Facts, frozenset[str]]:
+        """Put the finished suites into a recorder, after a check that this run is the same one.
 
-def _machine(host: Host) -> tuple[object, ...]:
-    return host.cpu_model, host.cores_online, host.cores_usable, host.memory_bytes, host.python
+        Returns:
+            The facts of the interrupted run, and the names of its finished suites.
+
+        Raises:
+            InputError: nothing was interrupted, or it was measured with something else; the message names it.
+        """
+        file = self.folder / RUN_FILE
+        if not file.is_file():
+            raise InputError(f"--resume: {file} does not exist: leave the option out to start anew")
+        before = read_facts(read_object(file), file)
+        then_and_now: Mapping[str, tuple[object, object]] = {
+            "bundle's fingerprint": (before.subject.fingerprint, facts.subject.fingerprint),
+            "workload": (before.workload.texts_sha256, facts.workload.texts_sha256),
+            "settings": (before.settings, facts.settings),
+            "machine": (before.host.identity, facts.host.identity),
+            "versions": (dict(before.versions), dict(facts.versions)),
+            "commit": (before.source.commit, facts.source.commit),
+        }
+        for what, (then, now) in then_and_now.items():
+            if then != now:
+                raise InputError(f"--resume: the {what} of the interrupted run was {then}, now it is {now}: start anew")
+        finished = set()
+        for path in sorted(self.folder.glob("*.json")):
+            if path.name != RUN_FILE:
+                measured = read_measured(read_object(path), path)
+                for measurement in measured["measurements"]:
+                    recorder.add(measurement)
+                recorder.failures += measured["failures"]
+                finished.add(path.stem)
+        return replace(before, resumed=(*before.resumed, facts.started)), frozenset(finished)
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.folder)
+
+    def _write_facts(self, facts: Facts) -> None:
+        write_object(self.folder / RUN_FILE, {"schema_version": SCHEMA_VERSION, "facts": to_json(facts)})

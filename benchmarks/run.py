@@ -10,31 +10,42 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.ceilings import EncoderShape, read_shape
-from benchmarks.evalsets import read_evaluation_sets
-from benchmarks.host import describe_host, describe_source, installed_versions
-from benchmarks.measure import Environments, measure
-from benchmarks.peer_specs import PEERS
-from benchmarks.perf_analyzer import NAME as PERF_ANALYZER
-from benchmarks.report import MARKDOWN_FILE, build_report, check_output, headline, write_report
-from benchmarks.results import Suite
-from benchmarks.resume import read_interrupted, restore
-from benchmarks.session import Plan, Results, select_points
-from benchmarks.training_suite import TrainingPlan
+from benchmarks.load.perf_analyzer import NAME as PERF_ANALYZER
+from benchmarks.machine.ceilings import SUITE as CEILINGS
+from benchmarks.machine.ceilings import measure_ceilings
+from benchmarks.machine.host import describe_host, describe_source, installed_versions
+from benchmarks.page import write_page
+from benchmarks.peers.specs import PEERS
+from benchmarks.plan import Environments, Plan, Suite, packed_variants, read_shape, select_variants
+from benchmarks.recorder import Recorder
+from benchmarks.report.facts import Facts, Settings, Subject
+from benchmarks.report.folder import MARKDOWN_FILE, check_output, headline, write_folder
+from benchmarks.report.storage import Report
+from benchmarks.resume import Unfinished
+from benchmarks.suites.latency import run_latency
+from benchmarks.suites.peers import prepare_peers, run_peers
+from benchmarks.suites.quality import read_evaluation_sets, run_quality
+from benchmarks.suites.scaling import run_scaling
+from benchmarks.suites.serving import run_serving
+from benchmarks.suites.startup import run_startup
+from benchmarks.suites.throughput import run_throughput
+from benchmarks.suites.training import TrainingPlan, run_training
 from benchmarks.workload import Shape, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
@@ -44,6 +55,22 @@ ROOT = Path(__file__).resolve().parents[1]
 FULL_ROUNDS = 5
 QUICK_ROUNDS = 2
 TRAINING_SEEDS = 3
+
+RunSuite = Callable[[Plan, Recorder, Progress], None]
+
+SUITES: Mapping[Suite, RunSuite] = {
+    Suite.STARTUP: run_startup,
+    Suite.SCALING: run_scaling,
+    Suite.LATENCY: run_latency,
+    Suite.THROUGHPUT: run_throughput,
+    Suite.QUALITY: run_quality,
+    Suite.SERVING: run_serving,
+    Suite.PEERS: run_peers,
+    Suite.TRAINING: run_training,
+}
+"""In the order in which they run: what needs a quiet machine first, what loads it most last."""
+
+NEED_CEILINGS = {Suite.LATENCY, Suite.THROUGHPUT, Suite.PEERS}
 
 _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--suite": tuple(suite.value for suite in Suite),
@@ -56,6 +83,29 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of the command line, defaults filled in."""
+
+    bundle: Path
+    suites: tuple[Suite, ...]
+    output: Path
+    texts: Path | None
+    shape: Shape
+    quick: bool
+    engines: tuple[EngineName, ...]
+    precisions: tuple[Precision, ...]
+    rounds: int
+    seed: int
+    resume: bool
+    peers: tuple[str, ...]
+    environments: Environments
+    sts: tuple[Path, ...]
+    words: tuple[Path, ...]
+    training: TrainingPlan | None
+    page: bool
+
+
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
@@ -63,10 +113,10 @@ def run(
         "reports/latest"
     ),
     texts: Annotated[
-        Path | None, typer.Option(help="Workload, one text a line. Default: docstrings of the standard library.")
+        Path | None, typer.Option(help="Workload, one text per line. Default: docstrings of the standard library.")
     ] = None,
     shape: Annotated[
-        Shape, typer.Option(help="Lengths of the texts: lines as they are, 96 to 256 tokens, or 5 to 500.")
+        Shape, typer.Option(help="Text lengths: lines unchanged, 96 to 256 tokens, or 5 to 500 tokens.")
     ] = Shape.LINES,
     quick: Annotated[
         bool, typer.Option("--quick", help="At most 300 texts, few samples: all suites in under 5 minutes on 2 cores.")
@@ -75,18 +125,16 @@ def run(
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="How often parties take turns. Default: 5, or 2 with --quick. Startup: at least 5 (1)."
-        ),
+        typer.Option(min=1, help="Interleaved rounds of each party. Default: 5, or 2 with --quick. Startup: 5 (1)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted run whose partial report is in --output.")
+        bool, typer.Option("--resume", help="Continue the interrupted run of the same --output.")
     ] = False,
     peer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Suite peers: which libraries. Default: all; with --quick those that convert nothing and load soon."
+            help="Suite peers: which libraries. Default: all; with --quick those that convert nothing and load fast."
         ),
     ] = None,
     peer_env: Annotated[
@@ -97,7 +145,7 @@ def run(
         Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
     ] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
-    corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one a line.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one per line.")] = None,
     sts: Annotated[list[Path] | None, typer.Option(help="Quality and training: sentence similarity sets.")] = None,
     words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
@@ -109,16 +157,11 @@ def run(
     reference_seeds: Annotated[
         int, typer.Option(min=0, help="Suite training: runs of the published recipe, minutes each; 0 leaves it out.")
     ] = 1,
-    planted_slowdown: Annotated[
-        float,
-        typer.Option(min=0.0, help="For benchmarks/trust.py: let each engine run take longer by this share, 0.15."),
-    ] = 0.0,
+    page: Annotated[bool, typer.Option("--page", help="Also write report.html, one page without network.")] = False,
 ) -> None:
     """Measure BUNDLE and write a report."""
-    started, began = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
     check_output(output)
     suites = tuple(dict.fromkeys(suite or (Suite.LATENCY, Suite.THROUGHPUT)))
-    environments = Environments(given=_given_environments(peer_env or []), folder=env_dir)
     tuning = None
     if Suite.TRAINING in suites:
         if base is None or corpus is None:
@@ -134,89 +177,190 @@ def run(
             reference_seeds=reference_seeds,
             quick=quick,
         )
-    host, versions, source = describe_host(), installed_versions(), describe_source(ROOT)
-    peers = _chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else ()
-    sets = read_evaluation_sets(sts or [], words or [], quick=quick) if Suite.QUALITY in suites else ()
-    manifest = read_manifest(bundle)
-    points = select_points(manifest, engine or [], precision or [])
-    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
-    sizes, shapeless = _shape(bundle)
-    plan = Plan(
-        bundle=bundle,
-        manifest=manifest,
-        points=points,
-        workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
-        suites=suites,
-        peers=peers,
-        sets=sets,
-        training=None if tuning is None else tuning.describe(),
-        quick=quick,
-        rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
-        seed=seed,
-        flop_per_token=None if sizes is None else sizes.flop_per_token,
-        planted_slowdown=planted_slowdown,
+    execute(
+        Options(
+            bundle=bundle,
+            suites=suites,
+            output=output,
+            texts=texts,
+            shape=shape,
+            quick=quick,
+            engines=tuple(engine or ()),
+            precisions=tuple(precision or ()),
+            rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
+            seed=seed,
+            resume=resume,
+            peers=_chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else (),
+            environments=Environments(given=_given_environments(peer_env or []), folder=env_dir),
+            sts=tuple(sts or ()),
+            words=tuple(words or ()),
+            training=tuning,
+            page=page,
+        )
     )
-    results, spent_s = Results(), 0.0
-    resumed: tuple[str, ...] = ()
-    if resume:
-        before = read_interrupted(output, plan, host=host, versions=versions, source=source)
-        results, resumed, spent_s = restore(before), (*before.resumed, started), before.wall_s
-        started = before.started
-    if shapeless is not None:
-        results.fail("ceilings", "all", shapeless)
+
+
+def execute(options: Options) -> None:
+    """Measure, and write the report.
+
+    Raises:
+        typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
+    """
+    began = time.perf_counter()
+    recorder, unfinished = Recorder(), Unfinished(options.output)
     console = Console(stderr=True)
-    partial = False
-    try:
-        with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
-            measure(plan, sizes, tuning, environments, results, progress)
-    except KeyboardInterrupt:
-        partial = True
-    report = build_report(
-        plan,
-        results,
-        host=host,
-        versions=versions,
-        source=source,
-        started=started,
-        resumed=resumed,
-        wall_s=spent_s + time.perf_counter() - began,
-        partial=partial,
-    )
-    write_report(report, output)
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
+        plan = make_plan(options, Path(scratch))
+        facts, finished = describe(plan), frozenset[str]()
+        if options.resume:
+            facts, finished = unfinished.resume(facts, recorder)
+        else:
+            unfinished.start(facts)
+        spent_s = facts.wall_s
+
+        def now(*, partial: bool) -> Facts:
+            return replace(facts, partial=partial, wall_s=spent_s + time.perf_counter() - began)
+
+        partial = False
+        try:
+            with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
+                measure(
+                    plan, finished, recorder, progress,
+                    on_finished=lambda suite, results: unfinished.save(suite, results, now(partial=True)),
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            partial = True
+    report = Report(
+        facts=now(partial=partial), measurements=recorder.measurements, failures=tuple(recorder.failures)
+    )  # fmt: skip
+    write_folder(report, options.output)
+    if options.page:
+        write_page(report, options.output)
+    if not partial:
+        unfinished.remove()
     for failure in report.failures:
         console.print(f"not measured: {failure.suite}, {failure.party}: {failure.reason}", markup=False)
-    console.print(f"{'interrupted: partial report' if partial else 'report'} in {output / MARKDOWN_FILE}", markup=False)
-    sys.stdout.write(json.dumps(headline(report, output), allow_nan=False) + "\n")
+    state = "interrupted: partial report" if partial else "report"
+    console.print(f"{state} in {options.output / MARKDOWN_FILE}", markup=False)
+    sys.stdout.write(json.dumps(headline(report, options.output), allow_nan=False) + "\n")
     if partial or not report.measured:
         raise typer.Exit(130 if partial else 1)
+
+
+def measure(
+    plan: Plan,
+    finished: frozenset[str],
+    recorder: Recorder,
+    progress: Progress,
+    *,
+    on_finished: Callable[[str, Recorder], None],
+) -> None:
+    """Run the plan's suites but for the finished ones; call `on_finished` with each suite's own results."""
+    for variant in plan.variants:
+        recorder.fact("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
+        recorder.fact("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
+    left = [suite for suite in SUITES if suite in plan.suites and suite.value not in finished]
+    before = recorder.snapshot()
+    if plan.peers and {Suite.PEERS, Suite.STARTUP} & set(left):
+        plan = replace(plan, peer_starters=tuple(prepare_peers(plan, recorder, progress)))
+    if NEED_CEILINGS & set(left) and CEILINGS not in finished:
+        start = recorder.snapshot()
+        measure_ceilings(plan, recorder, progress)
+        on_finished(CEILINGS, recorder.added_since(start))
+    for suite in left:
+        if suite is not Suite.PEERS:  # what could not be prepared belongs to it
+            before = recorder.snapshot()
+        SUITES[suite](plan, recorder, progress)
+        on_finished(suite.value, recorder.added_since(before))
+
+
+def make_plan(options: Options, scratch: Path) -> Plan:
+    """Read what the options name: bundle, texts and sets.
+
+    Raises:
+        MirrorError: one of them cannot be used.
+    """
+    manifest = read_manifest(options.bundle)
+    tokenizer = bundle_tokenizer(options.bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    quality = Suite.QUALITY in options.suites
+    sets = read_evaluation_sets(options.sts, options.words, quick=options.quick) if quality else ()
+    variants = select_variants(manifest, options.engines, options.precisions)
+    try:
+        shape = read_shape(options.bundle)
+    except BundleError:
+        shape = None
+    return Plan(
+        bundle=options.bundle,
+        manifest=manifest,
+        variants=variants,
+        workload=load_workload(
+            options.texts, tokenizer, quick=options.quick, seed=options.seed, shape=options.shape
+        ),
+        suites=options.suites,
+        rounds=options.rounds,
+        seed=options.seed,
+        quick=options.quick,
+        sets=sets,
+        peers=options.peers,
+        training=options.training,
+        shape=shape,
+        environments=options.environments,
+        scratch=scratch,
+    )  # fmt: skip
+
+
+def describe(plan: Plan) -> Facts:
+    """Return the facts of a run that begins now."""
+    spec = plan.manifest.encoder
+    return Facts(
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        partial=True,
+        resumed=(),
+        wall_s=0.0,
+        host=describe_host(),
+        versions=installed_versions(),
+        source=describe_source(ROOT),
+        subject=Subject(
+            name=plan.bundle.resolve().name,
+            fingerprint=plan.manifest.fingerprint,
+            base_model=spec.base_model,
+            max_tokens=spec.max_tokens,
+            dim=spec.dim,
+            artifacts=tuple(variant.name for variant in packed_variants(plan.manifest)),
+            flop_per_token=None if plan.shape is None else plan.shape.flop_per_token,
+        ),
+        workload=plan.workload.facts,
+        settings=Settings(
+            suites=tuple(suite.value for suite in plan.suites),
+            variants=tuple(variant.name for variant in plan.variants),
+            peers=plan.peers,
+            sets_sha256=tuple(one.sha256 for one in plan.sets),
+            training=None if plan.training is None else plan.training.describe(),
+            quick=plan.quick,
+            rounds=plan.rounds,
+            seed=plan.seed,
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0 on success, 1 when nothing could be measured, 2 on a mistake of the caller's, 130 when interrupted.
+        0 on success, 1 when nothing could be measured, 2 on a user error, 130 when interrupted.
     """
     return run_command(application(run), argv, "benchmarks/run.py", lists=_LISTS)
 
 
-def _shape(bundle: Path) -> tuple[EncoderShape | None, BundleError | None]:
-    """Give the encoder's sizes, or why they are unknown."""
-    try:
-        return read_shape(bundle), None
-    except BundleError as error:
-        return None, error
-
-
 def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
-    """Give the peers that were asked for, in any case; else all, or those that a quick run takes."""
+    """Return the named peers, in any case; without names all, or those that a quick run takes."""
     known = {spec.title.lower(): spec.title for spec in PEERS}
     if unknown := [title for title in titles if title.lower() not in known]:
-        raise InputError(f"--peer {unknown[0]}: known are {', '.join(known.values())}")
+        raise InputError(f"--peer {unknown[0]}: must be one of {', '.join(known.values())}")
     if not titles:
         return tuple(spec.title for spec in PEERS if not quick or spec.quick)
-    asked = {title.lower() for title in titles}
-    return tuple(title for name, title in known.items() if name in asked)
+    named = {title.lower() for title in titles}
+    return tuple(title for name, title in known.items() if name in named)
 
 
 def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
@@ -232,7 +376,7 @@ def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does, and SIGINT too where a shell had it ignored: in the background."""
+    """Make SIGTERM end a run as Ctrl-C does, and SIGINT too where a background shell has it ignored."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

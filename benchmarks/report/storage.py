@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,22 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report.facts import Facts
-from benchmarks.report.record import SCHEMA_VERSION, Condition, Failure, Measurement
+from benchmarks.report.record import PEOPLE, SCHEMA_VERSION, Condition, Failure, Measurement
 from benchmarks.report.statistics import FIGURES
-from mirror_runtime.bundle import from_json, to_json
 from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.strict_json import from_json, to_json
 
 T = TypeVar("T")
 
 REPORT_FILE = "report.json"
 
-MOST_KEPT = 200
+MOST_KEPT = 100
 """Samples that a report keeps of a measurement: load tests take tens of thousands, and reports are committed."""
 
 DEFAULTS: Mapping[str, Any] = {"conditions": {}, "reference": [], "count": 0, "figures": {}}
 """Keys of a measurement that the file leaves out where they are empty."""
-
-_NUMBERS = re.compile(r"\[\s+((?:[-+.\deE]+,\s+)*[-+.\deE]+)\s+\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +46,16 @@ class Report:
             and all(one.conditions.get(name) == value for name, value in conditions.items())
         ]
 
+    @property
+    def rate_suite(self) -> str:
+        """The suite by whose rates parties are compared: "peers" if present, whose rounds interleave all parties."""
+        return "peers" if self.select("peers", "texts per second") else "throughput"
+
+    @property
+    def measured(self) -> bool:
+        """Whether a suite has a figure; ceilings and the bundle's own facts do not count."""
+        return any(one.suite not in ("bundle", "ceilings") and one.party != PEOPLE for one in self.measurements)
+
     def is_peer(self, party: str) -> bool:
         """Return whether a party is another library: its name begins with the title of one."""
         return any(party.startswith(f"{title} ") for title in self.facts.settings.peers)
@@ -67,7 +74,16 @@ def read_report(folder: Path) -> Report:
         raise InputError(f"{path} has schema_version {version!r}; this program reads {SCHEMA_VERSION}")
     if unknown := sorted(data.keys() - {"schema_version", "facts", "measurements", "failures"}):
         raise InputError(f"{path}: unknown {', '.join(unknown)}")
-    return Report(facts=_strict(Facts, data.get("facts"), f"{path}: facts"), **read_measured(data, path))
+    return Report(facts=read_facts(data, path), **read_measured(data, path))
+
+
+def read_facts(data: Mapping[str, Any], path: Path) -> Facts:
+    """Read the facts of a JSON object, strictly.
+
+    Raises:
+        InputError: they are malformed.
+    """
+    return _strict(Facts, data.get("facts"), f"{path}: facts")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -91,16 +107,17 @@ def read_measured(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         InputError: one is malformed, not finite, has no samples, or stands there twice.
     """
-    lists = {}
+    lists: dict[str, list[Any]] = {}
     for name in ("measurements", "failures"):
-        lists[name] = data.get(name)
-        if not isinstance(lists[name], list):
+        found = data.get(name)
+        if not isinstance(found, list):
             raise InputError(f"{path}: {name} is not a list")
+        lists[name] = found
     measurements = []
     seen = set()
     for at, item in enumerate(lists["measurements"]):
         where = f"{path}: measurements[{at}]"
-        one = _strict(Measurement, DEFAULTS | item if isinstance(item, dict) else item, where)
+        one = _strict(Measurement, {**DEFAULTS, **item} if isinstance(item, dict) else item, where)
         numbers = (*one.samples, *one.reference, *one.figures.values())
         if not one.samples or not np.isfinite(numbers).all():
             raise InputError(f"{where} has no samples, or one that is not finite")
@@ -130,9 +147,16 @@ def measured_json(measurements: Iterable[Measurement], failures: Iterable[Failur
 
 
 def write_object(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, with each list of numbers on one line."""
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(_NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n", encoding="utf-8")
+    """Write a JSON object with one line for each item of its lists."""
+    parts = []
+    for key, value in data.items():
+        if isinstance(value, list):
+            items = ",\n".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in value)
+            text = f"[\n{items}\n]" if value else "[]"
+        else:
+            text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        parts.append(f"{json.dumps(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def thin(measurement: Measurement, most: int = MOST_KEPT) -> Measurement:
@@ -159,7 +183,7 @@ def _ranks(ordered: NDArray[np.float64], most: int) -> NDArray[np.float64]:
 
 
 def _compact(measurement: Measurement) -> dict[str, Any]:
-    data = to_json(measurement)
+    data = to_json(replace(measurement, count=0) if measurement.count == len(measurement.samples) else measurement)
     return {key: value for key, value in data.items() if key not in DEFAULTS or value != DEFAULTS[key]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.footprint import our_bytes
+from benchmarks.peers.footprint import our_bytes
 from benchmarks.plan import Plan, Suite, interleave, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Measurement

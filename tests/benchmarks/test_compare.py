@@ -5,11 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from benchmarks.changes import Verdict
-from benchmarks.compare import compare, main, read_side, warnings
-from benchmarks.ranks import spearman
-from benchmarks.serving_results import GATEWAY
-from benchmarks.timed import Timed
+from benchmarks.compare import Verdict, _times, compare, main, read_side, warnings
+from benchmarks.report.record import Better, Measurement
+from evaluation.statistics import spearman
 from mirror_runtime.errors import InputError
 
 
@@ -17,54 +15,49 @@ from mirror_runtime.errors import InputError
 def noisy(report):
     """Make a report whose times are drawn anew around the same medians, times `slower`."""
 
-    def make(seed: int, slower: float = 1.0, min_cosine: float | None = None):
+    def make(seed: int, slower: float = 1.0, cosine: float = 0.9998, reference: float | None = None):
         random = np.random.default_rng(seed)
         drift = 1 + 0.02 * random.standard_normal()
 
-        def draw(median: float, count: int) -> tuple[float, ...]:
-            return tuple(median * slower * drift * (1 + 0.04 * np.abs(random.standard_normal(count))))
+        def draw(one: Measurement) -> Measurement:
+            if one.metric == "worst cosine of export":
+                return dataclasses.replace(one, samples=(cosine,))
+            if one.suite not in ("throughput", "latency", "startup") or one.better is Better.NEITHER:
+                return one
+            times = slower * drift * (1 + 0.04 * np.abs(random.standard_normal(100 if one.suite == "latency" else 5)))
+            samples = 200 / times if one.better is Better.HIGHER else 1.5 * times
+            beside = () if reference is None or one.suite == "startup" else (reference,) * 5
+            return dataclasses.replace(one, samples=tuple(map(float, samples)), reference=beside)
 
-        def point(old):
-            parity = old.parity if min_cosine is None else dataclasses.replace(old.parity, min_cosine=min_cosine)
-            return dataclasses.replace(old, parity=parity)
-
-        return dataclasses.replace(
-            report,
-            throughput=tuple(
-                dataclasses.replace(r, point=point(r.point), samples_s=draw(1.0, 5)) for r in report.throughput
-            ),
-            latency=tuple(
-                dataclasses.replace(r, point=point(r.point), samples_ms=draw(1.5, 100)) for r in report.latency
-            ),
-            startup=tuple(dataclasses.replace(r, samples_s=draw(0.6, 5)) for r in report.startup),
-        )
+        return dataclasses.replace(report, measurements=tuple(map(draw, report.measurements)))
 
     return make
 
 
 def verdicts(changes, kind):
-    return {change.verdict for change in changes if change.metric.startswith(kind)}
+    return {change.verdict for change in changes if kind in change.metric}
 
 
 def test_fifteen_percent_slower_is_caught_and_named(noisy):
     base, head = [noisy(i) for i in range(3)], [noisy(10 + i, slower=1.15) for i in range(3)]
     changes = compare(base, head, threshold=0.07)
-    assert verdicts(changes, "throughput") == {Verdict.WORSE}
-    assert verdicts(changes, "latency") == {Verdict.WORSE}
+    assert verdicts(changes, "throughput, openvino bf16, texts per second") == {Verdict.WORSE}
+    assert verdicts(changes, "latency, openvino bf16, 8 tokens, time per text") == {Verdict.WORSE}
     assert verdicts(compare(head, base, threshold=0.07), "throughput") == {Verdict.BETTER}
 
 
 def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
     steady, unsteady = [noisy(i) for i in range(5)], [noisy(i, slower=s) for i, s in enumerate((1, 1.3, 1, 1.3, 1.1))]
     slower = [noisy(10 + i, slower=1.15) for i in range(5)]
-    assert verdicts(compare(steady, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
-    assert verdicts(compare(unsteady, [noisy(i, slower=1.2) for i in range(5)], threshold=0.07), "throughput") == {
-        Verdict.NOISY
-    }
     disturbed = [*steady, noisy(5), noisy(6, slower=2.0)]
-    assert verdicts(compare(disturbed, slower, threshold=0.07), "throughput") == {Verdict.WORSE}
-    assert verdicts(compare(steady[:1], slower[:1], threshold=0.07), "throughput") == {Verdict.NOISY}
-    assert verdicts(compare(steady[:1], [noisy(9, slower=1.6)], threshold=0.07), "throughput") == {Verdict.WORSE}
+    for base, head, verdict in (
+        (steady, slower, Verdict.WORSE),
+        (unsteady, [noisy(i, slower=1.2) for i in range(5)], Verdict.NOISY),
+        (disturbed, slower, Verdict.WORSE),
+        (steady[:1], slower[:1], Verdict.NOISY),
+        (steady[:1], [noisy(9, slower=1.6)], Verdict.WORSE),
+    ):
+        assert verdicts(compare(base, head, threshold=0.07), "throughput") == {verdict}
 
 
 def test_the_same_speed_again_raises_no_alarm(noisy):
@@ -72,17 +65,6 @@ def test_the_same_speed_again_raises_no_alarm(noisy):
         base, head = [noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)]
         found = {change.verdict for change in compare(base, head, threshold=0.07)}
         assert found <= {Verdict.SAME, Verdict.NOISY}, f"seed {seed}"
-
-
-def beside(report, yardstick: float):
-    """Give a report whose yardsticks took so long, in seconds and in milliseconds."""
-    return dataclasses.replace(
-        report,
-        throughput=tuple(
-            dataclasses.replace(r, yardstick_s=(yardstick,) * len(r.samples_s)) for r in report.throughput
-        ),
-        latency=tuple(dataclasses.replace(r, yardstick_ms=(yardstick,) * 5) for r in report.latency),
-    )
 
 
 @pytest.mark.parametrize(
@@ -94,76 +76,114 @@ def beside(report, yardstick: float):
         (1.0, 1.25, Verdict.BETTER),
     ],
 )
-@pytest.mark.parametrize("kind", ["throughput", "latency"])
-def test_times_are_held_against_each_other_in_yardsticks(noisy, kind, slower, machine, verdict):
-    base = [beside(noisy(i), 1.0) for i in range(3)]
-    head = [beside(noisy(10 + i, slower=slower), machine) for i in range(3)]
-    assert verdicts(compare(base, head, threshold=0.07), kind) == {verdict}
-    shown = next(change for change in compare(base, head, threshold=0.07) if change.metric.startswith("throughput"))
+def test_times_are_compared_in_units_of_the_reference(noisy, slower, machine, verdict):
+    base = [noisy(i, reference=1.0) for i in range(3)]
+    head = [noisy(10 + i, slower=slower, reference=machine) for i in range(3)]
+    changes = compare(base, head, threshold=0.07)
+    for kind in ("throughput", "latency"):
+        assert verdicts(changes, kind) == {verdict}
+    shown = next(change for change in changes if change.metric.startswith("throughput"))
     assert shown.base is not None
     assert shown.head is not None
-    assert shown.head / shown.base == pytest.approx(slower, rel=0.05)  # absolute times, as measured
+    assert shown.base / shown.head == pytest.approx(slower, rel=0.05)  # absolute rates, as measured
 
 
-def test_without_a_yardstick_in_every_run_times_are_compared_as_they_are(noisy):
-    base = [noisy(0), *(beside(noisy(i), 1.0) for i in (1, 2))]
-    head = [beside(noisy(10 + i), 1.3) for i in range(3)]
-    found = {change.verdict for change in compare(base, head, threshold=0.07)}
-    assert found <= {Verdict.SAME, Verdict.NOISY}
+def test_without_a_reference_in_every_run_times_are_compared_directly(noisy):
+    base = [noisy(0), *(noisy(i, reference=1.0) for i in (1, 2))]
+    head = [noisy(10 + i, reference=1.3) for i in range(3)]
+    assert {change.verdict for change in compare(base, head, threshold=0.07)} <= {Verdict.SAME, Verdict.NOISY}
 
 
-def test_each_round_has_its_own_yardstick():
-    one = Timed("x", "ms", [1.0, 2.0, 6.0, 8.0], [1.0, 2.0])
-    assert one.in_yardsticks == [1.0, 2.0, 3.0, 4.0]
+@pytest.mark.parametrize(
+    ("better", "scaled", "times"),
+    [
+        (Better.LOWER, True, [1.0, 2.0, 2.0, 4.0]),
+        (Better.LOWER, False, [1.0, 2.0, 4.0, 8.0]),
+        (Better.HIGHER, True, [1.0, 0.5, 0.125, 0.0625]),
+    ],
+)
+def test_each_round_has_its_own_reference_and_rates_are_times(better, scaled, times):
+    one = Measurement(
+        suite="s", party="p", metric="m", unit="ms", samples=(1.0, 2.0, 4.0, 8.0), better=better, reference=(1.0, 2.0)
+    )  # fmt: skip
+    assert _times(one, scaled=scaled) == times
 
 
 def test_vectors_farther_from_the_reference_are_worse(noisy):
-    changes = compare([noisy(0)], [noisy(0, min_cosine=0.93)], threshold=0.07)
+    changes = compare([noisy(0)], [noisy(0, cosine=0.93)], threshold=0.07)
     assert verdicts(changes, "worst cosine") == {Verdict.WORSE}
     assert verdicts(changes, "throughput") == {Verdict.SAME}
 
 
-def with_cosines(report, cosines, spearman):
-    """Give a report whose own artifact has these cosines on many pairs."""
-    count = len(cosines)
-    ours = report.quality[0]
-    figure = dataclasses.replace(ours.mean, value=spearman)
-    score = dataclasses.replace(ours.scores[0], cosines=tuple(cosines), spearman=figure)
-    sets = (dataclasses.replace(report.quality_sets[0], scores=tuple(float(i) for i in range(count))),)
-    return dataclasses.replace(report, quality_sets=sets, quality=(dataclasses.replace(ours, scores=(score,)),))
+def with_pairs(report, change, cosines):
+    """Return a report whose own artifact has these cosines on many pairs."""
+    scored = change(
+        report, "score", lambda one: dataclasses.replace(one, samples=tuple(map(float, range(len(cosines)))))
+    )  # fmt: skip
+    return change(scored, "cosine of pairs", lambda one: dataclasses.replace(one, samples=tuple(cosines)))
 
 
-def test_a_loss_of_quality_is_caught_over_the_same_pairs(noisy):
+def test_a_loss_of_quality_is_caught_over_the_same_pairs(noisy, change):
     random = np.random.default_rng(0)
     truth = np.arange(400.0)
     shared = truth + 150 * random.standard_normal(400)  # both sides err on the same pairs
     good, bad = shared, shared + 100 * random.standard_normal(400)
-    scores = [100 * spearman(side, truth) for side in (good, bad)]
-    base, head = (with_cosines(noisy(0), side, score) for side, score in zip((good, bad), scores, strict=True))
-    assert scores[0] - scores[1] > 2
-    assert verdicts(compare([base], [head], threshold=0.07), "quality") == {Verdict.WORSE}
-    assert verdicts(compare([head], [base], threshold=0.07), "quality") == {Verdict.BETTER}
-    assert verdicts(compare([base], [base], threshold=0.07), "quality") == {Verdict.SAME}
-    # Three points between two independent small samples are noise, and are called that.
-    few = [with_cosines(noisy(0), side[:12], score) for side, score in zip((good, bad), scores, strict=True)]
+    assert 100 * (spearman(good, truth) - spearman(bad, truth)) > 2
+    base, head = (with_pairs(noisy(0), change, side) for side in (good, bad))
+    for before, after, verdict in (
+        (base, head, Verdict.WORSE), (head, base, Verdict.BETTER), (base, base, Verdict.SAME)
+    ):  # fmt: skip
+        assert verdicts(compare([before], [after], threshold=0.07), "quality") == {verdict}
+    # Three points between two independent small samples are noise, and are reported as noise.
+    few = [with_pairs(noisy(0), change, side[:12]) for side in (good, bad)]
     assert verdicts(compare(few[:1], few[1:], threshold=0.07), "quality") <= {Verdict.NOISY, Verdict.SAME}
 
 
-def test_a_metric_that_is_gone_is_a_loss(noisy):
-    gone = dataclasses.replace(noisy(1), throughput=())
-    assert verdicts(compare([noisy(0)], [gone], threshold=0.07), "throughput") == {Verdict.LOST}
-    mute = dataclasses.replace(noisy(1), quality=())
-    assert verdicts(compare([noisy(0)], [mute], threshold=0.07), "quality") == {Verdict.LOST}
+@pytest.mark.parametrize("metric", ["texts per second", "cosine of pairs", "worst cosine of export"])
+def test_a_metric_that_is_gone_is_a_loss(noisy, change, metric):
+    base, gone = noisy(0), change(noisy(1), metric, lambda one: None)
+    assert verdicts(compare([base], [gone], threshold=0.07), metric) == {Verdict.LOST}
+    assert verdicts(compare([gone], [base], threshold=0.07), metric) == {Verdict.NEW}
+
+
+def test_peers_and_facts_are_not_judged(noisy, change):
+    slow = change(noisy(0), "peak memory", lambda one: dataclasses.replace(one, samples=(9e9,)))
+    changes = compare([noisy(0)], [slow], threshold=0.07)
+    assert {change.verdict for change in changes} == {Verdict.SAME}
+    assert not [change for change in changes if "peers" in change.metric or "st torch" in change.metric]
+
+
+def test_a_single_sample_is_not_judged(noisy, change):
+    """Scaling's largest size runs once."""
+    base = change(noisy(0), "time per text", lambda one: dataclasses.replace(one, samples=one.samples[:1]))
+    head = change(noisy(0), "time per text", lambda one: dataclasses.replace(one, samples=(2 * one.samples[0],)))
+    assert verdicts(compare([base], [head], threshold=0.07), "scaling") == {Verdict.NOISY}
+    twice = change(noisy(0), "time per text", lambda one: dataclasses.replace(one, samples=(2 * one.samples[0],) * 2))
+    assert verdicts(compare([noisy(0)], [twice], threshold=0.07), "scaling") == {Verdict.WORSE}
+
+
+def test_the_gateway_is_compared_with_the_gateway(report, change):
+    def halve(one: Measurement) -> Measurement:
+        if one.conditions.get("server") != "gateway":
+            return one
+        return dataclasses.replace(one, samples=tuple(sample / 2 for sample in one.samples))
+
+    head = change(report, "texts per second", halve)
+    found = {change.metric: change.verdict for change in compare([report], [head], threshold=0.07)}
+    loop = "serving, openvino bf16, {}, closed, 8 callers, 1 texts per request, texts per second"
+    assert found[loop.format("triton")] is Verdict.SAME
+    assert found[loop.format("gateway")] is Verdict.WORSE
 
 
 def test_other_conditions_are_named(noisy):
     base = noisy(0)
-    other = dataclasses.replace(base, host=dataclasses.replace(base.host, cores_usable=64))
+    host = dataclasses.replace(base.facts.host, cores_usable=64)
+    other = dataclasses.replace(base, facts=dataclasses.replace(base.facts, host=host))
     assert [note.split(" differ")[0] for note in warnings([base], [other])] == ["The machines"]
     assert warnings([base], [base]) == []
 
 
-def test_the_command_says_it_with_its_status(noisy, save, tmp_path, capsys):
+def test_the_command_ends_with_the_verdict_as_its_status(noisy, save, tmp_path, capsys):
     for i in range(2):
         save(noisy(i), tmp_path / "base" / str(i))
         save(noisy(5 + i, slower=1.3), tmp_path / "head" / str(i))
@@ -175,19 +195,9 @@ def test_the_command_says_it_with_its_status(noisy, save, tmp_path, capsys):
 
 
 def test_a_partial_report_or_none_is_refused(report, save, tmp_path):
-    with pytest.raises(InputError, match="nor do its folders"):
+    with pytest.raises(InputError, match=r"has a report\.json"):
         read_side(tmp_path)
-    save(dataclasses.replace(report, partial=True), tmp_path / "out")
+    partial = dataclasses.replace(report, facts=dataclasses.replace(report.facts, partial=True))
+    save(partial, tmp_path / "out")
     with pytest.raises(InputError, match="partial"):
         read_side(tmp_path / "out")
-
-
-def test_the_gateway_is_compared_with_the_gateway(report):
-    slow = dataclasses.replace(report.serving[0].closed[0], rounds_texts_per_s=(145.0, 150.0, 155.0))
-    gateway = dataclasses.replace(report.serving[0], protocol=GATEWAY)
-    slower = dataclasses.replace(gateway, closed=(slow,))
-    base = dataclasses.replace(report, serving=(*report.serving, gateway))
-    head = dataclasses.replace(report, serving=(*report.serving, slower))
-    found = {change.metric: change.verdict for change in compare([base], [head], threshold=0.07)}
-    assert found["serving, openvino bf16, 8 x 1"] is Verdict.SAME
-    assert found["serving, openvino bf16, http, gateway, 8 x 1"] is Verdict.WORSE

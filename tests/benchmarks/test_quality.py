@@ -1,22 +1,19 @@
-"""What vectors are worth: figures equal the evaluation command's, baselines and intervals mean what they say."""
+"""What vectors are worth: baselines and intervals mean what they state."""
 
 import dataclasses
-import io
 
 import numpy as np
 import pytest
-from rich.console import Console
-from rich.progress import Progress, TextColumn
-from scipy.stats import spearmanr
 
-from benchmarks.evalsets import read_evaluation_sets
-from benchmarks.quality import Judge, run_quality
-from benchmarks.ranks import resample_spearman, spearman
-from benchmarks.session import Plan, Results, loaded, select_points
-from benchmarks.workload import bundle_tokenizer, load_workload
-from evaluation.statistics import resample_spearman as training_resamples
-from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Precision, read_manifest
+from benchmarks.agreement import METRIC, Reference, record_agreement
+from benchmarks.plan import Suite
+from benchmarks.recorder import Recorder
+from benchmarks.suites import quality
+from benchmarks.suites.quality import MEAN, Judge, read_evaluation_sets, run_quality
+from mirror_runtime.bundle import Precision
 from mirror_runtime.errors import EngineError, InputError
+
+SPEARMAN, DIFFERENCE = "Spearman x 100", "Spearman x 100, difference to fp32"
 
 
 @pytest.fixture
@@ -28,114 +25,117 @@ def pairs(tmp_path):
 
 
 @pytest.fixture
-def sets(pairs):
-    return read_evaluation_sets([pairs], [])
+def plan(plan, pairs):
+    return dataclasses.replace(plan, sets=read_evaluation_sets([pairs], []))
 
 
-def vectors_of(judge, seed=0, dim=16):
-    return np.random.default_rng(seed).standard_normal((len(judge.texts), dim), np.float32)
+def found(recorder, party, metric, name=MEAN):
+    (one,) = (
+        one
+        for one in recorder.measurements
+        if (one.party, one.metric, one.conditions.get("set", name)) == (party, metric, name)
+    )
+    return one
 
 
-def test_ranks_agree_with_scipy_ties_included():
-    random = np.random.default_rng(0)
-    x, y = random.integers(0, 9, 200).astype(float), random.integers(0, 5, 200).astype(float)
-    assert spearman(x, y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
-    assert np.isnan(spearman(np.ones(5), np.arange(5.0)))
+@pytest.fixture
+def judged(plan, monkeypatch):
+    """Return a judge whose fp32 vectors are random, these vectors, and the record."""
+    recorder = Recorder()
+    texts = tuple(dict.fromkeys(text for one in plan.sets for text in one.texts))
+    base = np.random.default_rng(0).standard_normal((len(texts), 16), np.float32)
+    monkeypatch.setattr(quality, "fp32_reference", lambda *_: Reference(party="fp32", vectors=base))
+    return Judge(plan, recorder), base, recorder
 
 
-def test_resamples_are_those_of_the_evaluation_command():
-    random = np.random.default_rng(1)
-    x, y = random.standard_normal(300), random.integers(0, 5, 300).astype(float)
-    ours = resample_spearman(x, y, seed=(3, 1), resamples=50)
-    np.testing.assert_allclose(ours, training_resamples(x, y, 50, np.random.default_rng([3, 1])), atol=1e-12)
-
-
-def test_sets_are_read_in_the_layouts_of_the_evaluation_command(pairs, tmp_path):
+def test_sets_of_sentences_and_words_are_read_in_order(pairs, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("gem\tjewel\t3.94\nmidday\tnoon\t3.9\ncord\tsmile\t0.02\n", encoding="utf-8")
     sentences, lexical = read_evaluation_sets([pairs], [words])
-    assert (sentences.group, sentences.name, len(sentences.scores)) == ("sts", "pairs", 40)
-    assert (lexical.group, lexical.first, lexical.scores) == ("words", ("gem", "midday", "cord"), (3.94, 3.9, 0.02))
-    assert len(lexical.sha256) == 64
+    assert (sentences.name, len(sentences.scores)) == ("pairs", 40)
+    assert (lexical.first, lexical.scores.tolist()) == (("gem", "midday", "cord"), [3.94, 3.9, 0.02])
+
+
+def test_a_quick_run_takes_the_same_sample_and_names_its_size(pairs, monkeypatch):
+    monkeypatch.setattr(quality, "QUICK_PAIRS", 10)
+    one, same = (read_evaluation_sets([pairs], [], quick=True)[0] for _ in range(2))
+    whole = read_evaluation_sets([pairs], [])[0]
+    assert (one.name, one.first, len(one.scores)) == ("pairs, 10 pairs", same.first, 10)
+    assert {(a, b, s) for a, b, s in zip(one.first, one.second, one.scores, strict=True)} <= {
+        (a, b, s) for a, b, s in zip(whole.first, whole.second, whole.scores, strict=True)
+    }
 
 
 def test_sets_that_cannot_be_used_are_named(pairs, tmp_path):
     with pytest.raises(InputError, match="needs --sts or --words"):
         read_evaluation_sets([], [])
-    with pytest.raises(InputError, match=r"absent\.tsv cannot be read"):
+    with pytest.raises(InputError, match=r"absent\.tsv"):
         read_evaluation_sets([tmp_path / "absent.tsv"], [])
     with pytest.raises(InputError, match="one name"):
         read_evaluation_sets([pairs, pairs], [])
 
 
-def test_the_baseline_is_compared_over_the_same_pairs(sets):
-    judge = Judge(sets, seed=0)
-    base = vectors_of(judge)
-    judge.take_baseline("fp32", base)
-    near = judge.result("near", base + 0.01 * vectors_of(judge, 1), ours=True)
-    same = judge.result("fp32", base, ours=True)
-    assert (same.mean_delta, same.scores[0].delta, same.top10_overlap) == (None, None, 1.0)
-    delta = near.mean_delta
-    assert delta is not None
-    assert delta.value == pytest.approx(near.mean.value - same.mean.value)
+def test_differences_to_fp32_are_paired(judged):
+    judge, base, recorder = judged
+    random = np.random.default_rng(1)
+    judge.judge("near", base + 0.01 * random.standard_normal(base.shape, np.float32), keep_cosines=True)
+    judge.judge("fp32", base, keep_cosines=False)
+    judge.judge("far", random.standard_normal(base.shape, np.float32), keep_cosines=False)
+    mean, difference = found(recorder, "near", SPEARMAN), found(recorder, "near", DIFFERENCE)
+    assert difference.median == pytest.approx(mean.median - found(recorder, "fp32", SPEARMAN).median)
     # Paired: the difference is known far better than either side.
-    assert delta.high - delta.low < (near.mean.high - near.mean.low) / 4
-    assert delta.low <= delta.value <= delta.high
-    far = judge.result("far", vectors_of(judge, 2), ours=True)
-    assert far.top10_overlap is not None
-    assert near.top10_overlap is not None
-    assert far.top10_overlap < 0.5 < near.top10_overlap
+    width = difference.figure("high") - difference.figure("low")
+    assert width < (mean.figure("high") - mean.figure("low")) / 4
+    assert difference.figure("low") <= difference.median <= difference.figure("high")
+    overlaps = [found(recorder, party, "top-10 overlap with fp32").median for party in ("far", "near", "fp32")]
+    assert overlaps[0] < 0.5 < overlaps[1] < overlaps[2] == 1.0
+    assert not [one for one in recorder.measurements if (one.party, one.metric) == ("fp32", DIFFERENCE)]
+    cosines = [one for one in recorder.measurements if one.metric == "cosine of pairs"]
+    assert [(one.party, len(one.samples)) for one in cosines] == [("near", 40)]
+    (people,) = (one for one in recorder.measurements if one.party == "people")
+    assert people.conditions == cosines[0].conditions
 
 
-def test_the_overlap_counts_shared_neighbours_and_never_the_text_itself(sets):
-    judge = Judge(sets, seed=0)
-    base = vectors_of(judge)
-    judge.take_baseline("fp32", base)
-    assert judge._neighbours is not None
-    judge._neighbours[:, 0] = -1  # one of ten neighbours of each text is nobody's
-    assert judge.result("fp32 again", base, ours=True).top10_overlap == pytest.approx(0.9)
+def test_the_overlap_counts_shared_neighbours_and_never_the_text_itself(judged):
+    judge, base, recorder = judged
     assert not any(row in nearest for row, nearest in enumerate(judge._nearest(base)))
+    assert judge._neighbours is not None
+    judge._neighbours[:, 0] = -1  # one of ten neighbours of each text does not exist
+    judge.judge("fp32 again", base, keep_cosines=False)
+    assert found(recorder, "fp32 again", "top-10 overlap with fp32").median == pytest.approx(0.9)
 
 
-def test_vectors_that_say_nothing_are_refused(sets):
-    judge = Judge(sets, seed=0)
-    with pytest.raises(EngineError, match="not finite"):
-        judge.result("x", np.full((len(judge.texts), 4), np.nan, np.float32), ours=True)
-    with pytest.raises(EngineError, match="tell no texts apart"):
-        judge.result("x", np.ones((len(judge.texts), 4), np.float32), ours=True)
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (1.0, "distinguish no texts")])
+def test_meaningless_vectors_are_refused(judged, value, message):
+    judge, base, _ = judged
+    with pytest.raises(EngineError, match=message):
+        judge.judge("x", np.full(base.shape, value, np.float32), keep_cosines=False)
 
 
-@pytest.fixture
-def plan(make_bundle, make_artifact, tmp_path, sets) -> Plan:
-    bundle = make_bundle(
-        artifacts=(make_artifact(EngineName.FAKE, Precision.FP32), make_artifact(EngineName.TENSORRT, Precision.FP16))
-    )
-    manifest = read_manifest(bundle)
-    texts = tmp_path / "texts.txt"
-    texts.write_text("one text\n", encoding="utf-8")
-    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
-    return Plan(
-        bundle=bundle, manifest=manifest, points=select_points(manifest, [EngineName.FAKE], ()),
-        workload=load_workload(texts, tokenizer, quick=False, seed=0), suites=(), peers=(), sets=sets, training=None,
-        quick=True, rounds=2, seed=0, flop_per_token=None,
-    )  # fmt: skip
+def test_the_suite_judges_every_variant_with_fp32_from_the_scratch_folder(plan, progress):
+    recorder = Recorder()
+    run_quality(plan, recorder, progress)
+    assert not recorder.failures
+    assert found(recorder, "fake fp32", "cosine of pairs", "pairs").total == 40
+    assert (plan.scratch / "fp32_sets.npz").is_file()
 
 
-def test_the_suite_judges_what_is_loaded(plan):
-    results, judge = Results(), Judge(plan.sets, seed=0)
-    with Progress(TextColumn(""), console=Console(file=io.StringIO())) as progress, loaded(plan, results) as runners:
-        run_quality(plan, runners, judge, results, progress)
-    assert results.quality["fake fp32"].baseline == "fake fp32"
-    assert results.quality_sets[0].scores == plan.sets[0].scores
-    assert not results.failures
-    assert results.has("quality")
+def test_a_bundle_without_fp32_is_judged_without_differences(plan, progress):
+    artifacts = tuple(dataclasses.replace(one, precision=Precision.INT8) for one in plan.manifest.artifacts)
+    bare = dataclasses.replace(plan, manifest=dataclasses.replace(plan.manifest, artifacts=artifacts))
+    recorder = Recorder()
+    run_quality(bare, recorder, progress)
+    assert [failure.reason for failure in recorder.failures] == ["the bundle has no fp32 artifact to compare with"]
+    assert found(recorder, "fake fp32", SPEARMAN).total == 1
+    assert DIFFERENCE not in {one.metric for one in recorder.measurements}
 
 
-def test_a_bundle_without_fp32_is_judged_without_deltas(plan):
-    only = tuple(artifact for artifact in plan.manifest.artifacts if artifact.precision is not Precision.FP32)
-    bare = dataclasses.replace(plan, manifest=dataclasses.replace(plan.manifest, artifacts=only))
-    results, judge = Results(), Judge(plan.sets, seed=0)
-    with Progress(TextColumn(""), console=Console(file=io.StringIO())) as progress, loaded(plan, results) as runners:
-        run_quality(bare, runners, judge, results, progress)
-    assert results.quality["fake fp32"].mean_delta is None
-    assert [failure.reason for failure in results.failures] == ["the bundle has no fp32 artifact to compare with"]
+def test_agreement_is_the_worst_texts():
+    recorder, reference = Recorder(), Reference(party="fp32", vectors=np.eye(3, dtype=np.float32))
+    vectors = np.array([[2, 0, 0], [0, 1, 1], [0, 0, 1]], np.float32)
+    record_agreement(recorder, Suite.THROUGHPUT, "p", vectors, reference)
+    (one,) = recorder.measurements
+    assert one.metric == METRIC
+    assert one.median == pytest.approx(2**-0.5)
+    record_agreement(recorder, Suite.THROUGHPUT, "q", vectors, None)
+    assert len(recorder.measurements) == 1

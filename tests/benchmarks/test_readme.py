@@ -1,11 +1,12 @@
-"""The README's table is the report's, or the check fails."""
+"""The README's table matches the report, or the check fails."""
 
-import dataclasses
+import re
 
 import pytest
 
 from benchmarks.readme_table import NO_REPORT, main, render_table
 from mirror_runtime.errors import InputError
+from tests.benchmarks.conftest import PEER
 
 
 @pytest.fixture
@@ -19,20 +20,30 @@ def readme(report, save, tmp_path):
 def test_the_table_is_written_and_checked(readme, capsys):
     options = ["--readme", str(readme)]
     assert main(["--check", *options]) == 0
-    assert "of no report yet" in capsys.readouterr().err
+    assert "has no table of a report yet" in capsys.readouterr().err
     assert main([str(readme.parent / "benchmarks/reports/a-day"), *options]) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmark: benchmarks/reports/a-day -->\n100 texts (mean 15.0 tokens), m, ")
     assert text.endswith("<!-- /benchmark -->\nafter\n")
-    assert "| **Mirror Runtime, openvino bf16** | bf16 | **2.11 x** | 78.00 |" in text
-    assert "| st 5, torch | float32 | 1.00 x | 78.25 |" in text
+    assert "| **Mirror Runtime, openvino bf16** | bf16 | **2.11 x** | 78.00 | 0.999700 |" in text
+    assert "| st 5, torch | float32 | 1.00 x | 78.25 | 0.999900 |" in text
     assert main(["--check", *options]) == 0
     readme.write_text(text.replace("**2.11 x**", "**2.12 x**"))
     assert main(["--check", *options]) == 1
-    assert "is not that of benchmarks/reports/a-day" in capsys.readouterr().err
+    assert "differs from benchmarks/reports/a-day" in capsys.readouterr().err
 
 
-def test_what_cannot_be_written_is_named(report, readme, tmp_path, capsys):
+def test_no_column_mixes_references_of_agreement(report, change):
+    without = change(report, "worst cosine to fp32", lambda one: None if one.party == PEER else one)
+    assert "worst cosine" not in render_table(without)
+
+
+def test_absolute_rates_are_not_in_the_table(report):
+    cells = re.findall(r"\| ([\d.,]+) ", render_table(report))
+    assert not {"200", "95", "200.0", "95.0"} & set(cells)
+
+
+def test_what_cannot_be_written_is_named(report, change, readme, tmp_path, capsys):
     assert main(["--readme", str(readme)]) == 2
     assert main([str(tmp_path / "absent"), "--readme", str(readme)]) == 2
     bare = tmp_path / "bare.md"
@@ -40,4 +51,4 @@ def test_what_cannot_be_written_is_named(report, readme, tmp_path, capsys):
     assert main(["--check", "--readme", str(bare)]) == 2
     assert "has no table" in capsys.readouterr().err
     with pytest.raises(InputError, match="has no peers"):
-        render_table(dataclasses.replace(report, peers=()))
+        render_table(change(report, "texts per second", lambda one: None if one.party == PEER else one))
