@@ -12,7 +12,7 @@ def views(length: int, count: int = 2000) -> list[str]:
     return [mask_span(TEXT, "<mask>", length, rng) for _ in range(count)]
 
 
-def test_one_span_of_the_length_asked_for_gives_way_to_the_mask_token() -> None:
+def test_one_span_of_the_requested_length_is_replaced_by_the_mask_token() -> None:
     for view in views(5, 200):
         left, right = view.split(" <mask> ")
         assert len(left) + len(right) == len(TEXT) - 5
@@ -20,7 +20,7 @@ def test_one_span_of_the_length_asked_for_gives_way_to_the_mask_token() -> None:
         assert TEXT.endswith(right)
 
 
-def test_every_start_is_drawn_the_last_included() -> None:
+def test_every_start_is_drawn_including_the_last() -> None:
     assert {view.index(" <mask> ") for view in views(5)} == set(range(len(TEXT) - 5 + 1))
 
 
@@ -43,7 +43,7 @@ def test_one_seed_gives_the_same_views_again() -> None:
 
 
 def published(text: str, length: int, start: int) -> str:
-    """The published code's rule, with the number that it would have drawn."""
+    """The rule of the published code, with a given draw."""
     left, right = text.split(text[start : start + length], 1)
     return left + " [MASK] " + right
 
@@ -67,12 +67,12 @@ def test_literal_masking_never_draws_the_last_start_and_skips_short_texts() -> N
 
 def test_repeating_keeps_order_and_special_tokens_and_varies_the_length() -> None:
     ids = [101, *range(1, 21), 102]
-    seen = [repeat_tokens(ids, 0.3, 50, random.Random(seed)) for seed in range(200)]
-    assert {len(view) - len(ids) for view in seen} == set(range(7))  # 0 to 0.3 * 20
-    assert all(list(dict.fromkeys(view)) == ids for view in seen)
-    assert all(view.count(token) <= 2 for view in seen for token in ids)
-    assert all(view.count(101) == view.count(102) == 1 for view in seen)
-    assert {token for view in seen for token in ids if view.count(token) == 2} == set(range(1, 21))
+    views = [repeat_tokens(ids, 0.3, 50, random.Random(seed)) for seed in range(200)]
+    assert {len(view) - len(ids) for view in views} == set(range(7))  # 0 to 0.3 * 20
+    assert all(list(dict.fromkeys(view)) == ids for view in views)
+    assert all(view.count(token) <= 2 for view in views for token in ids)
+    assert all(view.count(101) == view.count(102) == 1 for view in views)
+    assert {token for view in views for token in ids if view.count(token) == 2} == set(range(1, 21))
 
 
 def test_texts_that_are_short_or_would_grow_too_long_are_not_repeated() -> None:

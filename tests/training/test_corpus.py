@@ -1,4 +1,4 @@
-"""Reading raw text, pairs and columns; leaving out repeats and evaluation texts; sampling."""
+"""Reading raw text, pairs and columns; leaving out duplicates and evaluation texts; sampling."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def test_lines_are_stripped_and_repeats_dropped_in_order(tmp_path: Path) -> None:
+def test_lines_are_stripped_and_duplicates_dropped_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "text.txt", "\ufeff second \r\n\n first\nsecond\n  \nfirst\nlast")
     corpus = read(path)
     assert corpus.examples == corpus.texts == ("second", "first", "last")
@@ -69,7 +69,7 @@ def test_an_absent_file_and_a_folder_are_clear_errors(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_files_are_joined_and_repeats_count_across_them(tmp_path: Path) -> None:
+def test_files_are_concatenated_and_duplicates_count_across_them(tmp_path: Path) -> None:
     one = write(tmp_path / "one.txt", "a cat\na dog\n")
     two = write(tmp_path / "two.txt.gz", gzip.compress(b"a dog\na man\n"))
     corpus = read(one, two)
@@ -84,7 +84,7 @@ def test_files_are_joined_and_repeats_count_across_them(tmp_path: Path) -> None:
         read(two)
 
 
-def test_json_lines_give_a_column_or_bare_strings(tmp_path: Path) -> None:
+def test_json_lines_are_objects_or_strings(tmp_path: Path) -> None:
     path = write(tmp_path / "text.jsonl", '{"text": "a cat", "n": 1}\n\n"a dog"\n{"text": null}\n{"text": " a man "}\n')
     corpus = read(path)
     assert (corpus.texts, corpus.empty) == (("a cat", "a dog", "a man"), 2)
@@ -92,20 +92,25 @@ def test_json_lines_give_a_column_or_bare_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("name", "line", "message"),
     [
-        ("{'text': 1}", "line 2: not JSON"),
-        ("[1]", "line 2: a list, expected an object"),
-        ('{"body": "x"}', "line 2: no column 'text', only 'body'. Name the right one with --column"),
-        ('{"text": 7}', "line 2: column 'text' holds a int, expected text"),
+        ("text.jsonl", "{'text': 1}", "line 2: not JSON"),
+        ("text.jsonl", "[1]", "line 2: a list, expected an object"),
+        ("text.jsonl", '{"body": "x"}', "line 2: no column 'text', only 'body'. Name the right one with --column"),
+        ("text.jsonl", '{"text": 7}', "line 2: column 'text' holds a int, expected text"),
+        ("pairs.tsv", "no tab here", "line 2: a pair is two texts .* this line has 0 TABs"),
+        ("pairs.tsv", "a\tb\tc", "this line has 2 TABs"),
+        ("pairs.tsv", "a\t", "this line has 1 TABs"),
+        ("pairs.tsv", "\tb", "this line has 1 TABs"),
     ],
 )
-def test_bad_json_lines_name_the_line(tmp_path: Path, line: str, message: str) -> None:
+def test_a_malformed_line_is_named(tmp_path: Path, name: str, line: str, message: str) -> None:
+    first = '{"text": "fine"}' if name == "text.jsonl" else "fine\talso fine"
     with pytest.raises(InputError, match=message):
-        read(write(tmp_path / "text.jsonl", f'{{"text": "fine"}}\n{line}\n'))
+        read(write(tmp_path / name, f"{first}\n{line}\n"), pairs=name == "pairs.tsv")
 
 
-def test_parquet_gives_a_column(tmp_path: Path) -> None:
+def test_parquet_has_columns(tmp_path: Path) -> None:
     path = tmp_path / "text.parquet"
     parquet.write_table(pa.table({"body": ["a cat", None, "a dog", "a cat"], "n": [1, 2, 3, 4]}), path)
     corpus = read(path, columns=("body",))
@@ -130,14 +135,7 @@ def test_pairs_come_from_tabs_and_from_two_columns(tmp_path: Path) -> None:
         read(rows, pairs=True, columns=("q",))
 
 
-@pytest.mark.parametrize(("line", "tabs"), [("no tab here", 0), ("a\tb\tc", 2), ("a\t", 1), ("\tb", 1)])
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str, tabs: int) -> None:
-    path = write(tmp_path / "pairs.tsv", f"fine\talso fine\n{line}\n")
-    with pytest.raises(InputError, match=f"line 2: a pair is two texts .* this line has {tabs} TABs"):
-        read(path, pairs=True)
-
-
-def test_columns_are_refused_where_nothing_has_any(tmp_path: Path) -> None:
+def test_columns_of_plain_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--column is for JSON lines, Parquet and data sets"):
         read(write(tmp_path / "text.txt", "a cat\na dog\n"), columns=("text",))
 
@@ -192,7 +190,7 @@ def test_a_pair_is_left_out_for_either_text(tmp_path: Path) -> None:
     assert corpus.examples == (("keep", "this"), ("and", "that"))
 
 
-def test_the_published_overlap_is_found_again(shared: Path) -> None:
+def test_the_published_overlap_is_reproduced(shared: Path) -> None:
     """Measured independently for reference/papers.md, section 1.7, on the same 10,000 sentences."""
     sts = shared / "data" / "sts"
     corpus = read(
@@ -206,7 +204,7 @@ def test_the_published_overlap_is_found_again(shared: Path) -> None:
 def test_lengths_are_counted_in_tokens(tmp_path: Path, tiny_bert: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(tiny_bert), pooling=Pooling.MEAN))
     texts = [" ".join(["cat"] * n) for n in range(1, 101)]
-    tokenizer(["the cat"], truncation=True, max_length=5)  # what an earlier call set must not cut these
+    tokenizer(["the cat"], truncation=True, max_length=5)  # truncation set by an earlier call must not matter
     lengths = measure_lengths(read(write(tmp_path / "t.txt", "\n".join(texts))), tokenizer, 50)
     assert (lengths.texts, lengths.p50, lengths.p95, lengths.max, lengths.over) == (100, 52, 97, 102, 0.52)
 
@@ -214,7 +212,7 @@ def test_lengths_are_counted_in_tokens(tmp_path: Path, tiny_bert: Path) -> None:
 def test_a_data_set_is_read_by_name_and_a_missing_one_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A local folder stands for a hub name: the library reads both in the same way."""
+    """A local folder stands for a hub name: the library reads both alike."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()

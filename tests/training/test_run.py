@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ from training.run import tune
 from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class Recorder(RunObserver):
@@ -149,13 +152,28 @@ def test_a_stopped_run_resumes_and_reports_its_checkpoint(job: Job) -> None:
     assert losses == [step.loss for step in recorder.steps]
 
 
-@pytest.mark.parametrize("broken", ["write_layout", "draw_curve"])
-def test_a_disk_that_fills_up_is_one_clear_error(job: Job, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("module", "function", "error", "expected", "message"),
+    [
+        (run_folder, "write_layout", FULL, InputError, r"run cannot be written: No space left on device\. Nothing was"),
+        (run_folder, "draw_curve", FULL, InputError, r"run cannot be written: No space left on device\. Nothing was"),
+        (run, "train", torch.OutOfMemoryError("out of memory"), EngineError, "set --micro-batch-tokens"),
+    ],
+)
+def test_full_disks_and_full_devices_are_one_clear_error(
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    function: str,
+    error: Exception,
+    expected: type[Exception],
+    message: str,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(run_folder, broken, full)
-    with pytest.raises(InputError, match=r"run cannot be written: No space left on device\. Nothing was left there"):
+    monkeypatch.setattr(module, function, fail)
+    with pytest.raises(expected, match=message):
         tune(job)
     assert list(job.output.parent.iterdir()) == []
 
@@ -193,15 +211,6 @@ def test_a_folder_that_may_not_be_written_is_refused_before_the_first_step(job: 
     with pytest.raises(InputError, match="/proc/nothing/run cannot be written"):
         tune(dataclasses.replace(job, output=Path("/proc/nothing/run")), recorder)
     assert recorder.started == []
-
-
-def test_a_full_device_names_the_cure(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(run, "train", full)
-    with pytest.raises(EngineError, match="set --micro-batch-tokens"):
-        tune(job)
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "matplotlib.figure"])
