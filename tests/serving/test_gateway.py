@@ -19,7 +19,8 @@ import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.triton import Server
-from tests.support.gateways import send, vectors, wait_until
+from tests.support.gateways import send, vectors
+from tests.support.mirror_serve import wait_until
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.serving

@@ -5,7 +5,6 @@ import http.client
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.server import GatewayServer, listen
 from mirror_runtime.gateway.service import GatewayService
 from mirror_runtime.gateway.settings import GatewaySettings
+from tests.support.mirror_serve import wait_until
 
 MODEL = "mini"
 FINGERPRINT = "0123456789abcdef"
@@ -155,10 +155,3 @@ def changed_bundle(bundle: Path, folder: Path, **encoder: object) -> Path:
 def vectors(numbers: Any) -> NDArray[np.float32]:
     """Convert the lists of a response, as a client does."""
     return np.asarray(numbers, np.float32)
-
-
-def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)

@@ -12,28 +12,24 @@ def texts(source: CorpusFile, skip: int = 0) -> list[object]:
     return [row.text for row in source.rows(skip)]
 
 
-def test_text_lines_are_kept_unchanged(tmp_path):
-    path = tmp_path / "in.txt"
-    path.write_bytes("one\r\n\n  two \u2028still two\nthree".encode())
-    source = CorpusFile(path=path)
-    assert texts(source) == ["one", "", "  two \u2028still two", "three"]
-    assert texts(source, skip=2) == ["  two \u2028still two", "three"]
-    assert [row.position for row in source.rows()][-1] == source.size == path.stat().st_size
-
-
-def test_json_lines_hold_strings_or_objects(tmp_path):
-    path = tmp_path / "in.jsonl"
-    path.write_text('{"body": "a"}\n"b"\n{"body": null, "other": 1}\n')
-    assert texts(CorpusFile(path=path, column="body")) == ["a", "b", None]
-
-
-def test_parquet_columns_are_streamed(tmp_path):
-    path = tmp_path / "in.parquet"
-    parquet.write_table(pa.table({"body": ["a", None, "c"], "n": [1, 2, 3]}), path)
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("in.txt", "one\r\n\n  two \u2028still two\nthree", ["one", "", "  two \u2028still two", "three"]),
+        ("in.jsonl", '{"body": "a"}\n"b"\n{"body": null, "other": 1}\n', ["a", "b", None]),
+        ("in.parquet", pa.table({"body": ["a", None, "c"], "n": [1, 2, 3]}), ["a", None, "c"]),
+    ],
+)
+def test_texts_are_read_unchanged_and_positions_reach_the_size(tmp_path, name, content, expected):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_bytes(content.encode())
+    else:
+        parquet.write_table(content, path)
     source = CorpusFile(path=path, column="body")
-    assert texts(source) == ["a", None, "c"]
-    assert texts(source, skip=1) == [None, "c"]
-    assert source.size == 3
+    assert texts(source) == expected
+    assert texts(source, skip=1) == expected[1:]
+    assert [row.position for row in source.rows()][-1] == source.size
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
