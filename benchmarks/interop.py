@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -293,7 +293,7 @@ def _cell(
 
 def _encode(
     consumer: Consumer, bundle: Path, file: str, python: Path, texts: Sequence[str], scratch: Path
-) -> tuple[NDArray[np.generic], Mapping[str, str]]:
+) -> tuple[NDArray[Any], Mapping[str, str]]:
     """Encode texts in a consumer's own process, and return the vectors and the versions of its packages."""
     listed, output = scratch / "texts.json", scratch / "vectors.npy"
     listed.write_text(json.dumps(texts), encoding="utf-8")

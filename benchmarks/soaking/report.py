@@ -222,7 +222,9 @@ def _caveats(report: SoakReport) -> str:
 
 def _ends(observed: Observations) -> list[tuple[str, ...]]:
     expected = {outcome.value for outcome in EXPECTED}
-    ends = [(name, f"{n:,}", "yes" if name in expected else "**no**") for name, n in observed.outcomes.most_common()]
+    ends: list[tuple[str, ...]] = [
+        (name, f"{count:,}", "yes" if name in expected else "**no**") for name, count in observed.outcomes.most_common()
+    ]
     return ends or [(NONE, "0", NONE)]
 
 

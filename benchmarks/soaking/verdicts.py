@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
-import numpy as np
+from statistics import linear_regression
 
 from benchmarks.report.statistics import median
 from benchmarks.soaking.observations import ALL, Ending, MemorySample, Observations, WindowFigures
@@ -83,10 +82,7 @@ def growth(samples: Sequence[MemorySample]) -> dict[str, float]:
         return {}
     hours = [sample.at_s / 3600 for sample in half]
     sums = [sample.by_name() for sample in half]
-    return {
-        name: float(np.polynomial.polynomial.polyfit(hours, [one.get(name, 0.0) for one in sums], 1)[1])
-        for name in sums[-1]
-    }
+    return {name: linear_regression(hours, [one.get(name, 0.0) for one in sums]).slope for name in sums[-1]}
 
 
 def drift(windows: Sequence[WindowFigures]) -> float | None:

@@ -110,7 +110,7 @@ class PeerRounds:
         output = scratch / "vectors.npy"
         listed = _write_texts(scratch / "dump.json", texts)
         self.worker.ask("dump", batch_size=self.batch_size, output=str(output), texts=str(listed))
-        found = np.load(output).astype(np.float32)
+        found: NDArray[np.float32] = np.load(output).astype(np.float32)
         if found.shape != (len(texts), dim) or not np.isfinite(found).all():
             expected = (len(texts), dim)
             raise PeerError(f"its vectors have shape {found.shape} where {expected} is expected, or are not finite")
@@ -125,7 +125,7 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> list[St
     """
     specs = [spec for spec in PEERS if spec.title in plan.peers]
     texts = _write_texts(plan.scratch / "texts.json", plan.workload.texts)
-    starters = []
+    starters: list[Starter] = []
     with steps(progress, "prepare peers", sum(1 + len(spec.backends) for spec in specs)) as done:
         for spec in specs:
             done(f"{spec.title}: environment")
@@ -276,19 +276,21 @@ def _compare_vectors(
     runners = [mine.runner for mine in ours]
     reference = fp32_reference(plan, "workload", texts, recorder, Suite.PEERS, runners)
     with steps(progress, "peers: vectors", len(ours) + len(theirs)) as done:
-        for party in (*ours, *theirs):
-            name = _name(party)
+        for mine in list(ours):
+            name = mine.runner.variant.name
             try:
-                if isinstance(party, Rounds):
-                    vectors = encode_components(plan, party.runner, texts)
-                else:
-                    vectors = party.vectors(texts, plan.manifest.encoder.dim, scratch)
+                record_agreement(recorder, Suite.PEERS, name, encode_components(plan, mine.runner, texts), reference)
             except MirrorError as error:
+                ours.remove(mine)
                 recorder.fail(SUITE, name, error)
-                if isinstance(party, Rounds):
-                    ours.remove(party)
-                else:
-                    theirs.remove(party)
+            done(name)
+        for peer in list(theirs):
+            name = peer.backend.party
+            try:
+                vectors = peer.vectors(texts, plan.manifest.encoder.dim, scratch)
+            except MirrorError as error:
+                theirs.remove(peer)
+                recorder.fail(SUITE, name, error)
             else:
                 record_agreement(recorder, Suite.PEERS, name, vectors, reference)
             done(name)
@@ -298,7 +300,8 @@ def _take_turns(
     plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], recorder: Recorder, progress: Progress
 ) -> None:
     """Let all parties encode the workload in interleaved rounds, ours and theirs alternating."""
-    parties = [party for pair in zip_longest(ours, theirs) for party in pair if party is not None]
+    pairs: list[tuple[Party | None, Party | None]] = list(zip_longest(ours, theirs))
+    parties = [party for pair in pairs for party in pair if party is not None]
 
     def run(party: Party) -> None:
         party.run()

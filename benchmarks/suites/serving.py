@@ -12,9 +12,10 @@ Only the closed loops' rates have a direction of improvement: the times follow f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
@@ -105,7 +106,7 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         with steps(progress, "serving", len(chosen) * (triton + gateway)) as done:
             for runner in chosen:
                 name = runner.variant.name
-                party = Party(name=name, recorder=recorder, on_step=lambda word, name=name: done(f"{name}: {word}"))
+                party = Party(name=name, recorder=recorder, on_step=partial(_show, done, name))
                 try:
                     _measure_triton(plan, runner, pace, analyzer, party)
                 except MirrorError as error:
@@ -114,6 +115,10 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
                     _measure_gateway(plan, runner, pace, party)
                 except MirrorError as error:
                     recorder.fail(Suite.SERVING.value, f"{name}, gateway", error)
+
+
+def _show(done: Callable[[str], None], name: str, word: str) -> None:
+    done(f"{name}: {word}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +134,8 @@ class Party:
         metric: str,
         unit: str,
         samples: Sequence[float],
+        conditions: Mapping[str, Condition],
         better: Better = Better.NEITHER,
-        **conditions: Condition,
     ) -> None:
         """Record a measurement, unless there are no samples."""
         if samples:
@@ -182,9 +187,8 @@ class ClosedLoops:
         began = time.perf_counter()
         self.runner.encoder.encode(self.texts)
         self._in_process.append(len(self.texts) / (time.perf_counter() - began))
-        self.party.add(
-            "texts per second", "1/s", self._in_process, Better.HIGHER, server="in process", beside=self.server
-        )
+        conditions = {"server": "in process", "beside": self.server}
+        self.party.add("texts per second", "1/s", self._in_process, conditions, Better.HIGHER)
         for callers, size in loops:
             self.party.on_step(f"{callers} x {size}")
             window = load.closed(callers=callers, seconds=seconds, turn=(self.target, size))
@@ -200,19 +204,24 @@ class ClosedLoops:
 
     def _record(self, callers: int, size: int) -> None:
         windows, times = self._windows[callers, size], self._times.get((callers, size), [])
-        conditions = {"server": self.server, "loop": "closed", "callers": callers, "texts per request": size}
+        conditions = closed_conditions(self.server, callers, size)
         rates = [len(window.times_ms) * size / window.seconds for window in windows]
-        self.party.add("texts per second", "1/s", rates, Better.HIGHER, **conditions)
-        self.party.add("time per request", "ms", [ms for w in windows for ms in w.times_ms], **conditions)
-        self.party.add("failed requests", "", [w.unexpected for w in windows], **conditions)
-        record_server_times(self.party, times, **conditions)
+        self.party.add("texts per second", "1/s", rates, conditions, Better.HIGHER)
+        self.party.add("time per request", "ms", [ms for w in windows for ms in w.times_ms], conditions)
+        self.party.add("failed requests", "", [w.unexpected for w in windows], conditions)
+        record_server_times(self.party, times, conditions)
 
 
-def record_server_times(party: Party, times: Sequence[ServerTimes], **conditions: Condition) -> None:
+def closed_conditions(server: str, callers: int, size: int) -> dict[str, Condition]:
+    """Return the conditions of a closed loop."""
+    return {"server": server, "loop": "closed", "callers": callers, "texts per request": size}
+
+
+def record_server_times(party: Party, times: Sequence[ServerTimes], conditions: Mapping[str, Condition]) -> None:
     """Record Triton's own statistics, one sample per round."""
-    party.add("queue time", "ms", [one.queue_ms for one in times], **conditions)
-    party.add("compute time", "ms", [one.compute_ms for one in times], **conditions)
-    party.add("texts per execution", "", [one.texts_per_execution for one in times], **conditions)
+    party.add("queue time", "ms", [one.queue_ms for one in times], conditions)
+    party.add("compute time", "ms", [one.compute_ms for one in times], conditions)
+    party.add("texts per execution", "", [one.texts_per_execution for one in times], conditions)
 
 
 def check_answered(window: Window) -> None:
@@ -307,16 +316,16 @@ def measure_rate(
     answered, offered = len(window.times_ms) / window.seconds, window.requests / seconds
     unsent = window.count(Outcome.UNSENT)
     kept_up = answered >= KEPT_UP * offered and not unsent
-    conditions = {"server": "triton", "loop": "open", "share": share}
-    party.add("offered per second", "1/s", [offered], **conditions)
-    party.add("answered per second", "1/s", [answered], **conditions)
-    party.add("time per request", "ms", window.times_ms, **conditions)
-    party.add("failed requests", "", [window.unexpected - unsent], **conditions)
-    party.add("unsent requests", "", [unsent], **conditions)
-    party.add("sending lag", "ms", window.lag_ms, **conditions)
-    party.add("kept up", "", [float(kept_up)], **conditions)
+    conditions: dict[str, Condition] = {"server": "triton", "loop": "open", "share": share}
+    party.add("offered per second", "1/s", [offered], conditions)
+    party.add("answered per second", "1/s", [answered], conditions)
+    party.add("time per request", "ms", window.times_ms, conditions)
+    party.add("failed requests", "", [window.unexpected - unsent], conditions)
+    party.add("unsent requests", "", [unsent], conditions)
+    party.add("sending lag", "ms", window.lag_ms, conditions)
+    party.add("kept up", "", [float(kept_up)], conditions)
     times = server_times()
-    record_server_times(party, [] if times is None else [times], **conditions)
+    record_server_times(party, [] if times is None else [times], conditions)
     return kept_up
 
 
@@ -334,16 +343,10 @@ def _run_perf_analyzer(
         except PeerError as error:
             party.recorder.fail(Suite.SERVING.value, PERF_ANALYZER, f"{party.name}: {error}")
             return
-        conditions = {
-            "server": "triton",
-            "loop": "closed",
-            "callers": callers,
-            "texts per request": size,
-            "client": PERF_ANALYZER,
-        }
-        party.add("texts per second", "1/s", [rate], **conditions)
-        party.add("p50 of requests", "ms", [p50_ms], **conditions)
-        party.add("p99 of requests", "ms", [p99_ms], **conditions)
+        conditions = {**closed_conditions("triton", callers, size), "client": PERF_ANALYZER}
+        party.add("texts per second", "1/s", [rate], conditions)
+        party.add("p50 of requests", "ms", [p50_ms], conditions)
+        party.add("p99 of requests", "ms", [p99_ms], conditions)
 
 
 def measure_overload(
@@ -373,7 +376,8 @@ def measure_overload(
     )  # fmt: skip
     after = memory_bytes()
     check_answered(window)
-    conditions = {"server": "triton", "loop": "overload", "texts per request": size, "tokens": max_tokens_in_flight}
+    conditions: dict[str, Condition] = {"server": "triton", "loop": "overload", "texts per request": size}
+    conditions["tokens"] = max_tokens_in_flight
     refused = window.count(Outcome.OVERLOADED)
     for metric, unit, samples in (
         ("maximum texts per second", "1/s", [maximum * size]),
@@ -390,7 +394,7 @@ def measure_overload(
         ("recovery", "s", [] if recovery_s is None else [recovery_s]),
         ("duration", "s", [pace.overload_s]),
     ):
-        party.add(metric, unit, samples, **conditions)
+        party.add(metric, unit, samples, conditions)
     if recovery_s is None:
         party.recorder.fail(Suite.SERVING.value, party.name, "overload: the server did not recover in time")
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import subprocess
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import benchmarks.run
 from benchmarks import planted, self_check
 from benchmarks.self_check import judge, main
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName, Precision, read_manifest
+from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.engines.fake import FakeEngine
+from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows
 
 
@@ -43,7 +46,7 @@ def test_the_slowdown_is_planted_in_what_run_loads_and_nowhere_else(bundle, monk
             seen.append((arguments, "run" in vars(encoder.engine)))
         return 5
 
-    monkeypatch.setattr(planted.run, "main", run)
+    monkeypatch.setattr(benchmarks.run, "main", run)
     assert planted.main(["0.15", "BUNDLE", "--quick"]) == 5
     assert seen == [(["BUNDLE", "--quick"], True)]
     with Encoder.load(bundle, engine="fake") as encoder:
@@ -110,14 +113,14 @@ def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slowe
 
 def test_a_failing_command_is_an_error(monkeypatch):
     done = SimpleNamespace(returncode=3, stderr="a\nthe last line\n")
-    monkeypatch.setattr(self_check.subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(self_check.EngineError, match=r"run\.py ended with status 3: the last line"):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(EngineError, match=r"run\.py ended with status 3: the last line"):
         self_check.call("python", "benchmarks/run.py")
 
 
 def test_a_bundle_with_cls_pooling_is_refused(bundle, monkeypatch, capsys):
     manifest = read_manifest(bundle)
-    cls = dataclasses.replace(manifest.encoder, pooling=self_check.Pooling.CLS)
+    cls = dataclasses.replace(manifest.encoder, pooling=Pooling.CLS)
     monkeypatch.setattr(self_check, "read_manifest", lambda _: dataclasses.replace(manifest, encoder=cls))
     monkeypatch.setattr(self_check, "choose", lambda *_: (EngineName.FAKE, Precision.FP32, None))
     assert main([str(bundle), "--sts", "absent.tsv"]) == 2
