@@ -133,7 +133,9 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
             await asyncio.gather(alone, started, return_exceptions=True)
             assert shared.stats.waiting == 1
             gate.open()
-            return await asyncio.gather(behind, other), shared.stats
+            found = await asyncio.gather(behind, other)
+            assert shared._load.in_flight == 0, "dropped texts count as work in flight"
+            return found, shared.stats
 
     (_, ours), stats = asyncio.run(main())
     assert encoder.stats.texts == 3  # started, behind, ours

@@ -180,6 +180,7 @@ def test_the_waiting_texts_of_a_client_that_disconnects_are_dropped(gated):
     gate.open()
     assert [answer.result().status for answer in encoding] == [200, 200]
     assert gateway.service.backend._async.stats.dropped == stats.dropped + 2
+    assert gateway.service._tokens.in_flight == 0, "dropped texts count as work in flight"
     wait_until(lambda: gateway.metric("mirror_gateway_requests_total", route="/v1/embeddings", status="499") == 1)
 
 
