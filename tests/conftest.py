@@ -21,7 +21,7 @@ from mirror_runtime.bundle import (
 )
 from tests.support.fake_bundles import PARITY, write_fake_bundle
 from tests.support.paths import ROOT
-from tests.support.trace_cache import cached_folder
+from tests.support.trace_cache import cached_folder, cached_traces
 
 pytest_plugins = ["tests.support.rules"]
 
@@ -89,7 +89,11 @@ def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         from export.bundle.build import Request, build
 
         output, precisions = folder / "bundle", (Precision.FP32,)
-        build(Request(encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=precisions))
+        request = Request(
+            encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=precisions
+        )
+        with cached_traces():
+            build(request)
 
     weights = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
     tokenizer = hashlib.sha256((tiny_bert / "tokenizer.json").read_bytes()).hexdigest()

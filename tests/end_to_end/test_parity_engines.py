@@ -1,5 +1,7 @@
-"""What every engine must pass, on real weights and ragged real text."""
+"""Every engine on real weights and ragged real text."""
 
+import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,12 +11,21 @@ import numpy as np
 import pytest
 
 from mirror_runtime import Encoder, EngineError
-from mirror_runtime.bundle import EngineName, Precision, read_canaries, read_manifest
+from mirror_runtime.bundle import (
+    Canaries,
+    Canary,
+    EngineName,
+    Precision,
+    read_canaries,
+    read_manifest,
+    sha256_file,
+    write_json,
+)
 from mirror_runtime.cli.main import main
-from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.engines import load_engine
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows
+from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.vectors import cosines
 
 pytestmark = pytest.mark.parity
@@ -53,14 +64,14 @@ def test_vectors_are_those_of_sentence_transformers(encoder, texts, reference):
     assert cosines(vectors, reference).min() >= FLOORS[encoder.engine.precision.value]
 
 
-def test_a_vector_does_not_depend_on_its_neighbours(encoder, texts):
+def test_a_vector_does_not_depend_on_its_batch(encoder, texts):
     together = encoder.encode(texts)
     backwards = encoder.encode(texts[::-1])[::-1]
     picked = list(range(0, len(texts), 11))
-    alone = np.concatenate([encoder.encode([texts[i]]) for i in picked])
+    one_by_one = np.concatenate([encoder.encode([texts[i]]) for i in picked])
     floor = FLOORS[encoder.engine.precision.value]
     assert cosines(together, backwards).min() >= floor
-    assert cosines(together[picked], alone).min() >= floor
+    assert cosines(together[picked], one_by_one).min() >= floor
 
 
 def test_the_same_window_gives_the_same_bits(encoder, texts):
@@ -74,7 +85,7 @@ def test_empty_slots_are_zeros_and_an_empty_batch_is_harmless(encoder):
     assert not out.any()
 
 
-def test_what_was_asked_for_is_what_runs(encoder):
+def test_the_requested_engine_and_precision_run(encoder):
     assert (encoder.engine.name, encoder.engine.precision) == (encoder.artifact.engine, encoder.artifact.precision)
 
 
@@ -108,24 +119,19 @@ threads = [threading.Thread(target=run, args=(e, n)) for e in encoders for n in 
 def test_every_shape_runs(encoder):
     before = encoder.stats
     encoder.warm_up()
-    assert encoder.stats == before, "warming up is no work of the caller's"
+    assert encoder.stats == before, "warming up does not count as the caller's work"
 
 
-def test_verify_tells_agreement_from_corruption_and_drift(minilm_bundle: Path, tmp_path: Path, capsys):
+def test_verify_distinguishes_agreement_corruption_and_drift(minilm_bundle: Path, tmp_path: Path, capsys):
     assert main(["verify", str(minilm_bundle)]) == 0
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(minilm_bundle), str(copy)], check=True)
+    copy = shutil.copytree(minilm_bundle, tmp_path / "copy")
     data = bytearray((copy / "onnx/model_packed.onnx").read_bytes())
     data[len(data) // 2] ^= 0xFF
     (copy / "onnx/model_packed.onnx").write_bytes(data)
     assert main(["verify", str(copy)]) == 2
     assert "model_packed.onnx differ from the manifest" in capsys.readouterr().err
-    # Drift: the files are whole, but the canaries were made by another encoder.
-    import json
-
-    from mirror_runtime.bundle import Canaries, Canary, sha256_file, write_json
-
-    subprocess.run(["cp", "-r", f"{minilm_bundle}/.", str(copy)], check=True)
+    # Drift: the files are intact, but the canaries are another encoder's.
+    shutil.copytree(minilm_bundle, copy, dirs_exist_ok=True)
     others = tuple(Canary(text=c.text, vector=c.vector[::-1]) for c in read_canaries(copy))
     write_json(Canaries(canaries=others), copy / "canaries.json")
     manifest = json.loads((copy / "manifest.json").read_text())

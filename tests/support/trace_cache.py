@@ -79,7 +79,7 @@ def cached_traces() -> Iterator[None]:
 
     from export.graph import trace
 
-    real = trace._trace
+    real = getattr(trace._trace, "real", trace._trace)
 
     def cached(wrapper: Any, contract: trace.Signature) -> onnx.ModelProto:
         def make(folder: Path) -> None:

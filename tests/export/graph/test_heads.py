@@ -54,7 +54,7 @@ HEADS = {
     "largest of an average": HeadSpec(pooling=Pooling.MAX, layers=(-2, -1)),
 }
 ONNX_HEADS = ("mean", "max", "weighted_mean", "last", "mask ahead", "ditto", "first and last [CLS]")
-"""Heads with different operators; `mean_padded` is missing, because its graph pads the rows: see the command's tests."""
+"""Heads with different operators. The graph of `mean_padded` pads the rows: the tests of the command export it."""
 
 ONE_TOKEN = ("cls", "last", "mask", "mask ahead", "first and last [CLS]")
 
