@@ -92,7 +92,7 @@ def test_attention_probabilities_are_dropped_too(tiny_bert: Path) -> None:
     with set_dropout(model, 0.5):
         for module in model.modules():
             if isinstance(module, WordDropout):
-                module.eval()  # what is left is the attention's own, which asks its layer whether it is training
+                module.eval()  # only the dropout of attention stays active
         model.get_submodule("encoder.layer.0.attention.self.dropout").training = True
         torch.manual_seed(0)
         first, second = (hidden(model, ids, allowed) for _ in range(2))
