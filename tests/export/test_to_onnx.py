@@ -63,10 +63,17 @@ def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_
         (["{tiny}", "--pooling", "mean", "--sts", "missing.tsv"], "missing.tsv"),
         (["{tiny}", "--pooling", "mean", "--max-tokens", "65"], "64 positions"),
         (["{tiny}", "--pooling", "mean", "--parity-texts", "missing.txt"], "missing.txt cannot be read"),
+        (["{tiny}", "--pooling", "mean", "--layers", "first"], "--layers first: must be numbers"),
+        (["{tiny}", "--pooling", "mean", "--layers", "1,9"], "no layer 9"),
+        (["{tiny}", "--ditto", "1"], "--ditto 1: must be LAYER:HEAD"),
+        (["{tiny}", "--pooling", "mean", "--dim", "33"], "--dim is 33: the vectors have 32"),
+        (["{tiny}", "--pooling", "mean", "--whiten-dim", "4"], "pass --whiten CORPUS"),
+        (["{tiny}", "--pooling", "mean", "--template", "no place"], "must contain {text} once"),
+        (["{tiny}", "--pooling", "mask"], "needs a template"),
     ],
 )
 def test_bad_input_gets_one_line_and_leaves_nothing(tiny_bert, tmp_path, capsys, arguments, problem):
-    filled = [argument.format(tiny=tiny_bert) for argument in arguments]
+    filled = [argument.replace("{tiny}", str(tiny_bert)) for argument in arguments]
     assert main([*filled, "--output", str(tmp_path / "bundle")]) == 2
     shown = capsys.readouterr().err
     assert problem in shown

@@ -74,23 +74,3 @@ def test_whitening_a_cut_and_int8_in_one_command(tiny_bert, tmp_path, lines, cap
     np.testing.assert_allclose(components(found, spec), expected, atol=1.01 * (spec.int8_scale or 0))
     assert (components(found, spec) == expected).mean() > 0.99
     assert mirror(["verify", str(output)]) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        (["--pooling", "mean", "--layers", "first"], "--layers first: must be numbers"),
-        (["--pooling", "mean", "--layers", "1,9"], "no layer 9"),
-        (["--ditto", "1"], "--ditto 1: must be LAYER:HEAD"),
-        (["--pooling", "mean", "--dim", "33"], "--dim is 33: the vectors have 32"),
-        (["--pooling", "mean", "--whiten-dim", "4"], "pass --whiten CORPUS"),
-        (["--pooling", "mean", "--template", "no place"], "must contain {text} once"),
-        (["--pooling", "mask"], "needs a template"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing(tiny_bert, tmp_path, capsys, options, problem):
-    assert main([str(tiny_bert), "--output", str(tmp_path / "bundle"), *options]) == 2
-    shown = capsys.readouterr().err
-    assert problem in shown
-    assert "Traceback" not in shown
-    assert not list(tmp_path.iterdir())
