@@ -26,7 +26,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def measure_bandwidth(array_bytes: int | None = None) -> list[Measurement]:
-    """Let every usable core read, then copy, its own part of an array. A copied byte counts twice: read and written.
+    """Measure all usable cores reading, then copying, each its own part of an array. A copied byte counts twice.
 
     Args:
         array_bytes: None for an array that is far larger than the last cache.

@@ -53,7 +53,7 @@ def run_latency(plan: Plan, recorder: Recorder, progress: Progress) -> None:
 def _one_length(
     plan: Plan, left: list[Runner], tokens: int, texts: list[str], recorder: Recorder, done: Callable[[str], None]
 ) -> None:
-    """Let variants, and their reference work, take turns; one that fails is removed from `left`."""
+    """Interleave variants and their reference work; one that fails is removed from `left`."""
     references = {runner.variant.name: beside_one_text(plan, runner.variant, tokens, recorder) for runner in left}
     samples: dict[str, list[float]] = {name: [] for name in references}
     beside: dict[str, list[float]] = {name: [] for name in references}
