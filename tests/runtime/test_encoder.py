@@ -17,6 +17,13 @@ def encoder(make_bundle):
         yield encoder
 
 
+def run_together(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def ragged(n: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = ["alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel"]
@@ -105,13 +112,9 @@ def test_threads_may_share_an_encoder(encoder):
     texts = ragged(300)
     expected = encoder.encode(texts)
     results: dict[int, np.ndarray] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: results.__setitem__(i, encoder.encode(texts[i::4]))) for i in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(
+        [threading.Thread(target=lambda i=i: results.__setitem__(i, encoder.encode(texts[i::4]))) for i in range(4)]
+    )
     for i in range(4):
         np.testing.assert_array_equal(results[i], expected[i::4])
 
@@ -142,7 +145,7 @@ def test_stats_add_up(encoder):
 
 @pytest.fixture
 def seen(encoder, monkeypatch):
-    """The rows that the engine runs."""
+    """Record the rows that the engine runs."""
     batches = []
     run = encoder.engine.run
     monkeypatch.setattr(encoder.engine, "run", lambda rows: (batches.append(rows), run(rows))[1])
@@ -155,7 +158,7 @@ def test_warm_up_runs_every_shape_that_calls_outside_bulk_need(encoder, seen):
 
 
 ALIKE = [f"{i} " + "word " * 36 for i in range(100)]
-"""Of 39 tokens, and pieces of their own."""
+"""Texts of 39 tokens, all different."""
 
 
 def test_many_texts_of_one_length_run_in_shorter_rows_with_the_same_vectors(encoder, seen):
@@ -223,23 +226,21 @@ def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, m
 
     monkeypatch.setattr(encoder.engine, "run", counted)
     threads = [threading.Thread(target=encoder.encode, args=([f"text {i}"] * 3,)) for i in range(8)]
-    threads += [threading.Thread(target=encoder.encode, args=(ragged(200),))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together([*threads, threading.Thread(target=encoder.encode, args=(ragged(200),))])
     assert most == 2
 
 
-def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artifact):
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "onnx"}, EngineError, "engine 'onnx' is unknown: it must be one of auto, onnxruntime"),
+        ({"precision": "half"}, EngineError, "precision 'half' is unknown"),
+        ({"engine": "openvino"}, EngineError, "it has onnxruntime fp32"),
+        ({"long_texts": "cut"}, InputError, "must be one of truncate, error, chunk"),
+        ({"engine": "fake", "streams": 0}, EngineError, "streams is 0"),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artifact, options, error, message):
     folder = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
-    with pytest.raises(EngineError, match="engine 'onnx' is unknown: it must be one of auto, onnxruntime"):
-        Encoder.load(folder, engine="onnx")
-    with pytest.raises(EngineError, match="precision 'half' is unknown"):
-        Encoder.load(folder, precision="half")
-    with pytest.raises(EngineError, match="it has onnxruntime fp32"):
-        Encoder.load(folder, engine="openvino")
-    with pytest.raises(InputError, match="must be one of truncate, error, chunk"):
-        Encoder.load(folder, long_texts="cut")
-    with pytest.raises(EngineError, match="streams is 0"):
-        Encoder.load(folder, engine="fake", streams=0)
+    with pytest.raises(error, match=message):
+        Encoder.load(folder, **options)

@@ -1,6 +1,5 @@
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file, whole_folder
+from tests.runtime.isolated import start
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -59,12 +59,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
 
 def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    code = (
-        "import sys, time; from pathlib import Path; from mirror_runtime.folders import whole_folder\n"
-        f"with whole_folder(Path({str(output)!r}), marker='all') as folder:\n"
-        "    (folder / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = start("hold_half_a_folder", output)
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "ready\n"

@@ -1,13 +1,12 @@
 """Cores are what this process may use, not what the machine has."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mirror_runtime.host import cpu_quota_cores, memory_limit_bytes, peak_memory_bytes, resident_memory_bytes
+from tests.runtime.isolated import start
 
 
 @pytest.fixture
@@ -86,32 +85,6 @@ def test_memory_of_a_process_is_read_while_it_lives():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_with_one_core_streams_and_threads_follow(tiny_bundle):
-    code = f"""
-import os
-os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
-import numpy as np
-from mirror_runtime import Encoder
-from mirror_runtime.host import usable_cores
-from mirror_runtime.packing import PackedRows
-
-def ticks():
-    lines = {{t: open(f"/proc/self/task/{{t}}/stat").read() for t in os.listdir("/proc/self/task")}}
-    return {{t: sum(map(int, line.rsplit(")", 1)[1].split()[11:13])) for t, line in lines.items()}}
-
-assert usable_cores() == 1
-for engine in ("openvino", "onnxruntime"):
-    with Encoder.load({str(tiny_bundle)!r}, engine=engine, precision="fp32") as encoder:
-        assert encoder.engine.streams == 1
-        empty = np.zeros((3, 16, 64), np.int64)
-        rows = PackedRows(input_ids=empty[0], position_ids=empty[1], segment_ids=empty[2])
-        encoder.engine.run(rows)
-        before = ticks()
-        while sum(ticks().values()) - sum(before.values()) < 50:
-            for _ in range(50):
-                encoder.engine.run(rows)
-        spent = {{t: n - before.get(t, 0) for t, n in ticks().items()}}
-        busy = [n for n in spent.values() if n > 0.2 * sum(spent.values())]
-        assert len(busy) == 1, (engine, spent)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = start("run_on_one_core", tiny_bundle)
+    process.communicate()
+    assert process.returncode == 0

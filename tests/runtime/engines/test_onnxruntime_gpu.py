@@ -20,6 +20,7 @@ from mirror_runtime.engines import installed, load_engine, onnxruntime_gpu
 from mirror_runtime.engines.onnxruntime_gpu import PROVIDERS, OnnxRuntimeGpuEngine, tensorrt_options
 from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
+from tests.support.trace_cache import cached_traces
 
 CUDA, TENSORRT = EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT
 DOCUMENTED = {
@@ -35,7 +36,8 @@ DOCUMENTED = {
 def packed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EncoderSpec]:
     source = resolve(str(tiny_bert), pooling=Pooling.MEAN)
     path = tmp_path_factory.mktemp("onnx") / "model_packed.onnx"
-    export_graph(Reference.load(source), Layout.PACKED, path)
+    with cached_traces():
+        export_graph(Reference.load(source), Layout.PACKED, path)
     return path, source.spec
 
 

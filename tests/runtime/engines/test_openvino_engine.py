@@ -1,21 +1,23 @@
 """A shape is only used if its vectors are right on all streams."""
 
 import logging
-import subprocess
-import sys
 import time
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from export.bundle.build import Request, build
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.graph.trace import export_graph
 from mirror_runtime import Encoder, EngineError
-from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
-from mirror_runtime.engines import openvino_engine
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision
+from mirror_runtime.engines import load_engine, openvino_engine
 from mirror_runtime.host import has_bf16
-from mirror_runtime.packing import PackedRows
+from mirror_runtime.packing import PackedRows, ShapeSet, pack
 from mirror_runtime.vectors import cosines
+from tests.runtime.isolated import start
+from tests.support.trace_cache import cached_traces
 
 # All different: equal ones are computed once, and a single row has a single stream.
 TEXTS = [f"the cat sat on the mat {'dog ' * (i % 30)}{'a ' * (i // 30)}" for i in range(120)]
@@ -130,50 +132,31 @@ def test_streams_are_compared_until_all_have_run(seconds, rounds):
     assert not openvino_engine._agree([again, other], rows)
 
 
-_TWO_ENCODERS_AND_A_SIGNAL = """
-import os, signal, sys, time
-from mirror_runtime import Encoder
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored for what runs in the background
-encoders = [Encoder.load(sys.argv[1], engine="openvino", precision="fp32", cache_dir=None) for _ in range(2)]
-for encoder in encoders:
-    encoder.encode(["text"])
-while encoders:
-    encoders.pop(0).close()
-del encoder
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(10)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-
-
 def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
-    command = [sys.executable, "-X", "faulthandler", "-c", _TWO_ENCODERS_AND_A_SIGNAL, str(tiny_bundle)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "interrupted\n")
+    process = start("interrupt_after_two_encoders", tiny_bundle)
+    assert process.communicate()[0] == "interrupted\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
 def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
-    texts = [f"{'on ' * words}the mat" for words in range(1, 70, 5)]
-    bundle = tmp_path / "bundle"
-    for name in ("config.json", "model.safetensors", *(path.name for path in minilm.glob("*token*")), "vocab.txt"):
-        (tmp_path / "plain").mkdir(exist_ok=True)
-        (tmp_path / "plain" / name).symlink_to(minilm / name)
-    request = Request(
-        encoder=str(tmp_path / "plain"),
-        output=bundle,
-        pooling=Pooling.CLS,
-        precisions=(Precision.BF16,),
-        texts=tuple(texts),
-    )
-    assert not build(request).refused
-    manifest = read_manifest(bundle)
-    path = next(a.path for a in manifest.artifacts if a.precision is Precision.BF16)
-    with (
-        Encoder.of_graph(bundle, manifest, EngineName.ONNXRUNTIME, Precision.FP32, "onnx/model_packed.onnx") as exact,
-        Encoder.of_graph(bundle, manifest, EngineName.OPENVINO, Precision.BF16, path) as encoder,
+    plain = tmp_path / "plain"  # without the head of its own
+    plain.mkdir()
+    for path in (
+        *minilm.glob("*token*"),
+        *(minilm / name for name in ("config.json", "model.safetensors", "vocab.txt")),
     ):
-        expected, found = (np.concatenate([e.encode([text]) for text in texts]) for e in (exact, encoder))
-    assert cosines(expected, found).min() > 0.9995
+        (plain / path.name).symlink_to(path)
+    source, graph = resolve(str(plain), pooling=Pooling.CLS), tmp_path / "model_packed.onnx"
+    with cached_traces():
+        export_graph(Reference.load(source), Layout.PACKED, graph)
+    exact = load_engine(EngineName.ONNXRUNTIME, Precision.FP32, graph, spec=source.spec)
+    engine = load_engine(EngineName.OPENVINO, Precision.BF16, graph, spec=source.spec)
+    shape_set = ShapeSet.up_to(128, length_multiple=engine.length_multiple)
+    ids = np.random.default_rng(0).integers(1000, 20_000, 128)
+    pairs = []
+    for tokens in range(3, 80, 5):
+        (batch,) = pack(ids[:tokens], np.array([tokens]), shape_set)
+        pairs.append([one.run(batch.rows)[0, 0] for one in (exact, engine)])
+    found, expected = np.array(pairs).swapaxes(0, 1)
+    assert cosines(found, expected).min() > 0.9995
