@@ -113,7 +113,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
 
 
 async def closed_loop(send: Send, source: RequestSource, *, callers: int, seconds: float) -> Window:
-    """Let callers send one request after the other for some seconds.
+    """Run callers that send one request after the other for some seconds.
 
     Each caller first sends one request that is not counted. A request under way at the end is waited for and counted,
     and so is its time. The loop ends at once when the first request fails, as then probably nothing works.

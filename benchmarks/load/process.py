@@ -226,7 +226,7 @@ class Generator:
 async def serve() -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries goes to standard error
     generator = Generator()
     while line := await asyncio.to_thread(sys.stdin.readline):
         request = json.loads(line)

@@ -104,7 +104,7 @@ def running_gateway(bundle: Path, variant: Variant) -> Iterator[str]:
     command = [
         *(*launcher(), sys.executable, "-m", "mirror_runtime.cli", "gateway", str(bundle)),
         *("--engine", variant.engine.value, "--precision", variant.precision.value),
-        *("--port", "0", "--drain", "0"),  # there is no load balancer that must first notice the end
+        *("--port", "0", "--drain", "0"),  # without a load balancer nothing must notice the end first
     ]
     # Our callers have no API key.
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}

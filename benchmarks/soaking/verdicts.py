@@ -88,7 +88,7 @@ def growth(samples: Sequence[MemorySample]) -> dict[str, float]:
 def drift(windows: Sequence[WindowFigures]) -> float | None:
     """Return the last third's median p99 of a window over the first third's; None with too few windows for that.
 
-    Medians: one window that something else on the machine disturbed is no drift.
+    Medians, so that one window disturbed by other work on the machine does not count as drift.
     """
     p99s = [window.p99_ms for window in windows if window.p99_ms is not None]
     third = len(p99s) // 3

@@ -299,7 +299,7 @@ def _compare_vectors(
 def _take_turns(
     plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], recorder: Recorder, progress: Progress
 ) -> None:
-    """Let all parties encode the workload in interleaved rounds, ours and theirs alternating."""
+    """Measure all parties on the workload in interleaved rounds, ours and theirs alternating."""
     pairs: list[tuple[Party | None, Party | None]] = list(zip_longest(ours, theirs))
     parties = [party for pair in pairs for party in pair if party is not None]
 
@@ -322,7 +322,7 @@ def _time_single_texts(
     recorder: Recorder,
     progress: Progress,
 ) -> None:
-    """Let all parties encode one text a call, in interleaved rounds."""
+    """Measure all parties on one text per call, in interleaved rounds."""
     try:
         texts = texts_in_turn(plan, SINGLE_TOKENS)
     except InputError as error:

@@ -294,7 +294,7 @@ def _measure_triton(plan: Plan, runner: Runner, pace: Pace, analyzer: Path | Non
 def _measure_arrivals(
     load: Load, reference_rate: float, pace: Pace, seed: int, party: Party, statistics: TritonStatistics
 ) -> None:
-    """Let single texts arrive at rising rates, up to the first that the server does not keep up with."""
+    """Measure random arrivals of single texts at rising rates, up to the first that is too much."""
     for share in pace.shares:
         party.on_step(f"{share * reference_rate:.0f} requests per second")
         if not measure_rate(load, share, reference_rate, pace.open_s, seed, party, statistics.take):
@@ -332,7 +332,7 @@ def measure_rate(
 def _run_perf_analyzer(
     program: Path, grpc_port: int, texts: Sequence[str], window_s: float, scratch: Path, party: Party
 ) -> None:
-    """Let NVIDIA's perf_analyzer measure the closed loops of the same server and texts."""
+    """Measure the closed loops of the same server and texts with NVIDIA's perf_analyzer."""
     for callers, size in LOOPS:
         party.on_step(f"perf_analyzer, {callers} x {size}")
         try:
