@@ -30,7 +30,7 @@ def test_a_start_is_timed_to_its_first_vector_and_reports_its_memory(tmp_path):
 )
 def test_a_start_without_a_vector_is_an_error(tmp_path, said, missing):
     with pytest.raises(EngineError, match=f"status 1 before {missing}: no luck"):
-        run_start(starter(said + "raise SystemExit('no luck')"), tmp_path / "absent")
+        run_start(starter(printed + "raise SystemExit('no luck')"), tmp_path / "absent")
 
 
 def test_a_start_that_does_not_end_is_killed(tmp_path, monkeypatch):
