@@ -26,9 +26,9 @@ def test_a_start_is_timed_to_its_first_vector_and_reports_its_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "missing"), [("", "its first vector"), ("print('ready 1'); ", "the vectors of the texts")]
+    ("printed", "missing"), [("", "its first vector"), ("print('ready 1'); ", "the vectors of the texts")]
 )
-def test_a_start_without_a_vector_is_an_error(tmp_path, said, missing):
+def test_a_start_without_a_vector_is_an_error(tmp_path, printed, missing):
     with pytest.raises(EngineError, match=f"status 1 before {missing}: no luck"):
         run_start(starter(printed + "raise SystemExit('no luck')"), tmp_path / "absent")
 
