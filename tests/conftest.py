@@ -103,7 +103,7 @@ def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let exports of the tiny random BERT with mean pooling take that bundle's graphs: tracing is what takes long."""
+    """Replace the tracing of the tiny random BERT with mean pooling by the graphs of its bundle: tracing is slow."""
     from export.bundle import build
     from export.graph.trace import GRAPH_FILES, Graph
 

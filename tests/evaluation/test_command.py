@@ -30,6 +30,7 @@ def words(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.process
 def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, words: Path, tmp_path: Path) -> None:
     second = tmp_path / "second"
     shutil.copytree(tiny_bert, second)

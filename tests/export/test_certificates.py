@@ -188,6 +188,7 @@ def test_a_mistake_is_one_line(bundles, tmp_path, capsys, arguments, problem):
     assert shown.out == ""
 
 
+@pytest.mark.process
 def test_run_by_path_it_loads_no_torch(bundles):
     command = [sys.executable, "-X", "importtime", "export/certificates.py", str(bundles[0])]
     done = subprocess.run(

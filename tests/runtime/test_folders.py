@@ -57,6 +57,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: P
             pass
 
 
+@pytest.mark.process
 def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = start("hold_half_a_folder", output)

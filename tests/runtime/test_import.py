@@ -2,9 +2,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import mirror_runtime
 
 
+@pytest.mark.process
 def test_importing_the_runtime_loads_no_engine_and_no_framework():
     code = "import sys, json, mirror_runtime; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

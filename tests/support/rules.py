@@ -115,7 +115,11 @@ def _order_files(items: list[pytest.Item]) -> None:
 
 
 def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
-    if _watching and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system"):
+    if (
+        _watching
+        and not stopwatch.in_shared_work()
+        and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
+    ):
         raise AssertionError(f"this test starts a process ({event} {args[:2]}): mark it `process`")
 
 

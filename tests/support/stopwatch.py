@@ -54,5 +54,10 @@ def shared_work() -> Iterator[None]:
             _shared += _clocks() - start
 
 
+def in_shared_work() -> bool:
+    """Return whether the caller runs inside `shared_work`."""
+    return _depth > 0
+
+
 def _clocks() -> Spent:
     return Spent(wall_s=time.monotonic(), cpu_s=sum(os.times()[:4]))

@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.stopwatch import shared_work
+
 VERSIONS = ("10.16.1.11", "11.4.0.106")
 """Installed by `make test`: the newest release of each major version that the project supports."""
 
@@ -53,7 +55,7 @@ def binding(version: str) -> Mapping[str, Any]:
         pytest.skip("building the stand-in libraries needs a C compiler (cc)")
     major = version.split(".")[0]
     source = "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in SYMBOLS)
-    with TemporaryDirectory() as stubs:
+    with shared_work(), TemporaryDirectory() as stubs:
         for library in LIBRARIES:
             target = f"lib{library}.so.{major}"
             command = [compiler, "-shared", "-fPIC", "-xc", "-", f"-Wl,-soname,{target}", "-o", f"{stubs}/{target}"]

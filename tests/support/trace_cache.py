@@ -70,7 +70,7 @@ def cached_folder(kind: str, module: str, key: str, make: Callable[[Path], None]
 
 @contextmanager
 def cached_traces() -> Iterator[None]:
-    """Let `export.graph.trace` take PyTorch's translation of a module from the cache, while the block runs.
+    """Read PyTorch's translation of a module from the cache while the block runs.
 
     Only the call of `torch.onnx.export` is left out: everything after it runs. The key holds the whole module: its
     weights, structure and configuration, the head's spec, and the contract of inputs and outputs.

@@ -56,6 +56,7 @@ def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(
     assert not checkpoint.path.exists()
 
 
+@pytest.mark.process
 def test_a_process_that_was_really_killed_is_resumed(tiny_bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "state"
     command = [sys.executable, training_worker.__file__, "killed", str(tiny_bert), str(path)]

@@ -36,6 +36,7 @@ def report(run: Path) -> Any:
     return json.loads((run / "train.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.process
 def test_a_run_by_path_writes_a_folder_and_ends_in_one_json_line(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
     options = arguments(tiny_bert, corpus, Path("runs/x"), "--pooling", "mean", "--seed", "7")
     done = subprocess.run([sys.executable, SCRIPT, *options], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.trace
 def test_a_cached_graph_is_byte_for_byte_the_real_one(tiny_bert, tmp_path):
     reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
     with trace_cache.cached_traces():

@@ -291,6 +291,7 @@ def test_a_request_survives_the_way_to_another_machine(tmp_path: Path):
         read_request(tmp_path / "request.json")
 
 
+@pytest.mark.process
 def test_the_copied_script_runs_alone_and_says_what_is_missing(tmp_path: Path):
     """`-S` and `-I`: without our packages, without this repository and without tensorrt."""
     builder.write_request(request_in(tmp_path), tmp_path / "request.json")

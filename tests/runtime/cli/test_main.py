@@ -11,6 +11,7 @@ from mirror_runtime.cli.run import repeat_list_options
 COMMANDS = ["encode", "verify", "doctor", "plan", "serve", "gateway", "deploy"]
 
 
+@pytest.mark.process
 def test_the_process_lists_its_commands_and_imports_no_engine_or_server():
     code = (
         "import sys; from mirror_runtime.cli.entry import main; status = main(); print(*sys.modules); sys.exit(status)"

@@ -45,6 +45,7 @@ def test_an_empty_file_gives_no_rows(bundle, tmp_path, capsys):
     assert np.load(tmp_path / "out.npy").shape == (0, 8)
 
 
+@pytest.mark.process
 def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bundle, corpus, tmp_path, capsys):
     assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
     assert last_json(capsys)["texts"] == ROWS

@@ -138,6 +138,7 @@ def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
     assert process.returncode == 0
 
 
+@pytest.mark.trace
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
 def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
     plain = tmp_path / "plain"  # without the head of its own

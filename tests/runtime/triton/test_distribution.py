@@ -64,6 +64,7 @@ def test_the_model_process_sees_this_package_first_and_keeps_the_callers_paths(m
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
+@pytest.mark.process
 def test_importing_the_package_loads_no_triton_library():
     code = "import sys, mirror_runtime.triton; print([m for m in sys.modules if m.partition('.')[0] in %r])"
     watched = ("tritonclient", "pytriton", "grpc", "gevent", "typer", "torch", "onnxruntime")
