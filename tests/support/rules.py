@@ -26,6 +26,9 @@ NOT_FAST = ("slow", "serving", "parity", "gpu", "trace", "process")
 FIXTURES = {"trace": ("minilm_bundle", "tiny_bundle"), "serving": ("server",)}
 """Marks that a test gets from the fixtures it uses."""
 
+PROCESS_EVENTS = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
+"""Audit events of a process that starts."""
+
 _start = pytest.StashKey[stopwatch.Spent]()
 _spent = pytest.StashKey[stopwatch.Spent]()
 _watching = False
@@ -115,11 +118,7 @@ def _order_files(items: list[pytest.Item]) -> None:
 
 
 def _refuse_processes(event: str, args: tuple[Any, ...]) -> None:
-    if (
-        _watching
-        and not stopwatch.in_shared_work()
-        and event in ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system")
-    ):
+    if _watching and event in PROCESS_EVENTS and not stopwatch.in_shared_work():
         raise AssertionError(f"this test starts a process ({event} {args[:2]}): mark it `process`")
 
 
