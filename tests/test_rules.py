@@ -36,6 +36,7 @@ BUSY = """
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     """Run test source in this process under the rules."""
+
     def run(source: str, *options: str) -> pytest.RunResult:
         pytester.makeini("[pytest]\nmarkers =\n  slow: s\n  process: p\n  trace: t\n  serving: v\n")
         pytester.makepyfile(source)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -153,7 +154,7 @@ def test_a_graph_of_another_precision_is_recognised_and_sound(dtype: type, preci
     assert graph_precision(GraphView(model)) is precision
 
 
-def append(operator: str, inputs: list[str], outputs: list[str], name: str, **attributes: object) -> Change:
+def append(operator: str, inputs: list[str], outputs: list[str], name: str, **attributes: Any) -> Change:
     return lambda model: model.graph.node.append(helper.make_node(operator, inputs, outputs, name, **attributes))
 
 
