@@ -54,7 +54,7 @@ check: setup  ## lint, types, import rules, generated files
 	$(BIN)/python benchmarks/readme_table.py --check
 
 docs: setup  ## build the documentation site into site/, strictly
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: setup  ## latency and throughput of the demo's bundle (BENCH='path/to/bundle --quick' passes others)
 	$(BIN)/python benchmarks/run.py $(or $(BENCH),.demo/bundle --suite latency throughput --output reports/latest)

@@ -18,7 +18,7 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace each marker by the command's `--help`, as plain text 96 columns wide. Called by MkDocs."""
+    """Replace each marker by the command's `--help`, as plain text 78 columns wide. Called by MkDocs."""
     return _MARKER.sub(lambda found: f"```text\n{_help(found[1])}\n```", markdown)
 
 
@@ -31,7 +31,7 @@ def _help(command: str) -> str:
     words = command.split()
     program = [sys.executable, "-m", "mirror_runtime.cli"] if words[0] == "mirror" else [sys.executable]
     arguments = words[1:] if words[0] in ("mirror", "python") else words
-    environment = os.environ | {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+    environment = os.environ | {"COLUMNS": "78", "NO_COLOR": "1", "TERM": "dumb", "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
     done = subprocess.run(
         [*program, *arguments, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
