@@ -25,9 +25,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from benchmarks.load.process import Load, load_process
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
-from benchmarks.soaking.observations import MemorySample, Observations
+from benchmarks.soaking.observations import ALL, Observations
 from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, Settings, SoakReport, Subject, write_files
-from benchmarks.soaking.server import ServedBundle
+from benchmarks.soaking.server import ServedBundle, served_bundle
 from benchmarks.soaking.verdicts import Thresholds
 from benchmarks.workload import Workload, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
@@ -163,7 +163,7 @@ def soak(
     """
     options = ("--engine", settings.engine, "--precision", settings.precision)
     try:
-        with ServedBundle(bundle, *options) as server:
+        with served_bundle(bundle, *options) as server:
             try:
                 with load_process(
                     server.addresses,
@@ -175,7 +175,7 @@ def soak(
                     _put_load(load, server, settings, observed, on_progress)
             finally:
                 observed.ending = server.end()
-                observed.server_log = tuple(server.log)
+                observed.server_log = server.log
     except KeyboardInterrupt:  # the server has ended by now; it was killed if that happened while it started or ended
         observed.partial = True
 
@@ -196,17 +196,14 @@ def _put_load(
     def clock() -> float:
         return min(time.monotonic() - began, seconds)
 
-    def remember() -> None:
-        observed.memory.append(MemorySample(at_s=clock(), processes=server.processes()))
-
-    remember()
+    observed.memory.append(server.memory(clock()))
     due = settings.window_s
     try:
         while clock() < seconds and server.running:
             time.sleep(max(0.0, min(_TICK_S, due - clock(), seconds - clock())))
             if clock() >= due:
                 observed.add(load.take())
-                remember()
+                observed.memory.append(server.memory(clock()))
                 due += settings.window_s
             on_progress(clock(), _summary(observed))
     finally:
@@ -218,8 +215,7 @@ def _put_load(
 def _summary(observed: Observations) -> str:
     p99_ms = observed.windows[-1].p99_ms if observed.windows else None
     p99 = "" if p99_ms is None else f"p99 {p99_ms:.0f} ms, "
-    memory_mb = sum(process.resident_mb for process in observed.memory[-1].processes)
-    return f"{p99}{memory_mb:.0f} MB, {observed.unexpected} unexpected"
+    return f"{p99}{observed.memory[-1].resident_mb.get(ALL, 0.0):.0f} MB, {observed.unexpected} unexpected"
 
 
 _WORDS = {True: "passed", False: "FAILED", None: "not judged"}

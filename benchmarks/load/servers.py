@@ -10,11 +10,11 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.plan import Variant
 from mirror_runtime.client.protocol import MODEL_NAME
@@ -22,7 +22,9 @@ from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
 from mirror_runtime.triton.server.server import Server, launcher
 
-STARTUP_S = 120.0
+T = TypeVar("T")
+
+STARTUP_S = 180.0
 STOP_S = 10.0
 
 SETTLE_S = 0.1
@@ -91,63 +93,79 @@ class TritonStatistics:
 
 
 @contextmanager
-def running_gateway(bundle: Path, variant: Variant) -> Iterator[str]:
-    """Start a gateway on a bundle and a free port, and yield its host and port once it is healthy; stop it on exit.
+def mirror_process(
+    folder: Path, *arguments: str, ready: Callable[[str], T | None]
+) -> Iterator[tuple[subprocess.Popen[bytes], T]]:
+    """Run a `mirror` command that serves, and stop it on exit. Its output goes to the files `output` and `log`.
+
+    Call it in the main thread: the process is ended when the thread that started it ends.
 
     Args:
-        bundle: that it serves.
-        variant: engine and precision to serve it in.
+        folder: existing, for its output and, in `tmp`, its temporary files.
+        arguments: of `mirror`.
+        ready: receives what it has printed so far; returns None until it serves.
+
+    Yields:
+        The process, and the result of `ready`.
 
     Raises:
-        ServerError: it ended or was not healthy in time; the message has the end of its log.
+        ServerError: it ended or was not ready in time; the message has the end of its log.
     """
-    command = [
-        *(*launcher(), sys.executable, "-m", "mirror_runtime.cli", "gateway", str(bundle)),
-        *("--engine", variant.engine.value, "--precision", variant.precision.value),
-        *("--port", "0", "--drain", "0"),  # without a load balancer nothing must notice the end first
-    ]
+    temporary, output, log = folder / "tmp", folder / "output", folder / "log"
+    temporary.mkdir()
     # Our callers have no API key.
     environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the gateway in order
+    with output.open("wb") as stdout, log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*launcher(), sys.executable, "-m", "mirror_runtime.cli", *arguments],
+            env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the process in order
+        )
+    try:
+        deadline = time.monotonic() + STARTUP_S
+        while True:
+            status = process.poll()
+            printed = "".join(path.read_text(encoding="utf-8", errors="replace") for path in (output, log))
+            if status is None and (found := ready(printed)) is not None:
+                break
+            problem = (
+                f"did not start (status {status})" if status is not None else f"was not ready in {STARTUP_S:.0f} s"
             )
+            if status is not None or time.monotonic() > deadline:
+                end = "\n".join(printed.splitlines()[-_LOG_LINES:])
+                raise ServerError(f"mirror {arguments[0]} {problem}; its log ends:\n{end}")
+            time.sleep(_POLL_S)
+        yield process, found
+    finally:
+        process.terminate()
         try:
-            yield _healthy_address(process, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
-def _healthy_address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """Wait until the gateway has printed its address and an inference succeeds."""
-    deadline = time.monotonic() + STARTUP_S
-    while True:
-        printed = log.read_text(encoding="utf-8", errors="replace")
-        end = "; its log ends:\n" + "\n".join(printed.splitlines()[-_LOG_LINES:])
-        if process.poll() is not None:
-            raise ServerError(f"mirror gateway ended with status {process.returncode}{end}")
-        if address := _ADDRESS.search(printed):
-            try:
-                _read_json(f"http://{address[1]}/health")
-            except ServerError:
-                pass
-            else:
-                return address[1]
-        if time.monotonic() > deadline:
-            raise ServerError(f"mirror gateway was not healthy after {STARTUP_S:.0f} s{end}")
-        time.sleep(_POLL_S)
+@contextmanager
+def running_gateway(bundle: Path, variant: Variant) -> Iterator[str]:
+    """Start a gateway on a free port, and yield its host and port once an inference succeeds; see `mirror_process`."""
+
+    def healthy(printed: str) -> str | None:
+        address = _ADDRESS.search(printed)
+        try:
+            return address[1] if address and _read_json(f"http://{address[1]}/health") is not None else None
+        except ServerError:
+            return None
+
+    options = ("--engine", variant.engine.value, "--precision", variant.precision.value, "--port", "0")
+    drain = ("--drain", "0")  # without a load balancer nothing must notice the end first
+    with (
+        tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder,
+        mirror_process(Path(folder), "gateway", str(bundle), *options, *drain, ready=healthy) as (_, address),
+    ):
+        yield address
 
 
 def _read_json(url: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.load.window import EXPECTED, Outcome, Window
@@ -16,34 +16,18 @@ ALL = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Process:
-    """One process of the server.
+class MemorySample:
+    """The server's resident memory at one moment.
 
     Attributes:
-        name: "mirror serve", "tritonserver", "model" for what runs the model, or "other".
-        pid: its number.
-        resident_mb: its resident memory in 10^6 bytes. Pages that processes share count in each.
+        at_s: seconds since the load began.
+        server: tritonserver's process number; None while there is none.
+        resident_mb: of the processes of each name, and of `ALL`, in 10^6 bytes. Shared pages count in each process.
     """
 
-    name: str
-    pid: int
-    resident_mb: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySample:
-    """The server's processes at one moment, in seconds since the load began."""
-
     at_s: float
-    processes: tuple[Process, ...]
-
-    def by_name(self) -> dict[str, float]:
-        """Add up the resident memory of the processes of each name, and of `ALL`, in 10^6 bytes."""
-        sums: dict[str, float] = {}
-        for process in self.processes:
-            for name in (process.name, ALL):
-                sums[name] = sums.get(name, 0.0) + process.resident_mb
-        return sums
+    server: int | None
+    resident_mb: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,34 +167,30 @@ class Observations:
             party: engine and precision that served.
             share: of the capacity that was offered.
         """
-
-        def one(metric: str, unit: str, samples: Sequence[float], **conditions: str) -> Iterator[Measurement]:
-            better = Better.LOWER if metric == "time per request" else Better.NEITHER
+        capacity = [] if self.capacity_per_s is None else [self.capacity_per_s]
+        answered = [w for w in self.windows if w.p99_ms is not None and w.p50_ms is not None]
+        names = dict.fromkeys(name for sample in self.memory for name in sample.resident_mb)
+        rows: list[tuple[str, str, Sequence[float], dict[str, str]]] = [
+            ("requests per second", "1/s", capacity, {"loop": "closed"}),
+            ("requests per second", "1/s", [share * rate for rate in capacity], {"loop": "open"}),
+            *(("time per request", "ms", times, {"request": label}) for label, times in self.times()),
+            *(
+                ("requests", "", [count], {"outcome": outcome, "expected": "yes" if outcome in EXPECTED else "no"})
+                for outcome, count in self.outcomes.items()
+            ),
+            ("end of a window", "s", [w.at_s for w in answered], {}),
+            ("p50 of a window", "ms", [w.p50_ms or 0.0 for w in answered], {}),
+            ("p99 of a window", "ms", [w.p99_ms or 0.0 for w in answered], {}),
+            ("sending lag p99", "ms", [w.lag_p99_ms for w in self.windows if w.lag_p99_ms is not None], {}),
+            ("time of a memory sample", "s", [sample.at_s for sample in self.memory], {}),
+            *(
+                ("resident memory", "MB", [s.resident_mb.get(name, 0.0) for s in self.memory], {"process": name})
+                for name in names
+            ),
+        ]
+        for metric, unit, samples, conditions in rows:
             if samples:
                 yield Measurement(
-                    suite="soak",
-                    party=party,
-                    metric=metric,
-                    unit=unit,
-                    samples=tuple(map(float, samples)),
-                    better=better,
-                    conditions=conditions,
-                )
-
-        if self.capacity_per_s is not None:
-            yield from one("requests per second", "1/s", [self.capacity_per_s], loop="closed")
-            yield from one("requests per second", "1/s", [share * self.capacity_per_s], loop="open")
-        for label, times in self.times():
-            yield from one("time per request", "ms", times, request=label)
-        for outcome, count in self.outcomes.items():
-            expected = "yes" if outcome in {end.value for end in EXPECTED} else "no"
-            yield from one("requests", "", [count], outcome=outcome, expected=expected)
-        answered = [window for window in self.windows if window.p99_ms is not None and window.p50_ms is not None]
-        yield from one("end of a window", "s", [window.at_s for window in answered])
-        yield from one("p50 of a window", "ms", [window.p50_ms or 0.0 for window in answered])
-        yield from one("p99 of a window", "ms", [window.p99_ms or 0.0 for window in answered])
-        yield from one("sending lag p99", "ms", [w.lag_p99_ms for w in self.windows if w.lag_p99_ms is not None])
-        yield from one("time of a memory sample", "s", [sample.at_s for sample in self.memory])
-        sums = [sample.by_name() for sample in self.memory]
-        for name in dict.fromkeys(name for sample in sums for name in sample):
-            yield from one("resident memory", "MB", [sample.get(name, 0.0) for sample in sums], process=name)
+                    suite="soak", party=party, metric=metric, unit=unit, samples=tuple(map(float, samples)),
+                    better=Better.LOWER if metric == "time per request" else Better.NEITHER, conditions=conditions,
+                )  # fmt: skip

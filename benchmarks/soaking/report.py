@@ -133,7 +133,7 @@ def write_files(report: SoakReport, folder: Path) -> None:
             "started": report.started,
             "versions": report.versions,
             **facts,
-            "verdicts": to_json(report.verdicts),
+            "verdicts": [verdict._asdict() for verdict in report.verdicts],
             "problems": [asdict(problem) for problem in observed.problems.values()],
             "ending": to_json(observed.ending),
             "server_log": list(observed.server_log),
@@ -166,7 +166,11 @@ def render(report: SoakReport) -> str:
             or [(ALL, "0", NONE, NONE, NONE)],
         ),
         "## How requests ended",
-        table_lines(("end", "requests", "expected"), _ends(observed)),
+        table_lines(
+            ("end", "requests", "expected"),
+            [(end, f"{n:,}", "yes" if end in EXPECTED else "**no**") for end, n in observed.outcomes.most_common()]
+            or [(NONE, "0", NONE)],
+        ),
     ]
     if problems := sorted(observed.problems.values(), key=lambda problem: -problem.count):
         rows = [(p.outcome, str(p.count), f"{p.first_at_s:.1f}", " ".join(p.first_reason.split())) for p in problems]
@@ -220,16 +224,8 @@ def _caveats(report: SoakReport) -> str:
     return " ".join(notes)
 
 
-def _ends(observed: Observations) -> list[tuple[str, ...]]:
-    expected = {outcome.value for outcome in EXPECTED}
-    ends: list[tuple[str, ...]] = [
-        (name, f"{count:,}", "yes" if name in expected else "**no**") for name, count in observed.outcomes.most_common()
-    ]
-    return ends or [(NONE, "0", NONE)]
-
-
 def _memory(observed: Observations) -> list[tuple[str, ...]]:
-    first, last, slopes = observed.memory[0].by_name(), observed.memory[-1].by_name(), growth(observed.memory)
+    first, last, slopes = observed.memory[0].resident_mb, observed.memory[-1].resident_mb, growth(observed.memory)
     return [
         (
             name,
@@ -245,20 +241,21 @@ def _draw(report: SoakReport, path: Path) -> None:
     """Draw memory by process, with the half that the slope is fitted to, above p50 and p99 of each window."""
     figure = Figure(figsize=(9, 6), layout="constrained", facecolor=LIGHT.paper)
     above, below = figure.subplots(2, 1, sharex=True)
-    for axes in (above, below):
+    title = f"Soak of {report.subject.name} (shaded: the half that the slope is fitted to)"
+    for axes, label in ((above, "resident memory, MB"), (below, "milliseconds to a right answer")):
         axes.set_prop_cycle(color=LIGHT.series)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, color=LIGHT.muted)
         axes.set_axisbelow(True)
-    above.set_title(f"Soak of {report.subject.name} (shaded: the half that the slope is fitted to)", loc="left")
-    above.set_ylabel("resident memory, MB")
+        axes.set_ylabel(label)
+    above.set_title(title, loc="left")
+    below.set_xlabel("minutes of load")
     samples, windows = report.observed.memory, report.observed.windows
     if samples:
-        sums = [sample.by_name() for sample in samples]
         minutes = [sample.at_s / 60 for sample in samples]
-        for name in sums[-1]:
+        for name in samples[-1].resident_mb:
             colour = {"color": LIGHT.ink} if name == ALL else {}
-            above.plot(minutes, [one.get(name, 0.0) for one in sums], label=name, **colour)
+            above.plot(minutes, [sample.resident_mb.get(name, 0.0) for sample in samples], label=name, **colour)
         half = second_half(samples)
         above.axvspan(half[0].at_s / 60, half[-1].at_s / 60, color=LIGHT.muted, alpha=0.12, linewidth=0)
     for name in ("p99_ms", "p50_ms"):
@@ -267,8 +264,6 @@ def _draw(report: SoakReport, path: Path) -> None:
     if unexpected := [window.at_s / 60 for window in windows if window.unexpected]:
         label = "unexpected\nends"
         below.plot(unexpected, [0.0] * len(unexpected), "x", color=LIGHT.ink, label=label, clip_on=False)
-    below.set_xlabel("minutes of load")
-    below.set_ylabel("milliseconds to a right answer")
     for axes in (above, below):
         axes.set_ylim(bottom=0)
         if axes.get_lines():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import linear_regression
+from typing import NamedTuple
 
 from benchmarks.report.statistics import median
 from benchmarks.soaking.observations import ALL, Ending, MemorySample, Observations, WindowFigures
@@ -32,15 +33,8 @@ class Thresholds:
     unexpected: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """One judgement.
-
-    Attributes:
-        name: what was judged.
-        passed: None if the run was too short to judge it.
-        finding: the figure and its threshold.
-    """
+class Verdict(NamedTuple):
+    """One judgement: what was judged, whether it passed (None if the run was too short), and the figure."""
 
     name: str
     passed: bool | None
@@ -49,26 +43,23 @@ class Verdict:
 
 def judge(observed: Observations, thresholds: Thresholds) -> tuple[Verdict, ...]:
     """Compare what was observed with the thresholds."""
-    requests = sum(observed.outcomes.values())
-    errors = f"{observed.unexpected} of {requests} requests ended as none may (at most {thresholds.unexpected})"
-    if not observed.answered:
-        errors += "; none had a right answer"
-    passed = observed.unexpected <= thresholds.unexpected and observed.answered > 0
+    errors = (
+        f"{observed.unexpected} of {sum(observed.outcomes.values())} requests ended as none may "
+        f"(at most {thresholds.unexpected}){'' if observed.answered else '; none had a right answer'}"
+    )
     replaced = restarts(observed.memory)
     return (
-        Verdict(name="errors", passed=passed, finding=errors),
-        _judge_growth(observed.memory, thresholds.growth_mb_per_hour),
-        _judge_drift(drift(observed.windows), thresholds.drift),
-        Verdict(name="restarts", passed=not replaced, finding=f"the server was replaced {replaced} times (0)"),
-        _judge_ending(observed.ending),
+        Verdict("errors", observed.unexpected <= thresholds.unexpected and observed.answered > 0, errors),
+        Verdict("memory", *_judge_growth(observed.memory, thresholds.growth_mb_per_hour)),
+        Verdict("p99 drift", *_judge_drift(drift(observed.windows), thresholds.drift)),
+        Verdict("restarts", not replaced, f"the server was replaced {replaced} times (0)"),
+        Verdict("end", *_judge_ending(observed.ending)),
     )
 
 
 def second_half(samples: Sequence[MemorySample]) -> tuple[MemorySample, ...]:
     """Return the samples of the second half of the time: caches and arenas fill up in the first."""
-    if not samples:
-        return ()
-    middle = (samples[0].at_s + samples[-1].at_s) / 2
+    middle = (samples[0].at_s + samples[-1].at_s) / 2 if samples else 0.0
     return tuple(sample for sample in samples if sample.at_s >= middle)
 
 
@@ -81,8 +72,10 @@ def growth(samples: Sequence[MemorySample]) -> dict[str, float]:
     if len(half) < 2:
         return {}
     hours = [sample.at_s / 3600 for sample in half]
-    sums = [sample.by_name() for sample in half]
-    return {name: linear_regression(hours, [one.get(name, 0.0) for one in sums]).slope for name in sums[-1]}
+    return {
+        name: linear_regression(hours, [sample.resident_mb.get(name, 0.0) for sample in half]).slope
+        for name in half[-1].resident_mb
+    }
 
 
 def drift(windows: Sequence[WindowFigures]) -> float | None:
@@ -92,46 +85,38 @@ def drift(windows: Sequence[WindowFigures]) -> float | None:
     """
     p99s = [window.p99_ms for window in windows if window.p99_ms is not None]
     third = len(p99s) // 3
-    if third < LEAST_WINDOWS:
-        return None
-    return median(p99s[-third:]) / median(p99s[:third])
+    return median(p99s[-third:]) / median(p99s[:third]) if third >= LEAST_WINDOWS else None
 
 
 def restarts(samples: Sequence[MemorySample]) -> int:
     """Count how often the tritonserver of a sample is another process than the one before."""
-    pids = [process.pid for sample in samples for process in sample.processes if process.name == "tritonserver"]
+    pids = [sample.server for sample in samples if sample.server is not None]
     return sum(before != after for before, after in pairwise(pids))
 
 
-def _judge_growth(samples: Sequence[MemorySample], most: float) -> Verdict:
-    name, half, slope = "memory", second_half(samples), growth(samples).get(ALL)
+def _judge_growth(samples: Sequence[MemorySample], most: float) -> tuple[bool | None, str]:
+    half, slope = second_half(samples), growth(samples).get(ALL)
     if slope is None:
-        return Verdict(name=name, passed=None, finding="not judged: too few samples of the server's memory")
+        return None, "not judged: too few samples of the server's memory"
     seconds = half[-1].at_s - half[0].at_s
     finding = f"{slope:+.1f} MB/hour over the last {seconds:.0f} s (at most {most:+.1f})"
     if seconds < LEAST_HALF_S:
-        return Verdict(name=name, passed=None, finding=f"not judged, which takes {LEAST_HALF_S:.0f} s: {finding}")
-    return Verdict(name=name, passed=slope <= most, finding=finding)
+        return None, f"not judged, which takes {LEAST_HALF_S:.0f} s: {finding}"
+    return slope <= most, finding
 
 
-def _judge_drift(value: float | None, most: float) -> Verdict:
-    name = "p99 drift"
+def _judge_drift(value: float | None, most: float) -> tuple[bool | None, str]:
     if value is None:
-        finding = f"not judged: it takes {3 * LEAST_WINDOWS} windows with answers"
-        return Verdict(name=name, passed=None, finding=finding)
-    return Verdict(name=name, passed=value <= most, finding=f"last third over first: {value:.2f} (at most {most:.2f})")
+        return None, f"not judged: it takes {3 * LEAST_WINDOWS} windows with answers"
+    return value <= most, f"last third over first: {value:.2f} (at most {most:.2f})"
 
 
-def _judge_ending(ending: Ending | None) -> Verdict:
-    name = "end"
+def _judge_ending(ending: Ending | None) -> tuple[bool | None, str]:
     if ending is None:
-        return Verdict(name=name, passed=None, finding="not judged: the server never ran")
+        return None, "not judged: the server never ran"
     if ending.by_itself:
-        return Verdict(name=name, passed=False, finding=f"the server ended by itself with status {ending.status}")
+        return False, f"the server ended by itself with status {ending.status}"
     how = "was killed: it did not end in time" if ending.status is None else f"ended with status {ending.status}"
     left = f"left {', '.join(ending.leftovers)}" if ending.leftovers else "left nothing"
-    return Verdict(
-        name=name,
-        passed=ending.status == 0 and not ending.leftovers,
-        finding=f"at SIGTERM it {how} after {ending.seconds:.1f} s and {left} (status 0, nothing left)",
-    )
+    finding = f"at SIGTERM it {how} after {ending.seconds:.1f} s and {left} (status 0, nothing left)"
+    return ending.status == 0 and not ending.leftovers, finding

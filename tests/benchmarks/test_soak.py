@@ -13,16 +13,9 @@ from benchmarks import soak
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.load.window import FirstSeen, Window
 from benchmarks.soak import main
-from benchmarks.soaking.observations import (
-    ALL,
-    Ending,
-    MemorySample,
-    Observations,
-    Process,
-    WindowFigures,
-)
+from benchmarks.soaking.observations import ALL, Ending, MemorySample, Observations, WindowFigures
 from benchmarks.soaking.report import Settings, SoakReport, Subject, render, write_files
-from benchmarks.soaking.server import ServedBundle
+from benchmarks.soaking.server import served_bundle
 from benchmarks.soaking.verdicts import Thresholds, drift, growth, judge, restarts
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.server.processes import alive
@@ -33,13 +26,10 @@ THRESHOLDS = Thresholds(growth_mb_per_hour=30.0, drift=1.5, unexpected=0)
 CLEAN_END = Ending(by_itself=False, status=0, seconds=1.0, leftovers=())
 
 
-def sample(at_s: float, *sizes: float, pid: int = 10) -> MemorySample:
-    names = ("tritonserver", "model", "model")
-    processes = tuple(
-        Process(name=name, pid=pid + i, resident_mb=size)
-        for i, (name, size) in enumerate(zip(names, sizes, strict=False))
-    )
-    return MemorySample(at_s=at_s, processes=processes)
+def sample(at_s: float, *sizes: float, pid: int | None = 10) -> MemorySample:
+    """A tritonserver's memory, and its models'."""
+    resident_mb = dict(zip(("tritonserver", "model", ALL), (sizes[0], sum(sizes[1:]), sum(sizes)), strict=True))
+    return MemorySample(at_s=at_s, server=pid, resident_mb=resident_mb)
 
 
 def figures(p99_ms: float | None) -> WindowFigures:
@@ -103,7 +93,7 @@ def test_drift_compares_the_last_third_with_the_first(p99s, ratio):
 def test_a_new_tritonserver_is_a_restart_and_a_moment_without_one_is_not_two():
     steady = [sample(at, 1.0, pid=10) for at in range(3)]
     assert restarts(steady) == 0
-    assert restarts([*steady, sample(4), sample(5, 1.0, pid=20), sample(6, 1.0, pid=20)]) == 1
+    assert restarts([*steady, sample(4, 1.0, pid=None), sample(5, 1.0, pid=20), sample(6, 1.0, pid=20)]) == 1
 
 
 def failing(**changes) -> list[str]:
@@ -293,13 +283,13 @@ def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(gateway_bund
 @pytest.mark.serving
 @pytest.mark.slow  # a real server whose model is killed and restarted
 def test_a_restart_and_leftovers_are_found(gateway_bundle):
-    with ServedBundle(gateway_bundle, "--engine", "fake") as server:
-        before = MemorySample(at_s=0, processes=server.processes())
-        pids = {process.name: process.pid for process in before.processes}
+    with served_bundle(gateway_bundle, "--engine", "fake") as server:
+        before = server.memory(0)
+        pids = {name: pid for pid, name in server.processes().items()}
         os.kill(pids["model"], signal.SIGKILL)
         wait_until(lambda: any("serving again" in line for line in server.log))
-        after = MemorySample(at_s=1, processes=server.processes())
-        assert {process.name for process in after.processes} >= {"mirror serve", "tritonserver", "model"}
+        after = server.memory(1)
+        assert after.resident_mb.keys() >= {"mirror serve", "tritonserver", "model"}
         assert restarts([before, after]) == 1
         region = SHARED_MEMORY / f"mirror_{pids['mirror serve']}_left"
         region.touch()
@@ -311,8 +301,8 @@ def test_a_restart_and_leftovers_are_found(gateway_bundle):
 
 @pytest.mark.serving
 def test_a_server_that_is_killed_has_ended_by_itself_and_leaves_no_process(gateway_bundle):
-    with ServedBundle(gateway_bundle, "--engine", "fake") as server:
-        pids = [process.pid for process in server.processes()]
+    with served_bundle(gateway_bundle, "--engine", "fake") as server:
+        pids = list(server.processes())
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: not server.running)
         ending = server.end()
@@ -321,7 +311,10 @@ def test_a_server_that_is_killed_has_ended_by_itself_and_leaves_no_process(gatew
 
 
 def test_a_server_that_does_not_start_names_the_reason(tmp_path):
-    with pytest.raises(ServerError, match=r"did not start: .* is not a bundle"), ServedBundle(tmp_path):
+    with (
+        pytest.raises(ServerError, match=r"serve did not start \(status 2\)(.|\n)* is not a bundle"),
+        served_bundle(tmp_path),
+    ):
         pass
 
 
