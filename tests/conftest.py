@@ -10,16 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror_runtime.bundle import (
-    Artifact,
-    EngineName,
-    Layout,
-    Pooling,
-    Precision,
-    TensorSpec,
-    read_manifest,
-)
-from tests.support.fake_bundles import PARITY, write_fake_bundle
+from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest
+from tests.support.fake_bundles import artifact, write_fake_bundle
 from tests.support.paths import ROOT
 from tests.support.trace_cache import cached_folder, cached_traces
 
@@ -109,12 +101,10 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def copied(_reference: object, folder: Path, **_options: object) -> dict[Layout, Graph]:
         graphs = {}
-        for artifact in read_manifest(tiny_bundle).artifacts[:2]:
-            path = folder / GRAPH_FILES[artifact.layout]
-            shutil.copy(tiny_bundle / artifact.path, path)
-            graphs[artifact.layout] = Graph(
-                layout=artifact.layout, path=path, inputs=artifact.inputs, outputs=artifact.outputs
-            )
+        for made in read_manifest(tiny_bundle).artifacts[:2]:
+            path = folder / GRAPH_FILES[made.layout]
+            shutil.copy(tiny_bundle / made.path, path)
+            graphs[made.layout] = Graph(layout=made.layout, path=path, inputs=made.inputs, outputs=made.outputs)
         return graphs
 
     monkeypatch.setattr(build, "export_graphs", copied)
@@ -140,20 +130,7 @@ def gateway_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def make_artifact() -> Callable[..., Artifact]:
     """Build an artifact entry; what it names need not exist."""
 
-    def make(engine: EngineName, precision: Precision, layout: Layout = Layout.PACKED) -> Artifact:
-        return Artifact(
-            path="onnx/model_packed.onnx",
-            engine=engine,
-            precision=precision,
-            layout=layout,
-            inputs=(TensorSpec(name="input_ids", dtype="int64", shape=("rows", "length")),),
-            outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", 8)),),
-            size=1,
-            parity=PARITY,
-            toolchain={"onnx": "1"},
-        )
-
-    return make
+    return artifact
 
 
 @pytest.fixture(scope="session")

@@ -9,23 +9,13 @@ import numpy as np
 import pytest
 
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import (
-    MANIFEST_FILE,
-    Artifact,
-    EngineName,
-    Layout,
-    Manifest,
-    Precision,
-    TensorSpec,
-    read_manifest,
-    write_json,
-)
+from mirror_runtime.bundle import MANIFEST_FILE, EngineName, Precision, TensorSpec, read_manifest, write_json
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.options import Backend
 from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
 from mirror_runtime.triton.server.processes import runners
-from tests.support.fake_bundles import PARITY
+from tests.support.fake_bundles import artifact
 
 pytestmark = pytest.mark.serving
 
@@ -69,7 +59,9 @@ def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     (bundle / "onnx").mkdir()
     (bundle / "onnx" / "model_packed.onnx").write_bytes(b"no graph")
     manifest = read_manifest(bundle)
-    write_json(dataclasses.replace(manifest, artifacts=(packed_artifact(manifest),)), bundle / MANIFEST_FILE)
+    output = TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim))
+    packed = artifact(EngineName.ONNXRUNTIME, Precision.FP32, outputs=(output,))
+    write_json(dataclasses.replace(manifest, artifacts=(packed,)), bundle / MANIFEST_FILE)
     options = ServingOptions(backend=Backend.ONNXRUNTIME, streams=2)
     write_repository(bundle, folder / "models", options)
     encoder = folder / "models" / "encoder"
@@ -81,21 +73,6 @@ def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     with Server(folder / "models") as running:
         yield running
         running.stop(grace_s=0)
-
-
-def packed_artifact(manifest: Manifest) -> Artifact:
-    names = ("input_ids", "position_ids", "segment_ids")
-    return Artifact(
-        path="onnx/model_packed.onnx",
-        engine=EngineName.ONNXRUNTIME,
-        precision=Precision.FP32,
-        layout=Layout.PACKED,
-        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in names),
-        outputs=(TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim)),),
-        size=1,
-        parity=PARITY,
-        toolchain={},
-    )
 
 
 def test_a_second_model_returns_the_encoders_vectors(two_models: Server, fake_bundle: Path) -> None:

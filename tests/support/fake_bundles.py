@@ -1,7 +1,8 @@
-"""Bundles without graphs, for the fake engine, and a certificate for artifacts that nothing proves."""
+"""Bundles without graphs, for the fake engine, and specs, artifacts and plan cards with every field filled in."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mirror_runtime.bundle import (
     CANARIES_FILE,
@@ -11,12 +12,20 @@ from mirror_runtime.bundle import (
     Artifact,
     Canaries,
     EncoderSpec,
+    EngineName,
+    Layout,
     Manifest,
     Parity,
     Pooling,
+    Precision,
+    TensorSpec,
     sha256_file,
     write_json,
 )
+from mirror_runtime.engines.plan_card import PlanCard
+
+NAMES = ("input_ids", "position_ids", "segment_ids")
+"""Inputs of a packed graph."""
 
 PARITY = Parity(
     reference="tests",
@@ -32,6 +41,40 @@ PARITY = Parity(
 )
 
 
+def encoder_spec(**changes: Any) -> EncoderSpec:
+    """Build the spec of a mean-pooling BERT with 64 tokens and 8 dimensions, or with other fields."""
+    fields = {"base_model": "fake", "revision": None, "family": "bert", "pooling": Pooling.MEAN, "normalize": True}
+    return EncoderSpec(**{**fields, "max_tokens": 64, "dim": 8, **changes})
+
+
+def artifact(engine: EngineName, precision: Precision, layout: Layout = Layout.PACKED, **changes: Any) -> Artifact:
+    """Build an artifact entry; what it names need not exist."""
+    fields: dict[str, Any] = {
+        "path": "onnx/model_packed.onnx",
+        "inputs": tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in NAMES),
+        "outputs": (TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", 8)),),
+        "size": 1,
+        "parity": PARITY,
+        "toolchain": {"onnx": "1"},
+    }
+    return Artifact(**{**fields, "engine": engine, "precision": precision, "layout": layout, **changes})
+
+
+def plan_card(shapes: tuple[tuple[int, int], ...], **changes: Any) -> PlanCard:
+    """Build the card of a TensorRT plan with a static profile for each shape."""
+    fields: dict[str, Any] = {
+        **{"format_version": 1, "tensorrt": "11.4.0.106", "gpu": "NVIDIA L4", "compute_capability": "8.9"},
+        **{"platform": "Linux x86_64", "precision": Precision.FP16, "layout": Layout.PACKED},
+        **{"onnx": "model_packed_fp16.onnx", "onnx_sha256": "0" * 64, "plan_sha256": "0" * 64},
+        "inputs": tuple(TensorSpec(name=name, dtype="int64", shape=(-1, -1)) for name in NAMES),
+        "outputs": (TensorSpec(name="embedding", dtype="float32", shape=(-1, -1, 8)),),
+        "profiles": tuple({name: (shape, shape, shape) for name in NAMES} for shape in shapes),
+        **{"level": 3, "workspace_gib": None, "version_compatible": False, "hardware": "none"},
+        **{"layers": 2, "fused_attention": 1, "min_cosine": None, "build_s": 1.0},
+    }
+    return PlanCard(**{**fields, **changes})
+
+
 def write_fake_bundle(
     tokenizer: Path, folder: Path, max_tokens: int, dim: int, artifacts: tuple[Artifact, ...]
 ) -> Path:
@@ -42,16 +85,7 @@ def write_fake_bundle(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         created_by="tests",
-        encoder=EncoderSpec(
-            base_model="fake",
-            revision=None,
-            family="bert",
-            pooling=Pooling.MEAN,
-            normalize=True,
-            max_tokens=max_tokens,
-            dim=dim,
-            pad_to=None,
-        ),
+        encoder=encoder_spec(max_tokens=max_tokens, dim=dim),
         fingerprint="0123456789abcdef",
         files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
         artifacts=artifacts,

@@ -16,30 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Pooling, Precision, TensorSpec, to_json
+from mirror_runtime.bundle import EngineName, Layout, Precision, to_json
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.fake import FakeEngine
-from mirror_runtime.engines.plan_card import PlanCard, card_path, check_card, read_card
+from mirror_runtime.engines.plan_card import card_path, check_card, read_card
 from mirror_runtime.engines.tensorrt_engine import LoadedPlan
 from mirror_runtime.errors import EngineError, MissingExtra
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
+from tests.support.fake_bundles import NAMES, encoder_spec, plan_card
 from tests.support.fake_gpu import Gpu, install
 from tests.support.tensorrt_binding import VERSIONS
 
-DIM = 8
-SPEC = EncoderSpec(
-    base_model="tests", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=DIM
-)
-INPUTS = ("input_ids", "position_ids", "segment_ids")
+SPEC = encoder_spec()
 SHAPES = ShapeSet.up_to(64, budget=256)
-
-
 FAKE = FakeEngine(Precision.FP16, 1, SPEC)
 
 
 @pytest.fixture(params=VERSIONS)
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    return install(monkeypatch, request.param, FAKE.run, DIM)
+    return install(monkeypatch, request.param, FAKE.run, SPEC.dim)
 
 
 @pytest.fixture
@@ -57,31 +52,8 @@ def load(plan: Path, precision: Precision = Precision.FP16, streams: int | None 
 def write_plan(folder: Path, version: str, **changes: Any) -> Path:
     plan = folder / "model_packed_fp16.plan"
     plan.write_bytes(b"plan")
-    card = PlanCard(
-        format_version=1,
-        tensorrt=version,
-        gpu="NVIDIA L4",
-        compute_capability="8.9",
-        platform="Linux x86_64",
-        precision=Precision.FP16,
-        layout=Layout.PACKED,
-        onnx="model_packed_fp16.onnx",
-        onnx_sha256="0" * 64,
-        plan_sha256="0" * 64,
-        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=(-1, -1)) for name in INPUTS),
-        outputs=(TensorSpec(name="embedding", dtype="float32", shape=(-1, -1, DIM)),),
-        profiles=tuple({name: (shape, shape, shape) for name in INPUTS} for shape in SHAPES.shapes()),
-        level=3,
-        workspace_gib=None,
-        version_compatible=False,
-        hardware="none",
-        layers=2,
-        fused_attention=1,
-        min_cosine=None,
-        build_s=1.0,
-    )
-    data = to_json(dataclasses.replace(card, **changes))
-    card_path(plan).write_text(json.dumps(data))
+    card = plan_card(SHAPES.shapes(), **{"tensorrt": version, **changes})
+    card_path(plan).write_text(json.dumps(to_json(card)))
     return plan
 
 
@@ -161,11 +133,11 @@ def test_threads_share_the_lanes_without_mixing_vectors(engine: Engine):
 
 def test_free_shapes_run_without_a_graph_and_keep_no_memory(gpu: Gpu, tmp_path: Path):
     shapes = ((1, 4), (2, 64), (4, 64))
-    profiles: Any = ({name: shapes for name in INPUTS},)
+    profiles: Any = ({name: shapes for name in NAMES},)
     plan = LoadedPlan(write_plan(tmp_path, gpu.trt.__version__, profiles=profiles), streams=1)
     held = len(gpu.cuda.memory)
     (batch,) = batches(1)
-    found = plan.run({name: getattr(batch, name) for name in INPUTS})
+    found = plan.run({name: getattr(batch, name) for name in NAMES})
     np.testing.assert_array_equal(found["embedding"], FAKE.run(batch))
     assert "cudaStreamBeginCapture" not in gpu.cuda.names()
     assert len(gpu.cuda.memory) == held

@@ -9,37 +9,22 @@ import pytest
 import tritonclient.grpc.model_config_pb2 as triton_proto
 from google.protobuf import text_format
 
-from mirror_runtime.bundle import (
-    Artifact,
-    EngineName,
-    Layout,
-    Manifest,
-    Pooling,
-    Precision,
-    TensorSpec,
-    read_manifest,
-    to_json,
-)
-from mirror_runtime.engines.plan_card import PlanCard, card_path
+from mirror_runtime.bundle import EngineName, Manifest, Pooling, Precision, read_manifest, to_json
+from mirror_runtime.engines.plan_card import card_path
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import ShapeSet
 from mirror_runtime.triton.model.backend_model import BackendModel, packed_shape_set, render_backend_config
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from tests.support.fake_bundles import NAMES, artifact, plan_card
 
-NAMES = ("input_ids", "position_ids", "segment_ids")
 SHAPES = ShapeSet.up_to(64).shapes()
 
 
-def artifact_of(make: Callable[..., Artifact], engine: EngineName, precision: Precision) -> Artifact:
-    path = "tensorrt/model_packed.plan" if engine is EngineName.TENSORRT else "onnx/model_packed.onnx"
-    inputs = tuple(TensorSpec(name=name, dtype="int64", shape=("rows", "length")) for name in NAMES)
-    return dataclasses.replace(make(engine, precision), path=path, inputs=inputs)
-
-
 @pytest.fixture
-def manifest(make_bundle, make_artifact) -> Callable[..., tuple[Path, Manifest]]:
+def manifest(make_bundle) -> Callable[..., tuple[Path, Manifest]]:
     def make(engine: EngineName, *precisions: Precision) -> tuple[Path, Manifest]:
-        bundle = make_bundle(artifacts=tuple(artifact_of(make_artifact, engine, p) for p in precisions))
+        path = "tensorrt/model_packed.plan" if engine is EngineName.TENSORRT else "onnx/model_packed.onnx"
+        bundle = make_bundle(artifacts=tuple(artifact(engine, precision, path=path) for precision in precisions))
         return bundle, read_manifest(bundle)
 
     return make
@@ -52,30 +37,8 @@ def rendered(bundle: Path, manifest: Manifest, cores: int = 8, **options) -> tri
 
 def write_card(bundle: Path, shapes: tuple[tuple[int, int], ...]) -> None:
     (bundle / "tensorrt").mkdir(exist_ok=True)
-    card = PlanCard(
-        format_version=1,
-        tensorrt="10.0",
-        gpu="a GPU",
-        compute_capability="9.0",
-        platform="Linux x86_64",
-        precision=Precision.FP16,
-        layout=Layout.PACKED,
-        onnx="model_packed.onnx",
-        onnx_sha256="0",
-        plan_sha256="0",
-        inputs=(),
-        outputs=(),
-        profiles=tuple({name: (shape, shape, shape) for name in NAMES} for shape in shapes),
-        level=3,
-        workspace_gib=None,
-        version_compatible=False,
-        hardware="none",
-        layers=1,
-        fused_attention=0,
-        min_cosine=None,
-        build_s=1.0,
-    )
-    card_path(bundle / "tensorrt" / "model_packed.plan").write_text(json.dumps(to_json(card)))
+    path = card_path(bundle / "tensorrt" / "model_packed.plan")
+    path.write_text(json.dumps(to_json(plan_card(shapes))))
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,7 @@ import tritonclient.grpc.model_config_pb2 as triton_proto
 from google.protobuf import text_format
 
 from export import to_triton
-from mirror_runtime.bundle import (
-    FORMAT_VERSION,
-    EncoderSpec,
-    EngineName,
-    Manifest,
-    Pooling,
-    Precision,
-    check_files,
-    read_manifest,
-)
+from mirror_runtime.bundle import FORMAT_VERSION, EngineName, Manifest, Precision, check_files, read_manifest
 from mirror_runtime.errors import BundleError, EngineError, InputError
 from mirror_runtime.plan import Goal, HostIdentity, HostPlan, Setting, Trial, write_plan
 from mirror_runtime.tokenizer import LongTexts
@@ -32,6 +23,7 @@ from mirror_runtime.triton.repository.render import (
     write_repository,
     write_temporary_repository,
 )
+from tests.support.fake_bundles import encoder_spec
 from tests.support.paths import ROOT
 
 COMMITTED = ROOT / "triton_models" / "embed"
@@ -39,16 +31,7 @@ COMMITTED = ROOT / "triton_models" / "embed"
 MINILM = Manifest(
     format_version=FORMAT_VERSION,
     created_by="tests",
-    encoder=EncoderSpec(
-        base_model="sentence-transformers/all-MiniLM-L6-v2",
-        revision=None,
-        family="bert",
-        pooling=Pooling.MEAN,
-        normalize=True,
-        max_tokens=256,
-        dim=384,
-        pad_to=None,
-    ),
+    encoder=encoder_spec(base_model="sentence-transformers/all-MiniLM-L6-v2", max_tokens=256, dim=384),
     fingerprint="0123456789abcdef",
     files={},
     artifacts=(),
