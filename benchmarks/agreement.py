@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from benchmarks.plan import Plan, Runner, Suite, load_encoder, packed_variants
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.vectors import components, cosines
@@ -77,12 +76,7 @@ def record_agreement(
     if reference is None:
         return
     found = cosines(vectors, reference.vectors)
-    recorder.add(
-        Measurement(
-            suite=suite.value, party=party, metric=METRIC, unit="", samples=(float(found.min()),),
-            figures={"mean": float(found.mean())}, better=Better.NEITHER,
-        )
-    )  # fmt: skip
+    recorder.record(suite.value, party, METRIC, found.min(), figures={"mean": float(found.mean())})
 
 
 @contextmanager

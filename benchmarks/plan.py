@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,8 @@ from benchmarks.workload import Workload
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Manifest, Parity, Precision
-from mirror_runtime.errors import BundleError, InputError, MirrorError
+from mirror_runtime.errors import BundleError, EngineError, InputError, MirrorError
+from mirror_runtime.selection import AUTO, choose
 
 if TYPE_CHECKING:
     from benchmarks.suites.startup import Starter
@@ -146,12 +147,8 @@ def loaded(plan: Plan, recorder: Recorder, suite: Suite) -> Iterator[tuple[Runne
     with ExitStack() as stack:
         runners = []
         for variant in plan.variants:
-            try:
-                encoder = stack.enter_context(load_encoder(plan, variant))
-            except MirrorError as error:
-                recorder.fail(suite.value, variant.name, error)
-                continue
-            runners.append(Runner(variant=variant, encoder=encoder))
+            with recorder.failing(suite.value, variant.name):
+                runners.append(Runner(variant=variant, encoder=stack.enter_context(load_encoder(plan, variant))))
         yield tuple(runners)
 
 
@@ -182,6 +179,20 @@ def select_variants(
         has = ", ".join(variant.name for variant in packed) or "no packed artifact"
         raise InputError(f"the bundle has {has}: nothing matches --engine and --precision")
     return chosen
+
+
+def auto_variants(plan: Plan, suite: Suite, variants: Sequence[Variant], recorder: Recorder) -> tuple[Variant, ...]:
+    """Return the one of the variants that "auto" selects in a quick run, else all; the others become failures."""
+    if not plan.quick or len(variants) < 2:
+        return tuple(variants)
+    selected: tuple[EngineName, Precision] | None = None
+    with suppress(EngineError):  # no engine of the bundle is among those that "auto" means
+        selected = choose(plan.manifest, AUTO, AUTO)[:2]
+    chosen = next((one for one in variants if (one.engine, one.precision) == selected), variants[0])
+    for variant in variants:
+        if variant is not chosen:
+            recorder.fail(suite.value, variant.name, f"a quick run measures one artifact, {chosen.name}")
+    return (chosen,)
 
 
 def read_shape(bundle: Path) -> EncoderShape:
@@ -222,3 +233,32 @@ def interleave(parties: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
     for round_ in range(rounds):
         for party in parties:
             yield round_, party
+
+
+def take_turns(
+    parties: Mapping[str, Callable[[int], object]],
+    rounds: int,
+    fail: Callable[[str, MirrorError], None],
+    done: Callable[[str], None],
+) -> set[str]:
+    """Interleave the rounds of parties.
+
+    Args:
+        parties: a function for each, called with the number of the round.
+        rounds: of each.
+        fail: called with the name of a party that failed, and the error; it is left out from then on.
+        done: called with a party's name after each of its turns.
+
+    Returns:
+        The names of those that failed.
+    """
+    failed: set[str] = set()
+    for round_, name in interleave(tuple(parties), rounds):
+        if name not in failed:
+            try:
+                parties[name](round_)
+            except MirrorError as error:
+                failed.add(name)
+                fail(name, error)
+        done(name)
+    return failed

@@ -257,8 +257,8 @@ def measure(
 ) -> None:
     """Run the plan's suites but for the finished ones; call `on_finished` with each suite's own results."""
     for variant in plan.variants:
-        recorder.fact("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
-        recorder.fact("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
+        recorder.record("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
+        recorder.record("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
     left = [suite for suite in SUITES if suite in plan.suites and suite.value not in finished]
     before = recorder.snapshot()
     if plan.peers and {Suite.PEERS, Suite.STARTUP} & set(left):

@@ -17,7 +17,6 @@ from benchmarks.plan import EncoderShape, Plan, Variant, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Measurement
 from mirror_runtime.bundle import EngineName, Precision
-from mirror_runtime.errors import MirrorError
 from mirror_runtime.host import usable_cores
 from mirror_runtime.packing import TOKEN_BUDGET
 
@@ -38,10 +37,8 @@ def measure_ceilings(plan: Plan, recorder: Recorder, progress: Progress) -> None
             recorder.add(measurement)
         done("memory")
         for variant in plan.variants:
-            try:
+            with recorder.failing(SUITE, variant.name):
                 recorder.add(measure_ceiling(variant.engine, variant.precision, plan.shape, repetitions))
-            except MirrorError as error:
-                recorder.fail(SUITE, variant.name, error)
             done(variant.name)
 
 

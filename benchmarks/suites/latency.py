@@ -9,12 +9,12 @@ from rich.progress import Progress
 from benchmarks.machine.ceilings import floor_of
 from benchmarks.machine.reference_speed import beside_one_text
 from benchmarks.peers.protocol import time_calls
-from benchmarks.plan import Plan, Runner, Suite, interleave, loaded, steps
+from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
+from benchmarks.report.record import Better
 from benchmarks.workload import bundle_tokenizer, texts_of_length
 from mirror_runtime.bundle import TOKENIZER_FILE
-from mirror_runtime.errors import InputError, MirrorError
+from mirror_runtime.errors import InputError
 
 SUITE = Suite.LATENCY.value
 
@@ -47,45 +47,48 @@ def run_latency(plan: Plan, recorder: Recorder, progress: Progress) -> None:
                 else:
                     _one_length(plan, left, tokens, texts, recorder, done)
         for runner in left:
-            recorder.fact(SUITE, runner.variant.name, "streams", runner.encoder.engine.streams)
+            recorder.record(SUITE, runner.variant.name, "streams", runner.encoder.engine.streams)
 
 
 def _one_length(
     plan: Plan, left: list[Runner], tokens: int, texts: list[str], recorder: Recorder, done: Callable[[str], None]
 ) -> None:
     """Interleave variants and their reference work; one that fails is removed from `left`."""
-    references = {runner.variant.name: beside_one_text(plan, runner.variant, tokens, recorder) for runner in left}
-    samples: dict[str, list[float]] = {name: [] for name in references}
-    beside: dict[str, list[float]] = {name: [] for name in references}
-    for _, runner in interleave(tuple(left), plan.rounds):
-        name = runner.variant.name
-        if runner in left:
-            try:
-                samples[name] += time_calls(runner.encoder.encode, texts, calls_a_round(plan))
-            except MirrorError as error:
-                left.remove(runner)
-                recorder.fail(SUITE, name, error)
-            else:
-                if (reference := references[name]) is not None:
-                    beside[name].append(reference())
-                recorder.add(
-                    Measurement(
-                        suite=SUITE, party=name, conditions={"tokens": tokens}, metric="time per text", unit="ms",
-                        samples=tuple(samples[name]), reference=tuple(beside[name]), better=Better.LOWER,
-                    )
-                )  # fmt: skip
-        done(f"{name}, {tokens} tokens")
+    conditions = {"tokens": tokens}
+
+    def turns(runner: Runner) -> Callable[[int], None]:
+        reference = beside_one_text(plan, runner.variant, tokens, recorder)
+        samples: list[float] = []
+        beside: list[float] = []
+
+        def turn(_round: int) -> None:
+            samples.extend(time_calls(runner.encoder.encode, texts, calls_a_round(plan)))
+            if reference is not None:
+                beside.append(reference())
+            recorder.record(
+                SUITE, runner.variant.name, "time per text", *samples, unit="ms", better=Better.LOWER,
+                conditions=conditions, reference=beside,
+            )  # fmt: skip
+
+        return turn
+
+    parties = {runner.variant.name: turns(runner) for runner in left}
+    failed = take_turns(
+        parties, plan.rounds, lambda name, error: recorder.fail(SUITE, name, error),
+        lambda name: done(f"{name}, {tokens} tokens"),
+    )  # fmt: skip
+    left[:] = [runner for runner in left if runner.variant.name not in failed]
     for runner in left:
         floor = floor_of(runner.variant, tokens, plan, recorder.measurements)
         if floor is not None:
-            recorder.fact(SUITE, runner.variant.name, "floor", floor, unit="ms", conditions={"tokens": tokens})
+            recorder.record(SUITE, runner.variant.name, "floor", floor, unit="ms", conditions=conditions)
 
 
-def texts_in_turn(plan: Plan, tokens: int) -> list[str]:
-    """Build the texts of exactly `tokens` tokens that calls take in turn.
+def texts_in_turn(plan: Plan, tokens: int, count: int = TEXTS_A_LENGTH) -> list[str]:
+    """Build texts of exactly `tokens` tokens from the workload's words, which calls take in turn.
 
     Raises:
         InputError: the workload has too few words.
     """
     tokenizer = bundle_tokenizer(plan.bundle / TOKENIZER_FILE, plan.manifest.encoder.max_tokens)
-    return texts_of_length(plan.workload.texts, tokenizer, tokens, count=TEXTS_A_LENGTH, seed=plan.seed)
+    return texts_of_length(plan.workload.texts, tokenizer, tokens, count=count, seed=plan.seed)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +26,9 @@ from benchmarks.peers.environments import environment_python, existing_environme
 from benchmarks.peers.footprint import environment_bytes
 from benchmarks.peers.protocol import time_calls
 from benchmarks.peers.specs import FOLDER, PEERS, PeerBackend, PeerSpec
-from benchmarks.plan import Plan, Runner, Suite, interleave, loaded, steps
+from benchmarks.plan import Plan, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
+from benchmarks.report.record import Better
 from benchmarks.report.statistics import ratio_of_medians
 from benchmarks.suites.latency import calls_a_round, texts_in_turn
 from benchmarks.suites.quality import Judge
@@ -48,8 +49,6 @@ SINGLE_TOKENS = 16
 
 SETTLE_S = 0.25
 """Pause between parties: a library's threads may go on spinning for a while after its last call."""
-
-Party: TypeAlias = "Rounds | PeerRounds"
 
 
 @dataclass(kw_only=True)
@@ -73,6 +72,11 @@ class PeerRounds:
     samples_s: list[float] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """Of the party."""
+        return self.backend.party
+
+    @property
     def batch_size(self) -> int:
         """The fastest of the sweep."""
         return min(self.sweep, key=lambda size: self.sweep[size])
@@ -88,17 +92,15 @@ class PeerRounds:
     def record(self, recorder: Recorder) -> None:
         """Record the rounds so far."""
         versions = self.loaded["versions"]
-        recorder.add(
-            Measurement(
-                suite=SUITE, party=self.backend.party, metric="texts per second", unit="1/s", better=Better.HIGHER,
-                samples=tuple(self.texts / seconds for seconds in self.samples_s),
-                conditions={
-                    "version": versions.get(self.backend.package, "unknown"),
-                    "computes in": self.loaded["precision"],
-                    "batch size": self.batch_size,
-                    "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
-                },
-            )
+        recorder.record(
+            SUITE, self.name, "texts per second", *(self.texts / seconds for seconds in self.samples_s), unit="1/s",
+            better=Better.HIGHER,
+            conditions={
+                "version": versions.get(self.backend.package, "unknown"),
+                "computes in": self.loaded["precision"],
+                "batch size": self.batch_size,
+                "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
+            },
         )  # fmt: skip
 
     def vectors(self, texts: Sequence[str], dim: int, scratch: Path) -> NDArray[np.float32]:
@@ -129,21 +131,17 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> list[St
     with steps(progress, "prepare peers", sum(1 + len(spec.backends) for spec in specs)) as done:
         for spec in specs:
             done(f"{spec.title}: environment")
-            try:
+            python = None
+            with recorder.failing(SUITE, spec.title, OSError):
                 python = _make_python(spec, plan, lambda line: progress.console.print(line, style="dim", markup=False))
-            except (PeerError, OSError) as error:
-                recorder.fail(SUITE, spec.title, error)
-                continue
-            for name in spec.backends:
+            for name in spec.backends if python is not None else ():
                 done(f"{spec.title}: {name}")
                 backend = PeerBackend(spec=spec, name=name, python=python, model=plan.bundle.resolve())
-                try:
+                with recorder.failing(SUITE, backend.party, OSError):
                     backend = _export(backend, plan.scratch, texts)
-                except (PeerError, OSError) as error:
-                    recorder.fail(SUITE, backend.party, error)
-                    continue
-                if Suite.STARTUP in plan.suites:
-                    starters += _starter(backend, recorder)
+                    if Suite.STARTUP in plan.suites:
+                        with recorder.failing(Suite.STARTUP.value, backend.party):
+                            starters.append(_starter(backend))
     return starters
 
 
@@ -157,12 +155,13 @@ def run_peers(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mirror-bench-", dir=plan.scratch)))
         runners = stack.enter_context(loaded(plan, recorder, Suite.PEERS))
-        ours = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
+        every = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
+        ours = list(every)
         with steps(progress, "peers: load and sweep", len(backends) * (1 + len(sizes))) as done:
             theirs = list(_load(plan, backends, sizes, stack, scratch, recorder, done))
         _compare_vectors(plan, ours, theirs, scratch, recorder, progress)
         _take_turns(plan, ours, theirs, recorder, progress)
-        _time_single_texts(plan, runners, theirs, scratch, recorder, progress)
+        _time_single_texts(plan, every, theirs, scratch, recorder, progress)
         _record_ratios(plan, ours, theirs, recorder)
         if Suite.QUALITY in plan.suites:
             _judge(plan, theirs, scratch, recorder, progress)
@@ -201,16 +200,11 @@ def _export(backend: PeerBackend, scratch: Path, texts: Path) -> PeerBackend:
     return copy
 
 
-def _starter(backend: PeerBackend, recorder: Recorder) -> Iterator[Starter]:
-    try:
-        size = environment_bytes(backend.python)
-    except PeerError as error:
-        recorder.fail(Suite.STARTUP.value, backend.party, error)
-        return
-    yield Starter(
+def _starter(backend: PeerBackend) -> Starter:
+    return Starter(
         party=backend.party,
         command=(*backend.command, "start", str(backend.model), backend.name),
-        installed_bytes=size,
+        installed_bytes=environment_bytes(backend.python),
         environment=offline_environment(),
     )
 
@@ -255,17 +249,15 @@ def _load(
         except (PeerError, OSError) as error:
             recorder.fail(SUITE, party, error)
             continue
-        recorder.fact(SUITE, party, "load time", answer["load_seconds"], unit="s")
+        fact = partial(recorder.record, SUITE, party)
+        fact("load time", answer["load_seconds"], unit="s")
         if answer["threads"] is not None:
-            recorder.fact(SUITE, party, "threads", answer["threads"])
+            fact("threads", answer["threads"])
         for size, seconds in sweep.items():
             conditions = {"batch size": size, "texts": limit}
-            recorder.fact(
-                SUITE, party, "texts per second, sweep", limit / seconds, unit="1/s", conditions=conditions
-            )  # fmt: skip
-        yield PeerRounds(
-            backend=backend, worker=worker, loaded=answer, sweep=sweep, texts=len(plan.workload.texts)
-        )  # fmt: skip
+            fact("texts per second, sweep", limit / seconds, unit="1/s", conditions=conditions)
+        count = len(plan.workload.texts)
+        yield PeerRounds(backend=backend, worker=worker, loaded=answer, sweep=sweep, texts=count)
 
 
 def _compare_vectors(
@@ -277,51 +269,44 @@ def _compare_vectors(
     reference = fp32_reference(plan, "workload", texts, recorder, Suite.PEERS, runners)
     with steps(progress, "peers: vectors", len(ours) + len(theirs)) as done:
         for mine in list(ours):
-            name = mine.runner.variant.name
             try:
-                record_agreement(recorder, Suite.PEERS, name, encode_components(plan, mine.runner, texts), reference)
+                vectors = encode_components(plan, mine.runner, texts)
+                record_agreement(recorder, Suite.PEERS, mine.name, vectors, reference)
             except MirrorError as error:
                 ours.remove(mine)
-                recorder.fail(SUITE, name, error)
-            done(name)
+                recorder.fail(SUITE, mine.name, error)
+            done(mine.name)
         for peer in list(theirs):
-            name = peer.backend.party
             try:
                 vectors = peer.vectors(texts, plan.manifest.encoder.dim, scratch)
+                record_agreement(recorder, Suite.PEERS, peer.name, vectors, reference)
             except MirrorError as error:
                 theirs.remove(peer)
-                recorder.fail(SUITE, name, error)
-            else:
-                record_agreement(recorder, Suite.PEERS, name, vectors, reference)
-            done(name)
+                recorder.fail(SUITE, peer.name, error)
+            done(peer.name)
 
 
 def _take_turns(
     plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], recorder: Recorder, progress: Progress
 ) -> None:
     """Measure all parties on the workload in interleaved rounds, ours and theirs alternating."""
-    pairs: list[tuple[Party | None, Party | None]] = list(zip_longest(ours, theirs))
-    parties = [party for pair in pairs for party in pair if party is not None]
 
-    def run(party: Party) -> None:
+    def run(party: Rounds | PeerRounds) -> None:
         party.run()
         if isinstance(party, Rounds):
             party.record(recorder, SUITE, plan)
         else:
             party.record(recorder)
 
-    with steps(progress, "peers: rounds", len(parties) * plan.rounds) as done:
-        _rounds([(_name(party), party) for party in parties], plan.rounds, run, recorder, done, "")
+    pairs: Iterable[tuple[Rounds | PeerRounds | None, ...]] = zip_longest(ours, theirs)
+    parties = {party.name: partial(run, party) for pair in pairs for party in pair if party is not None}
+    _interleave(parties, plan, recorder, progress, "peers: rounds", "")
 
 
 def _time_single_texts(
-    plan: Plan,
-    runners: Sequence[Runner],
-    theirs: Sequence[PeerRounds],
-    scratch: Path,
-    recorder: Recorder,
+    plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], scratch: Path, recorder: Recorder,
     progress: Progress,
-) -> None:
+) -> None:  # fmt: skip
     """Measure all parties on one text per call, in interleaved rounds."""
     try:
         texts = texts_in_turn(plan, SINGLE_TOKENS)
@@ -330,47 +315,35 @@ def _time_single_texts(
         return
     file = _write_texts(scratch / "single.json", texts)
     calls = calls_a_round(plan)
-    samples: dict[str, list[float]] = {}
-    parties: list[tuple[str, Runner | PeerRounds]] = [(runner.variant.name, runner) for runner in runners]
-    parties += [(peer.backend.party, peer) for peer in theirs]
+    parties: list[Rounds | PeerRounds] = [*ours, *theirs]
+    samples: dict[str, list[float]] = {party.name: [] for party in parties}
 
-    def run(party: Runner | PeerRounds) -> None:
-        if isinstance(party, Runner):
-            name, found = party.variant.name, time_calls(party.encoder.encode, texts, calls)
+    def run(party: Rounds | PeerRounds) -> None:
+        if isinstance(party, Rounds):
+            samples[party.name] += time_calls(party.runner.encoder.encode, texts, calls)
         else:
-            name = party.backend.party
-            found = party.worker.ask("single", texts=str(file), calls=calls)["samples_ms"]
-        samples.setdefault(name, []).extend(found)
-        recorder.add(
-            Measurement(
-                suite=SUITE, party=name, metric="time per text", unit="ms", better=Better.LOWER,
-                samples=tuple(samples[name]), conditions={"tokens": SINGLE_TOKENS},
-            )
+            samples[party.name] += party.worker.ask("single", texts=str(file), calls=calls)["samples_ms"]
+        recorder.record(
+            SUITE, party.name, "time per text", *samples[party.name], unit="ms", better=Better.LOWER,
+            conditions={"tokens": SINGLE_TOKENS},
         )  # fmt: skip
 
-    with steps(progress, "peers: single texts", len(parties) * plan.rounds) as done:
-        _rounds(parties, plan.rounds, run, recorder, done, ", single texts")
+    turns = {party.name: partial(run, party) for party in parties}
+    _interleave(turns, plan, recorder, progress, "peers: single texts", ", single texts")
 
 
-def _rounds(
-    parties: Sequence[tuple[str, Any]],
-    rounds: int,
-    run: Callable[[Any], None],
-    recorder: Recorder,
-    done: Callable[[str], None],
-    what: str,
+def _interleave(
+    parties: Mapping[str, Callable[[], None]], plan: Plan, recorder: Recorder, progress: Progress, title: str, what: str
 ) -> None:
-    """Interleave parties; one that fails is recorded and left out from then on."""
-    failed: set[str] = set()
-    for _, (name, party) in interleave(parties, rounds):
-        if name not in failed:
-            time.sleep(SETTLE_S)
-            try:
-                run(party)
-            except MirrorError as error:
-                failed.add(name)
-                recorder.fail(SUITE, f"{name}{what}", error)
-        done(name)
+    """Interleave the parties' rounds, with a pause before each."""
+
+    def turn(run: Callable[[], None], _round: int) -> None:
+        time.sleep(SETTLE_S)
+        run()
+
+    turns = {name: partial(turn, run) for name, run in parties.items()}
+    with steps(progress, title, len(parties) * plan.rounds) as done:
+        take_turns(turns, plan.rounds, lambda name, error: recorder.fail(SUITE, name + what, error), done)
 
 
 def _record_ratios(plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], recorder: Recorder) -> None:
@@ -380,9 +353,9 @@ def _record_ratios(plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRoun
             if not mine.samples_s or not peer.samples_s:
                 continue  # it failed, and the record has the reason
             ratio = ratio_of_medians(peer.samples_s, mine.samples_s, seed=plan.seed)  # seconds: theirs over ours
-            recorder.fact(
-                SUITE, peer.backend.party, "our rate over its rate", ratio.value,
-                conditions={"ours": mine.runner.variant.name}, figures={"low": ratio.low, "high": ratio.high},
+            recorder.record(
+                SUITE, peer.name, "our rate over its rate", ratio.value,
+                conditions={"ours": mine.name}, figures={"low": ratio.low, "high": ratio.high},
             )  # fmt: skip
 
 
@@ -390,14 +363,7 @@ def _judge(plan: Plan, theirs: Sequence[PeerRounds], scratch: Path, recorder: Re
     judge = Judge(plan, recorder)
     with steps(progress, "peers: quality", len(theirs)) as done:
         for peer in theirs:
-            name = peer.backend.party
-            try:
+            with recorder.failing(Suite.QUALITY.value, peer.name):
                 vectors = peer.vectors(judge.texts, plan.manifest.encoder.dim, scratch)
-                judge.judge(name, vectors, keep_cosines=False)
-            except MirrorError as error:
-                recorder.fail(Suite.QUALITY.value, name, error)
-            done(name)
-
-
-def _name(party: Party) -> str:
-    return party.runner.variant.name if isinstance(party, Rounds) else party.backend.party
+                judge.judge(peer.name, vectors, keep_cosines=False)
+            done(peer.name)

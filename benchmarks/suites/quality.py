@@ -14,10 +14,10 @@ from rich.progress import Progress
 from benchmarks.agreement import Components, encode_components, fp32_reference
 from benchmarks.plan import Plan, Suite, loaded, steps
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import PEOPLE, Better, Measurement
+from benchmarks.report.record import PEOPLE, Better
 from evaluation.sets import EvaluationSet, read_sets
 from evaluation.statistics import estimate, resample_spearman, spearman
-from mirror_runtime.errors import EngineError, InputError, MirrorError
+from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.vectors import cosines, unit_rows
 
 SUITE = Suite.QUALITY.value
@@ -78,7 +78,7 @@ class Judge:
         count = min(len(self.texts), MOST_NEIGHBOUR_TEXTS)
         self._searched = np.sort(np.random.default_rng(plan.seed).permutation(len(self.texts))[:count])
         for one in plan.sets:
-            recorder.fact(SUITE, PEOPLE, "score", *one.scores, conditions=_conditions(one))
+            recorder.record(SUITE, PEOPLE, "score", *one.scores, conditions=_conditions(one))
         reference = fp32_reference(plan, "sets", self.texts, recorder, Suite.QUALITY)
         self.baseline = None if reference is None else reference.party
         self._baseline_cosines: list[NDArray[np.float64]] = []
@@ -109,12 +109,9 @@ class Judge:
             values.append(value)
             draws.append(self._resample(found, one, at))
             if keep_cosines:
-                self._recorder.add(
-                    Measurement(
-                        suite=SUITE, party=party, metric="cosine of pairs", unit="", samples=tuple(found.tolist()),
-                        conditions=_conditions(one), better=Better.HIGHER,
-                    )
-                )  # fmt: skip
+                self._recorder.record(
+                    SUITE, party, "cosine of pairs", *found, conditions=_conditions(one), better=Better.HIGHER
+                )
             self._estimate(party, "Spearman x 100", one.name, value, draws[-1])
             if self.baseline not in (None, party):
                 before = self._baseline_cosines[at]
@@ -128,13 +125,13 @@ class Judge:
         if self._neighbours is not None and self._neighbours.size:
             shared = [len(np.intersect1d(a, b)) for a, b in zip(self._nearest(vectors), self._neighbours, strict=True)]
             overlap = float(np.mean(shared) / self._neighbours.shape[1])
-            self._recorder.fact(SUITE, party, "top-10 overlap with fp32", overlap)
-        self._recorder.fact(SUITE, party, "texts searched", len(self._searched))
+            self._recorder.record(SUITE, party, "top-10 overlap with fp32", overlap)
+        self._recorder.record(SUITE, party, "texts searched", len(self._searched))
 
     def _estimate(self, party: str, metric: str, name: str, value: float, drawn: NDArray[np.float64]) -> None:
         found = estimate(value, drawn)
         figures = {"low": found.low, "high": found.high}
-        self._recorder.fact(SUITE, party, metric, value, unit="points", conditions={"set": name}, figures=figures)
+        self._recorder.record(SUITE, party, metric, value, unit="points", conditions={"set": name}, figures=figures)
 
     def _resample(self, found: NDArray[np.float64], one: EvaluationSet, at: int) -> NDArray[np.float64]:
         """Resample pairs: the same ones for every party, so that differences are paired."""
@@ -165,10 +162,8 @@ def run_quality(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         done(f"reference {judge.baseline}")
         for runner in runners:
             name = runner.variant.name
-            try:
+            with recorder.failing(SUITE, name):
                 judge.judge(name, encode_components(plan, runner, judge.texts), keep_cosines=True)
-            except MirrorError as error:
-                recorder.fail(SUITE, name, error)
             done(name)
 
 

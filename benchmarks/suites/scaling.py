@@ -7,22 +7,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from benchmarks.plan import Plan, Suite, Variant, steps
+from benchmarks.plan import Plan, Suite, Variant, auto_variants, steps
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Condition, Measurement
+from benchmarks.report.record import Better
 from benchmarks.report.statistics import median
 from mirror_runtime.errors import EngineError
 from mirror_runtime.host import usable_cores
-from mirror_runtime.selection import AUTO, choose
 
 SUITE = Suite.SCALING.value
 
@@ -36,39 +34,18 @@ CALLERS = 100
 SCRIPT = Path(__file__).resolve().parent / "scaling_process.py"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One figure of a variant, and the function that measures and records it."""
-
-    name: str
-    measure: Callable[[Recorder], None]
-
-
 def run_scaling(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Measure every variant, or in a quick run the one that "auto" selects."""
-    variants = auto_variant(plan, Suite.SCALING, recorder) if plan.quick else plan.variants
+    variants = auto_variants(plan, Suite.SCALING, plan.variants, recorder)
     texts = plan.scratch / "scaling.json"
     texts.write_text(json.dumps(plan.workload.texts), encoding="utf-8")
-    work = [(variant, step) for variant in variants for step in _steps(plan, variant, texts.resolve())]
+    work = [(variant, *step) for variant in variants for step in _steps(plan, variant, texts.resolve())]
     with steps(progress, SUITE, len(work)) as done:
-        for variant, step in work:
-            party = f"{variant.name}, {step.name}"
-            try:
-                step.measure(recorder)
-            except EngineError as error:
-                recorder.fail(SUITE, party, error)
+        for variant, name, measure in work:
+            party = f"{variant.name}, {name}"
+            with recorder.failing(SUITE, party):
+                measure(recorder)
             done(party)
-
-
-def auto_variant(plan: Plan, suite: Suite, recorder: Recorder) -> tuple[Variant, ...]:
-    """Return the variant that "auto" selects, or the first; the others become failures of a quick run's suite."""
-    engine, precision, _ = choose(plan.manifest, AUTO, AUTO)
-    chosen = [variant for variant in plan.variants if (variant.engine, variant.precision) == (engine, precision)]
-    first = (chosen or plan.variants)[0]
-    for variant in plan.variants:
-        if variant is not first:
-            recorder.fail(suite.value, variant.name, f"a quick run measures one artifact, {first.name}")
-    return (first,)
 
 
 def cores_to_try(cores: int) -> list[int]:
@@ -76,7 +53,8 @@ def cores_to_try(cores: int) -> list[int]:
     return [*(2**power for power in range(cores.bit_length()) if 2**power < cores), cores]
 
 
-def _steps(plan: Plan, variant: Variant, texts: Path) -> list[Step]:
+def _steps(plan: Plan, variant: Variant, texts: Path) -> list[tuple[str, Callable[[Recorder], None]]]:
+    """Return the figures of a variant: the name of each, and the function that measures and records it."""
     task = {
         "bundle": str(plan.bundle.resolve()),
         "engine": variant.engine.value,
@@ -85,18 +63,13 @@ def _steps(plan: Plan, variant: Variant, texts: Path) -> list[Step]:
         "rounds": plan.rounds,
     }
     name, count = variant.name, len(plan.workload.texts)
-    cores = cores_to_try(usable_cores()) if hasattr(os, "sched_setaffinity") else []
-    return [
-        *(
-            Step(
-                name=f"{size:,} texts",
-                measure=partial(_size, name, task, size, plan.rounds if size <= LONG and not plan.quick else 1),
-            )
-            for size in (QUICK_SIZES if plan.quick else SIZES)
-        ),
-        *(Step(name=f"{number} cores", measure=partial(_cores, name, task, number, count)) for number in cores),
-        Step(name=f"{CALLERS} callers", measure=partial(_callers, name, task, count)),
-    ]
+    found: list[tuple[str, Callable[[Recorder], None]]] = []
+    for size in QUICK_SIZES if plan.quick else SIZES:
+        processes = plan.rounds if size <= LONG and not plan.quick else 1
+        found.append((f"{size:,} texts", partial(_size, name, task, size, processes)))
+    for cores in cores_to_try(usable_cores()) if hasattr(os, "sched_setaffinity") else []:
+        found.append((f"{cores} cores", partial(_cores, name, task, cores, count)))
+    return [*found, (f"{CALLERS} callers", partial(_callers, name, task, count))]
 
 
 def _run(task: Mapping[str, Any], **more: Any) -> Any:
@@ -117,9 +90,8 @@ def _run(task: Mapping[str, Any], **more: Any) -> Any:
 def _size(party: str, task: Mapping[str, Any], texts: int, processes: int, recorder: Recorder) -> None:
     """Record the time per text and the memory of so many different texts through `encode_stream`."""
     runs = [_run(task, what="size", count=texts) for _ in range(processes)]
-    conditions = {"texts": texts}
-    _time_per_text(party, [run["seconds"] for run in runs], texts, conditions, recorder)
-    fact = partial(recorder.fact, SUITE, party, conditions=conditions)
+    fact = partial(recorder.record, SUITE, party, conditions={"texts": texts})
+    fact("time per text", *(1e6 * run["seconds"] / texts for run in runs), unit="us", better=Better.LOWER)
     fact("tokens per text", runs[0]["tokens"] / texts)
     fact("memory at the first window", *(run["first_bytes"] for run in runs), unit="B")
     fact("peak memory", *(run["peak_bytes"] for run in runs), unit="B")
@@ -129,9 +101,8 @@ def _cores(party: str, task: Mapping[str, Any], cores: int, texts: int, recorder
     """Record passes over the workload in a process that may run on the first so many cores."""
     with _affinity(cores):
         run = _run(task, what="cores")
-    conditions = {"cores": cores}
-    _time_per_text(party, run["samples_s"], texts, conditions, recorder)
-    fact = partial(recorder.fact, SUITE, party, conditions=conditions)
+    fact = partial(recorder.record, SUITE, party, conditions={"cores": cores})
+    fact("time per text", *(1e6 * seconds / texts for seconds in run["samples_s"]), unit="us", better=Better.LOWER)
     fact("texts per second", *(texts / seconds for seconds in run["samples_s"]), unit="1/s")
     fact("streams", run["streams"])
     used = [cpu / wall for cpu, wall in zip(run["cpu_s"], run["samples_s"], strict=True)]
@@ -141,32 +112,20 @@ def _cores(party: str, task: Mapping[str, Any], cores: int, texts: int, recorder
 def _callers(party: str, task: Mapping[str, Any], texts: int, recorder: Recorder) -> None:
     """Record concurrent callers of single texts beside one `encode`, and callers that meet a full queue."""
     run = _run(task, what="callers", count=CALLERS)
-    conditions = {"callers": CALLERS}
-    _time_per_text(party, run["callers_s"], texts, conditions, recorder)
-    fact = partial(recorder.fact, SUITE, party, conditions=conditions)
+    fact = partial(recorder.record, SUITE, party, conditions={"callers": CALLERS})
+    fact("time per text", *(1e6 * seconds / texts for seconds in run["callers_s"]), unit="us", better=Better.LOWER)
     fact("texts per second", *(texts / seconds for seconds in run["callers_s"]), unit="1/s")
     fact("texts per second of one encode", *(texts / seconds for seconds in run["offline_s"]), unit="1/s")
     fact("share of one encode", median(run["offline_s"]) / median(run["callers_s"]))
     queue = run["queue"]
     refused = queue["refused_ms"]
-    fact = partial(recorder.fact, SUITE, party, conditions={"full queue": queue["max_waiting"]})
+    fact = partial(recorder.record, SUITE, party, conditions={"full queue": queue["max_waiting"]})
     fact("calls", queue["sent"])
     fact("accepted", queue["sent"] - len(refused))
     fact("answered", queue["answered"])
     fact("worst cosine to one encode", queue["min_cosine"])
     if refused:
         fact("time until refused", *refused, unit="ms")
-
-
-def _time_per_text(
-    party: str, seconds: Sequence[float], texts: int, conditions: Mapping[str, Condition], recorder: Recorder
-) -> None:
-    recorder.add(
-        Measurement(
-            suite=SUITE, party=party, conditions=conditions, metric="time per text", unit="us",
-            samples=tuple(1e6 * one / texts for one in seconds), better=Better.LOWER,
-        )
-    )  # fmt: skip
 
 
 @contextmanager

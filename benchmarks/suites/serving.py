@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
@@ -26,18 +25,18 @@ from benchmarks.load.process import Load, load_process
 from benchmarks.load.servers import ServerTimes, TritonStatistics, running_gateway
 from benchmarks.load.targets import GATEWAY, GRPC
 from benchmarks.load.window import Outcome, Window
-from benchmarks.plan import Plan, Runner, Suite, loaded, steps
+from benchmarks.plan import Plan, Runner, Suite, auto_variants, loaded, steps
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Condition, Measurement
+from benchmarks.report.record import Better, Condition
 from benchmarks.report.statistics import percentile
-from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.client.protocol import MODEL_NAME
-from mirror_runtime.errors import EngineError, MirrorError, PeerError, ServerError
-from mirror_runtime.selection import AUTO, choose
+from mirror_runtime.errors import PeerError, ServerError
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.processes import group_members, resident_bytes
 from mirror_runtime.triton.server.server import Server
+
+SUITE = Suite.SERVING.value
 
 LOOPS = ((1, 1), (8, 1), (32, 1), (4, 32))
 """Callers and texts per request of the closed loops."""
@@ -100,25 +99,22 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     pace = QUICK if plan.quick else FULL
     analyzer = _perf_analyzer(plan, recorder, progress)
     with loaded(plan, recorder, Suite.SERVING) as runners:
-        chosen = _served(plan, runners, recorder)
+        variants = auto_variants(plan, Suite.SERVING, [runner.variant for runner in runners], recorder)
+        chosen = [runner for runner in runners if runner.variant in variants]
         triton = 2 + plan.rounds * (1 + len(LOOPS)) + len(pace.shares) + len(LOOPS) * (analyzer is not None)
         gateway = 1 + plan.rounds * (1 + len(GATEWAY_LOOPS))
         with steps(progress, "serving", len(chosen) * (triton + gateway)) as done:
             for runner in chosen:
                 name = runner.variant.name
-                party = Party(name=name, recorder=recorder, on_step=partial(_show, done, name))
-                try:
+
+                def on_step(word: str, name: str = name) -> None:
+                    done(f"{name}: {word}")
+
+                party = Party(name=name, recorder=recorder, on_step=on_step)
+                with recorder.failing(SUITE, f"{name}, triton"):
                     _measure_triton(plan, runner, pace, analyzer, party)
-                except MirrorError as error:
-                    recorder.fail(Suite.SERVING.value, f"{name}, triton", error)
-                try:
+                with recorder.failing(SUITE, f"{name}, gateway"):
                     _measure_gateway(plan, runner, pace, party)
-                except MirrorError as error:
-                    recorder.fail(Suite.SERVING.value, f"{name}, gateway", error)
-
-
-def _show(done: Callable[[str], None], name: str, word: str) -> None:
-    done(f"{name}: {word}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,18 +135,7 @@ class Party:
     ) -> None:
         """Record a measurement, unless there are no samples."""
         if samples:
-            self.recorder.add(
-                Measurement(
-                    suite=Suite.SERVING.value,
-                    party=self.name,
-                    metric=metric,
-                    unit=unit,
-                    samples=tuple(samples),
-                    better=better,
-                    conditions=conditions,
-                    count=len(samples),
-                )
-            )
+            self.recorder.record(SUITE, self.name, metric, *samples, unit=unit, better=better, conditions=conditions)
 
 
 @dataclass(kw_only=True)
@@ -234,32 +219,14 @@ def check_answered(window: Window) -> None:
         raise ServerError(f"no request was answered: {window.reason}")
 
 
-def _served(plan: Plan, runners: Sequence[Runner], recorder: Recorder) -> Sequence[Runner]:
-    if not plan.quick or len(runners) < 2:
-        return runners
-    try:
-        engine, precision, _ = choose(plan.manifest, AUTO, AUTO)
-    except EngineError:
-        engine, precision = EngineName.FAKE, Precision.FP32
-    matching = [r for r in runners if (r.variant.engine, r.variant.precision) == (engine, precision)]
-    chosen = (matching or list(runners))[0]
-    for runner in runners:
-        if runner is not chosen:
-            reason = f"a quick run serves one artifact, {chosen.variant.name}"
-            recorder.fail(Suite.SERVING.value, runner.variant.name, reason)
-    return [chosen]
-
-
 def _perf_analyzer(plan: Plan, recorder: Recorder, progress: Progress) -> Path | None:
-    try:
+    with recorder.failing(SUITE, PERF_ANALYZER, OSError):
         return find_perf_analyzer(
             plan.environments.given.get(PERF_ANALYZER),
             plan.environments.folder,
             lambda line: progress.console.print(line, style="dim", markup=False),
         )
-    except (PeerError, OSError) as error:
-        recorder.fail(Suite.SERVING.value, PERF_ANALYZER, error)
-        return None
+    return None
 
 
 def _measure_triton(plan: Plan, runner: Runner, pace: Pace, analyzer: Path | None, party: Party) -> None:
@@ -278,27 +245,17 @@ def _measure_triton(plan: Plan, runner: Runner, pace: Pace, analyzer: Path | Non
         loops = ClosedLoops(runner=runner, texts=texts, server="triton", target=GRPC, party=party)
         for _ in range(plan.rounds):
             loops.round(LOOPS, load, pace.closed_s, statistics.take)
-        _measure_arrivals(load, loops.rate(REFERENCE_LOOP), pace, plan.seed, party, statistics)
+        rate = loops.rate(REFERENCE_LOOP)
+        for share in pace.shares:
+            party.on_step(f"{share * rate:.0f} requests per second")
+            if not measure_rate(load, share, rate, pace.open_s, plan.seed, party, statistics.take):
+                break
         if analyzer is not None:
             _run_perf_analyzer(analyzer, server.grpc_port, texts, pace.window_s, folder, party)
         measure_overload(
-            load,
-            pace,
-            plan.seed,
-            party,
-            lambda: resident_bytes(group_members(server.pid)),
+            load, pace, plan.seed, party, lambda: resident_bytes(group_members(server.pid)),
             options.max_tokens_in_flight,
-        )
-
-
-def _measure_arrivals(
-    load: Load, reference_rate: float, pace: Pace, seed: int, party: Party, statistics: TritonStatistics
-) -> None:
-    """Measure random arrivals of single texts at rising rates, up to the first that is too much."""
-    for share in pace.shares:
-        party.on_step(f"{share * reference_rate:.0f} requests per second")
-        if not measure_rate(load, share, reference_rate, pace.open_s, seed, party, statistics.take):
-            break
+        )  # fmt: skip
 
 
 def measure_rate(
@@ -341,7 +298,7 @@ def _run_perf_analyzer(
                 seconds=window_s, scratch=scratch,
             )  # fmt: skip
         except PeerError as error:
-            party.recorder.fail(Suite.SERVING.value, PERF_ANALYZER, f"{party.name}: {error}")
+            party.recorder.fail(SUITE, PERF_ANALYZER, f"{party.name}: {error}")
             return
         conditions = {**closed_conditions("triton", callers, size), "client": PERF_ANALYZER}
         party.add("texts per second", "1/s", [rate], conditions)
@@ -396,7 +353,7 @@ def measure_overload(
     ):
         party.add(metric, unit, samples, conditions)
     if recovery_s is None:
-        party.recorder.fail(Suite.SERVING.value, party.name, "overload: the server did not recover in time")
+        party.recorder.fail(SUITE, party.name, "overload: the server did not recover in time")
 
 
 def _measure_gateway(plan: Plan, runner: Runner, pace: Pace, party: Party) -> None:

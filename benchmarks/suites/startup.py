@@ -8,16 +8,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
 from benchmarks.peers.footprint import our_bytes
-from benchmarks.plan import Plan, Suite, interleave, steps
+from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
+from benchmarks.report.record import Better
 from mirror_runtime.errors import EngineError
 
 SUITE = Suite.STARTUP.value
@@ -83,23 +84,23 @@ def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     starters = [*our_starters(plan), *plan.peer_starters]
     rounds = QUICK_ROUNDS if plan.quick else max(FEWEST_ROUNDS, plan.rounds)
     texts = plan.workload.texts[: QUICK_MOST_TEXTS if plan.quick else MOST_TEXTS]
-    starts: dict[str, list[Start]] = {starter.party: [] for starter in starters}
-    failed: set[str] = set()
     file = plan.scratch / "startup.json"
     file.write_text(json.dumps(texts), encoding="utf-8")
+
+    def turns(starter: Starter) -> Callable[[int], None]:
+        starts: list[Start] = []
+
+        def turn(round_: int) -> None:
+            start = run_start(starter, file)
+            if round_ > 0:
+                starts.append(start)
+                _record(starter, starts, len(texts), recorder)
+
+        return turn
+
     with steps(progress, SUITE, len(starters) * (rounds + 1)) as done:
-        for round_, starter in interleave(starters, rounds + 1):
-            if starter.party not in failed:
-                try:
-                    start = run_start(starter, file)
-                except EngineError as error:
-                    failed.add(starter.party)
-                    recorder.fail(SUITE, starter.party, error)
-                else:
-                    if round_ > 0:
-                        starts[starter.party].append(start)
-                        _record(starter, starts[starter.party], len(texts), recorder)
-            done(starter.party)
+        parties = {starter.party: turns(starter) for starter in starters}
+        take_turns(parties, rounds + 1, lambda name, error: recorder.fail(SUITE, name, error), done)
 
 
 def run_start(starter: Starter, texts: Path) -> Start:
@@ -152,14 +153,9 @@ def _let_end(process: subprocess.Popen[str]) -> None:
 
 
 def _record(starter: Starter, starts: Sequence[Start], texts: int, recorder: Recorder) -> None:
-    party = starter.party
-    recorder.add(
-        Measurement(
-            suite=SUITE, party=party, metric="time to the first vector", unit="s", better=Better.LOWER,
-            samples=tuple(start.seconds for start in starts),
-        )
-    )  # fmt: skip
-    recorder.fact(SUITE, party, "memory at the first vector", *(s.first_vector_bytes for s in starts), unit="B")
-    recorder.fact(SUITE, party, "peak memory", *(s.peak_bytes for s in starts), unit="B")
-    recorder.fact(SUITE, party, "texts for the peak", texts)
-    recorder.fact(SUITE, party, "installed packages", starter.installed_bytes, unit="B")
+    fact = partial(recorder.record, SUITE, starter.party)
+    fact("time to the first vector", *(start.seconds for start in starts), unit="s", better=Better.LOWER)
+    fact("memory at the first vector", *(start.first_vector_bytes for start in starts), unit="B")
+    fact("peak memory", *(start.peak_bytes for start in starts), unit="B")
+    fact("texts for the peak", texts)
+    fact("installed packages", starter.installed_bytes, unit="B")

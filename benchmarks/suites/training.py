@@ -7,15 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.plan import Plan, Suite, interleave, steps
+from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
+from benchmarks.report.record import Better
 from benchmarks.suites.quality import MEAN, read_evaluation_sets
 from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import EngineError, InputError
@@ -81,35 +82,6 @@ class Trainer:
     command: tuple[str, ...]
 
 
-@dataclass(kw_only=True)
-class _Runs:
-    """The finished runs of a recipe: seeds, seconds and scores of each set."""
-
-    seeds: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, seed: int, seconds: float, scores: Mapping[str, float]) -> None:
-        self.seeds.append(seed)
-        self.seconds.append(seconds)
-        for name, score in scores.items():
-            self.scores.setdefault(name, []).append(score)
-
-    def record(self, party: str, recorder: Recorder) -> None:
-        def judged(metric: str, unit: str, samples: Sequence[float]) -> None:
-            recorder.add(
-                Measurement(
-                    suite=SUITE, party=party, metric=metric, unit=unit, samples=tuple(samples), better=Better.LOWER
-                )
-            )  # fmt: skip
-
-        judged("time to the saved folder", "s", self.seconds)
-        judged("100 - mean Spearman", "points", [100 - mean for mean in self.scores[MEAN]])
-        recorder.fact(SUITE, party, "seed", *self.seeds)
-        for name, scores in self.scores.items():
-            recorder.fact(SUITE, party, "Spearman x 100", *scores, unit="points", conditions={"set": name})
-
-
 def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Interleave the recipes, one seed a round, and judge every folder with training/evaluate.py.
 
@@ -121,25 +93,33 @@ def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     corpus, texts = _corpus(tuning, plan.scratch)
     if tuning.quick and tuning.sts:
         tuning = replace(tuning, sts=_sampled(tuning.sts, plan.scratch))
+
+    def turns(trainer: Trainer) -> Callable[[int], None]:
+        fact = partial(recorder.record, SUITE, trainer.party)
+        seconds: list[float] = []
+        scores: dict[str, list[float]] = {}
+
+        def turn(round_: int) -> None:
+            if round_ >= trainer.seeds:
+                return
+            took_s, found = _run(trainer, FIRST_SEED + round_, tuning, plan.scratch)
+            seconds.append(took_s)
+            for name, score in found.items():
+                scores.setdefault(name, []).append(score)
+            fact("time to the saved folder", *seconds, unit="s", better=Better.LOWER)
+            fact("100 - mean Spearman", *(100 - mean for mean in scores[MEAN]), unit="points", better=Better.LOWER)
+            fact("seed", *range(FIRST_SEED, FIRST_SEED + round_ + 1))
+            for name, values in scores.items():
+                fact("Spearman x 100", *values, unit="points", conditions={"set": name})
+            fact("texts", texts)
+
+        return turn
+
     trainers = _trainers(tuning, corpus)
-    runs = {trainer.party: _Runs() for trainer in trainers}
-    failed: set[str] = set()
-    rounds = interleave(trainers, max(trainer.seeds for trainer in trainers))
-    turns = [(round_, trainer) for round_, trainer in rounds if round_ < trainer.seeds]
-    with steps(progress, SUITE, len(turns)) as done:
-        for round_, trainer in turns:
-            party, seed = trainer.party, FIRST_SEED + round_
-            if party not in failed:
-                try:
-                    seconds, scores = _run(trainer, seed, tuning, plan.scratch)
-                except EngineError as error:
-                    failed.add(party)
-                    recorder.fail(SUITE, party, error)
-                else:
-                    runs[party].add(seed, seconds, scores)
-                    runs[party].record(party, recorder)
-                    recorder.fact(SUITE, party, "texts", texts)
-            done(party)
+    rounds = max(trainer.seeds for trainer in trainers)
+    with steps(progress, SUITE, len(trainers) * rounds) as done:
+        parties = {trainer.party: turns(trainer) for trainer in trainers}
+        take_turns(parties, rounds, lambda name, error: recorder.fail(SUITE, name, error), done)
 
 
 def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:

@@ -50,7 +50,7 @@ FACTS = Facts(
 def measurements() -> tuple[Measurement, ...]:
     """Return at least one measurement of every suite."""
     recorder = Recorder()
-    fact = recorder.fact
+    fact = recorder.record
 
     def judged(suite: str, party: str, metric: str, unit: str, *samples: float, better=Better.HIGHER, **more) -> None:
         recorder.add(

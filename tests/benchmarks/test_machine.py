@@ -84,7 +84,7 @@ def test_memory_is_read_and_copied_by_all_cores(monkeypatch):
 def memory(gb_per_s: float, cache_bytes: float):
     recorder = Recorder()
     conditions = {"last cache MiB": cache_bytes / 2**20}
-    recorder.fact("ceilings", "memory", "memory read", gb_per_s, unit="GB/s", conditions=conditions)
+    recorder.record("ceilings", "memory", "memory read", gb_per_s, unit="GB/s", conditions=conditions)
     return recorder.measurements[0]
 
 
@@ -123,7 +123,7 @@ def variant(plan) -> Variant:
 
 def with_ceiling(variant) -> Recorder:
     recorder = Recorder()
-    recorder.fact("ceilings", variant.name, "matrix products", 400.0, 500.0, unit="GFLOP/s")
+    recorder.record("ceilings", variant.name, "matrix products", 400.0, 500.0, unit="GFLOP/s")
     return recorder
 
 
