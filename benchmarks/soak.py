@@ -209,7 +209,7 @@ def _put_load(
     finally:
         observed.load_s = clock()
         ran_through = observed.load_s >= seconds and server.running
-        observed.add(load.finish() if ran_through else load.stop())
+        observed.add(load.take("wait" if ran_through else "stop"))
 
 
 def _summary(observed: Observations) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load.requests import REFUSALS, ExpectedVectors, Kind, Request, RequestSource
-from benchmarks.load.targets import Target, UncheckedTarget
-from benchmarks.load.window import Outcome, Tally, Window
-from mirror_runtime.client.protocol import Parameters, Rejected
+from benchmarks.load.targets import GatewayTarget, Target
+from benchmarks.load.window import Outcome, Window
+from mirror_runtime.client.protocol import Rejected
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -89,15 +89,12 @@ class Sender:
 
     async def _bad(self, request: Request) -> End:
         texts = [self._texts[at].encode() for at in request.chosen]
-        parameters: Parameters = {}
         if request.kind is Kind.BAD_UTF8:
             texts[-1] += b" \xff"
-        if request.kind is Kind.UNKNOWN_PARAMETER:
-            parameters = {"normalise": True}
         target = self._targets[request.target]
-        assert isinstance(target, UncheckedTarget)
+        assert not isinstance(target, GatewayTarget)
         try:
-            await target.submit(texts, parameters)
+            await target.submit(texts, {"normalise": True} if request.kind is Kind.UNKNOWN_PARAMETER else {})
         except Rejected as error:
             right = REFUSALS[request.kind] in error.reason
             return (Outcome.REFUSED if right else Outcome.OTHER_REFUSAL), _shown(error)
@@ -124,7 +121,7 @@ async def closed_loop(send: Send, source: RequestSource, *, callers: int, second
         callers: requests under way at once.
         seconds: for how long requests are started.
     """
-    tally, broken = Tally(), False
+    window, broken = Window(), False
     streams = [source.stream(caller, callers) for caller in range(callers)]
     await asyncio.gather(*(send(next(stream), 0.0) for stream in streams))
     began, cpu_began = time.perf_counter(), time.process_time()
@@ -136,16 +133,18 @@ async def closed_loop(send: Send, source: RequestSource, *, callers: int, second
             outcome, reason = await send(request, 0.0)
             now = time.perf_counter()
             if outcome is Outcome.ANSWERED:
-                tally.answered(request.label, 1e3 * (now - sent), now - began)
+                window.answer(request.label, 1e3 * (now - sent), now - began)
                 continue
-            tally.ended(outcome, now - began, reason)
+            window.end(outcome, now - began, reason)
             if outcome is Outcome.OVERLOADED:  # long texts: the callers alone have more than the server accepts at once
                 await asyncio.sleep(REFUSED_PAUSE_S)
-            elif not tally.answered_ms:
+            elif not window.answered_ms:
                 broken = True
 
     await asyncio.gather(*(call(stream) for stream in streams))
-    return tally.window(0.0, tally.last_answer_s, time.process_time() - cpu_began)
+    window.at_s = window.seconds = window.last_answer_s
+    window.cpu_s = time.process_time() - cpu_began
+    return window
 
 
 class OpenLoop:
@@ -164,7 +163,7 @@ class OpenLoop:
         self._due = arrivals(rate, seconds, seed)
         self._random = random.Random(seed)
         self._under_way: set[asyncio.Task[None]] = set()
-        self._tally = Tally()
+        self._window, self._complete = Window(), False
         self._began = time.perf_counter()
         self._window_began_s, self._cpu_began_s = 0.0, time.process_time()
 
@@ -184,6 +183,7 @@ class OpenLoop:
             if recovery is not None:
                 await recovery()
             await asyncio.gather(*self._under_way)
+            self._complete = True
         finally:
             left = list(self._under_way)
             for task in left:
@@ -191,23 +191,19 @@ class OpenLoop:
             await asyncio.gather(*left, return_exceptions=True)
 
     def take(self) -> Window:
-        """Return what ended since the last call."""
-        at_s, cpu_s = self._clock(), time.process_time()
-        window = self._tally.window(self._window_began_s, at_s, cpu_s - self._cpu_began_s)
-        self._tally, self._window_began_s, self._cpu_began_s = Tally(), at_s, cpu_s
+        """Return what ended since the last call; once all have ended, up to the last request due or the last answer."""
+        window, cpu_s = self._window, time.process_time()
+        window.at_s = max(self._seconds, window.last_answer_s) if self._complete else self._clock()
+        window.seconds, window.cpu_s = window.at_s - self._window_began_s, cpu_s - self._cpu_began_s
+        self._window, self._window_began_s, self._cpu_began_s = Window(), window.at_s, cpu_s
         return window
-
-    def whole(self) -> Window:
-        """Return everything that ended, as one window up to the last request due or the last answer."""
-        at_s = max(self._seconds, self._tally.last_answer_s)
-        return self._tally.window(0.0, at_s, time.process_time() - self._cpu_began_s)
 
     def _clock(self) -> float:
         return time.perf_counter() - self._began
 
     def _start(self, due: float) -> None:
         if len(self._under_way) >= MOST_UNDER_WAY:
-            self._tally.ended(Outcome.UNSENT, self._clock(), f"{MOST_UNDER_WAY} requests were under way")
+            self._window.end(Outcome.UNSENT, self._clock(), f"{MOST_UNDER_WAY} requests were under way")
             return
         cancel_after_s = self._random.uniform(0, CANCEL_WITHIN_S)
         task = asyncio.ensure_future(self._request(self._source.draw(), due, cancel_after_s))
@@ -215,15 +211,15 @@ class OpenLoop:
         task.add_done_callback(self._under_way.discard)
 
     async def _request(self, request: Request, due: float, cancel_after_s: float) -> None:
-        self._tally.lag_ms.append(1e3 * (self._clock() - due))
+        self._window.lag_ms.append(1e3 * (self._clock() - due))
         outcome, reason = await self._send(request, cancel_after_s)
         now = self._clock()
         if outcome is Outcome.ANSWERED:
-            self._tally.answered(request.label, 1e3 * (now - due), now)
+            self._window.answer(request.label, 1e3 * (now - due), now)
             return
         if outcome is Outcome.OVERLOADED:
-            self._tally.refused_ms.append(1e3 * (now - due))
-        self._tally.ended(outcome, now, f"{request.label}: {reason}")
+            self._window.refused_ms.append(1e3 * (now - due))
+        self._window.end(outcome, now, f"{request.label}: {reason}")
 
 
 async def recovery_time(send: Send, source: RequestSource, within_ms: float) -> float | None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,11 +32,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXTS_FILE, VECTORS_FILE = "texts.json", "vectors.npy"
 
 Turn = tuple[str, int]
-"""A target and the texts per request: one size in turn, where a mix is not asked for."""
+"""A target and the texts per request: one size in turn instead of a mix."""
+
+End = Literal["", "wait", "stop"]
 
 
 class Load:
-    """The parent's end of a running generator.
+    """The parent's end of a running generator. Every method raises `PeerError` if the generator failed.
 
     Args:
         worker: the generator's process.
@@ -46,12 +48,9 @@ class Load:
         self._worker = worker
 
     def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
-        """Run a closed loop: see `closed_loop`. Without `turn` it sends the mix's good requests.
-
-        Raises:
-            PeerError: the generator failed.
-        """
-        return _window(self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed))
+        """Run a closed loop: see `closed_loop`. Without `turn` it sends the mix's good requests."""
+        answer = self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed)
+        return Window.from_json(answer["window"])
 
     def open(
         self, *, rate: float, seconds: float, turn: Turn, seed: int, recover_within_ms: float | None = None
@@ -67,30 +66,25 @@ class Load:
 
         Returns:
             What ended, and the seconds until the server had recovered; None if it did not, or was not measured.
-
-        Raises:
-            PeerError: the generator failed.
         """
-        answer = self._worker.ask(
-            "open", rate=rate, seconds=seconds, turn=turn, seed=seed, recover_within_ms=recover_within_ms
-        )
-        return _window(answer), answer["recovery_s"]
+        self.begin(rate=rate, seconds=seconds, seed=seed, turn=turn, recover_within_ms=recover_within_ms)
+        return self.take("wait"), self._worker.ask("recovery")["recovery_s"]
 
-    def begin(self, *, rate: float, seconds: float, seed: int) -> None:
-        """Begin an open loop of the mix, and return while it runs."""
-        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed)
+    def begin(
+        self,
+        *,
+        rate: float,
+        seconds: float,
+        seed: int,
+        turn: Turn | None = None,
+        recover_within_ms: float | None = None,
+    ) -> None:
+        """Begin an open loop, of the mix without `turn`, and return while it runs; see `open`."""
+        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, recover_within_ms=recover_within_ms)
 
-    def take(self) -> Window:
-        """Return what ended since the last call."""
-        return _window(self._worker.ask("take"))
-
-    def finish(self) -> Window:
-        """Wait until the loop that was begun has ended, and return what ended since the last call."""
-        return _window(self._worker.ask("finish"))
-
-    def stop(self) -> Window:
-        """Cancel the loop that was begun, and return what ended since the last call."""
-        return _window(self._worker.ask("stop"))
+    def take(self, end: End = "") -> Window:
+        """Return what ended since the last call; wait for the loop's end first ("wait"), or cancel it ("stop")."""
+        return Window.from_json(self._worker.ask("take", end=end)["window"])
 
 
 @contextmanager
@@ -143,8 +137,6 @@ class Generator:
         self._targets: Mapping[str, Target] = {}
         self._texts: tuple[str, ...] = ()
         self._expected: ExpectedVectors | None = None
-        self._loop: OpenLoop | None = None
-        self._task: asyncio.Future[None] | None = None
 
     async def connect(
         self,
@@ -173,47 +165,35 @@ class Generator:
     async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
         """Run a closed loop."""
         window = await closed_loop(self._send, self._source(turn, seed), callers=callers, seconds=seconds)
-        return {"window": to_json(window)}
+        return {"window": vars(window)}
 
-    async def open(
-        self, rate: float, seconds: float, turn: Turn, seed: int, recover_within_ms: float | None
+    async def begin(
+        self, rate: float, seconds: float, seed: int, turn: Turn | None, recover_within_ms: float | None
     ) -> dict[str, Any]:
-        """Run an open loop, and measure the recovery after it."""
-        recovered: float | None = None
+        """Begin an open loop, which measures the recovery at its end."""
+        self._recovery_s: float | None = None
 
         async def recovery() -> None:
-            nonlocal recovered
             if recover_within_ms is not None:
-                recovered = await recovery_time(self._send, self._source(turn, seed), recover_within_ms)
+                self._recovery_s = await recovery_time(self._send, self._source(turn, seed), recover_within_ms)
 
-        loop = OpenLoop(self._send, self._source(turn, seed), rate=rate, seconds=seconds, seed=seed)
-        await loop.run(recovery)
-        return {"window": to_json(loop.whole()), "recovery_s": recovered}
-
-    async def begin(self, rate: float, seconds: float, seed: int) -> dict[str, Any]:
-        """Begin an open loop of the mix."""
-        self._loop = OpenLoop(self._send, self._source(None, seed), rate=rate, seconds=seconds, seed=seed)
-        self._task = asyncio.ensure_future(self._loop.run())
+        self._loop = OpenLoop(self._send, self._source(turn, seed), rate=rate, seconds=seconds, seed=seed)
+        self._task = asyncio.ensure_future(self._loop.run(recovery))
         await asyncio.sleep(0)
         return {}
 
-    async def take(self) -> dict[str, Any]:
-        """Return the window since the last call."""
-        assert self._loop is not None
-        return {"window": to_json(self._loop.take())}
+    async def take(self, end: End) -> dict[str, Any]:
+        """Return the window since the last call, after the loop's end where `end` states it."""
+        if end == "wait":
+            await self._task
+        elif end == "stop":
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        return {"window": vars(self._loop.take())}
 
-    async def finish(self) -> dict[str, Any]:
-        """Wait for the end of the loop and return its last window."""
-        assert self._task is not None
-        await self._task
-        return await self.take()
-
-    async def stop(self) -> dict[str, Any]:
-        """Cancel the loop and return its last window."""
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        return await self.take()
+    async def recovery(self) -> dict[str, Any]:
+        """Return the recovery time of the last open loop."""
+        return {"recovery_s": self._recovery_s}
 
     def _source(self, turn: Turn | None, seed: int) -> RequestSource:
         if turn is not None:
@@ -238,10 +218,6 @@ async def serve() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def _window(answer: Mapping[str, Any]) -> Window:
-    return from_json(Window, answer["window"], "the generator's answer")
 
 
 if __name__ == "__main__":

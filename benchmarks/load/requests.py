@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,16 +66,6 @@ class Request:
     def label(self) -> str:
         """Target and texts, such as "grpc 8"."""
         return f"{self.target} {len(self.chosen)}"
-
-
-class RequestSource(Protocol):
-    """Where requests come from."""
-
-    def stream(self, caller: int, callers: int) -> Iterator[Request]:
-        """Return the endless requests of one of some callers, which never cancel one or send a bad one."""
-
-    def draw(self) -> Request:
-        """Return the next request of random arrivals."""
 
 
 class InTurn:
@@ -202,6 +191,10 @@ class Mix:
         if self._random.random() < LONG_SHARE:
             return self._random.randrange(first_long, count)
         return self._random.randrange(first_long)
+
+
+RequestSource = InTurn | Mix
+"""`stream` returns the endless requests of one of some callers, all good; `draw` the next of random arrivals."""
 
 
 def long_texts(texts: Sequence[str], max_tokens: int, seed: int) -> list[str]:

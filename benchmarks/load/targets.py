@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Protocol, runtime_checkable
 
 import aiohttp
 import numpy as np
@@ -19,24 +17,6 @@ from mirror_runtime.vectors import Vectors
 
 GRPC, HTTP, GATEWAY = "grpc", "http", "gateway"
 """Names of the targets: Triton's two protocols, and the gateway's own API."""
-
-
-class Target(Protocol):
-    """A server as one event loop reaches it. Every failure is a `MirrorError`; an overloaded server is not retried."""
-
-    async def encode(self, texts: Sequence[str]) -> Vectors:
-        """Send texts in one request and return their vectors."""
-
-    async def close(self) -> None:
-        """Close the connections."""
-
-
-@runtime_checkable
-class UncheckedTarget(Target, Protocol):
-    """A target that also takes requests which no client of ours would send."""
-
-    async def submit(self, texts: Sequence[bytes], parameters: Parameters) -> None:
-        """Send bytes and parameters as they are."""
 
 
 class TritonTarget:
@@ -89,7 +69,16 @@ class GatewayTarget:
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
         """Send texts in one request and return their vectors, float32 [texts, dim]."""
-        content = await self._post(json.dumps({"inputs": list(texts)}).encode())
+        try:
+            async with self._session.post(self._url, json={"inputs": list(texts)}) as response:
+                content = await response.read()
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceededError("the gateway did not answer in time") from error
+        except aiohttp.ClientError as error:
+            raise UnavailableError(f"the gateway did not answer: {error or type(error).__name__}") from error
+        if response.status != 200:
+            kind = OverloadedError if response.status in (429, 503) else ServerError
+            raise kind(f"the gateway answered HTTP {response.status}: {_shown(content)}")
         try:
             return np.asarray(json.loads(content), np.float32)
         except ValueError as error:
@@ -99,39 +88,19 @@ class GatewayTarget:
         """Close the connections."""
         await self._session.close()
 
-    async def _post(self, body: bytes) -> bytes:
-        try:
-            async with self._session.post(
-                self._url, data=body, headers={"Content-Type": "application/json"}
-            ) as response:
-                content = await response.read()
-        except asyncio.TimeoutError as error:
-            raise DeadlineExceededError("the gateway did not answer in time") from error
-        except aiohttp.ClientError as error:
-            raise UnavailableError(f"the gateway did not answer: {error or type(error).__name__}") from error
-        if response.status in (429, 503):
-            raise OverloadedError(f"the gateway answered HTTP {response.status}: {_shown(content)}")
-        if response.status != 200:
-            raise ServerError(f"the gateway answered HTTP {response.status}: {_shown(content)}")
-        return content
+
+Target = TritonTarget | GatewayTarget
+"""A server as one event loop reaches it. Every failure is a `MirrorError`; an overloaded server is not retried."""
 
 
-def open_targets(addresses: Mapping[str, str], timeout_s: float, fingerprint: str | None) -> Mapping[str, Target]:
-    """Open the targets of an event loop by name.
-
-    Args:
-        addresses: host and port of each of `GRPC`, `HTTP` and `GATEWAY` that is used.
-        timeout_s: limit of one request, in seconds.
-        fingerprint: see `TritonTarget`.
-    """
-    return MappingProxyType(
-        {
-            name: GatewayTarget(address, timeout_s)
-            if name == GATEWAY
-            else TritonTarget(name, address, timeout_s, fingerprint)
-            for name, address in addresses.items()
-        }
-    )
+def open_targets(addresses: Mapping[str, str], timeout_s: float, fingerprint: str | None) -> dict[str, Target]:
+    """Open the targets `GRPC`, `HTTP` and `GATEWAY` of an event loop, as far as they have an address."""
+    return {
+        name: GatewayTarget(address, timeout_s)
+        if name == GATEWAY
+        else TritonTarget(name, address, timeout_s, fingerprint)
+        for name, address in addresses.items()
+    }
 
 
 def _shown(content: bytes) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, NamedTuple
 
 
 class Outcome(str, Enum):
@@ -36,22 +36,16 @@ EXPECTED = frozenset({Outcome.ANSWERED, Outcome.REFUSED, Outcome.CANCELLED})
 """How requests may end on a server that is not overloaded."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FirstSeen:
-    """The first request that ended in some unexpected way.
-
-    Attributes:
-        at_s: when it ended, in seconds since the loop began.
-        reason: the error's text.
-    """
+class FirstSeen(NamedTuple):
+    """The first request that ended in some unexpected way: when, in seconds since the loop began, and the error."""
 
     at_s: float
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Window:
-    """What ended within some time.
+    """Counts what ends within some time. It knows no clock.
 
     Attributes:
         at_s: its end, in seconds since the loop began.
@@ -63,16 +57,36 @@ class Window:
         outcomes: requests by `Outcome`.
         first: the first request of each unexpected outcome.
         cpu_s: processor time of the generator.
+        last_answer_s: when the last right answer came, in seconds since the loop began.
     """
 
-    at_s: float
-    seconds: float
-    answered_ms: Mapping[str, tuple[float, ...]]
-    refused_ms: tuple[float, ...]
-    lag_ms: tuple[float, ...]
-    outcomes: Mapping[str, int]
-    first: Mapping[str, FirstSeen]
-    cpu_s: float
+    at_s: float = 0.0
+    seconds: float = 0.0
+    answered_ms: dict[str, list[float]] = field(default_factory=dict)
+    refused_ms: list[float] = field(default_factory=list)
+    lag_ms: list[float] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, FirstSeen] = field(default_factory=dict)
+    cpu_s: float = 0.0
+    last_answer_s: float = 0.0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Window:
+        """Read what `vars` and JSON made of a window."""
+        first = {outcome: FirstSeen(*seen) for outcome, seen in data["first"].items()}
+        return cls(**{**data, "outcomes": Counter(data["outcomes"]), "first": first})
+
+    def answer(self, label: str, took_ms: float, at_s: float) -> None:
+        """Count a right answer."""
+        self.answered_ms.setdefault(label, []).append(took_ms)
+        self.outcomes[Outcome.ANSWERED.value] += 1
+        self.last_answer_s = at_s
+
+    def end(self, outcome: Outcome, at_s: float, reason: str = "") -> None:
+        """Count another end, and keep the first reason of an unexpected one."""
+        self.outcomes[outcome.value] += 1
+        if outcome not in EXPECTED:
+            self.first.setdefault(outcome.value, FirstSeen(at_s, reason))
 
     @property
     def times_ms(self) -> tuple[float, ...]:
@@ -97,40 +111,3 @@ class Window:
     def reason(self) -> str:
         """The error of the earliest unexpected end; "" if there is none."""
         return min(self.first.values(), key=lambda seen: seen.at_s).reason if self.first else ""
-
-
-@dataclass(kw_only=True)
-class Tally:
-    """Collects ends of requests for one window after the other. It knows no clock."""
-
-    answered_ms: dict[str, list[float]] = field(default_factory=dict)
-    refused_ms: list[float] = field(default_factory=list)
-    lag_ms: list[float] = field(default_factory=list)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, FirstSeen] = field(default_factory=dict)
-    last_answer_s: float = 0.0
-
-    def answered(self, label: str, took_ms: float, at_s: float) -> None:
-        """Count a right answer."""
-        self.answered_ms.setdefault(label, []).append(took_ms)
-        self.outcomes[Outcome.ANSWERED.value] += 1
-        self.last_answer_s = at_s
-
-    def ended(self, outcome: Outcome, at_s: float, reason: str = "") -> None:
-        """Count another end, and keep the first reason of an unexpected one."""
-        self.outcomes[outcome.value] += 1
-        if outcome not in EXPECTED:
-            self.first.setdefault(outcome.value, FirstSeen(at_s=at_s, reason=reason))
-
-    def window(self, began_s: float, at_s: float, cpu_s: float) -> Window:
-        """Return what was counted so far."""
-        return Window(
-            at_s=at_s,
-            seconds=at_s - began_s,
-            answered_ms={label: tuple(times) for label, times in self.answered_ms.items()},
-            refused_ms=tuple(self.refused_ms),
-            lag_ms=tuple(self.lag_ms),
-            outcomes=dict(self.outcomes),
-            first=dict(self.first),
-            cpu_s=cpu_s,
-        )

@@ -80,7 +80,7 @@ class Server:
 def opened(send, rate, seconds, source=TURN):
     loop = OpenLoop(send, source, rate=rate, seconds=seconds, seed=0)
     asyncio.run(loop.run())
-    return loop.whole()
+    return loop.take()
 
 
 def test_a_closed_loop_goes_round_all_requests_and_counts_each():
@@ -176,7 +176,7 @@ def test_an_overloaded_server_answers_what_it_can_and_has_recovered_when_it_is_f
             recovered.append(await recovery_time(server.send, TURN, within_ms=20))
 
         await loop.run(recovery)
-        return loop.whole(), recovered[0]
+        return loop.take(), recovered[0]
 
     window, recovery_s = asyncio.run(overload(slow_s=0.0))
     refused = window.count(Outcome.OVERLOADED)

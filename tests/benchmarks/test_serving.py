@@ -1,6 +1,7 @@
 """Suite `serving` against a fake generator, perf_analyzer as a script, and once the real servers."""
 
 import stat
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,12 +22,11 @@ def window(*times_ms, seconds=1.0, refused=0, **outcomes):
     return Window(
         at_s=seconds,
         seconds=seconds,
-        answered_ms={"grpc 1": times_ms} if times_ms else {},
-        refused_ms=(2.0,) * refused,
-        lag_ms=(0.5,) * len(times_ms),
-        outcomes={"answered": len(times_ms), "overloaded": refused, **outcomes},
+        answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
+        refused_ms=[2.0] * refused,
+        lag_ms=[0.5] * len(times_ms),
+        outcomes=Counter({"answered": len(times_ms), "overloaded": refused, **outcomes}),
         first={"server error": FirstSeen(at_s=1.0, reason="broken")},
-        cpu_s=0.0,
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +41,9 @@ def window(*times_ms: float, at_s: float = 10.0, late_ms: float = 0.5, **ends: i
     return Window(
         at_s=at_s,
         seconds=10.0,
-        answered_ms={"grpc 1": times_ms},
-        refused_ms=(),
-        lag_ms=(late_ms,),
-        outcomes={"answered": len(times_ms), **ends},
+        answered_ms={"grpc 1": list(times_ms)},
+        lag_ms=[late_ms],
+        outcomes=Counter({"answered": len(times_ms), **ends}),
         first={end: FirstSeen(at_s=at_s, reason=f"{end} at {at_s}") for end in ends if end != "cancelled"},
         cpu_s=0.5,
     )
@@ -126,9 +126,7 @@ def test_an_unexpected_end_fails_the_run_and_its_first_reason_is_kept():
     observed = fine()
     observed.add(window(12.0, 13.0, at_s=10.0, **{"wrong vector": 2, "cancelled": 1}))
     observed.add(window(at_s=20.0, **{"wrong vector": 1}))
-    observed.add(
-        Window(at_s=30.0, seconds=10, answered_ms={}, refused_ms=(), lag_ms=(), outcomes={}, first={}, cpu_s=1)
-    )
+    observed.add(Window(at_s=30.0, seconds=10, cpu_s=1))
     (problem,) = observed.problems.values()
     assert (problem.count, problem.first_at_s, problem.first_reason) == (3, 10.0, "wrong vector at 10.0")
     assert (observed.unexpected, observed.answered, observed.cpu_s) == (3, 97, 2.0)
