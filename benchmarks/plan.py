@@ -17,7 +17,7 @@ from benchmarks.workload import Workload
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Manifest, Parity, Precision
-from mirror_runtime.errors import BundleError, EngineError, InputError, MirrorError
+from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.selection import AUTO, choose
 
 if TYPE_CHECKING:
@@ -195,22 +195,17 @@ def auto_variants(plan: Plan, suite: Suite, variants: Sequence[Variant], recorde
     return (chosen,)
 
 
-def read_shape(bundle: Path) -> EncoderShape:
-    """Read the encoder's sizes from the bundle's config.json (BERT's key names).
-
-    Raises:
-        BundleError: the file is missing or lacks a key.
-    """
-    path = bundle / "config.json"
+def read_shape(bundle: Path) -> EncoderShape | None:
+    """Read the encoder's sizes from the bundle's config.json (BERT's key names); None where it does not state them."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
         return EncoderShape(
             layers=int(config["num_hidden_layers"]),
             hidden=int(config["hidden_size"]),
             intermediate=int(config["intermediate_size"]),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} does not state the encoder's sizes, so no ceiling is measured: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
@@ -31,6 +31,7 @@ from benchmarks.machine.ceilings import SUITE as CEILINGS
 from benchmarks.machine.ceilings import measure_ceilings
 from benchmarks.machine.host import describe_host, describe_source, installed_versions
 from benchmarks.page import write_page
+from benchmarks.peers.environments import parse_environments
 from benchmarks.peers.specs import PEERS
 from benchmarks.plan import Environments, Plan, Suite, packed_variants, read_shape, select_variants
 from benchmarks.recorder import Recorder
@@ -49,7 +50,7 @@ from benchmarks.suites.training import TrainingPlan, run_training
 from benchmarks.workload import Shape, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
-from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_ROUNDS = 5
@@ -81,29 +82,6 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--words": None,
     "--recipe": None,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of the command line, defaults filled in."""
-
-    bundle: Path
-    suites: tuple[Suite, ...]
-    output: Path
-    texts: Path | None
-    shape: Shape
-    quick: bool
-    engines: tuple[EngineName, ...]
-    precisions: tuple[Precision, ...]
-    rounds: int
-    seed: int
-    resume: bool
-    peers: tuple[str, ...]
-    environments: Environments
-    sts: tuple[Path, ...]
-    words: tuple[Path, ...]
-    training: TrainingPlan | None
-    page: bool
 
 
 def run(
@@ -177,72 +155,71 @@ def run(
             reference_seeds=reference_seeds,
             quick=quick,
         )
-    execute(
-        Options(
+    peers = _chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else ()
+    known = {PERF_ANALYZER, *(spec.name for spec in PEERS)}
+    environments = Environments(given=parse_environments(peer_env or [], "--peer-env", known), folder=env_dir)
+    manifest = read_manifest(bundle)
+    tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
+        plan = Plan(
             bundle=bundle,
+            manifest=manifest,
+            variants=select_variants(manifest, engine or (), precision or ()),
+            workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
             suites=suites,
-            output=output,
-            texts=texts,
-            shape=shape,
-            quick=quick,
-            engines=tuple(engine or ()),
-            precisions=tuple(precision or ()),
             rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
             seed=seed,
-            resume=resume,
-            peers=_chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else (),
-            environments=Environments(given=_given_environments(peer_env or []), folder=env_dir),
-            sts=tuple(sts or ()),
-            words=tuple(words or ()),
+            quick=quick,
+            sets=read_evaluation_sets(sts or (), words or (), quick=quick) if Suite.QUALITY in suites else (),
+            peers=peers,
             training=tuning,
-            page=page,
+            shape=read_shape(bundle),
+            environments=environments,
+            scratch=Path(scratch),
         )
-    )
+        execute(plan, output, resume=resume, page=page)
 
 
-def execute(options: Options) -> None:
+def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
     """Measure, and write the report.
 
     Raises:
         typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
     """
     began = time.perf_counter()
-    recorder, unfinished = Recorder(), Unfinished(options.output)
+    recorder, unfinished = Recorder(), Unfinished(output)
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
-        plan = make_plan(options, Path(scratch))
-        facts, finished = describe(plan), frozenset[str]()
-        if options.resume:
-            facts, finished = unfinished.resume(facts, recorder)
-        else:
-            unfinished.start(facts)
-        spent_s = facts.wall_s
+    facts, finished = describe(plan), frozenset[str]()
+    if resume:
+        facts, finished = unfinished.resume(facts, recorder)
+    else:
+        unfinished.start(facts)
+    spent_s = facts.wall_s
 
-        def now(*, partial: bool) -> Facts:
-            return replace(facts, partial=partial, wall_s=spent_s + time.perf_counter() - began)
+    def now(*, partial: bool) -> Facts:
+        return replace(facts, partial=partial, wall_s=spent_s + time.perf_counter() - began)
 
-        partial = False
-        try:
-            with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
-                measure(
-                    plan, finished, recorder, progress,
-                    on_finished=lambda suite, results: unfinished.save(suite, results, now(partial=True)),
-                )  # fmt: skip
-        except KeyboardInterrupt:
-            partial = True
-    report = Report(
-        facts=now(partial=partial), measurements=recorder.measurements, failures=tuple(recorder.failures)
-    )  # fmt: skip
-    write_folder(report, options.output)
-    if options.page:
-        write_page(report, options.output)
+    partial = False
+    try:
+        with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
+            measure(
+                plan, finished, recorder, progress,
+                on_finished=lambda suite, results: unfinished.save(suite, results, now(partial=True)),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        partial = True
+    failures = tuple(recorder.failures)
+    report = Report(facts=now(partial=partial), measurements=recorder.measurements, failures=failures)
+    write_folder(report, output)
+    if page:
+        write_page(report, output)
     if not partial:
         unfinished.remove()
     for failure in report.failures:
         console.print(f"not measured: {failure.suite}, {failure.party}: {failure.reason}", markup=False)
     state = "interrupted: partial report" if partial else "report"
-    console.print(f"{state} in {options.output / MARKDOWN_FILE}", markup=False)
-    sys.stdout.write(json.dumps(headline(report, options.output), allow_nan=False) + "\n")
+    console.print(f"{state} in {output / MARKDOWN_FILE}", markup=False)
+    sys.stdout.write(json.dumps(headline(report, output), allow_nan=False) + "\n")
     if partial or not report.measured:
         raise typer.Exit(130 if partial else 1)
 
@@ -272,41 +249,6 @@ def measure(
             before = recorder.snapshot()
         SUITES[suite](plan, recorder, progress)
         on_finished(suite.value, recorder.added_since(before))
-
-
-def make_plan(options: Options, scratch: Path) -> Plan:
-    """Read what the options name: bundle, texts and sets.
-
-    Raises:
-        MirrorError: one of them cannot be used.
-    """
-    manifest = read_manifest(options.bundle)
-    tokenizer = bundle_tokenizer(options.bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
-    quality = Suite.QUALITY in options.suites
-    sets = read_evaluation_sets(options.sts, options.words, quick=options.quick) if quality else ()
-    variants = select_variants(manifest, options.engines, options.precisions)
-    try:
-        shape = read_shape(options.bundle)
-    except BundleError:
-        shape = None
-    return Plan(
-        bundle=options.bundle,
-        manifest=manifest,
-        variants=variants,
-        workload=load_workload(
-            options.texts, tokenizer, quick=options.quick, seed=options.seed, shape=options.shape
-        ),
-        suites=options.suites,
-        rounds=options.rounds,
-        seed=options.seed,
-        quick=options.quick,
-        sets=sets,
-        peers=options.peers,
-        training=options.training,
-        shape=shape,
-        environments=options.environments,
-        scratch=scratch,
-    )  # fmt: skip
 
 
 def describe(plan: Plan) -> Facts:
@@ -363,17 +305,6 @@ def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
     return tuple(title for name, title in known.items() if name in named)
 
 
-def _given_environments(pairs: Sequence[str]) -> dict[str, Path]:
-    known = [*(spec.name for spec in PEERS), PERF_ANALYZER]
-    given = {}
-    for pair in pairs:
-        name, _, folder = pair.partition("=")
-        if name not in known or not folder:
-            raise InputError(f"--peer-env {pair!r}: write NAME=DIR with NAME one of {', '.join(known)}")
-        given[name] = Path(folder)
-    return given
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Make SIGTERM end a run as Ctrl-C does, and SIGINT too where a background shell has it ignored."""
@@ -386,16 +317,9 @@ def _interruptible() -> Iterator[None]:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:22}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[doing]}"),
-        console=console,
-    )
+    columns = (TextColumn("{task.description:22}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[doing]}"))
+    return Progress(*columns, *left, console=console)
 
 
 if __name__ == "__main__":
