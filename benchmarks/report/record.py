@@ -19,7 +19,7 @@ PEOPLE = "people"
 """Party of a suite whose samples are people's scores: those of other parties under the same conditions, such as the
 cosines of scored pairs, are judged by their rank correlation with them."""
 
-Condition: TypeAlias = "str | int | float | bool"
+Condition: TypeAlias = str | int | float | bool
 
 
 class Better(str, Enum):
