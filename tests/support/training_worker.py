@@ -1,12 +1,7 @@
-"""Training in a process of its own: one of several that share each batch, or one that is killed.
-
-Usage: training_worker.py share BASE OUTPUT CORPUS | training_worker.py killed BASE CHECKPOINT
-"""
+"""Training in a process of its own, one of several that share each batch: training_worker.py BASE OUTPUT CORPUS."""
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,11 +14,10 @@ from safetensors.torch import save_file
 
 from tests.support.tuning import ANIMALS, tune, weights
 from training import self_guided
-from training.checkpoint import Checkpoint, Step
+from training.checkpoint import Checkpoint
 from training.hardware import Hardware, choose_hardware
-from training.recipe import RECIPES, Device, Recipe, TuneConfig, TunePrecision
+from training.recipe import RECIPES, Device, Recipe, TunePrecision
 
-MIRROR = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, epochs=2, drophead=0.2)
 SHARED_TEXTS = ["THE CAT NO. 0 IS PLAYING A GUITAR", *ANIMALS]
 
 
@@ -59,22 +53,10 @@ def share(base: Path, output: Path) -> None:
         Hardware.sum_gradients = sum_gradients  # type: ignore[method-assign]
 
 
-def killed(base: Path, checkpoint: Path) -> None:
-    """Tune, and end with SIGKILL at step 4, before its checkpoint is reported."""
-
-    def die(step: Step) -> None:
-        if step.step == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    tune(base, ANIMALS, MIRROR, checkpoint=Checkpoint(path=checkpoint, every=1), on_step=die)
-
-
 if __name__ == "__main__":
-    mode, base, target, *corpus = sys.argv[1:]
-    if mode == "killed":
-        killed(Path(base), Path(target))
+    base, target, corpus = sys.argv[1:]
     share(Path(base), Path(target))
     from training.tune import main
 
     options = ["--pooling", "mean", "--device", "cpu", "--batch-size", "8", "--output", f"{target}/run"]
-    sys.exit(main(["--base", base, "--corpus", *corpus, *options]))
+    sys.exit(main(["--base", base, "--corpus", corpus, *options]))

@@ -38,10 +38,6 @@ def test_short_texts_and_length_zero_stay_whole() -> None:
     assert mask_span(TEXT, "[MASK]", len(TEXT), rng) == TEXT
 
 
-def test_one_seed_gives_the_same_views_again() -> None:
-    assert views(5, 50) == views(5, 50)
-
-
 def published(text: str, length: int, start: int) -> str:
     """The rule of the published code, with a given draw."""
     left, right = text.split(text[start : start + length], 1)

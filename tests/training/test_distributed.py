@@ -39,7 +39,7 @@ def launched(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     done = subprocess.run(
-        [*launcher, training_worker.__file__, "share", str(tiny_bert), str(folder), str(corpus)],
+        [*launcher, training_worker.__file__, str(tiny_bert), str(folder), str(corpus)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

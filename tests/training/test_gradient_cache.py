@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mirror_runtime.bundle import Pooling
-from tests.support.tuning import FP32, load, tune, weights
+from tests.support.tuning import FP32, load, tune
+from training.checkpoint import Step
 from training.dropout import set_dropout
 from training.gradient_cache import accumulate
 from training.objective import nt_xent
@@ -81,22 +82,19 @@ def most_saved_bytes(folder: Path, pairs: int, micro_batch_tokens: int | None) -
 
 
 def test_memory_does_not_grow_with_the_batch(tiny_bert: Path) -> None:
-    few, many = (most_saved_bytes(tiny_bert, pairs, 256) for pairs in (50, 500))
+    few, many = (most_saved_bytes(tiny_bert, pairs, 256) for pairs in (30, 300))
     assert many < 1.5 * few
-    assert most_saved_bytes(tiny_bert, 500, None) > 5 * many
+    assert most_saved_bytes(tiny_bert, 300, None) > 5 * many
 
 
-def test_two_runs_in_pieces_give_the_same_weights_and_the_losses_of_one_piece(tiny_bert: Path) -> None:
-    def tuned(micro_batch_tokens: int | None, dropout: float) -> tuple[torch.Tensor, list[tuple[float, int]]]:
-        config = TuneConfig(batch_size=20, max_tokens=48, dropout=dropout, micro_batch_tokens=micro_batch_tokens)
-        reference, steps = tune(tiny_bert, TEXTS, config)
-        return weights(reference), [(step.loss, step.tokens) for step in steps]
+def test_a_run_in_pieces_has_the_losses_and_tokens_of_one_piece(tiny_bert: Path) -> None:
+    def steps(micro_batch_tokens: int | None) -> list[Step]:
+        config = TuneConfig(batch_size=20, max_tokens=48, dropout=0.0, micro_batch_tokens=micro_batch_tokens)
+        return tune(tiny_bert, TEXTS, config)[1]
 
-    (first, _), (second, _) = tuned(128, 0.1), tuned(128, 0.1)
-    assert torch.equal(first, second)
-    (_, in_pieces), (_, at_once) = tuned(128, 0.0), tuned(None, 0.0)
-    assert [tokens for _, tokens in in_pieces] == [tokens for _, tokens in at_once]
-    assert [loss for loss, _ in in_pieces] == pytest.approx([loss for loss, _ in at_once], rel=1e-4)
+    in_pieces, at_once = steps(128), steps(None)
+    assert [step.tokens for step in in_pieces] == [step.tokens for step in at_once]
+    assert [step.loss for step in in_pieces] == pytest.approx([step.loss for step in at_once], rel=1e-4)
 
 
 class CastCounter(TorchDispatchMode):

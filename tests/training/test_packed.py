@@ -63,17 +63,6 @@ def test_packed_vectors_equal_those_of_one_text_at_a_time(tiny_bert: Path, pooli
     assert np.abs(vectors[0] - vectors[1]).max() > 0.05  # the texts do differ by far more than the tolerance
 
 
-def test_mean_padded_equals_hugging_face_padding_and_differs_from_mean(tiny_bert: Path) -> None:
-    reference = load(tiny_bert, Pooling.MEAN_PADDED, max_tokens=50)
-    packed = pack(tokens(reference), length=64, pad_id=reference.tokenizer.pad_token_id, pad_to=50)
-    batch = reference.tokenizer(TEXTS, truncation=True, padding="max_length", max_length=50, return_tensors="pt")
-    with torch.inference_mode():
-        vectors = encode_packed(reference.model, packed, Pooling.MEAN_PADDED)
-        padded = reference.model(**batch).last_hidden_state.mean(dim=1)
-    torch.testing.assert_close(vectors, padded, atol=1e-5, rtol=0)
-    assert np.abs(vectors.numpy() - load(tiny_bert, max_tokens=50).encode(TEXTS)).max() > 0.05
-
-
 def test_row_lengths_are_multiples_of_sixteen() -> None:
     assert [row_length(tokens) for tokens in (3, 16, 25, 50, 64, 65)] == [16, 16, 32, 64, 64, 80]
 
@@ -84,14 +73,6 @@ def test_texts_that_do_not_fit_are_refused(texts: list[list[int]]) -> None:
         pack(texts, length=16, pad_id=0)
     with pytest.raises(ValueError, match="do not fit"):
         pack([[1, 2, 3]], length=16, pad_id=0, pad_to=20)
-
-
-def test_many_texts_are_packed_without_waste_and_none_overlaps() -> None:
-    sizes = [3 + (7 * i) % 29 for i in range(500)]
-    packed = pack([[1] * size for size in sizes], length=64, pad_id=0)
-    assert packed.input_ids.numel() < 1.02 * sum(sizes) + 64
-    assert torch.equal(packed.input_ids == 1, packed.text_ids > 0)
-    assert torch.bincount(packed.text_ids.flatten())[1:].tolist() == sizes
 
 
 @pytest.mark.parametrize("rows", [1, 2, 100])

@@ -32,8 +32,7 @@ from training.run import tune
 from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
-
-
+EXTRA = r"is not installed: pip install 'mirror-runtime\[train\]'"
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -178,16 +177,6 @@ def test_full_disks_and_full_devices_are_one_clear_error(
     assert list(job.output.parent.iterdir()) == []
 
 
-def test_a_disk_without_room_for_the_weights_is_refused_before_the_first_step(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    recorder = Recorder()
-    with pytest.raises(InputError, match=r"needs about \d+ MiB, and its disk has 1 MiB left"):
-        tune(job, recorder)
-    assert recorder.started == []
-
-
 def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     """The kernel limits file sizes, as a full disk or a quota would; safetensors writes past Python's files."""
     options = ["--base", job.base, "--corpus", job.corpus.files[0], "--output", str(job.output), "--pooling", "mean"]
@@ -206,21 +195,29 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: py
     assert list(job.output.parent.iterdir()) == []
 
 
-def test_a_folder_that_may_not_be_written_is_refused_before_the_first_step(job: Job) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "changes", "message"),
+    [
+        (
+            lambda patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20)),
+            {},
+            r"needs about \d+ MiB, and its disk has 1 MiB left",
+        ),
+        (lambda patch: None, {"output": Path("/proc/nothing/run")}, "/proc/nothing/run cannot be written"),
+        (lambda patch: patch.setitem(sys.modules, "tensorboard", None), {"tensorboard": True}, EXTRA),
+        (lambda patch: patch.setitem(sys.modules, "matplotlib.figure", None), {}, EXTRA),
+    ],
+    ids=["disk", "folder", "tensorboard", "matplotlib"],
+)
+def test_what_a_run_will_lack_is_an_error_before_the_first_step(
+    job: Job, monkeypatch: pytest.MonkeyPatch, spoil: Any, changes: dict[str, Any], message: str
+) -> None:
+    spoil(monkeypatch)
     recorder = Recorder()
-    with pytest.raises(InputError, match="/proc/nothing/run cannot be written"):
-        tune(dataclasses.replace(job, output=Path("/proc/nothing/run")), recorder)
+    with pytest.raises((InputError, MissingExtra), match=message):
+        tune(dataclasses.replace(job, **changes), recorder)
     assert recorder.started == []
-
-
-@pytest.mark.parametrize("package", ["tensorboard", "matplotlib.figure"])
-def test_a_missing_package_names_its_extra(job: Job, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    recorder = Recorder()
-    with pytest.raises(MissingExtra, match=r"is not installed: pip install 'mirror-runtime\[train\]'"):
-        tune(dataclasses.replace(job, tensorboard=True), recorder)
-    assert recorder.started == []
-    assert list(job.output.parent.iterdir()) == []
+    assert not [*job.output.parent.glob("*")]
 
 
 def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
