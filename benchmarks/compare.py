@@ -27,11 +27,10 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.report.markdown import table_lines
 from benchmarks.report.record import PEOPLE, Better, Measurement
 from benchmarks.report.statistics import resampled_medians
 from benchmarks.report.storage import REPORT_FILE, Report, read_report
-from benchmarks.report.tables import NONE
+from benchmarks.report.tables import NONE, table_lines
 from evaluation.statistics import resample_spearman, spearman
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError

@@ -19,10 +19,9 @@ if __package__ in (None, ""):  # run by path: import packages from the repositor
 
 import typer
 
-from benchmarks.report.markdown import table_lines
 from benchmarks.report.record import Measurement
 from benchmarks.report.storage import Report, read_report
-from benchmarks.report.tables import NONE
+from benchmarks.report.tables import NONE, table_lines
 from benchmarks.suites.quality import MEAN
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError

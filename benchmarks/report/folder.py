@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report.markdown import render_markdown
+from benchmarks.report.document import Image, build_document, status
 from benchmarks.report.plots import draw_plots
 from benchmarks.report.record import PEOPLE, SCHEMA_VERSION
 from benchmarks.report.storage import REPORT_FILE, Report, write_report
+from benchmarks.report.tables import Grid, table_lines
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
 
@@ -38,6 +40,21 @@ def write_folder(report: Report, folder: Path) -> None:
         plots = draw_plots(report, partial)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
         write_report(report, partial / REPORT_FILE)
+
+
+def render_markdown(report: Report, plots: Mapping[str, str]) -> str:
+    """Render a report; `plots` maps the name of each plot that was drawn to the file beside it."""
+    parts = [f"# Benchmark of {report.facts.subject.name}", status(report)]
+    for part in build_document(report):
+        parts.append(f"## {part.title}")
+        for block in part.blocks:
+            if isinstance(block, Grid):
+                parts.append(table_lines(block.head, block.rows))
+            elif isinstance(block, Image):
+                parts.append(f"![{block.caption}]({plots[block.name]})" if block.name in plots else "")
+            else:
+                parts.append(block)
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def headline(report: Report, folder: Path) -> dict[str, Any]:

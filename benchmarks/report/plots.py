@@ -65,13 +65,7 @@ class Values:
 
     def of(self, report: Report) -> list[Measurement]:
         """Return the measurements."""
-        suite = (
-            self.suite
-            if self.suite != RATES
-            else "peers"
-            if report.select("peers", "texts per second")
-            else "throughput"
-        )
+        suite = report.rate_suite if self.suite == RATES else self.suite
         return report.select(suite, self.metric, **self.where)
 
     def number(self, measurement: Measurement, figure: str = "") -> float:
@@ -84,7 +78,7 @@ class Plot:
     """A plot's description.
 
     Attributes:
-        draw: one of the functions below.
+        draw: one of the functions below; it draws into the figure's axes.
         x: of "lines", a condition of the measurements of `y` or another metric under the same conditions.
         band: figure that a band above each line reaches to.
         dashed: figure of a second, dashed line.
@@ -93,7 +87,7 @@ class Plot:
 
     title: str
     caption: str
-    draw: Callable[[Report, Plot, Theme], Figure]
+    draw: Callable[[Report, Plot, Theme, Any], None]
     y: Values
     x: Values | None = None
     x_label: str = ""
@@ -124,8 +118,22 @@ def drawable(report: Report) -> tuple[str, ...]:
 def draw(name: str, report: Report, theme: Theme) -> Figure:
     """Draw one of `drawable`."""
     plot = PLOTS[name]
-    figure = plot.draw(report, plot, theme)
-    figure.set_facecolor(theme.paper)
+    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor=theme.paper)
+    axes: Any = figure.subplots()
+    axes.set_facecolor(theme.paper)
+    axes.set_prop_cycle(color=theme.series)
+    axes.tick_params(colors=theme.ink, which="both")
+    for spine in axes.spines.values():
+        spine.set_color(theme.muted)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(plot.x_label, color=theme.ink)
+    axes.set_ylabel(plot.y_label, color=theme.ink)
+    axes.grid(alpha=0.25, color=theme.muted)
+    axes.set_axisbelow(True)
+    axes.set_title(plot.title, loc="left", color=theme.ink)
+    plot.draw(report, plot, theme, axes)
+    if plot.draw not in (_bars, _scatter):
+        axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
 
 
@@ -167,26 +175,8 @@ def _x(report: Report, plot: Plot, measurement: Measurement) -> float | None:
     return plot.x.number(beside[0]) if beside else None
 
 
-def _axes(figure: Figure, theme: Theme, plot: Plot, title: str = "") -> Any:
-    axes = figure.subplots()
-    axes.set_facecolor(theme.paper)
-    axes.set_prop_cycle(color=theme.series)
-    axes.set_title(title or plot.title, loc="left", color=theme.ink)
-    axes.tick_params(colors=theme.ink, which="both")
-    for spine in axes.spines.values():
-        spine.set_color(theme.muted)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(plot.x_label, color=theme.ink)
-    axes.set_ylabel(plot.y_label, color=theme.ink)
-    axes.grid(alpha=0.25, color=theme.muted)
-    axes.set_axisbelow(True)
-    return axes
-
-
-def _lines(report: Report, plot: Plot, theme: Theme) -> Figure:
+def _lines(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw a line for each party."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = _axes(figure, theme, plot)
     points = [(x, one) for one in plot.y.of(report) if (x := _x(report, plot, one)) is not None]
     for party in dict.fromkeys(one.party for _, one in points):
         mine = sorted(((x, one) for x, one in points if one.party == party), key=lambda point: point[0])
@@ -208,32 +198,28 @@ def _lines(report: Report, plot: Plot, theme: Theme) -> Figure:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, labelcolor=theme.ink)
-    return figure
 
 
-def _distribution(report: Report, plot: Plot, theme: Theme) -> Figure:
+def _distribution(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw each party's samples at its shortest text, where the runtime's own share of the time is largest."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
     found = plot.y.of(report)
     shortest = min(int(one.conditions["tokens"]) for one in found)
-    axes = _axes(figure, theme, plot, f"Texts of {shortest} tokens")
+    axes.set_title(f"Texts of {shortest} tokens", loc="left", color=theme.ink)
     for one in found:
         if one.conditions["tokens"] == shortest:
             samples = np.sort(np.asarray(one.samples))
             axes.step(samples, np.arange(1, samples.size + 1) / samples.size, where="post", label=one.party)
     axes.set_ylim(0, 1.01)
     axes.set_xscale("log")
-    axes.legend(frameon=False, labelcolor=theme.ink)
-    return figure
 
 
-def _bars(report: Report, plot: Plot, theme: Theme) -> Figure:
+def _bars(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw medians as bars, with whiskers from the slowest to the fastest round."""
     found = sorted(plot.y.of(report), key=plot.y.number)
-    figure = Figure(figsize=(7, 1.4 + 0.45 * len(found)), layout="constrained")
+    axes.figure.set_figheight(1.4 + 0.45 * len(found))
     work = report.facts.workload
-    axes = _axes(figure, theme, plot, f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average")
+    title = f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average"
+    axes.set_title(title, loc="left", color=theme.ink)
     rates = [plot.y.number(one) for one in found]
     low, high = ([plot.y.number(one, figure) for one in found] for figure in ("min", "max"))
     drawn = axes.barh(
@@ -246,35 +232,28 @@ def _bars(report: Report, plot: Plot, theme: Theme) -> Figure:
     )
     axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
     axes.margins(x=0.15)
-    return figure
 
 
-def _scatter(report: Report, plot: Plot, theme: Theme) -> Figure:
+def _scatter(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw numbered marks with their names below: names beside a dozen marks would cover each other."""
     marks = sorted(pairs(report, plot), key=lambda mark: -mark[2])
-    figure = Figure(figsize=(7, 4.4 + 0.11 * len(marks)), layout="constrained")
-    axes = _axes(figure, theme, plot)
+    axes.figure.set_figheight(4.4 + 0.11 * len(marks))
     for number, (party, x, y) in enumerate(marks, 1):
         colour, shape = (theme.muted, "s") if report.is_peer(party) else (theme.series[0], "o")
         axes.plot(x, y, shape, color=colour, markersize=9, label=f"{number}  {party}")
         axes.annotate(str(number), (x, y), xytext=(7, 4), textcoords="offset points", color=theme.ink, fontsize=9)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.1)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8)
-    return figure
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8)
 
 
-def _samples(report: Report, plot: Plot, theme: Theme) -> Figure:
+def _samples(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw each party's samples of `y` against those of `x`."""
     assert plot.x is not None  # it has two metrics
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = _axes(figure, theme, plot)
     across = {one.party: one.samples for one in plot.x.of(report)}
     for one in plot.y.of(report):
         axes.plot(across[one.party], one.samples, "o", label=f"{one.party}: {one.median:.1f}")
     axes.set_xscale("log")
-    axes.legend(frameon=False, labelcolor=theme.ink)
-    return figure
 
 
 _RATE = Values(metric="texts per second", suite=RATES)

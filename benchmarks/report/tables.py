@@ -92,6 +92,13 @@ def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
     return Grid((*heads, *(columns[at].head for at in shown)), rows) if rows and shown else None
 
 
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table; an empty head stays empty."""
+    columns = len(head or rows[0])
+    lines = [head or [""] * columns, ["---"] * columns, *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def attributes(measurement: Measurement) -> dict[str, Condition]:
     """Return a measurement's conditions, its party among them."""
     return {PARTY: measurement.party, **measurement.conditions}

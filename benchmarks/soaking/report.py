@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.load.window import EXPECTED
 from benchmarks.report.facts import Host, Source
-from benchmarks.report.markdown import table_lines
 from benchmarks.report.plots import LIGHT
 from benchmarks.report.statistics import percentile
 from benchmarks.report.storage import measured_json, write_object
+from benchmarks.report.tables import table_lines
 from benchmarks.soaking.observations import ALL, Observations
 from benchmarks.soaking.verdicts import Thresholds, Verdict, drift, growth, judge, second_half
 from benchmarks.workload import WorkloadFacts
