@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from mirror_runtime.errors import BundleError
-from mirror_runtime.strict_json import from_json as from_json  # part of this module's interface, with the next one
+from mirror_runtime.strict_json import from_json as from_json  # re-exported, as are to_json and write_json
 from mirror_runtime.strict_json import read_json, read_object
 from mirror_runtime.strict_json import to_json as to_json
 from mirror_runtime.strict_json import write_json as write_json

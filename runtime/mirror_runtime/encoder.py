@@ -116,7 +116,8 @@ class Encoder:
             streams: batches in flight; None lets the engine choose from this process's cores.
             long_texts: what happens to texts longer than `max_tokens`: "truncate" (counted, marked in
                 `Encoded.truncated` and logged), "error", or "chunk" (mean of the chunks' vectors).
-            plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan.
+            plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan. Not read if engine
+                and precision are both named.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
 
         Raises:
@@ -240,6 +241,7 @@ class Encoder:
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.
+            InputError: `texts` is one string.
             EngineError: the engine failed.
         """
         encoded = self.encode_detailed(texts)
@@ -251,6 +253,7 @@ class Encoder:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
 
         Raises:
+            InputError: `texts` is one string.
             EngineError: the engine failed.
         """
         parts: list[Encoded] = []
@@ -423,8 +426,9 @@ class Encoder:
     def _stream(self, texts: Iterator[object], window: int) -> Iterator[Encoded]:
         running: deque[PendingWindow] = deque()
         try:
-            while chunk := list(islice(texts, window)):
-                running.append(self.begin(chunk, direct=len(chunk) < window and not running, bulk=True))
+            while window_texts := list(islice(texts, window)):
+                # Intermediate lengths need full batches for every stream, so a few texts never use them.
+                running.append(self.begin(window_texts, direct=len(window_texts) < window and not running, bulk=True))
                 if len(running) > 2:
                     yield self.finish(running.popleft())
             while running:

@@ -2,11 +2,11 @@
 
     MirrorError
     ├── BundleError        a bundle or run folder is missing, malformed or corrupted
-    ├── ParityError        an artefact's vectors differ from the reference by more than its floor
+    ├── ParityError        an artifact's vectors differ from the reference by more than its floor
     ├── EngineError        an engine cannot be loaded or failed while running
     │   └── MissingExtra   a package that the request needs is not installed
     ├── OverloadedError    too many texts are waiting; this one may be sent again later
-    ├── InputError         the caller's texts or files cannot be encoded
+    ├── InputError         the caller's texts, files or options cannot be used
     │   └── TextError      one text of a batch; carries its position
     ├── ServerError        a model server did not start, or answered with a failure
     │   ├── UnavailableError        it cannot be reached, or rejects requests for now: another try may succeed

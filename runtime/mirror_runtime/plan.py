@@ -38,7 +38,7 @@ class Goal(str, Enum):
 
 
 class DecisionSource(str, Enum):
-    """Where the decision how to run a bundle came from."""
+    """Who decided how a bundle runs."""
 
     ASKED = "asked"
     """The caller named the engine and the precision."""

@@ -154,8 +154,10 @@ class Planner:
             )
         accepted = [setting for setting, trial in self._measured.items() if trial.accepted]
         if self._best is None:
-            worst = max(min(trial.min_cosine, trial.certified_cosine) for trial in self._measured.values())
-            raise ParityError(f"no artifact reaches the floor {self._floor}: the best has {worst:.6f}. Lower --floor")
+            reached = max(min(trial.min_cosine, trial.certified_cosine) for trial in self._measured.values())
+            raise ParityError(
+                f"no artifact reaches the floor {self._floor}: the best has {reached:.6f}. Lower --floor"
+            )
         counts = {max(1, cores // 2), cores, 2 * cores if cores > 1 else 1, 1}
         survivors = sorted(accepted, key=self._objective)[: self._budget.survivors]
         self._step("streams", [replace(s, streams=n) for s in survivors for n in sorted(counts)])
@@ -175,7 +177,7 @@ class Planner:
         )
 
     def _defaults(self) -> list[Setting]:
-        """List every packed artifact that can run here, with the streams that its engine chooses by default."""
+        """List the packed artifacts that can run here: one stream per core for OpenVINO, one for the others."""
         settings = []
         for artifact in self._manifest.artifacts:
             if artifact.layout is not Layout.PACKED:

@@ -22,7 +22,7 @@ PREFERENCE = (
 
 bf16 on OpenVINO was the fastest sufficiently exact pair on every CPU with bf16 instructions that was measured
 (docs/log.md). Without these, ONNX Runtime in fp32 is within a few percent of OpenVINO and starts faster. int8 is only
-chosen if the caller names that precision; OpenVINO was half again as fast at it as ONNX Runtime.
+chosen if the caller names that precision; OpenVINO was 1.5 times as fast as ONNX Runtime in int8.
 """
 
 EXACT = frozenset({Precision.FP32, Precision.BF16})
@@ -49,7 +49,7 @@ def choose(manifest: Manifest, engine: str, precision: str) -> tuple[EngineName,
     named_precision = None if precision == AUTO else _member(Precision, precision, "precision")
     if named_engine is EngineName.FAKE:
         return EngineName.FAKE, named_precision or Precision.FP32, None
-    # The first of several counts: an int8 file for GPUs comes after the one for CPUs.
+    # If several artifacts share engine and precision, the first one wins: the int8 file for GPUs comes after the CPUs'.
     packed = {(a.engine, a.precision): a for a in reversed(manifest.artifacts) if a.layout is Layout.PACKED}
     allowed = EXACT if named_precision is None else {named_precision}
     matching = [

@@ -34,15 +34,16 @@ class LongTexts(str, Enum):
     ERROR = "error"
     """Reject the text; the others are encoded."""
     CHUNK = "chunk"
-    """Split it into pieces of `max_tokens`, encode each, and average their vectors (normalised again)."""
+    """Split it into chunks of `max_tokens`, encode each, and average their vectors (normalised again)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """A window of texts as pieces ready to be packed. A text has one part, or several if it was split into chunks.
+    """A window of texts as pieces ready to be packed.
 
-    Parts with equal tokens share one piece, because their vectors are equal: also those of different texts with the
-    same tokens, such as "A dog" and "a  dog" where the tokenizer ignores case and spaces.
+    A text becomes one part, or several if it was split into chunks. Equal parts share one piece, which is packed and
+    computed once: also parts of different texts with the same tokens, such as "A dog" and "a  dog" where the tokenizer
+    ignores case and spaces.
 
     Attributes:
         ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.

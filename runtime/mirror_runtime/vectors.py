@@ -35,10 +35,10 @@ _DTYPES: Mapping[VectorType, type[np.generic]] = MappingProxyType(
 
 def dtype_of(spec: EncoderSpec) -> np.dtype[Any]:
     """Return the data type of a spec's vectors: float32, float16, int8, or uint8 for packed bits."""
-    return dtype_of_type(spec.vector_type)
+    return dtype_of_vector_type(spec.vector_type)
 
 
-def dtype_of_type(kind: VectorType) -> np.dtype[Any]:
+def dtype_of_vector_type(kind: VectorType) -> np.dtype[Any]:
     """Return the data type of a vector type."""
     return np.dtype(_DTYPES[kind])
 

@@ -47,7 +47,7 @@ class ArtifactCheck:
 
 
 def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[ArtifactCheck, ...]:
-    """ArtifactCheck every file's hash and the fingerprint, then run the canaries through every packed artifact.
+    """Check every file's hash and the fingerprint, then run the canaries through every packed artifact.
 
     This distinguishes files that changed since the export (`BundleError`: corrupted), intact files of another vector
     space (`BundleError`, with both fingerprints), and vectors that come out differently on this machine (a comparison

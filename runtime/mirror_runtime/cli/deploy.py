@@ -41,9 +41,9 @@ def deploy(
     """Replace the model that a repository holds, and that `mirror serve REPO` serves, without an error for any client.
 
     Options that are left out stay as they are in the repository. The bundle's canaries are checked through the server
-    before clients see the new model, and again after. Exit status 2 when anything fails: then the old model serves on
-    and the repository is as it was. The previous version is kept: `mirror deploy REPO/embed/1/bundle --to REPO` goes
-    back to it.
+    before clients see the new model, and again after. If anything fails, the exit status is 2, the old model
+    stays in service and the repository is as it was. The previous version is kept: `mirror deploy
+    REPO/embed/1/bundle --to REPO` goes back to it.
     """
     # SIGTERM undoes an unfinished deployment, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

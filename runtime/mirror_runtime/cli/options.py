@@ -49,7 +49,7 @@ StreamsOption: TypeAlias = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help=f"{_STREAMS} Default: the engine's choice, on 8 cores 8 for openvino and 1 for onnxruntime.",
+        help=f"{_STREAMS} Default: the engine's choice; with 8 cores, 8 for openvino and 1 for onnxruntime.",
     ),
 ]
 LongTextsOption: TypeAlias = Annotated[LongTexts, _LONG_TEXTS]
@@ -74,8 +74,8 @@ InstancesOption: TypeAlias = Annotated[
     int,
     typer.Option(
         min=1,
-        help="Processes that run the model, each on its share of the cores. On 2 cores, 2 answer up to 20 % more "
-        "single texts of 32 callers, take twice the memory, and need 1.4 times as long for a lone one.",
+        help="Processes that run the model, each on its share of the cores. On 2 cores, two serve up to 20 % more "
+        "single-text requests of 32 callers, but use twice the memory and take 1.4 times as long for a lone request.",
     ),
 ]
 LinkOption: TypeAlias = Annotated[

@@ -20,7 +20,7 @@ from mirror_runtime.errors import (
     ServerError,
     UnavailableError,
 )
-from mirror_runtime.vectors import Vectors, cut, dtype_of_type
+from mirror_runtime.vectors import Vectors, cut, dtype_of_vector_type
 
 MODEL_NAME = "embed"
 
@@ -119,7 +119,7 @@ class ModelFacts:
 
     def empty(self, dimensions: int | None) -> Vectors:
         """Return the vectors of no texts, [0, width]."""
-        full = np.zeros((0, self.width), dtype_of_type(self.vector_type))
+        full = np.zeros((0, self.width), dtype_of_vector_type(self.vector_type))
         return cut(full, dimensions, normalize=False)
 
 

@@ -39,7 +39,7 @@ def load_engine(
         precision: the precision to run in; an engine never falls back to another.
         graph: the ONNX file or TensorRT plan; the fake engine ignores it.
         streams: batches in flight; None lets the engine choose from this process's cores.
-        spec: the encoder's; only the fake engine cannot read the vector's format from the graph.
+        spec: the encoder's. OpenVINO needs its pooling, the fake engine its vector type; the others read the graph.
         cache: a folder for what the engine makes of this graph, to start faster next time; None for no cache.
 
     Raises:
@@ -64,6 +64,8 @@ def load_engine(
         from mirror_runtime.engines.onnxruntime_gpu import OnnxRuntimeGpuEngine
 
         return OnnxRuntimeGpuEngine(name, graph, precision, streams, cache)
-    from mirror_runtime.engines.fake import FakeEngine
+    if name is EngineName.FAKE:
+        from mirror_runtime.engines.fake import FakeEngine
 
-    return FakeEngine(precision, streams, spec)
+        return FakeEngine(precision, streams, spec)
+    raise EngineError(f"engine {name.value} has no implementation here")

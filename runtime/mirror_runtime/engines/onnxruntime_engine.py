@@ -49,7 +49,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"{graph.name} is a graph in {held}, not {precision.value}: request {held}")
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
-        """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
+        """Compute [R, L // 4, width] of the graph's vector type; see `Engine.run`."""
         feed = {
             "input_ids": rows.input_ids,
             "position_ids": rows.position_ids,

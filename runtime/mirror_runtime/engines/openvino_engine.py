@@ -131,11 +131,11 @@ class OpenVinoEngine:
             self._model = read_graph(self._core, graph, cache)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
-        _check_held(self._model, graph, precision)
+        _check_quantization(self._model, graph, precision)
         self._inputs = [tensor.get_any_name() for tensor in self._model.inputs]
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
-        """Compute float32 [R, L // 4, dim]; see `Engine.run`."""
+        """Compute [R, L // 4, width] of the graph's vector type; see `Engine.run`."""
         if rows.shape not in self._slots and (first := self._compile(rows)) is not None:
             return first
         pool = self._slots[rows.shape]
@@ -247,7 +247,7 @@ def compile_padded(graph: Path, precision: Precision) -> Any:
     settings = {"INFERENCE_PRECISION_HINT": _hint(core, precision), "INFERENCE_NUM_THREADS": usable_cores()}
     try:
         model = core.read_model(graph)
-        _check_held(model, graph, precision)
+        _check_quantization(model, graph, precision)
         return core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
@@ -263,7 +263,7 @@ def _hint(core: Any, precision: Precision) -> str:
     return _HINTS[precision] if bf16 else "f32"
 
 
-def _check_held(model: Any, graph: Path, precision: Precision) -> None:
+def _check_quantization(model: Any, graph: Path, precision: Precision) -> None:
     """Check that a quantised graph runs in int8, and no other does."""
     quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
     if quantized != (precision is Precision.INT8):

@@ -1,4 +1,4 @@
-"""Serving with Triton: the model that Triton runs, the repository that it reads, a local server, and the clients.
+"""Serving with Triton: the model that Triton runs, its repository, and a local server; re-exports the clients.
 
 Importing this package loads neither tritonclient nor pytriton; each is imported when it is first needed.
 """
