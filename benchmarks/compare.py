@@ -118,18 +118,36 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
         One entry per metric: people's scores, times, then the worst cosine of each artifact.
     """
     left, right = _judged(base), _judged(head)
-    people = _people(base) | _people(head)
+    people = {
+        _pairs(one): one.samples for report in (*base, *head) for one in report.measurements if one.party == PEOPLE
+    }
     order: list[list[Change]] = [[], [], []]
     for key in dict.fromkeys((*left, *right)):
         before, after = left.get(key, []), right.get(key, [])
-        one = (before or after)[0]
-        scores = people.get((one.suite, tuple(sorted(one.conditions.items()))))
-        if one.metric == EXPORT_COSINE:
-            order[2].append(_compare_cosine(before, after))
-        elif scores is not None:
-            order[0].append(_compare_scores(before, after, scores, seed))
+        one = (*before, *after)[0]
+        scores = people.get(_pairs(one))
+        unit = one.unit
+        if scores is not None:
+            place, unit, shown = 0, "Spearman x 100", [_spearman(side, scores) for side in (before, after)]
+        elif one.metric == EXPORT_COSINE:
+            place, unit, shown = 2, "cosine", [side[-1].median if side else None for side in (before, after)]
         else:
-            order[1].append(_compare_times(before, after, threshold, seed))
+            place, shown = 1, [_typical([m.samples for m in side]) if side else None for side in (before, after)]
+        ratio, low, high = NAN, NAN, NAN
+        if not before or not after:
+            verdict = Verdict.LOST if before else Verdict.NEW
+        elif scores is not None:
+            ratio, low, high, verdict = _compare_scores(before[0].samples, after[0].samples, scores, seed)
+        elif one.metric == EXPORT_COSINE:
+            ratio, verdict = _compare_cosines(before[-1].median, after[-1].median)
+        else:
+            ratio, low, high, verdict = _compare_times(before, after, threshold, seed)
+        order[place].append(
+            Change(
+                metric=_name(one), unit=unit, base=shown[0], head=shown[1], ratio=ratio, low=low, high=high,
+                verdict=verdict,
+            )
+        )  # fmt: skip
     return [change for changes in order for change in changes]
 
 
@@ -144,13 +162,9 @@ def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
     return found
 
 
-def _people(reports: Sequence[Report]) -> dict[Key, Sequence[float]]:
-    return {
-        (one.suite, tuple(sorted(one.conditions.items()))): one.samples
-        for report in reports
-        for one in report.measurements
-        if one.party == PEOPLE
-    }
+def _pairs(one: Measurement) -> Key:
+    """Return what people's scores and the cosines of the same pairs have in common."""
+    return one.suite, tuple(sorted(one.conditions.items()))
 
 
 def _name(one: Measurement) -> str:
@@ -162,20 +176,9 @@ def _name(one: Measurement) -> str:
     return ", ".join((one.suite, one.party, *conditions, one.metric))
 
 
-def _one_sided(before: Sequence[Measurement], after: Sequence[Measurement]) -> Change | None:
-    """Return the change of a metric that only one side has."""
-    if before and after:
-        return None
-    one = (*before, *after)[0]
-    base, head = (_typical([m.samples for m in side]) if side else None for side in (before, after))
-    verdict = Verdict.LOST if before else Verdict.NEW
-    return Change(metric=_name(one), unit=one.unit, base=base, head=head, verdict=verdict)
-
-
-def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Change:
-    if (change := _one_sided(before, after)) is not None:
-        return change
-    one = before[0]
+def _compare_times(
+    before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int
+) -> tuple[float, float, float, Verdict]:
     scaled = all(m.reference for m in (*before, *after))
     base, head = ([_times(m, scaled=scaled) for m in side] for side in (before, after))
     draws = _bootstrap(head, seed) / _bootstrap(base, seed + 1)
@@ -185,10 +188,7 @@ def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], 
     verdict = _verdict(ratio, low, high, threshold, max(threshold, (_distance(base) + _distance(head)) / 2))
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
-    shown = [_typical([m.samples for m in side]) for side in (before, after)]
-    return Change(
-        metric=_name(one), unit=one.unit, base=shown[0], head=shown[1], ratio=ratio, low=low, high=high, verdict=verdict
-    )  # fmt: skip
+    return ratio, low, high, verdict
 
 
 def _times(one: Measurement, *, scaled: bool) -> list[float]:
@@ -234,46 +234,37 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     return draws
 
 
-def _compare_cosine(before: Sequence[Measurement], after: Sequence[Measurement]) -> Change:
+def _compare_cosines(base: float, head: float) -> tuple[float, Verdict]:
     """Judge a worst cosine: a step away from 1 beyond a rerun's jitter is a change of the vectors."""
-    if (change := _one_sided(before, after)) is not None:
-        return change
-    base, head = before[-1].median, after[-1].median
     ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
     same = abs(head - base) <= JITTER or 0.5 <= ratio <= 2
-    verdict = Verdict.SAME if same else Verdict.WORSE if ratio > 1 else Verdict.BETTER
-    return Change(metric=_name(before[0]), unit="cosine", base=base, head=head, ratio=ratio, verdict=verdict)
+    return ratio, Verdict.SAME if same else Verdict.WORSE if ratio > 1 else Verdict.BETTER
+
+
+def _spearman(side: Sequence[Measurement], scores: Sequence[float]) -> float | None:
+    """Return the rank correlation of a side's first run: the cosines of its runs are equal up to rounding."""
+    return 100 * spearman(side[0].samples, scores) if side else None
 
 
 def _compare_scores(
-    before: Sequence[Measurement], after: Sequence[Measurement], scores: Sequence[float], seed: int
-) -> Change:
-    """Compare rank correlations. A side's first run stands for it: the cosines of its runs are equal up to rounding."""
-    sides = [side[0].samples if side else None for side in (before, after)]
-    base, head = (None if samples is None else 100 * spearman(samples, scores) for samples in sides)
-    change = Change(
-        metric=_name((*before, *after)[0]), unit="Spearman x 100", base=base, head=head,
-        verdict=Verdict.LOST if head is None else Verdict.NEW,
-    )  # fmt: skip
-    if base is None or head is None:
-        return change
+    before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int
+) -> tuple[float, float, float, Verdict]:
+    """Compare rank correlations over the same resampled pairs."""
+    base, head = (spearman(samples, scores) for samples in (before, after))
     old, new = (
-        resample_spearman(samples, scores, RESAMPLES, np.random.default_rng([seed, 0])) for samples in sides if samples
+        resample_spearman(samples, scores, RESAMPLES, np.random.default_rng([seed, 0])) for samples in (before, after)
     )
-    tail = (100 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(100 * (new - old), (tail, 100 - tail))
-    gain = head - base
+    percentiles = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
+    low, high = np.nanpercentile(new - old, percentiles)
+    gain = 100 * (head - base)
     verdict = Verdict.SAME if abs(gain) <= POINTS else Verdict.NOISY
     if gain < -POINTS and high < 0:
         verdict = Verdict.WORSE
     elif gain > POINTS and low > 0:
         verdict = Verdict.BETTER
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of a handful of pairs may correlate with nothing
-        ratio_low, ratio_high = np.nanpercentile(old / new, (tail, 100 - tail))
-    return Change(
-        metric=change.metric, unit=change.unit, base=base, head=head, ratio=base / head, low=float(ratio_low),
-        high=float(ratio_high), verdict=verdict,
-    )  # fmt: skip
+        ratio_low, ratio_high = np.nanpercentile(old / new, percentiles)
+    return base / head, float(ratio_low), float(ratio_high), verdict
 
 
 def read_side(folder: Path) -> list[Report]:

@@ -70,7 +70,6 @@ class Grid:
 def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
     """Fill a table from a report; None where no row has a figure. Columns without any figure are left out."""
     columns = [one for column in table.columns for one in _spread(report, suite, column, table)]
-    lookup = _Lookup(report, suite, table)
     first = table.columns[0]
     keys = list(
         dict.fromkeys(
@@ -79,7 +78,7 @@ def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
             if _has(one, {**table.where, **first.where}) and _has_keys(one, table.rows)
         )
     )
-    cells = [[lookup.cell(key, column) for column in columns] for key in keys]
+    cells = [[_cell(report, suite, table, key, column) for column in columns] for key in keys]
     shown = [at for at in range(len(columns)) if any(row[at] != NONE for row in cells)]
     heads = [name for at, name in enumerate(table.rows) if any(key[at] is not None for key in keys)]
     rows = [
@@ -104,35 +103,22 @@ def attributes(measurement: Measurement) -> dict[str, Condition]:
     return {PARTY: measurement.party, **measurement.conditions}
 
 
-class _Lookup:
-    """Finds the measurement of a cell: of several that match, the one with the fewest other conditions."""
+def _find(report: Report, suite: str, table: Table, key: Key, column: Column, metric: str) -> Measurement | None:
+    """Find the measurement of a cell: of several that match, the one with the fewest other conditions."""
+    rows: dict[str, Condition | None] = dict(zip(table.rows, key, strict=True))
+    wanted = {PARTY: rows.get(PARTY)} if column.suite else {**rows, **table.where}
+    matching = (one for one in report.select(column.suite or suite, metric) if _has(one, {**wanted, **column.where}))
+    return min(matching, key=lambda one: len(one.conditions), default=None)
 
-    def __init__(self, report: Report, suite: str, table: Table) -> None:
-        self._report = report
-        self._suite = suite
-        self._table = table
 
-    def find(self, key: Key, metric: str, column: Column) -> Measurement | None:
-        rows = dict(zip(self._table.rows, key, strict=True))
-        if column.suite:
-            wanted: dict[str, Condition | None] = {PARTY: rows.get(PARTY), **column.where}
-            found = [one for one in self._report.select(column.suite, metric) if _has(one, wanted)]
-        else:
-            wanted = {**rows, **self._table.where, **column.where}
-            found = [one for one in self._report.select(self._suite, metric) if _has(one, wanted)]
-        return min(found, key=lambda one: len(one.conditions), default=None)
-
-    def cell(self, key: Key, column: Column) -> str:
-        measurement = self.find(key, column.metric, column)
-        if measurement is None:
-            return NONE
-        scale = column.scale
-        if column.over:
-            divisor = self.find(key, column.over, column)
-            if divisor is None or not divisor.median:
-                return NONE
-            scale /= divisor.median
-        return figure_text(measurement, column.figure, column.form, scale)
+def _cell(report: Report, suite: str, table: Table, key: Key, column: Column) -> str:
+    measurement = _find(report, suite, table, key, column, column.metric)
+    divisor = _find(report, suite, table, key, column, column.over) if column.over else None
+    if measurement is None or (column.over and (divisor is None or not divisor.median)):
+        return NONE
+    return figure_text(
+        measurement, column.figure, column.form, column.scale / (1.0 if divisor is None else divisor.median)
+    )
 
 
 def figure_text(measurement: Measurement, figure: str, form: str, scale: float = 1.0) -> str:
@@ -167,14 +153,12 @@ def _spread(report: Report, suite: str, column: Column, table: Table) -> Iterabl
     )
     return [
         replace(
-            column,
-            head=column.head.format(value=_value(value)),
+            column, spread="", head=column.head.format(value=_value(value)),
             where={**column.where, column.spread: value},
-            spread="",
         )
         for value in values
         if value is not None
-    ]
+    ]  # fmt: skip
 
 
 def _key(measurement: Measurement, rows: Sequence[str]) -> Key:
