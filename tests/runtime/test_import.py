@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -6,13 +5,18 @@ import pytest
 
 import mirror_runtime
 
+HEAVY = {"torch", "transformers", "onnxruntime", "openvino", "tritonclient", "pyarrow", "rich", "typer"}
+
 
 @pytest.mark.process
-def test_importing_the_runtime_loads_no_engine_and_no_framework():
-    code = "import sys, json, mirror_runtime; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    loaded = set(json.loads(out))
-    heavy = {"torch", "transformers", "onnxruntime", "openvino", "tritonclient", "pyarrow", "rich", "typer", "asyncio"}
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [("mirror_runtime", {*HEAVY, "asyncio"}), ("mirror_runtime.triton", {*HEAVY, "pytriton", "grpc", "gevent"})],
+)
+def test_importing_a_package_loads_no_engine_and_no_framework(module, heavy):
+    code = f"import sys, {module}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
     assert not loaded & heavy
     assert "mirror_runtime" in loaded
 

@@ -18,21 +18,25 @@ from mirror_runtime.async_encoder import AsyncEncoder
 from mirror_runtime.bundle import MANIFEST_FILE, Pooling, VectorType, read_manifest, write_json
 from mirror_runtime.cli.main import main
 from mirror_runtime.client.client import Client
-from mirror_runtime.client.protocol import Reply
 from mirror_runtime.errors import BundleError, ServerError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, embed
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
 from mirror_runtime.vectors import components, cosines, cut, dtype_of, round_vectors, width_of
+from tests.support.echo import Echo
+from tests.support.fake_bundles import encoder_spec
 
 DIM = 16
 TEXTS = ["a cat", "", "two dogs on a mat", "word " * 40]
-KINDS = [
-    (VectorType.FLOAT16, np.dtype("float16"), 16, "TYPE_FP16"),
-    (VectorType.INT8, np.dtype("int8"), 16, "TYPE_INT8"),
-    (VectorType.BINARY, np.dtype("uint8"), 2, "TYPE_UINT8"),
-]
+EACH = pytest.mark.parametrize(
+    ("kind", "dtype", "width", "triton"),
+    [
+        (VectorType.FLOAT16, np.dtype("float16"), 16, "TYPE_FP16"),
+        (VectorType.INT8, np.dtype("int8"), 16, "TYPE_INT8"),
+        (VectorType.BINARY, np.dtype("uint8"), 2, "TYPE_UINT8"),
+    ],
+)
 
 
 @pytest.fixture
@@ -55,8 +59,8 @@ def encode(bundle: Path, texts: list[Any], **options: Any) -> Any:
         return encoder.encode(texts)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
-def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, _triton):
+@EACH
+def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, triton):
     bundle, plain = typed(kind), typed(VectorType.FLOAT32)
     found, floats = encode(bundle, TEXTS), encode(plain, TEXTS)
     spec = read_manifest(bundle).encoder
@@ -71,8 +75,8 @@ def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, _triton):
     assert not detailed.vectors[1].any()
 
 
-@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
-def test_the_mean_of_chunks_is_taken_of_what_they_stand_for(typed, kind, dtype, width, _triton):
+@EACH
+def test_the_mean_of_chunks_is_taken_of_what_they_stand_for(typed, kind, dtype, width, triton):
     bundle = typed(kind, max_tokens=12)
     spec = read_manifest(bundle).encoder
     parts = components(encode(bundle, ["cat " * 10, "cat " * 10, "cat " * 5]), spec)
@@ -84,8 +88,8 @@ def test_the_mean_of_chunks_is_taken_of_what_they_stand_for(typed, kind, dtype, 
     np.testing.assert_array_equal(found[:1], encode(bundle, ["dog"]))
 
 
-@pytest.mark.parametrize(("kind", "dtype", "width", "_triton"), KINDS)
-def test_files_hold_the_vector_type(typed, tmp_path, capsys, kind, dtype, width, _triton):
+@EACH
+def test_files_hold_the_vector_type(typed, tmp_path, capsys, kind, dtype, width, triton):
     bundle, source = typed(kind), tmp_path / "in.txt"
     source.write_text("".join(f"{text}\n" for text in TEXTS))
     for name in ("out.npy", "out.parquet"):
@@ -99,7 +103,7 @@ def test_files_hold_the_vector_type(typed, tmp_path, capsys, kind, dtype, width,
     np.testing.assert_array_equal(np.array(table["embedding"].to_pylist(), dtype), array)
 
 
-@pytest.mark.parametrize(("kind", "dtype", "width", "triton"), KINDS)
+@EACH
 def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
     bundle = typed(kind)
     text = render_config(read_manifest(bundle), ServingOptions(engine="fake"))
@@ -126,31 +130,13 @@ def test_fewer_dimensions_are_the_leading_components(typed, kind):
         np.testing.assert_allclose(np.linalg.norm(kept, axis=1), 1, atol=2e-3)
 
 
-class Served:
-    """A transport to a server with vectors of a type."""
-
-    body_bytes = 1000
-
-    def __init__(self, triton: str, dtype: Any, width: int) -> None:
-        self.output = {"name": "EMBEDDING", "data_type": triton, "dims": [str(width)]}
-        self.vectors = np.ones((1, width), dtype)
-
-    def submit(self, texts: Any, parameters: Any, timeout_s: float) -> Callable[[], Reply]:
-        one = np.ones((1, 1), np.int32)
-        return lambda: Reply(vectors=self.vectors, tokens=one, truncated=one > 1, fingerprint="0123456789abcdef")
-
-    def config(self) -> dict[str, Any]:
-        return {"name": "embed", "max_batch_size": 64, "output": [self.output]}
-
-    def close(self) -> None: ...
-
-
-@pytest.mark.parametrize(("kind", "dtype", "width", "triton"), KINDS)
+@EACH
 def test_the_client_gives_the_servers_type(monkeypatch, kind, dtype, width, triton):
-    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Served(triton, dtype, width))
+    server = Echo(data_type=triton, dtype=dtype, dim=width)
+    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: server)
     vectors = Client().encode(["a cat"])
     assert (vectors.dtype, vectors.shape) == (dtype, (1, width))
-    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Served("TYPE_STRING", dtype, width))
+    server.data_type = "TYPE_STRING"
     with pytest.raises(ServerError, match="has no output EMBEDDING"):
         Client().encode(["a cat"])
 
@@ -176,7 +162,6 @@ def test_the_async_encoder_gives_the_type_too(typed):
         ({"pooling": Pooling.MASK}, "needs a template"),
     ],
 )
-def test_impossible_specs_are_refused(typed, changes, problem):
-    spec = read_manifest(typed(VectorType.FLOAT32)).encoder
+def test_impossible_specs_are_refused(changes, problem):
     with pytest.raises(BundleError, match=problem):
-        dataclasses.replace(spec, **changes)
+        encoder_spec(**changes)

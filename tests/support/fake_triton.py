@@ -2,8 +2,8 @@
 
 import json
 import threading
-import types
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,11 +41,9 @@ class FakeResponse:
 
 
 @dataclass
-class NewFakeResponse:
+class NewFakeResponse(FakeResponse):
     """The response of servers after 2.51. Like the backend's own class, it names its parameters in the docstring."""
 
-    output_tensors: list[FakeTensor] = field(default_factory=list)
-    error: FakeTritonError | None = None
     parameters: dict[str, str] = field(default_factory=dict)
 
 
@@ -118,13 +116,13 @@ def fake_backend_utils() -> Any:
     """Build the module, with an empty log and no metrics."""
     FakeLogger.lines.clear()
     FakeFamily.made.clear()
-    module: Any = types.ModuleType("triton_python_backend_utils")
-    module.TritonError = FakeTritonError
-    module.TritonModelException = RuntimeError
-    module.Tensor = FakeTensor
-    module.InferenceResponse = FakeResponse
-    module.Logger = FakeLogger
-    module.MetricFamily = FakeFamily
-    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
-    module.get_input_tensor_by_name = lambda request, name: next(t for t in request.tensors if t.name == name)
-    return module
+    return SimpleNamespace(
+        TritonError=FakeTritonError,
+        TritonModelException=RuntimeError,
+        Tensor=FakeTensor,
+        InferenceResponse=FakeResponse,
+        Logger=FakeLogger,
+        MetricFamily=FakeFamily,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+        get_input_tensor_by_name=lambda request, name: next(t for t in request.tensors if t.name == name),
+    )

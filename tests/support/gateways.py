@@ -46,20 +46,13 @@ class HttpReply:
         return body["error"]
 
 
-def send(
-    port: int,
-    method: str,
-    path: str,
-    body: object = None,
-    headers: Mapping[str, str] | None = None,
-    timeout: float = 30,
-) -> HttpReply:
+def send(port: int, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None) -> HttpReply:
     """Send a request: bytes unchanged, iterators of bytes in chunks, anything else as JSON."""
     sent = dict(headers or {})
     if body is not None and not isinstance(body, bytes) and not hasattr(body, "__next__"):
         body = json.dumps(body).encode()
         sent.setdefault("Content-Type", "application/json")
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
         connection.request(method, path, body, sent)  # type: ignore[arg-type]
         response = connection.getresponse()
         return HttpReply(
@@ -81,10 +74,8 @@ class Gateway:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def send(
-        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None, timeout: float = 30
-    ) -> HttpReply:
-        return send(self.port, method, path, body, headers, timeout)
+    def send(self, *arguments: Any, **options: Any) -> HttpReply:
+        return send(self.port, *arguments, **options)
 
     def client(self, key: str = "none") -> openai.OpenAI:
         """Return the `openai` client, which never retries."""

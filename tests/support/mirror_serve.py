@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from mirror_runtime.triton.server.processes import kill_group, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY
@@ -40,9 +39,7 @@ class MirrorServe:
         assert self.process.poll() is None, self.output
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:  # a test failed, and nothing else ends its processes
             server = self.tritonserver
             self.process.kill()
@@ -119,12 +116,7 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Send no further requests, and wait for those under way."""
         self._stopping.set()
         for thread in self._threads:

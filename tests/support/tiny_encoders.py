@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,7 @@ def write_tiny_encoder(family: str, folder: Path) -> None:
     prefix, sizes = MODELS[family]
     tokenizer = tokenizer_of(family)
     special = ANGLES if tokenizer.token_to_id("<pad>") is not None else BRACKETS
-    pad, unk, cls, sep, mask = (special[i] for i in ((1, 3, 0, 2, 4) if special is ANGLES else range(5)))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        unk_token=unk,
-        cls_token=cls,
-        sep_token=sep,
-        mask_token=mask,
-        model_max_length=POSITIONS,
-    ).save_pretrained(folder)
+    pad = save_tokenizer(tokenizer, special, folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": f"{prefix}Tokenizer"}))
     first = 2 if special is ANGLES else 0
@@ -71,15 +63,23 @@ def write_tiny_encoder(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def save_tokenizer(tokenizer: Tokenizer, special: tuple[str, ...], folder: Path) -> str:
+    """Save a tokenizer as transformers does, and return its padding token."""
+    tokens = [special[i] for i in ((1, 3, 0, 2, 4) if special is ANGLES else range(5))]
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    options = {**dict(zip(names, tokens, strict=True)), "model_max_length": POSITIONS}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
+    return tokens[0]
+
+
 def write_tiny_bert(folder: Path) -> None:
     """Write a plain Hugging Face folder: a random BERT (2 layers, 32 wide), with a small hand-made vocabulary.
 
     Weights are drawn ten times wider than usual, so that attention and position change the vectors visibly.
     """
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    letters = string.ascii_lowercase
     words = ["the", "cat", "dog", "sat", "on", "mat", "a", "man", "is", "playing", "guitar", "river", "##s", "##ing"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokens = list(dict.fromkeys([*special, *words, *letters, *(f"##{c}" for c in letters), *"0123456789.,?!"]))
+    tokens = list(dict.fromkeys([*BRACKETS, *words, *letters, *(f"##{c}" for c in letters), *"0123456789.,?!"]))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -87,15 +87,7 @@ def write_tiny_bert(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        mask_token="[MASK]",
-        model_max_length=POSITIONS,
-    ).save_pretrained(folder)
+    save_tokenizer(tokenizer, BRACKETS, folder)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, initializer_range=0.2, **SIZES
     )

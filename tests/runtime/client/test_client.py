@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from mirror_runtime.client import AsyncClient, Client
 from mirror_runtime.client.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_before
-from mirror_runtime.client.protocol import Rejected, Reply, read_reply, server_error
+from mirror_runtime.client.protocol import Rejected, read_reply, server_error
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -22,75 +21,7 @@ from mirror_runtime.errors import (
     TextError,
     UnavailableError,
 )
-
-
-class Echo:
-    """A transport that returns each text's length as its vector and rejects requests that contain "bad"."""
-
-    def __init__(self, body_bytes: int = 1000) -> None:
-        self.body_bytes = body_bytes
-        self.sent: list[list[bytes]] = []
-        self.options: list[tuple[dict[str, Any], float]] = []
-        self.refusals: list[Exception] = []
-        self.fingerprints = ["old"]
-        self.in_flight = 0
-        self.most_in_flight = 0
-        self.parameters: dict[str, Any] = {}
-
-    def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Callable[[], Reply]:
-        assert texts.ndim == 2
-        assert texts.shape[1] == 1
-        raw = list(texts[:, 0])
-        self.sent.append(raw)
-        self.options.append((parameters, timeout_s))
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-
-        def wait() -> Reply:
-            self.in_flight -= 1
-            if self.refusals:
-                raise self.refusals.pop(0)
-            if b"down" in raw:
-                raise ServerError("the server is down")
-            if b"bad" in raw:
-                raise Rejected(f"[request id: 7] text {raw.index(b'bad')}: not acceptable")
-            sizes = np.array([[len(text)] for text in raw])
-            name = self.fingerprints.pop(0) if len(self.fingerprints) > 1 else self.fingerprints[0]
-            vectors, tokens = sizes.astype(np.float32), sizes.astype(np.int32)
-            return Reply(vectors=vectors, tokens=tokens, truncated=sizes > 5, fingerprint=name)
-
-        return wait
-
-    def config(self) -> dict[str, Any]:
-        return {
-            "name": "embed",
-            "max_batch_size": 64,
-            "output": [{"name": "EMBEDDING", "data_type": "TYPE_FP32", "dims": ["1"]}],
-            "parameters": self.parameters,
-        }
-
-    def statistics(self) -> dict[str, Any]:
-        return {"inference_count": "12"}
-
-    def close(self) -> None: ...
-
-
-class AsyncEcho:
-    """`Echo` for asyncio."""
-
-    def __init__(self, echo: Echo) -> None:
-        self.echo = echo
-        self.body_bytes = echo.body_bytes
-
-    async def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Reply:
-        wait = self.echo.submit(texts, parameters, timeout_s)
-        await asyncio.sleep(0.001)
-        return wait()
-
-    async def config(self, timeout_s: float) -> dict[str, Any]:
-        return self.echo.config()
-
-    async def close(self) -> None: ...
+from tests.support.echo import AsyncEcho, Echo
 
 
 class Blocking:
@@ -219,7 +150,7 @@ def test_the_fingerprint_comes_from_the_configuration(make_client):
     client = make_client(echo)
     with pytest.raises(ServerError, match="names no fingerprint"):
         client.fingerprint()
-    echo.parameters = {"fingerprint": {"string_value": "0123456789abcdef"}}
+    echo.parameters = {"fingerprint": "0123456789abcdef"}
     assert client.fingerprint() == "0123456789abcdef"
 
 

@@ -2,18 +2,19 @@
 
 import asyncio
 import time
+from typing import Any
 
-import numpy as np
 import pytest
 
 from mirror_runtime.client import async_client, client
-from mirror_runtime.client.protocol import ClientOptions, Reply
+from mirror_runtime.client.protocol import ClientOptions
 from mirror_runtime.errors import InputError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.gateway import triton_backend
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.service import GatewayService
 from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.gateway.triton_backend import TritonBackend, fetch_card
+from tests.support.echo import AsyncEcho, Echo
 
 PARAMETERS = {
     "base_model": "some/encoder",
@@ -27,64 +28,27 @@ PARAMETERS = {
 OPTIONS = ClientOptions(url="127.0.0.1:8001", timeout_s=10)
 
 
-class Server:
-    """A server, and the connection to it for threads."""
+class Server(Echo):
+    """A server whose configuration can be refused too."""
 
     def __init__(self) -> None:
+        super().__init__(1_000_000, dim=4)
         self.parameters = dict(PARAMETERS)
-        self.data_type = "TYPE_FP32"
-        self.refusals: list[Exception] = []
+        self.fingerprints = ["first"]
         self.calls = 0
 
-    def config(self):
+    def config(self) -> dict[str, Any]:
         self.calls += 1
         if self.refusals:
             raise self.refusals.pop()
-        return {
-            "name": "embed",
-            "max_batch_size": 256,
-            "output": [{"name": "EMBEDDING", "data_type": self.data_type, "dims": [4]}],
-            "parameters": {name: {"string_value": value} for name, value in self.parameters.items()},
-        }
-
-    def close(self):
-        pass
-
-    def submit(self, texts):
-        if self.refusals:
-            raise self.refusals.pop()
-        count = len(texts)
-        return Reply(
-            vectors=np.eye(4, dtype=np.float32)[np.arange(count) % 4],
-            tokens=np.full((count, 1), 3, np.int32),
-            truncated=np.zeros((count, 1), np.bool_),
-            fingerprint=self.parameters["fingerprint"],
-        )
-
-
-class AsyncConnection:
-    """A connection to the server for asyncio."""
-
-    body_bytes = 1_000_000
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-
-    async def config(self, timeout_s):
-        return self.server.config()
-
-    async def submit(self, texts, parameters, timeout_s):
-        return self.server.submit(texts)
-
-    async def close(self):
-        pass
+        return super().config()
 
 
 @pytest.fixture
 def server(monkeypatch):
     server = Server()
     monkeypatch.setattr(client, "GrpcTransport", lambda url, model, timeout_s: server)
-    monkeypatch.setattr(async_client, "AsyncGrpcTransport", lambda url, model: AsyncConnection(server))
+    monkeypatch.setattr(async_client, "AsyncGrpcTransport", lambda url, model: AsyncEcho(server))
     return server
 
 
@@ -139,6 +103,7 @@ def test_a_replaced_model_gets_its_own_fingerprint_and_card(server):
         service = GatewayService(backend, GatewaySettings(model="m"), GatewayMetrics())
         before = await service.encode(["a"])
         server.parameters |= {"fingerprint": "second", "max_tokens": "128"}
+        server.fingerprints = ["second"]
         after = await service.encode(["a"])
         return before.fingerprint, after.fingerprint, backend.card, service.metrics.page(backend.card).decode()
 

@@ -4,7 +4,6 @@ import ctypes.util
 import importlib.util
 import os
 import platform
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -62,11 +61,3 @@ def test_the_model_process_sees_this_package_first_and_keeps_the_callers_paths(m
     assert paths[-1] == "/callers/path"
     assert os.environ["PYTHONPATH"] == "/callers/path", "the caller's environment stays unchanged"
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-
-
-@pytest.mark.process
-def test_importing_the_package_loads_no_triton_library():
-    code = "import sys, mirror_runtime.triton; print([m for m in sys.modules if m.partition('.')[0] in %r])"
-    watched = ("tritonclient", "pytriton", "grpc", "gevent", "typer", "torch", "onnxruntime")
-    done = subprocess.run([sys.executable, "-c", code % (watched,)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -72,54 +72,43 @@ def served(tmp_path: Path) -> Served:
     return Served(tmp_path)
 
 
+FULL, FAILED = OverloadedError("too much to do", 0.1), ServerError("encoding failed")
+DEAD = ServerError("Stub process 'embed_0_0' is not healthy.")
+
+
 @pytest.mark.parametrize(
-    "error",
-    [None, OverloadedError("too much to do", 0.1), DeadlineExceededError("too late")],
-    ids=["answered", "overloaded", "too late"],
+    "state",
+    [
+        {},
+        {"error": FULL, "answers_others": True},
+        {"error": DeadlineExceededError("too late"), "answers_others": True},
+        {"hangs": True, "answers_others": True},
+    ],
+    ids=["answered", "overloaded", "too late", "waiting"],
 )
-def test_an_unanswered_probe_is_no_alarm_while_other_requests_are_answered(served, error):
-    served.error = error
-    served.answers_others = error is not None
+def test_an_unanswered_probe_is_no_alarm_while_other_requests_are_answered(served, state):
+    vars(served).update(state)
     assert watch(served, 60)[0] == ""
 
 
-def test_a_waiting_probe_is_no_alarm_while_other_requests_are_answered(served):
-    served.hangs = served.answers_others = True
-    assert watch(served, 60)[0] == ""
-
-
-def test_an_overloaded_server_that_answers_no_request_is_broken(served):
-    served.error = OverloadedError("too much to do", 0.1)
+@pytest.mark.parametrize(
+    ("state", "parts", "earliest_s"),
+    [
+        ({"error": FULL}, ["too much to do"], 8),
+        ({"error": FAILED}, ["no inference has succeeded for", "encoding failed", "the log"], 8),
+        # Triton counts the failed replies of other requests as answered.
+        ({"error": FAILED, "answers_others": True, "cores": 0.9}, ["no inference has succeeded for"], 8),
+        ({"error": DEAD, "cores": 0.9}, [], 2),
+        ({"hangs": True}, ["requests wait without an answer"], 8),
+        ({"hangs": True, "cores": 0.9}, ["requests wait without an answer"], 24),
+    ],
+    ids=["overloaded", "fails", "fails for all", "reported dead", "silent", "silent and computing"],
+)
+def test_a_server_that_answers_nothing_is_broken_after_a_while(served, state, parts, earliest_s):
+    vars(served).update(state)
     problem, seconds = watch(served, 60)
-    assert "too much to do" in problem
-    assert 8 <= seconds < 10
-
-
-@pytest.mark.parametrize("others_fail_too", [False, True])
-def test_an_engine_that_always_fails_is_broken_although_triton_counts_its_replies(served, others_fail_too):
-    served.error = ServerError("encoding failed")
-    served.answers_others = others_fail_too
-    served.cores = 0.9 * others_fail_too
-    problem, seconds = watch(served, 60)
-    assert "no inference has succeeded for" in problem
-    assert "encoding failed" in problem
-    assert "the log" in problem
-    assert 8 <= seconds < 10
-
-
-def test_a_process_that_triton_reports_dead_is_not_waited_for(served):
-    served.error = ServerError("Stub process 'embed_0_0' is not healthy.")
-    served.cores = 0.9
-    assert 2 <= watch(served, 60)[1] < 4
-
-
-@pytest.mark.parametrize(("cores", "silent_s"), [(0.0, 8), (0.9, 24)])
-def test_a_silent_server_is_given_longer_while_it_computes(served, cores, silent_s):
-    served.hangs = True
-    served.cores = cores
-    problem, seconds = watch(served, 60)
-    assert "requests wait without an answer" in problem
-    assert silent_s <= seconds < silent_s + 2
+    assert all(part in problem for part in parts)
+    assert earliest_s <= seconds < earliest_s + 2
 
 
 @pytest.mark.parametrize("process", ["server", "worker"])

@@ -1,6 +1,7 @@
 """The limit of tokens in flight: accepted and rejected requests, and the measured retry-after."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,12 +9,10 @@ from mirror_runtime.errors import OverloadedError
 from mirror_runtime.triton.model.token_budget import TokenBudget
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+def refused(budget: TokenBudget, tokens: int) -> OverloadedError:
+    with pytest.raises(OverloadedError) as caught:
+        budget.acquire(tokens)
+    return caught.value
 
 
 def test_requests_that_fit_are_accepted_and_others_rejected():
@@ -30,58 +29,43 @@ def test_requests_that_fit_are_accepted_and_others_rejected():
 def test_a_lone_request_of_any_size_is_accepted():
     budget = TokenBudget(10)
     budget.acquire(1_000_000)
-    with pytest.raises(OverloadedError):
-        budget.acquire(1)
+    refused(budget, 1)
     budget.release(1_000_000)
     budget.acquire(1_000_000)
 
 
 def test_retry_after_is_the_time_until_half_is_done():
-    clock = Clock()
-    budget = TokenBudget(1000, clock)
+    clock = SimpleNamespace(now=100.0)
+    budget = TokenBudget(1000, lambda: clock.now)
     for _ in range(20):  # 100 tokens in 0.05 s: 2000 a second
         budget.acquire(100)
         clock.now += 0.05
         budget.release(100)
         clock.now += 10.0  # idle time does not count
     budget.acquire(1000)
-    with pytest.raises(OverloadedError) as caught:
-        budget.acquire(1)
-    assert caught.value.retry_after_s == pytest.approx(0.25)
-    assert "retry after 250 ms" in str(caught.value)
+    assert refused(budget, 1).retry_after_s == pytest.approx(0.25)
+    assert "retry after 250 ms" in str(refused(budget, 1))
 
 
-@pytest.mark.parametrize(("seconds", "retry_after_s"), [(1e-6, 0.01), (1e6, 10.0)])
-def test_retry_after_has_bounds(seconds, retry_after_s):
-    clock = Clock()
-    budget = TokenBudget(100, clock)
+@pytest.mark.parametrize(("seconds", "retry_after_s"), [(1e-6, 0.01), (1e6, 10.0), (None, 0.5)])
+def test_retry_after_has_bounds_and_a_default_before_anything_is_measured(seconds, retry_after_s):
+    clock = SimpleNamespace(now=100.0)
+    budget = TokenBudget(100, lambda: clock.now)
     budget.acquire(100)
-    clock.now += seconds
-    budget.release(50)
-    with pytest.raises(OverloadedError) as caught:
-        budget.acquire(100)
-    assert caught.value.retry_after_s == retry_after_s
-
-
-def test_retry_after_has_a_default_before_anything_is_measured():
-    budget = TokenBudget(1)
-    budget.acquire(1)
-    with pytest.raises(OverloadedError) as caught:
-        budget.acquire(1)
-    assert caught.value.retry_after_s == 0.5
+    if seconds is not None:
+        clock.now += seconds
+        budget.release(50)
+    assert refused(budget, 100).retry_after_s == retry_after_s
 
 
 def test_many_threads_lose_no_token():
     budget = TokenBudget(1 << 40)
 
-    def work() -> None:
+    def work(_: int) -> None:
         for tokens in range(1, 2000):
             budget.acquire(tokens)
             budget.release(tokens)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [None] * 4
     assert budget.in_flight == 0
