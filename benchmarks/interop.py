@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated
 
 if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -161,9 +161,9 @@ def run_consumers(
     environments: Path,
     *,
     only: Sequence[str] = (),
-    given: Mapping[str, Path] | None = None,
+    given: Mapping[str, Path] = MappingProxyType({}),
     on_progress: Callable[[str], None] = lambda _: None,
-) -> Iterator[Cell]:
+) -> list[Cell]:
     """Load a bundle unchanged in every consumer and compare the canaries' vectors.
 
     Args:
@@ -174,8 +174,8 @@ def run_consumers(
         given: environments that the user made, by `Consumer.environment`.
         on_progress: takes a line of progress.
 
-    Yields:
-        A cell for each consumer and file, as soon as it is known.
+    Returns:
+        A cell for each consumer and file.
 
     Raises:
         BundleError: the folder is not a bundle or is corrupted.
@@ -187,38 +187,27 @@ def run_consumers(
     if not chosen:
         titles = "; ".join(consumer.title for consumer in CONSUMERS)
         raise InputError(f"no library is named {', '.join(only)}: known are {titles}")
-    return _run(bundle.resolve(), manifest, environments.absolute(), given or {}, chosen, on_progress)
-
-
-def _run(
-    bundle: Path,
-    manifest: Manifest,
-    environments: Path,
-    given: Mapping[str, Path],
-    chosen: Sequence[Consumer],
-    on_progress: Callable[[str], None],
-) -> Iterator[Cell]:
-    canaries = read_canaries(bundle)
+    bundle, canaries, cells = bundle.resolve(), read_canaries(bundle), list[Cell]()
     pythons: dict[str, Path | str] = {}
     for consumer in chosen:
         files = list(_files(consumer, manifest))
-        reason = _not_offered(consumer, manifest, bundle) or ("" if files else _absent(consumer))
-        if reason:
+        if reason := _not_offered(consumer, manifest, bundle) or ("" if files else _absent(consumer)):
             name = "/".join(consumer.suffixes) or WEIGHTS
-            yield Cell(consumer=consumer.title, file=name, verdict=Verdict.NOT_OFFERED, reason=reason)
+            cells.append(Cell(consumer=consumer.title, file=name, verdict=Verdict.NOT_OFFERED, reason=reason))
             continue
-        name = consumer.environment
-        if name not in pythons:
-            folder = given[name].absolute() if name in given else environments / name
-            pythons[name] = _python(name, folder, on_progress, own=name in given)
-        python = pythons[name]
+        if (name := consumer.environment) not in pythons:
+            folder = given[name] if name in given else environments / name
+            pythons[name] = _python(name, folder.absolute(), on_progress, own=name in given)
         for file, floor in files:
-            shown = file or WEIGHTS
-            if isinstance(python, str):
-                yield Cell(consumer=consumer.title, file=shown, verdict=Verdict.NOT_INSTALLED, reason=python)
-            else:
-                on_progress(f"{consumer.title}: {shown}")
-                yield _cell(consumer, bundle, file, floor, python, canaries, manifest.encoder)
+            cell = Cell(consumer=consumer.title, file=file or WEIGHTS, verdict=Verdict.NOT_INSTALLED)
+            if isinstance(python := pythons[name], str):
+                cells.append(replace(cell, reason=python))
+                continue
+            on_progress(f"{consumer.title}: {cell.file}")
+            command = (str(python), "-I", str(PEERS / "interop_peer.py"))
+            attempt = replace(cell, verdict=Verdict.FAILED, floor=floor)
+            cells.append(_measure(attempt, command, bundle, f"{consumer.name} {file}", canaries, manifest.encoder))
+    return cells
 
 
 def _files(consumer: Consumer, manifest: Manifest) -> Iterator[tuple[str, float]]:
@@ -261,49 +250,37 @@ def _python(name: str, folder: Path, on_progress: Callable[[str], None], *, own:
         return str(error)
 
 
-def _cell(
-    consumer: Consumer,
-    bundle: Path,
-    file: str,
-    floor: float,
-    python: Path,
-    canaries: Sequence[Canary],
-    spec: EncoderSpec,
+def _measure(
+    cell: Cell, command: Sequence[str], bundle: Path, backend: str, canaries: Sequence[Canary], spec: EncoderSpec
 ) -> Cell:
-    cell = Cell(consumer=consumer.title, file=file or WEIGHTS, verdict=Verdict.FAILED, floor=floor)
-    with tempfile.TemporaryDirectory(prefix="mirror-consumer-") as scratch:
+    """Complete a cell with the vectors that a consumer's own process computes."""
+    assert cell.floor is not None
+    texts = [canary.text for canary in canaries]
+    with tempfile.TemporaryDirectory(prefix="mirror-consumer-") as folder:
+        scratch = Path(folder)
+        listed, output = scratch / "texts.json", scratch / "vectors.npy"
+        listed.write_text(json.dumps(texts), encoding="utf-8")
         try:
-            vectors, versions = _encode(consumer, bundle, file, python, [c.text for c in canaries], Path(scratch))
+            # What another release left in a hub's cache is not read.
+            with WorkerProcess(command, scratch / "log", environment={"HF_HOME": folder}, folder=scratch) as worker:
+                loaded = worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=str(listed))
+                worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output))
         except OSError as error:
-            return replace(cell, reason=f"{python} cannot be started: {error.strerror}")
+            return replace(cell, reason=f"{command[0]} cannot be started: {error.strerror}")
         except PeerError as error:
             return replace(cell, reason=str(error))
+        vectors = np.load(output, allow_pickle=False)
     # A library that pools by itself returns floats, whatever type the graphs return.
     typed = round_vectors(vectors, spec) if np.issubdtype(vectors.dtype, np.floating) else vectors
-    compared = compare_canaries(components(typed, spec), canaries, floor)
+    compared = compare_canaries(components(typed, spec), canaries, cell.floor)
     return replace(
         cell,
         verdict=Verdict.AGREES if compared.verdict is CanaryVerdict.AGREES else Verdict.DIFFERS,
         reason=compared.problem,
         min_cosine=compared.min_cosine,
         max_abs_diff=compared.max_abs_diff,
-        versions=versions,
+        versions=loaded["versions"],
     )
-
-
-def _encode(
-    consumer: Consumer, bundle: Path, file: str, python: Path, texts: Sequence[str], scratch: Path
-) -> tuple[NDArray[Any], Mapping[str, str]]:
-    """Encode texts in a consumer's own process, and return the vectors and the versions of its packages."""
-    listed, output = scratch / "texts.json", scratch / "vectors.npy"
-    listed.write_text(json.dumps(texts), encoding="utf-8")
-    command = (str(python), "-I", str(PEERS / "interop_peer.py"))
-    # What another release left in a hub's cache is not read.
-    with WorkerProcess(command, scratch / "log", environment={"HF_HOME": str(scratch)}, folder=scratch) as worker:
-        backend = f"{consumer.name} {file}"
-        loaded = worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=str(listed))
-        worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output))
-    return np.load(output, allow_pickle=False), loaded["versions"]
 
 
 def run(
@@ -329,16 +306,22 @@ def run(
     given = parse_environments(env or (), "--env", {consumer.environment for consumer in CONSUMERS})
     console = Console(stderr=True, highlight=False)
     with console.status("") as status:
-        cells = tuple(
-            run_consumers(
-                bundle,
-                env_dir or default_environments(),
-                only=library or (),
-                given=given,
-                on_progress=lambda line: status.update(line[:100]),
-            )
+        cells = run_consumers(
+            bundle,
+            env_dir or default_environments(),
+            only=library or (),
+            given=given,
+            on_progress=lambda line: status.update(line[:100]),
         )
-    _print_table(cells, console)
+    table = Table("library", "loads", "cosine", "floor", "verdict", padding=(0, 0))
+    for cell in cells:
+        cosine = "" if cell.min_cosine is None else f"{cell.min_cosine:.6f}"
+        floor = "" if cell.floor is None else str(cell.floor)
+        table.add_row(cell.consumer, Path(cell.file).name, cosine, floor, cell.verdict.value)
+    console.print(table)
+    for cell in cells:
+        if cell.reason:
+            console.print(f"{cell.consumer}, {cell.file}: {cell.reason}", soft_wrap=True, markup=False)
     if as_json:
         line = {
             "bundle": str(bundle),
@@ -348,22 +331,6 @@ def run(
         sys.stdout.write(json.dumps(line) + "\n")
     if any(cell.failed for cell in cells):
         raise typer.Exit(1)
-
-
-def _print_table(cells: Sequence[Cell], console: Console) -> None:
-    table = Table("library", "loads", "cosine", "floor", "verdict", padding=(0, 0))
-    for cell in cells:
-        table.add_row(
-            cell.consumer,
-            Path(cell.file).name,
-            "" if cell.min_cosine is None else f"{cell.min_cosine:.6f}",
-            "" if cell.floor is None else str(cell.floor),
-            cell.verdict.value,
-        )
-    console.print(table)
-    for cell in cells:
-        if cell.reason:
-            console.print(f"{cell.consumer}, {cell.file}: {cell.reason}", soft_wrap=True, markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,9 +14,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -42,24 +41,12 @@ BARE_ENCODER = (
 QUICK = ("--suite", "latency", "throughput", "--quick", "--rounds", "5")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One comparison and its expected outcome.
-
-    Attributes:
-        name: what was compared.
-        alarms: metrics that got worse or are missing, each with its ratio.
-        expected: whether there should be any.
-    """
+class Trial(NamedTuple):
+    """One comparison: the metrics that got worse or are missing, each with its ratio, and whether that was expected."""
 
     name: str
     alarms: tuple[str, ...]
-    expected: bool
-
-    @property
-    def right(self) -> bool:
-        """Whether the comparison's outcome is the expected one."""
-        return bool(self.alarms) == self.expected
+    right: bool
 
 
 def run(
@@ -108,7 +95,7 @@ def judge(name: str, base: Sequence[Report], head: Sequence[Report], *, expected
         for change in compare(base, head, threshold=THRESHOLD)
         if change.verdict in (Verdict.WORSE, Verdict.LOST)
     )
-    trial = Trial(name=name, alarms=alarms, expected=expected)
+    trial = Trial(name, alarms, bool(alarms) == expected)
     sys.stderr.write(f"{'right' if trial.right else 'WRONG'}: {name}: {'; '.join(alarms) or 'no alarm'}\n")
     return trial
 

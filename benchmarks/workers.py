@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -84,7 +85,8 @@ class WorkerProcess:
         if late.is_set():
             raise PeerError(f"{op}: no answer after {timeout_s:.0f} seconds")
         if not line:
-            raise PeerError(f"{op}: the worker ended with status {self._process.wait()}: {self._last_log_line()}")
+            log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["its log is empty"]
+            raise PeerError(f"{op}: the worker ended with status {self._process.wait()}: {log[-1]}")
         try:
             answer = json.loads(line)
         except json.JSONDecodeError as error:
@@ -97,10 +99,8 @@ class WorkerProcess:
         """End the process: close its input, then kill it if it does not end."""
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None  # PIPE
-            try:
+            with suppress(BrokenPipeError):  # it has ended already
                 stream.close()
-            except BrokenPipeError:
-                continue  # it has ended already
         try:
             self._process.wait(EXIT_S)
         except subprocess.TimeoutExpired:
@@ -130,7 +130,3 @@ class WorkerProcess:
         except BrokenPipeError:
             return ""
         return line
-
-    def _last_log_line(self) -> str:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1] if lines else "its log is empty"

@@ -49,12 +49,7 @@ def needed_by(package: str, *extras: str) -> frozenset[str]:
     """Return the names of a package and its dependencies, as far as they are installed."""
     found: set[str] = set()
     waiting = [(package, extras)]
-    visited = set()
-    while waiting:
-        name, chosen = waiting.pop()
-        if (name, chosen) in visited:
-            continue
-        visited.add((name, chosen))
+    for name, chosen in waiting:  # which grows
         try:
             requires = metadata.requires(name) or ()
         except metadata.PackageNotFoundError:
@@ -63,5 +58,6 @@ def needed_by(package: str, *extras: str) -> frozenset[str]:
         for line in requires:
             need = Requirement(line)
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*chosen, "")):
-                waiting.append((need.name, tuple(sorted(need.extras))))
+                dependency = need.name, tuple(sorted(need.extras))
+                waiting += [dependency] if dependency not in waiting else []
     return frozenset(found)

@@ -58,24 +58,20 @@ class Model:
     threads: int | None
 
 
-def no_export(model: str, backend: str, output: str, texts: Sequence[str]) -> None:
-    """Stand for a library that reads the bundle's own files."""
-    raise ValueError(f"{backend} needs no export")
-
-
 @dataclass(frozen=True)
 class Library:
-    """What a peer's script says of its library.
+    """A library, as its peer's script describes it.
 
     Attributes:
         open: a model's folder and a backend to a loaded model, everything at the library's defaults.
-        packages: whose versions are told.
-        export: model, backend, output folder, sample texts: saves what the backend loads, as the library advises.
+        packages: whose versions are reported.
+        export: model, backend, output folder, sample texts: saves what the backend loads, as the library advises. None
+            for a library that reads the bundle's own files.
     """
 
     open: Callable[[str, str], Model]
     packages: tuple[str, ...]
-    export: Callable[[str, str, str, Sequence[str]], None] = no_export
+    export: Callable[[str, str, str, Sequence[str]], None] | None = None
 
 
 class Worker:
@@ -88,6 +84,8 @@ class Worker:
 
     def export(self, model: str, backend: str, output: str, texts: str) -> Answer:
         """Save the files that the backend loads."""
+        if self._library.export is None:
+            raise ValueError(f"{backend} needs no export")
         began = time.perf_counter()
         self._library.export(model, backend, output, read_json(texts))
         return {"seconds": time.perf_counter() - began}

@@ -118,8 +118,8 @@ class Observations:
         self.cpu_s += window.cpu_s
         if not window.requests:
             return
-        for label, times in window.answered_ms.items():
-            self.times_ms.setdefault(label, array("f")).extend(times)
+        for label, answered_ms in window.answered_ms.items():
+            self.times_ms.setdefault(label, array("f")).extend(answered_ms)
         self.outcomes.update(window.outcomes)
         self.add_problems(window)
         times = window.times_ms

@@ -292,7 +292,8 @@ class Target:
 
 
 def end(expected, answer, request):
-    return asyncio.run(Sender({"grpc": Target(answer)}, expected.texts, expected).send(request, 0.05))
+    sender = Sender({"grpc": Target(answer)}, expected.texts, expected)  # type: ignore[dict-item]
+    return asyncio.run(sender.send(request, 0.05))
 
 
 def raising(error):
@@ -371,7 +372,7 @@ def test_a_cancelled_request_ends_as_cancelled_or_as_a_good_one(expected):
 
     request = replace(GOOD, kind=Kind.CANCELLED)
     assert end(expected, lambda _: expected.components[[3, 5]], request)[0] is Outcome.ANSWERED
-    slow = Sender({"grpc": Slow(None)}, expected.texts, expected)
+    slow = Sender({"grpc": Slow(None)}, expected.texts, expected)  # type: ignore[dict-item]
     assert asyncio.run(slow.send(request, 0.01)) == (Outcome.CANCELLED, "")
 
 
