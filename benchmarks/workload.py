@@ -115,9 +115,8 @@ def texts_of_length(
     Raises:
         InputError: the workload has too few words for that many texts.
     """
-    words = sorted({word for text in texts for word in text.split()})
-    lengths = tokenizer(["", *words]).tokens
-    special, sizes = int(lengths[0]), (lengths[1:] - lengths[0]).tolist()
+    known, special = _word_sizes(texts, tokenizer)
+    words, sizes = zip(*sorted(known.items()), strict=True)
     made: list[str] = []
     chosen: list[str] = []
     room = tokens - special
@@ -158,21 +157,24 @@ def reshape(
             return draw.randint(shortest, longest)
         return round(math.exp(draw.uniform(math.log(shortest), math.log(longest))))
 
-    words = [word for text in texts for word in text.split()]
-    known = list(dict.fromkeys(words))
-    sizes = tokenizer(["", *known]).tokens
-    special = int(sizes[0])
-    tokens = dict(zip(known, (sizes[1:] - special).tolist(), strict=True))
+    tokens, special = _word_sizes(texts, tokenizer)
     made: list[str] = []
     chosen: list[str] = []
     room = length() - special
-    for word in words:
+    for word in (word for text in texts for word in text.split()):
         chosen.append(word)
         room -= tokens[word]
         if room <= 0:
             made.append(" ".join(chosen))
             chosen, room = [], length() - special
     return made or [" ".join(chosen)]
+
+
+def _word_sizes(texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized]) -> tuple[dict[str, int], int]:
+    """Return the tokens that each word adds to a text, and the special tokens of a text."""
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    sizes = tokenizer(["", *words]).tokens
+    return dict(zip(words, (sizes[1:] - sizes[0]).tolist(), strict=True)), int(sizes[0])
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -58,18 +58,10 @@ class Matrices:
         return PAIRS * 2 * (2 * rows * inner * self.there.shape[1])
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A matrix in 8 bits with a scale for each column."""
-
-    values: NDArray[np.int8]
-    scales: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, matrix: NDArray[np.float32]) -> Quantized:
-        """Quantise a matrix symmetrically."""
-        scales: NDArray[np.float32] = (np.abs(matrix).max(axis=0) / 127).astype(np.float32)
-        return cls(np.round(matrix / scales).astype(np.int8), scales)
+def quantize(matrix: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Quantise a matrix symmetrically to 8 bits, with a scale for each column."""
+    scales: NDArray[np.float32] = (np.abs(matrix).max(axis=0) / 127).astype(np.float32)
+    return np.round(matrix / scales).astype(np.int8), scales
 
 
 def seconds_of(work: Callable[[], object], runs: int) -> tuple[float, ...]:
@@ -103,23 +95,27 @@ def repeated(
         for request in requests:
             request.get_input_tensor(0).data[...] = matrices.x
 
-        def run() -> None:
-            for _ in range(turns):
-                for request in requests:
-                    request.start_async()
-                for request in requests:
-                    request.wait()
+        def turn() -> None:
+            for request in requests:
+                request.start_async()
+            for request in requests:
+                request.wait()
 
-        return run, turns * streams
-    if engine is EngineName.ONNXRUNTIME:
+    elif engine is EngineName.ONNXRUNTIME:
+        streams = 1
         session = onnxruntime_session(precision, matrices, usable_cores())
 
-        def run_session() -> None:
-            for _ in range(turns):
-                session.run(None, {"x0": matrices.x})
+        def turn() -> None:
+            session.run(None, {"x0": matrices.x})
 
-        return run_session, turns
-    raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
+    else:
+        raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
+
+    def run() -> None:
+        for _ in range(turns):
+            turn()
+
+    return run, turns * streams
 
 
 def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, streams: int) -> Any:
@@ -146,9 +142,10 @@ def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, 
     for weights in (matrices.there, matrices.back) * PAIRS:
         if precision is Precision.INT8:
             node = opset13.fake_quantize(node, *ends, *ends, _LEVELS)
-            quantized = Quantized.of(weights)
-            wide = opset13.convert(opset13.constant(quantized.values), "f32")
-            factor = opset13.multiply(wide, opset13.constant(quantized.scales[None, :]))
+            values, scales = quantize(weights)
+            factor = opset13.multiply(
+                opset13.convert(opset13.constant(values), "f32"), opset13.constant(scales[None, :])
+            )
         else:
             factor = opset13.constant(weights)
         node = opset13.matmul(node, factor, False, False)
@@ -170,15 +167,11 @@ def onnx_model(precision: Precision, matrices: Matrices) -> bytes:
     Raises:
         EngineError: there is no chain in this precision.
     """
-    builders: dict[Precision, Callable[[Any, Matrices], tuple[list[Any], dict[str, NDArray[Any]]]]] = {
-        Precision.FP32: _float_nodes,
-        Precision.INT8: _int8_nodes,
-    }
-    if precision not in builders:
+    if precision not in (Precision.FP32, Precision.INT8):
         raise EngineError(f"no ceiling is measured for onnxruntime {precision.value}")
     onnx, helper = require("onnx", "bench"), require("onnx.helper", "bench")
     numpy_helper = require("onnx.numpy_helper", "bench")
-    nodes, constants = builders[precision](helper, matrices)
+    nodes, constants = (_int8_nodes if precision is Precision.INT8 else _float_nodes)(helper, matrices)
     ends = [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(matrices.x.shape))
         for name in ("x0", nodes[-1].output[0])
@@ -232,9 +225,8 @@ def _int8_nodes(helper: Any, matrices: Matrices) -> tuple[list[Any], dict[str, N
     }
     nodes = []
     for name, matrix in (("there", matrices.there), ("back", matrices.back)):
-        quantized = Quantized.of(matrix)
-        constants |= {name: quantized.values, f"{name}_scale": quantized.scales}
-        constants[f"{name}_zero"] = np.zeros(len(quantized.scales), np.int8)
+        values, scales = quantize(matrix)
+        constants |= {name: values, f"{name}_scale": scales, f"{name}_zero": np.zeros(len(scales), np.int8)}
         nodes.append(
             helper.make_node("DequantizeLinear", [name, f"{name}_scale", f"{name}_zero"], [f"{name}_wide"], axis=1)
         )

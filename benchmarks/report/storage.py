@@ -107,15 +107,12 @@ def read_measured(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         InputError: one is malformed, not finite, has no samples, or stands there twice.
     """
-    lists: dict[str, list[Any]] = {}
     for name in ("measurements", "failures"):
-        found = data.get(name)
-        if not isinstance(found, list):
+        if not isinstance(data.get(name), list):
             raise InputError(f"{path}: {name} is not a list")
-        lists[name] = found
     measurements = []
     seen = set()
-    for at, item in enumerate(lists["measurements"]):
+    for at, item in enumerate(data["measurements"]):
         where = f"{path}: measurements[{at}]"
         one = _strict(Measurement, {**DEFAULTS, **item} if isinstance(item, dict) else item, where)
         numbers = (*one.samples, *one.reference, *one.figures.values())
@@ -125,20 +122,14 @@ def read_measured(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
             raise InputError(f"{where} repeats an earlier one: {one.key}")
         seen.add(one.key)
         measurements.append(one)
-    failures = [_strict(Failure, one, f"{path}: failures[{at}]") for at, one in enumerate(lists["failures"])]
+    failures = [_strict(Failure, one, f"{path}: failures[{at}]") for at, one in enumerate(data["failures"])]
     return {"measurements": tuple(measurements), "failures": tuple(failures)}
 
 
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`."""
-    write_object(
-        path,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "facts": to_json(report.facts),
-            **measured_json(report.measurements, report.failures),
-        },
-    )
+    measured = measured_json(report.measurements, report.failures)
+    write_object(path, {"schema_version": SCHEMA_VERSION, "facts": to_json(report.facts), **measured})
 
 
 def measured_json(measurements: Iterable[Measurement], failures: Iterable[Failure]) -> dict[str, Any]:
