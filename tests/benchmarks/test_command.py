@@ -91,6 +91,7 @@ def test_every_round_of_a_real_engine_has_its_reference(run, tiny_bundle):
     assert all(len(one.samples) % 3 == 0 for one in judged)
 
 
+@pytest.mark.process
 def test_startup_is_measured_in_fresh_processes(run):
     status, output = run("--suite", "startup", "--rounds", "1")
     assert status == 0
@@ -99,6 +100,7 @@ def test_startup_is_measured_in_fresh_processes(run):
     assert one(report, "startup", "peak memory").median >= one(report, "startup", "memory at the first vector").median
 
 
+@pytest.mark.process
 def test_scaling_is_measured_in_fresh_processes(run, monkeypatch):
     monkeypatch.setattr(scaling, "QUICK_SIZES", (20, 60))
     status, output = run("--suite", "scaling", "--quick", "--rounds", "2")

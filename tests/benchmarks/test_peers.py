@@ -101,6 +101,7 @@ def test_an_answer_that_ctrl_c_left_unread_is_not_taken_for_the_next_one(worker,
     assert worker.ask("encode", batch_size=64, limit=7)["texts"] == 7
 
 
+@pytest.mark.process
 def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
     script = FOLDER / "sentence_transformers_peer.py"
     with WorkerProcess((sys.executable, "-I", str(script)), tmp_path / "log") as worker:
@@ -110,6 +111,7 @@ def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
             worker.ask("encode", batch_size=1, limit=None)
 
 
+@pytest.mark.process
 def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, script, progress):
     scores = np.array([1.0, 2.0, 3.0])
     pairs = EvaluationSet(
@@ -160,6 +162,7 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
     assert ("cosine of pairs", "fake torch", None) not in found
 
 
+@pytest.mark.process
 def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
     np.save(script.parent / "vectors.npy", np.zeros((2, 8), np.float32))
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, quick=True)
@@ -210,6 +213,7 @@ def test_an_environment_is_made_once_and_again_when_requirements_change(tmp_path
     assert not is_complete(folder)
 
 
+@pytest.mark.process
 def test_a_failing_installation_is_an_error_with_its_last_line():
     said: list[str] = []
     with pytest.raises(PeerError, match=r"cannot be made \(status 3\): no index has it"):
@@ -244,6 +248,7 @@ def test_packages_and_their_dependencies_are_counted():
     assert our_bytes(EngineName.FAKE) == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("script", "size"), [("echo 123", 123), ("echo no luck >&2; exit 1", None)])
 def test_an_environment_lists_its_own_packages(tmp_path, script, size):
     python = tmp_path / "python"

@@ -25,6 +25,7 @@ def test_cores_double_and_end_with_all():
     ]  # fmt: skip
 
 
+@pytest.mark.process
 def test_a_process_starts_on_fewer_cores_and_ours_keeps_its_own(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import json, os; print(json.dumps(sorted(os.sched_getaffinity(0))))")
@@ -35,6 +36,7 @@ def test_a_process_starts_on_fewer_cores_and_ours_keeps_its_own(monkeypatch, tmp
     assert _run({}) == mine
 
 
+@pytest.mark.process
 def test_a_process_that_fails_is_named_by_its_last_line(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("raise KeyError('what')")

@@ -169,11 +169,13 @@ def analyzed(program, scratch):
     )
 
 
+@pytest.mark.process
 def test_perf_analyzers_table_is_read(tmp_path):
     script = f"open(sys.argv[sys.argv.index('-f') + 1], 'w').write({TABLE!r})\nassert '-b' in sys.argv"
     assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == (412.5, 19.0, 31.0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("script", "message"),
     [

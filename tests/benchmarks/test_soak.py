@@ -308,6 +308,7 @@ def test_a_server_that_is_killed_has_ended_by_itself_and_leaves_no_process(gatew
     assert not any(map(alive, pids))
 
 
+@pytest.mark.process
 def test_a_server_that_does_not_start_names_the_reason(tmp_path):
     with (
         pytest.raises(ServerError, match=r"serve did not start \(status 2\)(.|\n)* is not a bundle"),
