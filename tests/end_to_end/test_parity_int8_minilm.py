@@ -16,18 +16,17 @@ from export.proof import floors
 from export.proof.candidate import Candidate
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import parity_texts
-from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
+from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY
 from mirror_runtime.errors import ParityError
+from tests.support.graphs import graph_of
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def packed(minilm_bundle) -> Graph:
-    artifact = next(a for a in read_manifest(minilm_bundle).artifacts if a.path == "onnx/model_packed.onnx")
-    path = minilm_bundle / artifact.path
-    return Graph(layout=Layout.PACKED, path=path, inputs=artifact.inputs, outputs=artifact.outputs)
+    return graph_of(minilm_bundle)
 
 
 @pytest.fixture(scope="module")

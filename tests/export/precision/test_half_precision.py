@@ -1,6 +1,6 @@
 """fp16 and bf16 inside the graph: consistent types, a head in fp32, close vectors."""
 
-from pathlib import Path
+import dataclasses
 
 import numpy as np
 import onnx
@@ -9,39 +9,17 @@ from onnx import TensorProto, numpy_helper
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from export.graph.trace import Graph, export_graph
+from export.graph.trace import export_graph
 from export.precision.half_precision import HALVES, write_half
 from export.tensorrt.checks import breaches, graph_precision
 from export.tensorrt.view import GraphView
-from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest
-from mirror_runtime.engines.onnxruntime_engine import open_session
+from mirror_runtime.bundle import Layout, Pooling, Precision
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import EngineError
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows
 from mirror_runtime.vectors import cosines
-
-
-def graph_of(bundle: Path, layout: Layout) -> Graph:
-    artifact: Artifact = next(a for a in read_manifest(bundle).artifacts if a.layout is layout)
-    return Graph(layout=layout, path=bundle / artifact.path, inputs=artifact.inputs, outputs=artifact.outputs)
-
-
-def rows(vocabulary: int = 60) -> dict[str, np.ndarray]:
-    """Return two rows of 16: one with three texts and 4 empty positions, one filled by a single text."""
-    draw = np.random.default_rng(0)
-    segments = np.array([[1] * 5 + [2] * 4 + [3] * 3 + [0] * 4, [1] * 16])
-    positions = np.array([[*range(5), *range(4), *range(3), *range(4)], [*range(16)]])
-    ids = draw.integers(5, vocabulary, segments.shape)
-    return {"input_ids": ids, "position_ids": positions, "segment_ids": segments}
-
-
-def texts_of(output: np.ndarray) -> np.ndarray:
-    return output[[0, 0, 0, 1], [0, 1, 2, 0]]
-
-
-def run(path: Path, feed: dict[str, np.ndarray]) -> np.ndarray:
-    return open_session(path, threads=1).run(["embedding"], feed)[0]
+from tests.support.graphs import graph_of, rows, run, texts_of
 
 
 @pytest.mark.parametrize("half", list(HALVES))
@@ -61,7 +39,7 @@ def test_products_are_in_half_and_the_head_and_both_ends_are_not(tiny_bundle, tm
 
 
 def test_fp16_vectors_stay_close(tiny_bundle, tmp_path):
-    source = graph_of(tiny_bundle, Layout.PACKED)
+    source = graph_of(tiny_bundle)
     made = write_half(source, tmp_path / "half.onnx", Precision.FP16)
     wanted, found = (run(graph.path, rows()) for graph in (source, made))
     assert found.dtype == np.float32
@@ -71,7 +49,7 @@ def test_fp16_vectors_stay_close(tiny_bundle, tmp_path):
 
 @pytest.mark.skipif(not has_bf16(), reason="OpenVINO runs bf16 files only on CPUs with bf16 instructions")
 def test_bf16_vectors_stay_close(tiny_bundle, tmp_path):
-    source = graph_of(tiny_bundle, Layout.PACKED)
+    source = graph_of(tiny_bundle)
     made = write_half(source, tmp_path / "half.onnx", Precision.BF16)
     engine = OpenVinoEngine(made.path, Precision.BF16, 1)
     found = engine.run(PackedRows(**rows()))
@@ -80,12 +58,12 @@ def test_bf16_vectors_stay_close(tiny_bundle, tmp_path):
 
 
 def test_a_weight_beyond_fp16_is_refused_and_bf16_named(tiny_bundle, tmp_path):
-    source = graph_of(tiny_bundle, Layout.PACKED)
+    source = graph_of(tiny_bundle)
     proto = onnx.load(source.path)
     weight = next(t for t in proto.graph.initializer if len(t.dims) == 2 and "embeddings" in t.name)
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1e6), weight.name))
     onnx.save(proto, tmp_path / "wide.onnx")
-    wide = Graph(layout=Layout.PACKED, path=tmp_path / "wide.onnx", inputs=source.inputs, outputs=source.outputs)
+    wide = dataclasses.replace(source, path=tmp_path / "wide.onnx")
     with pytest.raises(EngineError, match="which fp16 cannot hold: export bf16"):
         write_half(wide, tmp_path / "half.onnx", Precision.FP16)
     write_half(wide, tmp_path / "half.onnx", Precision.BF16)
