@@ -21,6 +21,7 @@ from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.selection import AUTO, choose
 
 if TYPE_CHECKING:
+    from benchmarks.peers.specs import PeerBackend
     from benchmarks.suites.startup import Starter
     from benchmarks.suites.training import TrainingPlan
 
@@ -104,7 +105,8 @@ class Plan:
         shape: None where config.json does not state the encoder's sizes: no ceiling is measured then.
         environments: of peers and perf_analyzer.
         scratch: folder for converted models and files that other processes read; deleted after the run.
-        peer_starters: commands that start a peer, for suite startup: what `suites.peers.prepare_peers` installed.
+        peer_backends: what `suites.peers.prepare_peers` installed.
+        peer_starters: commands that start them, for suite startup.
     """
 
     bundle: Path
@@ -121,6 +123,7 @@ class Plan:
     shape: EncoderShape | None = None
     environments: Environments = field(default_factory=lambda: Environments(given={}, folder=Path(".venvs")))
     scratch: Path = Path(".")
+    peer_backends: tuple[PeerBackend, ...] = ()
     peer_starters: tuple[Starter, ...] = ()
 
 

@@ -239,7 +239,7 @@ def measure(
     left = [suite for suite in SUITES if suite in plan.suites and suite.value not in finished]
     before = recorder.snapshot()
     if plan.peers and {Suite.PEERS, Suite.STARTUP} & set(left):
-        plan = replace(plan, peer_starters=tuple(prepare_peers(plan, recorder, progress)))
+        plan = prepare_peers(plan, recorder, progress)
     if NEED_CEILINGS & set(left) and CEILINGS not in finished:
         start = recorder.snapshot()
         measure_ceilings(plan, recorder, progress)

@@ -7,26 +7,23 @@ version, the number format that it computes in, and its best batch size.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import Progress
 
-from benchmarks.agreement import encode_components, fp32_reference, record_agreement
-from benchmarks.peers.environments import environment_python, existing_environment, is_complete, make_environment
+from benchmarks.agreement import Components, fp32_reference, record_agreement
+from benchmarks.peers.environments import existing_environment, make_environment
 from benchmarks.peers.footprint import environment_bytes
-from benchmarks.peers.protocol import time_calls
 from benchmarks.peers.specs import FOLDER, PEERS, PeerBackend, PeerSpec
-from benchmarks.plan import Plan, Suite, loaded, steps, take_turns
+from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
 from benchmarks.report.statistics import ratio_of_medians
@@ -35,7 +32,7 @@ from benchmarks.suites.quality import Judge
 from benchmarks.suites.startup import Starter
 from benchmarks.suites.throughput import Rounds
 from benchmarks.workers import WorkerProcess, offline_environment
-from mirror_runtime.errors import InputError, MirrorError, PeerError
+from mirror_runtime.errors import InputError, PeerError
 
 SUITE = Suite.PEERS.value
 
@@ -89,11 +86,11 @@ class PeerRounds:
         """
         self.samples_s.append(float(self.worker.ask("encode", batch_size=self.batch_size, limit=None)["seconds"]))
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: Recorder, suite: str, _plan: Plan) -> None:
         """Record the rounds so far."""
         versions = self.loaded["versions"]
         recorder.record(
-            SUITE, self.name, "texts per second", *(self.texts / seconds for seconds in self.samples_s), unit="1/s",
+            suite, self.name, "texts per second", *(self.texts / seconds for seconds in self.samples_s), unit="1/s",
             better=Better.HIGHER,
             conditions={
                 "version": versions.get(self.backend.package, "unknown"),
@@ -103,30 +100,44 @@ class PeerRounds:
             },
         )  # fmt: skip
 
-    def vectors(self, texts: Sequence[str], dim: int, scratch: Path) -> NDArray[np.float32]:
+    def vectors(self, plan: Plan, texts: Sequence[str]) -> Components:
         """Encode texts, and return their vectors, float32 [texts, dim].
 
         Raises:
             PeerError: the peer failed, or its vectors have another shape or are not finite.
         """
-        output = scratch / "vectors.npy"
-        listed = _write_texts(scratch / "dump.json", texts)
+        output = plan.scratch / "vectors.npy"
+        listed = _write_texts(plan.scratch / "dump.json", texts)
         self.worker.ask("dump", batch_size=self.batch_size, output=str(output), texts=str(listed))
-        found: NDArray[np.float32] = np.load(output).astype(np.float32)
-        if found.shape != (len(texts), dim) or not np.isfinite(found).all():
-            expected = (len(texts), dim)
+        found: Components = np.load(output).astype(np.float32)
+        expected = (len(texts), plan.manifest.encoder.dim)
+        if found.shape != expected or not np.isfinite(found).all():
             raise PeerError(f"its vectors have shape {found.shape} where {expected} is expected, or are not finite")
         return found
 
+    def single(self, plan: Plan, texts: Sequence[str], calls: int) -> list[float]:
+        """Encode one text a call, in turn, and return each call's milliseconds, as the peer's process measured them.
 
-def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> list[Starter]:
+        Raises:
+            PeerError: the peer failed.
+        """
+        listed = _write_texts(plan.scratch / "single.json", texts)
+        samples: list[float] = self.worker.ask("single", texts=str(listed), calls=calls)["samples_ms"]
+        return samples
+
+
+Party: TypeAlias = "Rounds | PeerRounds"
+
+
+def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
     """Install the chosen peers and export what their backends need. Failures are recorded, and the peer is left out.
 
     Returns:
-        The commands that suite `startup` runs, one for each backend.
+        The plan with the backends, and with suite `startup` the commands that start them.
     """
     specs = [spec for spec in PEERS if spec.title in plan.peers]
     texts = _write_texts(plan.scratch / "texts.json", plan.workload.texts)
+    backends: list[PeerBackend] = []
     starters: list[Starter] = []
     with steps(progress, "prepare peers", sum(1 + len(spec.backends) for spec in specs)) as done:
         for spec in specs:
@@ -138,33 +149,32 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> list[St
                 done(f"{spec.title}: {name}")
                 backend = PeerBackend(spec=spec, name=name, python=python, model=plan.bundle.resolve())
                 with recorder.failing(SUITE, backend.party, OSError):
-                    backend = _export(backend, plan.scratch, texts)
+                    backends.append(backend := _export(backend, plan.scratch, texts))
                     if Suite.STARTUP in plan.suites:
                         with recorder.failing(Suite.STARTUP.value, backend.party):
                             starters.append(_starter(backend))
-    return starters
+    return replace(plan, peer_backends=tuple(backends), peer_starters=tuple(starters))
 
 
 def run_peers(plan: Plan, recorder: Recorder, progress: Progress) -> None:
-    """Find each prepared peer's best batch size, then let ours and theirs take turns, then compare their vectors.
+    """Find each prepared peer's best batch size, compare vectors with the bundle's fp32, then let all take turns.
 
     With suite `quality`, people's scores judge each peer's vectors, too.
     """
-    backends = list(_prepared(plan))
     sizes = QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mirror-bench-", dir=plan.scratch)))
         runners = stack.enter_context(loaded(plan, recorder, Suite.PEERS))
-        every = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
-        ours = list(every)
-        with steps(progress, "peers: load and sweep", len(backends) * (1 + len(sizes))) as done:
-            theirs = list(_load(plan, backends, sizes, stack, scratch, recorder, done))
-        _compare_vectors(plan, ours, theirs, scratch, recorder, progress)
-        _take_turns(plan, ours, theirs, recorder, progress)
-        _time_single_texts(plan, every, theirs, scratch, recorder, progress)
+        ours = [Rounds(runner=runner, texts=plan.workload.texts) for runner in runners]
+        with steps(progress, "peers: load and sweep", len(plan.peer_backends) * (1 + len(sizes))) as done:
+            theirs = list(_load(plan, sizes, stack, recorder, done))
+        pairs: Iterable[tuple[Party | None, ...]] = zip_longest(ours, theirs)  # ours and theirs alternate
+        parties = [party for pair in pairs for party in pair if party is not None]
+        parties = _compare_vectors(plan, parties, runners, recorder, progress)
+        _measure_rates(plan, parties, recorder, progress)
+        _time_single_texts(plan, parties, recorder, progress)
         _record_ratios(plan, ours, theirs, recorder)
         if Suite.QUALITY in plan.suites:
-            _judge(plan, theirs, scratch, recorder, progress)
+            _judge(plan, [party for party in parties if isinstance(party, PeerRounds)], recorder, progress)
 
 
 def _write_texts(file: Path, texts: Sequence[str]) -> Path:
@@ -173,16 +183,12 @@ def _write_texts(file: Path, texts: Sequence[str]) -> Path:
     return file
 
 
-def _environment(spec: PeerSpec, plan: Plan) -> Path:
-    """Return the folder of a peer's environment, the user's own or one of ours."""
-    given = plan.environments.given.get(spec.name)
-    return (plan.environments.folder / spec.name if given is None else given).absolute()
-
-
 def _make_python(spec: PeerSpec, plan: Plan, on_progress: Callable[[str], None]) -> Path:
-    folder = _environment(spec, plan)
-    if spec.name in plan.environments.given:
-        return existing_environment(folder)
+    """Return the Python of a peer's environment: the user's own, or one of ours, which is made if it is missing."""
+    given = plan.environments.given.get(spec.name)
+    if given is not None:
+        return existing_environment(given.absolute())
+    folder = (plan.environments.folder / spec.name).absolute()
     return make_environment(FOLDER / f"{spec.name}.txt", folder, on_progress)
 
 
@@ -209,37 +215,16 @@ def _starter(backend: PeerBackend) -> Starter:
     )
 
 
-def _prepared(plan: Plan) -> Iterator[PeerBackend]:
-    """Yield the backends that `prepare_peers` has made ready in this run."""
-    for spec in PEERS:
-        folder, own = _environment(spec, plan), spec.name in plan.environments.given
-        python = environment_python(folder)
-        if spec.title not in plan.peers or not python.is_file() or not (own or is_complete(folder)):
-            continue
-        for name in spec.backends:
-            backend = PeerBackend(spec=spec, name=name, python=python, model=plan.bundle.resolve())
-            for candidate in (backend, backend.exported_to(plan.scratch)):
-                if candidate.ready:
-                    yield candidate
-                    break
-
-
 def _load(
-    plan: Plan,
-    backends: Sequence[PeerBackend],
-    sizes: Sequence[int],
-    stack: ExitStack,
-    scratch: Path,
-    recorder: Recorder,
-    done: Callable[[str], None],
+    plan: Plan, sizes: Sequence[int], stack: ExitStack, recorder: Recorder, done: Callable[[str], None]
 ) -> Iterator[PeerRounds]:
     """Load every peer and try every batch size: one untimed pass, as shapes may be compiled, then the better of two."""
-    texts = _write_texts(scratch / "texts.json", plan.workload.texts)
+    texts = _write_texts(plan.scratch / "texts.json", plan.workload.texts)
     limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(plan.workload.texts))
-    for backend in backends:
+    for backend in plan.peer_backends:
         party, sweep = backend.party, {}
         try:
-            worker = stack.enter_context(WorkerProcess(backend.command, scratch / f"{backend.file_name}.log"))
+            worker = stack.enter_context(WorkerProcess(backend.command, plan.scratch / f"{backend.file_name}.log"))
             answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=str(texts))
             done(party)
             for size in sizes:
@@ -261,88 +246,65 @@ def _load(
 
 
 def _compare_vectors(
-    plan: Plan, ours: list[Rounds], theirs: list[PeerRounds], scratch: Path, recorder: Recorder, progress: Progress
-) -> None:
-    """Record every party's agreement with the bundle's fp32; a party that fails is removed. Warms every party."""
-    texts = plan.workload.texts
-    runners = [mine.runner for mine in ours]
+    plan: Plan, parties: Sequence[Party], runners: Sequence[Runner], recorder: Recorder, progress: Progress
+) -> list[Party]:
+    """Record every party's agreement with the bundle's fp32, which warms it, and return those that did not fail."""
+    texts, left = plan.workload.texts, []
     reference = fp32_reference(plan, "workload", texts, recorder, Suite.PEERS, runners)
-    with steps(progress, "peers: vectors", len(ours) + len(theirs)) as done:
-        for mine in list(ours):
-            try:
-                vectors = encode_components(plan, mine.runner, texts)
-                record_agreement(recorder, Suite.PEERS, mine.name, vectors, reference)
-            except MirrorError as error:
-                ours.remove(mine)
-                recorder.fail(SUITE, mine.name, error)
-            done(mine.name)
-        for peer in list(theirs):
-            try:
-                vectors = peer.vectors(texts, plan.manifest.encoder.dim, scratch)
-                record_agreement(recorder, Suite.PEERS, peer.name, vectors, reference)
-            except MirrorError as error:
-                theirs.remove(peer)
-                recorder.fail(SUITE, peer.name, error)
-            done(peer.name)
+    with steps(progress, "peers: vectors", len(parties)) as done:
+        for party in parties:
+            with recorder.failing(SUITE, party.name):
+                record_agreement(recorder, Suite.PEERS, party.name, party.vectors(plan, texts), reference)
+                left.append(party)
+            done(party.name)
+    return left
 
 
-def _take_turns(
-    plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], recorder: Recorder, progress: Progress
-) -> None:
-    """Measure all parties on the workload in interleaved rounds, ours and theirs alternating."""
+def _measure_rates(plan: Plan, parties: Sequence[Party], recorder: Recorder, progress: Progress) -> None:
+    """Measure all parties on the workload."""
 
-    def run(party: Rounds | PeerRounds) -> None:
+    def run(party: Party) -> None:
         party.run()
-        if isinstance(party, Rounds):
-            party.record(recorder, SUITE, plan)
-        else:
-            party.record(recorder)
+        party.record(recorder, SUITE, plan)
 
-    pairs: Iterable[tuple[Rounds | PeerRounds | None, ...]] = zip_longest(ours, theirs)
-    parties = {party.name: partial(run, party) for pair in pairs for party in pair if party is not None}
-    _interleave(parties, plan, recorder, progress, "peers: rounds", "")
+    _interleave(plan, parties, run, recorder, progress, "")
 
 
-def _time_single_texts(
-    plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRounds], scratch: Path, recorder: Recorder,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """Measure all parties on one text per call, in interleaved rounds."""
+def _time_single_texts(plan: Plan, parties: Sequence[Party], recorder: Recorder, progress: Progress) -> None:
+    """Measure all parties on one text per call."""
     try:
         texts = texts_in_turn(plan, SINGLE_TOKENS)
     except InputError as error:
         recorder.fail(SUITE, "single texts", error)
         return
-    file = _write_texts(scratch / "single.json", texts)
-    calls = calls_a_round(plan)
-    parties: list[Rounds | PeerRounds] = [*ours, *theirs]
     samples: dict[str, list[float]] = {party.name: [] for party in parties}
 
-    def run(party: Rounds | PeerRounds) -> None:
-        if isinstance(party, Rounds):
-            samples[party.name] += time_calls(party.runner.encoder.encode, texts, calls)
-        else:
-            samples[party.name] += party.worker.ask("single", texts=str(file), calls=calls)["samples_ms"]
+    def run(party: Party) -> None:
+        samples[party.name] += party.single(plan, texts, calls_a_round(plan))
         recorder.record(
             SUITE, party.name, "time per text", *samples[party.name], unit="ms", better=Better.LOWER,
             conditions={"tokens": SINGLE_TOKENS},
         )  # fmt: skip
 
-    turns = {party.name: partial(run, party) for party in parties}
-    _interleave(turns, plan, recorder, progress, "peers: single texts", ", single texts")
+    _interleave(plan, parties, run, recorder, progress, ", single texts")
 
 
 def _interleave(
-    parties: Mapping[str, Callable[[], None]], plan: Plan, recorder: Recorder, progress: Progress, title: str, what: str
+    plan: Plan,
+    parties: Sequence[Party],
+    run: Callable[[Party], None],
+    recorder: Recorder,
+    progress: Progress,
+    what: str,
 ) -> None:
     """Interleave the parties' rounds, with a pause before each."""
 
-    def turn(run: Callable[[], None], _round: int) -> None:
+    def turn(party: Party, _round: int) -> None:
         time.sleep(SETTLE_S)
-        run()
+        run(party)
 
-    turns = {name: partial(turn, run) for name, run in parties.items()}
-    with steps(progress, title, len(parties) * plan.rounds) as done:
+    turns = {party.name: partial(turn, party) for party in parties}
+    with steps(progress, f"peers: rounds{what}", len(parties) * plan.rounds) as done:
         take_turns(turns, plan.rounds, lambda name, error: recorder.fail(SUITE, name + what, error), done)
 
 
@@ -359,11 +321,10 @@ def _record_ratios(plan: Plan, ours: Sequence[Rounds], theirs: Sequence[PeerRoun
             )  # fmt: skip
 
 
-def _judge(plan: Plan, theirs: Sequence[PeerRounds], scratch: Path, recorder: Recorder, progress: Progress) -> None:
+def _judge(plan: Plan, theirs: Sequence[PeerRounds], recorder: Recorder, progress: Progress) -> None:
     judge = Judge(plan, recorder)
     with steps(progress, "peers: quality", len(theirs)) as done:
         for peer in theirs:
             with recorder.failing(Suite.QUALITY.value, peer.name):
-                vectors = peer.vectors(judge.texts, plan.manifest.encoder.dim, scratch)
-                judge.judge(peer.name, vectors, keep_cosines=False)
+                judge.judge(peer.name, peer.vectors(plan, judge.texts), keep_cosines=False)
             done(peer.name)

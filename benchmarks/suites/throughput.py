@@ -10,9 +10,10 @@ from functools import partial
 
 from rich.progress import Progress
 
-from benchmarks.agreement import encode_components, fp32_reference, record_agreement
+from benchmarks.agreement import Components, encode_components, fp32_reference, record_agreement
 from benchmarks.machine.ceilings import ceiling_of
 from benchmarks.machine.reference_speed import Reference, beside_batches
+from benchmarks.peers.protocol import time_calls
 from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
@@ -71,6 +72,22 @@ class Rounds:
             self.counters[name] = self.counters.get(name, 0) + gained
         if self.reference is not None:
             self.reference_s.append(self.reference())
+
+    def vectors(self, plan: Plan, texts: Sequence[str]) -> Components:
+        """Encode texts, and return their components, float32 [texts, dim].
+
+        Raises:
+            MirrorError: a text or the engine failed.
+        """
+        return encode_components(plan, self.runner, texts)
+
+    def single(self, _plan: Plan, texts: Sequence[str], calls: int) -> list[float]:
+        """Encode one text a call, in turn, and return each call's milliseconds.
+
+        Raises:
+            MirrorError: a text or the engine failed.
+        """
+        return time_calls(self.runner.encoder.encode, texts, calls)
 
     def record(self, recorder: Recorder, suite: str, plan: Plan) -> None:
         """Record the rounds so far. Stages overlap and `infer` counts every stream, so shares need not add up to 1."""

@@ -120,7 +120,8 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
     plan = dataclasses.replace(peers_plan, suites=(Suite.PEERS, Suite.QUALITY, Suite.STARTUP), sets=(pairs,))
     recorder = Recorder()
     before = sorted(plan.bundle.rglob("*"))
-    starters = prepare_peers(plan, recorder, progress)
+    plan = prepare_peers(plan, recorder, progress)
+    starters = plan.peer_starters
     assert [(starter.party, starter.command[-2:]) for starter in starters] == [
         ("fake torch", (str(plan.bundle.resolve()), "torch")),
         ("fake onnx", (str(plan.bundle.resolve()), "onnx")),
@@ -166,8 +167,7 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
 def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
     np.save(script.parent / "vectors.npy", np.zeros((2, 8), np.float32))
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, quick=True)
-    prepare_peers(plan, recorder, progress)
-    run_peers(plan, recorder, progress)
+    run_peers(prepare_peers(plan, recorder, progress), recorder, progress)
     shape = f"shape (2, 8) where ({len(plan.workload.texts)}, 8)"
     assert [shape in failure.reason for failure in recorder.failures if failure.party != "fake onnx"] == [True, True]
     rates = [one.party for one in recorder.measurements if one.metric == "texts per second"]
@@ -177,9 +177,9 @@ def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
 def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_plan, script, progress, tmp_path):
     absent = Environments(given={"fake": tmp_path / "absent"}, folder=tmp_path)
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, environments=absent)
-    assert prepare_peers(plan, recorder, progress) == []
+    assert prepare_peers(plan, recorder, progress) == plan
     assert "not a virtual environment" in recorder.failures[0].reason
-    assert prepare_peers(dataclasses.replace(plan, peers=()), recorder, progress) == []
+    assert not prepare_peers(dataclasses.replace(plan, peers=()), recorder, progress).peer_backends
     assert len(recorder.failures) == 1  # only the chosen peers are prepared
 
 
