@@ -20,13 +20,13 @@ if __package__ in (None, ""):  # run by path: import our rooms from the reposito
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
 from benchmarks.load.process import Load, load_process
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
 from benchmarks.soaking.observations import ALL, Observations
-from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, Settings, SoakReport, Subject, write_files
+from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, WORDS, Settings, SoakReport, Subject, write_files
 from benchmarks.soaking.server import ServedBundle, served_bundle
 from benchmarks.soaking.verdicts import Thresholds
 from benchmarks.workload import Workload, bundle_tokenizer, load_workload
@@ -94,7 +94,8 @@ def run(
         manifest = read_manifest(bundle)
         tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
         workload = load_workload(texts, tokenizer, quick=True, seed=seed)
-        with _progress(console) as progress:
+        columns = (*Progress.get_default_columns(), TextColumn("[dim]{task.fields[doing]}"))
+        with Progress(*columns, console=console) as progress:
             task = progress.add_task("soak", total=60 * minutes, doing="vectors in process")
             subject, expected = prepare(bundle, workload, settings)
             progress.update(task, doing="start, then the rate")
@@ -102,14 +103,14 @@ def run(
             def on_progress(at_s: float, doing: str) -> None:
                 progress.update(task, completed=at_s, doing=doing)
 
-            soak(bundle, subject, expected, settings, observed, on_progress)
+            soak(bundle, expected, settings, observed, on_progress)
         report = SoakReport(
             started=started, host=host, versions=versions, source=source, subject=subject, workload=workload.facts,
             settings=settings, observed=observed,
         )  # fmt: skip
         write_files(report, folder)
     for verdict in report.verdicts:
-        console.print(f"{_WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
+        console.print(f"{WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
     word = "interrupted: partial report" if observed.partial else "report"
     console.print(f"{word} in {output / MARKDOWN_FILE}", markup=False)
     sys.stdout.write(json.dumps(report.headline(output), allow_nan=False) + "\n")
@@ -148,12 +149,7 @@ def prepare(bundle: Path, workload: Workload, settings: Settings) -> tuple[Subje
 
 
 def soak(
-    bundle: Path,
-    subject: Subject,
-    expected: ExpectedVectors,
-    settings: Settings,
-    observed: Observations,
-    on_progress: OnProgress,
+    bundle: Path, expected: ExpectedVectors, settings: Settings, observed: Observations, on_progress: OnProgress
 ) -> None:
     """Serve a bundle, put load on it, and end it. Ctrl-C ends it early and marks `observed` as partial.
 
@@ -161,16 +157,12 @@ def soak(
         ServerError: the server did not start.
         PeerError: the load generator failed.
     """
-    options = ("--engine", settings.engine, "--precision", settings.precision)
+    fingerprint = read_manifest(bundle).fingerprint
     try:
-        with served_bundle(bundle, *options) as server:
+        with served_bundle(bundle, "--engine", settings.engine, "--precision", settings.precision) as server:
             try:
                 with load_process(
-                    server.addresses,
-                    expected.texts,
-                    timeout_s=TIMEOUT_S,
-                    expected=expected,
-                    fingerprint=subject.fingerprint,
+                    server.addresses, expected.texts, timeout_s=TIMEOUT_S, expected=expected, fingerprint=fingerprint
                 ) as load:
                     _put_load(load, server, settings, observed, on_progress)
             finally:
@@ -216,21 +208,6 @@ def _summary(observed: Observations) -> str:
     p99_ms = observed.windows[-1].p99_ms if observed.windows else None
     p99 = "" if p99_ms is None else f"p99 {p99_ms:.0f} ms, "
     return f"{p99}{observed.memory[-1].resident_mb.get(ALL, 0.0):.0f} MB, {observed.unexpected} unexpected"
-
-
-_WORDS = {True: "passed", False: "FAILED", None: "not judged"}
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[doing]}"),
-        console=console,
-    )
 
 
 if __name__ == "__main__":

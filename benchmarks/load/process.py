@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,19 +18,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import numpy as np
-
 from benchmarks.load.generator import OpenLoop, Sender, closed_loop, recovery_time
 from benchmarks.load.requests import ExpectedVectors, InTurn, Mix, RequestSource
-from benchmarks.load.targets import Target, open_targets
+from benchmarks.load.targets import open_targets
 from benchmarks.load.window import Window
 from benchmarks.workers import WorkerProcess
-from mirror_runtime.bundle import EncoderSpec, from_json, to_json
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton.server.server import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS_FILE, VECTORS_FILE = "texts.json", "vectors.npy"
 
 Turn = tuple[str, int]
 """A target and the texts per request: one size in turn instead of a mix."""
@@ -109,23 +106,14 @@ def load_process(
         PeerError: it did not start.
     """
     with TemporaryDirectory(prefix="mirror-load-") as folder:
-        scratch = Path(folder)
-        (scratch / TEXTS_FILE).write_text(json.dumps(list(texts)), encoding="utf-8")
-        facts = None
-        if expected is not None:
-            np.save(scratch / VECTORS_FILE, expected.components)
-            names = ("floor", "canaries", "long_from")
-            facts = {"spec": to_json(expected.spec), **{name: getattr(expected, name) for name in names}}
+        data = Path(folder) / "data"
+        data.write_bytes(pickle.dumps((tuple(texts), expected)))
         command = [*launcher(), sys.executable, "-m", "benchmarks.load.process"]
-        with WorkerProcess(command, scratch / "log", folder=ROOT) as worker:
+        with WorkerProcess(command, Path(folder) / "log", folder=ROOT) as worker:
             worker.ask(
                 "connect",
-                addresses=dict(addresses),
-                folder=folder,
-                request_timeout_s=timeout_s,
-                expected=facts,
-                fingerprint=fingerprint,
-            )
+                addresses=dict(addresses), data=str(data), request_timeout_s=timeout_s, fingerprint=fingerprint,
+            )  # fmt: skip
             yield Load(worker)
             worker.ask("disconnect")
 
@@ -133,25 +121,13 @@ def load_process(
 class Generator:
     """The generator's operations, named as in the protocol."""
 
-    def __init__(self) -> None:
-        self._targets: Mapping[str, Target] = {}
-        self._texts: tuple[str, ...] = ()
-        self._expected: ExpectedVectors | None = None
-
     async def connect(
-        self,
-        addresses: Mapping[str, str],
-        folder: str,
-        request_timeout_s: float,
-        expected: Mapping[str, Any] | None,
-        fingerprint: str | None,
+        self, addresses: Mapping[str, str], data: str, request_timeout_s: float, fingerprint: str | None
     ) -> dict[str, Any]:
-        """Open the targets and read texts and expected vectors."""
-        self._texts = tuple(json.loads((Path(folder) / TEXTS_FILE).read_text(encoding="utf-8")))
-        if expected is not None:
-            facts = {**expected, "spec": from_json(EncoderSpec, expected["spec"], "spec")}
-            vectors = np.load(Path(folder) / VECTORS_FILE)
-            self._expected = ExpectedVectors(texts=self._texts, components=vectors, **facts)
+        """Open the targets, and read the texts and their expected vectors, which the parent has pickled."""
+        self._texts: tuple[str, ...]
+        self._expected: ExpectedVectors | None
+        self._texts, self._expected = pickle.loads(Path(data).read_bytes())
         self._targets = open_targets(addresses, request_timeout_s, fingerprint)
         self._send = Sender(self._targets, self._texts, self._expected).send
         return {}

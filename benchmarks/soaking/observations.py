@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.load.window import EXPECTED, Outcome, Window
+from benchmarks.load.window import EXPECTED, FirstSeen, Outcome, Window
 from benchmarks.report.record import Better, Measurement
 from benchmarks.report.statistics import percentile
 
@@ -32,38 +32,13 @@ class MemorySample:
 
 @dataclass(frozen=True, kw_only=True)
 class WindowFigures:
-    """One window.
-
-    Attributes:
-        at_s: its end, in seconds since the load began.
-        unexpected: requests that ended as none may.
-        p50_ms: of right answers; None if there were none.
-        p99_ms: likewise.
-        lag_p99_ms: how late requests were sent; None if none was sent.
-    """
+    """One window: its end since the load began, its unexpected ends, times of right answers, and how late it sent."""
 
     at_s: float
     unexpected: int
     p50_ms: float | None
     p99_ms: float | None
     lag_p99_ms: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Requests that ended in one unexpected way.
-
-    Attributes:
-        outcome: an `Outcome`.
-        count: requests.
-        first_at_s: when the first of them ended, in seconds since the load began.
-        first_reason: the error of that one.
-    """
-
-    outcome: str
-    count: int
-    first_at_s: float
-    first_reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +67,8 @@ class Observations:
         memory: of the server's processes.
         times_ms: of right answers by request, such as "grpc 8". 4 bytes each: a day of 100 a second is 35 MB.
         outcomes: requests by `Outcome`.
-        problems: by outcome.
+        problems: requests by unexpected `Outcome`, those before the load included.
+        first: the first request of each of them.
         capacity_per_s: rate of a closed loop before the load; None if it was not measured.
         load_s: how long requests have arrived.
         cpu_s: processor time of the generator meanwhile.
@@ -105,7 +81,8 @@ class Observations:
     memory: list[MemorySample] = field(default_factory=list)
     times_ms: dict[str, array[float]] = field(default_factory=dict)
     outcomes: Counter[str] = field(default_factory=Counter)
-    problems: dict[str, Problem] = field(default_factory=dict)
+    problems: Counter[str] = field(default_factory=Counter)
+    first: dict[str, FirstSeen] = field(default_factory=dict)
     capacity_per_s: float | None = None
     load_s: float = 0.0
     cpu_s: float = 0.0
@@ -136,18 +113,13 @@ class Observations:
     def add_problems(self, window: Window, prefix: str = "") -> None:
         """Add the unexpected ends of a window; the first reason of each is kept."""
         for outcome, first in window.first.items():
-            before = self.problems.get(outcome)
-            self.problems[outcome] = Problem(
-                outcome=outcome,
-                count=window.outcomes[outcome] + (0 if before is None else before.count),
-                first_at_s=first.at_s if before is None else before.first_at_s,
-                first_reason=prefix + first.reason if before is None else before.first_reason,
-            )
+            self.problems[outcome] += window.outcomes[outcome]
+            self.first.setdefault(outcome, FirstSeen(first.at_s, prefix + first.reason))
 
     @property
     def unexpected(self) -> int:
         """Requests that ended as none may."""
-        return sum(problem.count for problem in self.problems.values())
+        return sum(self.problems.values())
 
     @property
     def answered(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +27,13 @@ LATE_MS = 20.0
 """If requests are sent later than this at p99, their times include waiting for the generator."""
 
 _LOG_LINES = 20
-_WORDS = {True: "passed", False: "**FAILED**", None: "not judged"}
+WORDS = {True: "passed", False: "FAILED", None: "not judged"}
 NONE = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of the run.
-
-    Attributes:
-        engine: of the bundle, or "auto".
-        precision: likewise.
-        minutes: of load, without start and end of the server.
-        share: of the measured rate at which requests arrive.
-        window_s: the length of a window, in seconds.
-        seed: of texts, kinds of requests and arrivals.
-        thresholds: that the run must keep.
-    """
+    """The options of the run: see the command's help."""
 
     engine: str
     precision: str
@@ -60,9 +50,6 @@ class Subject:
 
     Attributes:
         name: the bundle's folder.
-        fingerprint: its vector space.
-        engine: that served: "auto" is resolved.
-        precision: likewise.
         floor: cosine to the expected vector below which a vector is wrong: the floor of the artifact's certificate.
         canaries: texts whose expected vectors are the reference's own, from the bundle. The others' were computed in
             process by the artifact that served.
@@ -134,7 +121,15 @@ def write_files(report: SoakReport, folder: Path) -> None:
             "versions": report.versions,
             **facts,
             "verdicts": [verdict._asdict() for verdict in report.verdicts],
-            "problems": [asdict(problem) for problem in observed.problems.values()],
+            "problems": [
+                {
+                    "outcome": end,
+                    "count": n,
+                    "first_at_s": observed.first[end].at_s,
+                    "first_reason": observed.first[end].reason,
+                }
+                for end, n in observed.problems.items()
+            ],
             "ending": to_json(observed.ending),
             "server_log": list(observed.server_log),
             **measured_json(observed.measurements(party, report.settings.share), ()),
@@ -148,7 +143,8 @@ def render(report: SoakReport) -> str:
     parts = [f"# Soak of {report.subject.name}: {'within' if report.passed else 'beyond'} its thresholds"]
     if observed.partial:
         parts.append("**Partial: the run was interrupted.** It covers less time than requested.")
-    verdicts = [(v.name, _WORDS[v.passed], v.finding) for v in report.verdicts]
+    bold = {False: "**FAILED**"}
+    verdicts = [(v.name, bold.get(v.passed, WORDS[v.passed]), v.finding) for v in report.verdicts]
     parts += [
         table_lines(("what", "verdict", "found (threshold)"), verdicts),
         f"![Memory and p99 over time]({PLOT_FILE})",
@@ -172,8 +168,11 @@ def render(report: SoakReport) -> str:
             or [(NONE, "0", NONE)],
         ),
     ]
-    if problems := sorted(observed.problems.values(), key=lambda problem: -problem.count):
-        rows = [(p.outcome, str(p.count), f"{p.first_at_s:.1f}", " ".join(p.first_reason.split())) for p in problems]
+    if observed.problems:
+        rows = [
+            (end, str(n), f"{observed.first[end].at_s:.1f}", " ".join(observed.first[end].reason.split()))
+            for end, n in observed.problems.most_common()
+        ]
         parts += ["## Unexpected", table_lines(("end", "requests", "first at s", "first error"), rows)]
     if observed.memory:
         parts += ["## Resident memory", table_lines(("process", "begin MB", "end MB", "MB/hour"), _memory(observed))]

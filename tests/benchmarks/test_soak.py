@@ -127,8 +127,8 @@ def test_an_unexpected_end_fails_the_run_and_its_first_reason_is_kept():
     observed.add(window(12.0, 13.0, at_s=10.0, **{"wrong vector": 2, "cancelled": 1}))
     observed.add(window(at_s=20.0, **{"wrong vector": 1}))
     observed.add(Window(at_s=30.0, seconds=10, cpu_s=1))
-    (problem,) = observed.problems.values()
-    assert (problem.count, problem.first_at_s, problem.first_reason) == (3, 10.0, "wrong vector at 10.0")
+    assert observed.problems == {"wrong vector": 3}
+    assert observed.first == {"wrong vector": (10.0, "wrong vector at 10.0")}
     assert (observed.unexpected, observed.answered, observed.cpu_s) == (3, 97, 2.0)
     last, empty_of_answers = observed.windows[-2:]  # the window without any request is left out
     assert (last.p50_ms, last.lag_p99_ms, empty_of_answers.p99_ms) == (12.5, 0.5, None)
