@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -51,11 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         slow_down(encoder.engine, float(share))
         return encoder
 
-    setattr(Encoder, "load", load_slowed)  # noqa: B010 - likewise
-    try:
+    with patch.object(Encoder, "load", load_slowed):
         return run.main(arguments)
-    finally:
-        setattr(Encoder, "load", load)  # noqa: B010 - likewise
 
 
 if __name__ == "__main__":

@@ -14,14 +14,7 @@ from benchmarks.load.requests import REFUSALS, ExpectedVectors, Kind, Request, R
 from benchmarks.load.targets import GatewayTarget, Target
 from benchmarks.load.window import Outcome, Window
 from mirror_runtime.client.protocol import Rejected
-from mirror_runtime.errors import (
-    DeadlineExceededError,
-    InputError,
-    MirrorError,
-    OverloadedError,
-    ServerError,
-    UnavailableError,
-)
+from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, ServerError, UnavailableError
 
 RECOVERY_S = 30.0
 """A server that is still slow after this has not recovered."""
@@ -35,12 +28,11 @@ MOST_UNDER_WAY = 1000
 CANCEL_WITHIN_S = 0.02
 """A request of 32 texts mostly takes longer, so it is cancelled while it waits or while it is computed."""
 
-_OUTCOMES: tuple[tuple[type[MirrorError], Outcome], ...] = (
+_OUTCOMES = (
     (OverloadedError, Outcome.OVERLOADED),
     (UnavailableError, Outcome.UNAVAILABLE),
     (DeadlineExceededError, Outcome.LATE),
-    (Rejected, Outcome.GOOD_REFUSED),
-    (InputError, Outcome.GOOD_REFUSED),
+    ((Rejected, InputError), Outcome.GOOD_REFUSED),
     (ServerError, Outcome.FAILED),
 )
 """Subclasses before their bases."""
@@ -53,13 +45,7 @@ Send = Callable[[Request, float], Awaitable[End]]
 
 
 class Sender:
-    """Sends requests to their targets and judges the answers.
-
-    Args:
-        targets: by name.
-        texts: that requests choose from.
-        expected: right vectors of the texts; None where answers are not compared.
-    """
+    """Sends requests to their targets, and compares the answers unless `expected` is None."""
 
     def __init__(self, targets: Mapping[str, Target], texts: Sequence[str], expected: ExpectedVectors | None) -> None:
         self._targets, self._texts, self._expected = targets, texts, expected
@@ -75,12 +61,10 @@ class Sender:
                 except asyncio.TimeoutError:
                     return Outcome.CANCELLED, ""
             return await self._bad(request)
-        except MirrorError as error:
-            outcomes = (outcome for kind, outcome in _OUTCOMES if isinstance(error, kind))
-            return next(outcomes, Outcome.CRASHED), _shown(error)
         except Exception as error:
             # The edge of a caller: whatever a library raises is a finding, and the load goes on.
-            return Outcome.CRASHED, _shown(error)
+            outcomes = (outcome for kind, outcome in _OUTCOMES if isinstance(error, kind))
+            return next(outcomes, Outcome.CRASHED), _shown(error)
 
     async def _good(self, request: Request) -> End:
         vectors = await self._targets[request.target].encode([self._texts[at] for at in request.chosen])
@@ -102,10 +86,7 @@ class Sender:
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
-    """Draw the moments, in seconds and in order, of a Poisson process whose number of arrivals is known.
-
-    Every seed draws `rate * seconds` moments, at least one.
-    """
+    """Draw `rate * seconds` moments, at least one, of a Poisson process: in seconds, in order."""
     return np.sort(np.random.default_rng(seed).uniform(0, seconds, size=max(1, round(rate * seconds))))
 
 
@@ -114,12 +95,6 @@ async def closed_loop(send: Send, source: RequestSource, *, callers: int, second
 
     Each caller first sends one request that is not counted. A request under way at the end is waited for and counted,
     and so is its time. The loop ends at once when the first request fails, as then probably nothing works.
-
-    Args:
-        send: sends a request.
-        source: of the requests.
-        callers: requests under way at once.
-        seconds: for how long requests are started.
     """
     window, broken = Window(), False
     streams = [source.stream(caller, callers) for caller in range(callers)]
@@ -148,15 +123,7 @@ async def closed_loop(send: Send, source: RequestSource, *, callers: int, second
 
 
 class OpenLoop:
-    """Requests at random moments (Poisson), whether or not earlier ones are answered.
-
-    Args:
-        send: sends a request.
-        source: of the requests.
-        rate: requests per second.
-        seconds: for how long requests are due.
-        seed: of the moments.
-    """
+    """Requests at random moments (Poisson, `rate` per second), whether or not earlier ones are answered."""
 
     def __init__(self, send: Send, source: RequestSource, *, rate: float, seconds: float, seed: int) -> None:
         self._send, self._source, self._seconds = send, source, seconds
@@ -168,11 +135,7 @@ class OpenLoop:
         self._window_began_s, self._cpu_began_s = 0.0, time.process_time()
 
     async def run(self, recovery: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Send every request when it is due, then wait for those under way; if cancelled, cancel those too.
-
-        Args:
-            recovery: awaited as soon as the last request is sent.
-        """
+        """Send every request when it is due, await `recovery`, then those under way; if cancelled, cancel those too."""
         self._began = time.perf_counter()
         try:
             for due in self._due:
@@ -223,18 +186,11 @@ class OpenLoop:
 
 
 async def recovery_time(send: Send, source: RequestSource, within_ms: float) -> float | None:
-    """Send one request after the other until one is answered in time, and return the seconds until then.
+    """Send one request after the other until one is answered within `within_ms`, and return the seconds until then.
 
-    Args:
-        send: sends a request.
-        source: of the requests.
-        within_ms: longest time that counts as recovered.
-
-    Returns:
-        None if no request was within `RECOVERY_S`.
+    None if no request was within `RECOVERY_S`.
     """
-    began = time.perf_counter()
-    stream = source.stream(0, 1)
+    began, stream = time.perf_counter(), source.stream(0, 1)
     while (sent := time.perf_counter()) < began + RECOVERY_S:
         outcome, _ = await send(next(stream), 0.0)
         now = time.perf_counter()

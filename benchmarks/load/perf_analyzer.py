@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -89,11 +89,11 @@ def run_perf_analyzer(
         rows = list(csv.DictReader(stream))
     if len(rows) != 1:
         raise PeerError(f"perf_analyzer wrote {len(rows)} rows of figures where one is expected")
-    return (
-        _number(rows[0], "Inferences/Second"),
-        _number(rows[0], "p50 latency") / 1e3,
-        _number(rows[0], "p99 latency") / 1e3,
-    )
+    try:
+        rate, p50_us, p99_us = (float(rows[0][name]) for name in ("Inferences/Second", "p50 latency", "p99 latency"))
+    except (KeyError, ValueError) as error:
+        raise PeerError(f"perf_analyzer's table has no number in the column {error}") from error
+    return rate, p50_us / 1e3, p99_us / 1e3
 
 
 def _libraries(folder: Path) -> Path:
@@ -107,10 +107,3 @@ def _libraries(folder: Path) -> Path:
                 (folder / name).unlink(missing_ok=True)
                 (folder / name).symlink_to(library)
     return folder
-
-
-def _number(row: Mapping[str, str], column: str) -> float:
-    try:
-        return float(row[column])
-    except (KeyError, ValueError) as error:
-        raise PeerError(f"perf_analyzer's table has no number in the column {column!r}") from error

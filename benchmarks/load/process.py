@@ -35,11 +35,7 @@ End = Literal["", "wait", "stop"]
 
 
 class Load:
-    """The parent's end of a running generator. Every method raises `PeerError` if the generator failed.
-
-    Args:
-        worker: the generator's process.
-    """
+    """The parent's end of a running generator. Every method raises `PeerError` if the generator failed."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         self._worker = worker

@@ -50,13 +50,7 @@ REFUSALS = {Kind.BAD_UTF8: "not valid UTF-8", Kind.UNKNOWN_PARAMETER: "known are
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request.
-
-    Attributes:
-        kind: why it is sent.
-        target: name of the target that receives it.
-        chosen: positions of its texts; empty for an empty request.
-    """
+    """One request to a target by its name, with the positions of its texts; none for an empty request."""
 
     kind: Kind = Kind.GOOD
     target: str
@@ -69,13 +63,7 @@ class Request:
 
 
 class InTurn:
-    """Requests of one size that go round a list of texts.
-
-    Args:
-        target: receives all of them.
-        texts: how many there are; what is left at the end of a round is left out.
-        size: texts per request.
-    """
+    """Requests of one size that go round `texts` texts; what is left at the end of a round is left out."""
 
     def __init__(self, target: str, texts: int, size: int) -> None:
         starts = range(0, max(1, texts - size + 1), size)
@@ -130,12 +118,6 @@ class ExpectedVectors:
     def compute(cls, encoder: Encoder, bundle: Path, texts: Sequence[str], seed: int) -> ExpectedVectors:
         """Read the canaries' reference vectors and encode the workload and long texts made of it.
 
-        Args:
-            encoder: the bundle's, as it will be served.
-            bundle: its folder.
-            texts: the workload's.
-            seed: of the long texts.
-
         Raises:
             BundleError: the canaries cannot be read.
             EngineError: the engine failed.
@@ -156,16 +138,10 @@ class ExpectedVectors:
 
 
 class Mix:
-    """Random requests over both of Triton's protocols. The same seed draws the same ones.
-
-    Args:
-        expected: texts to draw from.
-        seed: of all draws.
-    """
+    """Random requests over both of Triton's protocols. The same seed draws the same ones."""
 
     def __init__(self, expected: ExpectedVectors, seed: int) -> None:
-        self._expected = expected
-        self._random = random.Random(seed)
+        self._expected, self._random = expected, random.Random(seed)
 
     def stream(self, caller: int, callers: int) -> Iterator[Request]:
         """Draw good requests; all callers draw from one sequence."""

@@ -52,11 +52,7 @@ class ServerTimes:
 
 
 class TritonStatistics:
-    """Triton's counters since the last call.
-
-    Args:
-        server: started; its owner stops it.
-    """
+    """Triton's counters since the last call."""
 
     def __init__(self, server: Server) -> None:
         self._url = f"http://{_HOST}:{server.http_port}/v2/models/{MODEL_NAME}/stats"

@@ -25,7 +25,7 @@ class TritonTarget:
     Args:
         protocol: "grpc" or "http".
         address: host and port.
-        timeout_s: limit of one request, in seconds.
+        timeout_s: of one request.
         fingerprint: vector space that answers must name; None accepts any.
     """
 
@@ -52,12 +52,7 @@ class TritonTarget:
 
 
 class GatewayTarget:
-    """The gateway's /embed over HTTP connections that stay open.
-
-    Args:
-        address: host and port.
-        timeout_s: limit of one request, in seconds.
-    """
+    """The gateway's /embed over HTTP connections that stay open."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self._url = f"http://{address}/embed"

@@ -20,33 +20,16 @@ Encode = Callable[[Sequence[str], int], Any]
 """Texts and a batch size to vectors [n, dim]."""
 
 PACKAGES = (
-    "sentence-transformers",
-    "transformers",
-    "torch",
-    "optimum-onnx",
-    "optimum-intel",
-    "fastembed",
-    "onnxruntime",
-    "openvino",
-    "tokenizers",
-    "numpy",
+    *("sentence-transformers", "transformers", "torch", "optimum-onnx", "optimum-intel"),
+    *("fastembed", "onnxruntime", "openvino", "tokenizers", "numpy"),
 )
 
 
-def sentence_transformers_torch(bundle: Path, file: str) -> Encode:
-    """Load the folder with everything at its defaults."""
-    return _sentence_transformers(bundle)
-
-
-def sentence_transformers_onnx(bundle: Path, file: str) -> Encode:
-    """Load one graph through the ONNX backend."""
-    options = {"file_name": file, "provider": "CPUExecutionProvider"}
-    return _sentence_transformers(bundle, backend="onnx", model_kwargs=options)
-
-
-def sentence_transformers_openvino(bundle: Path, file: str) -> Encode:
-    """Load one IR through the OpenVINO backend."""
-    return _sentence_transformers(bundle, backend="openvino", model_kwargs={"file_name": file})
+def sentence_transformers(bundle: Path, **options: Any) -> Encode:
+    """Load the folder, with everything but the backend's options at its defaults."""
+    library: Any = import_module("sentence_transformers")
+    model = library.SentenceTransformer(str(bundle), device="cpu", local_files_only=True, **options)
+    return lambda texts, batch_size: model.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
 
 
 def optimum_onnx(bundle: Path, file: str) -> Encode:
@@ -94,17 +77,19 @@ def openvino(bundle: Path, file: str) -> Encode:
     return _in_batches(lambda batch: model(_feed(bundle, batch, names))["sentence_embedding"], bundle)
 
 
-CONSUMERS = {
-    function.__name__: function
-    for function in (
-        sentence_transformers_torch,
-        sentence_transformers_onnx,
-        sentence_transformers_openvino,
-        optimum_onnx,
-        fastembed,
-        onnxruntime,
-        openvino,
-    )
+_CPU = {"provider": "CPUExecutionProvider"}
+CONSUMERS: dict[str, Callable[[Path, str], Encode]] = {
+    "sentence_transformers_torch": lambda bundle, file: sentence_transformers(bundle),
+    "sentence_transformers_onnx": lambda bundle, file: sentence_transformers(
+        bundle, backend="onnx", model_kwargs={"file_name": file, **_CPU}
+    ),
+    "sentence_transformers_openvino": lambda bundle, file: sentence_transformers(
+        bundle, backend="openvino", model_kwargs={"file_name": file}
+    ),
+    "optimum_onnx": optimum_onnx,
+    "fastembed": fastembed,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
 }
 
 
@@ -112,12 +97,6 @@ def open_model(model: str, backend: str) -> Model:
     """Open the bundle in the consumer that `backend` names."""
     consumer, _, file = backend.partition(" ")
     return Model(encode=CONSUMERS[consumer](Path(model), file), precision="", threads=None)
-
-
-def _sentence_transformers(bundle: Path, **options: Any) -> Encode:
-    library: Any = import_module("sentence_transformers")
-    model = library.SentenceTransformer(str(bundle), device="cpu", local_files_only=True, **options)
-    return lambda texts, batch_size: model.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
 
 
 def _templated(bundle: Path, texts: Sequence[str]) -> list[str]:
