@@ -1,6 +1,7 @@
 """Finding an encoder and determining what it computes."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
-from mirror_runtime.bundle import Ditto, EncoderSpec, Pooling, write_json
+from mirror_runtime.bundle import Ditto, Pooling, write_json
 from mirror_runtime.errors import BundleError, InputError
+from tests.support.fake_bundles import encoder_spec
 
 Edit = Callable[[Any], object]
 
@@ -72,16 +74,8 @@ def add_dense(folder: Path, **config: object) -> None:
 def test_a_plain_folder_needs_a_pooling(tiny_bert: Path) -> None:
     with pytest.raises(BundleError, match="--pooling"):
         resolve(str(tiny_bert))
-    assert resolve(str(tiny_bert), pooling=Pooling.CLS).spec == EncoderSpec(
-        base_model="tiny-bert",
-        revision=None,
-        family="bert",
-        pooling=Pooling.CLS,
-        normalize=False,
-        max_tokens=64,
-        dim=32,
-        pad_to=None,
-    )
+    expected = encoder_spec(base_model="tiny-bert", pooling=Pooling.CLS, normalize=False, dim=32)
+    assert resolve(str(tiny_bert), pooling=Pooling.CLS).spec == expected
 
 
 def test_both_schemas_of_sentence_transformers_are_read(copy: Path) -> None:
@@ -106,16 +100,7 @@ def test_weights_may_lie_in_the_transformer_modules_own_folder(copy: Path, tmp_p
 
 
 def test_a_run_folder_records_everything(copy: Path) -> None:
-    spec = EncoderSpec(
-        base_model="some/base",
-        revision="abc",
-        family="bert",
-        pooling=Pooling.MEAN_PADDED,
-        normalize=True,
-        max_tokens=30,
-        dim=32,
-        pad_to=30,
-    )
+    spec = encoder_spec(revision="abc", pooling=Pooling.MEAN_PADDED, max_tokens=30, dim=32, pad_to=30)
     write_json(spec, copy / "encoder.json")
     assert resolve(str(copy)).spec == spec
     with pytest.raises(BundleError, match="pads to 30 tokens, fewer than the 40"):
@@ -169,42 +154,33 @@ def test_missing_parts_are_named(copy: Path) -> None:
     check(r"no config\.json")
 
 
+def add_module(folder: Path, kind: str) -> None:
+    module = {"path": "3_X", "type": f"sentence_transformers.models.{kind}"}
+    edit(folder / "modules.json", lambda modules: modules.append(module))
+
+
 @pytest.mark.parametrize(
-    ("file", "change", "message"),
+    ("spoil", "message"),
     [
-        ("1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True), r"pooling cls \+ max"),
+        (lambda folder: add_module(folder, "Dense"), "Normalize, Dense: the order must be"),
+        (lambda folder: add_module(folder, "LSTM"), r"sentence_transformers\.models\.LSTM"),
         (
-            "modules.json",
-            lambda m: m.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}),
-            "Normalize, Dense: the order must be",
+            lambda folder: edit(folder / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)),
+            r"pooling cls \+ max",
         ),
         (
-            "modules.json",
-            lambda m: m.append({"path": "3_X", "type": "sentence_transformers.models.LSTM"}),
-            r"sentence_transformers\.models\.LSTM",
+            lambda folder: add_dense(folder, activation_function="own.Swish"),
+            r"activation own\.Swish: it must be one of identity, tanh, relu, gelu",
         ),
+        (lambda folder: add_dense(folder, use_residual=True), "something other than the text's vector"),
+        (lambda folder: add_dense(folder, module_input_name="token_embeddings"), "something other than the text's"),
+        (lambda folder: add_dense(folder, in_features=None), "no integers in_features"),
     ],
 )
-def test_unsupported_heads_are_refused_by_name(copy: Path, file: str, change: Edit, message: str) -> None:
+def test_unsupported_heads_are_refused_by_name(copy: Path, spoil: Edit, message: str) -> None:
     make_old(copy)
-    edit(copy / file, change)
+    spoil(copy)
     with pytest.raises(BundleError, match=message):
-        resolve(str(copy))
-
-
-@pytest.mark.parametrize(
-    ("config", "problem"),
-    [
-        ({"activation_function": "own.Swish"}, r"activation own\.Swish: it must be one of identity, tanh, relu, gelu"),
-        ({"use_residual": True}, "something other than the text's vector"),
-        ({"module_input_name": "token_embeddings"}, "something other than the text's vector"),
-        ({"in_features": None}, "no integers in_features"),
-    ],
-)
-def test_dense_layers_of_other_kinds_are_refused(copy: Path, config: dict[str, Any], problem: str) -> None:
-    make_old(copy)
-    add_dense(copy, **config)
-    with pytest.raises(BundleError, match=problem):
         resolve(str(copy))
 
 
@@ -251,18 +227,31 @@ def test_heads_that_the_encoder_lacks_are_refused(tiny_bert: Path, head: HeadSpe
         Reference.load(resolve(str(tiny_bert), head=head))
 
 
-def test_weights_that_are_cut_short_or_lack_a_tensor_are_one_clear_error(copy: Path) -> None:
+def lose_a_tensor(path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(copy / "model.safetensors")
+    weights = load_file(path)
     del weights["encoder.layer.1.output.dense.weight"]
-    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    source = resolve(str(copy), pooling=Pooling.MEAN)
-    with pytest.raises(BundleError, match=r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"):
-        Reference.load(source)
-    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(BundleError, match="cannot be loaded"):
-        Reference.load(source)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lose_a_tensor, r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"),
+        (lambda path: os.truncate(path, 5000), "cannot be loaded"),
+        (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "cannot be loaded"),
+        (
+            lambda path: edit(path.with_name("config.json"), lambda c: c.update(hidden_size=48)),
+            "cannot be loaded|lacks weights",
+        ),
+    ],
+    ids=["incomplete", "truncated", "corrupted", "shapes"],
+)
+def test_unusable_weights_are_one_clear_error(copy: Path, spoil: Edit, message: str) -> None:
+    spoil(copy / "model.safetensors")
+    with pytest.raises(BundleError, match=message):
+        Reference.load(resolve(str(copy), pooling=Pooling.MEAN))
 
 
 @pytest.mark.parametrize("name", ["./absent", "a/b/c", "~/absent", ""])

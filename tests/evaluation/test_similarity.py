@@ -11,23 +11,15 @@ from scipy import stats
 
 from evaluation.sets import EvaluationSet, read_sets
 from evaluation.similarity import Encode, Group, Report, difference, evaluate
-from mirror_runtime.bundle import EncoderSpec, Pooling
+from mirror_runtime.bundle import Pooling
 from mirror_runtime.errors import BundleError, InputError
+from tests.support.fake_bundles import encoder_spec
 
 WORDS = ["the cat", "a dog", "cat dog", "a man is playing a guitar", "the river", "playing", "mat", "on the mat", "man"]
 VECTORS = np.random.default_rng(0).normal(1, 1, size=(len(WORDS), 8)).astype(np.float32)
 MOVED = VECTORS + np.random.default_rng(1).normal(scale=0.1, size=VECTORS.shape).astype(np.float32)
 
-SPEC = EncoderSpec(
-    base_model="x",
-    revision=None,
-    family="bert",
-    pooling=Pooling.MEAN,
-    normalize=True,
-    max_tokens=64,
-    dim=8,
-    pad_to=None,
-)
+SPEC = encoder_spec()
 
 
 def encoder(vectors: NDArray[np.float32]) -> Encode:

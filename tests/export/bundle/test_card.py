@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from export.bundle.card import certificate_card
-from mirror_runtime.bundle import Activation, Dense, EncoderSpec, EngineName, Layout, Pooling, Precision, StsScore
+from mirror_runtime.bundle import Activation, Dense, EngineName, Layout, Precision, StsScore
+from tests.support.fake_bundles import encoder_spec
 
-SPEC = EncoderSpec(
-    base_model="owner/name", revision="abc", family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=8
-)
+SPEC = encoder_spec()
 
 
 @pytest.fixture

@@ -21,9 +21,10 @@ from export.graph.heads import Head, Segments
 from export.graph.layouts import packed_states, padded_states
 from export.graph.trace import PackedEncoder, PaddedEncoder
 from export.proof.floors import FLOORS, Floors
-from mirror_runtime.bundle import Activation, Dense, Ditto, EncoderSpec, Layout, Pooling, Precision, VectorType
+from mirror_runtime.bundle import Activation, Dense, Ditto, Layout, Pooling, Precision, VectorType
 from mirror_runtime.packing import ShapeSet, pack
 from mirror_runtime.vectors import components, cosines, dtype_of, round_vectors
+from tests.support.fake_bundles import encoder_spec
 
 Array = np.ndarray[Any, Any]
 
@@ -343,9 +344,7 @@ def test_vector_types_are_those_of_the_runtime(encoders, graph_vectors, name):
     assert (reference.encode(TEXTS) == values).mean() > 0.95
 
 
-SPEC = EncoderSpec(
-    base_model="x", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=8, dim=8
-)
+SPEC = encoder_spec()
 
 
 def test_int8_is_clipped_and_bits_lie_highest_first() -> None:

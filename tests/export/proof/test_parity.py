@@ -10,12 +10,11 @@ from evaluation.sets import EvaluationSet
 from export.proof.floors import FLOORS, Floors
 from export.proof.parity import Expected, _quality, prove
 from export.proof.proof_texts import EDGE_CASES, parity_texts, read_texts
-from mirror_runtime.bundle import EncoderSpec, Pooling, Precision, VectorType
+from mirror_runtime.bundle import Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
+from tests.support.fake_bundles import encoder_spec
 
-SPEC = EncoderSpec(
-    base_model="x", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=8
-)
+SPEC = encoder_spec()
 FP32, INT8 = Floors.of(Precision.FP32, SPEC), Floors.of(Precision.INT8, SPEC)
 TEXTS = tuple(f"text {i}" for i in range(40))
 
