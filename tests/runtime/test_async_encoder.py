@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime import AsyncEncoder, Encoder, EngineError, InputError, OverloadedError, TextError
-from tests.support.gateways import EngineGate
+from tests.support.fake_bundles import EngineGate
 
 
 @pytest.fixture
@@ -143,21 +143,17 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
     np.testing.assert_array_equal(ours, encoder.encode(["ours"]))
 
 
-@pytest.mark.parametrize("bad", [None, 7, "lone \ud800"])
-def test_a_bad_text_fails_its_caller_only(encoder, bad):
-    good, error, well = gathered(encoder, ["good"], ["fine", bad], ["well"])
-    assert isinstance(error, TextError)
-    assert error.index == 1
-    np.testing.assert_array_equal(np.concatenate([good, well]), encoder.encode(["good", "well"]))
-
-
-def test_a_text_over_the_limit_is_refused_with_its_own_position(gateway_bundle):
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(None, "NoneType"), (7, "int"), ("lone \ud800", "surrogate"), ("word " * 100, "has 102 tokens")],
+)
+def test_a_bad_text_fails_its_caller_only(gateway_bundle, bad, reason):
     with Encoder.load(gateway_bundle, engine="fake", long_texts="error") as encoder:
-        error, good = gathered(encoder, ["a", "word " * 100], ["b"])
-        np.testing.assert_array_equal(good, encoder.encode(["b"]))
+        good, error, well = gathered(encoder, ["good"], ["fine", bad], ["well"])
+        np.testing.assert_array_equal(np.concatenate([good, well]), encoder.encode(["good", "well"]))
     assert isinstance(error, TextError)
     assert error.index == 1
-    assert "has 102 tokens" in str(error)
+    assert reason in str(error)
 
 
 def test_an_engine_failure_reaches_every_caller_of_its_batch_and_no_later_one(encoder, gate):

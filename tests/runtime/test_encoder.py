@@ -46,15 +46,6 @@ def test_windows_do_not_matter_and_generators_are_taken(encoder):
     np.testing.assert_array_equal(np.concatenate([p.vectors for p in parts]), encoder.encode(texts))
 
 
-def test_equal_texts_are_computed_once(encoder):
-    texts = ragged(20)
-    once = encoder.encode(texts)
-    tokens = encoder.stats.tokens
-    again = encoder.encode([*texts, *reversed(texts)])
-    assert encoder.stats.tokens == 2 * tokens
-    np.testing.assert_array_equal(again, [*once, *reversed(once)])
-
-
 def test_nothing_gives_an_empty_array(encoder):
     assert encoder.encode([]).shape == (0, 8)
     assert encoder.encode_detailed(iter(())).errors == {}

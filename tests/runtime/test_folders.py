@@ -10,23 +10,24 @@ from mirror_runtime.folders import replace_file, whole_folder
 from tests.runtime.isolated import start
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    class Killed(Exception):
+def refuses(output: Path, message: str, overwrite: bool = False) -> None:
+    with pytest.raises(InputError, match=message), whole_folder(output, overwrite=overwrite, marker="all"):
         pass
 
+
+def fail_half_way(path: Path) -> None:
+    path.write_text("half")
+    raise OSError("the disk is full")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "run"
-
-    def stop_half_way() -> None:
-        with whole_folder(output, marker="all") as folder:
-            (folder / "half").write_text("x")
-            assert not output.exists()
-            raise Killed
-
-    with pytest.raises(Killed):
-        stop_half_way()
+    with pytest.raises(OSError, match="full"), whole_folder(output, marker="all") as folder:
+        fail_half_way(folder / "half")
     assert list(output.parent.iterdir()) == []
     with whole_folder(output, marker="all") as folder:
         (folder / "all").write_text("x")
+        assert not output.exists()
     assert [path.name for path in output.parent.iterdir()] == ["run"]
     (tmp_path / "plain").mkdir()
     assert output.stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -37,8 +38,7 @@ def test_a_folder_in_use_is_refused_and_replaced_only_at_the_end(tmp_path: Path)
     output.mkdir()
     with whole_folder(output, marker="all") as folder:  # an empty folder is not in use
         (folder / "old").write_text("x")
-    with pytest.raises(InputError, match=r"not empty.*--overwrite"), whole_folder(output, marker="all"):
-        pass
+    refuses(output, "not empty.*--overwrite")
     with whole_folder(output, overwrite=True, marker="old") as folder:
         (folder / "new").write_text("x")
         assert (output / "old").exists()
@@ -48,13 +48,10 @@ def test_a_folder_in_use_is_refused_and_replaced_only_at_the_end(tmp_path: Path)
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"), whole_folder(tmp_path / "file", marker="all"):
-        pass
-    with pytest.raises(InputError, match="cannot be written"), whole_folder(tmp_path / "file" / "run", marker="all"):
-        pass
+    refuses(tmp_path / "file", "is a file")
+    refuses(tmp_path / "file" / "run", "cannot be written")
     if sys.platform == "linux":
-        with pytest.raises(InputError, match="cannot be written"), whole_folder(Path("/proc/run"), marker="all"):
-            pass
+        refuses(Path("/proc/run"), "cannot be written")
 
 
 @pytest.mark.process
@@ -64,8 +61,7 @@ def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_pa
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.readline() == "ready\n"
-        with pytest.raises(InputError, match="another process is writing"), whole_folder(output, marker="all"):
-            pass
+        refuses(output, "another process is writing")
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     assert not output.exists()
@@ -76,17 +72,12 @@ def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_pa
     assert [path.name for path in output.iterdir()] == ["all"]
 
 
-def _fail_half_way(path: Path) -> None:
-    path.write_text("half")
-    raise OSError("the disk is full")
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(OSError, match="full"), replace_file(path, shared=shared) as beside:
-        _fail_half_way(beside)
+        fail_half_way(beside)
     assert path.read_text() == "old"
     with replace_file(path, shared=shared) as beside:
         beside.write_text("new")
@@ -100,6 +91,5 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     output = tmp_path / "home"
     output.mkdir()
     (output / "precious").write_text("x")
-    with pytest.raises(InputError, match="it has no all"), whole_folder(output, overwrite=True, marker="all"):
-        pass
+    refuses(output, "it has no all", overwrite=True)
     assert [path.name for path in output.iterdir()] == ["precious"]

@@ -26,44 +26,27 @@ def groups(tmp_path):
 
 SERVICE = "0::/a.slice/b.service\n"
 CONTAINER = "5:cpuset:/x\n4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n0::/\n"
+V2 = {
+    **{"a.slice/b.service/cpu.max": "max 100000", "a.slice/cpu.max": "150000 100000"},
+    **{"a.slice/b.service/memory.max": "4294967296", "a.slice/memory.max": "max"},
+    "other.slice/cpu.max": "10000 100000",
+}
+V1 = {
+    **{"cpu/docker/abc/cpu.cfs_quota_us": "300000", "cpu/docker/abc/cpu.cfs_period_us": "100000"},
+    **{"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+    "memory/docker/abc/memory.limit_in_bytes": "2147483648",
+    "memory/memory.limit_in_bytes": "9223372036854771712",
+}
 
 
 @pytest.mark.parametrize(
     ("membership", "files", "cores", "memory"),
     [
         (SERVICE, {"cpu.max": "max 100000", "memory.max": "max"}, None, None),
-        (
-            SERVICE,
-            {
-                "a.slice/b.service/cpu.max": "max 100000",
-                "a.slice/cpu.max": "150000 100000",
-                "other.slice/cpu.max": "10000 100000",
-                "a.slice/b.service/memory.max": "4294967296",
-                "a.slice/memory.max": "max",
-            },
-            1.5,
-            2**32,
-        ),
+        (SERVICE, V2, 1.5, 2**32),
         (SERVICE, {"a.slice/b.service/cpu.max": "50000 100000", "a.slice/cpu.max": "150000 100000"}, 0.5, None),
-        (
-            CONTAINER,
-            {
-                "cpu/docker/abc/cpu.cfs_quota_us": "300000",
-                "cpu/docker/abc/cpu.cfs_period_us": "100000",
-                "cpu/cpu.cfs_quota_us": "-1",
-                "cpu/cpu.cfs_period_us": "100000",
-                "memory/docker/abc/memory.limit_in_bytes": "2147483648",
-                "memory/memory.limit_in_bytes": "9223372036854771712",
-            },
-            3.0,
-            2**31,
-        ),
-        (
-            CONTAINER,
-            {"cpu/docker/abc/cpu.cfs_quota_us": "-1", "cpu/docker/abc/cpu.cfs_period_us": "100000"},
-            None,
-            None,
-        ),
+        (CONTAINER, V1, 3.0, 2**31),
+        (CONTAINER, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, None),
     ],
     ids=["unlimited", "v2: the parent's", "v2: its own", "v1", "v1 unlimited"],
 )

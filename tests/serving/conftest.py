@@ -9,6 +9,7 @@ import tritonclient.grpc
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from tests.support.fake_bundles import write_fake_bundle
+from tests.support.triton_requests import running
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +26,8 @@ def server(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """
     repository = tmp_path_factory.mktemp("repository")
     write_temporary_repository(fake_bundle, repository, ServingOptions(engine="fake"))
-    with Server(repository) as running:
-        yield running
-        running.stop(grace_s=0)
+    with running(repository) as server:
+        yield server
 
 
 @pytest.fixture

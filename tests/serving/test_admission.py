@@ -13,7 +13,7 @@ from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from tests.support.fake_bundles import busy_texts
 from tests.support.mirror_serve import wait_until
-from tests.support.triton_requests import Burst, metric, text_input
+from tests.support.triton_requests import Burst, metric, running, text_input
 
 pytestmark = pytest.mark.serving
 
@@ -28,9 +28,8 @@ REJECTED = rf"overloaded: \d+ tokens are in flight and \d+ more would exceed {LI
 def bounded(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     repository = tmp_path_factory.mktemp("bounded")
     write_temporary_repository(fake_bundle, repository, ServingOptions(engine="fake", max_tokens_in_flight=LIMIT))
-    with Server(repository) as running:
-        yield running
-        running.stop(grace_s=0)
+    with running(repository) as server:
+        yield server
 
 
 @pytest.fixture

@@ -16,38 +16,12 @@ from mirror_runtime.triton.repository.options import Backend
 from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
 from mirror_runtime.triton.server.processes import runners
 from tests.support.fake_bundles import artifact
+from tests.support.paths import ROOT
+from tests.support.triton_requests import running
 
 pytestmark = pytest.mark.serving
 
 TEXTS = ["", "one", "zwei Häuser", *(" ".join(["word"] * n) for n in range(1, 80))]
-
-STAND_IN = '''\
-"""Stands in for a backend that the wheel lacks: the same tensors, from the engine without weights."""
-
-from pathlib import Path
-
-import triton_python_backend_utils as pb_utils
-
-from mirror_runtime.bundle import Precision, read_manifest
-from mirror_runtime.engines.fake import FakeEngine
-from mirror_runtime.packing import PackedRows
-
-
-class TritonPythonModel:
-    def initialize(self, args):
-        spec = read_manifest(Path(args["model_repository"]).parent / "embed" / "1" / "bundle").encoder
-        self.engine = FakeEngine(Precision.FP32, 1, spec)
-
-    def execute(self, requests):
-        return [self.answer(request) for request in requests]
-
-    def answer(self, request):
-        names = ("input_ids", "position_ids", "segment_ids")
-        rows = PackedRows(**{name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names})
-        if 15044 in rows.input_ids:  # the word "explode"
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError("/opt/secret/graph.onnx broke"))
-        return pb_utils.InferenceResponse([pb_utils.Tensor("embedding", self.engine.run(rows))])
-'''
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +43,9 @@ def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     assert 'backend: "onnxruntime"' in config
     config = config.replace('backend: "onnxruntime"', 'backend: "python"').replace('"model.onnx"', '"model.py"')
     (encoder / "config.pbtxt").write_text(config)
-    (encoder / "1" / "model.py").write_text(STAND_IN)
-    with Server(folder / "models") as running:
-        yield running
-        running.stop(grace_s=0)
+    shutil.copy(ROOT / "tests/support/backend_stand_in.py", encoder / "1" / "model.py")
+    with running(folder / "models") as server:
+        yield server
 
 
 def test_a_second_model_returns_the_encoders_vectors(two_models: Server, fake_bundle: Path) -> None:
@@ -95,8 +68,7 @@ def test_a_failing_second_model_fails_the_request_without_its_paths(two_models: 
 
 def test_two_instances_share_the_work(fake_bundle: Path, tmp_path: Path) -> None:
     write_temporary_repository(fake_bundle, tmp_path, ServingOptions(engine="fake", instances=2))
-    with Server(tmp_path) as server, Encoder.load(fake_bundle, engine="fake") as encoder:
+    with running(tmp_path) as server, Encoder.load(fake_bundle, engine="fake") as encoder:
         assert len(runners(server.pid, "embed")) == 2
         with server.client() as client:
             np.testing.assert_array_equal(client.encode(TEXTS, batch_size=2), encoder.encode(TEXTS))
-        server.stop(grace_s=0)

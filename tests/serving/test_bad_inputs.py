@@ -233,18 +233,13 @@ def healthy(server: Server, fake_bundle: Path) -> Iterator[Callable[[], None]]:
         yield check
 
 
-@pytest.mark.parametrize("bad", HTTP, ids=lambda bad: bad.name)
-def test_invalid_http_requests_get_a_clear_error(wire: Wire, healthy: Callable[[], None], bad: Http) -> None:
-    answer = wire.http(bad.path, bad.body, bad.headers, bad.method)
+@pytest.mark.parametrize("bad", [*HTTP, *GRPC], ids=lambda bad: f"{type(bad).__name__}: {bad.name}")
+def test_invalid_requests_get_a_clear_error(wire: Wire, healthy: Callable[[], None], bad: Http | Grpc) -> None:
+    if isinstance(bad, Http):
+        answer = wire.http(bad.path, bad.body, bad.headers, bad.method)
+    else:
+        answer = wire.grpc(bad.message_of())
     assert (answer.status, bad.message in answer.message) == (str(bad.status), True), answer
-    assert not LEAK.search(answer.message)
-    healthy()
-
-
-@pytest.mark.parametrize("bad", GRPC, ids=lambda bad: bad.name)
-def test_invalid_grpc_requests_get_a_clear_error(wire: Wire, healthy: Callable[[], None], bad: Grpc) -> None:
-    answer = wire.grpc(bad.message_of())
-    assert (answer.status, bad.message in answer.message) == (bad.status, True), answer
     assert not LEAK.search(answer.message)
     healthy()
 

@@ -44,15 +44,9 @@ def write_bundle(folder: Path, template: Path, dim: int) -> Path:
     with Encoder.load(folder, engine="fake") as encoder:
         canaries = ["", "hello world", "a canary that is too long " * 30]
         vectors = encoder.encode(canaries)
-    write_json(
-        Canaries(
-            canaries=tuple(
-                Canary(text=text, vector=tuple(map(float, vector)))
-                for text, vector in zip(canaries, vectors, strict=True)
-            )
-        ),
-        folder / CANARIES_FILE,
-    )
+    pairs = zip(canaries, vectors.tolist(), strict=True)
+    stored = Canaries(canaries=tuple(Canary(text=text, vector=tuple(vector)) for text, vector in pairs))
+    write_json(stored, folder / CANARIES_FILE)
     seal(folder, dim=dim)
     return folder
 

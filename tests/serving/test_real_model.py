@@ -10,6 +10,7 @@ from mirror_runtime import Encoder
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.render import write_repository
 from mirror_runtime.vectors import cosines
+from tests.support.triton_requests import running
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
@@ -27,9 +28,8 @@ TEXTS = [
 def real_server(minilm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     repository = tmp_path_factory.mktemp("real")
     write_repository(minilm_bundle, repository, ServingOptions(engine="onnxruntime", precision="fp32"), link=True)
-    with Server(repository) as server:
+    with running(repository) as server:
         yield server
-        server.stop(grace_s=0)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

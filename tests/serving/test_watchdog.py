@@ -15,22 +15,6 @@ from tests.support.triton_requests import text_input
 
 pytestmark = pytest.mark.serving
 
-IMPATIENT = """
-import sys
-from pathlib import Path
-from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
-from mirror_runtime.triton.server.health import HealthPolicy
-
-serve(
-    Path(sys.argv[1]),
-    http_port=0, grpc_port=0, metrics_port=0,
-    options=ServingOptions(engine="fake"),
-    service=ServiceOptions(health=HealthPolicy(probe_s=0.2, silent_s=1.5)),
-    on_ready=lambda server: print(f"gRPC     127.0.0.1:{server.grpc_port}\\nmetrics", flush=True),
-    on_progress=lambda line: print(line, flush=True),
-)
-"""
-
 
 def test_a_killed_model_process_is_replaced_without_an_error_for_patient_clients(fake_bundle: Path) -> None:
     with MirrorServe(fake_bundle, "--engine", "fake") as served:
@@ -69,7 +53,7 @@ def test_a_killed_model_process_is_replaced_without_an_error_for_patient_clients
 
 
 def test_a_stopped_model_process_is_noticed(fake_bundle: Path) -> None:
-    with MirrorServe(fake_bundle, code=IMPATIENT) as served, Client(served.grpc) as client:
+    with MirrorServe(fake_bundle, impatient=True) as served, Client(served.grpc) as client:
         before = client.encode(["hello"])
         os.kill(served.runner(), signal.SIGSTOP)
         began = time.monotonic()

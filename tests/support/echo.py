@@ -14,9 +14,7 @@ from mirror_runtime.errors import ServerError
 class Echo:
     """A transport that returns each text's length as its vector and rejects requests that contain "bad"."""
 
-    def __init__(
-        self, body_bytes: int = 1000, *, data_type: str = "TYPE_FP32", dtype: Any = "f4", dim: int = 1
-    ) -> None:
+    def __init__(self, body_bytes: int = 1000, data_type: str = "TYPE_FP32", dtype: Any = "f4", dim: int = 1) -> None:
         self.body_bytes = body_bytes
         self.data_type, self.dtype, self.dim = data_type, dtype, dim
         self.sent: list[list[bytes]] = []

@@ -1,8 +1,12 @@
-"""Bundles without graphs, for the fake engine, and specs, artifacts and plan cards with every field filled in."""
+"""Bundles for the fake engine and a gate in front of it; specs, artifacts and plan cards with every field filled in."""
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mirror_runtime.bundle import (
     CANARIES_FILE,
@@ -98,3 +102,28 @@ def busy_texts() -> list[bytes]:
     """256 different texts of 62 tokens each: equal ones would be computed once."""
     letters = "abcdefghijklmnop"
     return [f"{a} {b} {'busy ' * 58}".encode() for a in letters for b in letters]
+
+
+class EngineGate:
+    """Stands in front of an engine: runs wait while it is closed, and raise `failure` if it is set."""
+
+    def __init__(self, engine: Any) -> None:
+        self.failure: Exception | None = None
+        self.runs = 0
+        self.run_engine = engine.run
+        self._open = threading.Event()
+        self._open.set()
+        engine.run = self._run
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def _run(self, rows: NDArray[np.int64]) -> Any:
+        self.runs += 1
+        assert self._open.wait(20)
+        if self.failure is not None:
+            raise self.failure
+        return self.run_engine(rows)

@@ -109,31 +109,6 @@ def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake",
         assert not thread.is_alive(), "the gateway did not stop"
 
 
-class EngineGate:
-    """Stands in front of an engine: runs wait while it is closed, and raise `failure` if it is set."""
-
-    def __init__(self, engine: Any) -> None:
-        self.failure: Exception | None = None
-        self.runs = 0
-        self.run_engine = engine.run
-        self._open = threading.Event()
-        self._open.set()
-        engine.run = self._run
-
-    def close(self) -> None:
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def _run(self, rows: NDArray[np.int64]) -> Any:
-        self.runs += 1
-        assert self._open.wait(20)
-        if self.failure is not None:
-            raise self.failure
-        return self.run_engine(rows)
-
-
 def changed_bundle(bundle: Path, folder: Path, **encoder: object) -> Path:
     """Copy a bundle for the fake engine and change fields of its encoder."""
     shutil.copytree(bundle, folder)

@@ -12,16 +12,17 @@ from pathlib import Path
 
 from mirror_runtime.triton.server.processes import kill_group, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY
+from tests.support.paths import ROOT
 
 
 class MirrorServe:
     """`mirror serve`: ready on entry, killed on exit if it still runs."""
 
-    def __init__(self, source: Path, *options: str, code: str | None = None) -> None:
-        run = ["-c", code] if code else ["-m", "mirror_runtime.cli", "serve"]
-        ports = [] if code else ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    def __init__(self, source: Path, *options: str, impatient: bool = False) -> None:
+        run = ["tests.support.impatient_serve"] if impatient else ["mirror_runtime.cli", "serve"]
+        ports = [] if impatient else ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         self.source = source
-        self._command = [sys.executable, *run, str(source), *options, *ports]
+        self._command = [sys.executable, "-m", *run, str(source), *options, *ports]
         self.lines: list[str] = []
 
     def __enter__(self) -> "MirrorServe":
@@ -30,6 +31,7 @@ class MirrorServe:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=ROOT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         self._ready = threading.Event()

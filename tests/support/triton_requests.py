@@ -2,8 +2,10 @@
 
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -11,6 +13,14 @@ import numpy as np
 import tritonclient.grpc
 
 from mirror_runtime.triton import Server
+
+
+@contextmanager
+def running(repository: Path) -> Iterator[Server]:
+    """Run a server until the block ends, which gives it no time to drain."""
+    with Server(repository) as server:
+        yield server
+        server.stop(grace_s=0)
 
 
 def text_input(*texts: bytes, library: Any = tritonclient.grpc) -> list[Any]:

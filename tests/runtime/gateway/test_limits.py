@@ -14,7 +14,8 @@ from mirror_runtime.errors import DeadlineExceededError, EngineError, Overloaded
 from mirror_runtime.gateway import service
 from mirror_runtime.gateway.errors import refusal_of
 from mirror_runtime.retry_after import RetryEstimator
-from tests.support.gateways import FINGERPRINT, MODEL, EngineGate, running, vectors
+from tests.support.fake_bundles import EngineGate
+from tests.support.gateways import FINGERPRINT, MODEL, running, vectors
 from tests.support.mirror_serve import wait_until
 
 

@@ -19,6 +19,7 @@ from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model import scheduler
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
+from tests.support.fake_bundles import EngineGate
 from tests.support.fake_triton import (
     FakeFamily,
     FakeLogger,
@@ -91,20 +92,12 @@ def serve(model: Any, *requests: FakeRequest) -> list[Any]:
     return [request.response for request in requests]
 
 
-class Brake:
-    """Holds the engine until `go` is set. Every request goes to the workers, because none is small enough."""
-
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(scheduler, "INLINE_TOKENS", 0)
-        self.run = model.encoder.engine.run
-        self.go = threading.Event()
-        self.ran = 0
-        monkeypatch.setattr(model.encoder.engine, "run", self.held)
-
-    def held(self, rows: Any) -> Any:
-        assert self.go.wait(10)
-        self.ran += 1
-        return self.run(rows)
+def closed_gate(model: Any, monkeypatch: pytest.MonkeyPatch) -> EngineGate:
+    """Hold the engine. Every request goes to the workers, because none is small enough."""
+    monkeypatch.setattr(scheduler, "INLINE_TOKENS", 0)
+    gate = EngineGate(model.encoder.engine)
+    gate.close()
+    return gate
 
 
 def test_small_batches_are_answered_within_the_call(start, make_bundle):
@@ -174,12 +167,12 @@ def test_a_reply_that_cannot_be_written_fails_alone(start, pb_utils, make_bundle
 
 def test_larger_batches_and_those_that_arrive_meanwhile_go_to_the_workers(start, make_bundle, monkeypatch):
     model = start(make_bundle(), ServingOptions(engine="fake", streams=1))
-    brake = Brake(model, monkeypatch)
+    gate = closed_gate(model, monkeypatch)
     monkeypatch.setattr(scheduler, "INLINE_TOKENS", 60)
     large, small = FakeRequest(b"word " * 48), FakeRequest(b"word")  # an estimated 62 and 3 tokens
     assert model.execute([large]) == [None]
     assert model.execute([small]) == [None]
-    brake.go.set()
+    gate.open()
     assert large.answered.wait(10)
     assert small.answered.wait(10)
     while model._budget.in_flight:
@@ -196,7 +189,7 @@ def test_a_request_that_takes_too_long_to_tokenise_is_rejected(start, make_bundl
 
 def test_requests_over_the_limit_are_rejected_immediately_until_there_is_room(start, make_bundle, monkeypatch):
     model = start(make_bundle(), ServingOptions(engine="fake", max_tokens_in_flight=100))
-    brake = Brake(model, monkeypatch)
+    gate = closed_gate(model, monkeypatch)
     accepted = [FakeRequest(b"word " * 40), FakeRequest(b"word " * 20)]  # an estimated 53 and 27 tokens
     assert model.execute(accepted) == [None, None]
     began = time.monotonic()
@@ -204,7 +197,7 @@ def test_requests_over_the_limit_are_rejected_immediately_until_there_is_room(st
     assert time.monotonic() - began < 0.1
     assert response.error.code == FakeTritonError.UNAVAILABLE
     assert "80 tokens are in flight and 27 more would exceed 100; retry after" in str(response.error)
-    brake.go.set()
+    gate.open()
     assert all(request.answered.wait(10) for request in accepted)
     assert serve(model, FakeRequest(b"word " * 20))[0].error is None
 
@@ -216,7 +209,7 @@ def test_a_request_larger_than_the_limit_is_served_when_it_is_alone(start, make_
 
 def test_expired_and_cancelled_requests_are_not_computed(start, make_bundle, monkeypatch):
     model = start(make_bundle(), ServingOptions(engine="fake", streams=1))
-    brake = Brake(model, monkeypatch)
+    gate = closed_gate(model, monkeypatch)
     busy = [FakeRequest(b"busy"), FakeRequest(b"busy")]
     for request in busy:  # one after the other, so that each occupies one of the two workers
         model.execute([request])
@@ -225,22 +218,22 @@ def test_expired_and_cancelled_requests_are_not_computed(start, make_bundle, mon
     model.execute([late, cancelled, live])
     cancelled.cancelled = True
     time.sleep(0.1)
-    brake.go.set()
+    gate.open()
     assert all(request.answered.wait(10) for request in (*busy, late, cancelled, live))
     assert late.response.error.code == FakeTritonError.UNAVAILABLE
     assert "timeout of 20000 µs was over" in str(late.response.error)
     assert cancelled.response.error.code == FakeTritonError.CANCELLED
     assert live.response.error is None
-    assert brake.ran == 3
+    assert gate.runs == 3
     assert model._budget.in_flight == 0
 
 
 def test_unloading_answers_the_accepted_requests(pb_utils, start, make_bundle, monkeypatch):
     model = start(make_bundle(), ServingOptions(engine="fake"))
-    brake = Brake(model, monkeypatch)
+    gate = closed_gate(model, monkeypatch)
     requests = [FakeRequest(b"word") for _ in range(20)]
     assert model.execute(requests) == [None] * 20
-    threading.Timer(0.05, brake.go.set).start()
+    threading.Timer(0.05, gate.open).start()
     model._scheduler.close()
     assert all(request.response.error is None for request in requests)
 
@@ -263,10 +256,10 @@ def test_an_engine_failure_fails_every_request_and_is_quoted_only_in_the_log(sta
 def test_metrics_count_requests_by_outcome(pb_utils, make_bundle, monkeypatch):
     model = new_model()
     model.initialize(arguments(make_bundle(), ServingOptions(engine="fake", max_tokens_in_flight=60)))
-    brake = Brake(model, monkeypatch)
+    gate = closed_gate(model, monkeypatch)
     accepted = FakeRequest(b"word " * 40)
     assert [r is None for r in model.execute([accepted, FakeRequest(b"word " * 40)])] == [True, False]
-    brake.go.set()
+    gate.open()
     assert accepted.answered.wait(10)
     model.finalize()
     values = {m.labels["outcome"]: m.value for m in FakeFamily.made["mirror_requests_total"]}
