@@ -143,8 +143,8 @@ def render(report: SoakReport) -> str:
     parts = [f"# Soak of {report.subject.name}: {'within' if report.passed else 'beyond'} its thresholds"]
     if observed.partial:
         parts.append("**Partial: the run was interrupted.** It covers less time than requested.")
-    bold = {False: "**FAILED**"}
-    verdicts = [(v.name, bold.get(v.passed, WORDS[v.passed]), v.finding) for v in report.verdicts]
+    marks = {**WORDS, False: "**FAILED**"}
+    verdicts = [(v.name, marks[v.passed], v.finding) for v in report.verdicts]
     parts += [
         table_lines(("what", "verdict", "found (threshold)"), verdicts),
         f"![Memory and p99 over time]({PLOT_FILE})",
