@@ -1,4 +1,4 @@
-"""The supported families of transformers, one description each.
+"""The supported families of transformers, one description each; what is not a name or a flag is in `encoders.layers`.
 
 The families share their arithmetic (attention, residual, LayerNorm, feed-forward, residual, LayerNorm; see
 `encoders.layers`). They differ in module names, in position ids and in what is added to the embeddings.
@@ -126,4 +126,4 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mpnet": Family(names=MPNET_NAMES, skips_padding=True, padding_row=1, relative_bias=True),
     }
 )
-"""By `model_type`: the families with which tests prove packed rows and both graphs."""
+"""The families whose packed rows and graphs the tests prove, by `model_type`."""

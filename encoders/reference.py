@@ -1,4 +1,4 @@
-"""The PyTorch fp32 reference of an encoder, which proofs compare every artefact's vectors with."""
+"""The PyTorch fp32 reference of an encoder, which proofs compare every artifact's vectors with."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Reference:
         return self._encode(texts, lambda pooled: rounded(finish(pooled, self.dense, self.spec), self.spec))
 
     def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts up to the last dense layer: neither cut nor normalised nor rounded to the vector type.
+        """Encode texts through the last dense layer: neither cut nor normalised nor rounded to the vector type.
 
         Returns:
             float32 [n, width], in the order of the texts.
@@ -110,7 +110,7 @@ class Reference:
         return self._encode(texts, lambda pooled: project(pooled, self.dense))
 
     def encode_unnormalized(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts up to the cut: neither normalised nor rounded to the vector type.
+        """Encode texts through the cut: neither normalised nor rounded to the vector type.
 
         Returns:
             float32 [n, dim], in the order of the texts.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
@@ -46,8 +46,8 @@ def run(
     precision: Annotated[
         list[Precision] | None,
         typer.Option(
-            help="One or several, such as --precision fp32 bf16 int8. fp32 is always included. Default: also bf16 on "
-            "CPUs with avx512_bf16 or amx_bf16."
+            help="One or several, such as --precision fp32 bf16 int8. fp32 is always included; fp16 beside int8 "
+            "also makes the int8 file for GPUs. Default: also bf16 on CPUs with avx512_bf16 or amx_bf16."
         ),
     ] = None,
     pooling: Annotated[
@@ -116,7 +116,7 @@ def run(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Measure the scales of int8 and fp8 on these texts, one per line; 300 of your own kind are plenty. "
+            help="Measure the scales of int8 and fp8 on these texts, one per line; about 300 like yours suffice. "
             "Default: built-in ones.",
             show_default=False,
         ),
@@ -137,7 +137,7 @@ def run(
     """Export an encoder to ONNX with its pooling head inside, prove the vectors, and write a bundle.
 
     Artifacts below their floor are left out. The exit status is 1 if --precision named one of them, and 2 if no bundle
-    was written. MiniLM (22 million parameters) takes about 50 seconds on 2 cores; its bundle has 270 MB: the weights,
+    was written. MiniLM (22 million parameters) takes about 50 seconds on 2 cores; its bundle is 270 MB: the weights,
     the padded and the packed graph.
     """
     console = Console(stderr=True, highlight=False)

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
@@ -116,7 +116,7 @@ def run(
         request = write_script(bundle, script, options, texts, overwrite=overwrite)
         console.print(f"wrote {script}: copy it to the GPU machine, and run there", markup=False)
         console.print(f"  python {SCRIPT_FILE}", markup=False)
-        console.print("or, without the sidecar file:", markup=False)
+        console.print("or build with trtexec, which writes no sidecar file:", markup=False)
         console.print(f"  {trtexec_line(request)}", markup=False, soft_wrap=True)
         print_json(
             {"folder": str(script), "onnx": request.onnx, "plan": request.plan, "profiles": len(request.profiles)}

@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     gc.disable()  # imports make half a million objects and no garbage: collection takes a third of their time
 

@@ -58,7 +58,8 @@ class Request:
         head: layers, Ditto and template of a head that the encoder does not record.
         head_options: what is added after the recorded head.
         max_tokens: replaces the recorded length limit.
-        precisions: the precisions to prove in addition to fp32; None for bf16 where this machine supports it.
+        precisions: the precisions to prove in addition to fp32; fp16 beside int8 also makes the int8 file for GPUs. None
+            also proves the fp32 file in bf16, where OpenVINO is installed and the CPU has bf16.
         calibration: texts to measure the scales of int8 and fp8 on; None for the built-in ones.
         texts: texts to prove on, in addition to the canaries; None for the built-in ones.
         sets: scored pairs on which no artifact may lose quality.
@@ -157,7 +158,7 @@ def _fill(
     request: Request,
     on_progress: OnProgress,
 ) -> Export:
-    """Write all files of a bundle to an empty folder."""
+    """Export and prove an encoder, and write all files of its bundle to an unfinished folder."""
     spec = reference.spec
     write_layout(
         folder, model=reference.model, tokenizer=reference.tokenizer, spec=spec, dense=reference.dense, card=""

@@ -1,4 +1,4 @@
-"""Add artifacts to an existing bundle, on the machine that they are for; the bundle is valid at every moment."""
+"""Add artifacts to an existing bundle, on the machine that they are for. The manifest is written last."""
 
 from __future__ import annotations
 

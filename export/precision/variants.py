@@ -1,4 +1,4 @@
-"""The files of other precisions: their names, how they are written from the fp32 graphs, and what proves them."""
+"""The files of precisions other than fp32: their names, how they are written from the fp32 graphs, and what proves them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def check_operators(view: GraphView) -> Iterator[Breach]:
         if operator not in SUPPORTED or operator in DATA_DEPENDENT:
             reason = WHY_NOT.get(operator)
             yield Breach(
-                rule="operator", node=label, problem=f"TensorRT has no {operator}" + (f": {reason}" if reason else "")
+                rule="operator", node=label, problem=f"TensorRT cannot use {operator} here" + (f": {reason}" if reason else "")
             )
             continue
         # A scale or zero point follows the quantised value; the rules of quantisation check them.
