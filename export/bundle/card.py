@@ -1,4 +1,4 @@
-"""A bundle's model card, and the wording of heads and artifacts in tables and reports. Importing it does not import torch."""
+"""A bundle's model card, and the wording of heads and artifacts in tables. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = (
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest's content to a bundle's README.md, below what is already there; an earlier certificate is replaced.
+    """Write a manifest's content to a bundle's README.md, below what is there; it replaces an earlier certificate.
 
     Raises:
         OSError: it cannot be written.

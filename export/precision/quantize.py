@@ -47,7 +47,7 @@ SMALLEST_SCALE = 2.0**-24
 
 @dataclass(frozen=True, kw_only=True)
 class RangeMargin:
-    """How far a scale reaches beyond the range seen in calibration. Clipping was never worthwhile: it costs other texts more.
+    """How far a scale reaches beyond the range seen in calibration. Clipping costs other texts more.
 
     Attributes:
         headroom: factor on the measured peak.

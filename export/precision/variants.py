@@ -1,4 +1,4 @@
-"""The files of precisions other than fp32: their names, how they are written from the fp32 graphs, and what proves them."""
+"""Files of precisions other than fp32: their names, how they are made from the fp32 graphs, and what proves them."""
 
 from __future__ import annotations
 

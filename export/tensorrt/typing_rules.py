@@ -49,9 +49,8 @@ def check_operators(view: GraphView) -> Iterator[Breach]:
         label, operator = view.label(node), node.op_type
         if operator not in SUPPORTED or operator in DATA_DEPENDENT:
             reason = WHY_NOT.get(operator)
-            yield Breach(
-                rule="operator", node=label, problem=f"TensorRT cannot use {operator} here" + (f": {reason}" if reason else "")
-            )
+            why = f": {reason}" if reason else ""
+            yield Breach(rule="operator", node=label, problem=f"TensorRT cannot use {operator} here{why}")
             continue
         # A scale or zero point follows the quantised value; the rules of quantisation check them.
         quantizes = operator in ("QuantizeLinear", "DequantizeLinear")
