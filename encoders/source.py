@@ -241,11 +241,11 @@ def _check_spec(spec: EncoderSpec, config: dict[str, Any], folder: Path) -> None
     width = config[FAMILIES[family].dim]
     if spec.family != family:
         raise BundleError(
-            f"{folder}: {ENCODER_FILE} has family {spec.family} and config.json {family}: two encoders mixed, tune again"
+            f"{folder}: {ENCODER_FILE} has family {spec.family} and config.json {family}: a mix of two encoders"
         )
     if not spec.dense and spec.dim > width:
         raise BundleError(
-            f"{folder}: {ENCODER_FILE} has dim {spec.dim} and config.json {width}: two encoders mixed, tune again"
+            f"{folder}: {ENCODER_FILE} has dim {spec.dim} and config.json {width}: a mix of two encoders"
         )
 
 

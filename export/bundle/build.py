@@ -58,7 +58,8 @@ class Request:
         head: layers, Ditto and template of a head that the encoder does not record.
         head_options: what is added after the recorded head.
         max_tokens: replaces the recorded length limit.
-        precisions: what to prove in addition to fp32; fp16 beside int8 also makes the int8 file for GPUs. None also proves the fp32 file in bf16, where OpenVINO is installed and the CPU has bf16.
+        precisions: what to prove in addition to fp32; fp16 beside int8 also makes the int8 file for GPUs. None
+            also proves the fp32 file in bf16, where OpenVINO is installed and the CPU has bf16.
         calibration: texts to measure the scales of int8 and fp8 on; None for the built-in ones.
         texts: texts to prove on, in addition to the canaries; None for the built-in ones.
         sets: scored pairs on which no artifact may lose quality.
