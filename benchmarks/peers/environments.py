@@ -33,12 +33,6 @@ def existing_environment(folder: Path) -> Path:
     return python
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether an environment's stamp shows that its installation ended."""
-    stamp = folder / STAMP
-    return stamp.is_file() and stamp.read_text(encoding="ascii") != INCOMPLETE
-
-
 def make_environment(requirements: Path, folder: Path, on_progress: Callable[[str], None]) -> Path:
     """Make an environment unless its stamp shows that it is complete, and return its interpreter.
 

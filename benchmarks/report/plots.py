@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ RATES = "rates"
 """In place of a suite: "peers" where it was measured, whose rounds interleave ours and theirs, else "throughput"."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Values:
     """Where the numbers of an axis come from.
 
@@ -59,6 +59,7 @@ class Values:
 
     metric: str
     suite: str = ""
+    _: KW_ONLY
     figure: str = "p50"
     where: Mapping[str, Condition] = field(default_factory=dict)
     scale: float = 1.0
@@ -73,7 +74,7 @@ class Values:
         return self.scale * measurement.figure(figure or self.figure)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plot:
     """A plot's description.
 
@@ -88,6 +89,7 @@ class Plot:
     title: str
     caption: str
     draw: Callable[[Report, Plot, Theme, Any], None]
+    _: KW_ONLY
     y: Values
     x: Values | None = None
     x_label: str = ""
@@ -256,101 +258,101 @@ def _samples(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     axes.set_xscale("log")
 
 
-_RATE = Values(metric="texts per second", suite=RATES)
+_RATE = Values("texts per second", RATES)
 
 PLOTS: Mapping[str, Plot] = {
     "latency": Plot(
-        title="One text at a time",
-        caption="Latency of one text against its length",
-        draw=_lines,
-        y=Values(metric="time per text", suite="latency"),
-        x=Values(metric="tokens"),
+        "One text at a time",
+        "Latency of one text against its length",
+        _lines,
+        y=Values("time per text", "latency"),
+        x=Values("tokens"),
         band="p99",
         x_log=2,
         x_label="tokens of each text",
         y_label="milliseconds (band: to p99)",
     ),
     "latency_cdf": Plot(
-        title="",
-        caption="Distribution of latencies",
-        draw=_distribution,
-        y=Values(metric="time per text", suite="latency"),
+        "",
+        "Distribution of latencies",
+        _distribution,
+        y=Values("time per text", "latency"),
         x_label="milliseconds",
         y_label="share of texts done within",
     ),
     "throughput": Plot(
-        title="",
-        caption="Texts per second",
-        draw=_bars,
+        "",
+        "Texts per second",
+        _bars,
         y=_RATE,
         x_label="texts per second, median\nwhiskers: slowest and fastest round; grey: peers",
     ),
     "agreement": Plot(
-        title="Speed and agreement",
-        caption="Speed against the worst cosine to the bundle's own fp32 vectors",
-        draw=_scatter,
+        "Speed and agreement",
+        "Speed against the worst cosine to the bundle's own fp32 vectors",
+        _scatter,
         y=_RATE,
-        x=Values(metric="worst cosine to fp32", suite=RATES, figure="min"),
+        x=Values("worst cosine to fp32", RATES, figure="min"),
         complete=True,
         x_label="worst text's cosine to the bundle's fp32 (right is better; squares: peers)",
         y_label="texts per second",
     ),
     "lengths": Plot(
-        title="Texts of one length",
-        caption="Throughput against length",
-        draw=_lines,
-        y=Values(metric="tokens per second", suite="throughput"),
-        x=Values(metric="tokens"),
+        "Texts of one length",
+        "Throughput against length",
+        _lines,
+        y=Values("tokens per second", "throughput"),
+        x=Values("tokens"),
         x_log=2,
         x_label="tokens of each text",
         y_label="tokens per second",
     ),
     "pareto": Plot(
-        title="Speed and quality",
-        caption="Speed against quality",
-        draw=_scatter,
+        "Speed and quality",
+        "Speed against quality",
+        _scatter,
         y=_RATE,
-        x=Values(metric="Spearman x 100", suite="quality", where={"set": "mean"}),
+        x=Values("Spearman x 100", "quality", where={"set": "mean"}),
         x_label="mean Spearman x 100 (right is better; squares: peers)",
         y_label="texts per second",
     ),
     "serving": Plot(
-        title="Single texts that arrive at random",
-        caption="Load against latency",
-        draw=_lines,
-        y=Values(metric="time per request", suite="serving", figure="p99", where={"loop": "open"}),
-        x=Values(metric="offered per second", suite="serving"),
+        "Single texts that arrive at random",
+        "Load against latency",
+        _lines,
+        y=Values("time per request", "serving", figure="p99", where={"loop": "open"}),
+        x=Values("offered per second", "serving"),
         dashed="p50",
         y_log=True,
         x_label="texts offered per second",
         y_label="milliseconds from the moment it was due",
     ),
     "scaling": Plot(
-        title="More texts",
-        caption="Time per text against the number of texts",
-        draw=_lines,
-        y=Values(metric="time per text", suite="scaling"),
-        x=Values(metric="texts"),
+        "More texts",
+        "Time per text against the number of texts",
+        _lines,
+        y=Values("time per text", "scaling"),
+        x=Values("texts"),
         x_log=10,
         x_label="texts",
         y_label="microseconds per text",
     ),
     "scaling_memory": Plot(
-        title="More texts",
-        caption="Peak memory against the number of texts",
-        draw=_lines,
-        y=Values(metric="peak memory", suite="scaling", scale=1e-6),
-        x=Values(metric="texts"),
+        "More texts",
+        "Peak memory against the number of texts",
+        _lines,
+        y=Values("peak memory", "scaling", scale=1e-6),
+        x=Values("texts"),
         x_log=10,
         x_label="texts",
         y_label="peak memory in MB",
     ),
     "training": Plot(
-        title="Tuning",
-        caption="Seconds of tuning against the mean score",
-        draw=_samples,
-        y=Values(metric="Spearman x 100", suite="training", where={"set": "mean"}),
-        x=Values(metric="time to the saved folder", suite="training"),
+        "Tuning",
+        "Seconds of tuning against the mean score",
+        _samples,
+        y=Values("Spearman x 100", "training", where={"set": "mean"}),
+        x=Values("time to the saved folder", "training"),
         x_label="seconds from process start to the saved folder",
         y_label="mean Spearman x 100",
     ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from benchmarks.report.tables import Column, Table
 
-EXPORT_COSINE = Column(head="worst cosine of export", metric="worst cosine of export", suite="bundle", form=".6f")
-FP32_COSINE = Column(head="worst cosine to fp32", metric="worst cosine to fp32", figure="min", form=".6f")
+EXPORT_COSINE = Column("worst cosine of export", "worst cosine of export", suite="bundle", form=".6f")
+FP32_COSINE = Column("worst cosine to fp32", "worst cosine to fp32", figure="min", form=".6f")
 
 PARITY_NOTE = (
     "Worst cosine of export is the worst text's similarity to the PyTorch reference when the artifact was exported; "
@@ -15,7 +15,7 @@ PARITY_NOTE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Section:
     """The part of a report about one suite; it is shown where one of its tables has rows.
 
@@ -26,41 +26,36 @@ class Section:
 
     title: str
     suite: str
+    _: KW_ONLY
     tables: tuple[Table, ...]
     text: str = ""
     plots: tuple[str, ...] = ()
 
 
 def _times(metric: str, form: str, figures: tuple[str, ...] = ("p50", "p90", "p99", "p99.9")) -> tuple[Column, ...]:
-    return tuple(Column(head=f"{figure} ms", metric=metric, figure=figure, form=form) for figure in figures)
+    return tuple(Column(f"{figure} ms", metric, figure=figure, form=form) for figure in figures)
 
 
 def _megabytes(head: str, metric: str) -> Column:
-    return Column(head=head, metric=metric, scale=1e-6)
+    return Column(head, metric, scale=1e-6)
 
 
-_RATE = (
-    Column(head="texts/s", metric="texts per second"),
-    Column(head="slowest to fastest round", metric="texts per second", figure="range"),
-)
+_RATE = (Column("texts/s", "texts per second"), Column("slowest to fastest round", "texts per second", figure="range"))
 _SERVER_TIMES = (
-    Column(head="queue ms", metric="queue time", form=".1f"),
-    Column(head="compute ms", metric="compute time", form=".1f"),
-    Column(head="texts per execution", metric="texts per execution", form=".1f"),
+    Column("queue ms", "queue time", form=".1f"),
+    Column("compute ms", "compute time", form=".1f"),
+    Column("texts per execution", "texts per execution", form=".1f"),
 )
-_N_FAILED = (
-    Column(head="n", metric="time per request", figure="count"),
-    Column(head="failed", metric="failed requests", figure="sum"),
-)
+_N_FAILED = (Column("n", "time per request", figure="count"), Column("failed", "failed requests", figure="sum"))
 _ANALYZER = {"client": "perf_analyzer"}
 
 CEILINGS = Section(
-    title="Ceilings",
-    suite="ceilings",
+    "Ceilings",
+    "ceilings",
     tables=(
         Table(
             rows=("party", "threads", "best shape", "MFLOP per token"),
-            columns=(Column(head="GFLOP/s", metric="matrix products", figure="max"),),
+            columns=(Column("GFLOP/s", "matrix products", figure="max"),),
             text=(
                 "Bare chained matrix products in the engine's own library on all usable cores: no encoder on this "
                 "library can be faster. The rate is that of the fastest repetition. A token's cost counts the layers' "
@@ -71,8 +66,8 @@ CEILINGS = Section(
         Table(
             rows=("threads", "array MiB", "last cache MiB"),
             columns=(
-                Column(head="GB/s read", metric="memory read", figure="max", form=".1f"),
-                Column(head="GB/s copied", metric="memory copied", figure="max", form=".1f"),
+                Column("GB/s read", "memory read", figure="max", form=".1f"),
+                Column("GB/s copied", "memory copied", figure="max", form=".1f"),
             ),
             text=(
                 "Memory, all usable cores at once, each on its own part of an array. Copied counts read and written "
@@ -83,19 +78,19 @@ CEILINGS = Section(
 )
 
 THROUGHPUT = Section(
-    title="Throughput",
-    suite="throughput",
+    "Throughput",
+    "throughput",
     tables=(
         Table(
             rows=("party",),
             columns=(
                 *_RATE,
-                Column(head="tokens/s", metric="tokens per second"),
-                Column(head="of ceiling", metric="share of ceiling", form="percent"),
-                Column(head="row fill", metric="row fill", form="percent"),
-                Column(head="streams", metric="streams"),
+                Column("tokens/s", "tokens per second"),
+                Column("of ceiling", "share of ceiling", form="percent"),
+                Column("row fill", "row fill", form="percent"),
+                Column("streams", "streams"),
                 *(
-                    Column(head=head, metric=f"{stage} share", form="percent")
+                    Column(head, f"{stage} share", form="percent")
                     for head, stage in (
                         ("tokenise", "tokenize"),
                         ("pack", "pack"),
@@ -103,7 +98,7 @@ THROUGHPUT = Section(
                         ("unpack", "unpack"),
                     )
                 ),
-                Column(head="rounds", metric="texts per second", figure="count"),
+                Column("rounds", "texts per second", figure="count"),
                 EXPORT_COSINE,
                 FP32_COSINE,
             ),
@@ -115,8 +110,7 @@ THROUGHPUT = Section(
         ),
         Table(
             rows=("tokens", "texts"),
-            columns=(Column(head="{value}, tokens/s", metric="tokens per second", spread="party"),),
-            where={},
+            columns=(Column("{value}, tokens/s", "tokens per second", spread="party"),),
             text="Different texts of exactly one length in one call; medians over interleaved rounds.",
         ),
     ),
@@ -124,16 +118,16 @@ THROUGHPUT = Section(
 )
 
 LATENCY = Section(
-    title="Latency of one text",
-    suite="latency",
+    "Latency of one text",
+    "latency",
     tables=(
         Table(
             rows=("party", "tokens"),
             columns=(
                 *_times("time per text", ".2f"),
-                Column(head="floor ms", metric="floor", form=".2f"),
-                Column(head="of floor", metric="floor", over="time per text", form="percent"),
-                Column(head="n", metric="time per text", figure="count"),
+                Column("floor ms", "floor", form=".2f"),
+                Column("of floor", "floor", over="time per text", form="percent"),
+                Column("n", "time per text", figure="count"),
                 EXPORT_COSINE,
             ),
             text=(
@@ -149,19 +143,22 @@ LATENCY = Section(
 )
 
 QUALITY = Section(
-    title="Quality",
-    suite="quality",
+    "Quality",
+    "quality",
     tables=(
         Table(
             rows=("party",),
             columns=(
-                Column(head="{value}", metric="Spearman x 100", figure="interval", form=".2f", spread="set"),
+                Column("{value}", "Spearman x 100", figure="interval", form=".2f", spread="set"),
                 Column(
-                    head="difference to fp32", metric="Spearman x 100, difference to fp32", figure="signed interval",
-                    form=".2f", where={"set": "mean"},
+                    "difference to fp32",
+                    "Spearman x 100, difference to fp32",
+                    figure="signed interval",
+                    form=".2f",
+                    where={"set": "mean"},
                 ),
-                Column(head="top-10 overlap", metric="top-10 overlap with fp32", form="percent"),
-                Column(head="texts searched", metric="texts searched"),
+                Column("top-10 overlap", "top-10 overlap with fp32", form="percent"),
+                Column("texts searched", "texts searched"),
             ),
             text=(
                 "Spearman x 100 of the vectors' cosines with people's scores, all pairs of a set together, with 95 % "
@@ -173,11 +170,11 @@ QUALITY = Section(
         ),
     ),
     plots=("pareto",),
-)  # fmt: skip
+)
 
 SERVING = Section(
-    title="Serving",
-    suite="serving",
+    "Serving",
+    "serving",
     text=(
         "Server, callers and this program share the machine's cores, over loopback: no network and no second machine. "
         "A closed loop's callers send their next request when the last one is answered; its rates are medians over "
@@ -189,32 +186,32 @@ SERVING = Section(
     tables=(
         Table(
             rows=("party", "beside"),
-            columns=(Column(head="texts/s in process", metric="texts per second"),),
+            columns=(Column("texts/s in process", "texts per second"),),
             where={"server": "in process"},
         ),
         Table(
             rows=("party", "server", "callers", "texts per request"),
             columns=(
-                Column(head="texts/s", metric="texts per second"),
+                Column("texts/s", "texts per second"),
                 *_times("time per request", ".1f"),
                 *_SERVER_TIMES,
                 *_N_FAILED,
-                Column(head="perf_analyzer texts/s", metric="texts per second", where=_ANALYZER),
-                Column(head="p50 ms", metric="p50 of requests", form=".1f", where=_ANALYZER),
-                Column(head="p99 ms", metric="p99 of requests", form=".1f", where=_ANALYZER),
+                Column("perf_analyzer texts/s", "texts per second", where=_ANALYZER),
+                Column("p50 ms", "p50 of requests", form=".1f", where=_ANALYZER),
+                Column("p99 ms", "p99 of requests", form=".1f", where=_ANALYZER),
             ),
             where={"loop": "closed"},
         ),
         Table(
             rows=("party", "share"),
             columns=(
-                Column(head="offered per second", metric="offered per second"),
-                Column(head="answered per second", metric="answered per second"),
+                Column("offered per second", "offered per second"),
+                Column("answered per second", "answered per second"),
                 *_times("time per request", ".1f"),
                 *_SERVER_TIMES,
                 *_N_FAILED,
-                Column(head="unsent", metric="unsent requests"),
-                Column(head="kept up", metric="kept up", figure="yes"),
+                Column("unsent", "unsent requests"),
+                Column("kept up", "kept up", figure="yes"),
             ),
             where={"loop": "open"},
             text=(
@@ -226,20 +223,20 @@ SERVING = Section(
         Table(
             rows=("party", "texts per request", "tokens"),
             columns=(
-                Column(head="maximum texts/s", metric="maximum texts per second"),
-                Column(head="offered texts/s", metric="offered texts per second"),
-                Column(head="answered texts/s", metric="texts per second"),
-                Column(head="of maximum", metric="texts per second", over="maximum texts per second", form="percent"),
-                Column(head="calm p99 ms", metric="calm time per request", figure="p99", form=".1f"),
-                Column(head="accepted", metric="time per request", figure="count"),
+                Column("maximum texts/s", "maximum texts per second"),
+                Column("offered texts/s", "offered texts per second"),
+                Column("answered texts/s", "texts per second"),
+                Column("of maximum", "texts per second", over="maximum texts per second", form="percent"),
+                Column("calm p99 ms", "calm time per request", figure="p99", form=".1f"),
+                Column("accepted", "time per request", figure="count"),
                 *_times("time per request", ".1f", ("p50", "p99")),
-                Column(head="refused", metric="refused requests"),
+                Column("refused", "refused requests"),
                 *_times("time per refusal", ".1f", ("p50", "p99")),
-                Column(head="failed", metric="failed requests"),
-                Column(head="sent late p99 ms", metric="sending lag", figure="p99", form=".1f"),
-                Column(head="MiB before", metric="memory before", scale=2**-20),
-                Column(head="MiB after", metric="memory after", scale=2**-20),
-                Column(head="recovered after s", metric="recovery", form=".2f"),
+                Column("failed", "failed requests"),
+                Column("sent late p99 ms", "sending lag", figure="p99", form=".1f"),
+                Column("MiB before", "memory before", scale=2**-20),
+                Column("MiB after", "memory after", scale=2**-20),
+                Column("recovered after s", "recovery", form=".2f"),
             ),
             where={"loop": "overload"},
             text=(
@@ -254,18 +251,18 @@ SERVING = Section(
 )
 
 STARTUP = Section(
-    title="Startup",
-    suite="startup",
+    "Startup",
+    "startup",
     tables=(
         Table(
             rows=("party",),
             columns=(
-                Column(head="median s", metric="time to the first vector", form=".2f"),
-                Column(head="fastest to slowest", metric="time to the first vector", figure="range", form=".2f"),
-                Column(head="n", metric="time to the first vector", figure="count"),
+                Column("median s", "time to the first vector", form=".2f"),
+                Column("fastest to slowest", "time to the first vector", figure="range", form=".2f"),
+                Column("n", "time to the first vector", figure="count"),
                 _megabytes("MB at the first vector", "memory at the first vector"),
                 _megabytes("MB at most", "peak memory"),
-                Column(head="texts", metric="texts for the peak"),
+                Column("texts", "texts for the peak"),
                 _megabytes("MB installed", "installed packages"),
                 EXPORT_COSINE,
             ),
@@ -280,17 +277,17 @@ STARTUP = Section(
 )
 
 SCALING = Section(
-    title="Scaling",
-    suite="scaling",
+    "Scaling",
+    "scaling",
     tables=(
         Table(
             rows=("party", "texts"),
             columns=(
-                Column(head="µs per text", metric="time per text", form=",.1f"),
-                Column(head="tokens per text", metric="tokens per text", form=".2f"),
+                Column("µs per text", "time per text", form=",.1f"),
+                Column("tokens per text", "tokens per text", form=".2f"),
                 _megabytes("MB at the first window", "memory at the first window"),
                 _megabytes("MB at most", "peak memory"),
-                Column(head="processes", metric="time per text", figure="count"),
+                Column("processes", "time per text", figure="count"),
                 EXPORT_COSINE,
             ),
             text=(
@@ -302,10 +299,10 @@ SCALING = Section(
         Table(
             rows=("party", "cores"),
             columns=(
-                Column(head="streams", metric="streams"),
-                Column(head="texts/s", metric="texts per second"),
-                Column(head="CPU seconds per second", metric="CPU seconds per second", figure="max", form=".2f"),
-                Column(head="rounds", metric="texts per second", figure="count"),
+                Column("streams", "streams"),
+                Column("texts/s", "texts per second"),
+                Column("CPU seconds per second", "CPU seconds per second", figure="max", form=".2f"),
+                Column("rounds", "texts per second", figure="count"),
             ),
             text=(
                 "The whole workload in one `encode` call, in a process that may run on so many cores. Streams are "
@@ -315,10 +312,10 @@ SCALING = Section(
         Table(
             rows=("party", "callers"),
             columns=(
-                Column(head="texts/s of one encode", metric="texts per second of one encode"),
-                Column(head="texts/s of the callers", metric="texts per second"),
-                Column(head="share", metric="share of one encode", form="percent"),
-                Column(head="rounds", metric="texts per second", figure="count"),
+                Column("texts/s of one encode", "texts per second of one encode"),
+                Column("texts/s of the callers", "texts per second"),
+                Column("share", "share of one encode", form="percent"),
+                Column("rounds", "texts per second", figure="count"),
             ),
             text=(
                 "Concurrent asyncio callers of single texts through `AsyncEncoder`, interleaved with one `encode` call "
@@ -328,12 +325,12 @@ SCALING = Section(
         Table(
             rows=("party", "full queue"),
             columns=(
-                Column(head="calls", metric="calls"),
-                Column(head="refused", metric="time until refused", figure="count"),
+                Column("calls", "calls"),
+                Column("refused", "time until refused", figure="count"),
                 *_times("time until refused", ".2f", ("p50", "max")),
-                Column(head="accepted", metric="accepted"),
-                Column(head="answered", metric="answered"),
-                Column(head="worst cosine to one encode", metric="worst cosine to one encode", form=".6f"),
+                Column("accepted", "accepted"),
+                Column("answered", "answered"),
+                Column("worst cosine to one encode", "worst cosine to one encode", form=".6f"),
             ),
             text=(
                 "Waves of the same callers meet a queue that so many texts fill; a refusal's time counts from the "
@@ -345,14 +342,14 @@ SCALING = Section(
 )
 
 PEERS = Section(
-    title="Peers",
-    suite="peers",
+    "Peers",
+    "peers",
     tables=(
         Table(
             rows=("party", "version", "computes in", "batch size"),
             columns=(
                 *_RATE,
-                Column(head="rounds", metric="texts per second", figure="count"),
+                Column("rounds", "texts per second", figure="count"),
                 EXPORT_COSINE,
                 replace(FP32_COSINE, suite="peers"),  # it has none of the rate's conditions
             ),
@@ -366,7 +363,7 @@ PEERS = Section(
             rows=("party", "tokens"),
             columns=(
                 *_times("time per text", ".2f", ("p50", "p90", "p99")),
-                Column(head="n", metric="time per text", figure="count"),
+                Column("n", "time per text", figure="count"),
             ),
             text=(
                 "One text a call, warm, tokenising included, each party's own process timing its own calls, "
@@ -378,12 +375,9 @@ PEERS = Section(
             rows=("party",),
             columns=(
                 Column(
-                    head="{value}, times as fast", metric="our rate over its rate", figure="interval", form=".2f",
-                    spread="ours",
+                    "{value}, times as fast", "our rate over its rate", figure="interval", form=".2f", spread="ours"
                 ),
-                Column(
-                    head="worst cosine to {value}", metric="cosine to ours", figure="min", form=".6f", spread="ours"
-                ),
+                Column("worst cosine to {value}", "cosine to ours", figure="min", form=".6f", spread="ours"),
             ),
             text=(
                 "How many times as many texts per second ours encodes: ratios of median rates, with 95 % bootstrap "
@@ -391,24 +385,21 @@ PEERS = Section(
             ),
         ),
     ),
-)  # fmt: skip
+)
 
 TRAINING = Section(
-    title="Training",
-    suite="training",
+    "Training",
+    "training",
     tables=(
         Table(
             rows=("party",),
             columns=(
-                Column(head="median s", metric="time to the saved folder", form=".1f"),
-                Column(head="fastest to slowest", metric="time to the saved folder", figure="range", form=".1f"),
-                Column(head="{value}", metric="Spearman x 100", form=".2f", spread="set"),
-                Column(
-                    head="mean, lowest to highest", metric="Spearman x 100", figure="range", form=".2f",
-                    where={"set": "mean"},
-                ),
-                Column(head="seeds", metric="seed", figure="count"),
-                Column(head="texts", metric="texts"),
+                Column("median s", "time to the saved folder", form=".1f"),
+                Column("fastest to slowest", "time to the saved folder", figure="range", form=".1f"),
+                Column("{value}", "Spearman x 100", form=".2f", spread="set"),
+                Column("mean, lowest to highest", "Spearman x 100", figure="range", form=".2f", where={"set": "mean"}),
+                Column("seeds", "seed", figure="count"),
+                Column("texts", "texts"),
             ),
             text=(
                 "Seconds are from process start to the saved folder. Scores are Spearman x 100, medians over the "
@@ -417,6 +408,6 @@ TRAINING = Section(
         ),
     ),
     plots=("training",),
-)  # fmt: skip
+)
 
 SECTIONS = (CEILINGS, THROUGHPUT, LATENCY, QUALITY, SERVING, STARTUP, SCALING, PEERS, TRAINING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TypeAlias
 
 from benchmarks.report.record import Condition, Measurement
@@ -15,7 +15,7 @@ PARTY = "party"
 Key: TypeAlias = tuple["Condition | None", ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Column:
     """One column, or with `spread` one for each value of a condition.
 
@@ -33,6 +33,7 @@ class Column:
 
     head: str
     metric: str
+    _: KW_ONLY
     figure: str = "p50"
     over: str = ""
     scale: float = 1.0

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,19 +72,24 @@ def _steps(plan: Plan, variant: Variant, texts: Path) -> list[tuple[str, Callabl
     return [*found, (f"{CALLERS} callers", partial(_callers, name, task, count))]
 
 
-def _run(task: Mapping[str, Any], **more: Any) -> Any:
-    """Run one task in a fresh process.
+def run_to_end(command: Sequence[str], name: str) -> str:
+    """Run a command in an empty folder and return its standard output.
 
     Raises:
         EngineError: it failed; the message is its last line.
     """
-    command = [sys.executable, str(SCRIPT), json.dumps({**task, **more})]
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=neutral, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise EngineError(f"its process ended with status {done.returncode}: {last[0]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise EngineError(f"{name} ended with status {done.returncode}: {last[0]}")
+    return done.stdout
+
+
+def _run(task: Mapping[str, Any], **more: Any) -> Any:
+    """Run one task in a fresh process."""
+    out = run_to_end([sys.executable, str(SCRIPT), json.dumps({**task, **more})], "its process")
+    return json.loads(out.splitlines()[-1])
 
 
 def _size(party: str, task: Mapping[str, Any], texts: int, processes: int, recorder: Recorder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +17,9 @@ from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
 from benchmarks.suites.quality import MEAN, read_evaluation_sets
+from benchmarks.suites.scaling import run_to_end
 from mirror_runtime.bundle import Pooling, sha256_file
-from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.errors import InputError
 
 SUITE = Suite.TRAINING.value
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,9 +173,9 @@ def _run(trainer: Trainer, seed: int, plan: TrainingPlan, scratch: Path) -> tupl
         output = Path(folder).resolve() / "run"
         command = [part.format(seed=seed, output=output) for part in trainer.command]
         began = time.perf_counter()
-        _call(command)
+        run_to_end(command, Path(command[1]).name)
         seconds = time.perf_counter() - began
-        return seconds, _evaluate(output, plan, Path(folder) / "evaluation.json")
+        return seconds, _evaluate(output, plan, Path(folder).resolve() / "evaluation.json")
 
 
 def _evaluate(encoder: Path, plan: TrainingPlan, report: Path) -> dict[str, float]:
@@ -184,18 +184,6 @@ def _evaluate(encoder: Path, plan: TrainingPlan, report: Path) -> dict[str, floa
     for option, files in (("--sts", plan.sts), ("--words", plan.words)):
         if files:
             command += [option, *(str(file.resolve()) for file in files)]
-    _call(command)
+    run_to_end(command, Path(command[1]).name)
     found = json.loads(report.read_text(encoding="utf-8"))["encoders"][0]
     return {**{result["name"]: result["spearman"] for result in found["sets"]}, MEAN: found["mean"]}
-
-
-def _call(command: Sequence[str]) -> None:
-    """Run a command to its end.
-
-    Raises:
-        EngineError: it failed; the message is its last line.
-    """
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise EngineError(f"{Path(command[1]).name} ended with status {done.returncode}: {last[0]}")

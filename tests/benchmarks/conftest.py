@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,11 +53,8 @@ def measurements() -> tuple[Measurement, ...]:
     recorder = Recorder()
     fact = recorder.record
 
-    def judged(suite: str, party: str, metric: str, unit: str, *samples: float, better=Better.HIGHER, **more) -> None:
-        recorder.add(
-            Measurement(suite=suite, party=party, metric=metric, unit=unit, samples=samples, better=better, **more)
-        )
-
+    higher, lower = (partial(fact, better=better) for better in (Better.HIGHER, Better.LOWER))
+    quality = {"set": "pairs", "sha256": "1" * 16}
     fact("bundle", VARIANT, "worst cosine of export", 0.9998)
     ceiling: dict[str, Condition] = {"threads": 2, "best shape": "[1024, 384] x [384, 1536]", "MFLOP per token": 21.0}
     fact("ceilings", VARIANT, "matrix products", 400.0, 500.0, unit="GFLOP/s", conditions=ceiling)
@@ -64,46 +62,35 @@ def measurements() -> tuple[Measurement, ...]:
     fact("ceilings", "memory", "memory read", 26.8, 22.0, unit="GB/s", conditions=memory)
     fact("ceilings", "memory", "memory copied", 25.6, unit="GB/s", conditions=memory)
     tokens: dict[str, Condition] = {"tokens": 8}
-    judged("latency", VARIANT, "time per text", "ms", 1.0, 2.0, better=Better.LOWER, conditions=tokens)
+    lower("latency", VARIANT, "time per text", 1.0, 2.0, unit="ms", conditions=tokens)
     fact("latency", VARIANT, "floor", 0.375, unit="ms", conditions=tokens)
     for suite, computes in (("throughput", {}), ("peers", {"computes in": "bf16"})):
-        judged(suite, VARIANT, "texts per second", "1/s", 200.0, 250.0, 166.0, conditions=computes)
+        higher(suite, VARIANT, "texts per second", 200.0, 250.0, 166.0, unit="1/s", conditions=computes)
         fact(suite, VARIANT, "tokens per second", 3000.0, unit="1/s")
         fact(suite, VARIANT, "worst cosine to fp32", 0.9997)
     for length, rate in ((8, 4096.0), (64, 8192.0)):
         conditions: dict[str, Condition] = {"tokens": length, "texts": 256}
         fact("throughput", VARIANT, "tokens per second", rate, unit="1/s", conditions=conditions)
     peer: dict[str, Condition] = {"version": "5", "computes in": "float32", "batch size": 8}
-    judged("peers", PEER, "texts per second", "1/s", 100.0, 90.0, conditions=peer)
+    higher("peers", PEER, "texts per second", 100.0, 90.0, unit="1/s", conditions=peer)
     fact("peers", PEER, "worst cosine to fp32", 0.9999)
     ours: dict[str, Condition] = {"ours": VARIANT}
     fact("peers", PEER, "our rate over its rate", 2.1, conditions=ours, figures={"low": 2.0, "high": 2.2})
-    judged("startup", VARIANT, "time to the first vector", "s", 1.0, 1.1, better=Better.LOWER)
+    lower("startup", VARIANT, "time to the first vector", 1.0, 1.1, unit="s")
     fact("startup", VARIANT, "peak memory", 234e6, unit="B")
-    fact("quality", "people", "score", 0.0, 1.0, 2.0, 3.0, conditions={"set": "pairs", "sha256": "1" * 16})
-    judged(
-        "quality", VARIANT, "cosine of pairs", "", 0.1, 0.2, 0.3, 0.4, conditions={"set": "pairs", "sha256": "1" * 16}
-    )
+    fact("quality", "people", "score", 0.0, 1.0, 2.0, 3.0, conditions=quality)
+    higher("quality", VARIANT, "cosine of pairs", 0.1, 0.2, 0.3, 0.4, conditions=quality)
     for party, value in ((VARIANT, 78.0), (PEER, 78.25)):
         for name in ("pairs", "mean"):
             interval = {"low": value - 2, "high": value + 2}
             fact("quality", party, "Spearman x 100", value, conditions={"set": name}, figures=interval)
-        difference = {"low": -0.5, "high": -0.001}
-        fact(
-            "quality", party, "Spearman x 100, difference to fp32", -0.25, conditions={"set": "mean"},
-            figures=difference,
-        )  # fmt: skip
-    for callers, server in ((8, "triton"), (8, "gateway")):
-        loop: dict[str, Condition] = {"server": server, "loop": "closed", "callers": callers, "texts per request": 1}
-        judged("serving", VARIANT, "texts per second", "1/s", 290.0, 300.0, 310.0, conditions=loop)
+        difference, mean = {"low": -0.5, "high": -0.001}, {"set": "mean"}
+        fact("quality", party, "Spearman x 100, difference to fp32", -0.25, conditions=mean, figures=difference)
+    for server in ("triton", "gateway"):
+        loop: dict[str, Condition] = {"server": server, "loop": "closed", "callers": 8, "texts per request": 1}
+        higher("serving", VARIANT, "texts per second", 290.0, 300.0, 310.0, unit="1/s", conditions=loop)
         fact("serving", VARIANT, "time per request", 20.0, 30.0, unit="ms", conditions=loop)
-    analyzer: dict[str, Condition] = {
-        "server": "triton",
-        "loop": "closed",
-        "callers": 8,
-        "texts per request": 1,
-        "client": "perf_analyzer",
-    }
+    analyzer = {**loop, "server": "triton", "client": "perf_analyzer"}
     fact("serving", VARIANT, "texts per second", 312.5, unit="1/s", conditions=analyzer)
     for share, offered, kept in ((0.5, 150.0, 1.0), (1.2, 350.0, 0.0)):
         arrivals: dict[str, Condition] = {"server": "triton", "loop": "open", "share": share}
@@ -111,10 +98,10 @@ def measurements() -> tuple[Measurement, ...]:
         fact("serving", VARIANT, "time per request", offered, 2 * offered, unit="ms", conditions=arrivals)
         fact("serving", VARIANT, "kept up", kept, conditions=arrivals)
     for texts, us in ((1000, 400.0), (16_000, 375.0)):
-        judged("scaling", VARIANT, "time per text", "us", us, us, better=Better.LOWER, conditions={"texts": texts})
+        lower("scaling", VARIANT, "time per text", us, us, unit="us", conditions={"texts": texts})
         fact("scaling", VARIANT, "peak memory", 310e6, unit="B", conditions={"texts": texts})
     recipe = "mirror-runtime, recipe sentence"
-    judged("training", recipe, "time to the saved folder", "s", 30.0, 34.0, better=Better.LOWER)
+    lower("training", recipe, "time to the saved folder", 30.0, 34.0, unit="s")
     fact("training", recipe, "Spearman x 100", 71.0, 72.5, unit="points", conditions={"set": "mean"})
     return recorder.measurements
 
