@@ -2,6 +2,8 @@ import logging
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,13 +17,6 @@ from mirror_runtime.engines.fake import FakeEngine
 def encoder(make_bundle):
     with Encoder.load(make_bundle(), engine="fake", streams=2) as encoder:
         yield encoder
-
-
-def run_together(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
 
 
 def ragged(n: int, seed: int = 0) -> list[str]:
@@ -102,19 +97,13 @@ def test_chunks_are_averaged_and_normalised(make_bundle):
 def test_threads_may_share_an_encoder(encoder):
     texts = ragged(300)
     expected = encoder.encode(texts)
-    results: dict[int, np.ndarray] = {}
-    run_together(
-        [threading.Thread(target=lambda i=i: results.__setitem__(i, encoder.encode(texts[i::4]))) for i in range(4)]
-    )
-    for i in range(4):
-        np.testing.assert_array_equal(results[i], expected[i::4])
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(encoder.encode, [texts[i::4] for i in range(4)])):
+            np.testing.assert_array_equal(found, expected[i::4])
 
 
 def test_an_engine_failure_reaches_the_caller(encoder, monkeypatch):
-    def fail(rows):
-        raise EngineError("out of cheese")
-
-    monkeypatch.setattr(encoder.engine, "run", fail)
+    monkeypatch.setattr(encoder.engine, "run", Mock(side_effect=EngineError("out of cheese")))
     with pytest.raises(EngineError, match="out of cheese"):
         encoder.encode(ragged(100))
 
@@ -190,14 +179,13 @@ def test_texts_in_several_pieces_prove_no_shape(make_bundle):
 
 
 def test_one_short_call_runs_in_its_callers_thread_and_many_batches_in_the_pool(encoder, monkeypatch):
-    seen = []
+    threads = []
     run = encoder.engine.run
-    monkeypatch.setattr(encoder.engine, "run", lambda rows: (seen.append(threading.current_thread()), run(rows))[1])
+    monkeypatch.setattr(encoder.engine, "run", lambda rows: (threads.append(threading.current_thread()), run(rows))[1])
     encoder.encode(["one short text"])
-    assert seen == [threading.main_thread()]
-    seen.clear()
     encoder.encode(ragged(300))
-    assert threading.main_thread() not in seen
+    assert threads[0] is threading.main_thread()
+    assert threading.main_thread() not in threads[1:]
 
 
 def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, monkeypatch):
@@ -216,8 +204,8 @@ def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, m
         return run(rows)
 
     monkeypatch.setattr(encoder.engine, "run", counted)
-    threads = [threading.Thread(target=encoder.encode, args=([f"text {i}"] * 3,)) for i in range(8)]
-    run_together([*threads, threading.Thread(target=encoder.encode, args=(ragged(200),))])
+    with ThreadPoolExecutor(9) as pool:
+        list(pool.map(encoder.encode, [*([f"text {i}"] * 3 for i in range(8)), ragged(200)]))
     assert most == 2
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -239,13 +240,9 @@ def test_unloading_answers_the_accepted_requests(pb_utils, start, make_bundle, m
 
 
 def test_an_engine_failure_fails_every_request_and_is_quoted_only_in_the_log(start, make_bundle, monkeypatch):
-    bundle = make_bundle()
-    model = start(bundle, ServingOptions(engine="fake"))
-
-    def broken(_: object) -> None:
-        raise EngineError(f"{bundle}/onnx/model_packed.onnx broke")
-
-    monkeypatch.setattr(model.encoder.engine, "run", broken)
+    model = start(make_bundle(), ServingOptions(engine="fake"))
+    broken = EngineError("/a/path/onnx/model_packed.onnx broke")
+    monkeypatch.setattr(model.encoder.engine, "run", Mock(side_effect=broken))
     responses = serve(model, FakeRequest(b"one"), FakeRequest(b"two"))
     assert [a.error.code for a in responses] == [FakeTritonError.INTERNAL] * 2
     assert [str(a.error) for a in responses] == ["encoding failed; the server's log says why"] * 2
@@ -262,12 +259,11 @@ def test_metrics_count_requests_by_outcome(pb_utils, make_bundle, monkeypatch):
     gate.open()
     assert accepted.answered.wait(10)
     model.finalize()
-    values = {m.labels["outcome"]: m.value for m in FakeFamily.made["mirror_requests_total"]}
-    assert values == {"admitted": 1, "refused": 1, "expired": 0, "cancelled": 0, "failed": 0}
-    assert FakeFamily.made["mirror_tokens_total"][0].value == 42
-    assert FakeFamily.made["mirror_batches_total"][0].value == 1
-    assert FakeFamily.made["mirror_row_fill"][0].value == pytest.approx(42 / 48)
-    assert FakeFamily.made["mirror_tokens_in_flight"][0].value == 0
+    outcomes = {m.labels["outcome"]: m.value for m in FakeFamily.made["mirror_requests_total"]}
+    assert outcomes == {"admitted": 1, "refused": 1, "expired": 0, "cancelled": 0, "failed": 0}
+    names = ("mirror_tokens_total", "mirror_batches_total", "mirror_tokens_in_flight", "mirror_row_fill")
+    values = [FakeFamily.made[name][0].value for name in names]
+    assert values == [42, 1, 0, pytest.approx(42 / 48)]
     assert FakeFamily.made["mirror_tokens_total"][0].labels["model"] == "embed"
 
 
