@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from export import to_tensorrt
@@ -127,19 +127,20 @@ def test_a_plan_that_misses_the_floor_leaves_the_bundle_as_it_was(
 
 
 def test_a_precision_that_the_bundle_does_not_hold_is_refused(bundle: Path, capsys: Any):
-    (bundle / "manifest.json").write_text(_only(bundle, {"onnx/model.onnx", "onnx/model_packed.onnx"}))
+    hold_fp32_only(bundle)
     assert run(bundle, "--precision", "fp16") == 2
     error = capsys.readouterr().err
     assert "no packed graph in fp16; it has onnx/model_packed.onnx (fp32)" in error
     assert "--precision fp16" in error
 
 
-def _only(bundle: Path, graphs: set[str]) -> str:
-    """The manifest without the other graphs' files."""
+def hold_fp32_only(bundle: Path) -> None:
+    """Leave the other graphs out of the manifest."""
     data = json.loads((bundle / "manifest.json").read_text())
+    graphs = {"onnx/model.onnx", "onnx/model_packed.onnx"}
     data["files"] = {k: v for k, v in data["files"].items() if not k.endswith(".onnx") or k in graphs}
     data["artifacts"] = [a for a in data["artifacts"] if a["path"] in data["files"]]
-    return json.dumps(data)
+    (bundle / "manifest.json").write_text(json.dumps(data))
 
 
 def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(
@@ -183,7 +184,7 @@ def test_a_providers_artifact_is_proven_and_added(
 
 
 def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
-    (bundle / "manifest.json").write_text(_only(bundle, {"onnx/model.onnx", "onnx/model_packed.onnx"}))
+    hold_fp32_only(bundle)
     assert run(bundle, "--check") == 0
     graphs = json.loads(capsys.readouterr().out)["graphs"]
     assert [(g["graph"], g["precision"], g["breaches"]) for g in graphs] == [
@@ -192,25 +193,28 @@ def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
     ]
 
 
-def _rewrite(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
-    """Change the packed graph, and the manifest with it."""
-    model = onnx.load(graph_of(bundle))
-    change(model)
-    onnx.save(model, graph_of(bundle))
+def record(bundle: Path, graph: str, path: Path | None) -> None:
+    """Set a graph's hash in the manifest, or take the graph out."""
     data = json.loads((bundle / "manifest.json").read_text())
-    data["files"]["onnx/model_packed.onnx"] = sha256_file(graph_of(bundle))
+    if path is None:
+        del data["files"][graph]
+    else:
+        data["files"][graph] = sha256_file(path)
     (bundle / "manifest.json").write_text(json.dumps(data))
 
 
-def _fuse(model: onnx.ModelProto) -> None:
-    """Put an operator into a graph that TensorRT does not know."""
+def fuse(bundle: Path) -> None:
+    """Put an operator into the packed graph that TensorRT does not know."""
+    model = onnx.load(graph_of(bundle))
     erf = next(node for node in model.graph.node if node.op_type == "Erf")
     erf.op_type, erf.domain, erf.name = "Gelu", "com.microsoft", "fused_gelu"
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, graph_of(bundle))
+    record(bundle, "onnx/model_packed.onnx", graph_of(bundle))
 
 
 def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
-    _rewrite(bundle, _fuse)
+    fuse(bundle)
     assert run(bundle, "--check") == 2
     captured = capsys.readouterr()
     assert "onnx/model_packed.onnx" in captured.err
@@ -222,17 +226,14 @@ def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
 def test_check_passes_over_a_graph_beside_which_there_is_a_fit_one(bundle: Path, capsys: Any):
     other = graph_of(bundle).with_name("model_packed_gpu.onnx")
     shutil.copy(graph_of(bundle), other)
-    _rewrite(bundle, _fuse)
-    data = json.loads((bundle / "manifest.json").read_text())
-    data["files"]["onnx/model_packed_gpu.onnx"] = sha256_file(other)
-    (bundle / "manifest.json").write_text(json.dumps(data))
+    fuse(bundle)
+    record(bundle, "onnx/model_packed_gpu.onnx", other)
     assert run(bundle, "--check") == 0
     breaches = {g["graph"]: len(g["breaches"]) for g in json.loads(capsys.readouterr().out)["graphs"]}
     assert breaches["onnx/model_packed.onnx"] > 0
     assert breaches["onnx/model_packed_gpu.onnx"] == 0
     other.unlink()
-    del data["files"]["onnx/model_packed_gpu.onnx"]
-    (bundle / "manifest.json").write_text(json.dumps(data))
+    record(bundle, "onnx/model_packed_gpu.onnx", None)
     assert run(bundle, "--check") == 2
     assert run(bundle, "--check", "--padded") == 0
 
@@ -245,47 +246,32 @@ def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_script_folder_builds_and_proves_what_the_bundle_holds(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path, capsys: Any, padded: bool
+    bundle: Path, texts: Path, tmp_path: Path, capsys: Any, padded: bool
 ):
     folder = tmp_path / "target"
     options = ("--precision", "fp32", "--script", folder, "--parity-texts", texts)
     assert run(bundle, *options, *(["--padded"] if padded else [])) == 0
     assert "trtexec --onnx=model" in capsys.readouterr().err
-    graph = "model.onnx" if padded else "model_packed.onnx"
+    graph, output = ("model.onnx", "sentence_embedding") if padded else ("model_packed.onnx", "embedding")
     written = {"build_engine.py", "prove_plan.py", "request.json", "samples.npz", graph}
     assert {path.name for path in folder.iterdir()} == written
     assert (folder / graph).read_bytes() == (bundle / "onnx" / graph).read_bytes()
     assert (folder / "prove_plan.py").read_bytes() == Path(prove_plan.__file__).read_bytes()
     request = read_request(folder / "request.json")
     assert (request.layout, request.timing_cache) == ("padded" if padded else "packed", "timing.cache")
+    held = [profile["input_ids"] for profile in request.profiles]
+    session = onnxruntime.InferenceSession(str(folder / graph), providers=["CPUExecutionProvider"])
     stored = np.load(folder / "samples.npz")
+    assert str(stored["output"]) == output
     batches = range(int(stored["batches"]))
     assert sum(stored[f"{i}/vectors"].shape[0] for i in batches) == len(TEXTS)
-    held = [profile["input_ids"] for profile in request.profiles]
     for i in batches:
-        shape = stored[f"{i}/input/input_ids"].shape
+        prefix = f"{i}/input/"
+        feed = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
+        shape = feed["input_ids"].shape
         assert any(all(a <= x <= b for a, x, b in zip(low, shape, high, strict=True)) for low, _, high in held)
-
-
-def test_stored_samples_are_what_the_graph_gives(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path
-):
-    import onnxruntime
-
-    for padded, output in ((False, "embedding"), (True, "sentence_embedding")):
-        folder = tmp_path / str(padded)
-        flags = ["--padded"] if padded else []
-        assert run(bundle, "--precision", "fp32", "--script", folder, "--parity-texts", texts, *flags) == 0
-        graph = folder / ("model.onnx" if padded else "model_packed.onnx")
-        session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-        stored = np.load(folder / "samples.npz")
-        assert str(stored["output"]) == output
-        for i in range(int(stored["batches"])):
-            prefix = f"{i}/input/"
-            feed = {key.removeprefix(prefix): stored[key] for key in stored.files if key.startswith(prefix)}
-            (found,) = session.run([output], feed)
-            wanted = stored[f"{i}/vectors"]
-            np.testing.assert_allclose(found.reshape(-1, wanted.shape[1])[stored[f"{i}/slots"]], wanted, atol=1e-4)
+        (found,), vectors = session.run([output], feed), stored[f"{i}/vectors"]
+        np.testing.assert_allclose(found.reshape(-1, vectors.shape[1])[stored[f"{i}/slots"]], vectors, atol=1e-4)
 
 
 def test_contradicting_options_are_refused(bundle: Path, tmp_path: Path, capsys: Any):
