@@ -23,6 +23,7 @@ def test_auto_follows_the_documented_rule(manifest, monkeypatch, bf16, openvino,
     monkeypatch.setattr("mirror_runtime.selection.has_bf16", lambda: bf16)
     monkeypatch.setattr("mirror_runtime.selection.installed", have.__getitem__)
     *names, artifact = choose(manifest, "auto", "auto")
+    assert artifact is not None
     assert tuple(names) == (artifact.engine, artifact.precision) == chosen
 
 

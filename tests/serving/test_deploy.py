@@ -45,10 +45,13 @@ def write_bundle(folder: Path, template: Path, dim: int) -> Path:
         canaries = ["", "hello world", "a canary that is too long " * 30]
         vectors = encoder.encode(canaries)
     pairs = zip(canaries, vectors.tolist(), strict=True)
-    stored = Canaries(canaries=tuple(Canary(text=text, vector=tuple(vector)) for text, vector in pairs))
-    write_json(stored, folder / CANARIES_FILE)
-    seal(folder, dim=dim)
+    store_canaries(folder, dim, *(Canary(text=text, vector=tuple(vector)) for text, vector in pairs))
     return folder
+
+
+def store_canaries(bundle: Path, dim: int, *canaries: Canary) -> None:
+    write_json(Canaries(canaries=canaries), bundle / CANARIES_FILE)
+    seal(bundle, dim)
 
 
 def seal(folder: Path, dim: int) -> None:
@@ -82,16 +85,13 @@ def corrupt_a_file(bundle: Path) -> None:
 
 
 def lose_its_canaries(bundle: Path) -> None:
-    write_json(Canaries(canaries=()), bundle / CANARIES_FILE)
-    seal(bundle, dim=24)
+    store_canaries(bundle, 24)
 
 
 def store_other_vectors(bundle: Path) -> None:
     """Make the bundle consistent, but with stored vectors that its model does not return."""
-    canaries = read_canaries(bundle)
-    wrong = dataclasses.replace(canaries[1], vector=canaries[0].vector)
-    write_json(Canaries(canaries=(canaries[0], wrong, canaries[2])), bundle / CANARIES_FILE)
-    seal(bundle, dim=24)
+    first, second, third = read_canaries(bundle)
+    store_canaries(bundle, 24, first, dataclasses.replace(second, vector=first.vector), third)
 
 
 def break_the_tokenizer(bundle: Path) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -112,12 +114,9 @@ def test_another_projects_model_is_an_error(make_client):
     with pytest.raises(ServerError, match="model 'resnet' has no output EMBEDDING"):
         make_client(echo).encode(["a"])
 
-    class Result:
-        def as_numpy(self, name):
-            return None if name in ("TRUNCATED", "FINGERPRINT") else np.zeros((1, 1))
-
+    outputs = {"EMBEDDING": np.zeros((1, 1)), "TOKENS": np.zeros((1, 1))}
     with pytest.raises(ServerError, match="the reply has no TRUNCATED, FINGERPRINT: serve the model with"):
-        read_reply(Result())
+        read_reply(Mock(as_numpy=outputs.get))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_options_are_checked(options, message, kind):
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
-    monkeypatch.setitem(__import__("sys").modules, f"tritonclient.{protocol}", None)
+    monkeypatch.setitem(sys.modules, f"tritonclient.{protocol}", None)
     with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
         Client(protocol=protocol)
     with pytest.raises(MissingExtra, match=r"mirror-runtime\[client\]"):
@@ -238,15 +237,10 @@ def test_another_vector_space_than_the_expected_one_is_an_error(make_client):
 
 
 def test_pauses_double_up_to_a_bound_with_full_jitter():
-    lows: list[float] = []
-
-    def jitter(low: float, high: float) -> float:
-        lows.append(low)
-        return high
-
+    jitter = Mock(side_effect=lambda low, high: high)
     pauses = [pause_before(tries, None, jitter) for tries in range(8)]
     assert pauses == [FIRST_PAUSE_S * 2**i for i in range(6)] + [LONGEST_PAUSE_S] * 2
-    assert not any(lows)
+    assert {call.args[0] for call in jitter.call_args_list} == {0}
     assert pause_before(10_000, 3.0, jitter) == 3.0 + LONGEST_PAUSE_S
 
 
