@@ -24,16 +24,8 @@ CALIBRATION_TEXTS = 300
 """The library's default."""
 
 PACKAGES = (
-    "sentence-transformers",
-    "transformers",
-    "torch",
-    "optimum",
-    "optimum-intel",
-    "optimum-onnx",
-    "openvino",
-    "nncf",
-    "onnxruntime",
-    "numpy",
+    *("sentence-transformers", "transformers", "torch", "optimum", "optimum-intel", "optimum-onnx"),
+    *("openvino", "nncf", "onnxruntime", "numpy"),
 )
 
 

@@ -20,13 +20,7 @@ LEAST_WINDOWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """Limits that a run must keep.
-
-    Attributes:
-        growth_mb_per_hour: of all server processes' resident memory together, over the second half of the run.
-        drift: p99 of the last third of the run over that of the first.
-        unexpected: requests that end as none may.
-    """
+    """Limits that a run must keep: see `growth` of `ALL`, `drift`, and the number of unexpected ends."""
 
     growth_mb_per_hour: float
     drift: float

@@ -315,7 +315,7 @@ def bad(kind: Kind) -> Request:
     ],
 )
 def test_a_bad_request_is_bad_and_must_be_refused_for_the_right_reason(expected, kind, sent, reason):
-    received = []
+    received: list[object] = []
     end(expected, received.append, bad(kind))
     assert received == [sent]
     assert end(expected, raising(Rejected(reason)), bad(kind))[0] is Outcome.REFUSED
