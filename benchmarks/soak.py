@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import our rooms from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
