@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
-if __package__ in (None, ""):  # run by path: import packages from the repository root, not from this folder
+if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
@@ -160,6 +160,7 @@ def run(
     environments = Environments(given=parse_environments(peer_env or [], "--peer-env", known), folder=env_dir)
     manifest = read_manifest(bundle)
     tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
+    sets = read_evaluation_sets(sts or (), words or (), quick=quick) if Suite.QUALITY in suites else ()
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
         plan = Plan(
             bundle=bundle,
@@ -170,7 +171,7 @@ def run(
             rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
             seed=seed,
             quick=quick,
-            sets=read_evaluation_sets(sts or (), words or (), quick=quick) if Suite.QUALITY in suites else (),
+            sets=sets,
             peers=peers,
             training=tuning,
             shape=read_shape(bundle),
