@@ -244,9 +244,7 @@ def _check_spec(spec: EncoderSpec, config: dict[str, Any], folder: Path) -> None
             f"{folder}: {ENCODER_FILE} has family {spec.family} and config.json {family}: a mix of two encoders"
         )
     if not spec.dense and spec.dim > width:
-        raise BundleError(
-            f"{folder}: {ENCODER_FILE} has dim {spec.dim} and config.json {width}: a mix of two encoders"
-        )
+        raise BundleError(f"{folder}: {ENCODER_FILE} has dim {spec.dim} and config.json {width}: a mix of two encoders")
 
 
 def _check_head(requested: HeadSpec, recorded: HeadSpec, folder: Path) -> None:

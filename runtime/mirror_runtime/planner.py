@@ -155,9 +155,7 @@ class Planner:
         accepted = [setting for setting, trial in self._measured.items() if trial.accepted]
         if self._best is None:
             reached = max(min(trial.min_cosine, trial.certified_cosine) for trial in self._measured.values())
-            raise ParityError(
-                f"no artifact reaches the floor {self._floor}: the best has {reached:.6f}. Lower --floor"
-            )
+            raise ParityError(f"no artifact reaches the floor {self._floor}: the best has {reached:.6f}. Lower --floor")
         counts = {max(1, cores // 2), cores, 2 * cores if cores > 1 else 1, 1}
         survivors = sorted(accepted, key=self._objective)[: self._budget.survivors]
         self._step("streams", [replace(s, streams=n) for s in survivors for n in sorted(counts)])
