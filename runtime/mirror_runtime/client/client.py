@@ -120,7 +120,7 @@ class Client:
 
         Args:
             texts: any iterable; its order is kept. An item that is not a text gets an error of its own.
-            batch_size: most texts in a request.
+            batch_size: maximum number of texts per request.
             deadline_s: seconds for the whole call; None limits each request alone.
             truncate: cut texts over the encoder's limit, or reject them; None leaves it to the server.
             dimensions: leading components to keep; None keeps all.

@@ -1,9 +1,9 @@
-"""One call of `encode`, without input or output: which requests to send, and what follows a reply or an error.
+"""One call of `encode` without any I/O (sans-I/O): which requests to send, and what follows a reply or an error.
 
 Both clients drive it: they ask for a request, send it, and hand back the reply or the exception. Everything else
 happens here: texts are grouped into requests; a request that the server refused for now is repeated after a pause; a
-request that it rejected is halved until the rejected texts stand alone; requests that another model answered than the
-last one are repeated; the replies become one result.
+request that it rejected is halved until the rejected texts stand alone; requests answered by a model that has
+since been replaced are repeated; the replies become one result.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class CallOptions:
     """Options of one call of `encode`; None leaves an option to the server.
 
     Attributes:
-        batch_size: most texts in a request.
+        batch_size: maximum number of texts per request.
         deadline_s: seconds for the whole call; None limits each request alone.
         truncate: whether long texts are cut or rejected.
         dimensions: leading components to keep.
@@ -174,7 +174,7 @@ class Exchange:
     def next_round(self) -> bool:
         """Return whether there are requests to send, at the start and after every request has been answered.
 
-        Requests that another model answered than the last one come again: their vectors cannot be compared.
+        Requests answered by a model that has since been replaced come again: their vectors cannot be compared.
 
         Raises:
             ServerError: the model was replaced again and again.

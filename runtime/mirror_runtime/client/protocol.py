@@ -46,6 +46,7 @@ Parameters: TypeAlias = Mapping[str, "str | int | bool"]
 DEAD_RUNNER = "is not healthy"
 """Part of Triton's message while the process that runs a model is dead or stopped."""
 
+# Both match messages of `triton.model`: scheduler.py and token_budget.py.
 _EXPIRED = "was over before work on it began"
 _RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 
@@ -110,7 +111,7 @@ class ModelFacts:
     Attributes:
         width: length of a vector's array.
         vector_type: of its components.
-        max_batch_size: most texts in a request.
+        max_batch_size: maximum number of texts per request.
     """
 
     width: int

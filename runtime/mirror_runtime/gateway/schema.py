@@ -36,7 +36,7 @@ Texts = Annotated[
 ]
 Dimensions = Annotated[
     int | None,
-    Field(ge=1, description="Keep the first so many components: one of the values in /info, or null for all."),
+    Field(ge=1, description="Keep the first N components: one of the values in /info, or null for all."),
 ]
 
 

@@ -94,7 +94,7 @@ class GatewayService:
 
         Args:
             texts: at least one.
-            dimensions: keep the first so many components; None for all.
+            dimensions: keep the first N components; None for all.
             normalize: scale vectors to length 1; None for the encoder's own choice.
             truncate: False refuses texts that would be truncated.
 
@@ -131,7 +131,7 @@ class GatewayService:
                     # Not subject to the limit on texts in flight: a busy gateway is healthy.
                     _check_finite(await asyncio.wait_for(self.backend.encode([PROBE]), PROBE_S))
                     self._record_outcome(None)
-                except Exception as error:  # the same edge
+                except Exception as error:  # any failure means unhealthy
                     self._record_outcome(error)
                     _log.warning("not healthy: %s: %s", type(error).__name__, error)
         if self._problem is not None:

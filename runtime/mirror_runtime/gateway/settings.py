@@ -19,7 +19,7 @@ class GatewaySettings:
 
     Attributes:
         model: the name that requests must pass as `model`.
-        dimensions: shorter vectors that requests may choose: the first so many components. Only for encoders that
+        dimensions: shorter vectors that requests may choose: the first N components. Only for encoders that
             were tuned for it.
         keys: API keys, each of which opens the gateway; empty for an open gateway.
         max_batch: maximum texts per request.

@@ -42,7 +42,7 @@ _TYPES = {
 }
 
 _CONFIG = """\
-# Rendered from a bundle's manifest by mirror_runtime.triton.encoder_model: change that file, not this one.
+# Rendered from a bundle's manifest by mirror_runtime.triton.model.backend_model: change that file, not this one.
 name: "{name}"
 backend: "{backend}"
 default_model_filename: "{file}"

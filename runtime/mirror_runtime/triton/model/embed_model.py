@@ -55,7 +55,7 @@ class TritonPythonModel:
             options = ServingOptions.of_parameters(parameters, int(config["max_batch_size"]))
         except (InputError, KeyError, ValueError) as error:
             raise pb_utils.TritonModelException(
-                f"config.pbtxt is of another version of this project ({error}): write the repository again"
+                f"config.pbtxt was written by another version of this project ({error}): write the repository again"
             ) from None
         # Tokenising may use every core of this process, unless the operator has set the variable.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -43,15 +43,15 @@ class MetricsReporter:
     def __init__(self, pb_utils: Any, labels: Mapping[str, str], take: Callable[[], Snapshot]) -> None:
         self._take = take
         self._last = Snapshot(requests={}, tokens=0, slots=0, batches=0, in_flight=0)
-        kind = pb_utils.MetricFamily
+        family = pb_utils.MetricFamily
         self._families = {
-            name: kind(name=name, description=text, kind=sort)
-            for name, text, sort in (
-                ("mirror_requests_total", "Requests by outcome", kind.COUNTER),
-                ("mirror_tokens_total", "Tokens run", kind.COUNTER),
-                ("mirror_batches_total", "Batches of packed rows run", kind.COUNTER),
-                ("mirror_tokens_in_flight", "Estimated tokens of requests accepted and not answered", kind.GAUGE),
-                ("mirror_row_fill", "Share of the token positions run lately that held a token", kind.GAUGE),
+            name: family(name=name, description=text, kind=kind)
+            for name, text, kind in (
+                ("mirror_requests_total", "Requests by outcome", family.COUNTER),
+                ("mirror_tokens_total", "Tokens run", family.COUNTER),
+                ("mirror_batches_total", "Batches of packed rows run", family.COUNTER),
+                ("mirror_tokens_in_flight", "Estimated tokens of requests accepted and not answered", family.GAUGE),
+                ("mirror_row_fill", "Share of the token positions run lately that held a token", family.GAUGE),
             )
         }
         self._requests = {

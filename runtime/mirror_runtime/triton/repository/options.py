@@ -33,7 +33,7 @@ class ServingOptions:
         precision: a precision, or "auto".
         streams: parallel executions in an instance; None leaves it to the engine.
         long_texts: policy for texts over the encoder's `max_tokens` in requests that name none.
-        max_batch_size: most texts in a request, and in one call of the model.
+        max_batch_size: maximum number of texts per request and per call of the model.
         row_tokens: length of a standard row; None for that of a plan on the serving machine, or the default.
         batch_tokens: tokens of a full batch; None like `row_tokens`; set both or neither.
         instances: processes that run the model, each on its own share of the cores.

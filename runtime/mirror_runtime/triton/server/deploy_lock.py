@@ -33,7 +33,7 @@ def deploying(repository: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{repository} cannot be written: {error.strerror}") from error
     try:
-        if not _locks(handle, fcntl.LOCK_EX):
+        if not _try_lock(handle, fcntl.LOCK_EX):
             raise InputError(f"another process deploys into {repository}: wait for it")
         try:
             yield
@@ -61,7 +61,7 @@ class DeployLock:
         except OSError:  # there has never been a deployment
             return False
         try:
-            under_way = not _locks(handle, fcntl.LOCK_SH)
+            under_way = not _try_lock(handle, fcntl.LOCK_SH)
         finally:
             os.close(handle)
         before, self._seen_ns = self._seen_ns, self._modified_ns()
@@ -90,7 +90,7 @@ class ServerFile:
     def __init__(self, repository: Path) -> None:
         self._path = repository / ACCESS_FILE
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _locks(self._handle, fcntl.LOCK_EX):
+        if not _try_lock(self._handle, fcntl.LOCK_EX):
             os.close(self._handle)
             raise InputError(f"another mirror serve runs on {repository}: stop it first")
         os.ftruncate(self._handle, 0)
@@ -123,7 +123,7 @@ def find_server(repository: Path) -> Access | None:
     except OSError as error:
         raise ServerError(f"another user owns the server of {repository}: {path}: {error.strerror}") from error
     try:
-        if _locks(handle, fcntl.LOCK_SH):
+        if _try_lock(handle, fcntl.LOCK_SH):
             return None  # a killed process left the file
         content = os.pread(handle, 4096, 0)
     finally:
@@ -133,7 +133,7 @@ def find_server(repository: Path) -> Access | None:
     return Access(**json.loads(content))
 
 
-def _locks(handle: int, kind: int) -> bool:
+def _try_lock(handle: int, kind: int) -> bool:
     """Try to lock a file, and retry an exclusive lock: checks hold a shared lock for a moment."""
     for _ in range(_TRIES if kind == fcntl.LOCK_EX else 1):
         try:
