@@ -15,11 +15,15 @@ def main(bundle: str, file: str, query: str) -> None:
     """Print the three lines of `file` nearest to `query`."""
     texts = Path(file).read_text(encoding="utf-8").splitlines()
     with Encoder.load(bundle) as encoder:
-        index = faiss.IndexFlatIP(encoder.spec.dim)  # inner product of unit vectors is the cosine
-        index.add(encoder.encode(texts))
-        faiss.write_index(index, f"{file}.faiss")
-        Path(f"{file}.space").write_text(encoder.fingerprint, encoding="utf-8")
-        scores, found = index.search(encoder.encode([query]), min(3, len(texts)))
+        vectors, asked = encoder.encode(texts), encoder.encode([query])
+        fingerprint = encoder.fingerprint
+    for rows in (vectors, asked):
+        faiss.normalize_L2(rows)  # the inner product of unit vectors is the cosine; most bundles are normalised already
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    faiss.write_index(index, f"{file}.faiss")
+    Path(f"{file}.space").write_text(fingerprint, encoding="utf-8")
+    scores, found = index.search(asked, min(3, len(texts)))
     for score, number in zip(scores[0], found[0], strict=True):
         print(f"{score:.3f}  {texts[number]}")
 

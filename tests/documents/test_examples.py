@@ -1,15 +1,20 @@
 """Every example runs."""
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from export import to_onnx
 from tests.support.gateways import MODEL, Gateway
 from tests.support.gateways import running as running_gateway
 from tests.support.paths import ROOT
+from tests.support.trace_cache import cached_traces
+from training import tune
 
 LINES = ["the cat sat on the mat.", "a man is playing a guitar", "a cat sat on a mat"]
 
@@ -66,13 +71,22 @@ def test_serve_and_ask(gateway_bundle: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.startswith("vector space 0123456789abcdef\nthe cat sat on the mat. [")
 
 
-@pytest.mark.slow  # two real commands, each of which imports torch
-def test_tune_on_documents(tiny_bert: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # tunes and exports
+def test_tune_on_documents(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = tmp_path / "docs"
     documents.mkdir()
     sentences = [f"The {animal} sat on the mat. A man is playing a guitar and a {animal}." for animal in ("cat", "dog")]
     (documents / "page.md").write_text("# Title\n\n" + "\n\n".join(sentences), encoding="utf-8")
+    commands = {"training/tune.py": tune.main, "export/to_onnx.py": to_onnx.main}
+
+    def in_process(command: list[str], *, cwd: Path, check: bool) -> None:
+        """Run the command here: a process of its own would import PyTorch for seconds, and other tests start both."""
+        assert (command[0], cwd, check) == (sys.executable, ROOT, True)
+        assert commands[command[1]](command[2:]) == 0
+
+    monkeypatch.setattr(subprocess, "run", in_process)
     bundle = tmp_path / "bundle"
     options = ("--pooling", "mean", "--epochs", "1", "--max-tokens", "16", "--batch-size", "2")
-    example("tune_on_documents").main(str(tiny_bert), str(documents), str(tmp_path / "run"), str(bundle), *options)
+    with cached_traces():
+        example("tune_on_documents").main(str(tiny_bert), str(documents), str(tmp_path / "run"), str(bundle), *options)
     assert (bundle / "manifest.json").is_file()
