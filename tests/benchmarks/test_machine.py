@@ -1,4 +1,4 @@
-"""Ceilings are of the precision they name, a floor is no higher than its bounds, reference work fits its rows."""
+"""Ceilings are of the precision they name, a floor stays below its bounds, reference work fits its rows."""
 
 import os
 

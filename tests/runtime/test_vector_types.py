@@ -59,6 +59,13 @@ def encode(bundle: Path, texts: list[Any], **options: Any) -> Any:
         return encoder.encode(texts)
 
 
+def test_int8_components_beyond_the_range_are_clipped_and_do_not_wrap_around() -> None:
+    spec = encoder_spec(vector_type=VectorType.INT8, int8_scale=0.01)
+    found = round_vectors(np.array([[-9.9, -1.28, -0.014, 0.0, 0.016, 1.27, 1.28, 9.9]], np.float32), spec)
+    assert found.dtype == np.int8
+    assert found.tolist() == [[-127, -127, -1, 0, 2, 127, 127, 127]]
+
+
 @EACH
 def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, triton):
     bundle, plain = typed(kind), typed(VectorType.FLOAT32)
