@@ -22,6 +22,8 @@ from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
 from tests.support.trace_cache import cached_traces
 
+pytestmark = pytest.mark.trace
+
 CUDA, TENSORRT = EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT
 DOCUMENTED = {
     *("device_id", "trt_max_workspace_size", "trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable"),

@@ -15,6 +15,7 @@ from mirror_runtime.errors import MissingExtra, ServerError
 from mirror_runtime.triton.server.distribution import find_distribution, server_environment
 
 
+@pytest.mark.serving
 def test_the_installed_wheel_has_every_part():
     found = find_distribution()
     assert os.access(found.binary, os.X_OK)
@@ -46,6 +47,7 @@ def test_an_unfit_machine_is_offered_the_container(monkeypatch, owner, name, val
     assert "docker run" in str(caught.value)
 
 
+@pytest.mark.serving
 def test_a_missing_shared_libpython_is_reported_with_its_cure(monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", lambda name: "/nowhere")
     monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
@@ -53,6 +55,7 @@ def test_a_missing_shared_libpython_is_reported_with_its_cure(monkeypatch):
         server_environment(find_distribution())
 
 
+@pytest.mark.serving
 def test_the_model_process_sees_this_package_first_and_keeps_the_callers_paths(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/callers/path")
     environment = server_environment(find_distribution())
