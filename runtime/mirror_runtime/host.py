@@ -111,12 +111,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_memory_bytes(pid: int) -> int:
-    """Read the memory that a process holds now, in bytes; 0 where it has ended."""
-    pages = _read(Path(f"/proc/{pid}/statm")).split()
-    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
-
-
 def _cpuinfo(key: str) -> str:
     lines = _read(Path("/proc/cpuinfo")).splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")

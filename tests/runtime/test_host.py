@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror_runtime.host import cpu_quota_cores, memory_limit_bytes, peak_memory_bytes, resident_memory_bytes
+from mirror_runtime.host import cpu_quota_cores, memory_limit_bytes, peak_memory_bytes
+from mirror_runtime.triton.server.processes import resident_bytes
 from tests.runtime.isolated import start
 
 
@@ -62,8 +63,8 @@ def test_no_control_groups_are_no_limits(tmp_path):
 
 
 def test_memory_of_a_process_is_read_while_it_lives():
-    assert 2**20 < resident_memory_bytes(os.getpid()) <= peak_memory_bytes() * 1.1
-    assert resident_memory_bytes(2**22 + 1) == 0  # beyond the largest process id
+    assert 2**20 < resident_bytes([os.getpid()]) <= peak_memory_bytes() * 1.1
+    assert resident_bytes([2**22 + 1]) == 0  # beyond the largest process id
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
