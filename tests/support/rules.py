@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Generator
 from typing import Any
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
+        platform.platform()  # starts `uname` the first time, in whichever test that would be
         sys.addaudithook(_refuse_processes)
 
 
