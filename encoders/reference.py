@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging as transformers_logging
 
 from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
+from encoders.sentence_transformers import read_json
 from encoders.source import ResolvedEncoder
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
@@ -60,6 +61,13 @@ class Reference:
             raise BundleError(
                 f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
                 "both count from 0"
+            )
+        rows = self.model.get_input_embeddings().num_embeddings
+        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= rows:
+            raise BundleError(
+                f"{name}: tokenizer.json has the token {token!r} with id {largest}, and the embedding table has {rows} "
+                "rows: resize it (resize_token_embeddings) or save the right tokenizer"
             )
         if len(self.dense) != len(spec.dense):
             raise BundleError(f"{name} has {len(self.dense)} dense layers where {len(spec.dense)} are recorded")
@@ -226,6 +234,8 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except KeyError as error:
+        raise BundleError(f"{source.folder}/config.json names {error}, which transformers does not know") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"the weights in {source.folder} cannot be loaded: {error}") from error
     missing = {name for name in loading["missing_keys"] if not name.startswith("pooler.")}
@@ -234,6 +244,8 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
         raise BundleError(f"{source.folder} lacks weights of the model in config.json: {names}")
     if loading["missing_keys"]:
         model.pooler = None  # it has no weights in the file, and no pooling reads it
+    if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise BundleError(f"the weights in {source.folder} hold NaN or infinite numbers: {', '.join(bad[:3])}")
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -263,10 +275,44 @@ def load_tokenizer(source: ResolvedEncoder) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise BundleError(f"the tokenizer in {source.folder} cannot be loaded: {error}") from error
+    check_settings(source.folder, backend, known)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         raise BundleError(f"the tokenizer in {source.folder} has no padding token: add one")
     return tokenizer
+
+
+def check_settings(folder: Path, file: Tokenizer, known: PreTrainedTokenizerBase) -> None:
+    """Raise where `tokenizer_config.json`, which transformers reads too, contradicts `tokenizer.json`.
+
+    Every engine, server and client here reads `tokenizer.json` alone, as other tools do; transformers does not, so a
+    contradiction means other vectors than the encoder's author has.
+
+    Raises:
+        BundleError: they differ in case, in added tokens, or in the side on which long texts are cut.
+    """
+    problem = ""
+    cased, lower = ("A Quick FOX", "a quick fox")
+    ids = file.encode(cased, add_special_tokens=False).ids
+    theirs = known(cased, add_special_tokens=False)["input_ids"]
+    both = file.encode(lower, add_special_tokens=False).ids, known(lower, add_special_tokens=False)["input_ids"]
+    if ids != theirs and both[0] == both[1]:
+        problem = f"{TOKENIZER_FILE} {'lower-cases' if ids == both[0] else 'keeps the case of'} texts"
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, dict) if path.is_file() else {}
+    named = {str(token.get("content")) for token in (config.get("added_tokens_decoder") or {}).values()}
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        extra = config.get(key) or ()
+        named |= set(map(str, extra.values() if isinstance(extra, dict) else extra))
+    if unknown := sorted(named - file.get_vocab().keys()):
+        problem = f"{TOKENIZER_FILE} does not have the added tokens {', '.join(map(repr, unknown[:3]))}"
+    if known.truncation_side != "right":
+        problem = f"truncation_side is {known.truncation_side!r}, and only the end of long texts can be cut"
+    if problem:
+        raise BundleError(
+            f"{path} contradicts {TOKENIZER_FILE}: {problem}. Load the tokenizer with "
+            "transformers, check which is right, and save it again with save_pretrained"
+        )
 
 
 @contextlib.contextmanager

@@ -37,7 +37,25 @@ ACTIVATION_CLASSES = {
 """Their class names in sentence-transformers folders."""
 
 KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
-"""The supported modules, in their required order."""
+"""The supported modules, in their required order. Dropout does nothing at inference and may stand anywhere."""
+
+TRANSFORMER_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Where sentence-transformers 6 looks for the settings of the Transformer module; the first that is not empty counts."""
+
+NO_EFFECT = {
+    "model": {"attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage"},
+    "processor": {"use_fast", "padding_side", "clean_up_tokenization_spaces"},
+    "config": set[str](),
+}
+"""Arguments of the Transformer module that change no vector, by where sentence-transformers passes them."""
+
+OLD_ARGUMENTS = {"model": "model_args", "processor": "tokenizer_args", "config": "config_args"}
+
+DEFAULT_PROMPTS = ("query", "document")
+"""Names that every sentence-transformers model knows, empty unless the folder fills them."""
 
 PROMPT = "template"
 """The prompt's name in a written folder, for a template that only precedes the text."""
@@ -59,6 +77,7 @@ class RecordedEncoder:
         dense_folders: of their weights.
         normalize: whether vectors are scaled to unit length.
         max_tokens: None if no limit is recorded.
+        dim: components that are kept; None for all.
         template: the default prompt; None if the folder has none.
     """
 
@@ -68,6 +87,7 @@ class RecordedEncoder:
     dense_folders: tuple[Path, ...]
     normalize: bool
     max_tokens: int | None
+    dim: int | None
     template: str | None
 
 
@@ -79,13 +99,20 @@ def read_modules(root: Path) -> RecordedEncoder:
     """
     found: list[tuple[str, Path]] = []
     for module in read_json(root / "modules.json", list):
-        package, kind = module["type"].split(".", 1)[0], module["type"].rsplit(".", 1)[-1]
-        if package != "sentence_transformers" or kind not in KINDS:
+        name = module.get("type") if isinstance(module, dict) else None
+        path = module.get("path", "") if isinstance(module, dict) else None
+        if not isinstance(name, str) or not isinstance(path, str):
+            raise BundleError(f"{root}/modules.json has the entry {module!r}: it needs a type and a path")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise BundleError(f"{root}/modules.json has the path {path!r}, which leaves the folder")
+        package, kind = name.split(".", 1)[0], name.rsplit(".", 1)[-1]
+        if package != "sentence_transformers" or kind not in (*KINDS, "Dropout"):
             raise BundleError(
-                f"{root} has a module {module['type']}: only sentence_transformers' {', '.join(KINDS[:-1])} and "
+                f"{root} has a module {name}: only sentence_transformers' {', '.join(KINDS[:-1])} and "
                 f"{KINDS[-1]} are supported"
             )
-        found.append((kind, root / module.get("path", "")))
+        if kind != "Dropout" and (kind, "Normalize") != (found[-1][0] if found else "", kind):
+            found.append((kind, root / path))  # a second Normalize changes nothing
     order = [kind for kind, _ in found]
     if "Pooling" not in order:
         raise BundleError(f"{root}/modules.json has no Pooling module, so it has no single vector for a text")
@@ -94,14 +121,18 @@ def read_modules(root: Path) -> RecordedEncoder:
     folder = next((path for kind, path in found if kind == "Transformer"), root)
     pooling, takes_prompt = _read_pooling(next(path for kind, path in found if kind == "Pooling") / "config.json")
     dense = tuple(path for kind, path in found if kind == "Dense")
+    config_file = root / "config_sentence_transformers.json"
+    config = read_json(config_file, dict) if config_file.is_file() else {}
+    normalize = "Normalize" in order
     return RecordedEncoder(
         folder=folder,
         pooling=pooling,
         dense=tuple(_read_dense(path / "config.json") for path in dense),
         dense_folders=dense,
-        normalize="Normalize" in order,
-        max_tokens=_read_max_seq_length(folder),
-        template=_read_prompt(root, takes_prompt),
+        normalize=normalize,
+        max_tokens=_read_transformer(folder),
+        dim=_read_dim(config.get("truncate_dim"), config_file, normalize=normalize),
+        template=_read_prompt(config, config_file, takes_prompt),
     )
 
 
@@ -111,10 +142,10 @@ def _read_pooling(path: Path) -> tuple[Pooling, bool]:
     mode = config.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else list(mode or ())
     if not modes:
-        modes = [new for old, new in LEGACY_POOLING_KEYS.items() if config.get(old)]
+        modes = [new for old, new in LEGACY_POOLING_KEYS.items() if config.get(old)] or ["mean"]
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise BundleError(
-            f"{path} has pooling {' + '.join(modes) or 'none'}: it must be one of {', '.join(POOLING_MODES)}"
+            f"{path} has pooling {' + '.join(map(str, modes))}: it must be one of {', '.join(POOLING_MODES)}"
         )
     return POOLING_MODES[modes[0]], bool(config.get("include_prompt", True))
 
@@ -140,27 +171,77 @@ def _read_dense(path: Path) -> Dense:
     )
 
 
-def _read_max_seq_length(folder: Path) -> int | None:
-    path = folder / "sentence_bert_config.json"
-    if not path.is_file():
+def _read_transformer(folder: Path) -> int | None:
+    """Return the recorded limit in tokens, after a check that every other setting is one that we obey.
+
+    sentence-transformers passes these settings on to transformers (`Transformer.load_config` and `__init__`, release
+    6.2): an argument `model_max_length` of the tokenizer counts before `max_seq_length`.
+    """
+    paths = [folder / name for name in TRANSFORMER_FILES]
+    found = ((path, read_json(path, dict)) for path in paths if path.is_file())
+    path, config = next(((path, config) for path, config in found if config), (paths[0], dict[str, Any]()))
+    arguments: dict[str, dict[str, Any]] = {}
+    for kind, old in OLD_ARGUMENTS.items():
+        arguments[kind] = dict(config.get(old) or config.get(f"{kind}_kwargs") or {})
+    limit = arguments["processor"].pop("model_max_length", config.get("max_seq_length"))
+    lower_case = arguments["processor"].pop("do_lower_case", None)
+    if arguments["processor"].get("truncation_side") == "right":
+        del arguments["processor"]["truncation_side"]
+    refused = [
+        f"{kind} argument {name}" for kind, given in arguments.items() for name in given.keys() - NO_EFFECT[kind]
+    ]
+    text = (config.get("modality_config") or {}).get("text", {"method_output_name": "last_hidden_state"})
+    for name, wanted, value in (
+        ("transformer_task", ("feature-extraction", None), config.get("transformer_task")),
+        ("module_output_name", ("token_embeddings", None), config.get("module_output_name")),
+        ("modality_config of text", ("last_hidden_state",), (text or {}).get("method_output_name")),
+        ("processing_kwargs", (None, {}), config.get("processing_kwargs")),
+    ):
+        refused += [] if value in wanted else [f"{name} {value!r}"]
+    if refused:
+        raise BundleError(f"{path} has {', '.join(sorted(refused))}, which changes vectors and is not supported")
+    lowers = lower_cases(read_json(folder / TOKENIZER_FILE, dict).get("normalizer"))
+    if (config.get("do_lower_case") or lower_case) and not lowers:
+        raise BundleError(
+            f"{path} lower-cases texts before a cased tokenizer: move the lower-casing into {TOKENIZER_FILE} (a "
+            "Lowercase normalizer)"
+        )
+    if lower_case is False and lowers:
+        raise BundleError(f"{path} keeps the case of texts and {TOKENIZER_FILE} lower-cases: make them agree")
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise BundleError(f"{path} has the limit {limit!r}: it must be a number of tokens")
+    return limit
+
+
+def lower_cases(normalizer: Any) -> bool:
+    """Return whether a `normalizer` of tokenizer.json lower-cases text."""
+    if not isinstance(normalizer, dict):
+        return False
+    if normalizer.get("type") == "Sequence":
+        return any(map(lower_cases, normalizer.get("normalizers", ())))
+    return normalizer.get("type") == "Lowercase" or bool(normalizer.get("lowercase"))
+
+
+def _read_dim(dim: object, path: Path, *, normalize: bool) -> int | None:
+    if dim is None:
         return None
-    config = read_json(path, dict)
-    if config.get("do_lower_case"):
-        normalizer = read_json(folder / TOKENIZER_FILE, dict).get("normalizer") or {}
-        if not normalizer.get("lowercase"):
-            raise BundleError(
-                f"{path} lower-cases texts before a cased tokenizer: move the lower-casing into tokenizer.json"
-            )
-    limit = config.get("max_seq_length")
-    return limit if isinstance(limit, int) else None
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise BundleError(f"{path} has truncate_dim {dim!r}: it must be a number of components")
+    if normalize:
+        raise BundleError(
+            f"{path} has truncate_dim {dim} and modules.json normalises before that cut, so vectors have no unit "
+            "length: set truncate_dim to null and pass --dimensions, which normalises after the cut"
+        )
+    return dim
 
 
-def _read_prompt(root: Path, takes_prompt: bool) -> str | None:
+def _read_prompt(config: dict[str, Any], path: Path, takes_prompt: bool) -> str | None:
     """Return the default prompt as a template."""
-    path = root / "config_sentence_transformers.json"
-    config = read_json(path, dict) if path.is_file() else {}
-    name = config.get("default_prompt_name")
-    prompt = (config.get("prompts") or {}).get(name) if name else None
+    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
+    if name is not None and name not in (*prompts, *DEFAULT_PROMPTS):
+        known = ", ".join(map(repr, prompts)) or "none"
+        raise BundleError(f"{path} has default_prompt_name {name!r}, and its prompts are {known}: name one of them")
+    prompt = prompts.get(name) if name else None
     if not prompt:
         return None
     if not takes_prompt:

@@ -123,6 +123,7 @@ def _new_spec(
     limit = max_tokens or (recorded.max_tokens if recorded else None) or _token_limit(folder, config)
     dense = recorded.dense if recorded else ()
     family: str = config["model_type"]
+    dim = dense[-1].out_features if dense else config[FAMILIES[family].dim]
     return EncoderSpec(
         base_model=name,
         revision=None,
@@ -130,7 +131,7 @@ def _new_spec(
         pooling=pooling,
         normalize=False,
         max_tokens=limit,
-        dim=dense[-1].out_features if dense else config[FAMILIES[family].dim],
+        dim=min(dim, (recorded.dim if recorded else None) or dim),
         pad_to=limit if pooling is Pooling.MEAN_PADDED else None,
         layers=head.layers or (-1,),
         ditto=head.ditto,
@@ -183,6 +184,11 @@ def _check_weights(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder} is not an encoder: it has no config.json")
     config: dict[str, Any] = read_json(folder / "config.json", dict)
     _check_family(config, folder)
+    if (folder / "adapter_config.json").is_file():
+        raise BundleError(
+            f"{folder} has an adapter (adapter_config.json) beside or in place of full weights: merge it first "
+            "(peft's merge_and_unload, then save_pretrained)"
+        )
     if not any(folder.glob("model*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise BundleError(
