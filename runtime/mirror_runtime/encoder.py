@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -26,7 +27,7 @@ from mirror_runtime.bundle import (
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
-from mirror_runtime.errors import InputError, TextError
+from mirror_runtime.errors import EngineError, InputError, TextError
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.selection import AUTO
@@ -91,6 +92,7 @@ class Encoder:
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
+        self._process, self._closed = os.getpid(), False
 
     @classmethod
     def load(
@@ -292,6 +294,8 @@ class Encoder:
         """
         if isinstance(texts, (str, bytes)):
             raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
+        if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # iterating would encode the names of its columns
+            raise InputError(f"texts is a {type(texts).__name__}: pass one column, such as list(texts['text'])")
         if window < 1:
             raise InputError(f"window is {window}: it must be at least 1")
         return self._stream(iter(texts), window)
@@ -316,6 +320,7 @@ class Encoder:
         Raises:
             EngineError: `direct`, and the engine failed.
         """
+        self._check_usable()
         began = time.perf_counter()
         tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
@@ -360,22 +365,31 @@ class Encoder:
         for batch, output in zip(window.batches, outputs, strict=True):
             pieces[batch.pieces] = output
         vectors = self._join(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens))
-        self._counters.add(unpack_s=time.perf_counter() - began)
-        return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=tokenized.errors)
+        errors = dict(tokenized.errors)
+        # A sum of integers is finite, and one of floats is exactly where all of them are: a fraction of the full check.
+        if not np.isfinite(vectors.sum(dtype=np.float64)):
+            for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
+                errors[at] = TextError(at, "has a vector with NaN or infinity: check the bundle with mirror verify")
+                vectors[at] = 0
+        self._counters.add(unpack_s=time.perf_counter() - began, failed=len(errors) - len(tokenized.errors))
+        return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors)
 
     def warm_up(self) -> None:
         """Run every shape once except those for `bulk`, so that no later `begin` waits for a compilation.
 
         Raises:
-            EngineError: the engine failed.
+            EngineError: the engine failed, or its vectors are not finite.
         """
+        self._check_usable()
 
         def run(shape: tuple[int, int]) -> None:
             # Every row holds a text, because an engine may compare its streams' vectors. Every encoder has token 0 and
             # three positions.
             positions = np.broadcast_to(np.arange(shape[1]) % 3, shape)
             ones = np.ones(shape, np.int64)
-            self.engine.run(PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones))
+            vectors = self.engine.run(PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones))
+            if not np.isfinite(vectors).all():
+                raise EngineError(f"the vectors of {self.engine.name.value} hold NaN or infinity: run mirror verify")
 
         for _ in self._pool.map(run, self._shapes.shapes()):
             pass
@@ -411,7 +425,10 @@ class Encoder:
         yield from self._pool.map(run, [shape for shape in self._bulk_shapes.shapes() if shape not in filled])
 
     def close(self) -> None:
-        """Release the engine. The encoder cannot be used afterwards."""
+        """Release the engine. The encoder cannot be used afterwards. Closing twice is allowed."""
+        if self._closed or os.getpid() != self._process:
+            return  # the engine's threads, which closing waits for, exist in the process that loaded it
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
         self.engine.close()
 
@@ -422,6 +439,16 @@ class Encoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_usable(self) -> None:
+        """Raise instead of hanging: a forked process has a copy of the engine without its threads."""
+        if self._closed:
+            raise EngineError("this encoder is closed: load it again")
+        if os.getpid() != self._process:
+            raise EngineError(
+                "this encoder was loaded before the process forked, which leaves the engine's threads behind: load it "
+                "in the child, or start processes with spawn"
+            )
 
     def _stream(self, texts: Iterator[object], window: int) -> Iterator[Encoded]:
         running: deque[PendingWindow] = deque()

@@ -1,11 +1,15 @@
 import logging
+import multiprocessing
 import random
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 
 from mirror_runtime import Encoder, EngineError, InputError, TextError
@@ -50,6 +54,78 @@ def test_nothing_gives_an_empty_array(encoder):
 def test_one_string_is_no_list_of_texts(encoder, texts):
     with pytest.raises(InputError, match="pass a list"):
         encoder.encode(texts)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{"text": ["a", "b"]}, pyarrow.table({"text": ["a", "b"]}), pandas.DataFrame({"text": ["a", "b"]})],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_a_frame_is_refused_where_iterating_would_encode_its_column_names(encoder, texts):
+    with pytest.raises(InputError, match=r"pass one column, such as list\(texts\['text'\]\)"):
+        encoder.encode(texts)
+
+
+def test_a_vector_that_is_not_finite_is_an_error_of_its_text_alone(encoder, monkeypatch):
+    texts = ragged(300)
+    expected, run = encoder.encode(texts), encoder.engine.run
+    spoilt = expected[137]
+
+    def broken(rows):
+        vectors = run(rows)
+        vectors[(vectors == spoilt).all(axis=-1)] = [np.nan, np.inf, 0, 0, 0, 0, 0, 0]
+        return vectors
+
+    monkeypatch.setattr(encoder.engine, "run", broken)
+    encoded = encoder.encode_detailed(texts)
+    assert list(encoded.errors) == [137]
+    assert not encoded.vectors[137].any()
+    np.testing.assert_array_equal(np.delete(encoded.vectors, 137, 0), np.delete(expected, 137, 0))
+    assert encoder.stats.failed == 1
+    with pytest.raises(TextError, match="text 137: has a vector with NaN or infinity"):
+        encoder.encode(texts)
+
+
+def test_an_engine_whose_vectors_are_not_finite_does_not_warm_up(encoder, monkeypatch):
+    encoder.warm_up()
+    monkeypatch.setattr(encoder.engine, "run", lambda rows: np.full((*rows.shape, 8), np.nan, np.float32))
+    with pytest.raises(EngineError, match="hold NaN or infinity"):
+        encoder.warm_up()
+
+
+def test_a_closed_encoder_says_so(make_bundle):
+    encoder = Encoder.load(make_bundle(), engine="fake")
+    encoder.close()
+    encoder.close()
+    for use in (lambda: encoder.encode(["a"]), encoder.warm_up):
+        with pytest.raises(EngineError, match="closed: load it again"):
+            use()
+
+
+def use_in_child(encoder: Encoder, answers: multiprocessing.SimpleQueue) -> None:
+    try:
+        encoder.encode(["the cat sat on the mat."])
+    except EngineError as error:
+        answers.put(str(error))
+    encoder.close()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("engine", ["fake", "onnxruntime", "openvino"])
+def test_an_encoder_in_a_forked_child_raises_and_never_hangs(tiny_bundle, make_bundle, engine):
+    context = multiprocessing.get_context("fork")
+    bundle = make_bundle() if engine == "fake" else tiny_bundle
+    with Encoder.load(bundle, engine=engine, precision="fp32") as encoder:
+        expected = encoder.encode(["the cat sat on the mat."])
+        answers = context.SimpleQueue()
+        child = context.Process(target=use_in_child, args=(encoder, answers))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert "before the process forked" in answers.get()
+        np.testing.assert_array_equal(encoder.encode(["the cat sat on the mat."]), expected)
 
 
 def test_a_bad_text_is_named_by_position_across_windows(encoder, monkeypatch):
