@@ -141,16 +141,9 @@ class Encoder:
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
-        """Load one packed graph with default settings, whether or not the manifest lists it.
+        """Load one packed graph with default settings; `path` is relative to the folder.
 
         Export proves a graph this way before any manifest lists it: with the code that will serve it.
-
-        Args:
-            folder: the folder of the tokenizer and the graph.
-            manifest: the manifest with the `EncoderSpec`.
-            engine: the engine to load it with.
-            precision: the precision to run in.
-            path: the graph, relative to the folder.
 
         Raises:
             BundleError: the tokenizer is broken.

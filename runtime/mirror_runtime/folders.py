@@ -130,9 +130,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Create a folder of unfinished work if needed, and lock it for this process.
 
     The lock is released when the process ends, even if it is killed.
-
-    Raises:
-        InputError: the folder cannot be written, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

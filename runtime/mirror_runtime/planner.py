@@ -46,19 +46,12 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        texts: texts encoded together in each round.
-        singles: texts encoded one by one in each round.
-        rounds: measurements of each setting.
-        survivors: artifacts whose streams are varied.
-    """
-
-    texts: int = 1024
-    singles: int = 32
+    texts: int = 1024  # encoded together in each round
+    singles: int = 32  # texts encoded one by one in each round
     rounds: int = 5
-    survivors: int = 2
+    survivors: int = 2  # artifacts whose streams are varied
 
 
 QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
@@ -66,17 +59,11 @@ QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerProgress:
-    """Progress of one step.
+    """Progress of one step."""
 
-    Attributes:
-        name: what the step varies.
-        done: measurements done in this step.
-        turns: measurements of this step in all.
-    """
-
-    name: str
-    done: int
-    turns: int
+    name: str  # what the step varies
+    done: int  # measurements done in this step
+    turns: int  # measurements of this step in all
 
 
 @dataclass(frozen=True)
@@ -101,10 +88,6 @@ class Planner:
         budget: how much to measure.
         cache_dir: see `Encoder.load`.
         on_progress: called before each measurement and at the end of each step.
-
-    Raises:
-        BundleError: the folder is not a bundle, or has no canaries to check vectors against.
-        InputError: there are no texts, or the floor is not a cosine.
     """
 
     def __init__(
@@ -140,12 +123,7 @@ class Planner:
         """Artifacts that could not be measured, by name, with the reason."""
 
     def plan(self) -> HostPlan:
-        """Measure the settings, and choose the best one that reaches the floor.
-
-        Raises:
-            ParityError: no setting reaches it.
-            EngineError: nothing in the bundle runs here.
-        """
+        """Measure the settings, and choose the best one that reaches the floor; a `ParityError` if none does."""
         cores = usable_cores()
         self._step("artifacts", self._defaults())
         if not self._measured:

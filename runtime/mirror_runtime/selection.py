@@ -32,18 +32,10 @@ E = TypeVar("E", EngineName, Precision)
 
 
 def choose(manifest: Manifest, engine: str, precision: str) -> tuple[EngineName, Precision, Artifact | None]:
-    """Choose an engine, a precision and their packed artifact.
+    """Choose an engine, a precision and their packed artifact, which is None for the fake engine only.
 
-    Args:
-        manifest: the bundle's.
-        engine: an engine's name or "auto".
-        precision: a precision's name or "auto".
-
-    Returns:
-        The choice; the artifact is None for the fake engine only.
-
-    Raises:
-        EngineError: a name is unknown, the bundle has no such artifact, or (for "auto") nothing fits this machine.
+    An `EngineError` means that a name is unknown, that the bundle has no such artifact, or (for "auto") that nothing
+    fits this machine.
     """
     named_engine = None if engine == AUTO else _member(EngineName, engine, "engine")
     named_precision = None if precision == AUTO else _member(Precision, precision, "precision")

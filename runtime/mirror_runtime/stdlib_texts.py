@@ -36,15 +36,10 @@ _SIGNATURE = re.compile(r"^\w[\w.]*\(.*?\)\s*(->\s*\S+)?\s*(--|:)?\s*", re.DOTAL
 
 @dataclass(frozen=True, kw_only=True)
 class Documented:
-    """A module, class or function of the standard library.
+    """A module, class or function of the standard library."""
 
-    Attributes:
-        name: the dotted name, such as "shutil.rmtree".
-        text: its whole docstring, without indentation.
-    """
-
-    name: str
-    text: str
+    name: str  # dotted, such as "shutil.rmtree"
+    text: str  # the whole docstring, without indentation
 
     @property
     def summary(self) -> str:
@@ -56,10 +51,9 @@ class Documented:
 
 @cache
 def standard_library() -> tuple[Documented, ...]:
-    """Collect the docstrings of this Python's standard library. The first call takes a few seconds.
+    """Collect the docstrings of this Python's standard library, which takes a few seconds at the first call.
 
-    Returns:
-        Public objects by file and position, then those of built-in C modules. The same Python has the same ones.
+    Public objects come by file and position, then those of built-in C modules. The same Python has the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
     with _collector_paused():

@@ -69,17 +69,9 @@ class Tokenized:
 class Tokenizer:
     """A bundle's tokenizer with its length limit.
 
-    Args:
-        path: a `tokenizer.json`. Its truncation and padding settings are ignored, because the `EncoderSpec` has these.
-        max_tokens: longest piece in tokens, special tokens included.
-        long_texts: policy for longer texts.
-        template: text around every text, see `EncoderSpec`.
-        pad_to: pad every piece to this many tokens; None for no padding. `SPECIAL_TOKENS_FILE` beside the tokenizer
-            names the padding token.
-
-    Raises:
-        BundleError: a file cannot be read; special tokens are not just before and after the text; or the template
-            leaves no room for the text.
+    The file's own truncation and padding settings are ignored, because the `EncoderSpec` has these. With `pad_to`,
+    every piece is padded; `SPECIAL_TOKENS_FILE` beside the tokenizer names the padding token. Special tokens must stand
+    just before and after the text, and the template must leave room for it.
     """
 
     def __init__(
@@ -114,20 +106,11 @@ class Tokenizer:
 
     @classmethod
     def of(cls, folder: Path, spec: EncoderSpec, long_texts: LongTexts) -> Tokenizer:
-        """Load the tokenizer of a bundle or a run folder, for packed rows.
-
-        Raises:
-            BundleError: as the constructor.
-        """
+        """Load the tokenizer of a bundle or a run folder, for packed rows."""
         return cls(folder / TOKENIZER_FILE, spec.max_tokens, long_texts, template=spec.template, pad_to=spec.pad_to)
 
     def __call__(self, texts: Sequence[object], long_texts: Sequence[LongTexts] | None = None) -> Tokenized:
-        """Tokenise a window of texts. A bad text does not raise; `errors` has it.
-
-        Args:
-            texts: the texts.
-            long_texts: the policy for each text; None for the tokenizer's own.
-        """
+        """Tokenise a window of texts, each by its policy or the tokenizer's own. `errors` has the bad ones."""
         errors = {i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
@@ -213,15 +196,9 @@ def validate_text(index: int, text: object) -> TextError | None:
 
 
 def text_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
-    """Find the tokens that lie wholly within a part of a string.
+    """Find the tokens that lie wholly within characters `begin` to `end` of a string, as a half-open range.
 
-    Args:
-        offsets: the half-open range of each token's characters.
-        begin: the part's first character.
-        end: the character after its last.
-
-    Returns:
-        The half-open range of the tokens; empty where there are none.
+    `offsets` has the half-open range of each token's characters.
     """
     first = next((i for i, (start, _) in enumerate(offsets) if start >= begin), len(offsets))
     last = next((i for i in range(len(offsets), first, -1) if offsets[i - 1][1] <= end), first)

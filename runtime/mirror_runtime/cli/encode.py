@@ -44,26 +44,15 @@ class EnginePool(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """The options of `mirror encode`.
-
-    Attributes:
-        bundle: the bundle's folder.
-        corpus: the input.
-        output: the file, or with Ray the folder, to write.
-        load_options: further arguments of `Encoder.load`.
-        zero_bad: write zero vectors for rows that cannot be encoded, instead of stopping.
-        workers: Ray processes.
-        ray_address: a running Ray cluster; None starts one.
-        verbose: also print who chose the engine, and timings.
-    """
+    """The options of `mirror encode`."""
 
     bundle: Path
     corpus: CorpusFile
-    output: Path
-    load_options: Mapping[str, Any]
-    zero_bad: bool
-    workers: int
-    ray_address: str | None
+    output: Path  # the file, or with Ray the folder, to write
+    load_options: Mapping[str, Any]  # further arguments of `Encoder.load`
+    zero_bad: bool  # write zero vectors for rows that cannot be encoded, instead of stopping
+    workers: int  # Ray processes
+    ray_address: str | None  # a running Ray cluster; None starts one
     verbose: bool
 
 

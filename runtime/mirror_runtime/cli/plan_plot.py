@@ -19,12 +19,7 @@ def pareto(plan: HostPlan) -> list[Trial]:
 
 
 def draw(plan: HostPlan, output: Path) -> None:
-    """Draw a plan's trials as a PNG.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-        InputError: the file cannot be written.
-    """
+    """Draw a plan's trials as a PNG."""
     require("matplotlib", "bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

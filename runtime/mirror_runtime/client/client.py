@@ -216,11 +216,7 @@ class Client:
 
 
 def connect(options: ClientOptions) -> Transport:
-    """Open connections over the protocol of the options.
-
-    Raises:
-        MissingExtra: tritonclient is not installed.
-    """
+    """Open connections over the protocol of the options."""
     if options.protocol == "grpc":
         return GrpcTransport(options.address, options.model, options.timeout_s)
     return HttpTransport(options.address, options.model, options.timeout_s, options.in_flight)

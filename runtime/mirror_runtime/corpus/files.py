@@ -17,34 +17,21 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a corpus.
+    """One row of a corpus."""
 
-    Attributes:
-        text: the text; for JSON and Parquet any value that the file holds there.
-        position: how far the file has been read, in the unit of `CorpusFile.size`.
-    """
-
-    text: object
-    position: int
+    text: object  # for JSON and Parquet any value that the file holds there
+    position: int  # how far the file has been read, in the unit of `CorpusFile.size`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A section of a corpus that can be read without the rows before it.
-
-    Attributes:
-        number: of the shard, from 0.
-        first: number of its first row in the corpus, from 0.
-        rows: number of rows.
-        begin: where it begins: a byte of a text file, a row group of a Parquet file.
-        end: where it ends, in the same unit.
-    """
+    """A section of a corpus that can be read without the rows before it."""
 
     number: int
-    first: int
-    rows: int
-    begin: int
-    end: int
+    first: int  # number of its first row in the corpus, from 0
+    rows: int  # number of rows
+    begin: int  # a byte of a text file, a row group of a Parquet file
+    end: int  # where it ends, in the same unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +63,7 @@ class CorpusFile:
         return self.path.stat().st_size
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
-        """Stream the rows after the first `skip`, with at most a few thousand in memory.
-
-        Raises:
-            InputError: a line is not UTF-8 or not JSON, or the column is missing.
-        """
+        """Stream the rows after the first `skip`, with at most a few thousand in memory."""
         return self._parquet_rows(skip) if self.path.suffix == ".parquet" else self._line_rows(skip)
 
     def shards(self, rows: int) -> Iterator[Shard]:
@@ -100,11 +83,7 @@ class CorpusFile:
         return shard.rows if self.path.suffix == ".parquet" else shard.end - shard.begin
 
     def texts(self, shard: Shard) -> Iterator[object]:
-        """Stream the texts of a shard.
-
-        Raises:
-            InputError: see `rows`.
-        """
+        """Stream the texts of a shard."""
         if self.path.suffix == ".parquet":
             file = _open_parquet(self.path, self.column)
             groups = list(range(shard.begin, shard.end))
@@ -117,12 +96,7 @@ class CorpusFile:
                 yield self._text(line, number)
 
     def row_error(self, number: int, reason: str) -> InputError:
-        """Build the error for a row that cannot be encoded.
-
-        Args:
-            number: of the row, from 1.
-            reason: what is wrong with it.
-        """
+        """Build the error for a row, counted from 1, that cannot be encoded."""
         return InputError(
             f"{self.path}, row {number}: {reason}. Fix it, or write zero vectors for such rows with --bad-texts zero"
         )

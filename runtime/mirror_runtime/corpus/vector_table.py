@@ -20,11 +20,7 @@ Append: TypeAlias = Callable[[Vectors, NDArray[np.int64], NDArray[np.bool_]], No
 
 @contextmanager
 def vector_table(path: Path, spec: EncoderSpec) -> Iterator[Append]:
-    """Write a Parquet file with the columns embedding, tokens and truncated.
-
-    Raises:
-        MissingExtra: pyarrow is not installed.
-    """
+    """Write a Parquet file with the columns embedding, tokens and truncated."""
     pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
     embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
     schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])

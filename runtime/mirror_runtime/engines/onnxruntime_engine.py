@@ -22,16 +22,7 @@ class OnnxRuntimeEngine:
     """Runs packed graphs on ONNX Runtime's CPU provider, in the precision of the file.
 
     Int8 products run in int8. fp16 and fp8 files are computed in fp32 between their roundings, which suffices to prove
-    a file but is slower than fp32.
-
-    Args:
-        graph: the packed ONNX file.
-        precision: fp32, fp16, int8 or fp8: that of the file.
-        streams: batches in flight; None means one that uses every core.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        EngineError: the file has another precision, there are no kernels for it (bf16), or it cannot be loaded.
+    a file but is slower than fp32. There are no kernels for bf16.
     """
 
     def __init__(self, graph: Path, precision: Precision, streams: int | None) -> None:
@@ -70,17 +61,7 @@ class OnnxRuntimeEngine:
 def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
     """Open an ONNX file with the options of this runtime; export proves its graphs with the same ones.
 
-    Args:
-        graph: any ONNX file.
-        threads: threads within one call.
-        fused: allow operators to be fused with the roundings around them. Fused operators do not support fp8.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        EngineError: the file cannot be loaded.
+    `threads` work within one call. `fused` operators, with the roundings around them, do not support fp8.
     """
     onnxruntime = require("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()

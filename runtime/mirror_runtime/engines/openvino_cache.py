@@ -21,21 +21,10 @@ _GRAPH, _WEIGHTS, _SIZES = "graph.xml", "graph.bin", "sizes.json"
 
 
 def read_graph(core: Any, graph: Path, cache: Path | None) -> Any:
-    """Read a graph, through the cache if it is an ONNX file.
+    """Read a graph; an ONNX file through `cache`, its own folder, named after its content. None for no cache.
 
     If the cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
-    only takes longer; the reason is logged.
-
-    Args:
-        core: the `openvino.Core`.
-        graph: an ONNX file, or an OpenVINO `.xml`, which is not cached.
-        cache: this graph's own folder, named after its content; None for no cache.
-
-    Returns:
-        An `openvino.Model`.
-
-    Raises:
-        RuntimeError: from OpenVINO, if the graph itself cannot be read.
+    only takes longer; the reason is logged. OpenVINO raises a RuntimeError if the graph itself cannot be read.
     """
     if cache is None or graph.suffix != ".onnx":
         return core.read_model(graph)

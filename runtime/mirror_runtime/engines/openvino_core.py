@@ -13,9 +13,6 @@ def shared_core() -> Any:
 
     With two of them the next signal may kill the process: each installs a stack for signal handlers, and the last one
     to be destroyed restores its predecessor's, whose memory has been freed (2026.4.1).
-
-    Raises:
-        MissingExtra: openvino is not installed.
     """
     return _core_of(require("openvino", "openvino"))
 

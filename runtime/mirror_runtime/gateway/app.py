@@ -51,11 +51,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(service: GatewayService) -> ASGIApp:
-    """Build the gateway's ASGI application.
-
-    Args:
-        service: encodes the requests; its backend is closed when the application stops.
-    """
+    """Build the gateway's ASGI application. It closes the service's backend when it stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -206,8 +202,7 @@ def _vectors_response(content: bytes, result: EncodingResult) -> Response:
 async def _while_connected(request: Request, service: GatewayService, work: Coroutine[Any, Any, T]) -> T:
     """Wait for a result until it is there, its client disconnects, or the operator's timeout passes.
 
-    Raises:
-        Refusal: the client disconnected, or the timeout passed. The work is cancelled.
+    In the last two cases the work is cancelled.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))

@@ -15,62 +15,33 @@ from mirror_runtime.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """The model that a backend serves.
+    """The model that a backend serves."""
 
-    Attributes:
-        model: name of the encoder's base model.
-        fingerprint: of the vector space.
-        dim: components of a vector.
-        max_tokens: longest text, special tokens included.
-        normalized: whether vectors have length 1.
-        long_texts: the policy for longer texts: "truncate", "error" or "chunk".
-        engine: the library that runs the graph.
-        precision: of the heavy products.
-        backend: "in-process", or the server's address.
-    """
-
-    model: str
+    model: str  # name of the encoder's base model
     fingerprint: str
-    dim: int
-    max_tokens: int
-    normalized: bool
-    long_texts: str
+    dim: int  # components of a vector
+    max_tokens: int  # longest text, special tokens included
+    normalized: bool  # whether vectors have length 1
+    long_texts: str  # the policy for longer texts: "truncate", "error" or "chunk"
     engine: str
     precision: str
-    backend: str
+    backend: str  # "in-process", or the server's address
 
 
 class EncodingBackend(Protocol):
-    """Encodes texts of many concurrent callers.
-
-    Attributes:
-        card: the model served now.
-    """
+    """Encodes texts of many concurrent callers with the model that `card` describes."""
 
     card: ModelCard
 
     async def encode(self, texts: Sequence[str]) -> Served:
-        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started.
-
-        Raises:
-            MirrorError: the encoder or the server failed, see `mirror_runtime.errors`.
-        """
+        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
 
     async def aclose(self) -> None:
         """Finish accepted texts and release everything."""
 
 
 class InProcessBackend:
-    """An encoder in this process. `aclose` closes the encoder too.
-
-    Args:
-        encoder: the encoder.
-        long_texts: the policy that it was loaded with.
-        max_waiting: maximum texts that wait.
-
-    Raises:
-        InputError: its vectors are not floats.
-    """
+    """An encoder in this process, of which at most `max_waiting` texts wait. `aclose` closes the encoder too."""
 
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
         spec = encoder.spec
@@ -107,11 +78,7 @@ class InProcessBackend:
 
 
 def check_vector_type(vector_type: VectorType) -> None:
-    """Check that vectors are floats, the only numbers in OpenAI's and TEI's responses.
-
-    Raises:
-        InputError: they are not.
-    """
+    """Check that vectors are floats, the only numbers in OpenAI's and TEI's responses."""
     if vector_type not in (VectorType.FLOAT32, VectorType.FLOAT16):
         raise InputError(
             f"this encoder gives {vector_type.value} vectors, which OpenAI's and TEI's responses cannot hold: serve it "

@@ -31,7 +31,7 @@ class Refusal(Exception):
         code: the error's name, for programs.
         message: what is wrong and the cure, for people. It contains neither paths nor tracebacks.
         param: the field of the request that is wrong; None if it is not one field.
-        retry_after_s: seconds after which a retry makes sense; None if it never does.
+        retry_after_s: when a retry makes sense; None if it never does.
     """
 
     def __init__(

@@ -56,10 +56,6 @@ class GatewayMetrics:
         self._seconds.labels(route).observe(seconds)
 
     def page(self, card: ModelCard) -> bytes:
-        """Render the page that Prometheus scrapes.
-
-        Args:
-            card: the model served now.
-        """
+        """Render the page that Prometheus scrapes."""
         self._info.info({"fingerprint": card.fingerprint, "engine": card.engine, "precision": card.precision})
         return generate_latest(self.registry)

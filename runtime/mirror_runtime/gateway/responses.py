@@ -13,14 +13,10 @@ from numpy.typing import NDArray
 def openai_body(
     vectors: NDArray[np.float32], *, model: str, tokens: int, truncated: Sequence[int], base64: bool
 ) -> bytes:
-    """Build the response body of /v1/embeddings.
+    """Build the response body of /v1/embeddings from contiguous vectors [n, dim].
 
-    Args:
-        vectors: [n, dim], contiguous.
-        model: the model's name.
-        tokens: of all texts together.
-        truncated: positions of the truncated texts.
-        base64: encode vectors as base64 of little-endian float32, instead of lists of numbers.
+    `tokens` are those of all texts together, `truncated` the positions of the truncated ones. `base64` encodes vectors
+    as little-endian float32, instead of lists of numbers.
     """
     rows = [b64encode(row).decode("ascii") for row in vectors] if base64 else vectors
     return orjson.dumps(

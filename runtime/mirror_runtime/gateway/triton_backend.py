@@ -19,12 +19,7 @@ _POLL_S = 0.5
 
 
 class TritonBackend:
-    """A model on a Triton server. A replaced model is noticed at its first answer.
-
-    Args:
-        options: the server's address, the model's name and the timeout of a request.
-        card: the model served now.
-    """
+    """A model on a Triton server. A replaced model is noticed at its first answer."""
 
     def __init__(self, options: ClientOptions, card: ModelCard) -> None:
         self.card = card
@@ -47,18 +42,7 @@ class TritonBackend:
 
 
 def fetch_card(options: ClientOptions, *, wait_s: float = 0.0) -> ModelCard:
-    """Fetch the card of a served model. Blocks.
-
-    Args:
-        options: the server's address, the model's name and the timeout of a request.
-        wait_s: how long to retry while the server cannot be reached.
-
-    Raises:
-        UnavailableError: the server cannot be reached.
-        MissingExtra: tritonclient is not installed.
-        ServerError: the model is not one of ours.
-        InputError: the model's vectors are not floats.
-    """
+    """Fetch the card of a served model, and retry for `wait_s` while the server cannot be reached. Blocks."""
     transport = connect(options)
     deadline = time.monotonic() + wait_s
     try:

@@ -65,21 +65,13 @@ model_warmup [
 
 @dataclass(frozen=True, kw_only=True)
 class BackendModel:
-    """The model that runs the graph behind `embed`.
+    """The model that runs the graph behind `embed`."""
 
-    Attributes:
-        artifact: the packed graph, or the TensorRT plan.
-        backend: runs it.
-        shapes: (rows, row length) of every batch that `embed` sends.
-        streams: batches that run in parallel.
-        card: of the TensorRT plan; None for graphs.
-    """
-
-    artifact: Artifact
+    artifact: Artifact  # the packed graph, or the TensorRT plan
     backend: Backend
-    shapes: tuple[tuple[int, int], ...]
-    streams: int
-    card: PlanCard | None = None
+    shapes: tuple[tuple[int, int], ...]  # (rows, row length) of every batch that `embed` sends
+    streams: int  # batches that run in parallel
+    card: PlanCard | None = None  # of the TensorRT plan; None for graphs
 
     @property
     def file(self) -> str:
@@ -88,12 +80,7 @@ class BackendModel:
 
     @classmethod
     def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> BackendModel:
-        """Choose the artifact, shapes and streams for a machine with `cores` cores.
-
-        Raises:
-            EngineError: the bundle has no packed artifact for the options, or several; or a plan lacks profiles.
-            InputError: the options contradict each other, or the backend does not support them.
-        """
+        """Choose the artifact, shapes and streams for a machine with `cores` cores."""
         artifact = find_artifact(manifest, options)
         default = {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores, Backend.TENSORRT: 2}[options.backend]
         streams = options.streams or default
@@ -121,12 +108,7 @@ def packed_shape_set(manifest: Manifest, options: ServingOptions) -> ShapeSet:
 
 
 def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
-    """Find the packed artifact that a backend runs.
-
-    Raises:
-        EngineError: there is none, or there are several and the options name no precision.
-        InputError: the options contradict each other, or the backend does not support them.
-    """
+    """Find the packed artifact that a backend runs."""
     engine = ENGINES[options.backend]
     if options.engine not in (AUTO, engine.value):
         raise InputError(f"the backend {options.backend.value} runs engine {engine.value}, not {options.engine}")
@@ -147,12 +129,7 @@ def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
 
 
 def render_backend_config(model: BackendModel, cores: int) -> str:
-    """Render the `config.pbtxt` of the model.
-
-    Args:
-        model: its artifact, backend, shapes and streams.
-        cores: of the machine that will serve; the streams share them.
-    """
+    """Render the `config.pbtxt` of the model; its streams share the `cores` of the machine that will serve."""
     artifact = model.artifact
     return _CONFIG.format(
         name=ENCODER_NAME,

@@ -41,14 +41,7 @@ class TritonPythonModel:
     """The class that Triton's Python backend looks up by name."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle that `config.pbtxt` names.
-
-        Args:
-            args: from Triton: the configuration as JSON, the model's folder and version, the instance's name.
-
-        Raises:
-            TritonModelException: the bundle cannot be loaded; Triton prints the message and does not start.
-        """
+        """Load the bundle that `config.pbtxt` names. If it raises, Triton prints the message and does not start."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         try:
@@ -95,12 +88,9 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer, accept or reject requests.
+        """Answer, accept or reject requests: a response for each, or None if a worker will answer it.
 
         Never raises: Triton would fail the whole batch and show clients the path of this file.
-
-        Returns:
-            For each request a response if it was answered or rejected; None if a worker will answer it.
         """
         read = [self._read(request) for request in requests]
         submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))

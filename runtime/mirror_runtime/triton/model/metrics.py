@@ -14,31 +14,17 @@ _EVERY_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The counters at one moment.
+    """The counters at one moment."""
 
-    Attributes:
-        requests: by outcome, since the model was loaded; so are the others.
-        tokens: run.
-        slots: token positions run, padding included.
-        batches: run by the engine.
-        in_flight: estimated tokens of requests that are accepted and not answered.
-    """
-
-    requests: Mapping[str, int]
+    requests: Mapping[str, int]  # by outcome, since the model was loaded; so are the others
     tokens: int
-    slots: int
+    slots: int  # token positions run, padding included
     batches: int
-    in_flight: int
+    in_flight: int  # estimated tokens of requests that are accepted and not answered
 
 
 class MetricsReporter:
-    """Keeps Triton's custom metrics up to date from a thread of its own.
-
-    Args:
-        pb_utils: Triton's module.
-        labels: of every series: the model's name and version, and the instance.
-        take: returns the present counters.
-    """
+    """Keeps Triton's custom metrics up to date from a thread of its own."""
 
     def __init__(self, pb_utils: Any, labels: Mapping[str, str], take: Callable[[], Snapshot]) -> None:
         self._take = take

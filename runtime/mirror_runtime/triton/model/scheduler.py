@@ -42,19 +42,12 @@ CHECK_CANCELLED_AFTER_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request and how to reply to it.
-
-    Attributes:
-        request: the texts and options.
-        reply: receives the outcome; called once, from a worker's thread.
-        is_cancelled: returns whether the caller has cancelled; slow.
-        timeout_s: seconds after its arrival when the reply becomes useless; None for never.
-    """
+    """A request and how to reply to it."""
 
     request: EmbedRequest
-    reply: Callable[[Outcome], None]
-    is_cancelled: Callable[[], bool]
-    timeout_s: float | None = None
+    reply: Callable[[Outcome], None]  # receives the outcome; called once, from a worker's thread
+    is_cancelled: Callable[[], bool]  # slow
+    timeout_s: float | None = None  # from its arrival, until the reply becomes useless; None for never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +60,8 @@ class _Waiting:
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    Args:
-        encoder: turns texts into vectors; its owner closes it.
-        budget: limits the tokens in flight.
-        long_texts: the policy for requests that name none.
-        batch_tokens: estimated tokens after which a worker adds no more requests to a batch.
-        workers: threads: while one waits for the engine, another tokenises or replies.
+    A worker stops filling a batch at `batch_tokens` estimated tokens. While one worker waits for the engine, another
+    tokenises or replies.
     """
 
     def __init__(
@@ -97,13 +86,10 @@ class Scheduler:
             return dict(self._counts)
 
     def submit(self, jobs: Sequence[Job]) -> list[Outcome | None]:
-        """Submit requests that arrived together.
+        """Submit requests that arrived together: return each one's outcome, or None where `job.reply` will be called.
 
         If they and the requests in flight are small, they are computed here. Otherwise each is accepted or rejected,
         which takes no time.
-
-        Returns:
-            For each its outcome; None if it was accepted: `job.reply` will be called.
         """
         now = time.monotonic()
         max_tokens = self._encoder.spec.max_tokens

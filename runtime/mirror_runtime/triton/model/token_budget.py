@@ -13,10 +13,7 @@ from mirror_runtime.retry_after import RetryEstimator
 class TokenBudget:
     """Counts the tokens of accepted requests that are not answered yet. Safe to use from several threads.
 
-    Args:
-        limit: most tokens in flight. With nothing in flight a request of any size is accepted, so that a large one is
-            not rejected for ever.
-        clock: seconds, monotonic.
+    With nothing in flight a request of any size is accepted, so that a large one is not rejected for ever.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,11 +27,7 @@ class TokenBudget:
         return self._work.in_flight
 
     def acquire(self, tokens: int) -> None:
-        """Accept a request of `tokens` tokens.
-
-        Raises:
-            OverloadedError: it does not fit beside the requests in flight; carries when it might.
-        """
+        """Accept a request, or raise an `OverloadedError` with the time when it might fit."""
         with self._lock:
             in_flight = self._work.in_flight
             if in_flight and in_flight + tokens > self.limit:

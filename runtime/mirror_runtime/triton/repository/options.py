@@ -78,10 +78,6 @@ class ServingOptions:
     def follow(self, plan: HostPlan, fingerprint: str) -> ServingOptions:
         """Fill open options (engine, precision, streams and rows) from a plan.
 
-        Args:
-            plan: of `mirror plan`, measured on the machine that will serve.
-            fingerprint: the bundle's.
-
         Raises:
             InputError: the plan belongs to another bundle, or accepted no setting that fits these options.
         """
@@ -119,12 +115,7 @@ class ServingOptions:
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
-        """Parse the parameters that `to_parameters` wrote.
-
-        Raises:
-            KeyError: a parameter is missing: an older version of this project wrote the configuration.
-            ValueError: a parameter is invalid.
-        """
+        """Parse what `to_parameters` wrote; a KeyError or ValueError means another version of this project wrote it."""
         return cls(
             engine=parameters["engine"],
             precision=parameters["precision"],

@@ -82,13 +82,7 @@ model_warmup [
 
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
-    """Render `config.pbtxt`.
-
-    Args:
-        manifest: the bundle's.
-        options: how to serve it.
-        bundle: path of the bundle's folder, absolute or relative to the version folder `embed/1`.
-    """
+    """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`."""
     parameters = {
         "bundle": bundle,
         **options.to_parameters(),
@@ -141,7 +135,7 @@ def write_repository(
     overwrite: bool = False,
     cores: int | None = None,
 ) -> Path:
-    """Write `repository/embed` with its own copy of the bundle, so that it can be moved anywhere.
+    """Write `repository/embed` with its own copy of the bundle, and return that folder, which can be moved anywhere.
 
     For one of Triton's own backends, also write `repository/encoder` with the graph; then `embed` contains only the
     files for tokenising. Each folder appears complete or not at all.
@@ -153,15 +147,6 @@ def write_repository(
         link: share the bundle's files by hard links if the file system allows it.
         overwrite: replace existing model folders.
         cores: of the machine that will serve, for Triton's own backends; None for this machine's.
-
-    Returns:
-        The model's folder.
-
-    Raises:
-        BundleError: `bundle` is not a bundle, or one of its files is missing or changed.
-        EngineError: the bundle has no artifact for the engine and precision.
-        InputError: a model folder exists and `overwrite` is not set, or it cannot be written; or the options do not
-            fit the backend.
     """
     manifest = read_manifest(bundle)
     cores = cores or usable_cores()
@@ -201,12 +186,7 @@ def write_repository(
 
 
 def write_temporary_repository(bundle: Path, repository: Path, options: ServingOptions) -> None:
-    """Write a repository that refers to the bundle in its place instead of copying it.
-
-    Raises:
-        BundleError: `bundle` is not a bundle.
-        InputError: the options name one of Triton's own backends, which only its container has.
-    """
+    """Write a repository that refers to the bundle in its place instead of copying it."""
     if options.backend is not Backend.PYTHON:
         raise InputError(f"the backend {options.backend.value} runs only in NVIDIA's container: choose python")
     manifest = read_manifest(bundle)

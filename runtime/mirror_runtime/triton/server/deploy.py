@@ -42,22 +42,13 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class DeployReport:
-    """The result of a deployment.
+    """The result of a deployment."""
 
-    Attributes:
-        version: of the model `embed`; replies carry it too.
-        fingerprint: of the new model.
-        previous: fingerprint of the model before; None if there was none.
-        switched: whether a running server serves the new model now. Otherwise the next start will.
-        min_cosine: smallest cosine between the canaries' vectors from the server and the stored ones.
-        seconds: duration.
-    """
-
-    version: int
+    version: int  # of the model `embed`; replies carry it too
     fingerprint: str
-    previous: str | None
-    switched: bool
-    min_cosine: float
+    previous: str | None  # fingerprint of the model before; None if there was none
+    switched: bool  # whether a running server serves the new model now. Otherwise the next start will
+    min_cosine: float  # smallest cosine between the canaries' vectors from the server and the stored ones
     seconds: float
 
 
@@ -136,11 +127,7 @@ def deploy(
 
 
 def present_options(model: Path) -> ServingOptions:
-    """Read the serving options of a model folder; return the defaults if it does not exist.
-
-    Raises:
-        InputError: this project did not write its configuration.
-    """
+    """Read the serving options of a model folder; return the defaults if it does not exist."""
     path = model / _CONFIG_FILE
     if not path.exists():
         return ServingOptions()
@@ -165,15 +152,7 @@ class _Proof:
     batch_size: int
 
     def check(self, address: str, model: str) -> tuple[float, list[Canary]]:
-        """Compare a served model's vectors of the canaries with the stored ones.
-
-        Returns:
-            The smallest cosine, and the canaries that were not truncated.
-
-        Raises:
-            ParityError: they differ, or some are missing.
-            ServerError: the server failed.
-        """
+        """Compare a served model's canaries with the stored ones; return the worst cosine and those not truncated."""
         with Client(address, model=model, timeout_s=STARTUP_S) as client:
             served = client.encode_detailed([canary.text for canary in self.canaries], self.batch_size)
         if served.errors:

@@ -129,11 +129,7 @@ class Supervisor:
         self._restarts: deque[float] = deque()
 
     def run(self) -> bool:
-        """Watch and restart the server until `stopping` is set; return whether it is serving then.
-
-        Raises:
-            ServerError: the server broke once more than `max_restarts`.
-        """
+        """Watch and restart the server until `stopping` is set; return whether it is serving then."""
         while True:
             with Watchdog(self._server, self._options.health) as watchdog:
                 problem = watchdog.watch(self._stopping)
