@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -223,9 +222,7 @@ class AsyncEncoder:
     async def __aenter__(self) -> AsyncEncoder:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:

@@ -14,7 +14,7 @@ from mirror_runtime.bundle import Canaries, Canary, EngineName, Precision, write
 from mirror_runtime.cache import cache_folder
 from mirror_runtime.cli.doctor import diagnose
 from mirror_runtime.cli.main import main
-from mirror_runtime.cli.plan_plot import pareto
+from mirror_runtime.cli.plan import pareto
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     DecisionSource,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from types import TracebackType
 
 from mirror_runtime.client.async_transports import AsyncGrpcTransport, AsyncHttpTransport
 from mirror_runtime.client.exchange import BATCH_TOKENS, PROBE, CallOptions, Exchange, Served, as_list
@@ -135,9 +134,7 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     @property

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 
 from mirror_runtime.client.exchange import BATCH_TOKENS, PROBE, CallOptions, Exchange, Request, Served, as_list
 from mirror_runtime.client.grpc_transport import GrpcTransport
@@ -192,9 +191,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send_all(self, exchange: Exchange) -> None:

@@ -46,7 +46,7 @@ Parameters: TypeAlias = Mapping[str, "str | int | bool"]
 DEAD_RUNNER = "is not healthy"
 """Part of Triton's message while the process that runs a model is dead or stopped."""
 
-# Both match messages of `triton.model`: scheduler.py and token_budget.py.
+# Both match messages of `triton.model.scheduler`.
 _EXPIRED = "was over before work on it began"
 _RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 

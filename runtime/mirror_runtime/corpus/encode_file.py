@@ -14,20 +14,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.corpus.files import CorpusFile, Row
-from mirror_runtime.corpus.vector_table import vector_table
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
+from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file
-from mirror_runtime.vectors import dtype_of, width_of
+from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 _HEADER = 128  # bytes reserved for the .npy header, whose row count is only known at the end
 _ROW_GROUP = 8192
+
+Append: TypeAlias = Callable[[Vectors, NDArray[np.int64], NDArray[np.bool_]], None]
+"""Appends a row group: vectors [n, width], the texts' token counts [n], and whether each was truncated [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,3 +238,19 @@ def _finish_parquet(folder: Path, rows: int, spec: EncoderSpec, output: Path) ->
                 np.frombuffer(truncated.read(count), np.bool_),
             )
     os.replace(folder / "table", output)
+
+
+@contextmanager
+def vector_table(path: Path, spec: EncoderSpec) -> Iterator[Append]:
+    """Write a Parquet file with the columns embedding, tokens and truncated."""
+    pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+    embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
+    schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
+    with parquet.ParquetWriter(path, schema) as writer:
+
+        def append(vectors: Vectors, tokens: NDArray[np.int64], truncated: NDArray[np.bool_]) -> None:
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width_of(spec))
+            columns = [rows, pa.array(tokens), pa.array(truncated)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+        yield append

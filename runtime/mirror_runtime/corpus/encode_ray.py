@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.corpus.encode_file import EncodeProgress
+from mirror_runtime.corpus.encode_file import EncodeProgress, vector_table
 from mirror_runtime.corpus.files import CorpusFile, Shard
-from mirror_runtime.corpus.vector_table import vector_table
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require

@@ -45,11 +45,6 @@ class Refusal(Exception):
         self.retry_after_s = retry_after_s
 
     @property
-    def kind(self) -> str:
-        """OpenAI's error type."""
-        return _KINDS.get(self.status, "invalid_request_error")
-
-    @property
     def headers(self) -> dict[str, str]:
         """HTTP headers of the response."""
         headers = {}
@@ -62,7 +57,8 @@ class Refusal(Exception):
     def body(self) -> bytes:
         """Return the JSON body."""
         param = None if self.param is None else printable(self.param)
-        return orjson.dumps({"error": {"message": self.message, "type": self.kind, "param": param, "code": self.code}})
+        kind = _KINDS.get(self.status, "invalid_request_error")
+        return orjson.dumps({"error": {"message": self.message, "type": kind, "param": param, "code": self.code}})
 
 
 def printable(name: str) -> str:

@@ -32,8 +32,7 @@ from mirror_runtime.triton.model.bls_engine import BlsEngine
 from mirror_runtime.triton.model.instances import bind_to_share
 from mirror_runtime.triton.model.metrics import MetricsReporter, Snapshot
 from mirror_runtime.triton.model.request_options import parse_options
-from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler
-from mirror_runtime.triton.model.token_budget import TokenBudget
+from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import DEAD_RUNNER
@@ -75,9 +74,7 @@ class Watchdog:
         self.prober.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.prober.close()
         self._counters.close()
 
