@@ -15,7 +15,6 @@ from mirror_runtime.client.protocol import (
     ClientOptions,
     ModelFacts,
     Reply,
-    Transport,
     read_facts,
     read_fingerprint,
 )
@@ -212,7 +211,7 @@ class Client:
                 exchange.failed(request, error)
 
 
-def connect(options: ClientOptions) -> Transport:
+def connect(options: ClientOptions) -> GrpcTransport | HttpTransport:
     """Open connections over the protocol of the options."""
     if options.protocol == "grpc":
         return GrpcTransport(options.address, options.model, options.timeout_s)

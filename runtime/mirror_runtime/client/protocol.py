@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,39 +112,6 @@ class Reply:
     tokens: NDArray[np.int32]  # [n, 1]
     truncated: NDArray[np.bool_]  # [n, 1]
     fingerprint: str
-
-
-class Transport(Protocol):
-    """Connections to one model of one server."""
-
-    body_bytes: int
-
-    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
-        """Send texts, an object array [n, 1] of bytes; the returned function waits for the reply or raises."""
-
-    def config(self) -> Mapping[str, Any]:
-        """Fetch the model's configuration."""
-
-    def statistics(self) -> Mapping[str, Any]:
-        """Fetch the model's counters."""
-
-    def close(self) -> None:
-        """Close the connections."""
-
-
-class AsyncTransport(Protocol):
-    """`Transport` for asyncio. Cancelling the waiting task cancels the request."""
-
-    body_bytes: int
-
-    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Awaitable[Reply]:
-        """Send texts, an object array [n, 1] of bytes, and wait for the reply."""
-
-    def config(self, timeout_s: float) -> Awaitable[Mapping[str, Any]]:
-        """Fetch the model's configuration."""
-
-    def close(self) -> Awaitable[None]:
-        """Close the connections."""
 
 
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:
