@@ -18,12 +18,9 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
     """Yield an empty folder beside `output` which is renamed to `output` if the block succeeds, and removed otherwise.
 
     A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. A lock,
-    which is released when its process ends, keeps two processes from writing the same output at once.
-
-    Args:
-        output: the folder to write; its parents are created.
-        overwrite: replace an existing folder. It stays unchanged until the new one is complete.
-        marker: a file that every such folder contains. A folder without it is something else, and is never replaced.
+    which is released when its process ends, keeps two processes from writing the same output at once. An existing
+    folder stays unchanged until the new one is complete, and is never replaced without the file `marker`, which every
+    such folder contains.
 
     Raises:
         InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
@@ -58,12 +55,9 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
 def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to, and rename it to `path` in one step if the block succeeds.
 
-    If the block fails, the new file is removed and an earlier one stays unchanged.
-
-    Args:
-        path: the file to write; its folder must exist.
-        shared: several processes may write this file at once, so each writes under a name of its own, which a killed
-            process leaves behind. Otherwise the name is fixed, and the next writer overwrites it.
+    If the block fails, the new file is removed and an earlier one stays unchanged. A `shared` file may be written by
+    several processes at once, each under a name of its own, which a killed process leaves behind. Otherwise the name is
+    fixed, and the next writer overwrites it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:

@@ -56,11 +56,6 @@ class HostIdentity:
     features: str  # hash of the CPU's feature flags
     cores: int  # usable by the measuring process
 
-    @property
-    def key(self) -> str:
-        """Return twelve hexadecimal digits that identify this host."""
-        return _digest([self.cpu, self.features, self.cores])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -181,7 +176,8 @@ def installed_versions() -> dict[str, str]:
 
 def plan_path(cache: Path, fingerprint: str) -> Path:
     """Return the path of this host's plan for a bundle."""
-    return cache / "plans" / f"{fingerprint}-{this_host().key}.json"
+    host = this_host()
+    return cache / "plans" / f"{fingerprint}-{_digest([host.cpu, host.features, host.cores])}.json"
 
 
 def write_plan(plan: HostPlan, path: Path) -> None:

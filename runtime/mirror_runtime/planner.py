@@ -57,15 +57,6 @@ class Budget:
 QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannerProgress:
-    """Progress of one step."""
-
-    name: str  # what the step varies
-    done: int  # measurements done in this step
-    turns: int  # measurements of this step in all
-
-
 @dataclass(frozen=True)
 class _Candidate:
     """A setting that runs here, and its measurements."""
@@ -87,7 +78,8 @@ class Planner:
         floor: the smallest cosine to accept, in the certificate and for the canaries on this host.
         budget: how much to measure.
         cache_dir: see `Encoder.load`.
-        on_progress: called before each measurement and at the end of each step.
+        on_progress: called before each measurement and at the end of each step, with what the step varies, the
+            measurements done in it, and all of them.
     """
 
     def __init__(
@@ -99,7 +91,7 @@ class Planner:
         floor: float = FLOOR,
         budget: Budget | None = None,
         cache_dir: str | Path | None = AUTO_CACHE,
-        on_progress: Callable[[PlannerProgress], None] = lambda _: None,
+        on_progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         if not 0 < floor <= 1:
             raise InputError(f"floor is {floor}: it must be a cosine, such as {FLOOR}")
@@ -178,13 +170,13 @@ class Planner:
             done = 0
             for _ in range(self._budget.rounds):
                 for candidate in candidates:
-                    self._on_progress(PlannerProgress(name=name, done=done, turns=turns))
+                    self._on_progress(name, done, turns)
                     self._measure(candidate)
                     done += 1
             for candidate in candidates:
                 self._measured[candidate.setting] = self._summary(candidate)
             self._choose([candidate.setting for candidate in candidates])
-            self._on_progress(PlannerProgress(name=name, done=turns, turns=turns))
+            self._on_progress(name, turns, turns)
 
     def _open(self, setting: Setting, stack: ExitStack) -> _Candidate | None:
         """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""

@@ -44,26 +44,16 @@ class Tokenized:
     A text becomes one part, or several if it was split into chunks. Equal parts share one piece, which is packed and
     computed once: also parts of different texts with the same tokens, such as "A dog" and "a  dog" where the tokenizer
     ignores case and spaces.
-
-    Attributes:
-        ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
-        lengths: int64 [pieces], tokens of each piece, padding included.
-        unpadded_lengths: int64 [pieces], tokens before padding; None if nothing is padded.
-        part_text: int64 [parts], the text of each part; ascending. A failed text has no part.
-        part_piece: int64 [parts], the piece of each part.
-        tokens: int64 [texts], tokens of the whole text with special tokens, before truncation; 0 for a failed text.
-        truncated: bool [texts].
-        errors: the failed texts, by position.
     """
 
-    ids: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    unpadded_lengths: NDArray[np.int64] | None
-    part_text: NDArray[np.int64]
-    part_piece: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    errors: Mapping[int, TextError]
+    ids: NDArray[np.int64]  # [sum of lengths], the pieces' tokens one after another, special tokens included
+    lengths: NDArray[np.int64]  # [pieces], each piece's tokens, padding included
+    unpadded_lengths: NDArray[np.int64] | None  # likewise before padding; None if nothing is padded
+    part_text: NDArray[np.int64]  # [parts], the text of each part; ascending. A failed text has no part
+    part_piece: NDArray[np.int64]  # [parts]
+    tokens: NDArray[np.int64]  # [texts], of the whole text with special tokens, before truncation; 0 if it failed
+    truncated: NDArray[np.bool_]  # [texts]
+    errors: Mapping[int, TextError]  # of the failed texts, by position
 
 
 class Tokenizer:

@@ -17,7 +17,7 @@ from mirror_runtime.corpus.files import CorpusFile
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.plan import Goal, HostPlan, Trial, objective, plan_path, write_plan
-from mirror_runtime.planner import FLOOR, QUICK, Budget, Planner, PlannerProgress
+from mirror_runtime.planner import FLOOR, QUICK, Budget, Planner
 from mirror_runtime.stdlib_texts import standard_library
 
 MOST_TEXTS = 100_000
@@ -62,16 +62,15 @@ def plan(
     with truncations_counted_elsewhere(), Progress(*columns, console=console) as bar:
         task = bar.add_task("reading texts", total=None)
 
-        def on_progress(step: PlannerProgress) -> None:
-            bar.update(task, description=f"measuring {step.name}", completed=step.done, total=step.turns)
-
         planner = Planner(
             bundle,
             _texts(texts, text_column),
             goal=goal,
             floor=floor,
             budget=QUICK if quick else Budget(),
-            on_progress=on_progress,
+            on_progress=lambda step, done, turns: bar.update(
+                task, description=f"measuring {step}", completed=done, total=turns
+            ),
         )
         made = planner.plan()
     path = output if output is not None else plan_path(folder or Path(), made.fingerprint)

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import ONE_TOKEN, EngineName, Pooling, Precision
-from mirror_runtime.engines.openvino_cache import read_graph
-from mirror_runtime.engines.openvino_core import shared_core
+from mirror_runtime.engines.openvino_core import read_graph, shared_core
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
@@ -113,7 +112,7 @@ class OpenVinoEngine:
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
         try:
-            self._model = read_graph(self._core, graph, cache)
+            self._model = read_graph(graph, cache)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
         _check_quantization(self._model, graph, precision)

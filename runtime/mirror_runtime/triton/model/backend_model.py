@@ -6,10 +6,9 @@ OpenVINO backend requires that too, because it cannot batch rows of varying leng
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
 from mirror_runtime.engines.openvino_engine import length_multiple_of
@@ -20,17 +19,6 @@ from mirror_runtime.selection import AUTO
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 ENCODER_NAME = "encoder"
-
-ENGINES: Mapping[Backend, EngineName] = MappingProxyType(
-    {
-        Backend.ONNXRUNTIME: EngineName.ONNXRUNTIME,
-        Backend.OPENVINO: EngineName.OPENVINO,
-        Backend.TENSORRT: EngineName.TENSORRT,
-    }
-)
-"""The engine whose artifacts a backend runs."""
-
-_FILES = {Backend.ONNXRUNTIME: "model.onnx", Backend.OPENVINO: "model.onnx", Backend.TENSORRT: "model.plan"}
 
 _TYPES = {
     "int64": "TYPE_INT64",
@@ -76,7 +64,7 @@ class BackendModel:
     @property
     def file(self) -> str:
         """File name of the graph in the model's version folder."""
-        return _FILES[self.backend]
+        return "model.plan" if self.backend is Backend.TENSORRT else "model.onnx"
 
     @classmethod
     def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> BackendModel:
@@ -109,7 +97,7 @@ def packed_shape_set(manifest: Manifest, options: ServingOptions) -> ShapeSet:
 
 def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
     """Find the packed artifact that a backend runs."""
-    engine = ENGINES[options.backend]
+    engine = EngineName(options.backend.value)  # a backend runs the artifacts of the engine of its name
     if options.engine not in (AUTO, engine.value):
         raise InputError(f"the backend {options.backend.value} runs engine {engine.value}, not {options.engine}")
     packed = [a for a in manifest.artifacts if a.engine is engine and a.layout is Layout.PACKED]

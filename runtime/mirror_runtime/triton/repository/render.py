@@ -155,7 +155,10 @@ def write_repository(
         _check_choice(manifest, options)
     else:
         encoder = BackendModel.of(bundle, manifest, options, cores)
-        options = _with_choice(options, encoder)
+        chosen = encoder.artifact
+        options = replace(
+            options, engine=chosen.engine.value, precision=chosen.precision.value, streams=encoder.streams
+        )
     check_files(bundle, manifest)
     target = repository / MODEL_NAME
     present = [repository / name for name in (ENCODER_NAME, MODEL_NAME) if (repository / name).exists()]
@@ -206,12 +209,6 @@ def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
             f"the bundle has no packed artifact for engine {options.engine}, precision {options.precision}; "
             f"it has {present}. Choose one of these, or export it"
         )
-
-
-def _with_choice(options: ServingOptions, encoder: BackendModel) -> ServingOptions:
-    """Return the options of `embed` with the choice that was made for `encoder`."""
-    artifact = encoder.artifact
-    return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
 
 
 def _put_in_place(scratch: Path, repository: Path) -> None:
