@@ -161,10 +161,7 @@ class AsyncEncoder:
             for position, text in enumerate(texts):
                 if (error := validate_text(position, text)) is not None:
                     raise error  # before anything is queued
-        encoded = await self.encode_detailed(texts)
-        if encoded.errors:
-            raise encoded.errors[min(encoded.errors)]
-        return encoded.vectors
+        return (await self.encode_detailed(texts)).vectors_or_raise()
 
     async def encode_detailed(self, texts: Sequence[object]) -> Encoded:
         """Encode texts together with those of other callers, and report the result of each.

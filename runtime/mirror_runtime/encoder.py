@@ -56,6 +56,16 @@ class Encoded:
     truncated: NDArray[np.bool_]
     errors: Mapping[int, TextError]
 
+    def vectors_or_raise(self) -> Vectors:
+        """Return the vectors.
+
+        Raises:
+            TextError: for the first text that has none.
+        """
+        if self.errors:
+            raise self.errors[min(self.errors)]
+        return self.vectors
+
 
 @dataclass(frozen=True)
 class PendingWindow:
@@ -236,10 +246,7 @@ class Encoder:
             InputError: `texts` is one string.
             EngineError: the engine failed.
         """
-        encoded = self.encode_detailed(texts)
-        if encoded.errors:
-            raise encoded.errors[min(encoded.errors)]
-        return encoded.vectors
+        return self.encode_detailed(texts).vectors_or_raise()
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.

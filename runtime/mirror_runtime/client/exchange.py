@@ -33,7 +33,6 @@ from mirror_runtime.errors import (
     UnavailableError,
 )
 from mirror_runtime.tokenizer import validate_text
-from mirror_runtime.vectors import Vectors
 
 BATCH_TOKENS = 8192
 """Default limit of estimated tokens in a request: 32 texts of 256. It keeps requests of longer texts short too."""
@@ -56,16 +55,6 @@ class Served(Encoded):
     """
 
     fingerprint: str | None
-
-    def vectors_or_raise(self) -> Vectors:
-        """Return the vectors.
-
-        Raises:
-            TextError: for the first text that has none.
-        """
-        if self.errors:
-            raise self.errors[min(self.errors)]
-        return self.vectors
 
 
 @dataclass(frozen=True, kw_only=True)

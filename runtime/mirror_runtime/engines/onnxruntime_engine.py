@@ -41,13 +41,8 @@ class OnnxRuntimeEngine:
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute [R, L // 4, width] of the graph's vector type; see `Engine.run`."""
-        feed = {
-            "input_ids": rows.input_ids,
-            "position_ids": rows.position_ids,
-            "segment_ids": rows.segment_ids,
-        }
         try:
-            (out,) = self._session.run(["embedding"], feed)
+            (out,) = self._session.run(["embedding"], vars(rows))  # the fields are named as the graph's inputs
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise EngineError(f"onnxruntime failed on rows {rows.shape}: {error}") from error
         result: NDArray[np.float32] = out

@@ -163,8 +163,7 @@ class GatewayService:
         self, served: Served, dimensions: int | None, normalize: bool | None, truncate: bool | None
     ) -> EncodingResult:
         """Apply a request's parameters to its vectors."""
-        if served.errors:
-            raise served.errors[min(served.errors)]
+        vectors = served.vectors_or_raise()
         truncated: list[int] = np.flatnonzero(served.truncated).tolist()
         if truncated and truncate is False:
             first = truncated[0]
@@ -177,7 +176,7 @@ class GatewayService:
             )
         normalized = self.backend.card.normalized
         scale = (normalized if normalize is None else normalize) and (dimensions is not None or not normalized)
-        vectors = cut(served.vectors, dimensions, normalize=scale)
+        vectors = cut(vectors, dimensions, normalize=scale)
         tokens = int(served.tokens.sum())
         self.metrics.batch.observe(len(vectors))
         self.metrics.tokens.inc(tokens)
