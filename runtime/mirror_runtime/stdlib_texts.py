@@ -13,7 +13,6 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -56,26 +55,18 @@ def standard_library() -> tuple[Documented, ...]:
     Public objects come by file and position, then those of built-in C modules. The same Python has the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    with _collector_paused():
-        found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
-    for module in sorted(sys.builtin_module_names):
-        found.extend(_of_builtin(module))
-    return tuple(found)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector, which would scan the whole process some hundred times while trees are parsed.
-
-    With PyTorch imported, that takes more than half of the time. The trees have no cycles, so nothing accumulates.
-    """
+    # Python's garbage collector would scan the whole process some hundred times while trees are parsed. With PyTorch
+    # imported, that takes more than half of the time. The trees have no cycles, so nothing accumulates.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
     finally:
         if enabled:
             gc.enable()
+    for module in sorted(sys.builtin_module_names):
+        found.extend(_of_builtin(module))
+    return tuple(found)
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -118,7 +118,11 @@ class Tokenizer:
             if len(ids) > self._body:
                 policy = self._long_texts if long_texts is None else long_texts[i]
                 if policy is LongTexts.ERROR:
-                    errors[i] = TextError(i, self._too_long(int(tokens[i])))
+                    errors[i] = TextError(
+                        i,
+                        f"has {tokens[i]} tokens, more than the encoder's {self._max_tokens}: "
+                        "shorten it, or choose the policy truncate or chunk",
+                    )
                     tokens[i] = 0
                     continue
                 before, own, after = self._split(texts[i], ids)
@@ -161,12 +165,6 @@ class Tokenizer:
         encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
         first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
         return ids[:first], ids[first:last], ids[last:]
-
-    def _too_long(self, tokens: int) -> str:
-        return (
-            f"has {tokens} tokens, more than the encoder's {self._max_tokens}: "
-            "shorten it, or choose the policy truncate or chunk"
-        )
 
 
 def validate_text(index: int, text: object) -> TextError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -67,19 +67,16 @@ def make_app(service: GatewayService) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    _add_embedding_routes(app, service)
-    _add_information_routes(app, service)
+    # Document that a key is required. The middleware has checked it already.
+    keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
+    _add_embedding_routes(app, service, keyed)
+    _add_information_routes(app, service, keyed)
     _add_error_handlers(app)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     return Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES)
 
 
-def _key_dependencies(service: GatewayService) -> list[Any]:
-    """Document that a key is required. The middleware has checked it already."""
-    return [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
-
-
-def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
+def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
     """Add the routes that encode."""
     responses: dict[int | str, dict[str, Any]] = {
         200: {"headers": _VECTOR_HEADERS},
@@ -90,7 +87,7 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
         "/v1/embeddings",
         response_model=EmbeddingsAnswer,
         responses=responses,
-        dependencies=_key_dependencies(service),
+        dependencies=keyed,
         tags=["vectors"],
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
@@ -108,7 +105,7 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
         "/embed",
         response_model=list[list[float]],
         responses=responses,
-        dependencies=_key_dependencies(service),
+        dependencies=keyed,
         tags=["vectors"],
     )
     async def embed(body: EmbedRequest, request: Request) -> Response:
@@ -119,15 +116,15 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
         return _vectors_response(orjson.dumps(result.vectors, option=orjson.OPT_SERIALIZE_NUMPY), result)
 
 
-def _add_information_routes(app: FastAPI, service: GatewayService) -> None:
+def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
     """Add the routes that describe the gateway."""
 
-    @app.get("/v1/models", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
+    @app.get("/v1/models", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def models() -> Models:
         """List the one model, as OpenAI's API does."""
         return Models(data=[Model(id=service.settings.model)])
 
-    @app.get("/info", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
+    @app.get("/info", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def info() -> Info:
         """Return the served model and the limits."""
         card, settings = service.backend.card, service.settings
