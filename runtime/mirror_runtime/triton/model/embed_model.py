@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mirror_runtime.triton.model.backend_model import find_artifact, packed_shap
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
 from mirror_runtime.triton.model.instances import bind_to_share
-from mirror_runtime.triton.model.metrics import MetricsReporter, Snapshot
+from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -151,15 +152,10 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(tensors, parameters={"fingerprint": self._fingerprint})
         return pb_utils.InferenceResponse(tensors)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Counter[str]:
         stats = self.encoder.stats
-        return Snapshot(
-            requests=self._scheduler.counts,
-            tokens=stats.tokens,
-            slots=stats.slots,
-            batches=stats.executions,
-            in_flight=self._budget.in_flight,
-        )
+        work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
+        return Counter({**self._scheduler.counts, **work, "in_flight": self._budget.in_flight})
 
 
 def _failure(message: str) -> Failure:

@@ -101,17 +101,8 @@ class ServingOptions:
 
     def to_parameters(self) -> dict[str, str]:
         """Return the options that the model needs, as parameters of `config.pbtxt`."""
-        return {
-            "engine": self.engine,
-            "precision": self.precision,
-            "streams": _optional(self.streams),
-            "long_texts": self.long_texts.value,
-            "row_tokens": _optional(self.row_tokens),
-            "batch_tokens": _optional(self.batch_tokens),
-            "instances": str(self.instances),
-            "max_tokens_in_flight": str(self.max_tokens_in_flight),
-            "backend": self.backend.value,
-        }
+        values = {name: value for name, value in vars(self).items() if name != "max_batch_size"}
+        return {name: AUTO if value is None else str(getattr(value, "value", value)) for name, value in values.items()}
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
@@ -128,10 +119,6 @@ class ServingOptions:
             max_tokens_in_flight=int(parameters["max_tokens_in_flight"]),
             backend=Backend(parameters["backend"]),
         )
-
-
-def _optional(number: int | None) -> str:
-    return AUTO if number is None else str(number)
 
 
 def _parse_optional(text: str) -> int | None:
