@@ -36,10 +36,13 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(output.parent):
+        alone = _lock(output.parent, fcntl.LOCK_EX)  # others must not remove this folder before it is locked
+        try:
             _remove_stale(output)
             partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             lock = _lock(partial)
+        finally:
+            os.close(alone)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from error
     try:
@@ -75,22 +78,11 @@ def umask() -> int:
     return mask
 
 
-@contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """Keep other processes from removing stale folders until this one has locked its own."""
-    handle = os.open(parent, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
     """Lock the folder itself, so that it stays empty, and return the handle that holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind)
     except OSError:
         os.close(handle)
         raise

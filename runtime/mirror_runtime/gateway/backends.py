@@ -70,14 +70,7 @@ class InProcessBackend:
 
     async def encode(self, texts: Sequence[str]) -> Served:
         """Encode texts, see `EncodingBackend.encode`."""
-        found = await self._async.encode_detailed(texts)
-        return Served(
-            vectors=found.vectors,
-            tokens=found.tokens,
-            truncated=found.truncated,
-            errors=found.errors,
-            fingerprint=self.card.fingerprint,
-        )
+        return Served(**vars(await self._async.encode_detailed(texts)), fingerprint=self.card.fingerprint)
 
     async def aclose(self) -> None:
         """Finish accepted texts and close the encoder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -102,7 +103,9 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         # the warm-up.
         warmup=_WARMUP if options.backend is Backend.PYTHON else "",
         parameters=",\n".join(
-            f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
+            # JSON escapes a string as protobuf's text format does.
+            f'  {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'
+            for key, value in parameters.items()
         ),
     )
 
@@ -244,11 +247,6 @@ def _length_prefixed(text: str) -> bytes:
     """Encode one element of a BYTES tensor: its length as 4 little-endian bytes, then the bytes."""
     raw = text.encode("utf-8")
     return struct.pack("<I", len(raw)) + raw
-
-
-def _quoted(text: str) -> str:
-    """Escape a text for a double-quoted string in protobuf text format."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def link_or_copy(source: str, target: str) -> None:
