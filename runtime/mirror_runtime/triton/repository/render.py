@@ -11,18 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mirror_runtime.bundle import (
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
-    EngineName,
-    Layout,
-    Manifest,
-    check_files,
-    read_manifest,
-)
+from mirror_runtime.bundle import MANIFEST_FILE, TOKENIZER_FILE, Manifest, check_files, read_manifest
 from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
-from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.errors import InputError
 from mirror_runtime.host import usable_cores
+from mirror_runtime.selection import choose
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
 from mirror_runtime.triton.model.backend_model import ENCODER_NAME, BackendModel, render_backend_config
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -155,7 +148,7 @@ def write_repository(
     cores = cores or usable_cores()
     encoder = None
     if options.backend is Backend.PYTHON:
-        _check_choice(manifest, options)
+        choose(manifest, options.engine, options.precision, elsewhere=True)
     else:
         encoder = BackendModel.of(bundle, manifest, options, cores)
         chosen = encoder.artifact
@@ -199,19 +192,6 @@ def write_temporary_repository(bundle: Path, repository: Path, options: ServingO
     folder = repository / MODEL_NAME
     folder.mkdir()
     write_model(manifest, folder, options, bundle=str(bundle.resolve()))
-
-
-def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
-    """Check that the bundle has an artifact for the options; the serving machine finds out whether it runs."""
-    if options.engine == EngineName.FAKE.value:
-        return
-    packed = [(a.engine.value, a.precision.value) for a in manifest.artifacts if a.layout is Layout.PACKED]
-    if not any(options.engine in ("auto", e) and options.precision in ("auto", p) for e, p in packed):
-        present = ", ".join(f"{e} {p}" for e, p in packed) or "none"
-        raise EngineError(
-            f"the bundle has no packed artifact for engine {options.engine}, precision {options.precision}; "
-            f"it has {present}. Choose one of these, or export it"
-        )
 
 
 def _put_in_place(scratch: Path, repository: Path) -> None:
