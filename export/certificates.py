@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.bundle.card import describe_head, markdown_table, round_down, summary
-from export.bundle.whitening import WHITENING_FILE
+from export.bundle.card import WHITENING_FILE, describe_head, markdown_table, round_down, summary
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.errors import InputError

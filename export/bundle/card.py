@@ -10,6 +10,9 @@ from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Man
 
 CARD_FILE = "README.md"
 
+WHITENING_FILE = "whitening.json"
+"""Records in a bundle what its whitening was fitted on. The weights are those of the last dense layer."""
+
 MARK = "<!-- written by the exporter from here on -->"
 """Everything below this line is rewritten when artifacts are added."""
 
