@@ -34,12 +34,6 @@ PADDED_FILL = 0.85
 class Reference:
     """An encoder as Hugging Face runs it: fp32, evaluation mode, one padded text a row.
 
-    Attributes:
-        model: computes token vectors.
-        tokenizer: the fast tokenizer.
-        spec: head and limits.
-        dense: the head's dense layers, as `spec.dense` describes them.
-
     Raises:
         BundleError: the model or the tokenizer lacks an input of the head, or the dense layers do not fit.
     """
@@ -47,7 +41,7 @@ class Reference:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: EncoderSpec
-    dense: tuple[nn.Sequential, ...] = ()
+    dense: tuple[nn.Sequential, ...] = ()  # the head's dense layers, as `spec.dense` describes them
 
     def __post_init__(self) -> None:
         config: Any = self.model.config

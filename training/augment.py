@@ -33,13 +33,7 @@ def mask_span(text: str, mask_token: str, length: int, rng: random.Random) -> st
     """Replace a random span of characters by one mask token.
 
     Unlike in the published code (`mask_span_literally`), the replaced span is always the drawn one, and it may lie at
-    the very end.
-
-    Args:
-        text: the first view.
-        mask_token: of the tokenizer, such as "[MASK]".
-        length: of the span in characters; 0 masks nothing.
-        rng: draws the position.
+    the very end. A `length` of 0 masks nothing.
     """
     if length == 0 or len(text) < max(MIN_CHARS, length + 1):
         return text
@@ -52,11 +46,6 @@ def mask_span_literally(text: str, length: int, rng: random.Random) -> str:
 
     The last possible start is never drawn; the first occurrence of the drawn characters is replaced; and "[MASK]" is
     written for every tokenizer, even if it is not its mask token.
-
-    Args:
-        text: the first view.
-        length: of the span in characters; 0 masks nothing.
-        rng: draws the position.
     """
     if length == 0 or len(text) < max(MIN_CHARS, length + 1):
         return text

@@ -20,19 +20,12 @@ MPI implementations that `accelerate launch` uses on CPUs."""
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """The hardware of a run, with every `auto` decided.
+    """The hardware of a run, with every `auto` decided."""
 
-    Attributes:
-        device: of this process.
-        precision: of the matrix products.
-        rank: number of this process, from 0. Only process 0 writes and reports.
-        processes: number of processes that share each batch.
-    """
-
-    device: Device
+    device: Device  # of this process
     precision: TunePrecision
-    rank: int = 0
-    processes: int = 1
+    rank: int = 0  # number of this process, from 0. Only process 0 writes and reports.
+    processes: int = 1  # number of processes that share each batch
 
     @property
     def writes(self) -> bool:

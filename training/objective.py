@@ -56,11 +56,6 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, group
     return torch.nn.functional.cross_entropy(similarity, partner)
 
 
-def guided_base(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Compute NT-Xent between texts' vectors and their views; arguments like `guided_opt3`, with K = 1."""
-    return nt_xent(vectors, views[:, 0], temperature, groups)
-
-
 def guided_opt1(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
     """Compute SG-BERT's OPT1; arguments like `guided_opt3`, with K = 1."""
     negatives = _cosines(vectors, vectors, temperature).masked_fill(_same(groups), float("-inf"))
@@ -119,7 +114,7 @@ GuidedLoss = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.T
 """(vectors [B, dim], views [B, K, dim], temperature, groups [B]) -> scalar."""
 
 GUIDED_LOSSES: Mapping[Variant, GuidedLoss] = {
-    Variant.BASE: guided_base,
+    Variant.BASE: lambda vectors, views, temperature, groups: nt_xent(vectors, views[:, 0], temperature, groups),
     Variant.OPT1: guided_opt1,
     Variant.OPT2: guided_opt2,
     Variant.OPT3: guided_opt3,

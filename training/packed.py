@@ -27,25 +27,15 @@ POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.MEAN_PADDED, Pooling.MAX, Pooling
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTexts:
-    """Texts laid out in rows.
+    """Texts laid out in rows."""
 
-    Attributes:
-        input_ids: int64 [rows, length]; empty slots hold the padding token.
-        position_ids: int64 [rows, length]: 0, 1, … within each text.
-        text_ids: int64 [rows, length]: 0 in empty slots, else the text's index plus one.
-        attended: bool [rows, length]: False on padding inside a text's slots, which no token attends to.
-        first: int64 [texts]: flat index of each text's first token.
-        sizes: int64 [texts]: slots of each text, including padding.
-        tokens: number of tokens in all rows, without padding.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    text_ids: torch.Tensor
-    attended: torch.Tensor
-    first: torch.Tensor
-    sizes: torch.Tensor
-    tokens: int
+    input_ids: torch.Tensor  # int64 [rows, length]; empty slots hold the padding token
+    position_ids: torch.Tensor  # int64 [rows, length]: 0, 1, … within each text
+    text_ids: torch.Tensor  # int64 [rows, length]: 0 in empty slots, else the text's index plus one
+    attended: torch.Tensor  # bool [rows, length]: False on padding inside a text's slots, which no token attends to
+    first: torch.Tensor  # int64 [texts]: flat index of each text's first token
+    sizes: torch.Tensor  # int64 [texts]: slots of each text, including padding
+    tokens: int  # number of tokens in all rows, without padding
 
     def attention_mask(self) -> torch.Tensor:
         """Return which query may attend to which key: bool [rows, 1, length, length].

@@ -77,7 +77,7 @@ def train(
             loss = run.step(batch, len(done) + 1)
             seconds = time.perf_counter() - begin
             done.append(Step(step=len(done) + 1, loss=loss, tokens=batch.tokens, seconds=seconds))
-            if checkpoint and checkpoint.due(len(done)):
+            if checkpoint and len(done) % checkpoint.every == 0:
                 tensors = run.tensors()
                 if hardware.writes:
                     checkpoint.save(State(tensors=tensors, steps=tuple(done)), identity)
@@ -232,12 +232,7 @@ class _Run:
 def learning_rate(number: int, steps: int, config: TuneConfig) -> float:
     """Return the learning rate of a step as a share of `lr`.
 
-    It rises linearly over the warm-up and is 1 at its last step; it is never 0.
-
-    Args:
-        number: of the step, from 1.
-        steps: of the whole run.
-        config: has schedule and warm-up.
+    It rises linearly over the warm-up and is 1 at its last step; it is never 0. Steps are numbered from 1.
     """
     warmup = math.ceil(config.warmup * steps)
     if number <= warmup:
