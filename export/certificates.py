@@ -39,10 +39,7 @@ def bundle_cells(name: str, manifest: Manifest) -> tuple[str, str, str]:
 def artifact_cells(artifact: Artifact, fp32_sizes: Mapping[Layout, int], sets: Sequence[Set]) -> tuple[str, ...]:
     """Return the cells of `ARTIFACT_COLUMNS`, and two for each set: the reference's score and the artifact's change.
 
-    Args:
-        artifact: a proven one.
-        fp32_sizes: bytes of its bundle's fp32 files, by layout.
-        sets: the table's evaluation sets; "-" where the artifact was not measured on one.
+    They are "-" where the artifact was not measured on a set. Sizes are in bytes.
     """
     parity = artifact.parity
     scores = {(score.name, score.sha256): score for score in parity.sts}

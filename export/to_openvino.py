@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from evaluation.sets import read_sets
+from export.bundle.card import summary
 from export.bundle.openvino_ir import FILES, add_ir
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Precision
@@ -45,18 +46,7 @@ def run(
         sets=tuple(found for path in sts or () for found in read_sets(path)),
         on_progress=timestamped_lines(Console(stderr=True, highlight=False)),
     )
-    rows = [
-        {
-            "path": artifact.path,
-            "precision": artifact.precision.value,
-            "layout": artifact.layout.value,
-            "size": artifact.size,
-            "min_cosine": artifact.parity.min_cosine,
-            "neighbour_cosine": artifact.parity.neighbour_cosine,
-        }
-        for artifact in artifacts
-    ]
-    print_json({"bundle": str(bundle), "artifacts": rows})
+    print_json({"bundle": str(bundle), "artifacts": [summary(artifact) for artifact in artifacts]})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

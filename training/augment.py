@@ -60,11 +60,8 @@ def repeat_tokens(ids: Sequence[int], rate: float, limit: int, rng: random.Rando
     The two views of a text have the same length, and views of different texts mostly differ in length: without this a
     model learns to distinguish texts by length.
 
-    Args:
-        ids: token ids within special tokens at both ends, which are never doubled.
-        rate: of n tokens between the special ones, 0 to max(2, rate * n) are doubled, each number equally likely.
-        limit: a text that would become longer than this many tokens is returned unchanged.
-        rng: draws how many and which.
+    Of n tokens between the special ones at both ends, 0 to max(2, rate * n) are doubled, each number equally likely. A
+    text that would become longer than `limit` tokens is returned unchanged.
     """
     inner = len(ids) - 2
     if rate == 0 or inner < MIN_TOKENS:

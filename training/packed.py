@@ -46,10 +46,9 @@ class PackedTexts:
         return (same & self.attended[:, None, :]).unsqueeze(1)
 
     def split(self, rows: int) -> Iterator[tuple[torch.Tensor, PackedTexts]]:
-        """Split into pieces of at most `rows` rows. No text spans two rows, so none spans two pieces.
+        """Yield pieces of at most `rows` rows, each after the indices of its texts in the whole, int64 [texts].
 
-        Yields:
-            int64 [texts of the piece], their indices in the whole, and the piece.
+        No text spans two rows, so none spans two pieces.
         """
         length = self.input_ids.shape[1]
         row_of = self.first // length
@@ -140,13 +139,7 @@ def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArra
 
 
 def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Sequence[int] = (-1,)) -> torch.Tensor:
-    """Run the model over packed rows and pool each text.
-
-    Args:
-        model: an encoder of one of `encoders.families`; the rows are moved to its device.
-        packed: the texts.
-        pooling: one of `POOLINGS`; `mean_padded` needs rows that were packed with `pad_to`.
-        layers: whose outputs are averaged before pooling, see `EncoderSpec`.
+    """Run the model over packed rows, average layers and pool each text; `mean_padded` needs rows with `pad_to`.
 
     Returns:
         float32 [texts, dim] in the order of the texts passed to `pack`, not normalised.
@@ -159,11 +152,7 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
 
 
 def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
-    """Run the model over packed rows, with the attention of `training.dropout`.
-
-    Args:
-        model: an encoder of one of `encoders.families`; the rows are moved to its device.
-        packed: the texts.
+    """Run the model, on its device, over packed rows, with the attention of `training.dropout`.
 
     Returns:
         Like Hugging Face's `hidden_states`: float [rows, length, dim] of the embeddings and of each layer.
@@ -180,15 +169,7 @@ def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
 
 
 def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> torch.Tensor:
-    """Pool token vectors in packed rows into one vector a text.
-
-    Args:
-        hidden: float [rows, length, dim].
-        packed: the texts of these rows.
-        pooling: one of `POOLINGS`.
-
-    Returns:
-        float32 [texts, dim].
+    """Pool token vectors [rows, length, dim] in packed rows into one vector a text, float32 [texts, dim].
 
     Raises:
         ValueError: the pooling is not one of `POOLINGS`.

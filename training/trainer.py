@@ -44,16 +44,9 @@ def train(
 ) -> None:
     """Tune the reference's model in place. On one machine's CPU, the same seed gives the same weights.
 
-    Seeds torch's global generator, from which dropout draws.
-
-    Args:
-        reference: model, tokenizer and pooling; left in evaluation mode on the CPU.
-        data: distinct texts, or pairs of texts with the same meaning.
-        config: the recipe.
-        hardware: device, precision and processes.
-        on_step: called after each step; after a resume first for the earlier steps.
-        checkpoint: of the run's state. A killed run resumes from it, and ends in the same weights as an undisturbed
-            run. The file is left there.
+    Seeds torch's global generator, from which dropout draws, and leaves the model in evaluation mode on the CPU. A
+    killed run resumes from its checkpoint, whose file is left there, and ends in the same weights as an undisturbed
+    run; `on_step` is then called for the earlier steps first.
 
     Raises:
         InputError: the recipe cannot be used with the data (see `check`), the checkpoint is of another run, or the

@@ -83,7 +83,7 @@ class Export:
     refused: tuple[Refused, ...]
 
 
-def build(request: Request, on_progress: OnProgress = lambda _: None, *, reference: Reference | None = None) -> Export:
+def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
     """Export an encoder, prove every artifact, and write the bundle whole or not at all.
 
     Everything else is derived from the fp32 graphs on ONNX Runtime: if one of them misses its floor, no bundle is
@@ -92,7 +92,6 @@ def build(request: Request, on_progress: OnProgress = lambda _: None, *, referen
     Args:
         request: what to export.
         on_progress: called with the name of each stage as it begins.
-        reference: an encoder that is already loaded; the request's encoder and its overrides are then not read.
 
     Raises:
         BundleError: the encoder cannot be loaded or its pooling cannot be fused.
@@ -101,16 +100,15 @@ def build(request: Request, on_progress: OnProgress = lambda _: None, *, referen
         InputError: the output exists, cannot be written, or is being written by another process.
     """
     pairs = _pairs(request.precisions)
-    if reference is None:
-        on_progress("load")
-        source = resolve(
-            request.encoder,
-            revision=request.revision,
-            pooling=request.pooling,
-            head=request.head,
-            max_tokens=request.max_tokens,
-        )
-        reference = Reference.load(source)
+    on_progress("load")
+    source = resolve(
+        request.encoder,
+        revision=request.revision,
+        pooling=request.pooling,
+        head=request.head,
+        max_tokens=request.max_tokens,
+    )
+    reference = Reference.load(source)
     if request.head_options != HeadOptions():
         on_progress("extend the head")
     reference, whitening = extend_head(reference, request.head_options)

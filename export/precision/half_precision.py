@@ -88,8 +88,5 @@ def _retype(node: NodeProto, kind: int) -> None:
         if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = kind
         elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(_half_tensor(attribute.t, kind, node.name))
-
-
-def _half_tensor(tensor: TensorProto, kind: int, name: str) -> TensorProto:
-    return numpy_helper.from_array(_halve(numpy_helper.to_array(tensor), kind, name), tensor.name)
+            halved = _halve(numpy_helper.to_array(attribute.t), kind, node.name)
+            attribute.t.CopyFrom(numpy_helper.from_array(halved, attribute.t.name))

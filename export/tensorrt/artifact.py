@@ -192,12 +192,7 @@ def write_script(
 ) -> BuildRequest:
     """Write a folder from which a machine with only TensorRT builds and proves the plan.
 
-    Args:
-        bundle: the bundle.
-        folder: the folder to write; `python build_engine.py` in it builds the plan.
-        options: what to build.
-        texts: some of these prove the plan there; None for the built-in ones.
-        overwrite: replace such a folder.
+    `python build_engine.py` in the folder builds it; some of the texts (None: the built-in ones) prove it there.
 
     Raises:
         EngineError: the bundle has no such graph, or it breaks a rule.
@@ -268,13 +263,7 @@ def _padded(tokenized: Tokenized) -> Iterator[Batch]:
 
 
 def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, on_progress: OnProgress) -> Artifact:
-    """Build a plan on this machine's GPU, prove it there, and add it to the bundle.
-
-    Args:
-        bundle: the bundle.
-        options: what to build.
-        texts: texts to prove on; None for the built-in ones.
-        on_progress: called with each line of progress.
+    """Build a plan on this machine's GPU, prove it there on texts (None: the built-in ones), and add it to the bundle.
 
     Raises:
         MissingExtra: tensorrt or cuda.bindings is not installed.

@@ -86,7 +86,6 @@ def build(
     request: BuildRequest,
     folder: Path,
     *,
-    gpu: tuple[str, str] | None = None,
     on_progress: OnProgress = lambda _: None,
     prove: Prove | None = None,
 ) -> dict[str, Any]:
@@ -95,7 +94,6 @@ def build(
     Args:
         request: what to build.
         folder: the folder to which the request's paths are relative.
-        gpu: name and compute capability, such as "8.9"; None to ask the driver.
         on_progress: called with each line of progress.
         prove: returns an engine's worst cosine to the reference and its floor; None to leave the proof to the caller.
 
@@ -110,7 +108,7 @@ def build(
     if not onnx.is_file() or _sha256(onnx.read_bytes()) != request.onnx_sha256:
         raise BuildError(f"{onnx} is missing, or is not the file that the request was written for: copy it again")
     trt = _tensorrt()
-    name, capability = gpu or this_gpu()
+    name, capability = this_gpu()
     on_progress(f"TensorRT {trt.__version__} on {name}, {len(request.profiles)} profiles")
     began = time.perf_counter()
     logger = trt.Logger(trt.Logger.WARNING)
@@ -214,7 +212,7 @@ def trtexec_line(request: BuildRequest) -> str:
 
 
 def this_gpu() -> tuple[str, str]:
-    """Return name and compute capability of the first GPU that this process may use."""
+    """Return name and compute capability, such as "8.9", of the first GPU that this process may use."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

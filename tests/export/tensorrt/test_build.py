@@ -136,6 +136,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, version: str, given: dict[str, Any]) -
         "ICudaEngine.get_tensor_shape", lambda name: (-1, -1, 8) if name == "embedding" else (-1, -1)
     )
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(builder, "this_gpu", lambda: GPU)
     return trt
 
 
@@ -145,7 +146,7 @@ def test_a_build_calls_both_majors_in_the_documented_order(
 ):
     request = request_in(tmp_path, workspace_gib=2.0, level=4, timing_cache="timing.cache")
     trt = fake(monkeypatch, version, answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     called = trt.names()
     order = [
         *("Logger()", "Builder()", "Builder.create_network", "OnnxParser()", "OnnxParser.parse_from_file"),
@@ -175,7 +176,7 @@ def test_a_build_calls_both_majors_in_the_documented_order(
 def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str):
     request = request_in(tmp_path, version_compatible=True, hardware="same-compute-capability")
     trt = fake(monkeypatch, version, answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     calls = dict(trt.calls)
     assert calls["IBuilderConfig.set_flag"] == (trt.BuilderFlag.VERSION_COMPATIBLE,)
     level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
@@ -185,7 +186,7 @@ def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch,
 def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     request = request_in(tmp_path, timing_cache="timing.cache")
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (0.99995, 0.9999))
+    build(request, tmp_path, prove=lambda trt, engine: (0.99995, 0.9999))
     assert (tmp_path / "model_packed.plan").read_bytes() == b"plan"
     assert (tmp_path / "timing.cache").read_bytes() == b"timings"
     assert json.loads((tmp_path / "model_packed.plan.layers.json").read_text())[1] == '{"Name": "head"}'
@@ -201,7 +202,7 @@ def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.Monkey
     request = request_in(tmp_path, timing_cache="timing.cache")
     (tmp_path / "timing.cache").write_bytes(b"earlier")
     trt = fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     assert dict(trt.calls)["IBuilderConfig.create_timing_cache"] == (b"earlier",)
 
 
@@ -223,7 +224,7 @@ def test_a_failure_of_tensorrt_is_one_clear_error_and_leaves_no_file(
     request = request_in(tmp_path, timing_cache="timing.cache")
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles), **changes))
     with pytest.raises(BuildError, match=message):
-        build(request, tmp_path, gpu=GPU)
+        build(request, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
@@ -234,7 +235,7 @@ def test_a_plan_whose_vectors_are_not_the_references_is_not_kept(
     request = request_in(tmp_path)
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
     with pytest.raises(BuildError, match=r"below 0\.9999"):
-        build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (worst, 0.9999))
+        build(request, tmp_path, prove=lambda trt, engine: (worst, 0.9999))
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
@@ -242,14 +243,14 @@ def test_another_graph_than_the_request_names_is_refused(tmp_path: Path):
     request = request_in(tmp_path)
     (tmp_path / "model_packed.onnx").write_bytes(b"other")
     with pytest.raises(BuildError, match="copy it again"):
-        build(request, tmp_path, gpu=GPU)
+        build(request, tmp_path)
 
 
 def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     trt = fake(monkeypatch, VERSIONS[1], {})
     trt.__version__ = "8.6.1"
     with pytest.raises(BuildError, match="too old"):
-        build(request_in(tmp_path), tmp_path, gpu=GPU)
+        build(request_in(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"level": 6}, {"hardware": "all"}, {"workspace_gib": 0.0}])
@@ -315,7 +316,7 @@ def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.M
     request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64).shapes()))
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
     with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
-        build(request, tmp_path, gpu=GPU)
+        build(request, tmp_path)
 
 
 class FakeDriver:
