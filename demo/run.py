@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from demo.corpus import QUESTIONS, functions
 from encoders.reference import Reference
 from encoders.source import resolve
 from mirror_runtime import Encoder, MirrorError
 from mirror_runtime.cli.options import PoolingOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
+from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.triton import Server
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.server.distribution import find_distribution
@@ -43,6 +43,18 @@ SPEED_TEXTS = 512
 SPEED_ROUNDS = 3
 PARITY_TEXTS = 1200
 TOP = 3
+
+QUESTIONS = (
+    "delete a folder and everything in it",
+    "which day of the week was it?",
+    "make a random password that nobody can guess",
+    "wait until another thread has finished",
+    "how much room is left on the disk?",
+    "find out what two texts have in common",
+)
+"""None of them uses the words of the docstring that answers it."""
+
+SHORTEST = 20  # characters; "Return self." and the like answer no question
 
 
 class Serve(str, Enum):
@@ -107,7 +119,7 @@ def demo(
         base = str(MODEL_DIR)
     corpus, run, bundle = folder / "corpus.txt", folder / "run", folder / "bundle"
     with stages.stage("corpus"):
-        names = functions()
+        names = _functions()
         sentences = list(names)
         corpus.write_text("".join(f"{sentence}\n" for sentence in sentences), encoding="utf-8")
         console.print(f"{len(sentences):,} first sentences of the standard library's docstrings -> {corpus}")
@@ -138,6 +150,15 @@ def demo(
     stages.print_table()
     result = {"seconds": stages.seconds, "texts": len(sentences), "parity": parity, "speeds": speeds}
     sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _functions() -> dict[str, str]:
+    """Return the first function of the standard library for each first sentence of a docstring."""
+    found: dict[str, str] = {}
+    for item in standard_library():
+        if len(item.summary) >= SHORTEST:
+            found.setdefault(item.summary, item.name)
+    return found
 
 
 def _run(console: Console, script: str, *arguments: str | Path) -> None:

@@ -14,58 +14,34 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNames:
-    """A family's names for the modules of a layer, relative to the layer.
+    """A family's names for the modules of a layer, relative to the layer."""
 
-    Attributes:
-        query: projection; `key` and `value` likewise.
-        key: see `query`.
-        value: see `query`.
-        attention_dropout: on the attention probabilities.
-        output: projection after the heads.
-        output_dropout: after `output`; None if the family has none.
-        output_norm: LayerNorm after the first residual.
-        up: first projection of the feed-forward block.
-        activation: between both projections.
-        down: second projection.
-        down_dropout: after `down`.
-        down_norm: LayerNorm after the second residual.
-    """
-
-    query: str
+    query: str  # projection; `key` and `value` likewise
     key: str
     value: str
-    attention_dropout: str
-    output: str
-    output_dropout: str | None
-    output_norm: str
-    up: str = "intermediate.dense"
-    activation: str = "intermediate.intermediate_act_fn"
-    down: str = "output.dense"
-    down_dropout: str = "output.dropout"
-    down_norm: str = "output.LayerNorm"
+    attention_dropout: str  # on the attention probabilities
+    output: str  # projection after the heads
+    output_dropout: str | None  # after `output`; None if the family has none
+    output_norm: str  # LayerNorm after the first residual
+    up: str = "intermediate.dense"  # first projection of the feed-forward block
+    activation: str = "intermediate.intermediate_act_fn"  # between both projections
+    down: str = "output.dense"  # second projection
+    down_dropout: str = "output.dropout"  # after `down`
+    down_norm: str = "output.LayerNorm"  # LayerNorm after the second residual
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of encoders, as data.
+    """One family of encoders, as data."""
 
-    Attributes:
-        names: of a layer's modules.
-        layers: path of the model's list of layers.
-        token_types: the tokenizer returns token types, so the padded graph has them as an input.
-        skips_padding: positions start after the padding token's row of the table, and padding is not counted.
-        padding_row: that row if the family fixes it; None if it is the configuration's `pad_token_id`.
-        relative_bias: attention scores get a bias by the distance of two tokens, the same in all layers.
-        dim: the configuration's key for the width of a vector.
-    """
-
-    names: LayerNames
-    layers: str = "encoder.layer"
-    token_types: bool = False
+    names: LayerNames  # of a layer's modules
+    layers: str = "encoder.layer"  # path of the model's list of layers
+    token_types: bool = False  # the tokenizer returns token types, so the padded graph has them as an input
+    # Positions start after the padding token's row of the table, and padding is not counted.
     skips_padding: bool = False
-    padding_row: int | None = None
-    relative_bias: bool = False
-    dim: str = "hidden_size"
+    padding_row: int | None = None  # that row if the family fixes it; None if it is the configuration's `pad_token_id`
+    relative_bias: bool = False  # attention scores get a bias by the distance of two tokens, the same in all layers
+    dim: str = "hidden_size"  # the configuration's key for the width of a vector
 
     def first_position(self, config: Mapping[str, Any]) -> int:
         """Return the row of the position table for the first token of a text.

@@ -26,19 +26,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The transformer's output for a batch.
+    """The transformer's output for a batch."""
 
-    Attributes:
-        states: of the embeddings and of each layer, float [batch, length, width]; Hugging Face's `hidden_states`.
-        mask: int [batch, length], 1 on the text's tokens, including special tokens and template.
-        marked: bool [batch, length], True on the template's mask token; None unless the pooling is `mask`.
-        attention: probabilities of Ditto's head, float [batch, length, length], query before key; None unless the
-            pooling is `ditto`.
-    """
-
+    # Of the embeddings and of each layer, float [batch, length, width]; Hugging Face's `hidden_states`
     states: Sequence[torch.Tensor]
-    mask: torch.Tensor
+    mask: torch.Tensor  # int [batch, length], 1 on the text's tokens, including special tokens and template
+    # bool [batch, length], True on the template's mask token; None unless the pooling is `mask`
     marked: torch.Tensor | None = None
+    # Probabilities of Ditto's head, float [batch, length, length], query before key; None unless the pooling is `ditto`
     attention: torch.Tensor | None = None
 
 

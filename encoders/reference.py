@@ -35,12 +35,6 @@ PADDED_FILL = 0.85
 class Reference:
     """An encoder as Hugging Face runs it: fp32, evaluation mode, one padded text a row.
 
-    Attributes:
-        model: computes token vectors.
-        tokenizer: the fast tokenizer.
-        spec: head and limits.
-        dense: the head's dense layers, as `spec.dense` describes them.
-
     Raises:
         BundleError: the model or the tokenizer lacks an input of the head, or the dense layers do not fit.
     """
@@ -48,7 +42,7 @@ class Reference:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: EncoderSpec
-    dense: tuple[nn.Sequential, ...] = ()
+    dense: tuple[nn.Sequential, ...] = ()  # the head's dense layers, as `spec.dense` describes them
 
     def __post_init__(self) -> None:
         config: Any = self.model.config
@@ -110,19 +104,11 @@ class Reference:
         return self._encode(texts, lambda pooled: rounded(finish(pooled, self.dense, self.spec), self.spec))
 
     def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts through the last dense layer: neither cut nor normalised nor rounded to the vector type.
-
-        Returns:
-            float32 [n, width], in the order of the texts.
-        """
+        """Encode texts to float32 [n, width], through the last dense layer: neither cut nor normalised nor rounded."""
         return self._encode(texts, lambda pooled: project(pooled, self.dense))
 
     def encode_unnormalized(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts through the cut: neither normalised nor rounded to the vector type.
-
-        Returns:
-            float32 [n, dim], in the order of the texts.
-        """
+        """Encode texts to float32 [n, dim], through the cut: neither normalised nor rounded to the vector type."""
         return self.encode_uncut(texts)[:, : self.spec.dim]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -189,13 +175,9 @@ class Reference:
 
 
 def padded_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Split texts, by ascending length, into batches within `PADDED_TEXTS`, `PADDED_TOKENS` and `PADDED_FILL`.
+    """Yield the indices of texts, by ascending length, in batches that the limits above allow.
 
-    Args:
-        lengths: int64 [n], each text's tokens.
-
-    Yields:
-        int64 [m], indices of a batch's texts; a text longer than `PADDED_TOKENS` is a batch by itself.
+    A text of more than `PADDED_TOKENS` tokens is a batch by itself.
     """
     order = np.argsort(lengths, kind="stable")
     begin = used = 0

@@ -68,27 +68,16 @@ def dense_folder(index: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedEncoder:
-    """The encoder that a folder records.
+    """The encoder that a folder records."""
 
-    Attributes:
-        folder: holds the transformer.
-        pooling: of the token vectors.
-        dense: layers after it.
-        dense_folders: of their weights.
-        normalize: whether vectors are scaled to unit length.
-        max_tokens: None if no limit is recorded.
-        dim: components that are kept; None for all.
-        template: the default prompt; None if the folder has none.
-    """
-
-    folder: Path
-    pooling: Pooling
-    dense: tuple[Dense, ...]
-    dense_folders: tuple[Path, ...]
-    normalize: bool
-    max_tokens: int | None
-    dim: int | None
-    template: str | None
+    folder: Path  # holds the transformer
+    pooling: Pooling  # of the token vectors
+    dense: tuple[Dense, ...]  # layers after it
+    dense_folders: tuple[Path, ...]  # of their weights
+    normalize: bool  # whether vectors are scaled to unit length
+    max_tokens: int | None  # None if no limit is recorded
+    dim: int | None  # components that are kept; None for all
+    template: str | None  # the default prompt; None if the folder has none
 
 
 def read_modules(root: Path) -> RecordedEncoder:

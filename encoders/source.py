@@ -18,34 +18,21 @@ UNLIMITED = 10**9
 
 @dataclass(frozen=True)
 class ResolvedEncoder:
-    """An encoder on disk, checked and ready to load.
+    """An encoder on disk, checked and ready to load."""
 
-    Attributes:
-        folder: holds `config.json`, safetensors weights and `tokenizer.json`.
-        spec: everything except weights and tokenizer that decides a vector.
-        dense: folders of the weights of the head's dense layers, in order.
-    """
-
-    folder: Path
-    spec: EncoderSpec
-    dense: tuple[Path, ...] = ()
+    folder: Path  # holds `config.json`, safetensors weights and `tokenizer.json`
+    spec: EncoderSpec  # everything except weights and tokenizer that decides a vector
+    dense: tuple[Path, ...] = ()  # folders of the weights of the head's dense layers, in order
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """Parts of a head that a caller requests or a folder records. None leaves a part to the record.
+    """Parts of a head that a caller requests or a folder records. None leaves a part to the record."""
 
-    Attributes:
-        pooling: required for a plain folder.
-        layers: whose outputs are averaged; a plain folder takes the last.
-        ditto: the attention head of pooling `ditto`.
-        template: text around every text.
-    """
-
-    pooling: Pooling | None = None
-    layers: tuple[int, ...] | None = None
-    ditto: Ditto | None = None
-    template: str | None = None
+    pooling: Pooling | None = None  # required for a plain folder
+    layers: tuple[int, ...] | None = None  # whose outputs are averaged; a plain folder takes the last
+    ditto: Ditto | None = None  # the attention head of pooling `ditto`
+    template: str | None = None  # text around every text
 
 
 def resolve(

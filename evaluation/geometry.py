@@ -16,21 +16,14 @@ Vectors = NDArray[np.float32]
 
 
 def alignment(first: Vectors, second: Vectors) -> float:
-    """Return the mean squared distance of pairs with the same meaning; lower is better (Wang and Isola, section 4).
-
-    Args:
-        first: unit vectors.
-        second: unit vectors of their partners.
-    """
+    """Return the mean squared distance of pairs of unit vectors; lower is better (Wang and Isola, section 4)."""
     return float(((first - second).astype(np.float64) ** 2).sum(axis=1).mean())
 
 
 def uniformity(vectors: Vectors, rng: np.random.Generator) -> float:
     """Return log E exp(-2 d²) over pairs of different texts; lower is better (Wang and Isola, section 4).
 
-    Args:
-        vectors: unit vectors, two or more.
-        rng: draws `MAX_TEXTS` of them if there are more.
+    Of more than `MAX_TEXTS` unit vectors, `rng` draws that many.
     """
     if len(vectors) > MAX_TEXTS:
         vectors = vectors[rng.choice(len(vectors), MAX_TEXTS, replace=False)]
@@ -44,12 +37,9 @@ def uniformity(vectors: Vectors, rng: np.random.Generator) -> float:
 
 
 def anisotropy(vectors: Vectors) -> float:
-    """Return the mean cosine of two different texts; 0 if directions are spread evenly.
+    """Return the mean cosine of two different texts' unit vectors; 0 if directions are spread evenly.
 
     Every pair counts: the sum of all cosines is the squared length of the sum of vectors.
-
-    Args:
-        vectors: unit vectors, two or more.
     """
     n = len(vectors)
     total = vectors.astype(np.float64).sum(axis=0)
@@ -57,22 +47,14 @@ def anisotropy(vectors: Vectors) -> float:
 
 
 def mean_norm(vectors: Vectors) -> float:
-    """Return the length of the mean vector, lower is better: MVN in Mirror-BERT's tables 9 and 14.
-
-    Args:
-        vectors: before normalisation.
-    """
+    """Return the length of the mean of unnormalised vectors, lower is better: MVN in Mirror-BERT's tables 9 and 14."""
     return float(np.linalg.norm(vectors.astype(np.float64).mean(axis=0)))
 
 
 def isotropy(vectors: Vectors) -> float:
     """Return min Σ exp(c·v) / max Σ exp(c·v) over the eigenvectors c of V'V; higher is better, at most 1.
 
-    IS in Mirror-BERT's tables 9 and 14. An eigenvector's sign is arbitrary, so both signs are included.
-
-
-    Args:
-        vectors: unit vectors.
+    IS of unit vectors in Mirror-BERT's tables 9 and 14. An eigenvector's sign is arbitrary: both signs are included.
     """
     values = vectors.astype(np.float64)
     directions = np.linalg.eigh(values.T @ values)[1]

@@ -37,23 +37,14 @@ Rows = list[tuple[int, list[str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """Pairs of texts with human scores.
+    """Pairs of texts with human scores."""
 
-    Attributes:
-        name: the file's or folder's name, without suffix.
-        first: one text of each pair.
-        second: the other.
-        scores: float64 [pairs], higher is more similar; only their order counts.
-        skipped: pairs without a score, which are left out; the raw SemEval 2015 and 2016 files have some.
-        sha256: of the file's bytes; for a folder, of its files' bytes in the order of their names.
-    """
-
-    name: str
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    scores: NDArray[np.float64]
-    skipped: int = 0
-    sha256: str
+    name: str  # the file's or folder's name, without suffix
+    first: tuple[str, ...]  # one text of each pair
+    second: tuple[str, ...]  # the other
+    scores: NDArray[np.float64]  # float64 [pairs], higher is more similar; only their order counts
+    skipped: int = 0  # pairs without a score, which are left out; the raw SemEval 2015 and 2016 files have some
+    sha256: str  # of the file's bytes; for a folder, of its files' bytes in the order of their names
 
     def __post_init__(self) -> None:
         if len(self.scores) < MIN_PAIRS:

@@ -42,37 +42,27 @@ class Group(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SetResult:
-    """Measures on one set.
-
-    Attributes:
-        name: of the set.
-        group: of the set.
-        sha256: of the set's file.
-        pairs: number of scored pairs.
-        skipped: number of pairs without a score.
-        spearman: rank correlation of cosine and score, times 100.
-        alignment: mean squared distance of close pairs; None if the set has none.
-        close_pairs: number of close pairs.
-        uniformity: log E exp(-2 d²) over all texts of the set.
-        anisotropy: mean cosine of two texts of the set.
-        isotropy: IS of unit vectors.
-        mean_norm: MVN, before normalisation.
-        resampled: float64 [resamples], the correlation of each bootstrap resample, times 100.
-    """
+    """Measures on one set."""
 
     name: str
     group: Group
-    sha256: str
+    sha256: str  # of the set's file
     pairs: int
     skipped: int
-    spearman: Estimate
-    alignment: float | None
+    spearman: Estimate  # rank correlation of cosine and score, times 100
+    alignment: float | None  # mean squared distance of close pairs; None if the set has none
     close_pairs: int
-    uniformity: float
-    anisotropy: float
-    isotropy: float
-    mean_norm: float
+    uniformity: float  # log E exp(-2 d²) over all texts of the set
+    anisotropy: float  # mean cosine of two texts of the set
+    isotropy: float  # IS of unit vectors
+    mean_norm: float  # MVN, before normalisation
+    # float64 [resamples], the correlation of each bootstrap resample, times 100
     resampled: NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def geometry(self) -> tuple[float | None, ...]:
+        """Alignment, uniformity, anisotropy, IS and MVN."""
+        return self.alignment, self.uniformity, self.anisotropy, self.isotropy, self.mean_norm
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields except the resamples as JSON values."""
@@ -83,19 +73,12 @@ class SetResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Measures of an encoder on all sets.
-
-    Attributes:
-        encoder: its name.
-        spec: its head and limits.
-        results: in the order of the sets.
-        seed: of the resamples.
-    """
+    """Measures of an encoder on all sets."""
 
     encoder: str
     spec: EncoderSpec
-    results: tuple[SetResult, ...]
-    seed: int
+    results: tuple[SetResult, ...]  # in the order of the sets
+    seed: int  # of the resamples
 
     @property
     def means(self) -> dict[Group, Estimate]:
@@ -168,15 +151,10 @@ def flat(name: str, figure: Estimate) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Differences of two encoders, times 100, with paired intervals.
+    """Differences of two encoders, times 100, with paired intervals."""
 
-    Attributes:
-        sets: of each set's correlation, in the order of the sets.
-        means: of each group's plain mean.
-    """
-
-    sets: tuple[Estimate, ...]
-    means: dict[Group, Estimate]
+    sets: tuple[Estimate, ...]  # of each set's correlation, in the order of the sets
+    means: dict[Group, Estimate]  # of each group's plain mean
 
 
 def difference(before: Report, after: Report) -> Difference:

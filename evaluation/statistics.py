@@ -43,19 +43,15 @@ def resample_spearman(x: ArrayLike, y: ArrayLike, resamples: int, rng: np.random
     A resample is a count for each pair. Its ranks follow from cumulative counts in an order that is sorted once, so
     that no resample needs sorting.
 
-    Args:
-        x: [n].
-        y: [n].
-        resamples: number of resamples.
-        rng: draws them.
-
     Returns:
         float64 [resamples]; NaN if a resample is constant on one side.
     """
-    a, b = _tie_groups(np.asarray(x)), _tie_groups(np.asarray(y))
+    # Each value's index among the distinct values in ascending order.
+    a, b = (np.unique(np.asarray(values), return_inverse=True)[1] for values in (x, y))
     n = len(a)
     results = []
-    for size in _chunks(resamples, max(1, CHUNK // n)):
+    chunk = max(1, CHUNK // n)
+    for size in (min(chunk, resamples - start) for start in range(0, resamples, chunk)):
         counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
         ranks = [_ranks(groups, counts) for groups in (a, b)]
         centred = [rank - (n + 1) / 2 for rank in ranks]  # the mean of n average ranks
@@ -74,12 +70,6 @@ def estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:
     return Estimate(value=value, low=float(low), high=float(high))
 
 
-def _tie_groups(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return each value's index among the distinct values in ascending order."""
-    groups: NDArray[np.int64] = np.unique(values, return_inverse=True)[1]
-    return groups
-
-
 def _ranks(groups: NDArray[np.int64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return each element's average rank in each resample: [resamples, n]."""
     order = np.argsort(groups, kind="stable")
@@ -87,7 +77,3 @@ def _ranks(groups: NDArray[np.int64], counts: NDArray[np.float64]) -> NDArray[np
     sizes = np.add.reduceat(counts[:, order], starts, axis=1)
     ranks: NDArray[np.float64] = np.cumsum(sizes, axis=1) - (sizes - 1) / 2
     return ranks[:, groups]
-
-
-def _chunks(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.bundle.card import describe_head, markdown_table, round_down, summary
-from export.bundle.whitening import WHITENING_FILE
+from export.bundle.card import WHITENING_FILE, describe_head, markdown_table, round_down, summary
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.errors import InputError
@@ -40,10 +39,7 @@ def bundle_cells(name: str, manifest: Manifest) -> tuple[str, str, str]:
 def artifact_cells(artifact: Artifact, fp32_sizes: Mapping[Layout, int], sets: Sequence[Set]) -> tuple[str, ...]:
     """Return the cells of `ARTIFACT_COLUMNS`, and two for each set: the reference's score and the artifact's change.
 
-    Args:
-        artifact: a proven one.
-        fp32_sizes: bytes of its bundle's fp32 files, by layout.
-        sets: the table's evaluation sets; "-" where the artifact was not measured on one.
+    They are "-" where the artifact was not measured on a set. Sizes are in bytes.
     """
     parity = artifact.parity
     scores = {(score.name, score.sha256): score for score in parity.sts}

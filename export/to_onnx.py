@@ -13,20 +13,19 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from encoders.families import FAMILIES
 from encoders.source import HeadSpec
 from evaluation.sets import read_sets
-from export.bundle.build import Export, Request, build
+from export.bundle.build import Request, build
 from export.bundle.card import short_name, summary
 from export.bundle.head_options import HeadOptions, parse_ditto, parse_layers
 from export.bundle.hub import check_hub, push
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
 from mirror_runtime.cli.options import ProofSetsOption, ProofTextsOption, RevisionOption
-from mirror_runtime.cli.run import application, print_json, run_command
+from mirror_runtime.cli.run import application, print_json, run_command, timestamped_lines
 from mirror_runtime.host import peak_memory_bytes
 
 
@@ -167,7 +166,7 @@ def run(
         overwrite=overwrite,
     )
     began = time.perf_counter()
-    export = _build_with_progress(request, console)
+    export = build(request, timestamped_lines(console))
     seconds = time.perf_counter() - began
     console.print(_table(export.manifest.artifacts))
     for refused in export.refused:
@@ -193,28 +192,6 @@ def run(
     )
     if any(refused.requested for refused in export.refused):
         raise typer.Exit(1)
-
-
-def _build_with_progress(request: Request, console: Console) -> Export:
-    """Build, and show the running stage with its time; each finished stage leaves a line."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        running: list[tuple[str, float]] = []
-        task = progress.add_task("starting", total=None)
-
-        def finish() -> None:
-            for stage, began in running:
-                console.print(f"[dim]{time.perf_counter() - began:6.1f} s[/]  {stage}")
-            running.clear()
-
-        def begin(stage: str) -> None:
-            finish()
-            running.append((stage, time.perf_counter()))
-            progress.reset(task, description=stage)
-
-        export = build(request, begin)
-        finish()
-    return export
 
 
 def _table(artifacts: Sequence[Artifact]) -> Table:

@@ -11,14 +11,15 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
+from rich.console import Console
 
 from evaluation.sets import read_sets
+from export.bundle.card import summary
 from export.bundle.openvino_ir import FILES, add_ir
-from export.progress import progress_lines
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Precision
 from mirror_runtime.cli.options import BundleArgument, ProofSetsOption, ProofTextsOption
-from mirror_runtime.cli.run import application, print_json, run_command
+from mirror_runtime.cli.run import application, print_json, run_command, timestamped_lines
 
 
 def run(
@@ -43,20 +44,9 @@ def run(
         tuple(precision) if precision else None,
         texts=read_texts(parity_texts) if parity_texts else None,
         sets=tuple(found for path in sts or () for found in read_sets(path)),
-        on_progress=progress_lines(),
+        on_progress=timestamped_lines(Console(stderr=True, highlight=False)),
     )
-    rows = [
-        {
-            "path": artifact.path,
-            "precision": artifact.precision.value,
-            "layout": artifact.layout.value,
-            "size": artifact.size,
-            "min_cosine": artifact.parity.min_cosine,
-            "neighbour_cosine": artifact.parity.neighbour_cosine,
-        }
-        for artifact in artifacts
-    ]
-    print_json({"bundle": str(bundle), "artifacts": rows})
+    print_json({"bundle": str(bundle), "artifacts": [summary(artifact) for artifact in artifacts]})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

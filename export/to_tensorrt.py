@@ -16,13 +16,12 @@ import typer
 from rich.console import Console
 
 from export.bundle.card import summary
-from export.progress import progress_lines
 from export.proof.proof_texts import read_texts
 from export.tensorrt.artifact import SCRIPT_FILE, Options, build_plan, check_bundle, prove_provider, write_script
-from export.tensorrt.builder import trtexec_line
+from export.tensorrt.builder import HARDWARE, trtexec_line
 from mirror_runtime.bundle import EngineName, Layout, Precision
 from mirror_runtime.cli.options import BundleArgument, ProofTextsOption
-from mirror_runtime.cli.run import application, print_json, run_command
+from mirror_runtime.cli.run import application, print_json, run_command, timestamped_lines
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import TOKEN_BUDGET
 
@@ -33,14 +32,6 @@ class Target(str, Enum):
     TENSORRT = EngineName.TENSORRT.value
     ONNXRUNTIME_CUDA = EngineName.ONNXRUNTIME_CUDA.value
     ONNXRUNTIME_TENSORRT = EngineName.ONNXRUNTIME_TENSORRT.value
-
-
-class Hardware(str, Enum):
-    """Keys of `export.tensorrt.builder.HARDWARE`."""
-
-    NONE = "none"
-    AMPERE_PLUS = "ampere-plus"
-    SAME_COMPUTE_CAPABILITY = "same-compute-capability"
 
 
 def run(
@@ -72,8 +63,9 @@ def run(
         typer.Option("--version-compatible", help="Loads in newer TensorRT versions too; may be slower."),
     ] = False,
     hardware_compatible: Annotated[
-        Hardware, typer.Option(help="Other GPUs on which the plan runs; anything but none may be slower.")
-    ] = Hardware.NONE,
+        str,
+        typer.Option(help=f"Other GPUs on which the plan runs: {', '.join(HARDWARE)}. All but none may be slower."),
+    ] = "none",
     timing_cache: Annotated[
         Path | None,
         typer.Option(help="File of kernel timings to read and extend: the next build is faster.", show_default=False),
@@ -95,7 +87,7 @@ def run(
     the kind of GPU and the TensorRT version that built it. For a target with only NVIDIA's container, use --script.
     """
     console = Console(stderr=True, highlight=False)
-    if sum((check, script is not None)) > 1:
+    if check and script is not None:
         raise InputError("--check and --script exclude each other")
     layout = Layout.PADDED if padded else Layout.PACKED
     if check:
@@ -108,7 +100,7 @@ def run(
         level=level,
         workspace_gib=workspace,
         version_compatible=version_compatible,
-        hardware=hardware_compatible.value,
+        hardware=hardware_compatible,
         timing_cache=timing_cache,
     )
     texts = read_texts(parity_texts) if parity_texts else None
@@ -124,7 +116,7 @@ def run(
         return
     if engine is not Target.TENSORRT and padded:
         raise InputError(f"--padded is for plans: engine {engine.value} runs packed graphs")
-    began, on_progress = time.perf_counter(), progress_lines()
+    began, on_progress = time.perf_counter(), timestamped_lines(console)
     if engine is Target.TENSORRT:
         artifact = build_plan(bundle, options, texts, on_progress)
     else:

@@ -32,7 +32,6 @@ from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.plan import read_plan
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model.backend_model import ENGINES
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import write_repository
@@ -85,7 +84,7 @@ def run(
     if plan is not None:
         serving_plan = read_plan(plan)
         if backend is not Backend.PYTHON and engine == AUTO:
-            options = replace(options, engine=ENGINES[backend].value)
+            options = replace(options, engine=backend.value)
         options = options.follow(serving_plan, manifest.fingerprint)
         cores = cores or serving_plan.host.cores
     folder = write_repository(bundle, output, options, link=link, overwrite=overwrite, cores=cores)

@@ -33,13 +33,7 @@ def mask_span(text: str, mask_token: str, length: int, rng: random.Random) -> st
     """Replace a random span of characters by one mask token.
 
     Unlike in the published code (`mask_span_literally`), the replaced span is always the drawn one, and it may lie at
-    the very end.
-
-    Args:
-        text: the first view.
-        mask_token: of the tokenizer, such as "[MASK]".
-        length: of the span in characters; 0 masks nothing.
-        rng: draws the position.
+    the very end. A `length` of 0 masks nothing.
     """
     if length == 0 or len(text) < max(MIN_CHARS, length + 1):
         return text
@@ -52,11 +46,6 @@ def mask_span_literally(text: str, length: int, rng: random.Random) -> str:
 
     The last possible start is never drawn; the first occurrence of the drawn characters is replaced; and "[MASK]" is
     written for every tokenizer, even if it is not its mask token.
-
-    Args:
-        text: the first view.
-        length: of the span in characters; 0 masks nothing.
-        rng: draws the position.
     """
     if length == 0 or len(text) < max(MIN_CHARS, length + 1):
         return text
@@ -71,11 +60,8 @@ def repeat_tokens(ids: Sequence[int], rate: float, limit: int, rng: random.Rando
     The two views of a text have the same length, and views of different texts mostly differ in length: without this a
     model learns to distinguish texts by length.
 
-    Args:
-        ids: token ids within special tokens at both ends, which are never doubled.
-        rate: of n tokens between the special ones, 0 to max(2, rate * n) are doubled, each number equally likely.
-        limit: a text that would become longer than this many tokens is returned unchanged.
-        rng: draws how many and which.
+    Of n tokens between the special ones at both ends, 0 to max(2, rate * n) are doubled, each number equally likely. A
+    text that would become longer than `limit` tokens is returned unchanged.
     """
     inner = len(ids) - 2
     if rate == 0 or inner < MIN_TOKENS:

@@ -20,47 +20,38 @@ from training.recipe import TuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The texts of one step.
+    """The texts of one step."""
 
-    Attributes:
-        packed: this process's texts: first views, then second views if the objective has them.
-        texts: number of this process's examples.
-        groups: int64 [examples of all processes]: equal for texts that are the same to the model.
-        layers: int64 [this process's examples]: layer drawn for each, 0 for the embeddings.
-        tokens: of all views and processes.
-    """
-
-    packed: PackedTexts
-    texts: int
-    groups: torch.Tensor
-    layers: torch.Tensor
-    tokens: int
+    packed: PackedTexts  # this process's texts: first views, then second views if the objective has them
+    texts: int  # number of this process's examples
+    groups: torch.Tensor  # int64 [examples of all processes]: equal for texts that are the same to the model
+    layers: torch.Tensor  # int64 [this process's examples]: layer drawn for each, 0 for the embeddings
+    tokens: int  # of all views and processes
 
 
 def batches(
     reference: Reference, data: Sequence[Example], config: TuneConfig, hardware: Hardware, skip: int = 0
 ) -> Iterator[Batch]:
-    """Yield the batches of a run, the same in every process and in every run with the same seed.
+    """Yield this process's part of the batches of a run, which are the same in every run with the same seed.
 
-    Args:
-        reference: its tokenizer and spec are used.
-        data: the corpus.
-        config: the recipe.
-        hardware: determines this process's part of each batch.
-        skip: number of batches to draw without preparing them, because an earlier run has finished them.
+    The first `skip` batches are drawn and not prepared, because an earlier run has finished them.
     """
     limit = min(config.max_tokens, reference.spec.max_tokens)
     reference = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, max_tokens=limit))
     rng = random.Random(config.seed)
+    depth: int = reference.model.config.num_hidden_layers
+    draws_layers = config.objective is Objective.SELF_GUIDED and config.variant is not Variant.OPT3
+    # Second views repeat tokens; pairs never do.
+    repeats = config.repetition > 0 and config.objective is Objective.MIRROR and isinstance(data[0], str)
     done = 0
     for _ in range(config.epochs):
         order = rng.sample(data, len(data))
         for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
             examples = order[start : start + config.batch_size]
             views = [_views(example, reference, config, rng) for example in examples]
-            layers = [rng.randint(0, _layers(reference)) for _ in examples] if _draws_layers(config) else []
+            layers = [rng.randint(0, depth) for _ in examples] if draws_layers else []
             # Drawn here although tokens are repeated later: a skipped batch must advance the generator equally.
-            seeds = [rng.getrandbits(32) for _ in examples] if _repeats(config, data) else []
+            seeds = [rng.getrandbits(32) for _ in examples] if repeats else []
             done += 1
             if done > skip:
                 yield _prepare(views, layers, seeds, reference, config, hardware)
@@ -148,10 +139,8 @@ def group(*sides: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return a group number for each example, int64 [examples], equal for examples that share a text.
 
     Distinct lines may be equal to the model if they differ in case, in white space, or only after the limit. In a
-    corpus of pairs a text may have several partners, which must not be negatives of each other.
-
-    Args:
-        sides: token ids of the examples' first views, and of their second views.
+    corpus of pairs a text may have several partners, which must not be negatives of each other. `sides` are the token
+    ids of the examples' first views, and of their second views.
     """
     parents = list(range(len(sides[0])))
 
@@ -166,17 +155,3 @@ def group(*sides: Sequence[Sequence[int]]) -> torch.Tensor:
             one, other = sorted((root(example), root(seen.setdefault(tuple(ids), example))))
             parents[other] = one
     return torch.tensor([root(example) for example in range(len(parents))])
-
-
-def _draws_layers(config: TuneConfig) -> bool:
-    return config.objective is Objective.SELF_GUIDED and config.variant is not Variant.OPT3
-
-
-def _repeats(config: TuneConfig, data: Sequence[Example]) -> bool:
-    """Return whether second views repeat tokens; pairs never do."""
-    return config.repetition > 0 and config.objective is Objective.MIRROR and isinstance(data[0], str)
-
-
-def _layers(reference: Reference) -> int:
-    layers: int = reference.model.config.num_hidden_layers
-    return layers

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from evaluation.similarity import AGGREGATION, Report, difference
 from mirror_runtime.bundle import EncoderSpec
 from training.checkpoint import Step
-from training.contamination import Overlap
-from training.corpus import Corpus
+from training.corpus import Corpus, Overlap
 from training.objective import Objective
 from training.recipe import TuneConfig
 
@@ -24,18 +23,7 @@ def render_card(
     after: Report | None,
     overlaps: Sequence[Overlap],
 ) -> str:
-    """Build the card's text, without front matter.
-
-    Args:
-        spec: the tuned encoder.
-        config: the recipe.
-        corpus: the text it was tuned on.
-        last: the last step.
-        curve: file name of the loss curve.
-        before: measures of the base; None without evaluation sets.
-        after: measures of the tuned encoder on the same sets.
-        overlaps: share of each evaluation set in the corpus.
-    """
+    """Build the card's text, without front matter; before and after are None without evaluation sets."""
     how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
     text = "pairs of texts with the same meaning" if corpus.has_pairs else "lines of raw text, no labels"
     rows = {
@@ -99,13 +87,7 @@ def _results(before: Report, after: Report, overlaps: Sequence[Overlap]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for old, new in zip(before.results, after.results, strict=True):
-        figures = (
-            (old.alignment, new.alignment),
-            (old.uniformity, new.uniformity),
-            (old.anisotropy, new.anisotropy),
-            (old.isotropy, new.isotropy),
-            (old.mean_norm, new.mean_norm),
-        )
+        figures = zip(old.geometry, new.geometry, strict=True)
         shown = ["–" if a is None or b is None else f"{a:.3f} → {b:.3f}" for a, b in figures]
         lines.append(f"| {new.name} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -25,60 +25,35 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The result of one step.
+    """The result of one step."""
 
-    Attributes:
-        step: 1-based.
-        loss: before the step's update.
-        tokens: of all views and processes, without padding.
-        seconds: since the start of the first step, without the work of a killed run after its last checkpoint.
-    """
-
-    step: int
-    loss: float
-    tokens: int
-    seconds: float
+    step: int  # 1-based
+    loss: float  # before the step's update
+    tokens: int  # of all views and processes, without padding
+    seconds: float  # since the start of the first step, without the work of a killed run after its last checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """A run between two steps.
+    """A run between two steps."""
 
-    Attributes:
-        tensors: of model, optimiser and random generators, by name.
-        steps: finished so far.
-    """
-
-    tensors: Mapping[str, torch.Tensor]
-    steps: tuple[Step, ...]
+    tensors: Mapping[str, torch.Tensor]  # of model, optimiser and random generators, by name
+    steps: tuple[Step, ...]  # finished so far
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A run's state file and how often to write it. If a run has several hosts, all must see the file.
+    """A run's state file and how often to write it. If a run has several hosts, all must see the file."""
 
-    Attributes:
-        path: the file; its folder must exist. Remove it when the run folder is complete.
-        every: steps from one write to the next.
-    """
-
-    path: Path
-    every: int
+    path: Path  # the file; its folder must exist. Remove it when the run folder is complete.
+    every: int  # steps from one write to the next
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise InputError(f"--checkpoint-every is {self.every}: it must be at least 1")
 
-    def due(self, step: int) -> bool:
-        """Return whether to write the state after this step."""
-        return step % self.every == 0
-
     def save(self, state: State, identity: Mapping[str, Any]) -> None:
-        """Write the state, replacing an earlier one.
-
-        Args:
-            state: the state.
-            identity: everything that determines the run, as JSON values.
+        """Write the state, replacing an earlier one; `identity` is everything that determines the run, as JSON values.
 
         Raises:
             InputError: the file cannot be written; an earlier one stays.
@@ -119,10 +94,6 @@ class Checkpoint:
                 "or remove the file to start afresh"
             )
         return State(tensors=tensors, steps=tuple(Step(**step) for step in header["steps"]))
-
-    def remove(self) -> None:
-        """Remove the file if it exists."""
-        self.path.unlink(missing_ok=True)
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,72 +15,99 @@ from transformers import PreTrainedTokenizerBase
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Example
-from training.contamination import ContaminationCheck, Overlap
 from training.formats import Records
 
 MEASURED_TEXTS = 50_000
 """Maximum texts of the length report, evenly spaced: tokenising millions would take minutes."""
 
 
+class _Kept(dict[int, int | None]):
+    """A `str.translate` table that removes punctuation and symbols, filled as characters occur."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PS" else code
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
+def normalise(text: str) -> str:
+    """Normalise a text for comparison: case-folded, without punctuation, single spaces.
+
+    A text of punctuation only is returned unchanged.
+    """
+    return " ".join(text.casefold().translate(_KEPT).split()) or text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """The texts that an evaluation file and a corpus share."""
+
+    file: str  # the evaluation file's name
+    texts: int  # number of its distinct texts, normalised
+    found: int  # number of them in the corpus
+
+    @property
+    def share(self) -> float:
+        """`found` of `texts`, 0 to 1."""
+        return self.found / max(1, self.texts)
+
+
+class ContaminationCheck:
+    """Looks for the texts of evaluation files, given with their names, while a corpus is read."""
+
+    def __init__(self, files: Iterable[tuple[str, Iterable[str]]]) -> None:
+        self._files = [(name, {normalise(text) for text in texts}) for name, texts in files]
+        self._known: set[str] = set().union(*(texts for _, texts in self._files))
+        self._found: set[str] = set()
+
+    def matches(self, texts: Iterable[str]) -> bool:
+        """Return whether any text of a record is an evaluation text, and count it."""
+        found = self._known.intersection(map(normalise, texts)) if self._known else set()
+        self._found |= found
+        return bool(found)
+
+    def overlaps(self) -> tuple[Overlap, ...]:
+        """Return the overlaps so far, one for each file."""
+        return tuple(
+            Overlap(file=name, texts=len(texts), found=len(texts & self._found)) for name, texts in self._files
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class CorpusRequest:
-    """The corpus to read.
+    """The corpus to read."""
 
-    Attributes:
-        files: paths or `hf:` names, see `Records`.
-        pairs: records are pairs of texts with the same meaning.
-        columns: of JSON lines, Parquet and data sets.
-        sample: number of distinct records to draw at random; None keeps all.
-        seed: of the sample.
-        exclude: evaluation sets, or files of lines, whose texts are left out.
-    """
-
-    files: tuple[str, ...]
-    pairs: bool = False
-    columns: tuple[str, ...] = ()
-    sample: int | None = None
-    seed: int = 42
-    exclude: tuple[str, ...] = ()
+    files: tuple[str, ...]  # paths or `hf:` names, see `Records`
+    pairs: bool = False  # records are pairs of texts with the same meaning
+    columns: tuple[str, ...] = ()  # of JSON lines, Parquet and data sets
+    sample: int | None = None  # number of distinct records to draw at random; None keeps all
+    seed: int = 42  # of the sample
+    exclude: tuple[str, ...] = ()  # evaluation sets, or files of lines, whose texts are left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileCounts:
-    """Counts of one corpus file.
+    """Counts of one corpus file."""
 
-    Attributes:
-        name: without its folder.
-        sha256: of its bytes, or of a data set's texts.
-        lines: lines or rows, including empty ones.
-        empty: lines of white space only.
-        duplicates: lines that repeat an earlier one of this or an earlier file.
-        excluded: lines that contain an evaluation text.
-    """
-
-    name: str
-    sha256: str
-    lines: int
-    empty: int
-    duplicates: int
-    excluded: int
+    name: str  # without its folder
+    sha256: str  # of its bytes, or of a data set's texts
+    lines: int  # lines or rows, including empty ones
+    empty: int  # lines of white space only
+    duplicates: int  # lines that repeat an earlier one of this or an earlier file
+    excluded: int  # lines that contain an evaluation text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Distinct texts, or distinct pairs of texts.
+    """Distinct texts, or distinct pairs of texts."""
 
-    Attributes:
-        examples: stripped, without duplicates, in the order of the files.
-        files: counts of each file.
-        overlaps: texts that were left out, one entry for each `exclude` file.
-        sampled_from: number of distinct records before sampling; None if all were kept.
-        sha256: of the examples (TAB between partners), a newline after each.
-    """
-
-    examples: tuple[Example, ...]
+    examples: tuple[Example, ...]  # stripped, without duplicates, in the order of the files
     files: tuple[FileCounts, ...]
-    overlaps: tuple[Overlap, ...] = ()
-    sampled_from: int | None = None
-    sha256: str
+    overlaps: tuple[Overlap, ...] = ()  # texts that were left out, one entry for each `exclude` file
+    sampled_from: int | None = None  # number of distinct records before sampling; None if all were kept
+    sha256: str  # of the examples (TAB between partners), a newline after each
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -92,31 +120,13 @@ class Corpus:
         return not isinstance(self.examples[0], str)
 
     @property
-    def lines(self) -> int:
-        """Lines of all files."""
-        return sum(file.lines for file in self.files)
-
-    @property
-    def empty(self) -> int:
-        """Empty lines of all files."""
-        return sum(file.empty for file in self.files)
-
-    @property
-    def duplicates(self) -> int:
-        """Duplicates in all files."""
-        return sum(file.duplicates for file in self.files)
-
-    @property
-    def excluded(self) -> int:
-        """Lines left out because they contain an evaluation text."""
-        return sum(file.excluded for file in self.files)
+    def counts(self) -> dict[str, int]:
+        """The sums of the files' counts."""
+        names = ("lines", "empty", "duplicates", "excluded")
+        return {name: sum(getattr(file, name) for file in self.files) for name in names}
 
     def overlap_with(self, files: Sequence[tuple[str, Sequence[str]]]) -> tuple[Overlap, ...]:
-        """Look for evaluation texts in the examples.
-
-        Args:
-            files: each evaluation set's name and texts.
-        """
+        """Look for the texts of evaluation sets, given with their names, in the examples."""
         check = ContaminationCheck(files)
         check.matches(self.texts)
         return check.overlaps()
@@ -124,23 +134,14 @@ class Corpus:
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Lengths of texts in tokens, including special tokens.
-
-    Attributes:
-        texts: number of measured texts.
-        p50: the median.
-        p95: the 95th percentile.
-        max: the longest.
-        over: share of texts longer than `max_tokens`, 0 to 1, which are truncated while tuning.
-        max_tokens: the recipe's limit.
-    """
+    """Lengths of texts in tokens, including special tokens."""
 
     texts: int
     p50: int
     p95: int
     max: int
-    over: float
-    max_tokens: int
+    over: float  # share of texts longer than `max_tokens`, 0 to 1, which are truncated while tuning
+    max_tokens: int  # the recipe's limit
 
 
 def read_corpus(request: CorpusRequest) -> Corpus:

@@ -14,20 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from mirror_runtime.errors import InputError
-
-OUTPUT_PROJECTIONS = ("attention.output.dense", "attention.out_lin", "attention.attn.o")
-"""Module names of the projection after the heads: of BERT, RoBERTa, XLM-R and ELECTRA; of DistilBERT; of MPNet."""
+from encoders.families import FAMILIES
 
 
 class DropHead:
-    """The forward pre-hook of `drop_heads`.
+    """The forward pre-hook of `drop_heads`."""
 
-    Attributes:
-        text_ids: int64 [rows, length], the text of each slot in the next forward pass.
-    """
-
-    text_ids: torch.Tensor
+    text_ids: torch.Tensor  # int64 [rows, length], the text of each slot in the next forward pass
 
     def __init__(self, rate: float, heads: int) -> None:
         self.rate = rate
@@ -44,19 +37,10 @@ class DropHead:
 
 
 def head_scales(texts: int, heads: int, rate: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw the factor of each head of each text.
+    """Draw the factor of each head of each text, float32 [texts, heads].
 
     Heads stay with probability 1 - `rate`, independently; those that stay are scaled by heads / staying heads. A text
     that would lose all its heads keeps all of them; the published code divides by zero then.
-
-    Args:
-        texts: number of texts.
-        heads: of a layer.
-        rate: 0 to below 1.
-        device: of the generator and the result.
-
-    Returns:
-        float32 [texts, heads].
     """
     stays = torch.rand(texts, heads, device=device) >= rate
     stays |= ~stays.any(dim=1, keepdim=True)
@@ -69,19 +53,15 @@ def drop_heads(model: PreTrainedModel, rate: float) -> Iterator[DropHead | None]
 
     Yields:
         The hook, whose `text_ids` must be set before each forward pass; None if `rate` is 0.
-
-    Raises:
-        InputError: the model's family is not supported.
     """
     if rate == 0:
         yield None
         return
     config: Any = model.config
-    projections = [child for name, child in model.named_modules() if name.endswith(OUTPUT_PROJECTIONS)]
-    if len(projections) != config.num_hidden_layers:
-        raise InputError(f"--drophead is not supported for a {config.model_type} model: leave it out")
+    family = FAMILIES[config.model_type]
+    layers: Any = model.get_submodule(family.layers)
     hook = DropHead(rate, config.num_attention_heads)
-    handles = [projection.register_forward_pre_hook(hook) for projection in projections]
+    handles = [layer.get_submodule(family.names.output).register_forward_pre_hook(hook) for layer in layers]
     try:
         yield hook
     finally:

@@ -21,11 +21,7 @@ LEVELS = 2**16
 
 
 class WordDropout(nn.Module):
-    """`torch.nn.Dropout` for CPU tensors, drawing from torch's global generator.
-
-    Args:
-        p: probability that an element is zeroed, 0 to below 1; rounded to a multiple of 1/65536.
-    """
+    """`torch.nn.Dropout` for CPU tensors: see `word_dropout`."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -39,9 +35,7 @@ class WordDropout(nn.Module):
 def word_dropout(values: torch.Tensor, p: float) -> torch.Tensor:
     """Zero each element with probability `p`, independently, and divide the others by the probability of staying.
 
-    Args:
-        values: any shape, floating, on the CPU.
-        p: 0 to below 1; rounded to a multiple of 1/65536.
+    The probability, 0 to below 1, is rounded to a multiple of 1/65536; torch's global generator draws.
     """
     dropped = min(round(p * LEVELS), LEVELS - 1)
     if dropped == 0:

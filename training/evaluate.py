@@ -55,24 +55,17 @@ def command(
     sources = [resolve(name, revision=revision, pooling=pooling, max_tokens=max_tokens) for name in encoders]
     console = Console(stderr=True, markup=False)
     reports = []
-    with evaluation_progress(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         for name, source in zip(encoders, sources, strict=True):
             task = progress.add_task(name, total=None)
 
             def on_progress(done: int, total: int, task: Any = task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            encode = Reference.load(source).encode_unnormalized
+            encode, spec = Reference.load(source).encode_unnormalized, source.spec
             reports.append(
-                evaluate(
-                    encode,
-                    sets,
-                    spec=source.spec,
-                    name=name,
-                    resamples=resamples,
-                    seed=seed,
-                    on_progress=on_progress,
-                )
+                evaluate(encode, sets, spec=spec, name=name, resamples=resamples, seed=seed, on_progress=on_progress)
             )
     show(reports, console)
     report = json.dumps(as_json(reports), ensure_ascii=False)
@@ -82,21 +75,11 @@ def command(
 
 
 def load_sets(sts: Sequence[str], words: Sequence[str]) -> dict[Group, list[EvaluationSet]]:
-    """Read evaluation sets by group.
-
-    Raises:
-        InputError: both lists are empty, or a set cannot be read.
-    """
+    """Read evaluation sets by group."""
     if not sts and not words:
         raise InputError("nothing to evaluate on: pass --sts or --words files")
     files = {Group.STS: sts, Group.WORDS: words}
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
-
-
-def evaluation_progress(console: Console) -> Progress:
-    """Build a progress display that counts encoded texts."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
@@ -156,9 +139,7 @@ def _geometry(report: Report, label: str) -> Table:
     for name in ("alignment", "uniformity", "anisotropy", "IS", "MVN"):
         table.add_column(name, justify="right")
     for result in report.results:
-        alignment = "–" if result.alignment is None else f"{result.alignment:.3f}"
-        rest = (result.uniformity, result.anisotropy, result.isotropy, result.mean_norm)
-        table.add_row(result.name, alignment, *(f"{value:.3f}" for value in rest))
+        table.add_row(result.name, *("–" if value is None else f"{value:.3f}" for value in result.geometry))
     return table
 
 

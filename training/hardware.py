@@ -20,19 +20,12 @@ MPI implementations that `accelerate launch` uses on CPUs."""
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """The hardware of a run, with every `auto` decided.
+    """The hardware of a run, with every `auto` decided."""
 
-    Attributes:
-        device: of this process.
-        precision: of the matrix products.
-        rank: number of this process, from 0. Only process 0 writes and reports.
-        processes: number of processes that share each batch.
-    """
-
-    device: Device
+    device: Device  # of this process
     precision: TunePrecision
-    rank: int = 0
-    processes: int = 1
+    rank: int = 0  # number of this process, from 0. Only process 0 writes and reports.
+    processes: int = 1  # number of processes that share each batch
 
     @property
     def writes(self) -> bool:
@@ -57,11 +50,7 @@ class Hardware:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Concatenate all processes' tensors, which have one shape, along the first dimension in the order of ranks.
-
-        Returns:
-            A tensor without a graph, on the device of `own`.
-        """
+        """Concatenate all processes' tensors, which have one shape, in the order of ranks; the result has no graph."""
         if self.processes == 1:
             return own.detach()
         from accelerate.utils import gather
@@ -84,18 +73,16 @@ class Hardware:
 
 
 def choose_hardware(device: Device, precision: TunePrecision) -> Hardware:
-    """Decide every `auto` on this machine, and join the other processes of a launch.
-
-    Raises:
-        EngineError: `device` is CUDA, and this PyTorch finds no NVIDIA GPU.
-    """
+    """Decide every `auto` on this machine, and join the other processes of a launch."""
     if device is Device.AUTO:
         device = Device.CUDA if torch.cuda.is_available() else Device.CPU
     if device is Device.CUDA and not torch.cuda.is_available():
         raise EngineError("--device cuda: PyTorch finds no NVIDIA GPU. Install a CUDA build, or use --device cpu")
     rank, processes = _join(device)
     if precision is TunePrecision.AUTO:
-        precision = TunePrecision.BF16 if _multiplies_bf16(device) else TunePrecision.FP32
+        cuda = device is Device.CUDA
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else has_bf16()
+        precision = TunePrecision.BF16 if bf16 else TunePrecision.FP32
     return Hardware(device=device, precision=precision, rank=rank, processes=processes)
 
 
@@ -106,9 +93,3 @@ def _join(device: Device) -> tuple[int, int]:
 
     state = PartialState(cpu=device is Device.CPU)  # also selects this process's GPU
     return state.process_index, state.num_processes
-
-
-def _multiplies_bf16(device: Device) -> bool:
-    if device is Device.CUDA:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return has_bf16()

@@ -12,60 +12,38 @@ from evaluation.sets import EvaluationSet
 from evaluation.similarity import Group, Report
 from mirror_runtime.bundle import EncoderSpec, Pooling
 from training.checkpoint import Step
-from training.contamination import Overlap
-from training.corpus import Corpus, CorpusRequest, Lengths
+from training.corpus import Corpus, CorpusRequest, Lengths, Overlap
 from training.hardware import Hardware
 from training.recipe import TuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that a run is started with.
+    """Everything that a run is started with."""
 
-    Attributes:
-        base: a folder or a hub name, see `resolve`.
-        revision: of a hub name.
-        pooling: required if the base does not record it.
-        corpus: the text to learn from.
-        output: the run folder to write.
-        overwrite: replace an existing run folder.
-        config: the recipe.
-        checkpoint_every: steps between two checkpoints, which lie beside `output`; None writes none.
-        tensorboard: write event files.
-        sets: evaluation sets by group, measured before and after.
-    """
-
-    base: str
+    base: str  # a folder or a hub name, see `resolve`
     revision: str | None = None
-    pooling: Pooling | None = None
+    pooling: Pooling | None = None  # required if the base does not record it
     corpus: CorpusRequest
     output: Path
     overwrite: bool = False
     config: TuneConfig
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = None  # steps between two checkpoints, which lie beside `output`; None writes none
     tensorboard: bool = False
+    # Evaluation sets by group, measured before and after
     sets: Mapping[Group, Sequence[EvaluationSet]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Everything that is known before the first step.
-
-    Attributes:
-        corpus: as read.
-        lengths: of its texts.
-        overlaps: share of each evaluation set in it.
-        hardware: with every `auto` decided.
-        steps: of the whole run.
-        checkpoint: the file that the run resumes from; None for a fresh start.
-    """
+    """Everything that is known before the first step."""
 
     corpus: Corpus
     lengths: Lengths
-    overlaps: tuple[Overlap, ...]
-    hardware: Hardware
-    steps: int
-    checkpoint: Path | None
+    overlaps: tuple[Overlap, ...]  # share of each evaluation set in it
+    hardware: Hardware  # with every `auto` decided
+    steps: int  # of the whole run
+    checkpoint: Path | None  # the file that the run resumes from; None for a fresh start
 
 
 class RunObserver:
@@ -83,31 +61,18 @@ class RunObserver:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The result of a run, written to `train.json` and printed as JSON.
-
-    Attributes:
-        output: the run folder.
-        spec: the tuned encoder.
-        start: the state before the first step.
-        steps: number of optimiser steps.
-        tokens: of all views in all steps.
-        loss: of the last step.
-        train_seconds: of the training loop.
-        seconds: from the start to the finished folder.
-        before: measures of the base; None without evaluation sets.
-        after: measures of the tuned encoder.
-    """
+    """The result of a run, written to `train.json` and printed as JSON."""
 
     output: Path
     spec: EncoderSpec
     start: Start
     steps: int
-    tokens: int
-    loss: float
-    train_seconds: float
-    seconds: float
-    before: Report | None = None
-    after: Report | None = None
+    tokens: int  # of all views in all steps
+    loss: float  # of the last step
+    train_seconds: float  # of the training loop
+    seconds: float  # from the start to the finished folder
+    before: Report | None = None  # measures of the base; None without evaluation sets
+    after: Report | None = None  # measures of the tuned encoder
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat JSON object; units are in the names."""
@@ -124,7 +89,7 @@ class Summary:
             "precision": hardware.precision.value,
             "processes": hardware.processes,
             "texts": len(corpus.examples),
-            "duplicates": corpus.duplicates,
+            "duplicates": corpus.counts["duplicates"],
             "steps": self.steps,
             "tokens": self.tokens,
             "tokens_per_sec": round(self.tokens / self.train_seconds, 1),

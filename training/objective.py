@@ -41,9 +41,6 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, group
         second: float [B, dim], the same texts' second views.
         temperature: divides the cosine.
         groups: int64 [B]: texts of one group are the same to the model, so they are not negatives of each other.
-
-    Returns:
-        float32 scalar.
     """
     count = first.shape[0]
     vectors = torch.nn.functional.normalize(torch.cat([first, second]).float(), dim=1)
@@ -54,11 +51,6 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float, group
     excluded[index, partner] = False
     similarity = (vectors @ vectors.T / temperature).masked_fill(excluded, float("-inf"))
     return torch.nn.functional.cross_entropy(similarity, partner)
-
-
-def guided_base(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Compute NT-Xent between texts' vectors and their views; arguments like `guided_opt3`, with K = 1."""
-    return nt_xent(vectors, views[:, 0], temperature, groups)
 
 
 def guided_opt1(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
@@ -78,18 +70,10 @@ def guided_opt2(vectors: torch.Tensor, views: torch.Tensor, temperature: float, 
 
 
 def guided_opt3(vectors: torch.Tensor, views: torch.Tensor, temperature: float, groups: torch.Tensor) -> torch.Tensor:
-    """Compute SG-BERT's OPT3: the mean over texts i and layers k of -log p(i, k).
+    """Compute SG-BERT's OPT3: the mean over texts i and layers k of -log p(i, k); arguments like `nt_xent`.
 
-    p(i, k) is the share of view (i, k) among itself and all layers' views of all other texts.
-
-    Args:
-        vectors: float [B, dim], of the tuned model, after the projection head.
-        views: float [B, K, dim], of the frozen copy, after the same head.
-        temperature: divides the cosine.
-        groups: int64 [B]: texts of one group are the same to the model, so they are not negatives of each other.
-
-    Returns:
-        float32 scalar.
+    p(i, k) is the share of view (i, k) among itself and all layers' views of all other texts. `vectors` [B, dim] are of
+    the tuned model, after the projection head; `views` [B, K, dim] of the frozen copy, after the same head.
     """
     count, layers, dim = views.shape
     cosines = _cosines(vectors, views.reshape(count * layers, dim), temperature).view(count, count, layers)
@@ -119,7 +103,7 @@ GuidedLoss = Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.T
 """(vectors [B, dim], views [B, K, dim], temperature, groups [B]) -> scalar."""
 
 GUIDED_LOSSES: Mapping[Variant, GuidedLoss] = {
-    Variant.BASE: guided_base,
+    Variant.BASE: lambda vectors, views, temperature, groups: nt_xent(vectors, views[:, 0], temperature, groups),
     Variant.OPT1: guided_opt1,
     Variant.OPT2: guided_opt2,
     Variant.OPT3: guided_opt3,

@@ -27,25 +27,15 @@ POOLINGS = (Pooling.MEAN, Pooling.CLS, Pooling.MEAN_PADDED, Pooling.MAX, Pooling
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTexts:
-    """Texts laid out in rows.
+    """Texts laid out in rows."""
 
-    Attributes:
-        input_ids: int64 [rows, length]; empty slots hold the padding token.
-        position_ids: int64 [rows, length]: 0, 1, … within each text.
-        text_ids: int64 [rows, length]: 0 in empty slots, else the text's index plus one.
-        attended: bool [rows, length]: False on padding inside a text's slots, which no token attends to.
-        first: int64 [texts]: flat index of each text's first token.
-        sizes: int64 [texts]: slots of each text, including padding.
-        tokens: number of tokens in all rows, without padding.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    text_ids: torch.Tensor
-    attended: torch.Tensor
-    first: torch.Tensor
-    sizes: torch.Tensor
-    tokens: int
+    input_ids: torch.Tensor  # int64 [rows, length]; empty slots hold the padding token
+    position_ids: torch.Tensor  # int64 [rows, length]: 0, 1, … within each text
+    text_ids: torch.Tensor  # int64 [rows, length]: 0 in empty slots, else the text's index plus one
+    attended: torch.Tensor  # bool [rows, length]: False on padding inside a text's slots, which no token attends to
+    first: torch.Tensor  # int64 [texts]: flat index of each text's first token
+    sizes: torch.Tensor  # int64 [texts]: slots of each text, including padding
+    tokens: int  # number of tokens in all rows, without padding
 
     def attention_mask(self) -> torch.Tensor:
         """Return which query may attend to which key: bool [rows, 1, length, length].
@@ -56,10 +46,9 @@ class PackedTexts:
         return (same & self.attended[:, None, :]).unsqueeze(1)
 
     def split(self, rows: int) -> Iterator[tuple[torch.Tensor, PackedTexts]]:
-        """Split into pieces of at most `rows` rows. No text spans two rows, so none spans two pieces.
+        """Yield pieces of at most `rows` rows, each after the indices of its texts in the whole, int64 [texts].
 
-        Yields:
-            int64 [texts of the piece], their indices in the whole, and the piece.
+        No text spans two rows, so none spans two pieces.
         """
         length = self.input_ids.shape[1]
         row_of = self.first // length
@@ -150,13 +139,7 @@ def _spread(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> tuple[NDArra
 
 
 def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Sequence[int] = (-1,)) -> torch.Tensor:
-    """Run the model over packed rows and pool each text.
-
-    Args:
-        model: an encoder of one of `encoders.families`; the rows are moved to its device.
-        packed: the texts.
-        pooling: one of `POOLINGS`; `mean_padded` needs rows that were packed with `pad_to`.
-        layers: whose outputs are averaged before pooling, see `EncoderSpec`.
+    """Run the model over packed rows, average layers and pool each text; `mean_padded` needs rows with `pad_to`.
 
     Returns:
         float32 [texts, dim] in the order of the texts passed to `pack`, not normalised.
@@ -169,11 +152,7 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
 
 
 def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
-    """Run the model over packed rows, with the attention of `training.dropout`.
-
-    Args:
-        model: an encoder of one of `encoders.families`; the rows are moved to its device.
-        packed: the texts.
+    """Run the model, on its device, over packed rows, with the attention of `training.dropout`.
 
     Returns:
         Like Hugging Face's `hidden_states`: float [rows, length, dim] of the embeddings and of each layer.
@@ -190,15 +169,7 @@ def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:
 
 
 def pool_packed(hidden: torch.Tensor, packed: PackedTexts, pooling: Pooling) -> torch.Tensor:
-    """Pool token vectors in packed rows into one vector a text.
-
-    Args:
-        hidden: float [rows, length, dim].
-        packed: the texts of these rows.
-        pooling: one of `POOLINGS`.
-
-    Returns:
-        float32 [texts, dim].
+    """Pool token vectors [rows, length, dim] in packed rows into one vector a text, float32 [texts, dim].
 
     Raises:
         ValueError: the pooling is not one of `POOLINGS`.

@@ -61,55 +61,31 @@ class Recipe(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """The settings of a run except base, corpus and pooling. The defaults are the sentence recipe.
-
-    Attributes:
-        objective: the loss to minimise.
-        variant: of the self-guided objective.
-        drift: of the self-guided objective: weight of the squared distance between the weights and the base's.
-        seed: of shuffling, span masks and dropout.
-        epochs: passes over the corpus.
-        batch_size: texts a step, over all processes; each has two vectors.
-        lr: of AdamW, at its highest.
-        schedule: of the learning rate after warm-up.
-        warmup: share of the steps over which the learning rate rises from zero.
-        beta2: of AdamW.
-        weight_decay: of AdamW, on every parameter.
-        clip: maximum L2 norm of a step's gradient; None disables clipping.
-        temperature: divides the cosine.
-        mask_length: masked characters of a view; 0 for none. Pairs are never masked.
-        mask_views: which views are masked.
-        reference_masking: mask exactly like the published code, see `mask_span_literally`.
-        repetition: maximum share of its tokens that the second view repeats, see `repeat_tokens`; 0 for none.
-        dropout: probability everywhere in the model.
-        drophead: probability that an attention head is dropped for a text.
-        max_tokens: a text's limit while tuning, including special tokens.
-        micro_batch_tokens: slots that go through the model at once, which bounds memory; None for the whole batch.
-            The gradient is that of the whole batch.
-        precision: of the matrix products.
-        device: to tune on.
-    """
+    """The settings of a run except base, corpus and pooling. The defaults are the sentence recipe."""
 
     objective: Objective = Objective.MIRROR
-    variant: Variant = Variant.OPT3
+    variant: Variant = Variant.OPT3  # of the self-guided objective
+    # Of the self-guided objective: weight of the squared distance between the weights and the base's
     drift: float = 0.1
-    seed: int = 42
-    epochs: int = 1
-    batch_size: int = 200
-    lr: float = 2e-5
-    schedule: Schedule = Schedule.CONSTANT
-    warmup: float = 0.0
-    beta2: float = 0.999
-    weight_decay: float = 0.01
-    clip: float | None = None
+    seed: int = 42  # of shuffling, span masks and dropout
+    epochs: int = 1  # passes over the corpus
+    batch_size: int = 200  # texts a step, over all processes; each has two vectors
+    lr: float = 2e-5  # of AdamW, at its highest
+    schedule: Schedule = Schedule.CONSTANT  # of the learning rate after warm-up
+    warmup: float = 0.0  # share of the steps over which the learning rate rises from zero
+    beta2: float = 0.999  # of AdamW
+    weight_decay: float = 0.01  # of AdamW, on every parameter
+    clip: float | None = None  # maximum L2 norm of a step's gradient; None disables clipping
     temperature: float = 0.04
-    mask_length: int = 5
+    mask_length: int = 5  # masked characters of a view; 0 for none. Pairs are never masked.
     mask_views: MaskViews = MaskViews.SECOND
-    reference_masking: bool = False
-    repetition: float = 0.0
-    dropout: float = 0.1
-    drophead: float = 0.0
-    max_tokens: int = 50
+    reference_masking: bool = False  # mask exactly like the published code, see `mask_span_literally`
+    repetition: float = 0.0  # maximum share of its tokens that the second view repeats, see `repeat_tokens`; 0 for none
+    dropout: float = 0.1  # probability everywhere in the model
+    drophead: float = 0.0  # probability that an attention head is dropped for a text
+    max_tokens: int = 50  # a text's limit while tuning, including special tokens
+    # Slots that go through the model at once, which bounds memory; None for the whole batch. The gradient is that of
+    # the whole batch.
     micro_batch_tokens: int | None = None
     precision: TunePrecision = TunePrecision.AUTO
     device: Device = Device.AUTO

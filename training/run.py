@@ -21,11 +21,9 @@ from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
-from training.curve import CURVE_PACKAGE
-from training.events import Events, open_events
 from training.hardware import Hardware, choose_hardware
 from training.job import Job, RunObserver, Start, Summary
-from training.run_folder import write_run_folder
+from training.run_folder import CURVE_PACKAGE, open_events, write_run_folder
 from training.trainer import steps_in, train
 
 EVENTS_FOLDER = "tensorboard"
@@ -52,7 +50,7 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
     with whole_folder(job.output, overwrite=job.overwrite, marker=ENCODER_FILE) as folder:
         summary = _tune(job, source, corpus, hardware, folder, observer or RunObserver(), begin)
     if checkpoint := _checkpoint(job):
-        checkpoint.remove()
+        checkpoint.path.unlink(missing_ok=True)
     return dataclasses.replace(summary, seconds=time.perf_counter() - begin)
 
 
@@ -82,14 +80,15 @@ def _tune(
     steps: list[Step] = []
     with contextlib.ExitStack() as around:
         around.enter_context(_explained_errors(job.output))
-        events: Events | None = None
+        events = None
         if job.tensorboard and folder is not None:
             events = around.enter_context(open_events(folder / EVENTS_FOLDER))
 
         def on_step(step: Step) -> None:
             steps.append(step)
             if events is not None:
-                events.step(step)
+                for name in ("loss", "tokens", "seconds"):
+                    events.add_scalar(name, getattr(step, name), step.step)
             observer.on_step(step)
 
         observer.on_start(start)
@@ -110,7 +109,7 @@ def _tune(
             summary = _evaluated(job, source, reference, summary, observer)
             if events is not None and summary.after is not None:
                 for result in summary.after.results:
-                    events.value(f"spearman/{result.name}", result.spearman.value, summary.steps)
+                    events.add_scalar(f"spearman/{result.name}", result.spearman.value, summary.steps)
         write_run_folder(folder, job, reference, summary, steps)
     return summary
 

@@ -1,29 +1,50 @@
-"""The files of a run folder: the encoder, its model card, the loss, the evaluation and the report."""
+"""The files of a run folder: the encoder, its model card, the loss and its events, the evaluation and the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from encoders.reference import Reference
 from encoders.write import write_layout
 from evaluation.similarity import difference, flat
 from mirror_runtime.bundle import to_json
+from mirror_runtime.extras import require
 from training.card import render_card
 from training.checkpoint import Step
-from training.contamination import Overlap
-from training.curve import draw_curve
+from training.corpus import Overlap
 from training.job import Job, Summary
 
 VERSIONED = ("mirror-runtime", "torch", "transformers", "tokenizers", "numpy", "accelerate", "safetensors")
 CURVE_FILE, METRICS_FILE, REPORT_FILE, EVALUATION_FILE = "loss.png", "metrics.jsonl", "train.json", "evaluation.json"
+
+FLUSH_SECONDS = 5
+"""Of event files: short enough to watch a run; the library's default is two minutes."""
+
+CURVE_PACKAGE = "matplotlib.figure"
+
+SMOOTHED = 0.05
+"""Window of the running mean, as a share of the steps."""
+
+
+@contextmanager
+def open_events(folder: Path) -> Iterator[Any]:
+    """Open a TensorBoard `SummaryWriter` in a folder, and complete its file when the block ends."""
+    require("tensorboard", "train")  # torch's own message does not name the extra to install
+    writer = require("torch.utils.tensorboard", "train").SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
+    try:
+        yield writer
+    finally:
+        writer.close()
 
 
 def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step]) -> None:
@@ -59,6 +80,26 @@ def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary,
     _dump(folder / REPORT_FILE, _report(job, summary))
 
 
+def draw_curve(steps: Sequence[Step], path: Path) -> None:
+    """Draw loss against step, with its running mean, into a PNG file: with the Agg canvas, without global state."""
+    canvas = require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg
+    figure = require(CURVE_PACKAGE, "train").Figure(figsize=(7, 3.6), layout="constrained")
+    canvas(figure)
+    axes = figure.subplots()
+    numbers, losses = [step.step for step in steps], np.array([step.loss for step in steps])
+    window = max(1, round(SMOOTHED * len(steps)))
+    axes.plot(numbers, losses, color="C0", alpha=0.35 if window > 1 else 1, marker="." if len(steps) < 3 else None)
+    if window > 1:
+        mean = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+        axes.plot(numbers[window - 1 :], mean, color="C0", label=f"mean of {window} steps")
+        axes.legend(frameon=False)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
 def _report(job: Job, summary: Summary) -> dict[str, Any]:
     corpus, start = summary.start.corpus, summary.start
     return {
@@ -68,10 +109,7 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
         "corpus": {
             "sha256": corpus.sha256,
             "files": [dataclasses.asdict(file) for file in corpus.files],
-            "lines": corpus.lines,
-            "empty": corpus.empty,
-            "duplicates": corpus.duplicates,
-            "excluded": corpus.excluded,
+            **corpus.counts,
             "excluded_for": [_overlap(overlap) for overlap in corpus.overlaps],
             "sampled_from": corpus.sampled_from,
             "texts": len(corpus.examples),

@@ -20,12 +20,6 @@ class SelfGuided:
     """The frozen copy, the projection head and the drift penalty, which are discarded after tuning.
 
     Freezes the embeddings of `model`, as the paper does. Draws the head's weights from torch's global generator.
-
-    Args:
-        model: the encoder to tune, with its initial weights.
-        variant: form of the loss.
-        temperature: divides the cosine.
-        drift: weight of the squared distance between the model and its frozen copy.
     """
 
     def __init__(self, model: Any, variant: Variant, temperature: float, drift: float) -> None:
@@ -45,9 +39,7 @@ class SelfGuided:
     def views(self, packed: PackedTexts, layers: torch.Tensor) -> torch.Tensor:
         """Max-pool layers of the frozen copy; layer 0 is the embeddings.
 
-        Args:
-            packed: the texts.
-            layers: int64 [texts], the layer drawn for each text; OPT3 uses all layers instead.
+        `layers` is int64 [texts], the layer drawn for each text; OPT3 uses all layers instead.
 
         Returns:
             float32 [texts, views, dim], on the model's device.
@@ -60,13 +52,7 @@ class SelfGuided:
         return pooled[torch.arange(len(layers), device=pooled.device), layers.to(pooled.device)][:, None]
 
     def loss(self, vectors: torch.Tensor, views: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        """Compute the contrastive part of the loss.
-
-        Args:
-            vectors: float [B, dim], of the tuned model.
-            views: float [B, views, dim], of the frozen copy.
-            groups: int64 [B], see `nt_xent`.
-        """
+        """Compute the contrastive part of the loss: see `GuidedLoss`; the vectors are projected here."""
         projected = self.head(torch.cat([vectors[:, None], views], dim=1))
         return GUIDED_LOSSES[self.variant](projected[:, 0], projected[:, 1:], self.temperature, groups)
 

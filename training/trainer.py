@@ -44,16 +44,9 @@ def train(
 ) -> None:
     """Tune the reference's model in place. On one machine's CPU, the same seed gives the same weights.
 
-    Seeds torch's global generator, from which dropout draws.
-
-    Args:
-        reference: model, tokenizer and pooling; left in evaluation mode on the CPU.
-        data: distinct texts, or pairs of texts with the same meaning.
-        config: the recipe.
-        hardware: device, precision and processes.
-        on_step: called after each step; after a resume first for the earlier steps.
-        checkpoint: of the run's state. A killed run resumes from it, and ends in the same weights as an undisturbed
-            run. The file is left there.
+    Seeds torch's global generator, from which dropout draws, and leaves the model in evaluation mode on the CPU. A
+    killed run resumes from its checkpoint, whose file is left there, and ends in the same weights as an undisturbed
+    run; `on_step` is then called for the earlier steps first.
 
     Raises:
         InputError: the recipe cannot be used with the data (see `check`), the checkpoint is of another run, or the
@@ -77,7 +70,7 @@ def train(
             loss = run.step(batch, len(done) + 1)
             seconds = time.perf_counter() - begin
             done.append(Step(step=len(done) + 1, loss=loss, tokens=batch.tokens, seconds=seconds))
-            if checkpoint and checkpoint.due(len(done)):
+            if checkpoint and len(done) % checkpoint.every == 0:
                 tensors = run.tensors()
                 if hardware.writes:
                     checkpoint.save(State(tensors=tensors, steps=tuple(done)), identity)
@@ -232,12 +225,7 @@ class _Run:
 def learning_rate(number: int, steps: int, config: TuneConfig) -> float:
     """Return the learning rate of a step as a share of `lr`.
 
-    It rises linearly over the warm-up and is 1 at its last step; it is never 0.
-
-    Args:
-        number: of the step, from 1.
-        steps: of the whole run.
-        config: has schedule and warm-up.
+    It rises linearly over the warm-up and is 1 at its last step; it is never 0. Steps are numbered from 1.
     """
     warmup = math.ceil(config.warmup * steps)
     if number <= warmup:

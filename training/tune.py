@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 
 if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    gc.disable()  # imports make half a million objects and no garbage: collection takes a third of their time
 
 import typer
 from rich.console import Console
@@ -23,8 +21,7 @@ from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from training.augment import MaskViews
 from training.checkpoint import Step
-from training.contamination import Overlap
-from training.corpus import CorpusRequest
+from training.corpus import CorpusRequest, Overlap
 from training.evaluate import load_sets, show
 from training.job import Job, RunObserver, Start, Summary
 from training.objective import Objective, Variant
@@ -209,9 +206,9 @@ class _Display(RunObserver):
 
     def on_start(self, start: Start) -> None:
         corpus, lengths, hardware = start.corpus, start.lengths, start.hardware
-        left_out = [f"{corpus.duplicates:,} duplicates", f"{corpus.empty:,} empty lines"]
+        left_out = [f"{corpus.counts['duplicates']:,} duplicates", f"{corpus.counts['empty']:,} empty lines"]
         if corpus.overlaps:
-            left_out.append(f"{corpus.excluded:,} with evaluation texts")
+            left_out.append(f"{corpus.counts['excluded']:,} with evaluation texts")
         show = self.progress.console.print
         what = "pairs" if corpus.has_pairs else "lines"
         drawn = f", {len(corpus.examples):,} of them drawn" if corpus.sampled_from else ""
@@ -275,6 +272,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
     sys.exit(main())

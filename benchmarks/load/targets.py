@@ -10,8 +10,9 @@ import aiohttp
 import numpy as np
 
 from mirror_runtime.client.async_client import AsyncClient
-from mirror_runtime.client.async_transports import AsyncGrpcTransport, AsyncHttpTransport
-from mirror_runtime.client.protocol import MODEL_NAME, AsyncTransport, Parameters
+from mirror_runtime.client.grpc_transport import AsyncGrpcTransport
+from mirror_runtime.client.http_transport import AsyncHttpTransport
+from mirror_runtime.client.protocol import MODEL_NAME, Parameters
 from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.vectors import Vectors
 
@@ -35,7 +36,7 @@ class TritonTarget:
             address, protocol=protocol, timeout_s=timeout_s, fingerprint=fingerprint, patient=False
         )
         transport = AsyncGrpcTransport if protocol == GRPC else AsyncHttpTransport
-        self._transport: AsyncTransport = transport(address, MODEL_NAME)
+        self._transport = transport(address, MODEL_NAME)
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
         """Send texts in one request and return their vectors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
-from export.bundle.card import write_card
-from export.bundle.head_options import HeadOptions, extend_head, write_record
-from export.graph.trace import EXTERNAL_DATA_BYTES, Graph, export_graphs, graph_files
+from export.bundle.card import WHITENING_FILE, write_card
+from export.bundle.head_options import HeadOptions, extend_head
+from export.graph.trace import export_graphs, graph_files
 from export.precision.variants import VARIANTS, provers, write_aliases, write_variant
 from export.proof.candidate import Candidate
 from export.proof.parity import Expected, prove_artifact
@@ -48,69 +48,42 @@ OnProgress = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to export, and where to.
+    """What to export, and where to."""
 
-    Attributes:
-        encoder: a run folder, a sentence-transformers folder, a plain Hugging Face folder, or a hub name.
-        output: the bundle's folder.
-        revision: branch, tag or commit of a hub name.
-        pooling: required for an encoder that does not record one.
-        head: layers, Ditto and template of a head that the encoder does not record.
-        head_options: what is added after the recorded head.
-        max_tokens: replaces the recorded length limit.
-        precisions: what to prove in addition to fp32; fp16 beside int8 also makes the int8 file for GPUs. None
-            also proves the fp32 file in bf16, where OpenVINO is installed and the CPU has bf16.
-        calibration: texts to measure the scales of int8 and fp8 on; None for the built-in ones.
-        texts: texts to prove on, in addition to the canaries; None for the built-in ones.
-        sets: scored pairs on which no artifact may lose quality.
-        overwrite: replace an existing bundle.
-        external_data_bytes: graphs with more bytes of weights keep them in a file beside the graph.
-    """
-
-    encoder: str
+    encoder: str  # see `resolve`, like revision, pooling, head and max_tokens
     output: Path
     revision: str | None = None
     pooling: Pooling | None = None
     head: HeadSpec | None = None
     head_options: HeadOptions = field(default_factory=HeadOptions)
     max_tokens: int | None = None
+    # Besides fp32; fp16 beside int8 also makes the int8 file for GPUs. None also proves the fp32 file in bf16, where
+    # OpenVINO is installed and the CPU has bf16.
     precisions: tuple[Precision, ...] | None = None
-    calibration: tuple[str, ...] | None = None
-    texts: tuple[str, ...] | None = None
-    sets: tuple[EvaluationSet, ...] = ()
+    calibration: tuple[str, ...] | None = None  # texts to measure the scales of int8 and fp8 on; None: built-in ones
+    texts: tuple[str, ...] | None = None  # to prove on, in addition to the canaries; None: built-in ones
+    sets: tuple[EvaluationSet, ...] = ()  # scored pairs on which no artifact may lose quality
     overwrite: bool = False
-    external_data_bytes: int = EXTERNAL_DATA_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """An artifact that is left out of the bundle because it missed its floor or its engine failed.
-
-    Attributes:
-        name: its engine, precision and layout.
-        requested: whether the request named its precision.
-        reason: the floor it missed, with the worst texts, or the engine's error.
-    """
+    """An artifact that is left out of the bundle because it missed its floor or its engine failed."""
 
     name: str
-    requested: bool
+    requested: bool  # whether the request named its precision
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A written bundle.
-
-    Attributes:
-        manifest: as written.
-        refused: the artifacts left out.
-    """
+    """A written bundle, and the artifacts left out of it."""
 
     manifest: Manifest
     refused: tuple[Refused, ...]
 
 
-def build(request: Request, on_progress: OnProgress = lambda _: None, *, reference: Reference | None = None) -> Export:
+def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
     """Export an encoder, prove every artifact, and write the bundle whole or not at all.
 
     Everything else is derived from the fp32 graphs on ONNX Runtime: if one of them misses its floor, no bundle is
@@ -119,7 +92,6 @@ def build(request: Request, on_progress: OnProgress = lambda _: None, *, referen
     Args:
         request: what to export.
         on_progress: called with the name of each stage as it begins.
-        reference: an encoder that is already loaded; the request's encoder and its overrides are then not read.
 
     Raises:
         BundleError: the encoder cannot be loaded or its pooling cannot be fused.
@@ -128,23 +100,22 @@ def build(request: Request, on_progress: OnProgress = lambda _: None, *, referen
         InputError: the output exists, cannot be written, or is being written by another process.
     """
     pairs = _pairs(request.precisions)
-    if reference is None:
-        on_progress("load")
-        source = resolve(
-            request.encoder,
-            revision=request.revision,
-            pooling=request.pooling,
-            head=request.head,
-            max_tokens=request.max_tokens,
-        )
-        reference = Reference.load(source)
+    on_progress("load")
+    source = resolve(
+        request.encoder,
+        revision=request.revision,
+        pooling=request.pooling,
+        head=request.head,
+        max_tokens=request.max_tokens,
+    )
+    reference = Reference.load(source)
     if request.head_options != HeadOptions():
         on_progress("extend the head")
     reference, whitening = extend_head(reference, request.head_options)
     with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:
         try:
             if whitening is not None:
-                write_record(whitening, folder)
+                write_json(whitening, folder / WHITENING_FILE)
             return _fill(folder, reference, pairs, request, on_progress)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -173,7 +144,7 @@ def _fill(
     )
     (folder / "onnx").mkdir()
     on_progress("export padded and packed graph")
-    graphs = export_graphs(reference, folder / "onnx", external_data_bytes=request.external_data_bytes)
+    graphs = export_graphs(reference, folder / "onnx")
     on_progress("reference vectors")
     expected = Expected.of(reference, request.texts, request.sets)
     artifacts: list[Artifact] = []
@@ -195,7 +166,7 @@ def _fill(
             else:
                 artifacts.append(candidate.certified(folder, parity))
 
-    prove(_fp32_files(folder, graphs, pairs))
+    prove([Candidate(graphs[Layout.PADDED], *pairs[0]), *(Candidate(graphs[Layout.PACKED], *pair) for pair in pairs)])
     for precision in [precision for precision in VARIANTS if precision in (request.precisions or ())]:
         on_progress(f"write {precision.value}")
         try:
@@ -206,14 +177,14 @@ def _fill(
                     precision,
                     spec=spec,
                     calibration=request.calibration,
-                    external_data_bytes=request.external_data_bytes,
                     gpu=Precision.FP16 in (request.precisions or ()),
                 )
             )
         except EngineError as error:
             refuse(precision.value, precision, error)
         else:
-            prove(_variant_files(folder, written, precision))
+            proving = ((graph, engine) for graph in written for engine in provers(graph, precision))
+            prove(Candidate(graph, engine, precision) for graph, engine in proving if installed(engine))
     _keep_proven(folder, artifacts)
     on_progress("manifest")
     _write_canaries(folder, expected)
@@ -222,24 +193,6 @@ def _fill(
     manifest = dataclasses.replace(manifest, files=_hashes(folder))
     write_json(manifest, folder / MANIFEST_FILE)
     return Export(manifest=manifest, refused=tuple(refused))
-
-
-def _fp32_files(
-    folder: Path, graphs: Mapping[Layout, Graph], pairs: tuple[tuple[EngineName, Precision], ...]
-) -> Iterator[Candidate]:
-    """Yield the candidates of the fp32 files, ONNX Runtime first."""
-    padded, packed = graphs[Layout.PADDED], graphs[Layout.PACKED]
-    yield Candidate.of(folder, padded, EngineName.ONNXRUNTIME, Precision.FP32)
-    for engine, precision in pairs:
-        yield Candidate.of(folder, packed, engine, precision)
-
-
-def _variant_files(folder: Path, graphs: Iterable[Graph], precision: Precision) -> Iterator[Candidate]:
-    """Yield the candidates of another precision's files."""
-    for graph in graphs:
-        for engine in provers(graph, precision):
-            if installed(engine):
-                yield Candidate.of(folder, graph, engine, precision)
 
 
 def _pairs(requested: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:

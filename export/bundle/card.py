@@ -10,6 +10,9 @@ from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Man
 
 CARD_FILE = "README.md"
 
+WHITENING_FILE = "whitening.json"
+"""Records in a bundle what its whitening was fitted on. The weights are those of the last dense layer."""
+
 MARK = "<!-- written by the exporter from here on -->"
 """Everything below this line is rewritten when artifacts are added."""
 
@@ -32,13 +35,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
 
 
 def certificate_card(spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str) -> str:
-    """Return the card's body in Markdown; the front matter belongs to the encoder's own card.
-
-    Args:
-        spec: the encoder's spec.
-        artifacts: the proven ones, at least one; all were compared on the same texts.
-        fingerprint: of the vector space.
-    """
+    """Return the card's body in Markdown, without front matter, for artifacts that were compared on the same texts."""
     parity = artifacts[0].parity
     return f"""
 # {spec.base_model}, exported
@@ -74,9 +71,7 @@ vectors = Encoder.load("path/to/this/folder").encode(["some text"])
 def describe_head(spec: EncoderSpec, *, whitened: bool = False) -> str:
     """Describe how token vectors become a text's vector, such as "mean, dense to 256, unit length".
 
-    Args:
-        spec: the encoder's spec.
-        whitened: whether its last dense layer is a whitening.
+    With `whitened`, the last dense layer is a whitening.
     """
     parts = [spec.pooling.value]
     if spec.ditto is not None:
@@ -126,13 +121,7 @@ def summary(artifact: Artifact) -> dict[str, object]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Format a Markdown table.
-
-    Args:
-        head: column names.
-        rows: one cell for each column.
-        left: number of leading columns aligned left; the others hold figures and are aligned right.
-    """
+    """Format a Markdown table: `left` leading columns are aligned left, the others hold figures."""
     rule = "|" + "---|" * left + "--:|" * (len(head) - left)
     first, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows))
     return "\n".join([first, rule, *others])

@@ -5,68 +5,50 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from encoders.pooling import make_dense
 from encoders.reference import Reference
-from export.bundle.whitening import WHITENING_FILE, fit_whitening
 from export.proof.proof_texts import parity_texts
-from mirror_runtime.bundle import Activation, Dense, Ditto, VectorType, sha256_texts, write_json
+from mirror_runtime.bundle import Activation, Dense, Ditto, VectorType, sha256_texts
 from mirror_runtime.errors import InputError
 
 CALIBRATION_TEXTS = 256
 """Short texts to measure the scale of int8 vectors on."""
 
+SMALLEST_SHARE = 1e-8
+"""Share of the largest variance: a direction with less is noise, which dividing by its deviation would amplify."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """What is added after the recorded head, in this order.
+    """What is added after the recorded head, in this order."""
 
-    Attributes:
-        whiten: texts to fit a whitening on; the vectors are then normalised.
-        whiten_dim: directions that the whitening keeps; None for all.
-        dim: number of leading components to keep (Matryoshka); None for all.
-        vector_type: data type of the output; None for the recorded one.
-    """
-
-    whiten: tuple[str, ...] | None = None
-    whiten_dim: int | None = None
-    dim: int | None = None
-    vector_type: VectorType | None = None
+    whiten: tuple[str, ...] | None = None  # texts to fit a whitening on; the vectors are then normalised
+    whiten_dim: int | None = None  # directions that the whitening keeps; None for all
+    dim: int | None = None  # number of leading components to keep (Matryoshka); None for all
+    vector_type: VectorType | None = None  # None for the recorded one
 
     def __post_init__(self) -> None:
         if self.whiten_dim is not None and self.whiten is None:
             raise InputError("--whiten-dim needs a whitening: pass --whiten CORPUS too")
-        if self.dim is not None and self.dim < 1:
-            raise InputError(f"--dim is {self.dim}: it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhiteningRecord:
-    """The content of `whitening.json`: the texts that a whitening was fitted on.
-
-    Attributes:
-        texts: number of texts.
-        texts_sha256: hash of the texts, joined by newlines.
-        dim: directions kept.
-        variance: share of the corpus's variance in these directions.
-    """
+    """The content of `whitening.json`: the texts that a whitening was fitted on."""
 
     texts: int
-    texts_sha256: str
+    texts_sha256: str  # of the texts, joined by newlines
     dim: int
-    variance: float
+    variance: float  # share of the corpus's variance in the kept directions
 
 
 def parse_layers(option: str) -> tuple[int, ...]:
-    """Parse layers from the command line: numbers with commas, negative from the end.
-
-    Raises:
-        InputError: a part is not a number.
-    """
+    """Parse layers from the command line: numbers with commas, negative from the end."""
     try:
         return tuple(map(int, option.split(",")))
     except ValueError:
@@ -74,11 +56,7 @@ def parse_layers(option: str) -> tuple[int, ...]:
 
 
 def parse_ditto(option: str) -> Ditto:
-    """Parse the attention head of Ditto, LAYER:HEAD.
-
-    Raises:
-        InputError: the option has another form.
-    """
+    """Parse the attention head of Ditto, LAYER:HEAD."""
     layer, _, head = option.partition(":")
     if not (layer.isdecimal() and head.isdecimal()):
         raise InputError(f"--ditto {option}: must be LAYER:HEAD, counted from 0, such as 0:9")
@@ -86,10 +64,7 @@ def parse_ditto(option: str) -> Ditto:
 
 
 def extend_head(reference: Reference, options: HeadOptions) -> tuple[Reference, WhiteningRecord | None]:
-    """Extend an encoder's head.
-
-    Returns:
-        The encoder with the new head, and the record of its whitening, if it has a new one.
+    """Extend an encoder's head; return it with the record of its whitening, if it has a new one.
 
     Raises:
         InputError: there are too few texts, the encoder has fewer components than requested, or its vectors are
@@ -132,9 +107,48 @@ def whiten(reference: Reference, texts: Sequence[str], dim: int | None = None) -
     )
 
 
-def write_record(record: WhiteningRecord, folder: Path) -> None:
-    """Write the record of a whitening beside the encoder."""
-    write_json(record, folder / WHITENING_FILE)
+@dataclass(frozen=True)
+class Whitening:
+    """The linear layer y = weight x + bias."""
+
+    weight: NDArray[np.float32]  # [dim, width]
+    bias: NDArray[np.float32]  # [dim]
+    variance: float  # share of the corpus's variance in the kept directions, 0 to 1
+
+
+def fit_whitening(vectors: NDArray[np.float32], dim: int) -> Whitening:
+    """Fit a BERT-whitening (Su et al. 2021) on vectors [n, width], pooled and not normalised.
+
+    After it the vectors have mean 0 and covariance 1. It keeps the `dim` directions of largest variance: with mean m
+    and covariance U diag(s) U^T, row i of the weight is U[:, i] / sqrt(s[i]) and the bias is -weight m.
+
+    Raises:
+        InputError: there are too few vectors, or they span fewer directions.
+    """
+    count, width = vectors.shape
+    if not 1 <= dim <= width:
+        raise InputError(f"--whiten-dim is {dim}: the vectors have {width} components, so it must be 1 to {width}")
+    if count <= dim:
+        raise InputError(
+            f"{count} texts cannot determine {dim} directions: whiten on more text, or with a smaller --whiten-dim"
+        )
+    exact = vectors.astype(np.float64)
+    mean = exact.mean(0)
+    centred = exact - mean
+    variances, directions = np.linalg.eigh(centred.T @ centred / count)  # ascending
+    kept = variances[::-1][:dim]
+    spanned = int((kept > SMALLEST_SHARE * variances[-1]).sum())
+    if spanned < dim:
+        raise InputError(
+            f"the texts' vectors span only {spanned} directions: whiten on more varied text, or pass "
+            f"--whiten-dim {spanned} or less"
+        )
+    weight = (directions[:, ::-1][:, :dim] / np.sqrt(kept)).T
+    return Whitening(
+        weight=weight.astype(np.float32),
+        bias=(-weight @ mean).astype(np.float32),
+        variance=float(kept.sum() / variances.sum()),
+    )
 
 
 def _with_vector_type(reference: Reference, kind: VectorType) -> Reference:

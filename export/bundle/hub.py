@@ -34,14 +34,7 @@ def check_hub(name: str) -> None:
 def push(bundle: Path, name: str, manifest: Manifest, *, private: bool = False) -> str:
     """Upload a bundle to a model repository, which is created if needed, with the token of `hf auth login` or HF_TOKEN.
 
-    Args:
-        bundle: the proven folder, which is never changed.
-        name: OWNER/NAME.
-        manifest: the bundle's manifest.
-        private: make a new repository private; an existing one keeps its setting.
-
-    Returns:
-        The commit's address.
+    With `private`, a new repository is private; an existing one keeps its setting. Returns the commit's address.
 
     Raises:
         InputError: the hub refused the upload or cannot be reached.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,9 +53,6 @@ def add_ir(
         sets: scored pairs on which no artifact may lose quality.
         on_progress: called with the name of each stage as it begins.
 
-    Returns:
-        The new artifacts.
-
     Raises:
         MissingExtra: openvino is not installed.
         InputError: the bundle has no graph of a requested precision, or cannot be written.
@@ -72,7 +70,7 @@ def add_ir(
         expected = Expected.of_bundle(bundle, texts, sets)
         artifacts = []
         for precision, graph in written:
-            candidate = Candidate.of(bundle, graph, EngineName.OPENVINO, precision)
+            candidate = Candidate(graph, EngineName.OPENVINO, precision)
             on_progress(f"prove {candidate}")
             parity = prove_artifact(bundle, candidate, manifest, expected)
             artifacts.append(candidate.certified(bundle, parity, path=f"{FOLDER}/{graph.path.name}"))
@@ -80,17 +78,8 @@ def add_ir(
     return tuple(artifacts)
 
 
-def convert(graph: Path, path: Path) -> None:
-    """Write an ONNX file as OpenVINO IR without changing its numbers.
-
-    Args:
-        graph: the ONNX file.
-        path: the `.xml` file to write; the weights go to a `.bin` file beside it.
-
-    Raises:
-        MissingExtra: openvino is not installed.
-        InputError: OpenVINO cannot read the graph.
-    """
+def _convert(graph: Path, path: Path) -> None:
+    """Write an ONNX file as OpenVINO IR without changing its numbers; the weights go to a `.bin` file beside it."""
     openvino = require("openvino", "openvino")
     try:
         model = shared_core().read_model(graph)
@@ -116,26 +105,21 @@ def _write(
     for layout, name in FILES[precision].items():
         on_progress(f"write {name}")
         template = next(a for a in manifest.artifacts if a.layout is layout)  # one signature for each layout
+        graph = Graph(layout=layout, path=folder / name, inputs=template.inputs, outputs=template.outputs)
         with TemporaryDirectory() as scratch:
             source = bundle / _onnx(precision, layout)
             if precision is Precision.BF16 and not source.is_file():
-                fp32 = Graph(
-                    layout=layout,
-                    path=bundle / _onnx(Precision.FP32, layout),
-                    inputs=template.inputs,
-                    outputs=template.outputs,
-                )
+                fp32 = replace(graph, path=bundle / _onnx(Precision.FP32, layout))
                 source = write_half(fp32, Path(scratch) / source.name, precision).path
             if not source.is_file():
                 raise InputError(
                     f"{bundle} has no {layout.value} graph in {precision.value}: export it with "
                     f"export/to_onnx.py --precision {precision.value}"
                 )
-            convert(source, folder / name)
-        yield Graph(layout=layout, path=folder / name, inputs=template.inputs, outputs=template.outputs)
+            _convert(source, folder / name)
+        yield graph
 
 
 def _onnx(precision: Precision, layout: Layout) -> str:
-    """Return the path in the bundle of the ONNX file that an IR is converted from."""
     files = GRAPH_FILES if precision is Precision.FP32 else VARIANTS[precision].files
     return f"onnx/{files[layout]}"

@@ -8,11 +8,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from export.bundle.card import CARD_FILE, write_card
-from mirror_runtime.bundle import MANIFEST_FILE, Artifact, Manifest, read_manifest, sha256_file, write_json
+from mirror_runtime.bundle import MANIFEST_FILE, Artifact, read_manifest, sha256_file, write_json
 from mirror_runtime.errors import InputError
 
 
@@ -23,38 +23,27 @@ def updating(bundle: Path) -> Iterator[Path]:
     Raises:
         InputError: the bundle cannot be written, or another process is adding to it.
     """
-    try:
-        handle = os.open(bundle, os.O_RDONLY)
-    except OSError as error:
-        raise InputError(f"{bundle} cannot be opened: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in bundle.glob(".partial-*"):  # left by killed processes: this one holds the lock
-            shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=bundle))
-    except BlockingIOError:
-        os.close(handle)
-        raise InputError(f"another process is adding to {bundle}: wait for it") from None
-    except OSError as error:
-        os.close(handle)
-        raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
-    try:
+    with ExitStack() as at_end:
+        try:
+            handle = os.open(bundle, os.O_RDONLY)
+            at_end.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in bundle.glob(".partial-*"):  # left by killed processes: this one holds the lock
+                shutil.rmtree(left)
+            folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=bundle))
+        except BlockingIOError:
+            raise InputError(f"another process is adding to {bundle}: wait for it") from None
+        except OSError as error:
+            raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
+        at_end.callback(shutil.rmtree, folder, ignore_errors=True)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
 
 
-def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) -> Manifest:
+def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) -> None:
     """Move new files into a bundle, and add them and their artifacts to its manifest, which is written last.
 
-    Args:
-        bundle: the bundle.
-        staging: the folder from `updating`; its files move to the same relative paths in the bundle.
-        artifacts: the proven ones. Each replaces an artifact of the same engine, precision and layout.
-
-    Returns:
-        The new manifest.
+    The files of `staging`, the folder from `updating`, move to the same relative paths in the bundle. Each artifact
+    replaces one of the same engine, precision and layout.
 
     Raises:
         InputError: the bundle cannot be written.
@@ -78,4 +67,3 @@ def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) ->
         os.replace(staging / MANIFEST_FILE, bundle / MANIFEST_FILE)
     except OSError as error:
         raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
-    return updated

@@ -19,17 +19,11 @@ EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the texts of a batch lie in its rows, in a form that both layouts share.
+    """Where the texts of a batch lie in its rows, in a form that both layouts share."""
 
-    Attributes:
-        tokens: bool [R, K, L]: the tokens of text k in row r, without padding.
-        padded_tokens: bool [R, K, L]: the same with the padding that belongs to the text.
-        positions: int64 [R, L]: 0, 1, … within each text.
-    """
-
-    tokens: torch.Tensor
-    padded_tokens: torch.Tensor
-    positions: torch.Tensor
+    tokens: torch.Tensor  # bool [R, K, L]: the tokens of text k in row r, without padding
+    padded_tokens: torch.Tensor  # bool [R, K, L]: the same with the padding that belongs to the text
+    positions: torch.Tensor  # int64 [R, L]: 0, 1, … within each text
 
     @classmethod
     def from_packed(cls, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> Segments:
@@ -56,8 +50,7 @@ class Segments:
 class PickTokens:
     """Select one position of each text: a `Pick`, see `encoders.layers`.
 
-    Args:
-        where: bool [R, K, L], at most one True for each text; without one, the row's first position is selected.
+    `where` is bool [R, K, L], at most one True for each text; without one, the row's first position is selected.
     """
 
     def __init__(self, where: torch.Tensor) -> None:
@@ -75,11 +68,7 @@ class PickTokens:
 
 
 class Head(nn.Module):
-    """Everything between token vectors and the graph's output.
-
-    Args:
-        reference: the encoder whose head to build.
-    """
+    """Everything between token vectors and the graph's output."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()

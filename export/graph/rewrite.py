@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph.inference import infer_types
-from export.graph.trace import EXTERNAL_DATA_BYTES, Graph, Signature, check_graph, save_graph
+from export.graph.trace import Graph, Signature, check_graph, save_graph
 from mirror_runtime.bundle import Precision
 from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY, open_session
 from mirror_runtime.errors import EngineError
@@ -22,18 +22,14 @@ from mirror_runtime.host import usable_cores
 
 Array = NDArray[Any]
 
+SHAPE_VALUES = 1024
+"""Constants with more values than this are weights, on which no shape depends."""
+
 
 class Rewrite:
-    """A graph in memory. Nodes may be added in any order: saving sorts them and drops the unused ones.
+    """A graph in memory, whose `nodes` and `opset` may be changed.
 
-    Args:
-        path: the ONNX file; weights beside it are read too.
-
-    Attributes:
-        nodes: may be edited in place.
-        opset: version of ai.onnx; may be raised.
-        inputs: names of the graph's inputs.
-        outputs: names of the graph's outputs, in order.
+    Nodes may be added in any order: saving sorts them and drops the unused ones.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,19 +76,21 @@ class Rewrite:
         return frozenset(found)
 
     def element_types(self) -> dict[str, int]:
-        """Infer the element type of every value.
-
-        Raises:
-            EngineError: the graph is inconsistent.
-        """
+        """Infer the element type of every value; an inconsistent graph is an EngineError."""
         try:
             return infer_types(self._proto, self.nodes, self._constants.values(), strict=True)
         except onnx.shape_inference.InferenceError as error:
             raise EngineError(f"the graph is inconsistent: {error}") from error
 
-    def save(self, path: Path, precision: Precision, *, external_data_bytes: int = EXTERNAL_DATA_BYTES) -> None:
-        """Write the file; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
-        save_graph(self._model(precision), path, external_data_bytes)
+    def save(self, source: Graph, path: Path, precision: Precision) -> Graph:
+        """Write the file, and check it against the standard, strict types, and the inputs and outputs of its source.
+
+        Raises:
+            EngineError: see `check_graph`.
+        """
+        save_graph(self._model(precision), path)
+        check_graph(path, Signature(inputs=source.inputs, outputs=source.outputs))
+        return replace(source, path=path)
 
     def session(self, *, extra_outputs: Sequence[str] = (), switches: Sequence[str] = (), fused: bool = True) -> Any:
         """Open the graph in its present state in ONNX Runtime, to try it out.
@@ -104,7 +102,7 @@ class Rewrite:
         """
         model = self._model(Precision.FP32, extra_outputs, switches)
         with TemporaryDirectory() as folder:
-            save_graph(model, Path(folder) / "graph.onnx", EXTERNAL_DATA_BYTES)
+            save_graph(model, Path(folder) / "graph.onnx")
             return open_session(Path(folder) / "graph.onnx", threads=usable_cores(), fused=fused)
 
     def _model(
@@ -128,14 +126,39 @@ class Rewrite:
         return proto
 
 
-def check_rewritten(source: Graph, path: Path) -> Graph:
-    """Check a rewritten file against the standard, strict types, and the inputs and outputs of its source.
+def infer_types(
+    model: onnx.ModelProto, nodes: Iterable[NodeProto], constants: Iterable[TensorProto], *, strict: bool
+) -> dict[str, int]:
+    """Return the element type of every value of a graph, as far as inference gets.
 
-    Raises:
-        EngineError: see `check_graph`.
+    Weights take part by their types alone: inference needs no values of them, and takes no more than 2 GiB.
+
+    Args:
+        model: supplies opset, inputs and outputs.
+        nodes: the graph's nodes.
+        constants: the graph's constants.
+        strict: raise an InferenceError where the graph is inconsistent, instead of leaving types out.
     """
-    check_graph(path, Signature(inputs=source.inputs, outputs=source.outputs))
-    return replace(source, path=path)
+    shell = onnx.ModelProto()
+    shell.ir_version = model.ir_version
+    shell.opset_import.extend(model.opset_import)
+    graph = shell.graph
+    graph.name = model.graph.name
+    graph.node.extend(nodes)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    types = {}
+    for tensor in constants:
+        types[tensor.name] = tensor.data_type
+        if math.prod(tensor.dims) > SHAPE_VALUES:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            graph.initializer.append(tensor)
+    inferred = onnx.shape_inference.infer_shapes(shell, check_type=strict, strict_mode=strict).graph
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        if value.type.tensor_type.elem_type:
+            types[value.name] = value.type.tensor_type.elem_type
+    return types
 
 
 def _sorted(nodes: Iterable[NodeProto], known: set[str], outputs: Sequence[str]) -> list[NodeProto]:

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from encoders.families import FAMILIES
+from encoders.layers import Pick, hidden_states
 from encoders.reference import Reference
 from export.graph.heads import Head, Segments
-from export.graph.layouts import packed_states, padded_states
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
 from mirror_runtime.errors import EngineError
 from mirror_runtime.vectors import dtype_of, width_of
@@ -27,6 +27,11 @@ OPSET = 18
 
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights larger than this go to a file beside the graph: Protocol Buffers are limited to 2 GiB."""
+
+BLOCKED = -10_000.0
+"""Added to the attention scores of pairs that must not attend to each other. Its exp() is exactly 0 in every precision,
+it is representable in fp16 and bf16 (unlike the smallest float), and unlike -inf it causes no NaN where a kernel meets
+a block of blocked pairs only."""
 
 GRAPH_FILES = {Layout.PADDED: "model.onnx", Layout.PACKED: "model_packed.onnx"}
 
@@ -41,26 +46,14 @@ class Signature:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph(Signature):
-    """An exported and checked ONNX file.
-
-    Attributes:
-        layout: padded or packed.
-        path: the file.
-    """
+    """An exported and checked ONNX file."""
 
     layout: Layout
     path: Path
 
 
-def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: bool = True) -> Signature:
-    """Return the inputs and outputs that an encoder's graph must have.
-
-    Args:
-        layout: padded or packed.
-        spec: decides the vectors. Graphs of families without token types have no such input.
-        width: components of a token vector.
-        token_vectors: whether a padded graph also outputs token vectors.
-    """
+def signature(layout: Layout, spec: EncoderSpec, width: int) -> Signature:
+    """Return the inputs and outputs that a graph must have, of an encoder with token vectors of `width` components."""
     dtype, vector_width = dtype_of(spec).name, width_of(spec)
     if layout is Layout.PADDED:
         batch: tuple[str, str] = ("batch_size", "sequence_length")
@@ -70,7 +63,7 @@ def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: b
         return Signature(
             inputs=tuple(_int64(name, batch) for name in names),
             # Token vectors come first: sentence-transformers and OpenSearch take the first output as such.
-            outputs=(tokens, vectors) if token_vectors else (vectors,),
+            outputs=(tokens, vectors),
         )
     return Signature(
         inputs=tuple(_int64(name, ("rows", "length")) for name in ("input_ids", "position_ids", "segment_ids")),
@@ -80,37 +73,72 @@ def signature(layout: Layout, spec: EncoderSpec, width: int, *, token_vectors: b
     )
 
 
-class PaddedEncoder(nn.Module):
-    """One text in each row, followed by padding.
+def padded_states(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    token_type_ids: torch.Tensor | None = None,
+    *,
+    attentions_of: int | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Run `hidden_states` on rows of one text each: see `PaddedEncoder.forward`."""
+    return hidden_states(
+        model,
+        input_ids,
+        torch.arange(input_ids.shape[1])[None, :].expand_as(input_ids),
+        torch.where(attention_mask.to(torch.bool)[:, None, None, :], 0.0, BLOCKED),
+        token_type_ids=token_type_ids,
+        attentions_of=attentions_of,
+    )
 
-    Args:
-        reference: model and head.
-        token_vectors: also output token vectors. Without them, a head that reads one token of a text needs the last
-            layer for that token only.
+
+def packed_states(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor,
+    *,
+    padding: torch.Tensor | None = None,
+    attentions_of: int | None = None,
+    pick: Pick | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Run `hidden_states` on rows of several texts each: see `PackedEncoder.forward`.
+
+    `padding`, bool [rows, length], is True on padding that belongs to a text: it attends to the text, and nothing
+    attends to it.
     """
+    # Empty positions attend to each other, so that every position attends to something.
+    visible = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    if padding is not None:
+        visible = visible & ~padding[:, None, None, :]
+    mask = torch.where(visible, 0.0, BLOCKED)
+    return hidden_states(model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick)
 
-    def __init__(self, reference: Reference, *, token_vectors: bool = True) -> None:
+
+class PaddedEncoder(nn.Module):
+    """One text in each row, followed by padding."""
+
+    def __init__(self, reference: Reference) -> None:
         super().__init__()
         self.encoder = reference.model
         self.head = Head(reference)
-        self.token_vectors = token_vectors
         self.pad_id: int = reference.tokenizer.pad_token_id
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode rows.
 
         For `mean_padded` the graph itself pads or cuts rows to `pad_to`, whatever their length.
 
         Args:
-            input_ids: int64 [batch_size, sequence_length].
-            attention_mask: int64 [batch_size, sequence_length]: 1 on the text's tokens.
-            token_type_ids: int64 [batch_size, sequence_length], for the families that have them.
+            input_ids: int64 [batch_size, sequence_length], like the others.
+            attention_mask: 1 on the text's tokens, which come first.
+            token_type_ids: for the families that have them.
 
         Returns:
-            Token vectors float32 [batch_size, sequence_length, width], if `token_vectors`, and text vectors
-            [batch_size, width of the vector type].
+            Token vectors float32 [batch_size, sequence_length, width], and text vectors [batch_size, width of the
+            vector type].
         """
         length = input_ids.shape[1]
         pad_to = self.head.spec.pad_to
@@ -119,25 +147,15 @@ class PaddedEncoder(nn.Module):
             input_ids = torch.where(attention_mask == 0, self.pad_id, _fit_columns(input_ids, pad_to, self.pad_id))
             token_type_ids = None if token_type_ids is None else _fit_columns(token_type_ids, pad_to, 0)
         segments = Segments.from_padded(attention_mask)
-        pick = None if self.token_vectors else self.head.token_pick(segments)
         states, probabilities = padded_states(
-            self.encoder,
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            attentions_of=self.head.attentions_of,
-            pick=pick,
+            self.encoder, input_ids, attention_mask, token_type_ids, attentions_of=self.head.attentions_of
         )
-        vectors = self.head(states, segments, pruned=pick is not None, probabilities=probabilities)[:, 0]
-        return (states[-1][:, :length], vectors) if self.token_vectors else (vectors,)
+        vectors = self.head(states, segments, pruned=False, probabilities=probabilities)[:, 0]
+        return states[-1][:, :length], vectors
 
 
 class PackedEncoder(nn.Module):
-    """Several texts in each row, with segment ids: attention stays within a segment, and each segment is pooled.
-
-    Args:
-        reference: model and head.
-    """
+    """Several texts in each row, with segment ids: attention stays within a segment, and each segment is pooled."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -148,10 +166,10 @@ class PackedEncoder(nn.Module):
         """Encode packed rows.
 
         Args:
-            input_ids: int64 [rows, length].
-            position_ids: int64 [rows, length]: 0, 1, … within each text.
-            segment_ids: int64 [rows, length]: 1, 2, … for the texts of the row, 0 at empty positions. For
-                `mean_padded` each text takes `pad_to` positions, and its padding has its number negated.
+            input_ids: int64 [rows, length], like the others; any token at empty positions.
+            position_ids: 0, 1, … within each text.
+            segment_ids: 1, 2, … for the texts of the row, 0 at empty positions. For `mean_padded` each text takes
+                `pad_to` positions, and its padding has its number negated.
 
         Returns:
             [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
@@ -174,59 +192,26 @@ class PackedEncoder(nn.Module):
         return vectors
 
 
-def export_graphs(
-    reference: Reference,
-    folder: Path,
-    *,
-    token_vectors: bool = True,
-    external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Mapping[Layout, Graph]:
-    """Write the padded and the packed graph of an encoder to a folder, and check them: see `export_graph`.
-
-    Raises:
-        EngineError: PyTorch cannot translate the model, or a file breaks the contract.
-    """
-    return {
-        layout: export_graph(
-            reference, layout, folder / name, token_vectors=token_vectors, external_data_bytes=external_data_bytes
-        )
-        for layout, name in GRAPH_FILES.items()
-    }
+def export_graphs(reference: Reference, folder: Path) -> Mapping[Layout, Graph]:
+    """Write the padded and the packed graph of an encoder to a folder, and check them: see `export_graph`."""
+    return {layout: export_graph(reference, layout, folder / name) for layout, name in GRAPH_FILES.items()}
 
 
-def export_graph(
-    reference: Reference,
-    layout: Layout,
-    path: Path,
-    *,
-    token_vectors: bool = True,
-    external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Graph:
-    """Write one graph of an encoder, with its head inside, and check the file.
-
-    Args:
-        reference: model and head, fp32, in evaluation mode.
-        layout: padded or packed.
-        path: the ONNX file to write; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it.
-        token_vectors: whether the padded graph also outputs token vectors, as other libraries expect.
-        external_data_bytes: see `EXTERNAL_DATA_BYTES`.
+def export_graph(reference: Reference, layout: Layout, path: Path) -> Graph:
+    """Write one graph of an encoder (fp32, in evaluation mode), with its head inside, and check the file.
 
     Raises:
         EngineError: PyTorch cannot translate the model, or the file breaks the contract.
     """
     config: Any = reference.model.config
-    contract = signature(layout, reference.spec, config.hidden_size, token_vectors=token_vectors)
-    wrapper: nn.Module
-    if layout is Layout.PADDED:
-        wrapper = PaddedEncoder(reference, token_vectors=token_vectors)
-    else:
-        wrapper = PackedEncoder(reference)
+    contract = signature(layout, reference.spec, config.hidden_size)
+    wrapper = PaddedEncoder(reference) if layout is Layout.PADDED else PackedEncoder(reference)
     proto = _trace(wrapper.eval(), contract)
     _strip_metadata(proto)
     _name_outputs(proto, contract)
     _name_dimensions(proto, contract)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_graph(proto, path, external_data_bytes)
+    save_graph(proto, path)
     check_graph(path, contract)
     return Graph(layout=layout, path=path, inputs=contract.inputs, outputs=contract.outputs)
 
@@ -359,20 +344,10 @@ def graph_files(graph: Path) -> list[Path]:
     return [graph, *(path for path in beside if path.is_file())]
 
 
-def save_graph(proto: onnx.ModelProto, path: Path, external_data_bytes: int) -> None:
-    """Write a graph; more than `external_data_bytes` bytes of weights go to `<path>_data` beside it."""
-    beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > external_data_bytes
-    if beside:
-        onnx.save_model(
-            proto,
-            path,
-            save_as_external_data=True,
-            all_tensors_to_one_file=True,
-            location=f"{path.name}_data",
-            size_threshold=1024,
-        )
-    else:
-        onnx.save_model(proto, path)
+def save_graph(proto: onnx.ModelProto, path: Path) -> None:
+    """Write a graph; more than `EXTERNAL_DATA_BYTES` bytes of weights go to `<path>_data` beside it."""
+    beside = sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > EXTERNAL_DATA_BYTES
+    onnx.save_model(proto, path, save_as_external_data=beside, location=f"{path.name}_data", size_threshold=1024)
 
 
 def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -62,47 +62,26 @@ class Origin(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationStats:
-    """Statistics of a value that one or several linear layers read.
+    """Statistics of a value that one or several linear layers read."""
 
-    Attributes:
-        peak: float32 [channels], the largest magnitude of each channel.
-        rows: float32 [n, channels], the value at n sampled tokens.
-        origin: the operator that computed it.
-    """
-
-    peak: Vectors
-    rows: Vectors
+    peak: Vectors  # [channels], the largest magnitude of each channel
+    rows: Vectors  # [n, channels], the value at n sampled tokens
     origin: Origin
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Packed batches of the calibration texts, the fp32 graph's vectors, and statistics of its activations.
-
-    Attributes:
-        spec: the encoder's spec.
-        feeds: inputs of the packed graph, batch by batch.
-        slots: for each batch, the positions of the texts' vectors in the flattened output.
-        vectors: float32 [n, dim], batch by batch.
-        activations: in the order of the graph's `linear_inputs`.
-    """
+    """Packed batches of the calibration texts, the fp32 graph's vectors, and statistics of its activations."""
 
     spec: EncoderSpec
     feeds: tuple[Mapping[str, NDArray[np.int64]], ...]
-    slots: tuple[NDArray[np.int64], ...]
-    vectors: Vectors
-    activations: tuple[ActivationStats, ...]
+    slots: tuple[NDArray[np.int64], ...]  # for each batch, the positions of the texts' vectors in the flattened output
+    vectors: Vectors  # [n, dim], batch by batch
+    activations: tuple[ActivationStats, ...]  # in the order of the graph's `linear_inputs`
 
     @classmethod
     def run(cls, graph: Path, bundle: Path, spec: EncoderSpec, texts: Sequence[str] | None = None) -> Calibration:
-        """Run the fp32 packed graph over texts.
-
-        Args:
-            graph: the packed ONNX file.
-            bundle: the folder that holds the tokenizer.
-            spec: the encoder's spec.
-            texts: the calibration texts; None for docstrings of this Python and texts that are not language. None of
-                these are used to prove artifacts.
+        """Run the fp32 packed graph over texts, by default `calibration_texts`; `bundle` holds the tokenizer.
 
         Raises:
             InputError: the texts have no tokens, or cannot be encoded.
@@ -135,15 +114,9 @@ class Calibration:
     def cosines(
         self, session: Any, batches: Sequence[int] | None = None, extra: Mapping[str, NDArray[np.bool_]] | None = None
     ) -> NDArray[np.float32]:
-        """Compare a rewritten graph's vectors with those of the fp32 graph.
+        """Return the cosine of each text's vector in a rewritten graph with the fp32 graph's, batch by batch.
 
-        Args:
-            session: a session of the rewritten graph.
-            batches: the batches to run; None for all.
-            extra: inputs in addition to the packed graph's own.
-
-        Returns:
-            float32 [n], each text's cosine, batch by batch.
+        `extra` are inputs in addition to the packed graph's own.
         """
         chosen = range(len(self.feeds)) if batches is None else batches
         ends = np.cumsum([len(slots) for slots in self.slots])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,9 @@ _ELEMENTWISE = frozenset({"Add", "Div", "Erf", "Gelu", "Mul", "Relu", "Tanh"})
 
 @dataclass(frozen=True)
 class Columns:
-    """The number of columns of each channel.
+    """The number of columns of each channel."""
 
-    Attributes:
-        copies: int64 [channels], each at least 1.
-    """
-
-    copies: NDArray[np.int64]
+    copies: NDArray[np.int64]  # [channels], each at least 1
 
     @classmethod
     def unsplit(cls, channels: int) -> Columns:
@@ -42,11 +39,7 @@ class Columns:
 
     @classmethod
     def split(cls, peak: NDArray[np.float32]) -> Columns:
-        """Add columns, each to the channel with the highest peak per column at that point.
-
-        Args:
-            peak: float32 [channels], the largest magnitude of each channel.
-        """
+        """Add columns, each to the channel with the highest peak [channels] per column at that point."""
         copies = np.ones(peak.size, np.int64)
         for _ in range(peak.size // CHANNELS_PER_EXTRA_COLUMN):
             copies[(peak / copies).argmax()] += 1
@@ -74,14 +67,8 @@ class Columns:
         return steps
 
 
-@dataclass(frozen=True)
-class ProducingLayer:
-    """The linear layer whose outputs become the channels of a value, one for one.
-
-    Attributes:
-        product: the matrix product.
-        addition: the addition of the bias.
-    """
+class ProducingLayer(NamedTuple):
+    """The linear layer whose outputs become the channels of a value, one for one."""
 
     product: NodeProto
     addition: NodeProto
@@ -89,10 +76,6 @@ class ProducingLayer:
 
 def producing_layer(graph: Rewrite, name: str) -> ProducingLayer | None:
     """Find the linear layer that produces a value through nothing but an activation function.
-
-    Args:
-        graph: as exported.
-        name: a value that linear layers read.
 
     Returns:
         None where other nodes lie in between, or other nodes read a value in between.
@@ -133,13 +116,9 @@ def _size(graph: Rewrite, name: str) -> int:
 def split_channels(graph: Rewrite, producer: ProducingLayer, columns: Columns, readers: Sequence[NodeProto]) -> None:
     """Split a value's channels, in the weights and bias that produce it and in the weights that read it.
 
-    Args:
-        graph: is changed.
-        producer: what `producing_layer` found.
-        columns: the columns of each channel.
-        readers: the linear layers that read the value; each copy of a channel gets an equal share of its weights.
+    In the linear layers that read it, each copy of a channel gets an equal share of its weights.
     """
-    weights, bias = producer.product.input[1], producer.addition.input[1]
+    weights, bias = (node.input[1] for node in producer)
     channels, copies = columns.channels, columns.copies.astype(np.float32)
     graph.add(weights, graph.array(weights)[:, channels])
     graph.add(bias, graph.array(bias)[channels])

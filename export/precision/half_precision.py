@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
-from export.graph.rewrite import Array, Rewrite, check_rewritten
-from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
+from export.graph.rewrite import Array, Rewrite
+from export.graph.trace import Graph
 from mirror_runtime.bundle import Precision
 from mirror_runtime.errors import EngineError
 
@@ -31,14 +31,7 @@ SCALES_OPSET = 19
 """The first opset in which QuantizeLinear accepts scales in half precision."""
 
 
-def write_half(
-    source: Graph,
-    path: Path,
-    half: Precision,
-    *,
-    precision: Precision | None = None,
-    external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Graph:
+def write_half(source: Graph, path: Path, half: Precision, *, precision: Precision | None = None) -> Graph:
     """Write a graph with weights, matrix products and softmax in fp16 or bf16, and its head in fp32.
 
     LayerNormalization stays one operator with `stash_type` 1: input and output in half precision, statistics in fp32.
@@ -50,7 +43,6 @@ def write_half(
         path: the file to write.
         half: fp16 or bf16.
         precision: recorded in the file as that of its matrix products; None for `half` itself.
-        external_data_bytes: see `EXTERNAL_DATA_BYTES`.
 
     Raises:
         EngineError: a constant of the graph is infinite in fp16.
@@ -80,8 +72,7 @@ def write_half(
             graph.node("Cast", [inner], [name], to=TensorProto.FLOAT)
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in body):
         graph.opset = max(graph.opset, SCALES_OPSET)
-    graph.save(path, precision or half, external_data_bytes=external_data_bytes)
-    return check_rewritten(source, path)
+    return graph.save(source, path, precision or half)
 
 
 def _halve(values: Array, kind: int, name: str) -> Array:
@@ -97,8 +88,5 @@ def _retype(node: NodeProto, kind: int) -> None:
         if attribute.name in ("to", "dtype", "output_dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = kind
         elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(_half_tensor(attribute.t, kind, node.name))
-
-
-def _half_tensor(tensor: TensorProto, kind: int, name: str) -> TensorProto:
-    return numpy_helper.from_array(_halve(numpy_helper.to_array(tensor), kind, name), tensor.name)
+            halved = _halve(numpy_helper.to_array(attribute.t), kind, node.name)
+            attribute.t.CopyFrom(numpy_helper.from_array(halved, attribute.t.name))

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from export.graph.rewrite import Array, Rewrite, check_rewritten
-from export.graph.trace import EXTERNAL_DATA_BYTES, Graph
+from export.graph.rewrite import Array, Rewrite
+from export.graph.trace import Graph
 from export.precision.calibration import ActivationStats, Calibration, Origin, Vectors, linear_inputs
 from export.precision.channel_splitting import Columns, producing_layer, split_channels
 from export.precision.half_precision import write_half
@@ -47,15 +47,10 @@ SMALLEST_SCALE = 2.0**-24
 
 @dataclass(frozen=True, kw_only=True)
 class RangeMargin:
-    """How far a scale reaches beyond the range seen in calibration. Clipping costs other texts more.
+    """How far a scale reaches beyond the range seen in calibration. Clipping costs other texts more."""
 
-    Attributes:
-        headroom: factor on the measured peak.
-        raised_share: share of channels, those with the smallest peaks, whose peaks are raised to the next larger one.
-    """
-
-    headroom: float
-    raised_share: float
+    headroom: float  # factor on the measured peak
+    raised_share: float  # share of channels, those with the smallest peaks, raised to the next larger peak
 
 
 RANGE_MARGINS: Mapping[Origin, RangeMargin] = {
@@ -70,17 +65,11 @@ RANGE_MARGINS: Mapping[Origin, RangeMargin] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A quantised number format.
+    """A quantised number format."""
 
-    Attributes:
-        largest: the largest number it represents at scale 1.
-        dtype: data type of the stored numbers.
-        opset: the first opset that has it.
-    """
-
-    largest: float
+    largest: float  # the largest number it represents at scale 1
     dtype: np.dtype[np.generic]
-    opset: int
+    opset: int  # the first that has it
 
 
 FORMATS: Mapping[Precision, Format] = {
@@ -91,23 +80,14 @@ FORMATS: Mapping[Precision, Format] = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedInput:
-    """How a value that one or several linear layers read is quantised.
+    """How a value that one or several linear layers read is quantised."""
 
-    Attributes:
-        smoothing: float32 [channels]: the value is divided by it, the weights' rows are multiplied by it.
-        scale: scale of the divided value.
-        columns: the columns of each channel.
-        error: relative error of the layers' outputs on calibration text.
-        layers: keys of the layers that read the value, see `_layer_key`.
-        quantized: False leaves these layers in float.
-    """
-
-    smoothing: Vectors
-    scale: float
+    smoothing: Vectors  # [channels]: the value is divided by it, the weights' rows are multiplied by it
+    scale: float  # of the divided value
     columns: Columns
-    error: float
-    layers: frozenset[bytes] = frozenset()
-    quantized: bool = True
+    error: float  # relative error of the layers' outputs on calibration text
+    layers: frozenset[bytes] = frozenset()  # that read the value, see `_layer_key`
+    quantized: bool = True  # False leaves these layers in float
 
     def rounded_value(self, name: str) -> str:
         """Return the name of the value that is rounded in place of the value `name`."""
@@ -118,27 +98,15 @@ class QuantizedInput:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationPlan:
-    """How the linear layers of an encoder's padded and packed graph are quantised.
-
-    Attributes:
-        precision: int8 or fp8.
-        inputs: in the order of the packed graph's `linear_inputs`.
-        worst_cosine: over the calibration texts.
-    """
+    """How the linear layers of an encoder's padded and packed graph are quantised."""
 
     precision: Precision
-    inputs: tuple[QuantizedInput, ...]
-    worst_cosine: float
+    inputs: tuple[QuantizedInput, ...]  # in the order of the packed graph's `linear_inputs`
+    worst_cosine: float  # over the calibration texts
 
 
 def plan_quantization(graph: Path, calibration: Calibration, precision: Precision) -> QuantizationPlan:
-    """Choose scales, smoothing, and the layers that stay in float.
-
-    Args:
-        graph: the fp32 packed ONNX file.
-        calibration: the calibration of this graph.
-        precision: int8 or fp8.
-    """
+    """Choose scales, smoothing, and the layers of an fp32 packed graph that stay in float."""
     rewrite = Rewrite(graph)
     form = FORMATS[precision]
     inputs: list[QuantizedInput] = []
@@ -164,11 +132,7 @@ def best_quantization(
 ) -> QuantizedInput:
     """Try smoothing exponents and channel splitting, and return the variant that changes the layers' outputs least.
 
-    Args:
-        stats: the value that the layers read, in calibration.
-        weights: float32 [channels, outputs].
-        form: the number format.
-        splittable: whether the value's channels may be split.
+    The weights are float32 [channels, outputs]; `splittable` allows the value's channels to be split.
     """
     unsplit = _best_smoothing(stats, weights, form, Columns.unsplit(stats.peak.size))
     if not splittable:
@@ -202,41 +166,23 @@ def _best_smoothing(stats: ActivationStats, weights: Array, form: Format, column
     return min((attempt(factor) for factor in normalized), key=lambda candidate: candidate.error)
 
 
-def write_quantized_for_gpu(
-    source: Graph, path: Path, plan: QuantizationPlan, *, external_data_bytes: int = EXTERNAL_DATA_BYTES
-) -> Graph:
+def write_quantized_for_gpu(source: Graph, path: Path, plan: QuantizationPlan) -> Graph:
     """Write a graph with quantised linear layers and everything else in fp16, for TensorRT and CUDA.
 
     Raises:
         EngineError: the file breaks the contract, or fp16 cannot hold the weights.
     """
     with TemporaryDirectory(dir=path.parent) as folder:
-        inner = write_quantized(
-            source, Path(folder) / path.name, plan, tables=False, external_data_bytes=external_data_bytes
-        )
-        return write_half(
-            inner, path, Precision.FP16, precision=plan.precision, external_data_bytes=external_data_bytes
-        )
+        inner = write_quantized(source, Path(folder) / path.name, plan, tables=False)
+        return write_half(inner, path, Precision.FP16, precision=plan.precision)
 
 
-def write_quantized(
-    source: Graph,
-    path: Path,
-    plan: QuantizationPlan,
-    *,
-    tables: bool = True,
-    external_data_bytes: int = EXTERNAL_DATA_BYTES,
-) -> Graph:
+def write_quantized(source: Graph, path: Path, plan: QuantizationPlan, *, tables: bool = True) -> Graph:
     """Write a graph with quantised linear layers and everything else in fp32, for CPUs.
 
     Layers that read the same value (query, key, value) become one product, which ONNX Runtime runs in int8 as a whole.
 
-    Args:
-        source: the fp32 graph.
-        path: the file to write.
-        plan: of this encoder.
-        tables: store embedding tables as int8 with one scale per row. TensorRT's Gather does not accept int8.
-        external_data_bytes: see `EXTERNAL_DATA_BYTES`.
+    With `tables`, embedding tables are int8 with one scale per row. TensorRT's Gather does not accept int8.
 
     Raises:
         EngineError: the file breaks the contract.
@@ -245,8 +191,7 @@ def write_quantized(
     _quantize(graph, plan.inputs, FORMATS[plan.precision])
     if tables:
         _quantize_tables(graph)
-    graph.save(path, plan.precision, external_data_bytes=external_data_bytes)
-    return check_rewritten(source, path)
+    return graph.save(source, path, plan.precision)
 
 
 def rounded(values: Array, form: Format) -> Array:
@@ -256,19 +201,14 @@ def rounded(values: Array, form: Format) -> Array:
 
 
 def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
-    """Quantise a matrix with one scale per column.
-
-    Returns:
-        The stored numbers, and the scales, float32 [columns].
-    """
+    """Quantise a matrix with one scale per column; return the stored numbers and the scales, float32 [columns]."""
     scales = np.maximum(np.abs(weights).max(0) / form.largest, SMALLEST_SCALE).astype(np.float32)
     return rounded(weights / scales, form), scales
 
 
 def _layer_key(graph: Rewrite, node: NodeProto) -> bytes:
     """Identify a linear layer by its weights, which an encoder's padded and packed graph share."""
-    key: bytes = graph.array(node.input[1])[0].tobytes()
-    return key
+    return bytes(graph.array(node.input[1])[0].tobytes())
 
 
 def _assigned(

@@ -17,19 +17,12 @@ from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """The files of one precision.
-
-    Attributes:
-        files: file names by layout; a missing layout is not written.
-        gpu_files: file names by layout, for TensorRT and CUDA, whose unquantised operators are fp16.
-        engines: the engines that prove the packed file; ONNX Runtime proves all others.
-        aliases: additional names of the padded file that other tools look for.
-    """
+    """The files of one precision, by layout; a missing layout is not written."""
 
     files: Mapping[Layout, str] = field(default_factory=dict)
-    gpu_files: Mapping[Layout, str] = field(default_factory=dict)
-    engines: tuple[EngineName, ...] = (EngineName.ONNXRUNTIME,)
-    aliases: tuple[str, ...] = ()
+    gpu_files: Mapping[Layout, str] = field(default_factory=dict)  # for TensorRT and CUDA: the other operators are fp16
+    engines: tuple[EngineName, ...] = (EngineName.ONNXRUNTIME,)  # prove the packed file; ONNX Runtime proves all others
+    aliases: tuple[str, ...] = ()  # additional names of the padded file that other tools look for
 
 
 VARIANTS: Mapping[Precision, Variant] = {
@@ -54,7 +47,6 @@ def write_variant(
     *,
     spec: EncoderSpec,
     calibration: Sequence[str] | None,
-    external_data_bytes: int,
     gpu: bool = False,
 ) -> Iterator[Graph]:
     """Write the files of one precision beside the fp32 graphs; each is checked.
@@ -63,9 +55,8 @@ def write_variant(
         folder: the unfinished bundle, which holds the tokenizer.
         graphs: the fp32 graphs.
         precision: a key of `VARIANTS`.
-        spec: the encoder's spec.
+        spec: of the encoder.
         calibration: texts to measure scales on; None for the built-in ones. Half precision needs none.
-        external_data_bytes: see `export.graph.trace.EXTERNAL_DATA_BYTES`.
         gpu: also write the files for GPUs.
 
     Raises:
@@ -76,17 +67,17 @@ def write_variant(
     if precision in HALVES:
         for layout, name in variant.files.items():
             path = graphs[layout].path.with_name(name)
-            yield write_half(graphs[layout], path, precision, external_data_bytes=external_data_bytes)
+            yield write_half(graphs[layout], path, precision)
         return
     packed = graphs[Layout.PACKED].path
     measured = Calibration.run(packed, folder, spec, calibration)
     plan = plan_quantization(packed, measured, precision)
     for layout, name in variant.files.items():
         path = graphs[layout].path.with_name(name)
-        yield write_quantized(graphs[layout], path, plan, external_data_bytes=external_data_bytes)
+        yield write_quantized(graphs[layout], path, plan)
     for layout, name in variant.gpu_files.items() if gpu or not variant.files else ():
         path = graphs[layout].path.with_name(name)
-        yield write_quantized_for_gpu(graphs[layout], path, plan, external_data_bytes=external_data_bytes)
+        yield write_quantized_for_gpu(graphs[layout], path, plan)
 
 
 def provers(graph: Graph, precision: Precision) -> tuple[EngineName, ...]:

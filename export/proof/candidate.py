@@ -1,55 +1,52 @@
-"""A graph with the engine and precision that are to be proven together, and its entry in the manifest."""
+"""A graph with the engine and precision that are to be proven together: its run on texts, its entry in the manifest."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from encoders.reference import padded_batches
 from export.graph.trace import Graph, graph_files
-from mirror_runtime.bundle import Artifact, EngineName, Layout, Parity, Precision, TensorSpec
+from mirror_runtime.bundle import TOKENIZER_FILE, Artifact, EncoderSpec, EngineName, Parity, Precision
+from mirror_runtime.engines.onnxruntime_engine import open_session
+from mirror_runtime.engines.openvino_engine import compile_padded
+from mirror_runtime.engines.tensorrt_engine import LoadedPlan
+from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
+from mirror_runtime.host import usable_cores
+from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.vectors import components
+
+Vectors = NDArray[np.float32]
+
+Run = Callable[[Mapping[str, NDArray[np.int64]]], Vectors]
+"""Compute text vectors from a padded graph's inputs, by name."""
+
+Encode = Callable[[Sequence[str]], Vectors]
+"""Encode texts, in one ragged batch or several, to the components of their vectors, float32 [n, dim]."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Candidate:
-    """A graph, an engine and a precision that are to be proven together.
+    """A graph, an engine and a precision that are to be proven together."""
 
-    Attributes:
-        path: the graph, relative to the unfinished bundle.
-        layout: padded or packed.
-        engine: the engine that runs it.
-        precision: the precision in which it runs.
-        inputs: in the graph's order.
-        outputs: in the graph's order.
-    """
-
-    path: str
-    layout: Layout
+    graph: Graph
     engine: EngineName
     precision: Precision
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @classmethod
-    def of(cls, folder: Path, graph: Graph, engine: EngineName, precision: Precision) -> Candidate:
-        """Create a candidate from a graph inside `folder`, the finished or unfinished bundle."""
-        return cls(
-            path=graph.path.absolute().relative_to(folder.absolute()).as_posix(),
-            layout=graph.layout,
-            engine=engine,
-            precision=precision,
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-        )
 
     def certified(
-        self, folder: Path, parity: Parity, *, path: str | None = None, engine_module: str | None = None
+        self, bundle: Path, parity: Parity, *, path: str | None = None, engine_module: str | None = None
     ) -> Artifact:
         """Return the manifest's entry.
 
         Args:
-            folder: the finished or unfinished bundle.
+            bundle: the finished or unfinished folder.
             parity: the result of the proof.
             path: the graph's path in the finished bundle, where it differs.
             engine_module: record the version that this module states, instead of the version of the engine's package:
@@ -61,16 +58,70 @@ class Candidate:
         else:
             toolchain[engine_module] = str(require(engine_module, engine_module).__version__)
         return Artifact(
-            path=path or self.path,
+            path=path or self.graph.path.absolute().relative_to(bundle.absolute()).as_posix(),
             engine=self.engine,
             precision=self.precision,
-            layout=self.layout,
-            inputs=self.inputs,
-            outputs=self.outputs,
-            size=sum(file.stat().st_size for file in graph_files(folder / self.path)),
+            layout=self.graph.layout,
+            inputs=self.graph.inputs,
+            outputs=self.graph.outputs,
+            size=sum(file.stat().st_size for file in graph_files(self.graph.path)),
             parity=parity,
             toolchain=toolchain,
         )
 
     def __str__(self) -> str:
-        return f"{self.engine.value} {self.precision.value} {self.layout.value}"
+        return f"{self.engine.value} {self.precision.value} {self.graph.layout.value}"
+
+    @contextmanager
+    def padded_encode(self, bundle: Path, spec: EncoderSpec) -> Iterator[Encode]:
+        """Open a padded graph, which the runtime does not serve, and encode texts in batches of similar lengths.
+
+        Raises:
+            EngineError: the engine does not run padded graphs, or cannot open this one.
+        """
+        # Without `pad_to`: the graph itself pads where the pooling is defined by padding.
+        tokenizer = Tokenizer(bundle / TOKENIZER_FILE, spec.max_tokens, LongTexts.TRUNCATE, template=spec.template)
+        with self._padded_run() as run:
+
+            def encode(texts: Sequence[str]) -> Vectors:
+                tokenized = tokenizer(texts)
+                if tokenized.errors:
+                    raise InputError(f"a text used for the proof cannot be encoded: {min(tokenized.errors.items())[1]}")
+                vectors = np.zeros((tokenized.lengths.size, spec.dim), np.float32)
+                for batch in padded_batches(tokenized.lengths):
+                    feed = padded_feed(tokenized, batch)
+                    vectors[batch] = components(run({item.name: feed[item.name] for item in self.graph.inputs}), spec)
+                return vectors[tokenized.part_piece]  # each text is one part: too long ones are truncated
+
+            yield encode
+
+    @contextmanager
+    def _padded_run(self) -> Iterator[Run]:
+        path, output = self.graph.path, "sentence_embedding"
+        if self.engine is EngineName.TENSORRT:
+            plan = LoadedPlan(path, streams=1)
+            try:
+                yield lambda feed: plan.run(feed)[output]
+            finally:
+                plan.close()
+        elif self.engine is EngineName.ONNXRUNTIME:
+            session = open_session(path, threads=usable_cores())
+            yield lambda feed: session.run([output], feed)[0]
+        elif self.engine is EngineName.OPENVINO:
+            compiled = compile_padded(path, self.precision)
+            yield lambda feed: compiled(feed)[output]
+        else:
+            raise EngineError(
+                f"padded graphs are not proven on {self.engine.value}: choose onnxruntime, openvino or tensorrt"
+            )
+
+
+def padded_feed(tokenized: Tokenized, pieces: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    """Build the inputs of a padded graph for some pieces of tokenised texts, one in each row."""
+    starts = np.cumsum(tokenized.lengths) - tokenized.lengths
+    lengths = tokenized.lengths[pieces]
+    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+    input_ids = np.zeros(mask.shape, np.int64)
+    input_ids[mask] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in pieces])
+    zeros = np.zeros_like(input_ids)
+    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": zeros}

@@ -28,18 +28,11 @@ CHANCE_OF_BITS = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Floors:
-    """The smallest cosines allowed for any text, and for the average of all texts.
-
-    Attributes:
-        reference: to the reference's vector.
-        batch_invariance: between a text's vectors in two different batches.
-        mean: to the references' vectors, averaged over the texts. It exceeds `reference` where chance decides single
-            texts.
-    """
+    """The smallest cosines allowed for any text, and for the average of all texts."""
 
     reference: float
-    batch_invariance: float
-    mean: float
+    batch_invariance: float  # between a text's vectors in two different batches
+    mean: float  # to the references' vectors; it exceeds `reference` where chance decides single texts
 
     @classmethod
     def of(cls, precision: Precision, spec: EncoderSpec) -> Floors:

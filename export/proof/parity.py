@@ -14,9 +14,8 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import spearman
-from export.proof.candidate import Candidate
+from export.proof.candidate import Candidate, Encode, Vectors
 from export.proof.floors import Floors
-from export.proof.padded import Encode, Vectors, padded_encode, padded_run
 from export.proof.proof_texts import CANARIES, parity_texts
 from mirror_runtime.bundle import Layout, Manifest, Parity, StsScore, sha256_texts
 from mirror_runtime.cli.run import truncations_counted_elsewhere
@@ -41,21 +40,13 @@ TIE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """The reference vectors that artifacts are compared with.
-
-    Attributes:
-        texts: ragged real text.
-        vectors: float32 [n, dim], the components of the reference's vectors.
-        reference: what computed them, such as "PyTorch 2.13.0 fp32".
-        sets: scored pairs to measure quality on.
-        scores: the reference's Spearman correlation on each set, in points.
-    """
+    """The reference vectors that artifacts are compared with."""
 
     texts: tuple[str, ...]
-    vectors: Vectors
-    reference: str
+    vectors: Vectors  # [n, dim], the components of the reference's vectors
+    reference: str  # what computed them, such as "PyTorch 2.13.0 fp32"
     sets: tuple[EvaluationSet, ...] = ()
-    scores: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()  # the reference's Spearman correlation on each set, in points
 
     def __post_init__(self) -> None:
         check_finite(self.vectors, self.texts, f"the reference ({self.reference})")
@@ -67,14 +58,6 @@ class Expected:
         """Encode texts, the canaries and sets with PyTorch.
 
         The canaries are included because `mirror verify` holds them to the floors on other machines.
-
-        Args:
-            reference: the encoder.
-            texts: None for the built-in ones.
-            sets: scored pairs.
-
-        Raises:
-            ParityError: a vector is not finite.
         """
         release = torch.__version__.split("+")[0]
         proving = tuple(dict.fromkeys((*(texts or parity_texts()), *CANARIES)))
@@ -95,39 +78,28 @@ class Expected:
 
 
 def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expected: Expected) -> Parity:
-    """Prove a candidate with the runtime's own parts: see `prove`.
-
-    Args:
-        folder: the unfinished bundle, which holds the tokenizer and the graph.
-        candidate: the graph, engine and precision to prove.
-        manifest: its encoder spec decides the vectors; its artifacts are not read.
-        expected: texts and reference vectors.
+    """Prove a candidate with the runtime's own parts and the unfinished bundle's tokenizer: see `prove`.
 
     Raises:
         ParityError: the vectors are not the reference's.
         EngineError: the engine cannot run the graph.
     """
-    spec = manifest.encoder
+    spec, what = manifest.encoder, str(candidate)
     floors = Floors.of(candidate.precision, spec)
-    if candidate.layout is Layout.PACKED:
-        with (
-            truncations_counted_elsewhere(),  # the texts are too long on purpose
-            Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, candidate.path) as encoder,
-        ):
-            prove_shapes(encoder, expected, floors, what=str(candidate))
-            return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=str(candidate))
-    with padded_run(folder / candidate.path, candidate.engine, candidate.precision) as run:
-        return prove(padded_encode(run, folder, candidate, spec), expected, floors, what=str(candidate))
+    if candidate.graph.layout is Layout.PADDED:
+        with candidate.padded_encode(folder, spec) as encode:
+            return prove(encode, expected, floors, what=what)
+    path = str(candidate.graph.path.absolute())
+    with (
+        truncations_counted_elsewhere(),  # the texts are too long on purpose
+        Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, path) as encoder,
+    ):
+        prove_shapes(encoder, expected, floors, what=what)
+        return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=what)
 
 
 def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: str) -> None:
     """Compare the vectors of a full batch of every shape that `prove` does not reach with the reference's.
-
-    Args:
-        encoder: runs the artifact.
-        expected: texts and reference vectors.
-        floors: the floors of its precision and vector type.
-        what: the artifact's name in messages.
 
     Raises:
         ParityError: a vector is not finite, or its distance to the reference exceeds the floor.
@@ -144,12 +116,6 @@ def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: 
 
 def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> Parity:
     """Compare an artifact's vectors with the reference's, and check that they do not depend on the batch.
-
-    Args:
-        encode: runs the artifact.
-        expected: texts and reference vectors.
-        floors: the floors of its precision and vector type.
-        what: the artifact's name in messages.
 
     Raises:
         ParityError: a vector is not finite, its distance to the reference exceeds the floor, or it changes when other
@@ -194,11 +160,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
 
 
 def check_finite(vectors: Vectors, texts: Sequence[str], what: str) -> None:
-    """Check for NaN and infinity before anything is compared: comparisons with NaN are always false.
-
-    Raises:
-        ParityError: a vector is not finite; the message quotes its text.
-    """
+    """Raise a ParityError for NaN and infinity before anything is compared: comparisons with NaN are always false."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
         raise ParityError(
@@ -208,11 +170,7 @@ def check_finite(vectors: Vectors, texts: Sequence[str], what: str) -> None:
 
 
 def _check_distance(found: Vectors, target: Vectors, texts: Sequence[str], floor: float, problem: str) -> None:
-    """Check vectors with `distance_problem`.
-
-    Raises:
-        ParityError: the message begins with `problem`.
-    """
+    """Raise a ParityError that begins with `problem` if `distance_problem` finds one."""
     if named := distance_problem(found, target, floor, texts):
         raise ParityError(f"{problem} for {named}")
 

@@ -36,17 +36,13 @@ CANARIES = (
     "word " * 40,
     " ".join(f"Sentence {i} of this long text says that {i} times {i} is {i * i}." for i in range(1, 61)),
 )
-"""Texts whose vectors are stored in the bundle: several short ones, a longer one, and one that most encoders
-truncate."""
+"""Texts whose vectors are stored in the bundle; most encoders truncate the last."""
 
 
 def parity_texts(short: int = 500, medium: int = 40, long: int = 8) -> tuple[str, ...]:
-    """Return first sentences and whole docstrings of this Python's standard library, and `EDGE_CASES`.
+    """Return `short` first sentences and whole docstrings of this Python's standard library, and `EDGE_CASES`.
 
-    Args:
-        short: number of first sentences, spread evenly over the library.
-        medium: number of whole docstrings of 200 to 800 characters.
-        long: number of whole docstrings of more than 2,500 characters, which most encoders truncate.
+    The `medium` docstrings have 200 to 800 characters, the `long` ones more than 2,500, which most encoders truncate.
     """
     documented = standard_library()
     whole = list(dict.fromkeys(item.text for item in documented))

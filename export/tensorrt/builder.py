@@ -59,33 +59,19 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build.
+    """What to build. Paths are relative to the request's folder."""
 
-    Attributes:
-        onnx: the graph, relative to the request's folder; external weights are in the same folder.
-        onnx_sha256: hash of its bytes.
-        plan: file to write, relative to the request's folder. The sidecar is `<plan>.json`.
-        precision: the graph's precision, such as "fp16"; recorded in the sidecar.
-        layout: "packed" or "padded".
-        profiles: see `Profile`; the engine has them in this order.
-        level: builder optimisation level, 0 (quickest build) to 5 (all tactics; hours for large models).
-        workspace_gib: maximum GPU memory for scratch; None for all.
-        version_compatible: the plan also loads in newer TensorRT versions. Costs speed.
-        hardware: a key of `HARDWARE`.
-        timing_cache: file of kernel timings to read and extend, relative to the request's folder; None for none.
-    """
-
-    onnx: str
+    onnx: str  # external weights are in the same folder
     onnx_sha256: str
-    plan: str
-    precision: str
+    plan: str  # the file to write; the sidecar is `<plan>.json`
+    precision: str  # the graph's
     layout: str
-    profiles: tuple[Profile, ...]
-    level: int = 3
-    workspace_gib: float | None = None
-    version_compatible: bool = False
-    hardware: str = "none"
-    timing_cache: str | None = None
+    profiles: tuple[Profile, ...]  # in the engine's order
+    level: int = 3  # 0 (quickest build) to 5 (all tactics; hours for large models)
+    workspace_gib: float | None = None  # maximum GPU memory for scratch; None for all
+    version_compatible: bool = False  # the plan also loads in newer TensorRT versions; costs speed
+    hardware: str = "none"  # a key of `HARDWARE`
+    timing_cache: str | None = None  # a file of kernel timings to read and extend
 
     def __post_init__(self) -> None:
         if not 0 <= self.level <= 5:
@@ -96,24 +82,10 @@ class BuildRequest:
             raise BuildError(f"workspace_gib is {self.workspace_gib}: it must be positive")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU that a plan is built for.
-
-    Attributes:
-        name: such as "NVIDIA L4".
-        compute_capability: such as "8.9".
-    """
-
-    name: str
-    compute_capability: str
-
-
 def build(
     request: BuildRequest,
     folder: Path,
     *,
-    gpu: Gpu | None = None,
     on_progress: OnProgress = lambda _: None,
     prove: Prove | None = None,
 ) -> dict[str, Any]:
@@ -122,7 +94,6 @@ def build(
     Args:
         request: what to build.
         folder: the folder to which the request's paths are relative.
-        gpu: the GPU; None to ask the driver.
         on_progress: called with each line of progress.
         prove: returns an engine's worst cosine to the reference and its floor; None to leave the proof to the caller.
 
@@ -137,8 +108,8 @@ def build(
     if not onnx.is_file() or _sha256(onnx.read_bytes()) != request.onnx_sha256:
         raise BuildError(f"{onnx} is missing, or is not the file that the request was written for: copy it again")
     trt = _tensorrt()
-    gpu = gpu or this_gpu()
-    on_progress(f"TensorRT {trt.__version__} on {gpu.name}, {len(request.profiles)} profiles")
+    name, capability = this_gpu()
+    on_progress(f"TensorRT {trt.__version__} on {name}, {len(request.profiles)} profiles")
     began = time.perf_counter()
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
@@ -162,8 +133,8 @@ def build(
     sidecar = {
         "format_version": FORMAT_VERSION,
         "tensorrt": str(trt.__version__),
-        "gpu": gpu.name,
-        "compute_capability": gpu.compute_capability,
+        "gpu": name,
+        "compute_capability": capability,
         "platform": f"{platform.system()} {platform.machine()}",
         "precision": request.precision,
         "layout": request.layout,
@@ -191,13 +162,8 @@ def build(
         _write(folder / request.timing_cache, bytes(cache.serialize()))
     _write(plan.with_name(f"{plan.name}.layers.json"), json.dumps(layers, indent=1).encode())
     _write(plan, content)
-    _write(sidecar_path(plan), (json.dumps(sidecar, indent=2) + "\n").encode())
+    _write(plan.with_name(f"{plan.name}.json"), (json.dumps(sidecar, indent=2) + "\n").encode())
     return sidecar
-
-
-def sidecar_path(plan: Path) -> Path:
-    """Return the path of the file that describes a plan and where it runs."""
-    return plan.with_name(f"{plan.name}.json")
 
 
 def write_request(request: BuildRequest, path: Path) -> None:
@@ -245,12 +211,8 @@ def trtexec_line(request: BuildRequest) -> str:
     return shlex.join(words)
 
 
-def this_gpu() -> Gpu:
-    """Query the driver for the first GPU that this process may use.
-
-    Raises:
-        BuildError: there is no driver or no GPU.
-    """
+def this_gpu() -> tuple[str, str]:
+    """Return name and compute capability, such as "8.9", of the first GPU that this process may use."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -269,7 +231,7 @@ def this_gpu() -> Gpu:
         or cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
     ):
         raise BuildError("the NVIDIA driver shows no GPU to this process: see nvidia-smi and CUDA_VISIBLE_DEVICES")
-    return Gpu(name=name.value.decode(), compute_capability=f"{major.value}.{minor.value}")
+    return name.value.decode(), f"{major.value}.{minor.value}"
 
 
 def _tensorrt() -> Any:
@@ -345,7 +307,7 @@ def _check_vectors(trt: Any, engine: Any, prove: Prove, on_progress: OnProgress)
 
 
 def _inspect(trt: Any, engine: Any) -> list[str]:
-    """Return one line of JSON for each layer of the engine: its name, tactic and types."""
+    """Return one line of JSON for each layer: its name, tactic and types."""
     inspector = engine.create_engine_inspector()
     return [inspector.get_layer_information(i, trt.LayerInformationFormat.JSON) for i in range(engine.num_layers)]
 
@@ -389,21 +351,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     folder = Path(arguments[0]) if arguments else Path(__file__).resolve().parent
 
+    def print_line(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
     def prove(trt: Any, engine: Any) -> tuple[float, float]:
         worst: tuple[float, float] = importlib.import_module(PROOF_MODULE).prove(trt, engine, folder / SAMPLES_FILE)
         return worst
 
     try:
-        sidecar = build(read_request(folder / REQUEST_FILE), folder, on_progress=_print_progress, prove=prove)
+        request = read_request(folder / REQUEST_FILE)
+        sidecar = build(request, folder, on_progress=print_line, prove=prove)
     except BuildError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(json.dumps(sidecar) + "\n")
     return 0
-
-
-def _print_progress(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
 
 
 if __name__ == "__main__":

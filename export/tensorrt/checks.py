@@ -3,56 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 from onnx import TensorProto
 
-from export.tensorrt.number_rules import check_constants, check_masks, check_sums
-from export.tensorrt.quantization_rules import check_quantization, quantized_type
-from export.tensorrt.typing_rules import check_domains, check_operators, check_opset, check_types
-from export.tensorrt.view import Breach, GraphView
+from export.tensorrt.number_rules import check_constants, check_masks, check_quantization, check_sums, quantized_type
+from export.tensorrt.operator_rules import check_domains, check_operators, check_opset, check_types
+from export.tensorrt.view import Finding, GraphView
 from mirror_runtime.bundle import Precision
-from mirror_runtime.errors import EngineError
 
-RULES: tuple[Callable[[GraphView], Iterator[Breach]], ...] = (
-    check_domains,
-    check_opset,
-    check_types,
-    check_operators,
-    check_constants,
-    check_sums,
-    check_quantization,
-    check_masks,
-)
-
-SHOWN = 5
-"""Breaches quoted in an error message; the others are counted."""
+RULES: Mapping[str, Callable[[GraphView], Iterator[Finding]]] = {
+    "domain": check_domains,
+    "opset": check_opset,
+    "types": check_types,
+    "operator": check_operators,
+    "constants": check_constants,
+    "sums": check_sums,
+    "quantization": check_quantization,
+    "masks": check_masks,
+}
 
 
-def breaches(view: GraphView) -> tuple[Breach, ...]:
-    """Check a graph against every rule.
-
-    Returns:
-        All breaches; empty for a graph that TensorRT should accept.
-    """
-    return tuple(breach for rule in RULES for breach in rule(view))
-
-
-def require_clean(view: GraphView, path: Path) -> None:
-    """Raise if a graph breaks a rule.
-
-    Args:
-        view: the graph.
-        path: its file, for the message.
-
-    Raises:
-        EngineError: it breaks a rule; the message names the first breaches with their nodes.
-    """
-    found = breaches(view)
-    if found:
-        shown = "; ".join(map(str, found[:SHOWN])) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-        raise EngineError(f"{path.name} is not suitable for TensorRT: {shown}")
+def breaches(view: GraphView) -> list[str]:
+    """Return every breach of every rule; empty for a graph that TensorRT should accept."""
+    return [f"{node}: {problem} [{rule}]" for rule, check in RULES.items() for node, problem in check(view)]
 
 
 def graph_precision(view: GraphView) -> Precision:
@@ -69,12 +43,3 @@ def graph_precision(view: GraphView) -> Precision:
     precisions: dict[int, Precision] = {TensorProto.FLOAT16: Precision.FP16, TensorProto.BFLOAT16: Precision.BF16}
     most = products.most_common(1)
     return precisions.get(most[0][0] or 0, Precision.FP32) if most else Precision.FP32
-
-
-def report(path: Path, found: Sequence[Breach]) -> dict[str, object]:
-    """Summarise the checks of one file for a JSON report."""
-    return {
-        "graph": path.name,
-        "rules": [rule.__name__.removeprefix("check_") for rule in RULES],
-        "breaches": [str(breach) for breach in found],
-    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +13,30 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph.inference import infer_types
+from export.graph.rewrite import infer_types
 from mirror_runtime.errors import EngineError
 
+Finding = tuple[str, str]
+"""A breach of a rule: the node's label, or "graph", and what is wrong with it."""
 
-@dataclass(frozen=True, kw_only=True)
-class Breach:
-    """One place of a graph that breaks one rule.
-
-    Attributes:
-        rule: such as "quantization".
-        node: the node's operator and name, or "graph".
-        problem: what is wrong, and the remedy where there is one.
-    """
-
-    rule: str
-    node: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.problem} [{self.rule}]"
+TYPE_NAMES: Mapping[int, str] = {
+    TensorProto.FLOAT: "FP32",
+    TensorProto.FLOAT16: "FP16",
+    TensorProto.BFLOAT16: "BF16",
+    TensorProto.FLOAT8E4M3FN: "FP8",
+    TensorProto.FLOAT4E2M1: "FP4",
+    TensorProto.INT8: "INT8",
+    TensorProto.INT4: "INT4",
+    TensorProto.UINT8: "UINT8",
+    TensorProto.INT32: "INT32",
+    TensorProto.INT64: "INT64",
+    TensorProto.BOOL: "BOOL",
+}
+"""TensorRT's names of the element types that it has; every other type is a breach."""
 
 
 class GraphView:
-    """A loaded graph. Subgraphs (If, Loop) are not examined: our encoder graphs have none.
-
-    Args:
-        proto: the model, with its weights.
-
-    Attributes:
-        nodes: in the graph's order.
-        opset: version of ai.onnx.
-        inputs: by name.
-        producer: the node that computes a value, by the value's name.
-        consumers: the nodes that read a value, by the value's name.
-        types: element type of every value, as far as it is declared or inferred.
-    """
+    """A loaded graph with its weights. Subgraphs (If, Loop) are not examined: our encoder graphs have none."""
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
@@ -61,14 +48,14 @@ class GraphView:
         for node in self.nodes:
             for name in dict.fromkeys(node.input):
                 self.consumers[name].append(node)
-        self._tensors: dict[str, TensorProto] = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.constants: dict[str, TensorProto] = {tensor.name: tensor for tensor in proto.graph.initializer}
         for node in self.nodes:
             value = attribute(node, "value") if node.op_type == "Constant" else None
             if value is not None:
-                self._tensors[node.output[0]] = value
-        self._arrays: dict[str, NDArray[Any]] = {}
+                self.constants[node.output[0]] = value
+        # As far as they are declared or inferred.
         self.types = infer_types(proto, self.nodes, proto.graph.initializer, strict=False)
-        self.types |= {name: tensor.data_type for name, tensor in self._tensors.items()}
+        self.types |= {name: tensor.data_type for name, tensor in self.constants.items()}
 
     @classmethod
     def load(cls, path: Path) -> GraphView:
@@ -86,22 +73,13 @@ class GraphView:
         """Return a node's name for messages."""
         return f"{node.op_type} {node.name or (node.output[0] if node.output else 'without name')}"
 
-    @property
-    def constants(self) -> Mapping[str, TensorProto]:
-        """Weights and the values of `Constant` nodes, by name."""
-        return self._tensors
-
     def constant(self, name: str) -> NDArray[Any] | None:
         """Return a constant's values; None for a computed value."""
-        if name not in self._tensors:
-            return None
-        if name not in self._arrays:
-            self._arrays[name] = numpy_helper.to_array(self._tensors[name])
-        return self._arrays[name]
+        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
 
     def is_weight(self, name: str) -> bool:
         """Return whether a value is constant, or computed from a constant by quantising and rearranging only."""
-        if name in self._tensors:
+        if name in self.constants:
             return True
         node = self.producer.get(name)
         movers = ("QuantizeLinear", "DequantizeLinear", "Transpose", "Reshape", "Identity", "Cast")

@@ -7,10 +7,10 @@ While the engine is busy, arriving texts queue and form the next micro-batch. Wh
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from types import TracebackType
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -133,13 +133,13 @@ class AsyncEncoder:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
-        self._stats = AsyncStats()
+        self._counts: Counter[str] = Counter()
 
     @property
     def stats(self) -> AsyncStats:
         """A snapshot of the counters. The encoder has its own `stats`."""
         waiting = len(self._queue)
-        return replace(self._stats, waiting=waiting, running=len(self._texts) - waiting)
+        return AsyncStats(**self._counts, waiting=waiting, running=len(self._texts) - waiting)
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
         """Encode texts together with those of other callers.
@@ -162,10 +162,7 @@ class AsyncEncoder:
             for position, text in enumerate(texts):
                 if (error := validate_text(position, text)) is not None:
                     raise error  # before anything is queued
-        encoded = await self.encode_detailed(texts)
-        if encoded.errors:
-            raise encoded.errors[min(encoded.errors)]
-        return encoded.vectors
+        return (await self.encode_detailed(texts)).vectors_or_raise()
 
     async def encode_detailed(self, texts: Sequence[object]) -> Encoded:
         """Encode texts together with those of other callers, and report the result of each.
@@ -205,7 +202,7 @@ class AsyncEncoder:
             try:
                 await call.done
             except asyncio.CancelledError:
-                self._stats = replace(self._stats, cancelled=self._stats.cancelled + 1)
+                self._counts["cancelled"] += 1
                 self._withdraw(good.values(), call)
                 raise
         return Encoded(vectors=call.vectors, tokens=call.tokens, truncated=call.truncated, errors=call.errors)
@@ -223,9 +220,7 @@ class AsyncEncoder:
     async def __aenter__(self) -> AsyncEncoder:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     def _own_loop(self) -> asyncio.AbstractEventLoop:
@@ -242,12 +237,12 @@ class AsyncEncoder:
             raise EngineError("this AsyncEncoder is closed")
         more = len({text for text in texts if text not in self._texts})
         if more and len(self._queue) + more > self._max_waiting:
-            self._stats = replace(self._stats, refused=self._stats.refused + 1)
+            self._counts["refused"] += 1
             raise OverloadedError(
                 f"{len(self._queue)} texts wait and {more} more would exceed {self._max_waiting}: try again later",
                 self._load.retry_after_s(),
             )
-        self._stats = replace(self._stats, calls=self._stats.calls + 1, texts=self._stats.texts + len(texts))
+        self._counts.update(calls=1, texts=len(texts))
 
     def _enqueue(self, text: str, call: _Call, position: int) -> None:
         known = self._texts.get(text)
@@ -256,7 +251,7 @@ class AsyncEncoder:
             self._queued_tokens += known.tokens
             self._load.enter(known.tokens)
         else:
-            self._stats = replace(self._stats, shared=self._stats.shared + 1)
+            self._counts["shared"] += 1
         known.targets.append((call, position))
 
     def _withdraw(self, texts: Collection[str], call: _Call) -> None:
@@ -270,7 +265,7 @@ class AsyncEncoder:
                 del self._texts[text], self._queue[text]
                 self._queued_tokens -= known.tokens
                 self._load.drop(known.tokens)
-                self._stats = replace(self._stats, dropped=self._stats.dropped + 1)
+                self._counts["dropped"] += 1
         self._settle()
 
     def _dispatch(self) -> None:
@@ -297,7 +292,7 @@ class AsyncEncoder:
                 tokens += waiting.tokens
             self._queued_tokens -= tokens
             self._running += 1
-            self._stats = replace(self._stats, batches=self._stats.batches + 1)
+            self._counts["batches"] += 1
             self._workers.submit(self._compute, batch)
 
     def _compute(self, batch: dict[str, _Text]) -> None:

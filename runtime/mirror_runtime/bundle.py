@@ -220,79 +220,45 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class StsScore:
-    """The result on an evaluation set of scored pairs: Spearman correlation of cosines and human scores, in points.
-
-    Attributes:
-        name: the set's name.
-        pairs: number of pairs.
-        sha256: hash of the set's file.
-        reference: of the reference's vectors, -100 to 100.
-        artifact: of the artifact's vectors.
-    """
+    """The result on an evaluation set of scored pairs: Spearman correlation of cosines and human scores, in points."""
 
     name: str
     pairs: int
-    sha256: str
-    reference: float
-    artifact: float
+    sha256: str  # of the set's file
+    reference: float  # of the reference's vectors, -100 to 100
+    artifact: float  # of the artifact's vectors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """An artifact's vectors compared with the reference at export, on ragged real text.
+    """An artifact's vectors compared with the reference at export, on ragged real text."""
 
-    Attributes:
-        reference: the reference, such as "PyTorch 2.13.0 fp32".
-        texts: number of texts.
-        texts_sha256: hash of the texts, joined by newlines.
-        min_cosine: the worst text's cosine similarity.
-        mean_cosine: mean over the texts.
-        max_abs_diff: largest difference of one component.
-        floor: the smallest `min_cosine` allowed.
-        neighbour_cosine: batch invariance: the worst cosine between a text's vectors alone and in a batch.
-        spearman: rank correlation of pair similarities with the reference's, over random pairs of the texts.
-        top10_overlap: share of each text's ten nearest texts that are also the reference's, mean over the texts.
-        sts: quality of reference and artifact, for each evaluation set passed to the exporter.
-    """
-
-    reference: str
+    reference: str  # such as "PyTorch 2.13.0 fp32"
     texts: int
-    texts_sha256: str
-    min_cosine: float
+    texts_sha256: str  # of the texts, joined by newlines
+    min_cosine: float  # the worst text's
     mean_cosine: float
-    max_abs_diff: float
-    floor: float
-    neighbour_cosine: float
-    spearman: float
-    top10_overlap: float
-    sts: tuple[StsScore, ...] = ()
+    max_abs_diff: float  # of one component
+    floor: float  # the smallest `min_cosine` allowed
+    neighbour_cosine: float  # batch invariance: the worst between a text's vectors alone and in a batch
+    spearman: float  # of pair similarities with the reference's, over random pairs of the texts
+    top10_overlap: float  # mean share of each text's ten nearest texts that are also the reference's
+    sts: tuple[StsScore, ...] = ()  # quality, for each evaluation set passed to the exporter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """One way to run the encoder: a graph file with the engine and the precision that were proven with it.
+    """One way to run the encoder: a graph file with the engine and the precision that were proven with it."""
 
-    Attributes:
-        path: the graph, relative to the bundle.
-        engine: the engine.
-        precision: the precision to run in. One file may serve two: OpenVINO lowers fp32 to bf16 by itself.
-        layout: padded or packed.
-        inputs: in the graph's order.
-        outputs: in the graph's order.
-        size: bytes of the graph and of the weights beside it.
-        parity: measured with this engine in this precision.
-        toolchain: versions of the libraries that made and measured it.
-    """
-
-    path: str
+    path: str  # relative to the bundle
     engine: EngineName
-    precision: Precision
+    precision: Precision  # to run in: OpenVINO lowers an fp32 file to bf16 by itself
     layout: Layout
-    inputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]  # in the graph's order
     outputs: tuple[TensorSpec, ...]
-    size: int
-    parity: Parity
-    toolchain: Mapping[str, str]
+    size: int  # bytes of the graph and of the weights beside it
+    parity: Parity  # measured with this engine in this precision
+    toolchain: Mapping[str, str]  # versions of the libraries that made and measured it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,40 +278,23 @@ class Canaries:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of `manifest.json`, written last: a folder without it is not a bundle.
-
-    Attributes:
-        format_version: of this schema; `FORMAT_VERSION`.
-        created_by: the producer and its version.
-        encoder: what determines the vectors.
-        fingerprint: hash of weights, tokenizer and encoder: equal fingerprints mean the same vector space.
-        files: sha256 of every other file of the bundle, by relative path.
-        artifacts: the ways to run it.
-    """
+    """The content of `manifest.json`, written last: a folder without it is not a bundle."""
 
     format_version: int
-    created_by: str
+    created_by: str  # the producer and its version
     encoder: EncoderSpec
-    fingerprint: str
-    files: Mapping[str, str]
-    artifacts: tuple[Artifact, ...]
+    fingerprint: str  # of weights, tokenizer and encoder: equal ones mean the same vector space
+    files: Mapping[str, str]  # sha256 of every other file of the bundle, by relative path
+    artifacts: tuple[Artifact, ...]  # the ways to run it
 
 
 def read_encoder(folder: Path) -> EncoderSpec:
-    """Read `encoder.json` of a run folder.
-
-    Raises:
-        BundleError: the file is missing or malformed.
-    """
+    """Read `encoder.json` of a run folder."""
     return read_json(EncoderSpec, folder / ENCODER_FILE, f"{folder} is not a run folder")
 
 
 def read_canaries(bundle: Path) -> tuple[Canary, ...]:
-    """Read the canary texts and reference vectors of a bundle.
-
-    Raises:
-        BundleError: the file is missing or malformed.
-    """
+    """Read the canary texts and reference vectors of a bundle."""
     return read_json(Canaries, bundle / CANARIES_FILE, f"{bundle} has no canaries").canaries
 
 
@@ -387,11 +336,8 @@ def sha256_texts(texts: Iterable[str]) -> str:
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    The origin of the weights (`base_model`, `revision`) is left out: the same weights have the same vector space.
-
-    Args:
-        spec: the encoder's.
-        files: sha256 by relative path. Only safetensors files, the head's included, and the tokenizer count.
+    The origin of the weights (`base_model`, `revision`) is left out: the same weights have the same vector space. Only
+    the `files`' hashes of safetensors files, the head's included, and of the tokenizer count.
     """
     counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
     vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
@@ -400,11 +346,7 @@ def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
 
 
 def check_files(bundle: Path, manifest: Manifest) -> None:
-    """Compare every file of a bundle with the manifest's sha256.
-
-    Raises:
-        BundleError: naming the files that are missing or differ.
-    """
+    """Compare every file of a bundle with the manifest's sha256; a `BundleError` names those missing or changed."""
     missing = [name for name in manifest.files if not (bundle / name).is_file()]
     if missing:
         raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy or export it again")

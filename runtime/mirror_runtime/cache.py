@@ -10,14 +10,10 @@ AUTO_CACHE = "auto"
 
 
 def cache_folder(choice: str | Path | None) -> Path | None:
-    """Resolve a caller's choice of cache.
+    """Return the folder of a caller's choice: a folder, None for no cache, or "auto".
 
-    Args:
-        choice: a folder; None for no cache; or "auto" for `mirror-runtime` in the user's cache folder
-            (`$XDG_CACHE_HOME`, or `~/.cache`).
-
-    Returns:
-        The folder, which need not exist; None for no cache, or if the user has no home, as in some containers.
+    "auto" is `mirror-runtime` in the user's cache folder (`$XDG_CACHE_HOME`, or `~/.cache`), which need not exist, or
+    None if the user has no home, as in some containers.
     """
     if choice is None:
         return None

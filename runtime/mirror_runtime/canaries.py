@@ -30,19 +30,12 @@ class CanaryVerdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryComparison:
-    """How far the canaries' vectors are from the stored ones.
-
-    Attributes:
-        verdict: the result.
-        problem: a message for people; empty where the vectors agree.
-        min_cosine: the worst canary's cosine; None where the vectors cannot be compared.
-        max_abs_diff: the largest difference of one component; None likewise.
-    """
+    """How far the canaries' vectors are from the stored ones."""
 
     verdict: CanaryVerdict
-    problem: str = ""
-    min_cosine: float | None = None
-    max_abs_diff: float | None = None
+    problem: str = ""  # for people; empty where the vectors agree
+    min_cosine: float | None = None  # the worst canary's; None where the vectors cannot be compared
+    max_abs_diff: float | None = None  # of one component; None likewise
 
 
 def compare_canaries(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: float) -> CanaryComparison:

@@ -12,7 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +56,16 @@ class Encoded:
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     errors: Mapping[int, TextError]
+
+    def vectors_or_raise(self) -> Vectors:
+        """Return the vectors.
+
+        Raises:
+            TextError: for the first text that has none.
+        """
+        if self.errors:
+            raise self.errors[min(self.errors)]
+        return self.vectors
 
 
 @dataclass(frozen=True)
@@ -143,16 +152,9 @@ class Encoder:
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
-        """Load one packed graph with default settings, whether or not the manifest lists it.
+        """Load one packed graph with default settings; `path` is relative to the folder.
 
         Export proves a graph this way before any manifest lists it: with the code that will serve it.
-
-        Args:
-            folder: the folder of the tokenizer and the graph.
-            manifest: the manifest with the `EncoderSpec`.
-            engine: the engine to load it with.
-            precision: the precision to run in.
-            path: the graph, relative to the folder.
 
         Raises:
             BundleError: the tokenizer is broken.
@@ -246,10 +248,7 @@ class Encoder:
             InputError: `texts` is one string.
             EngineError: the engine failed.
         """
-        encoded = self.encode_detailed(texts)
-        if encoded.errors:
-            raise encoded.errors[min(encoded.errors)]
-        return encoded.vectors
+        return self.encode_detailed(texts).vectors_or_raise()
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
@@ -435,9 +434,7 @@ class Encoder:
     def __enter__(self) -> Encoder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_usable(self) -> None:

@@ -18,12 +18,9 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
     """Yield an empty folder beside `output` which is renamed to `output` if the block succeeds, and removed otherwise.
 
     A killed process leaves a hidden `.NAME.partial-*` folder, which the next call for the same output removes. A lock,
-    which is released when its process ends, keeps two processes from writing the same output at once.
-
-    Args:
-        output: the folder to write; its parents are created.
-        overwrite: replace an existing folder. It stays unchanged until the new one is complete.
-        marker: a file that every such folder contains. A folder without it is something else, and is never replaced.
+    which is released when its process ends, keeps two processes from writing the same output at once. An existing
+    folder stays unchanged until the new one is complete, and is never replaced without the file `marker`, which every
+    such folder contains.
 
     Raises:
         InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
@@ -39,10 +36,13 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
         )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _alone_in(output.parent):
+        alone = _lock(output.parent, fcntl.LOCK_EX)  # others must not remove this folder before it is locked
+        try:
             _remove_stale(output)
             partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             lock = _lock(partial)
+        finally:
+            os.close(alone)
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from error
     try:
@@ -58,12 +58,9 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
 def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to, and rename it to `path` in one step if the block succeeds.
 
-    If the block fails, the new file is removed and an earlier one stays unchanged.
-
-    Args:
-        path: the file to write; its folder must exist.
-        shared: several processes may write this file at once, so each writes under a name of its own, which a killed
-            process leaves behind. Otherwise the name is fixed, and the next writer overwrites it.
+    If the block fails, the new file is removed and an earlier one stays unchanged. A `shared` file may be written by
+    several processes at once, each under a name of its own, which a killed process leaves behind. Otherwise the name is
+    fixed, and the next writer overwrites it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
@@ -81,22 +78,11 @@ def umask() -> int:
     return mask
 
 
-@contextmanager
-def _alone_in(parent: Path) -> Iterator[None]:
-    """Keep other processes from removing stale folders until this one has locked its own."""
-    handle = os.open(parent, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
     """Lock the folder itself, so that it stays empty, and return the handle that holds the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind)
     except OSError:
         os.close(handle)
         raise
@@ -130,9 +116,6 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Create a folder of unfinished work if needed, and lock it for this process.
 
     The lock is released when the process ends, even if it is killed.
-
-    Raises:
-        InputError: the folder cannot be written, or another process has locked it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

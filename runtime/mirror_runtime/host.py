@@ -33,14 +33,9 @@ def usable_cores() -> int:
 
 
 def cpu_quota_cores(mount: Path = _CGROUPS, membership: Path = _MEMBERSHIP) -> float | None:
-    """Read the tightest CPU quota of this process's control groups (cgroup v2 or v1) and of their parents.
+    """Read the tightest CPU quota of this process's control groups (v2 or v1) and of their parents; None without one.
 
-    Args:
-        mount: where the control groups are mounted.
-        membership: the file that lists this process's groups, one a line, as `number:controllers:path`.
-
-    Returns:
-        Cores; None where there is no quota.
+    `membership` is the file that lists the groups, one a line, as `number:controllers:path`.
     """
     return _tightest(mount, membership, "cpu", _quota)
 

@@ -48,36 +48,22 @@ class PackedRows:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """Packed rows, and where the engine's output holds each piece's vector.
-
-    Attributes:
-        rows: the engine's input.
-        pieces: int64 [m], the pieces in this batch.
-        slots: int64 [m], the flat index of each piece's vector in the engine's output [R * (L // 4)].
-        tokens: tokens in the rows, without padding.
-    """
+    """Packed rows, and where the engine's output holds each piece's vector."""
 
     rows: PackedRows
-    pieces: NDArray[np.int64]
-    slots: NDArray[np.int64]
-    tokens: int
+    pieces: NDArray[np.int64]  # [m], the pieces in this batch
+    slots: NDArray[np.int64]  # [m], the flat index of each piece's vector in the engine's output [R * (L // 4)]
+    tokens: int  # in the rows, without padding
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeSet:
-    """The static shapes that an encoder runs in.
+    """The static shapes that an encoder runs in."""
 
-    Attributes:
-        lengths: row lengths, ascending; each is twice the one before, except perhaps the last.
-        budget: tokens of a full batch.
-        length_multiple: lengths of more than two blocks are multiples of it.
-        intermediate_lengths: further lengths, ascending, for full batches only: see `with_intermediate`.
-    """
-
-    lengths: tuple[int, ...]
-    budget: int = TOKEN_BUDGET
-    length_multiple: int = BLOCK
-    intermediate_lengths: tuple[int, ...] = ()
+    lengths: tuple[int, ...]  # of rows, ascending; each is twice the one before, except perhaps the last
+    budget: int = TOKEN_BUDGET  # tokens of a full batch
+    length_multiple: int = BLOCK  # lengths of more than two blocks are multiples of it
+    intermediate_lengths: tuple[int, ...] = ()  # ascending, for full batches only: see `with_intermediate`
 
     @staticmethod
     def up_to(
@@ -138,20 +124,17 @@ def pack(
     streams: int = 1,
     unpadded_lengths: NDArray[np.int64] | None = None,
 ) -> list[PackedBatch]:
-    """Pack pieces into batches of the given shapes.
+    """Pack pieces into batches of the given shapes, longest rows first and single rows last.
 
     Pieces are placed longest first into the fullest open row that still has room (best-fit decreasing). The batches
     depend on the arguments alone: the same texts always give the same batches.
 
     Args:
-        ids: int64 [sum of lengths], the pieces' tokens one after another.
-        lengths: int64 [pieces], each between 1 and the longest row length.
+        ids: [sum of lengths], the pieces' tokens one after another.
+        lengths: [pieces], each between 1 and the longest row length.
         shape_set: the shapes.
         streams: batches that run at once; the last ones are cut small so that all streams finish together.
-        unpadded_lengths: int64 [pieces], tokens of each piece before its padding; None if nothing is padded.
-
-    Returns:
-        The batches, longest rows first and single rows last. Each piece is in exactly one.
+        unpadded_lengths: [pieces], tokens of each piece before its padding; None if nothing is padded.
     """
     if lengths.size == 0:
         return []
@@ -190,13 +173,7 @@ def pack_shape(
 ) -> PackedBatch:
     """Fill one batch of a shape with the longest pieces that fit; slots stay empty if there are too few.
 
-    `pack` uses the shapes that suit the pieces; a proof has to run every shape.
-
-    Args:
-        ids: see `pack`.
-        lengths: see `pack`, of any length.
-        shape: rows and row length.
-        unpadded_lengths: see `pack`.
+    `pack` uses the shapes that suit the pieces; a proof has to run every shape. The arguments are those of `pack`.
     """
     count, length = shape
     order = np.argsort(-lengths, kind="stable")
@@ -211,11 +188,7 @@ def pack_shape(
 
 
 def _assign(sizes: NDArray[np.int64], shape_set: ShapeSet) -> tuple[NDArray[np.int64], list[int]]:
-    """Assign pieces, in descending size, to rows; all pieces of one size at once.
-
-    Returns:
-        int64 [pieces], each piece's row; and the rows' lengths, longest first.
-    """
+    """Assign pieces, in descending size, to rows; return each piece's row, and the rows' lengths, longest first."""
     rows = np.empty(sizes.size, np.int64)
     row_lengths: list[int] = []
     # Open rows by free space and then by free slots: rows that agree in both are filled alike.
@@ -262,8 +235,7 @@ def _place(
 ) -> int:
     """Fill rows of equal free space and slots with pieces of one size, and reopen them with what space is left.
 
-    Returns:
-        The first piece that was not placed.
+    Return the first piece that was not placed.
     """
     each = min(space // size, slots)
     stop = min(end, at + each * len(chosen))
@@ -280,15 +252,7 @@ def _shorten(
 ) -> tuple[NDArray[np.int64], list[int]]:
     """Shorten rows whose pieces fit an intermediate length, as many as give every stream full batches.
 
-    Args:
-        rows: int64 [pieces], each piece's row.
-        row_lengths: of each row, longest first.
-        sizes: int64 [pieces], each piece's tokens.
-        shape_set: the shapes.
-        streams: batches that run at once.
-
-    Returns:
-        As `_assign`: each piece's row by its new number, and the rows' lengths.
+    Takes and returns what `_assign` returns: each piece's row, and the rows' lengths, longest first.
     """
     needed = np.maximum(np.bincount(rows, weights=sizes), np.bincount(rows) * TOKENS_PER_SLOT)
     lengths = np.array(row_lengths)
@@ -322,14 +286,7 @@ def _counts(rows: int, sizes: Sequence[int], streams: int) -> list[int]:
 def _row(
     ids: NDArray[np.int64], lengths: NDArray[np.int64], length: int, unpadded: NDArray[np.int64] | None
 ) -> PackedBatch:
-    """Put a few pieces into one row, as `_fill` does but without its sorting: a single text waits for this.
-
-    Args:
-        ids: the pieces' tokens.
-        lengths: each piece's tokens.
-        length: tokens of the row.
-        unpadded: each piece's tokens before its padding; None if nothing is padded.
-    """
+    """Put a few pieces into one row, as `_fill` does but without its sorting: a single text waits for this."""
     arrays = np.zeros((3, 1, length), np.int64)
     input_ids, position_ids, segment_ids = arrays
     input_ids[0, : ids.size] = ids
@@ -361,15 +318,7 @@ def _fill(
 ) -> Iterator[PackedBatch]:
     """Write the pieces of rows 0, 1, … into the engine's arrays, and split these into batches of `counts` rows.
 
-    Args:
-        ids: every piece's tokens.
-        starts: each piece's first position in `ids`.
-        lengths: each piece's tokens.
-        pieces: int64 [m], the pieces to write, row by row.
-        rows: int64 [m], their rows, ascending.
-        counts: rows of each batch.
-        length: tokens of a row.
-        unpadded: each piece's tokens before its padding; None if nothing is padded.
+    `pieces` [m] are to be written row by row, into `rows` [m], ascending.
     """
     sizes = lengths[pieces]
     before = np.cumsum(sizes) - sizes  # tokens before each piece

@@ -50,41 +50,22 @@ class DecisionSource(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class HostIdentity:
-    """The hardware that a plan's figures depend on.
+    """The hardware that a plan's figures depend on."""
 
-    Attributes:
-        cpu: model name.
-        features: hash of the CPU's feature flags.
-        cores: cores usable by the measuring process.
-    """
-
-    cpu: str
-    features: str
-    cores: int
-
-    @property
-    def key(self) -> str:
-        """Return twelve hexadecimal digits that identify this host."""
-        return _digest([self.cpu, self.features, self.cores])
+    cpu: str  # model name
+    features: str  # hash of the CPU's feature flags
+    cores: int  # usable by the measuring process
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to run a bundle.
-
-    Attributes:
-        engine: the library.
-        precision: of the matrix products.
-        streams: batches in flight.
-        row_tokens: the default row length.
-        batch_tokens: tokens of a full batch.
-    """
+    """One way to run a bundle."""
 
     engine: EngineName
     precision: Precision
-    streams: int
-    row_tokens: int = ROW_TOKENS
-    batch_tokens: int = TOKEN_BUDGET
+    streams: int  # batches in flight
+    row_tokens: int = ROW_TOKENS  # the default row length
+    batch_tokens: int = TOKEN_BUDGET  # of a full batch
 
     def __str__(self) -> str:
         return (
@@ -95,51 +76,29 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The measurements of one setting on this host: medians over interleaved rounds.
-
-    Attributes:
-        setting: the setting.
-        texts_per_s: throughput of many texts, tokenising included.
-        p50_ms: median time of one short text alone, tokenising included.
-        min_cosine: the worst canary's cosine with its reference vector, on this host.
-        certified_cosine: the worst text's cosine in the artifact's certificate.
-        accepted: whether both cosines reach the plan's floor.
-    """
+    """The measurements of one setting on this host: medians over interleaved rounds."""
 
     setting: Setting
-    texts_per_s: float
-    p50_ms: float
-    min_cosine: float
-    certified_cosine: float
-    accepted: bool
+    texts_per_s: float  # many texts, tokenising included
+    p50_ms: float  # of one short text alone, tokenising included
+    min_cosine: float  # the worst canary's, with its reference vector, on this host
+    certified_cosine: float  # the worst text's in the artifact's certificate
+    accepted: bool  # whether both cosines reach the plan's floor
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostPlan:
-    """The content of a plan file.
-
-    Attributes:
-        format_version: of this schema; `FORMAT_VERSION`.
-        goal: what `chosen` optimises.
-        floor: the smallest cosine accepted.
-        fingerprint: the bundle's.
-        host: the host that was measured.
-        versions: the packages it was measured with.
-        texts: texts encoded in each round.
-        rounds: how often each setting was measured.
-        chosen: the best accepted setting.
-        measured: every setting that was measured.
-    """
+    """The content of a plan file."""
 
     format_version: int
-    goal: Goal
-    floor: float
-    fingerprint: str
+    goal: Goal  # what `chosen` optimises
+    floor: float  # the smallest cosine accepted
+    fingerprint: str  # the bundle's
     host: HostIdentity
-    versions: Mapping[str, str]
-    texts: int
-    rounds: int
-    chosen: Setting
+    versions: Mapping[str, str]  # of the packages it was measured with
+    texts: int  # encoded in each round
+    rounds: int  # how often each setting was measured
+    chosen: Setting  # the best accepted setting
     measured: tuple[Trial, ...]
 
     def best(self, engine: str = AUTO, precision: str = AUTO) -> Setting | None:
@@ -158,24 +117,14 @@ class HostPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """How a bundle will run, and why.
-
-    Attributes:
-        engine: the library.
-        precision: of the matrix products.
-        artifact: the proven artifact; None for the fake engine, and for a graph that export is proving.
-        streams: batches in flight; None lets the engine choose.
-        row_tokens: the default row length.
-        batch_tokens: tokens of a full batch.
-        source: where the decision came from.
-    """
+    """How a bundle will run, and why."""
 
     engine: EngineName
     precision: Precision
-    artifact: Artifact | None = None
-    streams: int | None = None
-    row_tokens: int = ROW_TOKENS
-    batch_tokens: int = TOKEN_BUDGET
+    artifact: Artifact | None = None  # None for the fake engine, and for a graph that export is proving
+    streams: int | None = None  # batches in flight; None lets the engine choose
+    row_tokens: int = ROW_TOKENS  # the default row length
+    batch_tokens: int = TOKEN_BUDGET  # of a full batch
     source: DecisionSource = DecisionSource.ASKED
 
 
@@ -185,17 +134,7 @@ def objective(trial: Trial, goal: Goal) -> float:
 
 
 def decide(manifest: Manifest, engine: str, precision: str, plan: HostPlan | None) -> Decision:
-    """Choose how to run a bundle: as the caller says, else by the plan, else by the rule.
-
-    Args:
-        manifest: the bundle's.
-        engine: an engine's name or "auto".
-        precision: a precision's name or "auto".
-        plan: this host's plan; None without one.
-
-    Raises:
-        EngineError: see `mirror_runtime.selection.choose`.
-    """
+    """Choose how to run a bundle: as the caller names it, else by this host's plan, else by the rule."""
     auto = AUTO in (engine, precision)
     setting = plan.best(engine, precision) if plan is not None and auto else None
     if setting is None:
@@ -206,11 +145,7 @@ def decide(manifest: Manifest, engine: str, precision: str, plan: HostPlan | Non
 
 
 def decide_setting(manifest: Manifest, setting: Setting) -> Decision:
-    """Find the artifact of a setting.
-
-    Raises:
-        EngineError: see `mirror_runtime.selection.choose`.
-    """
+    """Find the artifact of a setting."""
     name, runs_in, artifact = choose(manifest, setting.engine.value, setting.precision.value)
     return Decision(
         engine=name,
@@ -241,15 +176,12 @@ def installed_versions() -> dict[str, str]:
 
 def plan_path(cache: Path, fingerprint: str) -> Path:
     """Return the path of this host's plan for a bundle."""
-    return cache / "plans" / f"{fingerprint}-{this_host().key}.json"
+    host = this_host()
+    return cache / "plans" / f"{fingerprint}-{_digest([host.cpu, host.features, host.cores])}.json"
 
 
 def write_plan(plan: HostPlan, path: Path) -> None:
-    """Write a plan file, whole or not at all.
-
-    Raises:
-        InputError: the path cannot be written.
-    """
+    """Write a plan file, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path, shared=True) as beside:
@@ -259,11 +191,7 @@ def write_plan(plan: HostPlan, path: Path) -> None:
 
 
 def read_plan(path: Path) -> HostPlan:
-    """Read a plan file.
-
-    Raises:
-        InputError: it is missing, malformed or of another format version.
-    """
+    """Read a plan file. An `InputError` means that it is missing, malformed or of another format version."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -296,15 +224,9 @@ def staleness(plan: HostPlan, fingerprint: str) -> str:
 
 
 def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -> HostPlan | None:
-    """Find the plan to follow.
+    """Find the plan to follow: a named file, which must be valid here, or for "auto" this host's own, if it is valid.
 
-    Args:
-        choice: a plan file, which must be valid here; "auto" for this host's own if it exists and is valid; or None.
-        cache: the folder of this host's own plans.
-        fingerprint: the bundle's.
-
-    Raises:
-        InputError: the named file is not a plan, or is not valid here.
+    `cache` is the folder of this host's own plans.
     """
     if choice is None or (choice == AUTO and cache is None):
         return None

@@ -46,37 +46,15 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much to measure.
+    """How much to measure."""
 
-    Attributes:
-        texts: texts encoded together in each round.
-        singles: texts encoded one by one in each round.
-        rounds: measurements of each setting.
-        survivors: artifacts whose streams are varied.
-    """
-
-    texts: int = 1024
-    singles: int = 32
+    texts: int = 1024  # encoded together in each round
+    singles: int = 32  # texts encoded one by one in each round
     rounds: int = 5
-    survivors: int = 2
+    survivors: int = 2  # artifacts whose streams are varied
 
 
 QUICK = Budget(texts=256, singles=8, rounds=2, survivors=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannerProgress:
-    """Progress of one step.
-
-    Attributes:
-        name: what the step varies.
-        done: measurements done in this step.
-        turns: measurements of this step in all.
-    """
-
-    name: str
-    done: int
-    turns: int
 
 
 @dataclass(frozen=True)
@@ -100,11 +78,8 @@ class Planner:
         floor: the smallest cosine to accept, in the certificate and for the canaries on this host.
         budget: how much to measure.
         cache_dir: see `Encoder.load`.
-        on_progress: called before each measurement and at the end of each step.
-
-    Raises:
-        BundleError: the folder is not a bundle, or has no canaries to check vectors against.
-        InputError: there are no texts, or the floor is not a cosine.
+        on_progress: called before each measurement and at the end of each step, with what the step varies, the
+            measurements done in it, and all of them.
     """
 
     def __init__(
@@ -116,7 +91,7 @@ class Planner:
         floor: float = FLOOR,
         budget: Budget | None = None,
         cache_dir: str | Path | None = AUTO_CACHE,
-        on_progress: Callable[[PlannerProgress], None] = lambda _: None,
+        on_progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
         if not 0 < floor <= 1:
             raise InputError(f"floor is {floor}: it must be a cosine, such as {FLOOR}")
@@ -140,12 +115,7 @@ class Planner:
         """Artifacts that could not be measured, by name, with the reason."""
 
     def plan(self) -> HostPlan:
-        """Measure the settings, and choose the best one that reaches the floor.
-
-        Raises:
-            ParityError: no setting reaches it.
-            EngineError: nothing in the bundle runs here.
-        """
+        """Measure the settings, and choose the best one that reaches the floor; a `ParityError` if none does."""
         cores = usable_cores()
         self._step("artifacts", self._defaults())
         if not self._measured:
@@ -200,13 +170,13 @@ class Planner:
             done = 0
             for _ in range(self._budget.rounds):
                 for candidate in candidates:
-                    self._on_progress(PlannerProgress(name=name, done=done, turns=turns))
+                    self._on_progress(name, done, turns)
                     self._measure(candidate)
                     done += 1
             for candidate in candidates:
                 self._measured[candidate.setting] = self._summary(candidate)
             self._choose([candidate.setting for candidate in candidates])
-            self._on_progress(PlannerProgress(name=name, done=turns, turns=turns))
+            self._on_progress(name, turns, turns)
 
     def _open(self, setting: Setting, stack: ExitStack) -> _Candidate | None:
         """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""

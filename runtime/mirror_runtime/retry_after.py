@@ -15,11 +15,7 @@ _LONGEST_S = 10.0
 
 
 class RetryEstimator:
-    """Tracks the work in flight, and estimates when half of it will have finished. Not safe for several threads.
-
-    Args:
-        clock: seconds, monotonic.
-    """
+    """Tracks the work in flight, and estimates when half of it will have finished. Not safe for several threads."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

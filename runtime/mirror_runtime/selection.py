@@ -31,19 +31,13 @@ EXACT = frozenset({Precision.FP32, Precision.BF16})
 E = TypeVar("E", EngineName, Precision)
 
 
-def choose(manifest: Manifest, engine: str, precision: str) -> tuple[EngineName, Precision, Artifact | None]:
-    """Choose an engine, a precision and their packed artifact.
+def choose(
+    manifest: Manifest, engine: str, precision: str, *, elsewhere: bool = False
+) -> tuple[EngineName, Precision, Artifact | None]:
+    """Choose an engine, a precision and their packed artifact, which is None for the fake engine only.
 
-    Args:
-        manifest: the bundle's.
-        engine: an engine's name or "auto".
-        precision: a precision's name or "auto".
-
-    Returns:
-        The choice; the artifact is None for the fake engine only.
-
-    Raises:
-        EngineError: a name is unknown, the bundle has no such artifact, or (for "auto") nothing fits this machine.
+    An `EngineError` means that a name is unknown, that the bundle has no such artifact, or (for "auto") that nothing
+    fits this machine. With `elsewhere` another machine will run it, and finds out whether it can.
     """
     named_engine = None if engine == AUTO else _member(EngineName, engine, "engine")
     named_precision = None if precision == AUTO else _member(Precision, precision, "precision")
@@ -63,7 +57,7 @@ def choose(manifest: Manifest, engine: str, precision: str) -> tuple[EngineName,
             f"the bundle has no packed artifact for engine {engine}, precision {precision}; it has {proven}. "
             "Choose one of these, or export it"
         )
-    if named_engine is not None and named_precision is not None:
+    if elsewhere or (named_engine is not None and named_precision is not None):
         return (*matching[0], packed[matching[0]])  # both named: the engine itself raises if it cannot run
     for key in matching:
         if (named_engine is key[0] or installed(key[0])) and (key[1] is not Precision.BF16 or has_bf16()):

@@ -13,7 +13,6 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -36,15 +35,10 @@ _SIGNATURE = re.compile(r"^\w[\w.]*\(.*?\)\s*(->\s*\S+)?\s*(--|:)?\s*", re.DOTAL
 
 @dataclass(frozen=True, kw_only=True)
 class Documented:
-    """A module, class or function of the standard library.
+    """A module, class or function of the standard library."""
 
-    Attributes:
-        name: the dotted name, such as "shutil.rmtree".
-        text: its whole docstring, without indentation.
-    """
-
-    name: str
-    text: str
+    name: str  # dotted, such as "shutil.rmtree"
+    text: str  # the whole docstring, without indentation
 
     @property
     def summary(self) -> str:
@@ -56,32 +50,23 @@ class Documented:
 
 @cache
 def standard_library() -> tuple[Documented, ...]:
-    """Collect the docstrings of this Python's standard library. The first call takes a few seconds.
+    """Collect the docstrings of this Python's standard library, which takes a few seconds at the first call.
 
-    Returns:
-        Public objects by file and position, then those of built-in C modules. The same Python has the same ones.
+    Public objects come by file and position, then those of built-in C modules. The same Python has the same ones.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    with _collector_paused():
-        found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
-    for module in sorted(sys.builtin_module_names):
-        found.extend(_of_builtin(module))
-    return tuple(found)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector, which would scan the whole process some hundred times while trees are parsed.
-
-    With PyTorch imported, that takes more than half of the time. The trees have no cycles, so nothing accumulates.
-    """
+    # Python's garbage collector would scan the whole process some hundred times while trees are parsed. With PyTorch
+    # imported, that takes more than half of the time. The trees have no cycles, so nothing accumulates.
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        found = [item for path in sorted(_files(root)) for item in _of_file(path, root)]
     finally:
         if enabled:
             gc.enable()
+    for module in sorted(sys.builtin_module_names):
+        found.extend(_of_builtin(module))
+    return tuple(found)
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -33,39 +33,17 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], data: Any, where: str) -> T:
-    """Build a dataclass from parsed JSON, strictly.
-
-    Args:
-        kind: the dataclass.
-        data: the result of `json.loads`.
-        where: a file name, for messages.
-
-    Raises:
-        BundleError: a key is missing or unknown, or a value has the wrong type.
-    """
+    """Build a dataclass from parsed JSON, strictly; `where` names the file in messages."""
     return typing.cast(T, _value(kind, data, where))
 
 
 def read_json(kind: type[T], path: Path, absent: str) -> T:
-    """Read a dataclass from a JSON file, strictly.
-
-    Args:
-        kind: the dataclass.
-        path: the file.
-        absent: the beginning of the message where there is no file.
-
-    Raises:
-        BundleError: the file is missing, is not JSON, or does not hold such a dataclass.
-    """
+    """Read a dataclass from a JSON file, strictly; `absent` begins the message where there is no file."""
     return from_json(kind, read_object(path, absent), str(path))
 
 
 def read_object(path: Path, absent: str) -> dict[str, Any]:
-    """Parse a JSON file that holds an object, see `read_json`.
-
-    Raises:
-        BundleError: the file is missing, or is not a JSON object.
-    """
+    """Parse a JSON file that holds an object, see `read_json`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

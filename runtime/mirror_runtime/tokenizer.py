@@ -44,42 +44,24 @@ class Tokenized:
     A text becomes one part, or several if it was split into chunks. Equal parts share one piece, which is packed and
     computed once: also parts of different texts with the same tokens, such as "A dog" and "a  dog" where the tokenizer
     ignores case and spaces.
-
-    Attributes:
-        ids: int64 [sum of lengths], the pieces' token ids one after another, special tokens included.
-        lengths: int64 [pieces], tokens of each piece, padding included.
-        unpadded_lengths: int64 [pieces], tokens before padding; None if nothing is padded.
-        part_text: int64 [parts], the text of each part; ascending. A failed text has no part.
-        part_piece: int64 [parts], the piece of each part.
-        tokens: int64 [texts], tokens of the whole text with special tokens, before truncation; 0 for a failed text.
-        truncated: bool [texts].
-        errors: the failed texts, by position.
     """
 
-    ids: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    unpadded_lengths: NDArray[np.int64] | None
-    part_text: NDArray[np.int64]
-    part_piece: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    errors: Mapping[int, TextError]
+    ids: NDArray[np.int64]  # [sum of lengths], the pieces' tokens one after another, special tokens included
+    lengths: NDArray[np.int64]  # [pieces], each piece's tokens, padding included
+    unpadded_lengths: NDArray[np.int64] | None  # likewise before padding; None if nothing is padded
+    part_text: NDArray[np.int64]  # [parts], the text of each part; ascending. A failed text has no part
+    part_piece: NDArray[np.int64]  # [parts]
+    tokens: NDArray[np.int64]  # [texts], of the whole text with special tokens, before truncation; 0 if it failed
+    truncated: NDArray[np.bool_]  # [texts]
+    errors: Mapping[int, TextError]  # of the failed texts, by position
 
 
 class Tokenizer:
     """A bundle's tokenizer with its length limit.
 
-    Args:
-        path: a `tokenizer.json`. Its truncation and padding settings are ignored, because the `EncoderSpec` has these.
-        max_tokens: longest piece in tokens, special tokens included.
-        long_texts: policy for longer texts.
-        template: text around every text, see `EncoderSpec`.
-        pad_to: pad every piece to this many tokens; None for no padding. `SPECIAL_TOKENS_FILE` beside the tokenizer
-            names the padding token.
-
-    Raises:
-        BundleError: a file cannot be read; special tokens are not just before and after the text; or the template
-            leaves no room for the text.
+    The file's own truncation and padding settings are ignored, because the `EncoderSpec` has these. With `pad_to`,
+    every piece is padded; `SPECIAL_TOKENS_FILE` beside the tokenizer names the padding token. Special tokens must stand
+    just before and after the text, and the template must leave room for it.
     """
 
     def __init__(
@@ -114,20 +96,11 @@ class Tokenizer:
 
     @classmethod
     def of(cls, folder: Path, spec: EncoderSpec, long_texts: LongTexts) -> Tokenizer:
-        """Load the tokenizer of a bundle or a run folder, for packed rows.
-
-        Raises:
-            BundleError: as the constructor.
-        """
+        """Load the tokenizer of a bundle or a run folder, for packed rows."""
         return cls(folder / TOKENIZER_FILE, spec.max_tokens, long_texts, template=spec.template, pad_to=spec.pad_to)
 
     def __call__(self, texts: Sequence[object], long_texts: Sequence[LongTexts] | None = None) -> Tokenized:
-        """Tokenise a window of texts. A bad text does not raise; `errors` has it.
-
-        Args:
-            texts: the texts.
-            long_texts: the policy for each text; None for the tokenizer's own.
-        """
+        """Tokenise a window of texts, each by its policy or the tokenizer's own. `errors` has the bad ones."""
         errors = {i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None}
         good = [i for i in range(len(texts)) if i not in errors]
         encodings: list[Any] = self._tokenizer.encode_batch_fast(
@@ -145,7 +118,11 @@ class Tokenizer:
             if len(ids) > self._body:
                 policy = self._long_texts if long_texts is None else long_texts[i]
                 if policy is LongTexts.ERROR:
-                    errors[i] = TextError(i, self._too_long(int(tokens[i])))
+                    errors[i] = TextError(
+                        i,
+                        f"has {tokens[i]} tokens, more than the encoder's {self._max_tokens}: "
+                        "shorten it, or choose the policy truncate or chunk",
+                    )
                     tokens[i] = 0
                     continue
                 before, own, after = self._split(texts[i], ids)
@@ -189,12 +166,6 @@ class Tokenizer:
         first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
         return ids[:first], ids[first:last], ids[last:]
 
-    def _too_long(self, tokens: int) -> str:
-        return (
-            f"has {tokens} tokens, more than the encoder's {self._max_tokens}: "
-            "shorten it, or choose the policy truncate or chunk"
-        )
-
 
 def validate_text(index: int, text: object) -> TextError | None:
     """Return an error if a text is not a string or contains a lone surrogate; else None."""
@@ -213,15 +184,9 @@ def validate_text(index: int, text: object) -> TextError | None:
 
 
 def text_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, int]:
-    """Find the tokens that lie wholly within a part of a string.
+    """Find the tokens that lie wholly within characters `begin` to `end` of a string, as a half-open range.
 
-    Args:
-        offsets: the half-open range of each token's characters.
-        begin: the part's first character.
-        end: the character after its last.
-
-    Returns:
-        The half-open range of the tokens; empty where there are none.
+    `offsets` has the half-open range of each token's characters.
     """
     first = next((i for i, (start, _) in enumerate(offsets) if start >= begin), len(offsets))
     last = next((i for i in range(len(offsets), first, -1) if offsets[i - 1][1] <= end), first)

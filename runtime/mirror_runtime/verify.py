@@ -23,17 +23,11 @@ from mirror_runtime.vectors import components
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactCheck:
-    """The canaries of one artifact on this machine.
-
-    Attributes:
-        artifact: the artifact.
-        comparison: its vectors against the stored ones; None where it could not run.
-        problem: why it could not run, or how its vectors differ; empty where it passed.
-    """
+    """The canaries of one artifact on this machine."""
 
     artifact: Artifact
-    comparison: CanaryComparison | None
-    problem: str
+    comparison: CanaryComparison | None  # with the stored vectors; None where it could not run
+    problem: str  # why it could not run, or how its vectors differ; empty where it passed
 
     @property
     def ran(self) -> bool:
@@ -76,11 +70,7 @@ def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Ar
 
 
 def check_fingerprint(manifest: Manifest) -> None:
-    """Check that a manifest's fingerprint is that of the weights, the tokenizer and the head that it lists.
-
-    Raises:
-        BundleError: the fingerprint is another.
-    """
+    """Check that a manifest's fingerprint is that of the weights, the tokenizer and the head that it lists."""
     found = fingerprint(manifest.encoder, manifest.files)
     if found != manifest.fingerprint:
         raise BundleError(

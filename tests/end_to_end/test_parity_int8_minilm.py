@@ -37,10 +37,6 @@ def expected(minilm, shared) -> Expected:
     return Expected.of(Reference.load(resolve(str(minilm))), texts, [some])
 
 
-def candidate(bundle, graph: Graph, engine: EngineName) -> Candidate:
-    return Candidate.of(bundle, graph, engine, Precision.INT8)
-
-
 def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, expected):
     manifest = read_manifest(minilm_bundle)
     calibration = Calibration.run(packed.path, minilm_bundle, manifest.encoder)
@@ -51,7 +47,7 @@ def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, 
         made = write_quantized(packed, path, plan)
         assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
         for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
-            proof = prove_artifact(minilm_bundle, candidate(minilm_bundle, made, engine), manifest, expected)
+            proof = prove_artifact(minilm_bundle, Candidate(made, engine, Precision.INT8), manifest, expected)
             assert proof.min_cosine >= 0.98
             assert proof.neighbour_cosine >= 0.999
     finally:
@@ -69,7 +65,7 @@ def test_naive_dynamic_int8_is_refused_for_its_distance_and_for_batch_dependence
         onnx.save(proto, path)
         made = dataclasses.replace(packed, path=path)
         manifest = read_manifest(minilm_bundle)
-        naive = candidate(minilm_bundle, made, EngineName.ONNXRUNTIME)
+        naive = Candidate(made, EngineName.ONNXRUNTIME, Precision.INT8)
         with pytest.raises(ParityError, match="differs from PyTorch"):
             prove_artifact(minilm_bundle, naive, manifest, expected)
         monkeypatch.setitem(floors.FLOORS, Precision.INT8, 0.9)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle.card import describe_head
-from export.bundle.whitening import WHITENING_FILE
+from export.bundle.card import WHITENING_FILE, describe_head
 from export.certificates import main
 from mirror_runtime.bundle import (
     MANIFEST_FILE,

@@ -14,7 +14,7 @@ from mirror_runtime.bundle import Canaries, Canary, EngineName, Precision, write
 from mirror_runtime.cache import cache_folder
 from mirror_runtime.cli.doctor import diagnose
 from mirror_runtime.cli.main import main
-from mirror_runtime.cli.plan_plot import pareto
+from mirror_runtime.cli.plan import pareto
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     DecisionSource,
@@ -29,7 +29,7 @@ from mirror_runtime.plan import (
     this_host,
     write_plan,
 )
-from mirror_runtime.planner import Budget, Planner, PlannerProgress
+from mirror_runtime.planner import Budget, Planner
 
 ORT = Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
 OV = Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
@@ -127,9 +127,9 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
 
 
 def test_planning_tries_every_artifact_streams_and_shapes_and_keeps_the_floor(tiny_bundle, cache):
-    steps: list[PlannerProgress] = []
+    steps: list[tuple[str, int, int]] = []
     texts = [f"the cat sat on mat {i} " + "dog " * (i % 9) for i in range(80)]
-    planner = Planner(tiny_bundle, texts, budget=TINY, cache_dir=cache, on_progress=steps.append)
+    planner = Planner(tiny_bundle, texts, budget=TINY, cache_dir=cache, on_progress=lambda *step: steps.append(step))
     plan = planner.plan()
     settings = [m.setting for m in plan.measured]
     assert {(s.engine, s.precision) for s in settings} == {
@@ -141,8 +141,8 @@ def test_planning_tries_every_artifact_streams_and_shapes_and_keeps_the_floor(ti
     assert all(m.min_cosine > 0.9999 and m.accepted for m in plan.measured)
     assert plan.chosen in settings
     assert plan.measured[0].texts_per_s == max(m.texts_per_s for m in plan.measured)
-    assert {step.name for step in steps} >= {"artifacts", "row lengths", "batch sizes"}
-    assert steps[-1].done == steps[-1].turns
+    assert {name for name, _, _ in steps} >= {"artifacts", "row lengths", "batch sizes"}
+    assert steps[-1][1] == steps[-1][2]
 
 
 def test_nothing_above_the_floor_and_nothing_to_check_against_are_errors(tiny_bundle, make_bundle, cache, monkeypatch):

@@ -14,8 +14,7 @@ from encoders.reference import load_tokenizer
 from encoders.source import resolve
 from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import InputError, MissingExtra
-from training.contamination import Overlap, normalise
-from training.corpus import Corpus, CorpusRequest, measure_lengths, read_corpus
+from training.corpus import Corpus, CorpusRequest, Overlap, measure_lengths, normalise, read_corpus
 
 
 def read(*files: object, **options: object) -> Corpus:
@@ -31,7 +30,7 @@ def test_lines_are_stripped_and_duplicates_dropped_in_order(tmp_path: Path) -> N
     path = write(tmp_path / "text.txt", "\ufeff second \r\n\n one\u2028first\nsecond\n  \none\u2028first\nlast")
     corpus = read(path)
     assert corpus.examples == corpus.texts == ("second", "one\u2028first", "last")  # U+2028 ends no line
-    assert (corpus.lines, corpus.empty, corpus.duplicates) == (7, 2, 2)
+    assert corpus.counts == {"lines": 7, "empty": 2, "duplicates": 2, "excluded": 0}
     assert corpus.files[0].sha256 == sha256_file(path)
     assert corpus.sha256 == hashlib.sha256("second\none\u2028first\nlast\n".encode()).hexdigest()
 
@@ -80,7 +79,7 @@ def test_files_are_concatenated_and_duplicates_count_across_them(tmp_path: Path)
 def test_json_lines_are_objects_or_strings(tmp_path: Path) -> None:
     path = write(tmp_path / "text.jsonl", '{"text": "a cat", "n": 1}\n\n"a dog"\n{"text": null}\n{"text": " a man "}\n')
     corpus = read(path)
-    assert (corpus.texts, corpus.empty) == (("a cat", "a dog", "a man"), 2)
+    assert (corpus.texts, corpus.counts["empty"]) == (("a cat", "a dog", "a man"), 2)
     assert read(write(path, '{"q": "x y"}\n{"q": "z w"}\n'), columns=("q",)).texts == ("x y", "z w")
 
 
@@ -107,7 +106,8 @@ def test_parquet_has_columns(tmp_path: Path) -> None:
     path = tmp_path / "text.parquet"
     parquet.write_table(pa.table({"body": ["a cat", None, "a dog", "a cat"], "n": [1, 2, 3, 4]}), path)
     corpus = read(path, columns=("body",))
-    assert (corpus.texts, corpus.lines, corpus.empty, corpus.duplicates) == (("a cat", "a dog"), 4, 1, 1)
+    assert corpus.texts == ("a cat", "a dog")
+    assert corpus.counts == {"lines": 4, "empty": 1, "duplicates": 1, "excluded": 0}
     with pytest.raises(InputError, match="no column 'text', only 'body', 'n'"):
         read(path)
     with pytest.raises(InputError, match="row 1: column 'n' holds a int"):
@@ -120,7 +120,8 @@ def test_pairs_come_from_tabs_and_from_two_columns(tmp_path: Path) -> None:
     expected = (("a cat", "one cat"), ("a dog", "one dog"))
     lines = write(tmp_path / "pairs.tsv", "a cat\t one cat\n\na dog\tone dog\na cat\tone cat\n")
     corpus = read(lines, pairs=True)
-    assert (corpus.examples, corpus.empty, corpus.duplicates, corpus.has_pairs) == (expected, 1, 1, True)
+    assert (corpus.examples, corpus.has_pairs) == (expected, True)
+    assert (corpus.counts["empty"], corpus.counts["duplicates"]) == (1, 1)
     assert corpus.texts == ("a cat", "one cat", "a dog", "one dog")
     rows = write(tmp_path / "p.jsonl", "".join(json.dumps({"q": a, "a": b}) + "\n" for a, b in expected))
     assert read(rows, pairs=True, columns=("q", "a")).examples == expected
@@ -161,7 +162,7 @@ def test_evaluation_texts_are_left_out_and_reported(tmp_path: Path) -> None:
     sts = write(tmp_path / "sts.tsv", "score\tsentence1\tsentence2\n1\ta cat, sat\tunseen\n2\tunseen\tx\n3\ta\tb\n")
     lines = write(tmp_path / "lines.txt", "a river!\na lake\n")
     corpus = read(text, exclude=(str(sts), str(lines)))
-    assert (corpus.texts, corpus.excluded) == (("A dog sat", "A man sat"), 3)
+    assert (corpus.texts, corpus.counts["excluded"]) == (("A dog sat", "A man sat"), 3)
     assert corpus.overlaps == (
         Overlap(file="sts.tsv", texts=5, found=1),
         Overlap(file="lines.txt", texts=2, found=1),
@@ -185,7 +186,8 @@ def test_the_published_overlap_is_reproduced(shared: Path) -> None:
         shared / "data" / "mirror_corpus" / "sentences_10k.txt",
         exclude=tuple(str(sts / f"{name}.tsv") for name in ("stsb-test", "sts2013", "sts2014")),
     )
-    assert len(corpus.texts) + corpus.excluded == corpus.lines - corpus.empty - corpus.duplicates
+    counts = corpus.counts
+    assert len(corpus.texts) + counts["excluded"] == counts["lines"] - counts["empty"] - counts["duplicates"]
     assert [round(100 * overlap.share, 1) for overlap in corpus.overlaps] == [8.7, 39.0, 46.2]
 
 

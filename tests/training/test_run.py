@@ -24,11 +24,11 @@ from mirror_runtime.errors import EngineError, InputError, MissingExtra
 from training import run, run_folder
 from training.checkpoint import Step
 from training.corpus import CorpusRequest
-from training.curve import draw_curve
 from training.hardware import choose_hardware
 from training.job import Job, RunObserver, Start
 from training.recipe import Device, TuneConfig, TunePrecision
 from training.run import tune
+from training.run_folder import draw_curve
 from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)

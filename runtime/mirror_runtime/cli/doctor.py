@@ -38,19 +38,12 @@ _NO_GPU = "no: no NVIDIA GPU was found"
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """The result of `diagnose`.
+    """The result of `diagnose`."""
 
-    Attributes:
-        machine: facts, in the order to show them.
-        packages: installed version of each package in `PACKAGES`, or None.
-        abilities: what this machine can run: "yes", or "no: " and the reason.
-        problems: each with its cure; empty on a healthy machine.
-    """
-
-    machine: Mapping[str, str]
-    packages: Mapping[str, str | None]
-    abilities: Mapping[str, str]
-    problems: tuple[str, ...]
+    machine: Mapping[str, str]  # facts, in the order to show them
+    packages: Mapping[str, str | None]  # installed version of each of `PACKAGES`, or None
+    abilities: Mapping[str, str]  # what this machine can run: "yes", or "no: " and the reason
+    problems: tuple[str, ...]  # each with its cure; empty on a healthy machine
 
 
 def doctor(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,31 +39,6 @@ class EnginePool(str, Enum):
 
     LOCAL = "local"
     RAY = "ray"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
-    """The options of `mirror encode`.
-
-    Attributes:
-        bundle: the bundle's folder.
-        corpus: the input.
-        output: the file, or with Ray the folder, to write.
-        load_options: further arguments of `Encoder.load`.
-        zero_bad: write zero vectors for rows that cannot be encoded, instead of stopping.
-        workers: Ray processes.
-        ray_address: a running Ray cluster; None starts one.
-        verbose: also print who chose the engine, and timings.
-    """
-
-    bundle: Path
-    corpus: CorpusFile
-    output: Path
-    load_options: Mapping[str, Any]
-    zero_bad: bool
-    workers: int
-    ray_address: str | None
-    verbose: bool
 
 
 def encode(
@@ -108,26 +82,25 @@ def encode(
     If the command is killed or interrupted, run it again: it resumes and writes the same bytes. A million short
     sentences (14 tokens each) take 15 minutes at 1,100 a second and produce a 1.5 GB .npy file at 384 dimensions.
     """
-    options = EncodeOptions(
-        bundle=bundle,
-        corpus=CorpusFile(path=source, column=text_column),
-        output=output,
-        load_options={
-            "engine": engine,
-            "precision": precision,
-            "streams": streams,
-            "long_texts": long_texts.value,
-            "plan": AUTO if plan is None else str(plan),
-        },
-        zero_bad=bad_texts is BadTexts.ZERO,
-        workers=workers,
-        ray_address=ray_address,
-        verbose=verbose,
+    corpus = CorpusFile(path=source, column=text_column)
+    load_options = {
+        "engine": engine,
+        "precision": precision,
+        "streams": streams,
+        "long_texts": long_texts.value,
+        "plan": AUTO if plan is None else str(plan),
+    }
+    zero_bad = bad_texts is BadTexts.ZERO
+    print_json(
+        _encode_with_ray(bundle, corpus, output, load_options, zero_bad, workers, ray_address)
+        if engine_pool is EnginePool.RAY
+        else _encode_here(bundle, corpus, output, load_options, zero_bad, verbose)
     )
-    print_json(_encode_with_ray(options) if engine_pool is EnginePool.RAY else _encode_here(options))
 
 
-def _encode_here(options: EncodeOptions) -> dict[str, object]:
+def _encode_here(
+    bundle: Path, corpus: CorpusFile, output: Path, load_options: Mapping[str, Any], zero_bad: bool, verbose: bool
+) -> dict[str, object]:
     """Encode in this process and return the report."""
     from mirror_runtime.corpus.encode_file import EncodeProgress, encode_file
 
@@ -135,7 +108,7 @@ def _encode_here(options: EncodeOptions) -> dict[str, object]:
     started = time.perf_counter()
     with (
         truncations_counted_elsewhere(),
-        Encoder.load(options.bundle, **options.load_options) as encoder,
+        Encoder.load(bundle, **load_options) as encoder,
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -146,7 +119,7 @@ def _encode_here(options: EncodeOptions) -> dict[str, object]:
         ) as bar,
     ):
         chosen = f"{encoder.engine.name.value} {encoder.engine.precision.value}, {encoder.engine.streams} streams"
-        task = bar.add_task(f"encoding ({chosen})", total=max(1, options.corpus.size), texts=0)
+        task = bar.add_task(f"encoding ({chosen})", total=max(1, corpus.size), texts=0)
         resumed: list[int] = []
 
         def on_progress(progress: EncodeProgress) -> None:
@@ -158,14 +131,14 @@ def _encode_here(options: EncodeOptions) -> dict[str, object]:
 
         done = encode_file(
             encoder,
-            options.corpus,
-            options.output,
-            long_texts=options.load_options["long_texts"],
-            zero_bad=options.zero_bad,
+            corpus,
+            output,
+            long_texts=load_options["long_texts"],
+            zero_bad=zero_bad,
             on_progress=on_progress,
         )
         seconds = time.perf_counter() - started
-        if options.verbose:
+        if verbose:
             _print_timings(console, encoder, seconds)
     if done.truncated:
         console.print(
@@ -174,7 +147,7 @@ def _encode_here(options: EncodeOptions) -> dict[str, object]:
     if done.failed:
         console.print(f"{done.failed:,} of {done.texts:,} rows could not be encoded and have zero vectors")
     return {
-        "output": str(options.output),
+        "output": str(output),
         "texts": done.texts,
         "dim": encoder.spec.dim,
         "vector_type": encoder.spec.vector_type.value,
@@ -188,28 +161,36 @@ def _encode_here(options: EncodeOptions) -> dict[str, object]:
     }
 
 
-def _encode_with_ray(options: EncodeOptions) -> dict[str, object]:
+def _encode_with_ray(
+    bundle: Path,
+    corpus: CorpusFile,
+    output: Path,
+    load_options: Mapping[str, Any],
+    zero_bad: bool,
+    workers: int,
+    ray_address: str | None,
+) -> dict[str, object]:
     """Encode with a pool of Ray workers and return the report."""
     from mirror_runtime.corpus.encode_ray import encode_with_ray
 
     started = time.perf_counter()
     columns = (TextColumn("encoding with Ray"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=max(1, options.corpus.size))
+        task = bar.add_task("", total=max(1, corpus.size))
         done = encode_with_ray(
-            options.bundle,
-            options.corpus,
-            options.output,
-            workers=options.workers,
-            load_options=options.load_options,
-            zero_bad=options.zero_bad,
-            address=options.ray_address,
+            bundle,
+            corpus,
+            output,
+            workers=workers,
+            load_options=load_options,
+            zero_bad=zero_bad,
+            address=ray_address,
             on_progress=lambda progress: bar.update(task, completed=progress.position),
         )
     return {
-        "output": str(options.output),
+        "output": str(output),
         "texts": done.texts,
-        "workers": options.workers,
+        "workers": workers,
         "seconds": round(time.perf_counter() - started, 3),
     }
 

@@ -87,10 +87,9 @@ def gateway(
     """
     for package in ("fastapi", "uvicorn", "prometheus_client", "orjson"):
         require(package, "gateway")
-    from mirror_runtime.gateway.backends import EncodingBackend, InProcessBackend
+    from mirror_runtime.gateway.backends import EncodingBackend, InProcessBackend, TritonBackend, fetch_card
     from mirror_runtime.gateway.server import listen, run
     from mirror_runtime.gateway.settings import GatewaySettings, read_keys
-    from mirror_runtime.gateway.triton_backend import TritonBackend, fetch_card
 
     if (bundle is None) == (triton is None):
         raise InputError("pass either a bundle or --triton HOST:PORT")

@@ -26,9 +26,5 @@ for command in (encode, verify, doctor, plan, serve, gateway, deploy):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 on success, 1 when a check failed, 2 on a mistake of the caller's, 130 when interrupted.
-    """
+    """Run the command line: status 0, 1 when a check failed, 2 on the caller's mistake, 130 when interrupted."""
     return run_command(app, argv, "mirror")

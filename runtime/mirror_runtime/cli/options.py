@@ -29,11 +29,7 @@ _MAX_BATCH_SIZE = typer.Option(min=1, help="Maximum texts per request.")
 
 
 def port_option(server: str) -> OptionInfo:
-    """Build the option for a port to listen on.
-
-    Args:
-        server: what listens there, such as "HTTP".
-    """
+    """Build the option for a port to listen on; `server` is what listens, such as "HTTP"."""
     option: OptionInfo = typer.Option(min=0, max=65535, help=f"{server} port; 0 picks a free one.")
     return option
 

@@ -24,12 +24,8 @@ def run_command(
 ) -> int:
     """Run a typer application and return its exit status.
 
-    Args:
-        app: the application.
-        argv: arguments without the program's name; None for those of this process.
-        name: the program's name in messages.
-        lists: options that take several values at once (`--precision fp32 bf16`), each with its possible values;
-            None for any value, such as a file name.
+    `lists` names options that take several values at once (`--precision fp32 bf16`), each with its possible values;
+    None for any value, such as a file name.
 
     Returns:
         0 on success, the status that the command chose, 2 on a mistake of the caller's (the message goes to standard

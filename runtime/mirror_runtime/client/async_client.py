@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from types import TracebackType
 
-from mirror_runtime.client.async_transports import AsyncGrpcTransport, AsyncHttpTransport
 from mirror_runtime.client.exchange import BATCH_TOKENS, PROBE, CallOptions, Exchange, Served, as_list
+from mirror_runtime.client.grpc_transport import AsyncGrpcTransport
+from mirror_runtime.client.http_transport import AsyncHttpTransport
 from mirror_runtime.client.protocol import (
     MODEL_NAME,
-    AsyncTransport,
     ClientOptions,
     ModelFacts,
     read_facts,
@@ -68,7 +67,7 @@ class AsyncClient:
             fingerprint=fingerprint,
             patient=patient,
         )
-        self._connection: AsyncTransport | None = None
+        self._connection: AsyncGrpcTransport | AsyncHttpTransport | None = None
         self._facts: ModelFacts | None = None
 
     async def encode(
@@ -135,13 +134,11 @@ class AsyncClient:
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     @property
-    def _transport(self) -> AsyncTransport:
+    def _transport(self) -> AsyncGrpcTransport | AsyncHttpTransport:
         """The connection. It is opened at the first use and belongs to the event loop that runs then."""
         if self._connection is None:
             kind = AsyncGrpcTransport if self._options.protocol == "grpc" else AsyncHttpTransport

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
 
 from mirror_runtime.client.exchange import BATCH_TOKENS, PROBE, CallOptions, Exchange, Request, Served, as_list
 from mirror_runtime.client.grpc_transport import GrpcTransport
@@ -16,7 +15,6 @@ from mirror_runtime.client.protocol import (
     ClientOptions,
     ModelFacts,
     Reply,
-    Transport,
     read_facts,
     read_fingerprint,
 )
@@ -192,9 +190,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send_all(self, exchange: Exchange) -> None:
@@ -215,12 +211,8 @@ class Client:
                 exchange.failed(request, error)
 
 
-def connect(options: ClientOptions) -> Transport:
-    """Open connections over the protocol of the options.
-
-    Raises:
-        MissingExtra: tritonclient is not installed.
-    """
+def connect(options: ClientOptions) -> GrpcTransport | HttpTransport:
+    """Open connections over the protocol of the options."""
     if options.protocol == "grpc":
         return GrpcTransport(options.address, options.model, options.timeout_s)
     return HttpTransport(options.address, options.model, options.timeout_s, options.in_flight)

@@ -33,7 +33,6 @@ from mirror_runtime.errors import (
     UnavailableError,
 )
 from mirror_runtime.tokenizer import validate_text
-from mirror_runtime.vectors import Vectors
 
 BATCH_TOKENS = 8192
 """Default limit of estimated tokens in a request: 32 texts of 256. It keeps requests of longer texts short too."""
@@ -57,34 +56,16 @@ class Served(Encoded):
 
     fingerprint: str | None
 
-    def vectors_or_raise(self) -> Vectors:
-        """Return the vectors.
-
-        Raises:
-            TextError: for the first text that has none.
-        """
-        if self.errors:
-            raise self.errors[min(self.errors)]
-        return self.vectors
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The texts of one request, and how often it has been tried.
+    """The texts of one request, and how often it has been tried."""
 
-    Attributes:
-        positions: of its texts in the caller's list.
-        texts: as UTF-8.
-        pause_s: seconds to wait before sending it.
-        tries: how often the server refused it for now.
-        gives_up_at: when to stop trying, on the monotonic clock; None before the first try.
-    """
-
-    positions: tuple[int, ...]
-    texts: tuple[bytes, ...]
-    pause_s: float = 0.0
-    tries: int = 0
-    gives_up_at: float | None = None
+    positions: tuple[int, ...]  # of its texts in the caller's list
+    texts: tuple[bytes, ...]  # UTF-8
+    pause_s: float = 0.0  # to wait before sending it
+    tries: int = 0  # how often the server refused it for now
+    gives_up_at: float | None = None  # on the monotonic clock; None before the first try
 
     def tensor(self) -> NDArray[Any]:
         """Return the texts as an object array [n, 1] of bytes."""
@@ -105,15 +86,7 @@ PROBE = Request(positions=(0,), texts=(b"ready?",))
 
 @dataclass(frozen=True, kw_only=True)
 class CallOptions:
-    """Options of one call of `encode`; None leaves an option to the server.
-
-    Attributes:
-        batch_size: maximum number of texts per request.
-        deadline_s: seconds for the whole call; None limits each request alone.
-        truncate: whether long texts are cut or rejected.
-        dimensions: leading components to keep.
-        prompt: text to put in front of every text.
-    """
+    """Options of one call of `encode`, see `Client.encode_detailed`; None leaves an option to the server."""
 
     batch_size: int
     deadline_s: float | None
@@ -132,20 +105,7 @@ class Exchange:
 
     A client repeats, while `next_round()` is true: take requests with `next_request()` until it returns None, wait for
     `request.pause_s`, send each with `parameters` and `remaining_s()`, and pass the outcome to `succeeded` or `failed`.
-
-    Args:
-        texts: the caller's; items may be of any type.
-        call: the options of the call.
-        client: the options of the client.
-        facts: about the model.
-        body_bytes: most bytes of UTF-8 in a request; a longer text gets an error.
-
-    Attributes:
-        parameters: what every request carries.
-        count: number of texts.
-
-    Raises:
-        InputError: the server does not take requests of `batch_size` texts.
+    A text of more than `body_bytes` bytes of UTF-8 gets an error.
     """
 
     def __init__(
@@ -175,9 +135,6 @@ class Exchange:
         """Return whether there are requests to send, at the start and after every request has been answered.
 
         Requests answered by a model that has since been replaced come again: their vectors cannot be compared.
-
-        Raises:
-            ServerError: the model was replaced again and again.
         """
         self._rounds += 1
         if self._rounds == 1:
@@ -198,11 +155,7 @@ class Exchange:
         return replace(request, gives_up_at=min(self._ends_at, time.monotonic() + self._client.timeout_s))
 
     def remaining_s(self) -> float:
-        """Return the seconds that a request sent now may take.
-
-        Raises:
-            DeadlineExceededError: none remain.
-        """
+        """Return the seconds that a request sent now may take; raise a `DeadlineExceededError` if none remain."""
         remaining = min(self._client.timeout_s, self._ends_at - time.monotonic())
         if remaining <= 0:
             raise DeadlineExceededError("deadline_s has passed before all texts were answered")
@@ -213,11 +166,7 @@ class Exchange:
         self._replies.append((request, reply))
 
     def failed(self, request: Request, error: MirrorError) -> None:
-        """Decide what follows an error: the request again after a pause, its halves, or the error of one text.
-
-        Raises:
-            MirrorError: `error` itself, if the call cannot go on.
-        """
+        """Decide what follows an error: the request again after a pause, its halves, one text's error, or raise it."""
         if isinstance(error, Rejected):
             if len(request.texts) > 1:
                 self._again.extendleft(reversed(request.halves()))
@@ -236,11 +185,7 @@ class Exchange:
         self._again.appendleft(replace(request, pause_s=pause_s, tries=request.tries + 1))
 
     def result(self) -> Served:
-        """Put the replies into the order of the caller's texts.
-
-        Raises:
-            ServerError: the vectors lie in another space than the caller expects.
-        """
+        """Put the replies into the order of the caller's texts; raise if they lie in another space than expected."""
         fingerprint = self._replies[0][1].fingerprint if self._replies else None
         if fingerprint is not None and self._client.fingerprint not in (None, fingerprint):
             raise ServerError(
@@ -285,11 +230,7 @@ class Exchange:
 
 
 def as_list(texts: Iterable[object]) -> list[object]:
-    """Return the caller's texts as a list.
-
-    Raises:
-        InputError: `texts` is a single string, which would be encoded letter by letter.
-    """
+    """Return the caller's texts as a list; refuse a single string, which would be encoded letter by letter."""
     if isinstance(texts, (str, bytes)):
         raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
     return list(texts)
@@ -299,11 +240,6 @@ def pause_before(tries: int, hint_s: float | None, jitter: Callable[[float, floa
     """Return the seconds to wait before a refused request is repeated: the server's hint plus a random part.
 
     The random part has full jitter, which spreads clients that were refused together, and a bound that doubles.
-
-    Args:
-        tries: refusals before this one.
-        hint_s: the server's `retry after`; None if it named none.
-        jitter: draws a number between its arguments.
     """
     return (hint_s or 0.0) + jitter(0.0, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(tries, 10)))
 

@@ -23,68 +23,7 @@ from mirror_runtime.extras import require
 BODY_BYTES = 8_000_000
 """Most bytes of text in a request, so that one message neither fills memory nor delays the others."""
 
-
-class GrpcTransport:
-    """Requests over one gRPC channel."""
-
-    body_bytes = BODY_BYTES
-
-    def __init__(self, url: str, model: str, timeout_s: float) -> None:
-        library = require("tritonclient.grpc", "client")
-        self._library = library
-        self._url, self._model, self._timeout_s = url, model, timeout_s
-        with translate_errors(library, url):
-            self._client = library.InferenceServerClient(url, channel_args=CHANNEL)
-        self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
-
-    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
-        """Send texts without waiting."""
-        future: Future[Any] = Future()
-
-        # tritonclient passes both by keyword: their names are part of its interface.
-        def settle(result: Any, error: Exception | None) -> None:
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
-
-        with translate_errors(self._library, self._url):
-            self._client.async_infer(
-                self._model,
-                [text_tensor(self._library, texts)],
-                settle,
-                outputs=self._outputs,
-                timeout=microseconds(timeout_s),
-                client_timeout=timeout_s,
-                parameters=dict(parameters),
-            )
-
-        def wait() -> Reply:
-            with translate_errors(self._library, self._url):
-                return read_reply(future.result())
-
-        return wait
-
-    def config(self) -> Mapping[str, Any]:
-        """Fetch the model's configuration."""
-        with translate_errors(self._library, self._url):
-            reply = self._client.get_model_config(self._model, as_json=True, client_timeout=self._timeout_s)
-        config: Mapping[str, Any] = reply["config"]
-        return config
-
-    def statistics(self) -> Mapping[str, Any]:
-        """Fetch the model's counters."""
-        with translate_errors(self._library, self._url):
-            reply = self._client.get_inference_statistics(self._model, as_json=True, client_timeout=self._timeout_s)
-        statistics: Mapping[str, Any] = reply["model_stats"][-1]
-        return statistics
-
-    def close(self) -> None:
-        """Close the channel."""
-        self._client.close()
-
-
-CHANNEL = (
+_CHANNEL = (
     # No limit on replies: 256 vectors of 4,096 components are 4 MB, which is gRPC's own limit.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -99,8 +38,105 @@ CHANNEL = (
 """Options of a channel."""
 
 
+class GrpcTransport:
+    """Requests over one gRPC channel."""
+
+    body_bytes = BODY_BYTES
+
+    def __init__(self, url: str, model: str, timeout_s: float) -> None:
+        library = require("tritonclient.grpc", "client")
+        self._library = library
+        self._url, self._model, self._timeout_s = url, model, timeout_s
+        with _translate_errors(library, url):
+            self._client = library.InferenceServerClient(url, channel_args=_CHANNEL)
+        self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
+
+    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
+        """Send texts without waiting."""
+        future: Future[Any] = Future()
+
+        # tritonclient passes both by keyword: their names are part of its interface.
+        def settle(result: Any, error: Exception | None) -> None:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        with _translate_errors(self._library, self._url):
+            self._client.async_infer(
+                self._model,
+                [text_tensor(self._library, texts)],
+                settle,
+                outputs=self._outputs,
+                timeout=microseconds(timeout_s),
+                client_timeout=timeout_s,
+                parameters=dict(parameters),
+            )
+
+        def wait() -> Reply:
+            with _translate_errors(self._library, self._url):
+                return read_reply(future.result())
+
+        return wait
+
+    def config(self) -> Mapping[str, Any]:
+        """Fetch the model's configuration."""
+        with _translate_errors(self._library, self._url):
+            reply = self._client.get_model_config(self._model, as_json=True, client_timeout=self._timeout_s)
+        config: Mapping[str, Any] = reply["config"]
+        return config
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Fetch the model's counters."""
+        with _translate_errors(self._library, self._url):
+            reply = self._client.get_inference_statistics(self._model, as_json=True, client_timeout=self._timeout_s)
+        statistics: Mapping[str, Any] = reply["model_stats"][-1]
+        return statistics
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._client.close()
+
+
+class AsyncGrpcTransport:
+    """`GrpcTransport` of one event loop. Cancelling the waiting task cancels the request."""
+
+    body_bytes = BODY_BYTES
+
+    def __init__(self, url: str, model: str) -> None:
+        library = require("tritonclient.grpc", "client")
+        asynchronous = require("tritonclient.grpc.aio", "client")
+        self._library, self._url, self._model = library, url, model
+        self._client = asynchronous.InferenceServerClient(url, channel_args=_CHANNEL)
+        self._outputs = [library.InferRequestedOutput(name) for name in OUTPUTS]
+
+    async def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Reply:
+        """Send texts and wait for the reply."""
+        with _translate_errors(self._library, self._url):
+            result = await self._client.infer(
+                self._model,
+                [text_tensor(self._library, texts)],
+                outputs=self._outputs,
+                timeout=microseconds(timeout_s),
+                client_timeout=timeout_s,
+                parameters=dict(parameters),
+            )
+        return read_reply(result)
+
+    async def config(self, timeout_s: float) -> Mapping[str, Any]:
+        """Fetch the model's configuration."""
+        with _translate_errors(self._library, self._url):
+            reply = await self._client.get_model_config(self._model, as_json=True, client_timeout=timeout_s)
+        config: Mapping[str, Any] = reply["config"]
+        return config
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._client.close()
+
+
 @contextlib.contextmanager
-def translate_errors(library: Any, url: str) -> Iterator[None]:
+def _translate_errors(library: Any, url: str) -> Iterator[None]:
     """Convert tritonclient's exceptions to ours."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Requests to Triton over HTTP: tritonclient encodes and parses the bodies, the standard library sends them.
+"""Requests to Triton over HTTP: tritonclient encodes and parses the bodies, the standard library or aiohttp sends them.
 
 tritonclient's own HTTP client sleeps 10 ms in every `async_infer`, works in one thread only, and leaves a gevent hub
 with threads and file descriptors behind.
@@ -6,6 +6,7 @@ with threads and file descriptors behind.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import queue
@@ -33,7 +34,7 @@ from mirror_runtime.extras import require
 BODY_BYTES = 1_000_000
 """Triton 2.51, the version in the pytriton wheel, crashes on HTTP bodies of about 4 MB; 2 MB passed in a test."""
 
-JSON_LENGTH = "Inference-Header-Content-Length"
+_JSON_LENGTH = "Inference-Header-Content-Length"
 
 
 class HttpTransport:
@@ -52,12 +53,12 @@ class HttpTransport:
 
     def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
         """Send texts without waiting."""
-        body, headers = http_request(self._library, texts, parameters, self._outputs, timeout_s)
+        body, headers = _request(self._library, texts, parameters, self._outputs, timeout_s)
         give_up_at = time.monotonic() + timeout_s
         future = self._pool.submit(self._exchange, "POST", f"{self._path}/infer", body, headers, give_up_at)
 
         def wait() -> Reply:
-            return http_reply(self._library, *future.result())
+            return _reply(self._library, *future.result())
 
         return wait
 
@@ -83,11 +84,10 @@ class HttpTransport:
 
     def _exchange(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], give_up_at: float
-    ) -> tuple[bytes, int | None]:
+    ) -> tuple[bytes, str | None]:
         """Send one request; return the reply's body and the length of its JSON part, None if not stated."""
         try:
-            connection = self._idle.get_nowait()
-            reused = True
+            connection, reused = self._idle.get_nowait(), True
         except queue.Empty:
             connection, reused = self._connect(), False
         try:
@@ -108,15 +108,61 @@ class HttpTransport:
             raise unreachable(self._url, str(error) or type(error).__name__) from error
         self._idle.put(connection)
         if response.status != 200:
-            raise server_error(self._url, f"HTTP {response.status}", http_message(content))
-        json_length = response.getheader(JSON_LENGTH)
-        return content, None if json_length is None else int(json_length)
+            raise server_error(self._url, f"HTTP {response.status}", _message(content))
+        return content, response.getheader(_JSON_LENGTH)
 
     def _connect(self) -> http.client.HTTPConnection:
         try:
             return http.client.HTTPConnection(self._url, timeout=self._timeout_s)
         except http.client.InvalidURL as error:
             raise ServerError(f"{self._url} is not host:port: {error}") from error
+
+
+class AsyncHttpTransport:
+    """`HttpTransport` of one event loop. Cancelling the waiting task cancels the request."""
+
+    body_bytes = BODY_BYTES
+
+    def __init__(self, url: str, model: str) -> None:
+        aiohttp = require("aiohttp", "client")
+        library = require("tritonclient.http", "client")
+        self._library, self._aiohttp, self._url = library, aiohttp, url
+        self._path = f"http://{url}/v2/models/{quote(model, safe='')}"
+        # One connection per request under way: the caller limits those.
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._outputs = [library.InferRequestedOutput(name, binary_data=True) for name in OUTPUTS]
+
+    async def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Reply:
+        """Send texts and wait for the reply."""
+        body, headers = _request(self._library, texts, parameters, self._outputs, timeout_s)
+        return _reply(self._library, *await self._exchange("POST", "infer", body, headers, timeout_s))
+
+    async def config(self, timeout_s: float) -> Mapping[str, Any]:
+        """Fetch the model's configuration."""
+        content, _ = await self._exchange("GET", "config", None, {}, timeout_s)
+        config: Mapping[str, Any] = json.loads(content)
+        return config
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def _exchange(
+        self, method: str, action: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> tuple[bytes, str | None]:
+        timeout = self._aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.request(
+                method, f"{self._path}/{action}", data=body, headers=headers, timeout=timeout
+            ) as response:
+                content = await response.read()
+        except asyncio.TimeoutError as error:
+            raise DeadlineExceededError(f"{self._url} did not answer in time") from error
+        except self._aiohttp.ClientError as error:
+            raise unreachable(self._url, str(error) or type(error).__name__) from error
+        if response.status != 200:
+            raise server_error(self._url, f"HTTP {response.status}", _message(content))
+        return content, response.headers.get(_JSON_LENGTH)
 
 
 def _round_trip(
@@ -136,7 +182,7 @@ def _round_trip(
     return connection.getresponse()
 
 
-def http_request(
+def _request(
     library: Any, texts: NDArray[Any], parameters: Parameters, outputs: Sequence[Any], timeout_s: float
 ) -> tuple[bytes, dict[str, str]]:
     """Encode a request's body and headers with tritonclient.http."""
@@ -145,16 +191,17 @@ def http_request(
     )
     headers = {"Content-Type": "application/octet-stream"}
     if json_length is not None:
-        headers[JSON_LENGTH] = str(json_length)
+        headers[_JSON_LENGTH] = str(json_length)
     return body, headers
 
 
-def http_reply(library: Any, body: bytes, json_length: int | None) -> Reply:
+def _reply(library: Any, body: bytes, json_length: str | None) -> Reply:
     """Parse a reply's body with tritonclient.http."""
-    return read_reply(library.InferenceServerClient.parse_response_body(body, header_length=json_length))
+    length = None if json_length is None else int(json_length)
+    return read_reply(library.InferenceServerClient.parse_response_body(body, header_length=length))
 
 
-def http_message(content: bytes) -> str:
+def _message(content: bytes) -> str:
     """Return the message of Triton's JSON error, or the start of another server's reply."""
     try:
         reply = json.loads(content)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ Parameters: TypeAlias = Mapping[str, "str | int | bool"]
 DEAD_RUNNER = "is not healthy"
 """Part of Triton's message while the process that runs a model is dead or stopped."""
 
-# Both match messages of `triton.model`: scheduler.py and token_budget.py.
+# Both match messages of `triton.model.scheduler`.
 _EXPIRED = "was over before work on it began"
 _RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 
@@ -61,21 +61,7 @@ class Rejected(ServerError):
 
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
-    """Options of a client.
-
-    Attributes:
-        url: host and port; None means port 8001 of this machine for gRPC and 8000 for HTTP.
-        protocol: "grpc" or "http".
-        model: the model's name.
-        timeout_s: how long one request may take, in seconds.
-        in_flight: most requests under way at once.
-        batch_tokens: most tokens in a request, estimated from the texts' lengths.
-        fingerprint: the vector space that the caller expects; None accepts any.
-        patient: whether requests that an overloaded server refused are repeated.
-
-    Raises:
-        InputError: an option is invalid.
-    """
+    """Options of a client, see `Client` and `AsyncClient`."""
 
     url: str | None = None
     protocol: str = "grpc"
@@ -106,17 +92,11 @@ class ClientOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a client reads from the model's configuration, once.
+    """What a client reads from the model's configuration, once."""
 
-    Attributes:
-        width: length of a vector's array.
-        vector_type: of its components.
-        max_batch_size: maximum number of texts per request.
-    """
-
-    width: int
+    width: int  # length of a vector's array
     vector_type: VectorType
-    max_batch_size: int
+    max_batch_size: int  # texts per request
 
     def empty(self, dimensions: int | None) -> Vectors:
         """Return the vectors of no texts, [0, width]."""
@@ -126,60 +106,16 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """The reply to one request of n texts.
+    """The reply to one request of n texts."""
 
-    Attributes:
-        vectors: [n, width] of the model's vector type.
-        tokens: int32 [n, 1].
-        truncated: bool [n, 1].
-        fingerprint: of the vector space.
-    """
-
-    vectors: Vectors
-    tokens: NDArray[np.int32]
-    truncated: NDArray[np.bool_]
+    vectors: Vectors  # [n, width] of the model's vector type
+    tokens: NDArray[np.int32]  # [n, 1]
+    truncated: NDArray[np.bool_]  # [n, 1]
     fingerprint: str
 
 
-class Transport(Protocol):
-    """Connections to one model of one server."""
-
-    body_bytes: int
-
-    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Callable[[], Reply]:
-        """Send texts, an object array [n, 1] of bytes; the returned function waits for the reply or raises."""
-
-    def config(self) -> Mapping[str, Any]:
-        """Fetch the model's configuration."""
-
-    def statistics(self) -> Mapping[str, Any]:
-        """Fetch the model's counters."""
-
-    def close(self) -> None:
-        """Close the connections."""
-
-
-class AsyncTransport(Protocol):
-    """`Transport` for asyncio. Cancelling the waiting task cancels the request."""
-
-    body_bytes: int
-
-    def submit(self, texts: NDArray[Any], parameters: Parameters, timeout_s: float) -> Awaitable[Reply]:
-        """Send texts, an object array [n, 1] of bytes, and wait for the reply."""
-
-    def config(self, timeout_s: float) -> Awaitable[Mapping[str, Any]]:
-        """Fetch the model's configuration."""
-
-    def close(self) -> Awaitable[None]:
-        """Close the connections."""
-
-
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """Read the facts from a model's configuration.
-
-    Raises:
-        ServerError: the model was not made by this project.
-    """
+    """Read the facts from a model's configuration, or raise if this project did not make it."""
     outputs = {output["name"]: output for output in config.get("output", [])}
     embedding = outputs.get("EMBEDDING", {})
     if embedding.get("data_type") not in _VECTOR_TYPES:
@@ -194,11 +130,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
 
 
 def read_fingerprint(config: Mapping[str, Any]) -> str:
-    """Read the fingerprint of the vector space from a model's configuration.
-
-    Raises:
-        ServerError: it is missing.
-    """
+    """Read the fingerprint of the vector space from a model's configuration."""
     parameter = config.get("parameters", {}).get("fingerprint")
     if parameter is None:
         raise ServerError(
@@ -208,17 +140,10 @@ def read_fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def server_error(url: str, code: str, message: str) -> MirrorError:
-    """Convert a server's error to our exception.
+    """Convert a server's error, its `code` gRPC's status or "HTTP 400", to our exception.
 
-    Args:
-        url: host and port, for the message.
-        code: gRPC's status, or "HTTP 400".
-        message: the server's.
-
-    Returns:
-        `Rejected` for an invalid request, `OverloadedError` if the model has too much to do, `UnavailableError` if the
-        model takes no requests at present, `DeadlineExceededError` if the request's time had passed; else
-        `ServerError`.
+    `Rejected` for an invalid request, `OverloadedError` if the model has too much to do, `UnavailableError` if it takes
+    no requests at present, `DeadlineExceededError` if the request's time had passed; else `ServerError`.
     """
     reason = str(message)
     if code in ("INVALID_ARGUMENT", "HTTP 400"):
@@ -254,11 +179,7 @@ def text_tensor(library: Any, texts: NDArray[Any]) -> Any:
 
 
 def read_reply(result: Any) -> Reply:
-    """Read the model's outputs from tritonclient's result.
-
-    Raises:
-        ServerError: an output is missing.
-    """
+    """Read the model's outputs from tritonclient's result."""
     found = {name: result.as_numpy(name) for name in OUTPUTS}
     missing = [name for name, value in found.items() if value is None]
     if missing:

@@ -10,24 +10,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.corpus.files import CorpusFile, Row
-from mirror_runtime.corpus.vector_table import vector_table
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
+from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file
-from mirror_runtime.vectors import dtype_of, width_of
+from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 _HEADER = 128  # bytes reserved for the .npy header, whose row count is only known at the end
 _ROW_GROUP = 8192
+
+Append: TypeAlias = Callable[[Vectors, NDArray[np.int64], NDArray[np.bool_]], None]
+"""Appends a row group: vectors [n, width], the texts' token counts [n], and whether each was truncated [n]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,24 +49,6 @@ class EncodeProgress:
     truncated: int = 0
     failed: int = 0
     position: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    """The content of `state.json`: the input and settings of the partial output, and its length."""
-
-    input: str
-    input_bytes: int
-    input_mtime_ns: int
-    column: str
-    fingerprint: str
-    engine: str
-    precision: str
-    streams: int
-    rows: str
-    long_texts: str
-    window: int
-    progress: EncodeProgress
 
 
 def encode_file(
@@ -100,39 +86,38 @@ def encode_file(
         raise InputError(f"directory does not exist: {output.parent}")
     folder = output.with_name(output.name + ".partial")
     stat = source.path.stat()
-    fresh = _State(
-        input=str(source.path.resolve()),
-        input_bytes=stat.st_size,
-        input_mtime_ns=stat.st_mtime_ns,
-        column=source.column,
-        fingerprint=encoder.manifest.fingerprint,
-        engine=encoder.engine.name.value,
-        precision=encoder.engine.precision.value,
-        streams=encoder.engine.streams,
-        rows=encoder.rows,
-        long_texts=long_texts,
-        window=WINDOW,
-        progress=EncodeProgress(),
-    )
+    run: dict[str, object] = {
+        "input": str(source.path.resolve()),
+        "input_bytes": stat.st_size,
+        "input_mtime_ns": stat.st_mtime_ns,
+        "column": source.column,
+        "fingerprint": encoder.manifest.fingerprint,
+        "engine": encoder.engine.name.value,
+        "precision": encoder.engine.precision.value,
+        "streams": encoder.engine.streams,
+        "rows": encoder.rows,
+        "long_texts": long_texts,
+        "window": WINDOW,
+    }
     with locked_folder(folder):
-        state = _resume(folder, fresh)
-        on_progress(state.progress)
-        state = _encode(encoder, source, folder, state, zero_bad, on_progress)
-        finish(folder, state.progress.texts, encoder.spec, output)
+        done = _resume(folder, run)
+        on_progress(done)
+        done = _encode(encoder, source, folder, run, done, zero_bad, on_progress)
+        finish(folder, done.texts, encoder.spec, output)
         shutil.rmtree(folder)
-    return state.progress
+    return done
 
 
 def _encode(
     encoder: Encoder,
     source: CorpusFile,
     folder: Path,
-    state: _State,
+    run: Mapping[str, object],
+    done: EncodeProgress,
     zero_bad: bool,
     on_progress: Callable[[EncodeProgress], None],
-) -> _State:
+) -> EncodeProgress:
     """Append windows to the partial files until the source is exhausted."""
-    done = state.progress
     positions: list[int] = []
 
     def texts(rows: Iterator[Row]) -> Iterator[object]:
@@ -140,19 +125,17 @@ def _encode(
             positions.append(row.position)
             yield row.text
 
-    with (
-        _open_at(folder / "vectors", _HEADER + done.texts * _row_bytes(encoder.spec)) as vectors,
-        _open_at(folder / "tokens", done.texts * 8) as tokens,
-        _open_at(folder / "truncated", done.texts) as truncated,
-    ):
-        for window in encoder.encode_stream(texts(source.rows(done.texts)), state.window):
+    row_bytes = {"vectors": _row_bytes(encoder.spec), "tokens": 8, "truncated": 1}
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(_open_at(folder / name, done.texts * size + (_HEADER if name == "vectors" else 0)))
+            for name, size in row_bytes.items()
+        ]
+        for window in encoder.encode_stream(texts(source.rows(done.texts)), WINDOW):
             if window.errors and not zero_bad:
                 first = min(window.errors)
                 raise source.row_error(done.texts + first + 1, window.errors[first].reason)
             count = len(window.tokens)
-            vectors.write(window.vectors.tobytes())
-            tokens.write(window.tokens.tobytes())
-            truncated.write(window.truncated.tobytes())
             done = EncodeProgress(
                 texts=done.texts + count,
                 truncated=done.truncated + int(window.truncated.sum()),
@@ -160,37 +143,33 @@ def _encode(
                 position=positions[count - 1],
             )
             del positions[:count]
-            for stream in (vectors, tokens, truncated):
-                stream.flush()
-                os.fsync(stream.fileno())
-            state = replace(state, progress=done)
+            for file, array in zip(files, (window.vectors, window.tokens, window.truncated), strict=True):
+                file.write(array.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
             with replace_file(folder / "state.json") as beside:
-                beside.write_text(json.dumps(asdict(state)), encoding="utf-8")
+                beside.write_text(json.dumps({**run, "progress": asdict(done)}), encoding="utf-8")
             on_progress(done)
-    return state
+    return done
 
 
-def _resume(folder: Path, fresh: _State) -> _State:
-    """Read the state of an earlier run, or return the fresh one."""
+def _resume(folder: Path, run: Mapping[str, object]) -> EncodeProgress:
+    """Read how far an earlier run came, and check that its input and settings were those of this one."""
     path = folder / "state.json"
     if not path.exists():
-        return fresh
+        return EncodeProgress()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        state = _State(**{**data, "progress": EncodeProgress(**data["progress"])})
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        done = EncodeProgress(**earlier["progress"])
+        changes = [f"{name} was {earlier[name]!r} and is {now!r}" for name, now in run.items() if earlier[name] != now]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} is unreadable ({error}): delete {folder.name} to start again") from error
-    changes = [
-        f"{f.name} was {getattr(state, f.name)!r} and is {getattr(fresh, f.name)!r}"
-        for f in fields(_State)
-        if f.name != "progress" and getattr(state, f.name) != getattr(fresh, f.name)
-    ]
     if changes:
         raise InputError(
             f"{folder.name} holds an unfinished run with other settings: {'; '.join(changes)}. "
             "Finish it with those settings, or delete it to start again"
         )
-    return state
+    return done
 
 
 @contextmanager
@@ -234,3 +213,19 @@ def _finish_parquet(folder: Path, rows: int, spec: EncoderSpec, output: Path) ->
                 np.frombuffer(truncated.read(count), np.bool_),
             )
     os.replace(folder / "table", output)
+
+
+@contextmanager
+def vector_table(path: Path, spec: EncoderSpec) -> Iterator[Append]:
+    """Write a Parquet file with the columns embedding, tokens and truncated."""
+    pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+    embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
+    schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
+    with parquet.ParquetWriter(path, schema) as writer:
+
+        def append(vectors: Vectors, tokens: NDArray[np.int64], truncated: NDArray[np.bool_]) -> None:
+            rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width_of(spec))
+            columns = [rows, pa.array(tokens), pa.array(truncated)]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+        yield append

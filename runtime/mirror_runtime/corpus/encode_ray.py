@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.corpus.encode_file import EncodeProgress
+from mirror_runtime.corpus.encode_file import EncodeProgress, vector_table
 from mirror_runtime.corpus.files import CorpusFile, Shard
-from mirror_runtime.corpus.vector_table import vector_table
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
@@ -30,21 +29,13 @@ SHARD_ROWS = 65_536
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What every worker needs to know.
-
-    Attributes:
-        bundle: the bundle's folder.
-        source: the corpus.
-        folder: where the shards' files go.
-        load_options: further arguments of `Encoder.load`.
-        zero_bad: write zero vectors for rows that cannot be encoded, instead of stopping.
-    """
+    """What every worker needs to know."""
 
     bundle: Path
     source: CorpusFile
-    folder: Path
-    load_options: Mapping[str, Any]
-    zero_bad: bool
+    folder: Path  # where the shards' files go
+    load_options: Mapping[str, Any]  # further arguments of `Encoder.load`
+    zero_bad: bool  # write zero vectors for rows that cannot be encoded, instead of stopping
 
 
 class ShardWorker:

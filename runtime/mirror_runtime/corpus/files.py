@@ -17,34 +17,21 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of a corpus.
+    """One row of a corpus."""
 
-    Attributes:
-        text: the text; for JSON and Parquet any value that the file holds there.
-        position: how far the file has been read, in the unit of `CorpusFile.size`.
-    """
-
-    text: object
-    position: int
+    text: object  # for JSON and Parquet any value that the file holds there
+    position: int  # how far the file has been read, in the unit of `CorpusFile.size`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A section of a corpus that can be read without the rows before it.
-
-    Attributes:
-        number: of the shard, from 0.
-        first: number of its first row in the corpus, from 0.
-        rows: number of rows.
-        begin: where it begins: a byte of a text file, a row group of a Parquet file.
-        end: where it ends, in the same unit.
-    """
+    """A section of a corpus that can be read without the rows before it."""
 
     number: int
-    first: int
-    rows: int
-    begin: int
-    end: int
+    first: int  # number of its first row in the corpus, from 0
+    rows: int  # number of rows
+    begin: int  # a byte of a text file, a row group of a Parquet file
+    end: int  # where it ends, in the same unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,25 +56,31 @@ class CorpusFile:
             raise InputError(f"{self.path} does not exist or is not a file")
 
     @property
+    def _tabular(self) -> bool:
+        return self.path.suffix == ".parquet"
+
+    @property
     def size(self) -> int:
         """Bytes of a text file, rows of a Parquet file."""
-        if self.path.suffix == ".parquet":
-            return int(_open_parquet(self.path, self.column).metadata.num_rows)
-        return self.path.stat().st_size
+        return int(self._open_table().metadata.num_rows) if self._tabular else self.path.stat().st_size
 
     def rows(self, skip: int = 0) -> Iterator[Row]:
-        """Stream the rows after the first `skip`, with at most a few thousand in memory.
-
-        Raises:
-            InputError: a line is not UTF-8 or not JSON, or the column is missing.
-        """
-        return self._parquet_rows(skip) if self.path.suffix == ".parquet" else self._line_rows(skip)
+        """Stream the rows after the first `skip`, with at most a few thousand in memory."""
+        if self._tabular:
+            for position, value in enumerate(islice(self._values(), skip, None), skip + 1):
+                yield Row(text=value.as_py(), position=position)
+            return
+        position = 0
+        with self.path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                position += len(line)
+                if number > skip:
+                    yield Row(text=self._text(line, number), position=position)
 
     def shards(self, rows: int) -> Iterator[Shard]:
         """Cut the corpus into shards of so many rows; a Parquet file into whole row groups of at least as many."""
-        sizes = self._row_groups() if self.path.suffix == ".parquet" else self._line_sizes()
         number = first = count = begin = end = 0
-        for unit_rows, unit_size in sizes:
+        for unit_rows, unit_size in self._sizes():
             count, end = count + unit_rows, end + unit_size
             if count >= rows:
                 yield Shard(number=number, first=first, rows=count, begin=begin, end=end)
@@ -97,19 +90,13 @@ class CorpusFile:
 
     def shard_size(self, shard: Shard) -> int:
         """Return a shard's part of `size`."""
-        return shard.rows if self.path.suffix == ".parquet" else shard.end - shard.begin
+        return shard.rows if self._tabular else shard.end - shard.begin
 
     def texts(self, shard: Shard) -> Iterator[object]:
-        """Stream the texts of a shard.
-
-        Raises:
-            InputError: see `rows`.
-        """
-        if self.path.suffix == ".parquet":
-            file = _open_parquet(self.path, self.column)
+        """Stream the texts of a shard."""
+        if self._tabular:
             groups = list(range(shard.begin, shard.end))
-            for batch in file.iter_batches(4096, row_groups=groups, columns=[self.column]):
-                yield from (value.as_py() for value in batch.column(0))
+            yield from (value.as_py() for value in self._values(row_groups=groups))
             return
         with self.path.open("rb") as stream:
             stream.seek(shard.begin)
@@ -117,31 +104,19 @@ class CorpusFile:
                 yield self._text(line, number)
 
     def row_error(self, number: int, reason: str) -> InputError:
-        """Build the error for a row that cannot be encoded.
-
-        Args:
-            number: of the row, from 1.
-            reason: what is wrong with it.
-        """
+        """Build the error for a row, counted from 1, that cannot be encoded."""
         return InputError(
             f"{self.path}, row {number}: {reason}. Fix it, or write zero vectors for such rows with --bad-texts zero"
         )
 
-    def _line_sizes(self) -> Iterator[tuple[int, int]]:
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield the rows and the length of each part that shards cannot divide: a line, or a row group."""
+        if self._tabular:
+            metadata = self._open_table().metadata
+            yield from ((metadata.row_group(group).num_rows, 1) for group in range(metadata.num_row_groups))
+            return
         with self.path.open("rb") as stream:
             yield from ((1, len(line)) for line in stream)
-
-    def _row_groups(self) -> Iterator[tuple[int, int]]:
-        metadata = _open_parquet(self.path, self.column).metadata
-        yield from ((metadata.row_group(group).num_rows, 1) for group in range(metadata.num_row_groups))
-
-    def _line_rows(self, skip: int) -> Iterator[Row]:
-        position = 0
-        with self.path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                position += len(line)
-                if number > skip:
-                    yield Row(text=self._text(line, number), position=position)
 
     def _text(self, line: bytes, number: int) -> object:
         """Read the text of a line: the line itself, or a field of its JSON."""
@@ -165,23 +140,21 @@ class CorpusFile:
             )
         return value[self.column]
 
-    def _parquet_rows(self, skip: int) -> Iterator[Row]:
-        file = _open_parquet(self.path, self.column)
-        values = (value for batch in file.iter_batches(4096, columns=[self.column]) for value in batch.column(0))
-        for position, value in enumerate(islice(values, skip, None), skip + 1):
-            yield Row(text=value.as_py(), position=position)
+    def _values(self, **section: Any) -> Iterator[Any]:
+        """Stream the column of a Parquet file, or of a section of it, as Arrow's scalars."""
+        for batch in self._open_table().iter_batches(4096, columns=[self.column], **section):
+            yield from batch.column(0)
 
-
-def _open_parquet(path: Path, column: str) -> Any:
-    """Open a Parquet file and check that it has the column."""
-    pyarrow, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a Parquet file: {error}") from error
-    if column not in file.schema_arrow.names:
-        raise InputError(
-            f"{path} has no column {column!r}; it has {', '.join(file.schema_arrow.names)}. "
-            "Name the right one with --text-column"
-        )
-    return file
+    def _open_table(self) -> Any:
+        """Open a Parquet file and check that it has the column."""
+        pyarrow, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
+        try:
+            file = parquet.ParquetFile(self.path)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise InputError(f"{self.path} is not a Parquet file: {error}") from error
+        if self.column not in file.schema_arrow.names:
+            raise InputError(
+                f"{self.path} has no column {self.column!r}; it has {', '.join(file.schema_arrow.names)}. "
+                "Name the right one with --text-column"
+            )
+        return file

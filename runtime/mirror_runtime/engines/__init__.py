@@ -32,15 +32,10 @@ def load_engine(
     spec: EncoderSpec,
     cache: Path | None = None,
 ) -> Engine:
-    """Load a packed graph into an engine.
+    """Load a packed graph (an ONNX file or TensorRT plan) into an engine, in this precision and never in another.
 
-    Args:
-        name: the engine.
-        precision: the precision to run in; an engine never falls back to another.
-        graph: the ONNX file or TensorRT plan; the fake engine ignores it.
-        streams: batches in flight; None lets the engine choose from this process's cores.
-        spec: the encoder's. OpenVINO needs its pooling, the fake engine its vector type; the others read the graph.
-        cache: a folder for what the engine makes of this graph, to start faster next time; None for no cache.
+    Without `streams` the engine chooses them from this process's cores. OpenVINO needs the spec's pooling, the fake
+    engine its vector type. `cache` is a folder for what the engine makes of this graph, to start faster next time.
 
     Raises:
         MissingExtra: the engine's library is not installed.

@@ -40,8 +40,6 @@ class Engine(Protocol):
         Raises:
             EngineError: the library failed.
         """
-        ...
 
     def close(self) -> None:
         """Release the library's resources. The engine cannot run afterwards."""
-        ...

@@ -16,28 +16,14 @@ from mirror_runtime.extras import require
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory for one tensor at fixed addresses: pinned on the host, and on the GPU.
-
-    Attributes:
-        host: numpy view of the pinned memory.
-        device: address on the GPU.
-    """
+    """Memory for one tensor at fixed addresses: pinned on the host, where numpy sees it, and on the GPU."""
 
     host: NDArray[Any]
     device: int
 
 
 class CudaDevice:
-    """The first GPU that this process may use.
-
-    Attributes:
-        name: such as "NVIDIA L4".
-        compute_capability: such as "8.9".
-
-    Raises:
-        MissingExtra: cuda.bindings is not installed.
-        EngineError: there is no GPU or no driver.
-    """
+    """The first GPU that this process may use: its `name` and `compute_capability`, such as "NVIDIA L4" and "8.9"."""
 
     def __init__(self) -> None:
         self._cuda = require("cuda.bindings.runtime", "tensorrt")

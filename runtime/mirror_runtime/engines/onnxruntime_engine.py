@@ -22,16 +22,7 @@ class OnnxRuntimeEngine:
     """Runs packed graphs on ONNX Runtime's CPU provider, in the precision of the file.
 
     Int8 products run in int8. fp16 and fp8 files are computed in fp32 between their roundings, which suffices to prove
-    a file but is slower than fp32.
-
-    Args:
-        graph: the packed ONNX file.
-        precision: fp32, fp16, int8 or fp8: that of the file.
-        streams: batches in flight; None means one that uses every core.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        EngineError: the file has another precision, there are no kernels for it (bf16), or it cannot be loaded.
+    a file but is slower than fp32. There are no kernels for bf16.
     """
 
     def __init__(self, graph: Path, precision: Precision, streams: int | None) -> None:
@@ -50,13 +41,8 @@ class OnnxRuntimeEngine:
 
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute [R, L // 4, width] of the graph's vector type; see `Engine.run`."""
-        feed = {
-            "input_ids": rows.input_ids,
-            "position_ids": rows.position_ids,
-            "segment_ids": rows.segment_ids,
-        }
         try:
-            (out,) = self._session.run(["embedding"], feed)
+            (out,) = self._session.run(["embedding"], vars(rows))  # the fields are named as the graph's inputs
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise EngineError(f"onnxruntime failed on rows {rows.shape}: {error}") from error
         result: NDArray[np.float32] = out
@@ -70,17 +56,7 @@ class OnnxRuntimeEngine:
 def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
     """Open an ONNX file with the options of this runtime; export proves its graphs with the same ones.
 
-    Args:
-        graph: any ONNX file.
-        threads: threads within one call.
-        fused: allow operators to be fused with the roundings around them. Fused operators do not support fp8.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        EngineError: the file cannot be loaded.
+    `threads` work within one call. `fused` operators, with the roundings around them, do not support fp8.
     """
     onnxruntime = require("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()

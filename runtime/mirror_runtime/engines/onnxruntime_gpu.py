@@ -35,22 +35,13 @@ installed TensorRT 11, which only builds from source link."""
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """The settings of one of ONNX Runtime's GPU providers.
+    """The settings of one of ONNX Runtime's GPU providers."""
 
-    Attributes:
-        name: ONNX Runtime's name.
-        device: ONNX Runtime's name for the device of its arrays.
-        options: provider options for one shape, precision, graph and cache folder.
-        static: whether the session fixes the shape, so that no shapes are computed on the CPU; TensorRT's profile does
-            the same.
-        cure: what to check if the provider cannot be loaded.
-    """
-
-    name: str
-    device: str
+    name: str  # ONNX Runtime's name
+    device: str  # ONNX Runtime's name for the device of its arrays
     options: Callable[[Shape, Precision, Path, Path | None], Mapping[str, str]]
-    static: bool
-    cure: str
+    static: bool  # the session fixes the shape, so that no shapes are computed on the CPU, as TensorRT's profile does
+    cure: str  # what to check if the provider cannot be loaded
 
 
 def cuda_options(shape: Shape, precision: Precision, graph: Path, cache: Path | None) -> Mapping[str, str]:
@@ -122,17 +113,8 @@ class OnnxRuntimeGpuEngine:
     """Runs packed graphs on a GPU through ONNX Runtime. A shape is prepared when it first occurs.
 
     Each shape's session has its own copy of the weights on the GPU: 13 shapes of a 45 MB fp16 graph take 600 MB.
-
-    Args:
-        name: the provider.
-        graph: the packed ONNX file.
-        precision: that of the file; these providers do not support fp8.
-        streams: batches in flight, which the GPU runs one at a time. None means 1.
-        cache: a folder for the engines that TensorRT builds; None builds them again in every process.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        EngineError: the installed package lacks the provider, or the provider does not support this precision.
+    The GPU runs the batches in flight one at a time. `cache` is a folder for the engines that TensorRT builds; None
+    builds them again in every process.
     """
 
     def __init__(

@@ -1,11 +1,25 @@
-"""The process's only `openvino.Core`."""
+"""The process's only `openvino.Core`, and its cache of ONNX graphs in OpenVINO's own format.
+
+A cached graph is parsed once; afterwards its weights are mapped from disk. The conversion does not change any vector,
+not even in the last bit. It saves the parsing and a copy of the weights in every process: mapped pages are shared by
+all processes of a machine, and the system can drop them when memory is short.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+import functools
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
+from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.folders import whole_folder
+
+_log = logging.getLogger(__name__)
+
+_GRAPH, _WEIGHTS, _SIZES = "graph.xml", "graph.bin", "sizes.json"
 
 
 def shared_core() -> Any:
@@ -13,13 +27,52 @@ def shared_core() -> Any:
 
     With two of them the next signal may kill the process: each installs a stack for signal handlers, and the last one
     to be destroyed restores its predecessor's, whose memory has been freed (2026.4.1).
-
-    Raises:
-        MissingExtra: openvino is not installed.
     """
     return _core_of(require("openvino", "openvino"))
 
 
-@cache
+@functools.cache
 def _core_of(openvino: Any) -> Any:
     return openvino.Core()
+
+
+def read_graph(graph: Path, cache: Path | None) -> Any:
+    """Read a graph; an ONNX file through `cache`, its own folder, named after its content. None for no cache.
+
+    If the cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
+    only takes longer; the reason is logged. OpenVINO raises a RuntimeError if the graph itself cannot be read.
+    """
+    core = shared_core()
+    if cache is None or graph.suffix != ".onnx":
+        return core.read_model(graph)
+    openvino = require("openvino", "openvino")
+    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}"
+    kept = _read(core, folder)
+    if kept is not None:
+        return kept
+    model = core.read_model(graph)
+    try:
+        with whole_folder(folder, overwrite=True, marker=_SIZES) as partial:
+            openvino.save_model(model, partial / _GRAPH, compress_to_fp16=False)
+            sizes = {name: (partial / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
+            (partial / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+    except (InputError, OSError, RuntimeError) as error:  # disk full, no permission, or another process is writing it
+        _log.info("the graph is not cached: %s", error)
+        return model
+    return _read(core, folder) or model
+
+
+def _read(core: Any, folder: Path) -> Any | None:
+    """Read a cached graph; None if there is none or it is damaged."""
+    try:
+        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
+        whole = sizes == {name: (folder / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
+        if whole:
+            return core.read_model(folder / _GRAPH)
+        reason = "file sizes have changed"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error)
+    _log.warning("the cached graph in %s is damaged (%s) and is written again", folder, reason)
+    return None

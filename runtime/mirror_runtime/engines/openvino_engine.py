@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import ONE_TOKEN, EngineName, Pooling, Precision
-from mirror_runtime.engines.openvino_cache import read_graph
-from mirror_runtime.engines.openvino_core import shared_core
+from mirror_runtime.engines.openvino_core import read_graph, shared_core
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
@@ -69,11 +68,7 @@ class _Slot:
             view[...] = getattr(rows, name)
 
     def run(self) -> None:
-        """Run the request and wait for it.
-
-        Raises:
-            EngineError: OpenVINO failed.
-        """
+        """Run the request and wait for it."""
         try:
             # `infer` would create tensor objects at each call; these views are created once.
             self.request.start_async()
@@ -88,20 +83,9 @@ class OpenVinoEngine:
 
     The quantised products of an int8 file run in int8, the rest in bf16 if the CPU has it, else in fp32.
 
-    A shape is compiled when it first occurs: a batch of many rows for throughput, with `streams` streams that share the
-    cores; a single row for latency, with all cores on one stream. All streams run the first batch of a shape, and their
-    vectors must agree.
-
-    Args:
-        graph: the packed ONNX file.
-        precision: fp32, bf16 or int8.
-        streams: batches in flight; None means one for each core.
-        cache: see `load_engine`.
-        length_multiple: see `Engine` and `length_multiple_of`.
-
-    Raises:
-        MissingExtra: openvino is not installed.
-        EngineError: this CPU does not support the precision, or the file cannot be loaded.
+    A shape is compiled when it first occurs: a batch of many rows for throughput, with `streams` streams (by default
+    one a core) that share the cores; a single row for latency, with all cores on one stream. All streams run the first
+    batch of a shape, and their vectors must agree.
     """
 
     def __init__(
@@ -128,7 +112,7 @@ class OpenVinoEngine:
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
         try:
-            self._model = read_graph(self._core, graph, cache)
+            self._model = read_graph(graph, cache)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
         _check_quantization(self._model, graph, precision)
@@ -155,8 +139,7 @@ class OpenVinoEngine:
     def _compile(self, rows: PackedRows) -> NDArray[np.float32] | None:
         """Compile the shape of some rows once; threads compile different shapes in parallel.
 
-        Returns:
-            The rows' vectors if the streams had to run them to be compared; else None.
+        Return the rows' vectors if the streams had to run them to be compared; else None.
         """
         shape = rows.shape
         with self._compiling.setdefault(shape, threading.Lock()):
@@ -230,19 +213,7 @@ def length_multiple_of(pooling: Pooling) -> int:
 
 
 def compile_padded(graph: Path, precision: Precision) -> Any:
-    """Compile a padded graph with free dimensions, for a proof. Serving runs packed graphs.
-
-    Args:
-        graph: an ONNX file or an OpenVINO `.xml`.
-        precision: fp32, bf16 or int8.
-
-    Returns:
-        An `openvino.CompiledModel`.
-
-    Raises:
-        MissingExtra: openvino is not installed.
-        EngineError: as `OpenVinoEngine`.
-    """
+    """Compile a padded graph (ONNX or `.xml`) with free dimensions, for a proof. Serving runs packed graphs."""
     core = shared_core()
     settings = {"INFERENCE_PRECISION_HINT": _hint(core, precision), "INFERENCE_NUM_THREADS": usable_cores()}
     try:

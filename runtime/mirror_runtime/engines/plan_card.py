@@ -15,52 +15,28 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCard:
-    """The content of `<plan>.json`, which the build writes.
-
-    Attributes:
-        format_version: of this schema.
-        tensorrt: version that built the plan.
-        gpu: name of the GPU it was built on.
-        compute_capability: of that GPU, such as "8.9".
-        platform: system and machine; a plan runs on no other.
-        precision: of the matrix products in the ONNX file.
-        layout: packed or padded.
-        onnx: name of the graph.
-        onnx_sha256: hash of the graph.
-        plan_sha256: hash of the plan.
-        inputs: of the engine; -1 is a free dimension.
-        outputs: of the engine.
-        profiles: for each, every input's smallest, usual and largest shape.
-        level: builder optimisation level.
-        workspace_gib: the builder's memory limit; None for no limit.
-        version_compatible: whether newer TensorRT versions may load it.
-        hardware: "none", "ampere-plus" or "same-compute-capability".
-        layers: layers of the engine.
-        fused_attention: how many of them are fused attention.
-        min_cosine: with the reference, if the build proved it; None if only the manifest's certificate does.
-        build_s: seconds of the build.
-    """
+    """The content of `<plan>.json`, which the build writes."""
 
     format_version: int
-    tensorrt: str
-    gpu: str
-    compute_capability: str
-    platform: str
-    precision: Precision
+    tensorrt: str  # version that built the plan
+    gpu: str  # name of the GPU it was built on
+    compute_capability: str  # such as "8.9"
+    platform: str  # system and machine; a plan runs on no other
+    precision: Precision  # of the matrix products in the ONNX file
     layout: Layout
-    onnx: str
+    onnx: str  # name of the graph
     onnx_sha256: str
     plan_sha256: str
-    inputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]  # -1 is a free dimension
     outputs: tuple[TensorSpec, ...]
-    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
-    level: int
-    workspace_gib: float | None
-    version_compatible: bool
-    hardware: str
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]  # every input's smallest, usual and largest shape
+    level: int  # of builder optimisation
+    workspace_gib: float | None  # the builder's memory limit; None for no limit
+    version_compatible: bool  # whether newer TensorRT versions may load it
+    hardware: str  # "none", "ampere-plus" or "same-compute-capability"
     layers: int
-    fused_attention: int
-    min_cosine: float | None
+    fused_attention: int  # how many layers are fused attention
+    min_cosine: float | None  # None if only the manifest's certificate proves it
     build_s: float
 
 
@@ -70,12 +46,7 @@ def card_path(plan: Path) -> Path:
 
 
 def read_card(plan: Path) -> PlanCard:
-    """Read the card beside a plan.
-
-    Raises:
-        EngineError: it is missing, or not of this format version.
-        BundleError: it is malformed.
-    """
+    """Read the card beside a plan."""
     path = card_path(plan)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -89,17 +60,7 @@ def read_card(plan: Path) -> PlanCard:
 
 
 def check_card(card: PlanCard, *, tensorrt: str, gpu: str, compute_capability: str) -> None:
-    """Check that a plan was built for this TensorRT and this GPU, before TensorRT fails on it or runs it slowly.
-
-    Args:
-        card: the plan's.
-        tensorrt: the installed version.
-        gpu: name of this machine's GPU.
-        compute_capability: of this machine's GPU.
-
-    Raises:
-        EngineError: it was not; the message has both sides and the cure.
-    """
+    """Check that a plan was built for this TensorRT and this GPU, before TensorRT fails on it or runs it slowly."""
     again = "build it here with export/to_tensorrt.py"
     built, here = _numbers(card.tensorrt), _numbers(tensorrt)
     if card.version_compatible and here[0] < built[0]:

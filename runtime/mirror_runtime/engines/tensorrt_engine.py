@@ -45,21 +45,10 @@ class _Lane:
 
 
 class LoadedPlan:
-    """A deserialised plan that runs named arrays. Safe to call from several threads.
+    """A deserialised plan, with its card beside it, that runs named arrays. Safe to call from several threads.
 
     A shape of a static profile (min = max) is prepared once and repeated as a CUDA graph, copies included; any other
-    shape is prepared at each call.
-
-    Args:
-        plan: the file; its card lies beside it.
-        streams: concurrent calls.
-
-    Attributes:
-        card: the plan's card.
-
-    Raises:
-        MissingExtra: tensorrt or cuda.bindings is not installed.
-        EngineError: the plan is for another GPU or TensorRT, or cannot be loaded.
+    shape is prepared at each call. `streams` calls run at once.
     """
 
     def __init__(self, plan: Path, streams: int) -> None:
@@ -92,14 +81,7 @@ class LoadedPlan:
             self._lanes.put(lane)
 
     def run(self, feed: Arrays) -> dict[str, NDArray[Any]]:
-        """Compute every output.
-
-        Args:
-            feed: each input's array.
-
-        Raises:
-            EngineError: no profile has the shapes, or CUDA or TensorRT failed.
-        """
+        """Compute every output from each input's array."""
         shapes = {name: array.shape for name, array in feed.items()}
         index = self._profile(shapes)
         lane = self._lanes.get()
@@ -201,17 +183,7 @@ class LoadedPlan:
 
 
 class TensorRtEngine:
-    """Runs packed rows through a plan that was built for this GPU.
-
-    Args:
-        plan: the file; its card lies beside it.
-        precision: that of the plan.
-        streams: batches in flight; None means `STREAMS`.
-
-    Raises:
-        MissingExtra: tensorrt or cuda.bindings is not installed.
-        EngineError: the plan has another precision or layout, is for another GPU or TensorRT, or cannot be loaded.
-    """
+    """Runs packed rows through a plan that was built for this GPU."""
 
     def __init__(self, plan: Path, precision: Precision, streams: int | None) -> None:
         card = read_card(plan)

@@ -1,13 +1,15 @@
-"""The routes of the gateway."""
+"""The routes of the gateway, and the bodies of its answers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from base64 import b64encode
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -18,7 +20,6 @@ import mirror_runtime
 from mirror_runtime.gateway.errors import Refusal, printable, refusal_of, refusal_of_validation, unavailable
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
 from mirror_runtime.gateway.middleware import CLIENT_GONE, Middleware, response_of
-from mirror_runtime.gateway.responses import openai_body, tei_body
 from mirror_runtime.gateway.schema import (
     EmbeddingsAnswer,
     EmbeddingsRequest,
@@ -51,11 +52,7 @@ def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def make_app(service: GatewayService) -> ASGIApp:
-    """Build the gateway's ASGI application.
-
-    Args:
-        service: encodes the requests; its backend is closed when the application stops.
-    """
+    """Build the gateway's ASGI application. It closes the service's backend when it stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -70,19 +67,16 @@ def make_app(service: GatewayService) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    _add_embedding_routes(app, service)
-    _add_information_routes(app, service)
+    # Document that a key is required. The middleware has checked it already.
+    keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
+    _add_embedding_routes(app, service, keyed)
+    _add_information_routes(app, service, keyed)
     _add_error_handlers(app)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     return Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES)
 
 
-def _key_dependencies(service: GatewayService) -> list[Any]:
-    """Document that a key is required. The middleware has checked it already."""
-    return [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
-
-
-def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
+def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
     """Add the routes that encode."""
     responses: dict[int | str, dict[str, Any]] = {
         200: {"headers": _VECTOR_HEADERS},
@@ -93,7 +87,7 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
         "/v1/embeddings",
         response_model=EmbeddingsAnswer,
         responses=responses,
-        dependencies=_key_dependencies(service),
+        dependencies=keyed,
         tags=["vectors"],
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
@@ -105,20 +99,13 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
             )
         texts = [body.input] if isinstance(body.input, str) else body.input
         result = await _while_connected(request, service, service.encode(texts, dimensions=body.dimensions))
-        content = openai_body(
-            result.vectors,
-            model=model,
-            tokens=result.tokens,
-            truncated=result.truncated,
-            base64=body.encoding_format == "base64",
-        )
-        return _vectors_response(content, result)
+        return _vectors_response(_openai_body(result, model, body.encoding_format == "base64"), result)
 
     @app.post(
         "/embed",
         response_model=list[list[float]],
         responses=responses,
-        dependencies=_key_dependencies(service),
+        dependencies=keyed,
         tags=["vectors"],
     )
     async def embed(body: EmbedRequest, request: Request) -> Response:
@@ -126,18 +113,18 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService) -> None:
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         work = service.encode(texts, dimensions=body.dimensions, normalize=body.normalize, truncate=body.truncate)
         result = await _while_connected(request, service, work)
-        return _vectors_response(tei_body(result.vectors), result)
+        return _vectors_response(orjson.dumps(result.vectors, option=orjson.OPT_SERIALIZE_NUMPY), result)
 
 
-def _add_information_routes(app: FastAPI, service: GatewayService) -> None:
+def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
     """Add the routes that describe the gateway."""
 
-    @app.get("/v1/models", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
+    @app.get("/v1/models", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def models() -> Models:
         """List the one model, as OpenAI's API does."""
         return Models(data=[Model(id=service.settings.model)])
 
-    @app.get("/info", responses=_refusals(401), dependencies=_key_dependencies(service), tags=["facts"])
+    @app.get("/info", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def info() -> Info:
         """Return the served model and the limits."""
         card, settings = service.backend.card, service.settings
@@ -198,6 +185,24 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response_of(refusal_of(error))
 
 
+def _openai_body(result: EncodingResult, model: str, base64: bool) -> bytes:
+    """Build the body of /v1/embeddings: vectors as base64 of little-endian float32, or as lists of numbers.
+
+    They are serialised from NumPy: 100 of 384 components would be 38,400 Python objects.
+    """
+    rows = [b64encode(row).decode("ascii") for row in result.vectors] if base64 else result.vectors
+    return orjson.dumps(
+        {
+            "object": "list",
+            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+            "model": model,
+            "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
+            "truncated": result.truncated,
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+
+
 def _vectors_response(content: bytes, result: EncodingResult) -> Response:
     headers = {"x-vector-space": result.fingerprint, "x-truncated": str(len(result.truncated))}
     return Response(content, headers=headers, media_type="application/json")
@@ -206,8 +211,7 @@ def _vectors_response(content: bytes, result: EncodingResult) -> Response:
 async def _while_connected(request: Request, service: GatewayService, work: Coroutine[Any, Any, T]) -> T:
     """Wait for a result until it is there, its client disconnects, or the operator's timeout passes.
 
-    Raises:
-        Refusal: the client disconnected, or the timeout passed. The work is cancelled.
+    In the last two cases the work is cancelled.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))

@@ -1,80 +1,59 @@
-"""The backends of a gateway: an encoder in this process here, a Triton server in `triton_backend`."""
+"""The backends of a gateway: an encoder in this process, or a Triton server."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mirror_runtime.async_encoder import AsyncEncoder
 from mirror_runtime.bundle import VectorType
+from mirror_runtime.client.async_client import AsyncClient
+from mirror_runtime.client.client import connect
 from mirror_runtime.client.exchange import Served
+from mirror_runtime.client.protocol import ClientOptions, read_facts
 from mirror_runtime.encoder import Encoder
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
+
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """The model that a backend serves.
+    """The model that a backend serves."""
 
-    Attributes:
-        model: name of the encoder's base model.
-        fingerprint: of the vector space.
-        dim: components of a vector.
-        max_tokens: longest text, special tokens included.
-        normalized: whether vectors have length 1.
-        long_texts: the policy for longer texts: "truncate", "error" or "chunk".
-        engine: the library that runs the graph.
-        precision: of the heavy products.
-        backend: "in-process", or the server's address.
-    """
-
-    model: str
+    model: str  # name of the encoder's base model
     fingerprint: str
-    dim: int
-    max_tokens: int
-    normalized: bool
-    long_texts: str
+    dim: int  # components of a vector
+    max_tokens: int  # longest text, special tokens included
+    normalized: bool  # whether vectors have length 1
+    long_texts: str  # the policy for longer texts: "truncate", "error" or "chunk"
     engine: str
     precision: str
-    backend: str
+    backend: str  # "in-process", or the server's address
 
 
 class EncodingBackend(Protocol):
-    """Encodes texts of many concurrent callers.
-
-    Attributes:
-        card: the model served now.
-    """
+    """Encodes texts of many concurrent callers with the model that `card` describes."""
 
     card: ModelCard
 
     async def encode(self, texts: Sequence[str]) -> Served:
-        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started.
-
-        Raises:
-            MirrorError: the encoder or the server failed, see `mirror_runtime.errors`.
-        """
+        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
 
     async def aclose(self) -> None:
         """Finish accepted texts and release everything."""
 
 
 class InProcessBackend:
-    """An encoder in this process. `aclose` closes the encoder too.
-
-    Args:
-        encoder: the encoder.
-        long_texts: the policy that it was loaded with.
-        max_waiting: maximum texts that wait.
-
-    Raises:
-        InputError: its vectors are not floats.
-    """
+    """An encoder in this process, of which at most `max_waiting` texts wait. `aclose` closes the encoder too."""
 
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
         spec = encoder.spec
-        check_vector_type(spec.vector_type)
+        _check_vector_type(spec.vector_type)
         self._encoder = encoder
         self._async = AsyncEncoder(encoder, max_waiting=max_waiting)
         self.card = ModelCard(
@@ -91,14 +70,7 @@ class InProcessBackend:
 
     async def encode(self, texts: Sequence[str]) -> Served:
         """Encode texts, see `EncodingBackend.encode`."""
-        found = await self._async.encode_detailed(texts)
-        return Served(
-            vectors=found.vectors,
-            tokens=found.tokens,
-            truncated=found.truncated,
-            errors=found.errors,
-            fingerprint=self.card.fingerprint,
-        )
+        return Served(**vars(await self._async.encode_detailed(texts)), fingerprint=self.card.fingerprint)
 
     async def aclose(self) -> None:
         """Finish accepted texts and close the encoder."""
@@ -106,12 +78,71 @@ class InProcessBackend:
         self._encoder.close()
 
 
-def check_vector_type(vector_type: VectorType) -> None:
-    """Check that vectors are floats, the only numbers in OpenAI's and TEI's responses.
+class TritonBackend:
+    """A model on a Triton server. A replaced model is noticed at its first answer."""
 
-    Raises:
-        InputError: they are not.
-    """
+    def __init__(self, options: ClientOptions, card: ModelCard) -> None:
+        self.card = card
+        self._options = options
+        self._client = AsyncClient(
+            options.url, protocol=options.protocol, model=options.model, timeout_s=options.timeout_s, patient=False
+        )
+
+    async def encode(self, texts: Sequence[str]) -> Served:
+        """Encode texts, see `EncodingBackend.encode`."""
+        served = await self._client.encode_detailed(texts)
+        if served.fingerprint not in (None, self.card.fingerprint):
+            with contextlib.suppress(MirrorError):  # this answer is valid, and the next one fetches the card again
+                self.card = await asyncio.to_thread(fetch_card, self._options)
+        return served
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._client.close()
+
+
+def fetch_card(options: ClientOptions, *, wait_s: float = 0.0) -> ModelCard:
+    """Fetch the card of a served model, and retry for `wait_s` while the server cannot be reached. Blocks."""
+    transport = connect(options)
+    deadline = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                return _card(transport.config(), options)
+            except UnavailableError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_POLL_S)
+    finally:
+        transport.close()
+
+
+def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
+    """Read a card from a model's configuration, as `render_config` wrote it."""
+    facts = read_facts(config)
+    _check_vector_type(facts.vector_type)
+    parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+    try:
+        return ModelCard(
+            model=parameters["base_model"],
+            fingerprint=parameters["fingerprint"],
+            dim=facts.width,
+            max_tokens=int(parameters["max_tokens"]),
+            normalized=parameters["normalize"] == "true",
+            long_texts=parameters["long_texts"],
+            engine=parameters["engine"],
+            precision=parameters["precision"],
+            backend=f"triton {options.protocol}://{options.address}",
+        )
+    except KeyError as error:
+        raise ServerError(
+            f"the configuration of model {options.model!r} at {options.address} has no {error.args[0]}: "
+            "write its repository again with export/to_triton.py"
+        ) from error
+
+
+def _check_vector_type(vector_type: VectorType) -> None:
+    """Check that vectors are floats, the only numbers in OpenAI's and TEI's responses."""
     if vector_type not in (VectorType.FLOAT32, VectorType.FLOAT16):
         raise InputError(
             f"this encoder gives {vector_type.value} vectors, which OpenAI's and TEI's responses cannot hold: serve it "

@@ -31,7 +31,7 @@ class Refusal(Exception):
         code: the error's name, for programs.
         message: what is wrong and the cure, for people. It contains neither paths nor tracebacks.
         param: the field of the request that is wrong; None if it is not one field.
-        retry_after_s: seconds after which a retry makes sense; None if it never does.
+        retry_after_s: when a retry makes sense; None if it never does.
     """
 
     def __init__(
@@ -43,11 +43,6 @@ class Refusal(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
-
-    @property
-    def kind(self) -> str:
-        """OpenAI's error type."""
-        return _KINDS.get(self.status, "invalid_request_error")
 
     @property
     def headers(self) -> dict[str, str]:
@@ -62,7 +57,8 @@ class Refusal(Exception):
     def body(self) -> bytes:
         """Return the JSON body."""
         param = None if self.param is None else printable(self.param)
-        return orjson.dumps({"error": {"message": self.message, "type": self.kind, "param": param, "code": self.code}})
+        kind = _KINDS.get(self.status, "invalid_request_error")
+        return orjson.dumps({"error": {"message": self.message, "type": kind, "param": param, "code": self.code}})
 
 
 def printable(name: str) -> str:

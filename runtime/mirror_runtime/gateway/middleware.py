@@ -24,11 +24,7 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Middleware:
     """An ASGI application around another one.
 
-    Args:
-        app: the routes.
-        service: the gateway's service.
-        routes: paths that exist; requests to others are counted as "other".
-        open_routes: paths that need no key.
+    Requests to paths that are not in `routes` are counted as "other"; those in `open_routes` need no key.
     """
 
     def __init__(

@@ -27,15 +27,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a listening socket.
-
-    Args:
-        host: address or name.
-        port: 0 picks a free one.
-
-    Raises:
-        InputError: the port is not available.
-    """
+    """Open a listening socket; port 0 picks a free one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -62,17 +54,7 @@ def run(
     *,
     on_progress: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer the requests under way and close the backend.
-
-    Args:
-        backend: what encodes.
-        settings: the operator's settings.
-        listener: a listening socket.
-        on_progress: called with lines for the operator.
-
-    Raises:
-        InputError: the settings do not fit the encoder.
-    """
+    """Serve until SIGTERM or Ctrl-C, then answer the requests under way and close the backend."""
     service = GatewayService(backend, settings, GatewayMetrics())
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -89,11 +71,7 @@ def run(
 
 
 class GatewayServer(uvicorn.Server):
-    """uvicorn, with a drain time between the signal and the closing of the port.
-
-    Args:
-        service: the gateway's service.
-    """
+    """uvicorn, with a drain time between the signal and the closing of the port."""
 
     def __init__(self, service: GatewayService) -> None:
         super().__init__(

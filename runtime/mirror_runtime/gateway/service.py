@@ -40,35 +40,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingResult:
-    """The vectors of a request.
+    """The vectors of a request."""
 
-    Attributes:
-        vectors: float32 [n, dimensions], contiguous, little-endian.
-        tokens: of all texts together, before truncation.
-        truncated: positions of the truncated texts.
-        fingerprint: of the vector space.
-    """
-
-    vectors: NDArray[np.float32]
-    tokens: int
-    truncated: list[int]
+    vectors: NDArray[np.float32]  # [n, dimensions], contiguous, little-endian
+    tokens: int  # of all texts together, before truncation
+    truncated: list[int]  # positions of the truncated texts
     fingerprint: str
 
 
 class GatewayService:
-    """Encodes requests within the gateway's limits.
-
-    Args:
-        backend: what encodes.
-        settings: the operator's settings.
-        metrics: the counters to update.
-
-    Attributes:
-        draining: whether the gateway is about to stop.
-
-    Raises:
-        InputError: the settings do not fit the encoder.
-    """
+    """Encodes requests within the gateway's limits. `draining` is true when the gateway is about to stop."""
 
     def __init__(self, backend: EncodingBackend, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
         settings.check_dimensions(backend.card.dim)
@@ -90,16 +71,9 @@ class GatewayService:
         normalize: bool | None = None,
         truncate: bool | None = None,
     ) -> EncodingResult:
-        """Encode a request's texts.
+        """Encode a request's texts, at least one, with the request's own parameters, see `schema`.
 
-        Args:
-            texts: at least one.
-            dimensions: keep the first N components; None for all.
-            normalize: scale vectors to length 1; None for the encoder's own choice.
-            truncate: False refuses texts that would be truncated.
-
-        Raises:
-            Refusal: the request cannot be answered. It is counted, and logged if only the operator can fix the cause.
+        Raises a `Refusal`, which is counted, and logged if only the operator can fix the cause.
         """
         if dimensions == self.backend.card.dim:
             dimensions = None
@@ -118,11 +92,7 @@ class GatewayService:
             raise refusal from error
 
     async def check_health(self) -> None:
-        """Check that inferences succeed: run one, unless the last one ended less than a second ago.
-
-        Raises:
-            Refusal: they fail, or the gateway is about to stop.
-        """
+        """Check that inferences succeed: run one, unless the last one ended less than a second ago."""
         if self.draining:
             raise unavailable("draining", "this gateway is about to stop")
         async with self._probing:
@@ -193,8 +163,7 @@ class GatewayService:
         self, served: Served, dimensions: int | None, normalize: bool | None, truncate: bool | None
     ) -> EncodingResult:
         """Apply a request's parameters to its vectors."""
-        if served.errors:
-            raise served.errors[min(served.errors)]
+        vectors = served.vectors_or_raise()
         truncated: list[int] = np.flatnonzero(served.truncated).tolist()
         if truncated and truncate is False:
             first = truncated[0]
@@ -207,7 +176,7 @@ class GatewayService:
             )
         normalized = self.backend.card.normalized
         scale = (normalized if normalize is None else normalize) and (dimensions is not None or not normalized)
-        vectors = cut(served.vectors, dimensions, normalize=scale)
+        vectors = cut(vectors, dimensions, normalize=scale)
         tokens = int(served.tokens.sum())
         self.metrics.batch.observe(len(vectors))
         self.metrics.tokens.inc(tokens)
@@ -221,10 +190,6 @@ class GatewayService:
 
 
 def _check_finite(served: Served) -> None:
-    """Check that vectors are finite: JSON would turn a NaN into null.
-
-    Raises:
-        EngineError: they are not.
-    """
+    """Check that vectors are finite: JSON would turn a NaN into null."""
     if not np.isfinite(served.vectors).all():
         raise EngineError("the engine returned vectors that are not finite")

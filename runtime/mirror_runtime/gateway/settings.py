@@ -57,14 +57,7 @@ class GatewaySettings:
             raise InputError("the model's name is empty: pass --model-name")
 
     def check_dimensions(self, dim: int) -> None:
-        """Check that the shorter vectors are shorter than the encoder's.
-
-        Args:
-            dim: components of the encoder's vectors.
-
-        Raises:
-            InputError: one is not.
-        """
+        """Check that the shorter vectors are shorter than the encoder's."""
         wrong = [cut for cut in self.dimensions if not 0 < cut < dim]
         if wrong:
             raise InputError(f"--dimensions {wrong[0]}: this encoder's vectors have {dim}; choose 1 to {dim - 1}")

@@ -180,12 +180,6 @@ def test_without_the_fp32_graphs_there_is_no_bundle(tiny_bert, tiny_graphs, tmp_
     assert left_behind(tmp_path) == []
 
 
-def test_an_encoder_that_is_loaded_already_is_not_loaded_again(tiny_bert, tiny_graphs, tmp_path):
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
-    export = build(request(tmp_path / "absent", tmp_path / "bundle"), reference=reference)
-    assert export.manifest.encoder == reference.spec
-
-
 @pytest.mark.trace
 def test_a_full_disk_is_one_clear_error(tiny_bert, tmp_path, monkeypatch):
     def full(*_args, **_options):

@@ -70,7 +70,7 @@ def test_a_precision_the_bundle_lacks_is_named_with_the_cure(bundle):
 def test_a_graph_that_openvino_cannot_read_is_named(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"openvino cannot read broken\.onnx"):
-        openvino_ir.convert(tmp_path / "broken.onnx", tmp_path / "broken.xml")
+        openvino_ir._convert(tmp_path / "broken.onnx", tmp_path / "broken.xml")
 
 
 def test_without_openvino_the_extra_is_named(bundle, monkeypatch):

@@ -17,9 +17,8 @@ def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(m
     with updating(bundle) as staging:
         (staging / "tensorrt").mkdir()
         (staging / "tensorrt" / "model.plan").write_bytes(b"plan")
-        written = add_artifacts(bundle, staging, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
+        add_artifacts(bundle, staging, [make_artifact(EngineName.TENSORRT, Precision.FP16)])
     after = read_manifest(bundle)
-    assert after == written
     check_files(bundle, after)
     assert after.files == {**before.files, "tensorrt/model.plan": sha256_file(bundle / "tensorrt/model.plan")}
     assert [a.engine for a in after.artifacts] == [EngineName.ONNXRUNTIME, EngineName.TENSORRT]
@@ -59,7 +58,7 @@ def test_two_at_once_are_refused_and_leftovers_of_the_killed_removed(make_bundle
 
 
 def test_a_folder_that_cannot_be_opened_is_one_clear_error(tmp_path: Path):
-    with pytest.raises(InputError, match="cannot be opened"), updating(tmp_path / "absent"):
+    with pytest.raises(InputError, match="absent cannot be written: No such file"), updating(tmp_path / "absent"):
         pass
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from export.bundle.head_options import HeadOptions, extend_head, whiten
-from export.bundle.whitening import fit_whitening
+from export.bundle.head_options import HeadOptions, extend_head, fit_whitening, whiten
 from mirror_runtime.bundle import Pooling, VectorType
 from mirror_runtime.errors import InputError
 

@@ -18,8 +18,7 @@ from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from export.graph import trace
 from export.graph.heads import Head, Segments
-from export.graph.layouts import packed_states, padded_states
-from export.graph.trace import PackedEncoder, PaddedEncoder
+from export.graph.trace import PackedEncoder, PaddedEncoder, packed_states, padded_states
 from export.proof.floors import FLOORS, Floors
 from mirror_runtime.bundle import Activation, Dense, Ditto, Layout, Pooling, Precision, VectorType
 from mirror_runtime.packing import ShapeSet, pack
@@ -136,11 +135,11 @@ def padded_feed(reference: Reference, texts: Sequence[str]) -> dict[str, Array]:
     }
 
 
-def torch_vectors(reference: Reference, layout: Layout, texts: Sequence[str], **options: bool) -> Array:
+def torch_vectors(reference: Reference, layout: Layout, texts: Sequence[str]) -> Array:
     with torch.inference_mode():
         if layout is Layout.PADDED:
             feed = padded_feed(reference, texts)
-            return PaddedEncoder(reference, **options)(*map(torch.from_numpy, feed.values()))[-1].numpy()
+            return PaddedEncoder(reference)(*map(torch.from_numpy, feed.values()))[-1].numpy()
         feed, slots = packed_feed(reference, texts)
         out = PackedEncoder(reference)(*map(torch.from_numpy, feed.values())).numpy()
     empty = np.delete(out.reshape(-1, out.shape[-1]), slots, axis=0)
@@ -224,17 +223,6 @@ def graph_vectors(request, encoders, tmp_path_factory) -> Callable[[Reference], 
     return run
 
 
-def export_vectors(reference: Reference, layout: Layout, folder: Path, **options: bool) -> Array:
-    """Export one graph and run it on `TEXTS`."""
-    path = trace.export_graph(reference, layout, folder / f"{layout.value}.onnx", **options).path
-    session = onnxruntime.InferenceSession(str(path))
-    if layout is Layout.PADDED:
-        return session.run(["sentence_embedding"], padded_feed(reference, TEXTS))[0]
-    feed, slots = packed_feed(reference, TEXTS)
-    (out,) = session.run(["embedding"], feed)
-    return out.reshape(-1, out.shape[-1])[slots]
-
-
 @pytest.mark.parametrize("name", HEADS)
 def test_reference_and_both_layouts_are_what_the_definition_says(encoders, name):
     reference = encoders(name)
@@ -259,18 +247,12 @@ def test_onnx_computes_what_the_reference_does(encoders, graph_vectors, name):
 
 
 @pytest.mark.trace
-@pytest.mark.parametrize(("layout", "name"), [(Layout.PACKED, "first and last [CLS]"), (Layout.PADDED, "mask")])
-def test_a_graph_that_computes_one_token_in_its_last_layer_is_exact(encoders, tmp_path, layout, name):
-    reference = encoders(name)
-    found = export_vectors(reference, layout, tmp_path, token_vectors=False)
-    np.testing.assert_allclose(found, reference.encode(TEXTS), atol=2e-5)
-
-
-@pytest.mark.parametrize("name", ONE_TOKEN)
-def test_a_padded_encoder_without_token_vectors_is_exact(encoders, name):
-    reference = encoders(name)
-    found = torch_vectors(reference, Layout.PADDED, TEXTS, token_vectors=False)
-    np.testing.assert_allclose(found, reference.encode(TEXTS), atol=2e-5)
+def test_a_graph_that_computes_one_token_in_its_last_layer_is_exact(encoders, tmp_path):
+    reference = encoders("first and last [CLS]")
+    path = trace.export_graph(reference, Layout.PACKED, tmp_path / "packed.onnx").path
+    feed, slots = packed_feed(reference, TEXTS)
+    (out,) = onnxruntime.InferenceSession(str(path)).run(["embedding"], feed)
+    np.testing.assert_allclose(out.reshape(-1, out.shape[-1])[slots], reference.encode(TEXTS), atol=2e-5)
 
 
 def products(path: Path, feed: dict[str, Array]) -> int:

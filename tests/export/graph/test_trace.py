@@ -9,6 +9,7 @@ import pytest
 
 from encoders.reference import Reference
 from encoders.source import resolve
+from export.graph import trace
 from export.graph.trace import check_graph, export_graph, signature
 from mirror_runtime.bundle import Layout, Pooling
 from mirror_runtime.errors import EngineError
@@ -22,8 +23,8 @@ def reference(tiny_bert: Path) -> Reference:
     return Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
 
 
-def write(reference: Reference, layout: Layout, folder: Path, **options) -> Path:
-    return export_graph(reference, layout, folder / "graph.onnx", **options).path
+def write(reference: Reference, layout: Layout, folder: Path) -> Path:
+    return export_graph(reference, layout, folder / "graph.onnx").path
 
 
 @pytest.mark.parametrize("layout", list(Layout))
@@ -37,10 +38,11 @@ def test_a_graph_holds_standard_operators_and_nothing_of_this_machine(reference,
     assert names == (["last_hidden_state", "sentence_embedding"] if layout is Layout.PADDED else ["embedding"])
 
 
-def test_large_weights_lie_beside_the_graph_and_it_still_runs(reference, tmp_path):
-    path = write(reference, Layout.PACKED, tmp_path / "split", external_data_bytes=1000)
-    assert path.with_name("graph.onnx_data").stat().st_size > path.stat().st_size
+def test_large_weights_lie_beside_the_graph_and_it_still_runs(reference, tmp_path, monkeypatch):
     whole = write(reference, Layout.PACKED, tmp_path / "whole")
+    monkeypatch.setattr(trace, "EXTERNAL_DATA_BYTES", 1000)
+    path = write(reference, Layout.PACKED, tmp_path / "split")
+    assert path.with_name("graph.onnx_data").stat().st_size > path.stat().st_size
     np.testing.assert_array_equal(run(path, rows()), run(whole, rows()))
 
 

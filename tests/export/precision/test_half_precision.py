@@ -74,6 +74,6 @@ def test_a_family_with_other_operators_is_halved_too(tiny_encoder, tmp_path):
     reference = Reference.load(resolve(str(tiny_encoder("mpnet")), pooling=Pooling.MEAN))
     source = export_graph(reference, Layout.PACKED, tmp_path / "packed.onnx")
     made = write_half(source, tmp_path / "half.onnx", Precision.FP16)
-    assert not [breach for breach in breaches(GraphView.load(made.path)) if breach.rule != "masks"]
+    assert not [breach for breach in breaches(GraphView.load(made.path)) if not breach.endswith("[masks]")]
     found, wanted = (texts_of(run(graph.path, rows(20))) for graph in (made, source))
     assert cosines(found, wanted).min() > 0.9999

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from evaluation.sets import EvaluationSet
 from export.proof.floors import FLOORS, Floors
-from export.proof.parity import Expected, _quality, prove
+from export.proof.parity import Expected, _quality, prove, prove_shapes
 from export.proof.proof_texts import EDGE_CASES, parity_texts, read_texts
 from mirror_runtime.bundle import Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
@@ -38,6 +40,16 @@ def test_equal_vectors_pass_and_what_was_achieved_is_kept(expected):
     assert parity.texts == 40
     assert parity.min_cosine == pytest.approx(1.0)
     assert parity.max_abs_diff == 0.0
+
+
+def test_a_wrong_vector_in_a_shape_that_only_full_batches_reach_is_refused(expected):
+    wrong = vectors()[[3, 11]]
+    wrong[1] *= -1
+    encoder: Any = SimpleNamespace(spec=SPEC, encode_shapes=lambda texts: [((2, 64), np.array([3, 11]), wrong)])
+    with pytest.raises(ParityError, match=r"x in rows of 2 x 64 tokens differs from PyTorch.*Worst: 'text 11'"):
+        prove_shapes(encoder, expected, FP32, what="x")
+    wrong[1] *= -1
+    prove_shapes(encoder, expected, FP32, what="x")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -15,17 +15,16 @@ import numpy as np
 import pytest
 
 from export.tensorrt import builder, prove_plan
-from export.tensorrt.builder import BuildError, BuildRequest, Gpu, build, read_request, sidecar_path, trtexec_line
-from export.tensorrt.profiles import check_profiles, packed_profiles, padded_profiles
+from export.tensorrt.artifact import packed_profiles, padded_profiles
+from export.tensorrt.builder import BuildError, BuildRequest, build, read_request, trtexec_line
 from mirror_runtime.bundle import TensorSpec
 from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
 from mirror_runtime.engines.plan_card import read_card
-from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import ShapeSet
 from mirror_runtime.vectors import cosines
 from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
 
-GPU = Gpu(name="NVIDIA L4", compute_capability="8.9")
+GPU = ("NVIDIA L4", "8.9")
 INPUTS = tuple(
     TensorSpec(name=name, dtype="int64", shape=("rows", "length"))
     for name in ("input_ids", "position_ids", "segment_ids")
@@ -101,7 +100,7 @@ def test_no_source_uses_a_member_that_11_removed():
 
 def request_in(folder: Path, **changes: Any) -> BuildRequest:
     (folder / "model_packed.onnx").write_bytes(b"graph")
-    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64))
+    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64).shapes())
     digest = builder._sha256(b"graph")
     request = BuildRequest("model_packed.onnx", digest, "model_packed.plan", "fp16", "packed", profiles)
     return replace(request, **changes)
@@ -137,6 +136,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, version: str, given: dict[str, Any]) -
         "ICudaEngine.get_tensor_shape", lambda name: (-1, -1, 8) if name == "embedding" else (-1, -1)
     )
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    monkeypatch.setattr(builder, "this_gpu", lambda: GPU)
     return trt
 
 
@@ -146,7 +146,7 @@ def test_a_build_calls_both_majors_in_the_documented_order(
 ):
     request = request_in(tmp_path, workspace_gib=2.0, level=4, timing_cache="timing.cache")
     trt = fake(monkeypatch, version, answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     called = trt.names()
     order = [
         *("Logger()", "Builder()", "Builder.create_network", "OnnxParser()", "OnnxParser.parse_from_file"),
@@ -176,7 +176,7 @@ def test_a_build_calls_both_majors_in_the_documented_order(
 def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str):
     request = request_in(tmp_path, version_compatible=True, hardware="same-compute-capability")
     trt = fake(monkeypatch, version, answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     calls = dict(trt.calls)
     assert calls["IBuilderConfig.set_flag"] == (trt.BuilderFlag.VERSION_COMPATIBLE,)
     level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
@@ -186,7 +186,7 @@ def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch,
 def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     request = request_in(tmp_path, timing_cache="timing.cache")
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (0.99995, 0.9999))
+    build(request, tmp_path, prove=lambda trt, engine: (0.99995, 0.9999))
     assert (tmp_path / "model_packed.plan").read_bytes() == b"plan"
     assert (tmp_path / "timing.cache").read_bytes() == b"timings"
     assert json.loads((tmp_path / "model_packed.plan.layers.json").read_text())[1] == '{"Name": "head"}'
@@ -202,7 +202,7 @@ def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.Monkey
     request = request_in(tmp_path, timing_cache="timing.cache")
     (tmp_path / "timing.cache").write_bytes(b"earlier")
     trt = fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
-    build(request, tmp_path, gpu=GPU)
+    build(request, tmp_path)
     assert dict(trt.calls)["IBuilderConfig.create_timing_cache"] == (b"earlier",)
 
 
@@ -224,7 +224,7 @@ def test_a_failure_of_tensorrt_is_one_clear_error_and_leaves_no_file(
     request = request_in(tmp_path, timing_cache="timing.cache")
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles), **changes))
     with pytest.raises(BuildError, match=message):
-        build(request, tmp_path, gpu=GPU)
+        build(request, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
@@ -235,7 +235,7 @@ def test_a_plan_whose_vectors_are_not_the_references_is_not_kept(
     request = request_in(tmp_path)
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
     with pytest.raises(BuildError, match=r"below 0\.9999"):
-        build(request, tmp_path, gpu=GPU, prove=lambda trt, engine: (worst, 0.9999))
+        build(request, tmp_path, prove=lambda trt, engine: (worst, 0.9999))
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
@@ -243,14 +243,14 @@ def test_another_graph_than_the_request_names_is_refused(tmp_path: Path):
     request = request_in(tmp_path)
     (tmp_path / "model_packed.onnx").write_bytes(b"other")
     with pytest.raises(BuildError, match="copy it again"):
-        build(request, tmp_path, gpu=GPU)
+        build(request, tmp_path)
 
 
 def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     trt = fake(monkeypatch, VERSIONS[1], {})
     trt.__version__ = "8.6.1"
     with pytest.raises(BuildError, match="too old"):
-        build(request_in(tmp_path), tmp_path, gpu=GPU)
+        build(request_in(tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"level": 6}, {"hardware": "all"}, {"workspace_gib": 0.0}])
@@ -277,11 +277,11 @@ def test_the_copied_script_runs_alone_and_says_what_is_missing(tmp_path: Path):
     done = subprocess.run([sys.executable, "-I", "-S", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: tensorrt cannot be imported")
-    assert not sidecar_path(tmp_path / "model_packed.plan").exists()
+    assert not (tmp_path / "model_packed.plan.json").exists()
 
 
 def test_trtexec_gets_the_same_build(tmp_path: Path):
-    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64))[:2]
+    profiles = packed_profiles(INPUTS, ShapeSet.up_to(64).shapes())[:2]
     line = trtexec_line(
         request_in(tmp_path, profiles=profiles, workspace_gib=2.0, version_compatible=True, hardware="ampere-plus")
     )
@@ -299,52 +299,24 @@ def test_trtexec_gets_the_same_build(tmp_path: Path):
 
 
 def test_packed_profiles_are_static_and_cover_every_shape_that_packing_makes():
-    ladder = ShapeSet.up_to(384)
-    profiles = packed_profiles(INPUTS, ladder)
-    check_profiles(profiles, INPUTS, 384)
-    assert [profile["segment_ids"][1] for profile in profiles] == list(ladder.shapes())
-    assert all(len(set(shapes)) == 1 for profile in profiles for shapes in profile.values())
+    shapes = ShapeSet.up_to(384).shapes()
+    names = [tensor.name for tensor in INPUTS]
+    assert packed_profiles(INPUTS, shapes) == tuple(dict.fromkeys(names, (shape,) * 3) for shape in shapes)
 
 
 def test_padded_profiles_hold_every_length_once():
     inputs = (TensorSpec(name="input_ids", dtype="int64", shape=("b", "s")),)
     profiles = padded_profiles(inputs, 200)
-    check_profiles(profiles, inputs, 200)
-    lengths = [
-        length for profile in profiles for length in range(profile["input_ids"][0][1], profile["input_ids"][2][1] + 1)
-    ]
-    assert lengths == list(range(1, 201))
+    shapes = [profile["input_ids"] for profile in profiles]
+    assert [n for least, _, most in shapes for n in range(least[1], most[1] + 1)] == list(range(1, 201))
+    assert all(low <= usual <= high for bounds in shapes for low, usual, high in zip(*bounds, strict=True))
 
 
 def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64)))
+    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64).shapes()))
     fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
     with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
-        build(request, tmp_path, gpu=GPU)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (((2, 64), (1, 64), (2, 64)), "min <= opt <= max"),
-        (((0, 64), (1, 64), (2, 64)), "min <= opt <= max"),
-        (((1, 60), (1, 60), (1, 60)), "multiples of 16"),
-        (((1, 32), (1, 32), (1, 32)), "covers 32 tokens; the encoder accepts texts of 64"),
-    ],
-)
-def test_profiles_that_do_not_add_up_are_refused(shapes: Any, message: str):
-    with pytest.raises(EngineError, match=message):
-        check_profiles([dict.fromkeys((t.name for t in INPUTS), shapes)], INPUTS, 64)
-
-
-def test_profiles_that_lack_or_contradict_an_input_are_refused():
-    good = packed_profiles(INPUTS, ShapeSet.up_to(64))[-1]
-    with pytest.raises(EngineError, match="the graph's inputs are"):
-        check_profiles([{"input_ids": good["input_ids"]}], INPUTS, 64)
-    with pytest.raises(EngineError, match="different shapes"):
-        check_profiles([{**good, "input_ids": ((1, 16),) * 3}], INPUTS, 64)
-    with pytest.raises(EngineError, match="at least one"):
-        check_profiles([], INPUTS, 64)
+        build(request, tmp_path)
 
 
 class FakeDriver:

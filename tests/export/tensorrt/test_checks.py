@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.graph.trace import export_graph
-from export.tensorrt.checks import breaches, graph_precision, require_clean
+from export.tensorrt.checks import breaches, graph_precision
 from export.tensorrt.view import GraphView
 from mirror_runtime.bundle import Layout, Pooling, Precision
 from mirror_runtime.errors import EngineError
@@ -102,7 +102,7 @@ def quantized_graph() -> onnx.ModelProto:
 
 
 def found(model: onnx.ModelProto) -> list[str]:
-    return [str(breach) for breach in breaches(GraphView(model))]
+    return breaches(GraphView(model))
 
 
 def only(model: onnx.ModelProto, rule: str, *parts: str) -> None:
@@ -276,13 +276,6 @@ def test_a_quantisation_that_breaks_several_rules_is_reported(change: Change, pa
     assert any(all(part in message for part in parts) for message in found(model)), found(model)
 
 
-def test_a_refused_file_is_named_with_its_first_breaches(tmp_path: Path):
-    model = quantized_graph()
-    put(model, "tokens_zero", np.array(3, np.int8))
-    with pytest.raises(EngineError, match=r"int8.onnx is not suitable for TensorRT: QuantizeLinear q_tokens"):
-        require_clean(GraphView(model), tmp_path / "model_packed_int8.onnx")
-
-
 def test_a_truncated_file_is_one_clear_error(tmp_path: Path):
     path = tmp_path / "model.onnx"
     path.write_bytes(half_graph().SerializeToString()[:-100])
@@ -300,4 +293,4 @@ def test_heads_that_read_one_position_or_all_are_suitable(tiny_bert: Path, tmp_p
     """For one position the last layer computes only the slots, whose mask depends on the positions too."""
     reference = Reference.load(resolve(str(tiny_bert), pooling=pooling))
     graph = export_graph(reference, layout, tmp_path / "graph.onnx")
-    assert [str(breach) for breach in breaches(GraphView.load(graph.path))] == []
+    assert breaches(GraphView.load(graph.path)) == []

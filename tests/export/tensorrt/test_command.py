@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import onnx
 import onnxruntime
 import pytest
 
+from encoders.reference import Reference
+from encoders.source import resolve
 from export import to_tensorrt
+from export.proof.floors import Floors
 from export.proof.proof_texts import CANARIES
 from export.tensorrt import builder, prove_plan
-from export.tensorrt.builder import Gpu as BuildGpu
+from export.tensorrt.artifact import Options, choose_graph, write_samples
 from export.tensorrt.builder import read_request
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName, Layout, Precision, check_files, read_manifest, sha256_file
+from mirror_runtime.bundle import EngineName, Layout, Precision, VectorType, check_files, read_manifest, sha256_file
 from mirror_runtime.engines import load_engine
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.packing import PackedRows
@@ -61,7 +65,7 @@ def with_gpu(
         return vectors + np.float32(noise) * np.sin(np.arange(vectors.size, dtype=np.float32)).reshape(vectors.shape)
 
     gpu = fake_gpu.install(monkeypatch, version, compute, spec.dim)
-    monkeypatch.setattr(builder, "this_gpu", lambda: BuildGpu(fake_gpu.NAME, fake_gpu.COMPUTE_CAPABILITY))
+    monkeypatch.setattr(builder, "this_gpu", lambda: (fake_gpu.NAME, fake_gpu.COMPUTE_CAPABILITY))
     inputs = iter(fake_gpu.INPUTS)
     added = iter(range(1000))
     profiles: list[int] = []
@@ -151,7 +155,7 @@ def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(
     assert "mirror-runtime[tensorrt]" in capsys.readouterr().err
     with_gpu(monkeypatch, bundle)
 
-    def absent() -> BuildGpu:
+    def absent() -> tuple[str, str]:
         raise builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
 
     monkeypatch.setattr(builder, "this_gpu", absent)
@@ -169,8 +173,6 @@ def test_a_provider_that_is_absent_is_refused_before_minutes_of_reference_vector
 def test_a_providers_artifact_is_proven_and_added(
     monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, capsys: Any
 ):
-    from dataclasses import replace
-
     from mirror_runtime.engines import onnxruntime_gpu
 
     name = EngineName.ONNXRUNTIME_CUDA
@@ -220,7 +222,7 @@ def test_check_names_the_node_of_a_contrib_operator(bundle: Path, capsys: Any):
     assert "onnx/model_packed.onnx" in captured.err
     assert "Gelu fused_gelu: its domain is com.microsoft" in captured.out
     assert run(bundle, "--precision", "fp32") == 2
-    assert "Gelu fused_gelu" in capsys.readouterr().err
+    assert "model_packed.onnx is not suitable for TensorRT: Gelu fused_gelu" in capsys.readouterr().err
 
 
 def test_check_passes_over_a_graph_beside_which_there_is_a_fit_one(bundle: Path, capsys: Any):
@@ -272,6 +274,20 @@ def test_a_script_folder_builds_and_proves_what_the_bundle_holds(
         assert any(all(a <= x <= b for a, x, b in zip(low, shape, high, strict=True)) for low, _, high in held)
         (found,), vectors = session.run([output], feed), stored[f"{i}/vectors"]
         np.testing.assert_allclose(found.reshape(-1, vectors.shape[1])[stored[f"{i}/slots"]], vectors, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vector_type": VectorType.BINARY}, {"vector_type": VectorType.INT8, "int8_scale": 0.01}]
+)
+def test_the_short_proof_holds_rounded_vectors_to_the_floor_of_their_type(bundle: Path, tmp_path: Path, changes: Any):
+    manifest = read_manifest(bundle)
+    graph = choose_graph(bundle, manifest, Options(precision=Precision.FP32))
+    reference = Reference.load(resolve(str(bundle)))
+    reference = replace(reference, spec=replace(reference.spec, normalize=True, **changes))
+    write_samples(tmp_path / "samples.npz", bundle, reference, graph, TEXTS, Precision.FP32)
+    floor = float(np.load(tmp_path / "samples.npz")["floor"])
+    assert floor == Floors.of(Precision.FP32, reference.spec).reference
+    assert floor < Floors.of(Precision.FP32, manifest.encoder).reference
 
 
 def test_contradicting_options_are_refused(bundle: Path, tmp_path: Path, capsys: Any):

@@ -9,11 +9,11 @@ import pytest
 from mirror_runtime.client import async_client, client
 from mirror_runtime.client.protocol import ClientOptions
 from mirror_runtime.errors import InputError, OverloadedError, ServerError, UnavailableError
-from mirror_runtime.gateway import triton_backend
+from mirror_runtime.gateway import backends
+from mirror_runtime.gateway.backends import TritonBackend, fetch_card
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.service import GatewayService
 from mirror_runtime.gateway.settings import GatewaySettings
-from mirror_runtime.gateway.triton_backend import TritonBackend, fetch_card
 from tests.support.echo import AsyncEcho, Echo
 
 PARAMETERS = {
@@ -59,7 +59,7 @@ def test_the_card_is_read_from_the_configuration(server):
 
 
 def test_fetching_waits_for_a_server_to_come_up(server, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_POLL_S", 0.01)
+    monkeypatch.setattr(backends, "_POLL_S", 0.01)
     server.refusals = [UnavailableError("away")] * 3
     assert fetch_card(OPTIONS, wait_s=5).dim == 4
     assert server.calls == 4

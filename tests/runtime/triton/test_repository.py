@@ -202,8 +202,13 @@ def test_an_existing_model_is_replaced_only_with_overwrite(write):
 def test_an_artifact_that_the_bundle_lacks_cannot_be_served(make_bundle, make_artifact, tmp_path):
     artifact = make_artifact(EngineName.ONNXRUNTIME, Precision.FP32)
     bundle = make_bundle(artifacts=(artifact,))
-    for engine, precision in (("openvino", "auto"), ("auto", "bf16"), ("warp", "auto")):
-        with pytest.raises(EngineError, match="it has onnxruntime fp32"):
+    has = "it has onnxruntime fp32"
+    for engine, precision, message in (
+        ("openvino", "auto", has),
+        ("auto", "bf16", has),
+        ("warp", "auto", "is unknown"),
+    ):
+        with pytest.raises(EngineError, match=message):
             write_repository(bundle, tmp_path / "repo", ServingOptions(engine=engine, precision=precision))
     write_repository(bundle, tmp_path / "repo", ServingOptions())
 

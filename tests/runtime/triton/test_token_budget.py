@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mirror_runtime.errors import OverloadedError
-from mirror_runtime.triton.model.token_budget import TokenBudget
+from mirror_runtime.triton.model.scheduler import TokenBudget
 
 
 def refused(budget: TokenBudget, tokens: int) -> OverloadedError:

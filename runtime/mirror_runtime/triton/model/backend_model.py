@@ -6,10 +6,9 @@ OpenVINO backend requires that too, because it cannot batch rows of varying leng
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, TensorSpec
 from mirror_runtime.engines.openvino_engine import length_multiple_of
@@ -20,17 +19,6 @@ from mirror_runtime.selection import AUTO
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 ENCODER_NAME = "encoder"
-
-ENGINES: Mapping[Backend, EngineName] = MappingProxyType(
-    {
-        Backend.ONNXRUNTIME: EngineName.ONNXRUNTIME,
-        Backend.OPENVINO: EngineName.OPENVINO,
-        Backend.TENSORRT: EngineName.TENSORRT,
-    }
-)
-"""The engine whose artifacts a backend runs."""
-
-_FILES = {Backend.ONNXRUNTIME: "model.onnx", Backend.OPENVINO: "model.onnx", Backend.TENSORRT: "model.plan"}
 
 _TYPES = {
     "int64": "TYPE_INT64",
@@ -65,35 +53,22 @@ model_warmup [
 
 @dataclass(frozen=True, kw_only=True)
 class BackendModel:
-    """The model that runs the graph behind `embed`.
+    """The model that runs the graph behind `embed`."""
 
-    Attributes:
-        artifact: the packed graph, or the TensorRT plan.
-        backend: runs it.
-        shapes: (rows, row length) of every batch that `embed` sends.
-        streams: batches that run in parallel.
-        card: of the TensorRT plan; None for graphs.
-    """
-
-    artifact: Artifact
+    artifact: Artifact  # the packed graph, or the TensorRT plan
     backend: Backend
-    shapes: tuple[tuple[int, int], ...]
-    streams: int
-    card: PlanCard | None = None
+    shapes: tuple[tuple[int, int], ...]  # (rows, row length) of every batch that `embed` sends
+    streams: int  # batches that run in parallel
+    card: PlanCard | None = None  # of the TensorRT plan; None for graphs
 
     @property
     def file(self) -> str:
         """File name of the graph in the model's version folder."""
-        return _FILES[self.backend]
+        return "model.plan" if self.backend is Backend.TENSORRT else "model.onnx"
 
     @classmethod
     def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> BackendModel:
-        """Choose the artifact, shapes and streams for a machine with `cores` cores.
-
-        Raises:
-            EngineError: the bundle has no packed artifact for the options, or several; or a plan lacks profiles.
-            InputError: the options contradict each other, or the backend does not support them.
-        """
+        """Choose the artifact, shapes and streams for a machine with `cores` cores."""
         artifact = find_artifact(manifest, options)
         default = {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores, Backend.TENSORRT: 2}[options.backend]
         streams = options.streams or default
@@ -121,13 +96,8 @@ def packed_shape_set(manifest: Manifest, options: ServingOptions) -> ShapeSet:
 
 
 def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
-    """Find the packed artifact that a backend runs.
-
-    Raises:
-        EngineError: there is none, or there are several and the options name no precision.
-        InputError: the options contradict each other, or the backend does not support them.
-    """
-    engine = ENGINES[options.backend]
+    """Find the packed artifact that a backend runs."""
+    engine = EngineName(options.backend.value)  # a backend runs the artifacts of the engine of its name
     if options.engine not in (AUTO, engine.value):
         raise InputError(f"the backend {options.backend.value} runs engine {engine.value}, not {options.engine}")
     packed = [a for a in manifest.artifacts if a.engine is engine and a.layout is Layout.PACKED]
@@ -147,12 +117,7 @@ def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
 
 
 def render_backend_config(model: BackendModel, cores: int) -> str:
-    """Render the `config.pbtxt` of the model.
-
-    Args:
-        model: its artifact, backend, shapes and streams.
-        cores: of the machine that will serve; the streams share them.
-    """
+    """Render the `config.pbtxt` of the model; its streams share the `cores` of the machine that will serve."""
     artifact = model.artifact
     return _CONFIG.format(
         name=ENCODER_NAME,

@@ -37,17 +37,11 @@ class FailureKind(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedResult:
-    """The answer to one request of b texts.
+    """The answer to one request of b texts."""
 
-    Attributes:
-        vectors: [b, width] of the encoder's vector type; fewer columns if the request asked for fewer dimensions.
-        tokens: int32 [b, 1], tokens of the whole text, special tokens and prompt included.
-        truncated: bool [b, 1], whether the text was longer than the encoder takes.
-    """
-
-    vectors: Vectors
-    tokens: NDArray[np.int32]
-    truncated: NDArray[np.bool_]
+    vectors: Vectors  # of the encoder's vector type; fewer columns if the request asked for fewer dimensions
+    tokens: NDArray[np.int32]  # [b, 1], of the whole text, special tokens and prompt included
+    truncated: NDArray[np.bool_]  # [b, 1], whether the text was longer than the encoder takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +54,9 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """One request of b texts.
+    """One request of b texts."""
 
-    Attributes:
-        texts: UTF-8 bytes, an array of any shape with b elements.
-        options: from the request's parameters.
-    """
-
-    texts: NDArray[Any]
+    texts: NDArray[Any]  # UTF-8 bytes, an array of any shape with b elements
     options: RequestOptions = DEFAULTS
 
     @property
@@ -84,19 +73,10 @@ class EmbedRequest:
 
 
 def embed(encoder: Encoder, requests: Sequence[EmbedRequest], long_texts: LongTexts) -> list[EmbedResult | Failure]:
-    """Encode the texts of all requests together and give each request its own vectors.
+    """Encode the texts of all requests together; return one result or failure per request, in order.
 
-    Args:
-        encoder: turns texts into vectors.
-        requests: the batch.
-        long_texts: the policy for requests that name none.
-
-    Returns:
-        One result or failure per request, in order. A request fails as a whole if one of its texts cannot be encoded;
-        the other requests are unaffected.
-
-    Raises:
-        Exception: whatever the engine raises; then the whole batch has failed.
+    A request fails as a whole if one of its texts cannot be encoded; the others are unaffected. Raises what the engine
+    raises: then the whole batch has failed. `long_texts` is the policy for requests that name none.
     """
     outcomes: dict[int, EmbedResult | Failure] = {}
     texts: list[str] = []

@@ -16,11 +16,7 @@ from mirror_runtime.vectors import Vectors
 class BlsEngine:
     """Runs packed rows on the model `encoder`. Safe to call from several threads.
 
-    Args:
-        pb_utils: Triton's module, which only its stub process has.
-        artifact: the graph of the other model, with the names and types of its tensors.
-        streams: batches that it runs in parallel.
-        version: of the other model; the same as of `embed`, so that tokenizer and graph are replaced together.
+    The `version` of the other model is that of `embed`, so that tokenizer and graph are replaced together.
     """
 
     def __init__(self, pb_utils: Any, artifact: Artifact, streams: int, version: int) -> None:

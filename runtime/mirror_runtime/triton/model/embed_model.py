@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,9 @@ from mirror_runtime.triton.model.backend_model import find_artifact, packed_shap
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
 from mirror_runtime.triton.model.instances import bind_to_share
-from mirror_runtime.triton.model.metrics import MetricsReporter, Snapshot
+from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
-from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler
-from mirror_runtime.triton.model.token_budget import TokenBudget
+from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 
@@ -41,14 +41,7 @@ class TritonPythonModel:
     """The class that Triton's Python backend looks up by name."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Load the bundle that `config.pbtxt` names.
-
-        Args:
-            args: from Triton: the configuration as JSON, the model's folder and version, the instance's name.
-
-        Raises:
-            TritonModelException: the bundle cannot be loaded; Triton prints the message and does not start.
-        """
+        """Load the bundle that `config.pbtxt` names. If it raises, Triton prints the message and does not start."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
         try:
@@ -95,12 +88,9 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer, accept or reject requests.
+        """Answer, accept or reject requests: a response for each, or None if a worker will answer it.
 
         Never raises: Triton would fail the whole batch and show clients the path of this file.
-
-        Returns:
-            For each request a response if it was answered or rejected; None if a worker will answer it.
         """
         read = [self._read(request) for request in requests]
         submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))
@@ -162,15 +152,10 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(tensors, parameters={"fingerprint": self._fingerprint})
         return pb_utils.InferenceResponse(tensors)
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self) -> Counter[str]:
         stats = self.encoder.stats
-        return Snapshot(
-            requests=self._scheduler.counts,
-            tokens=stats.tokens,
-            slots=stats.slots,
-            batches=stats.executions,
-            in_flight=self._budget.in_flight,
-        )
+        work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
+        return Counter({**self._scheduler.counts, **work, "in_flight": self._budget.in_flight})
 
 
 def _failure(message: str) -> Failure:

@@ -10,16 +10,7 @@ from mirror_runtime.errors import InputError
 
 
 def core_share(cores: Sequence[int], number: int, count: int) -> list[int]:
-    """Return one instance's cores: neighbours, so that its threads share caches.
-
-    Args:
-        cores: usable cores of the machine, ascending.
-        number: of the instance, from 0.
-        count: number of instances.
-
-    Raises:
-        InputError: there are fewer cores than instances.
-    """
+    """Return one instance's cores (`number` counts from 0): neighbours, so that its threads share caches."""
     if len(cores) < count:
         raise InputError(f"{count} instances on {len(cores)} cores would slow each other down: use {len(cores)}")
     return list(cores[len(cores) * number // count : len(cores) * (number + 1) // count])
@@ -28,12 +19,7 @@ def core_share(cores: Sequence[int], number: int, count: int) -> list[int]:
 def bind_to_share(instance: str, count: int) -> None:
     """Bind this process to its share of the cores. Engines then start as many threads as it has cores.
 
-    Args:
-        instance: Triton's name for this instance, such as `embed_0_1`: its group and its number.
-        count: number of instances; 1 leaves the process unbound.
-
-    Raises:
-        InputError: there are fewer cores than instances.
+    `instance` is Triton's name for this instance, such as `embed_0_1`: its group and its number.
     """
     if count == 1:
         return

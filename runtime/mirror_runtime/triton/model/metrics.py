@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 OUTCOMES = ("admitted", "refused", "expired", "cancelled", "failed")
@@ -12,37 +12,16 @@ OUTCOMES = ("admitted", "refused", "expired", "cancelled", "failed")
 _EVERY_S = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """The counters at one moment.
-
-    Attributes:
-        requests: by outcome, since the model was loaded; so are the others.
-        tokens: run.
-        slots: token positions run, padding included.
-        batches: run by the engine.
-        in_flight: estimated tokens of requests that are accepted and not answered.
-    """
-
-    requests: Mapping[str, int]
-    tokens: int
-    slots: int
-    batches: int
-    in_flight: int
-
-
 class MetricsReporter:
     """Keeps Triton's custom metrics up to date from a thread of its own.
 
-    Args:
-        pb_utils: Triton's module.
-        labels: of every series: the model's name and version, and the instance.
-        take: returns the present counters.
+    `take` returns the counters since the model was loaded: requests by outcome, `tokens` run, `slots` (token positions
+    run, padding included) and `batches`; and `in_flight`, the estimated tokens of requests accepted and not answered.
     """
 
-    def __init__(self, pb_utils: Any, labels: Mapping[str, str], take: Callable[[], Snapshot]) -> None:
+    def __init__(self, pb_utils: Any, labels: Mapping[str, str], take: Callable[[], Counter[str]]) -> None:
         self._take = take
-        self._last = Snapshot(requests={}, tokens=0, slots=0, batches=0, in_flight=0)
+        self._last: Counter[str] = Counter()
         family = pb_utils.MetricFamily
         self._families = {
             name: family(name=name, description=text, kind=kind)
@@ -54,11 +33,9 @@ class MetricsReporter:
                 ("mirror_row_fill", "Share of the token positions run lately that held a token", family.GAUGE),
             )
         }
-        self._requests = {
-            outcome: self._families["mirror_requests_total"].Metric(labels={**labels, "outcome": outcome})
-            for outcome in OUTCOMES
-        }
-        self._tokens, self._batches, self._in_flight, self._fill = (
+        requests = self._families["mirror_requests_total"]
+        self._counters = {outcome: requests.Metric(labels={**labels, "outcome": outcome}) for outcome in OUTCOMES}
+        self._counters["tokens"], self._counters["batches"], self._in_flight, self._fill = (
             self._families[f"mirror_{name}"].Metric(labels=dict(labels))
             for name in ("tokens_total", "batches_total", "tokens_in_flight", "row_fill")
         )
@@ -71,7 +48,7 @@ class MetricsReporter:
         self._ended.set()
         self._thread.join()
         # Triton requires that metrics are released before their families.
-        del self._requests, self._tokens, self._batches, self._in_flight, self._fill
+        del self._counters, self._in_flight, self._fill
         self._families.clear()
 
     def _run(self) -> None:
@@ -83,15 +60,11 @@ class MetricsReporter:
         now, last = self._take(), self._last
         if now == last:
             return
-        for outcome, metric in self._requests.items():
-            if more := now.requests.get(outcome, 0) - last.requests.get(outcome, 0):
+        for name, metric in self._counters.items():
+            if more := now[name] - last[name]:
                 metric.increment(more)
-        if more := now.tokens - last.tokens:
-            self._tokens.increment(more)
-        if more := now.batches - last.batches:
-            self._batches.increment(more)
-        if slots := now.slots - last.slots:
-            self._fill.set((now.tokens - last.tokens) / slots)
-        if now.in_flight != last.in_flight:
-            self._in_flight.set(now.in_flight)
+        if slots := now["slots"] - last["slots"]:
+            self._fill.set((now["tokens"] - last["tokens"]) / slots)
+        if now["in_flight"] != last["in_flight"]:
+            self._in_flight.set(now["in_flight"])
         self._last = now

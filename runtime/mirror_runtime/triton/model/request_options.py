@@ -19,32 +19,18 @@ _LONGEST_QUOTE = 60
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """The options of one request.
+    """The options of one request."""
 
-    Attributes:
-        long_texts: policy for texts over the encoder's `max_tokens`; None for the server's policy.
-        dimensions: leading components to keep (Matryoshka); None for all.
-        prompt: text that is put in front of every text, literally.
-    """
-
-    long_texts: LongTexts | None = None
-    dimensions: int | None = None
-    prompt: str = ""
+    long_texts: LongTexts | None = None  # None for the server's policy
+    dimensions: int | None = None  # leading components to keep (Matryoshka); None for all
+    prompt: str = ""  # put in front of every text, literally
 
 
 DEFAULTS = RequestOptions()
 
 
 def parse_options(text: str, spec: EncoderSpec) -> RequestOptions:
-    """Parse a request's parameters, strictly.
-
-    Args:
-        text: JSON, from Triton.
-        spec: the encoder's.
-
-    Raises:
-        InputError: a parameter is unknown or invalid; the message names it and the valid values.
-    """
+    """Parse a request's JSON parameters, strictly. An `InputError` names the wrong one and the valid values."""
     try:
         parameters: dict[str, Any] = json.loads(text) if text else {}
     except ValueError:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import OverloadedError
+from mirror_runtime.retry_after import RetryEstimator
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import (
     LARGEST_REQUEST,
@@ -26,7 +27,6 @@ from mirror_runtime.triton.model.batching import (
     FailureKind,
     embed,
 )
-from mirror_runtime.triton.model.token_budget import TokenBudget
 
 _log = logging.getLogger(__name__)
 
@@ -42,19 +42,12 @@ CHECK_CANCELLED_AFTER_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A request and how to reply to it.
-
-    Attributes:
-        request: the texts and options.
-        reply: receives the outcome; called once, from a worker's thread.
-        is_cancelled: returns whether the caller has cancelled; slow.
-        timeout_s: seconds after its arrival when the reply becomes useless; None for never.
-    """
+    """A request and how to reply to it."""
 
     request: EmbedRequest
-    reply: Callable[[Outcome], None]
-    is_cancelled: Callable[[], bool]
-    timeout_s: float | None = None
+    reply: Callable[[Outcome], None]  # receives the outcome; called once, from a worker's thread
+    is_cancelled: Callable[[], bool]  # slow
+    timeout_s: float | None = None  # from its arrival, until the reply becomes useless; None for never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +57,46 @@ class _Waiting:
     since: float
 
 
+class TokenBudget:
+    """Counts the tokens of accepted requests that are not answered yet. Safe to use from several threads.
+
+    With nothing in flight a request of any size is accepted, so that a large one is not rejected for ever.
+    """
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = limit
+        self._lock = threading.Lock()
+        self._work = RetryEstimator(clock)
+
+    @property
+    def in_flight(self) -> int:
+        """Tokens in flight now."""
+        return self._work.in_flight
+
+    def acquire(self, tokens: int) -> None:
+        """Accept a request, or raise an `OverloadedError` with the time when it might fit."""
+        with self._lock:
+            in_flight = self._work.in_flight
+            if in_flight and in_flight + tokens > self.limit:
+                retry_after_s = self._work.retry_after_s()
+                raise OverloadedError(
+                    f"overloaded: {in_flight} tokens are in flight and {tokens} more would exceed {self.limit}; "
+                    f"retry after {round(1000 * retry_after_s)} ms",
+                    retry_after_s,
+                )
+            self._work.enter(tokens)
+
+    def release(self, tokens: int) -> None:
+        """Release the tokens of an answered request."""
+        with self._lock:
+            self._work.finish(tokens)
+
+
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    Args:
-        encoder: turns texts into vectors; its owner closes it.
-        budget: limits the tokens in flight.
-        long_texts: the policy for requests that name none.
-        batch_tokens: estimated tokens after which a worker adds no more requests to a batch.
-        workers: threads: while one waits for the engine, another tokenises or replies.
+    A worker stops filling a batch at `batch_tokens` estimated tokens. While one worker waits for the engine, another
+    tokenises or replies.
     """
 
     def __init__(
@@ -97,13 +121,10 @@ class Scheduler:
             return dict(self._counts)
 
     def submit(self, jobs: Sequence[Job]) -> list[Outcome | None]:
-        """Submit requests that arrived together.
+        """Submit requests that arrived together: return each one's outcome, or None where `job.reply` will be called.
 
         If they and the requests in flight are small, they are computed here. Otherwise each is accepted or rejected,
         which takes no time.
-
-        Returns:
-            For each its outcome; None if it was accepted: `job.reply` will be called.
         """
         now = time.monotonic()
         max_tokens = self._encoder.spec.max_tokens

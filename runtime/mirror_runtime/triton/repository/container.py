@@ -20,13 +20,8 @@ def container_command(
 ) -> str:
     """Return the shell command that serves a model repository in NVIDIA's container.
 
-    The sources are mounted read-only and copied in the container, because building a package writes beside its sources.
-
-    Args:
-        repository: the model repository on the host.
-        source: a clone of this project on the host.
-        engine: the engine whose packages are installed; "auto" installs both CPU engines.
-        backend: runs the graph. Triton's own backends need no engine packages, and TensorRT needs the GPUs.
+    The sources, a clone of this project, are mounted read-only and copied in the container, because building a package
+    writes beside its sources. Triton's own backends need no engine packages, and TensorRT needs the GPUs.
     """
     extras = {EngineName.ONNXRUNTIME.value: "[cpu]", EngineName.OPENVINO.value: "[openvino]"}.get(
         engine, "[cpu,openvino]"

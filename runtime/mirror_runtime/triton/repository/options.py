@@ -78,10 +78,6 @@ class ServingOptions:
     def follow(self, plan: HostPlan, fingerprint: str) -> ServingOptions:
         """Fill open options (engine, precision, streams and rows) from a plan.
 
-        Args:
-            plan: of `mirror plan`, measured on the machine that will serve.
-            fingerprint: the bundle's.
-
         Raises:
             InputError: the plan belongs to another bundle, or accepted no setting that fits these options.
         """
@@ -105,26 +101,12 @@ class ServingOptions:
 
     def to_parameters(self) -> dict[str, str]:
         """Return the options that the model needs, as parameters of `config.pbtxt`."""
-        return {
-            "engine": self.engine,
-            "precision": self.precision,
-            "streams": _optional(self.streams),
-            "long_texts": self.long_texts.value,
-            "row_tokens": _optional(self.row_tokens),
-            "batch_tokens": _optional(self.batch_tokens),
-            "instances": str(self.instances),
-            "max_tokens_in_flight": str(self.max_tokens_in_flight),
-            "backend": self.backend.value,
-        }
+        values = {name: value for name, value in vars(self).items() if name != "max_batch_size"}
+        return {name: AUTO if value is None else str(getattr(value, "value", value)) for name, value in values.items()}
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
-        """Parse the parameters that `to_parameters` wrote.
-
-        Raises:
-            KeyError: a parameter is missing: an older version of this project wrote the configuration.
-            ValueError: a parameter is invalid.
-        """
+        """Parse what `to_parameters` wrote; a KeyError or ValueError means another version of this project wrote it."""
         return cls(
             engine=parameters["engine"],
             precision=parameters["precision"],
@@ -137,10 +119,6 @@ class ServingOptions:
             max_tokens_in_flight=int(parameters["max_tokens_in_flight"]),
             backend=Backend(parameters["backend"]),
         )
-
-
-def _optional(number: int | None) -> str:
-    return AUTO if number is None else str(number)
 
 
 def _parse_optional(text: str) -> int | None:

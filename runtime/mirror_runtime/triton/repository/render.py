@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -10,18 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mirror_runtime.bundle import (
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
-    EngineName,
-    Layout,
-    Manifest,
-    check_files,
-    read_manifest,
-)
+from mirror_runtime.bundle import MANIFEST_FILE, TOKENIZER_FILE, Manifest, check_files, read_manifest
 from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
-from mirror_runtime.errors import EngineError, InputError
+from mirror_runtime.errors import InputError
 from mirror_runtime.host import usable_cores
+from mirror_runtime.selection import choose
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
 from mirror_runtime.triton.model.backend_model import ENCODER_NAME, BackendModel, render_backend_config
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -82,13 +76,7 @@ model_warmup [
 
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
-    """Render `config.pbtxt`.
-
-    Args:
-        manifest: the bundle's.
-        options: how to serve it.
-        bundle: path of the bundle's folder, absolute or relative to the version folder `embed/1`.
-    """
+    """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`."""
     parameters = {
         "bundle": bundle,
         **options.to_parameters(),
@@ -108,7 +96,9 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         # the warm-up.
         warmup=_WARMUP if options.backend is Backend.PYTHON else "",
         parameters=",\n".join(
-            f'  {{ key: "{key}" value: {{ string_value: "{_quoted(value)}" }} }}' for key, value in parameters.items()
+            # JSON escapes a string as protobuf's text format does.
+            f'  {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'
+            for key, value in parameters.items()
         ),
     )
 
@@ -141,7 +131,7 @@ def write_repository(
     overwrite: bool = False,
     cores: int | None = None,
 ) -> Path:
-    """Write `repository/embed` with its own copy of the bundle, so that it can be moved anywhere.
+    """Write `repository/embed` with its own copy of the bundle, and return that folder, which can be moved anywhere.
 
     For one of Triton's own backends, also write `repository/encoder` with the graph; then `embed` contains only the
     files for tokenising. Each folder appears complete or not at all.
@@ -153,24 +143,18 @@ def write_repository(
         link: share the bundle's files by hard links if the file system allows it.
         overwrite: replace existing model folders.
         cores: of the machine that will serve, for Triton's own backends; None for this machine's.
-
-    Returns:
-        The model's folder.
-
-    Raises:
-        BundleError: `bundle` is not a bundle, or one of its files is missing or changed.
-        EngineError: the bundle has no artifact for the engine and precision.
-        InputError: a model folder exists and `overwrite` is not set, or it cannot be written; or the options do not
-            fit the backend.
     """
     manifest = read_manifest(bundle)
     cores = cores or usable_cores()
     encoder = None
     if options.backend is Backend.PYTHON:
-        _check_choice(manifest, options)
+        choose(manifest, options.engine, options.precision, elsewhere=True)
     else:
         encoder = BackendModel.of(bundle, manifest, options, cores)
-        options = _with_choice(options, encoder)
+        chosen = encoder.artifact
+        options = replace(
+            options, engine=chosen.engine.value, precision=chosen.precision.value, streams=encoder.streams
+        )
     check_files(bundle, manifest)
     target = repository / MODEL_NAME
     present = [repository / name for name in (ENCODER_NAME, MODEL_NAME) if (repository / name).exists()]
@@ -201,37 +185,13 @@ def write_repository(
 
 
 def write_temporary_repository(bundle: Path, repository: Path, options: ServingOptions) -> None:
-    """Write a repository that refers to the bundle in its place instead of copying it.
-
-    Raises:
-        BundleError: `bundle` is not a bundle.
-        InputError: the options name one of Triton's own backends, which only its container has.
-    """
+    """Write a repository that refers to the bundle in its place instead of copying it."""
     if options.backend is not Backend.PYTHON:
         raise InputError(f"the backend {options.backend.value} runs only in NVIDIA's container: choose python")
     manifest = read_manifest(bundle)
     folder = repository / MODEL_NAME
     folder.mkdir()
     write_model(manifest, folder, options, bundle=str(bundle.resolve()))
-
-
-def _check_choice(manifest: Manifest, options: ServingOptions) -> None:
-    """Check that the bundle has an artifact for the options; the serving machine finds out whether it runs."""
-    if options.engine == EngineName.FAKE.value:
-        return
-    packed = [(a.engine.value, a.precision.value) for a in manifest.artifacts if a.layout is Layout.PACKED]
-    if not any(options.engine in ("auto", e) and options.precision in ("auto", p) for e, p in packed):
-        present = ", ".join(f"{e} {p}" for e, p in packed) or "none"
-        raise EngineError(
-            f"the bundle has no packed artifact for engine {options.engine}, precision {options.precision}; "
-            f"it has {present}. Choose one of these, or export it"
-        )
-
-
-def _with_choice(options: ServingOptions, encoder: BackendModel) -> ServingOptions:
-    """Return the options of `embed` with the choice that was made for `encoder`."""
-    artifact = encoder.artifact
-    return replace(options, engine=artifact.engine.value, precision=artifact.precision.value, streams=encoder.streams)
 
 
 def _put_in_place(scratch: Path, repository: Path) -> None:
@@ -267,11 +227,6 @@ def _length_prefixed(text: str) -> bytes:
     """Encode one element of a BYTES tensor: its length as 4 little-endian bytes, then the bytes."""
     raw = text.encode("utf-8")
     return struct.pack("<I", len(raw)) + raw
-
-
-def _quoted(text: str) -> str:
-    """Escape a text for a double-quoted string in protobuf text format."""
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def link_or_copy(source: str, target: str) -> None:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from mirror_runtime.errors import ServerError
 from mirror_runtime.extras import require
@@ -22,28 +21,15 @@ _DRAINING_MODEL = Path(__file__).parents[1] / "model" / "draining_model.py"
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """The address and key of a running server.
+    """The address and key of a running server."""
 
-    Attributes:
-        address: host and port of gRPC.
-        key: with which the server was started.
-        pid: the tritonserver process.
-    """
-
-    address: str
-    key: str
+    address: str  # host and port of gRPC
+    key: str  # with which the server was started
     pid: int
 
 
 class ModelControl:
-    """Triton's model control over gRPC. A context manager.
-
-    Args:
-        access: the server and its key.
-
-    Raises:
-        MissingExtra: tritonclient is not installed.
-    """
+    """Triton's model control over gRPC. A context manager."""
 
     def __init__(self, access: Access) -> None:
         library = require("tritonclient.grpc", "client")
@@ -54,18 +40,13 @@ class ModelControl:
     def load(self, model: str, timeout_s: float) -> None:
         """Load a model, or reload it: the old one serves until the new one is ready, and finishes its requests.
 
-        Raises:
-            ServerError: it cannot be loaded; the old model continues to serve.
+        If it cannot be loaded, the old model continues to serve.
         """
         with self._translate_errors(f"{model} cannot be loaded"):
             self._client.load_model(model, headers=self._headers, client_timeout=timeout_s)
 
     def unload(self, model: str) -> None:
-        """Unload a model after it has answered its requests.
-
-        Raises:
-            ServerError: it cannot be unloaded.
-        """
+        """Unload a model after it has answered its requests."""
         with self._translate_errors(f"{model} cannot be unloaded"):
             self._client.unload_model(model, headers=self._headers, client_timeout=_CALL_S)
 
@@ -73,9 +54,6 @@ class ModelControl:
         """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
 
         Triton's own unload rejects requests too, but as NOT_FOUND, which clients do not retry.
-
-        Raises:
-            ServerError: the model cannot be replaced.
         """
         with self._translate_errors(f"{model} cannot be drained"):
             config = self._client.get_model_config(model, as_json=True, client_timeout=_CALL_S)["config"]
@@ -96,9 +74,7 @@ class ModelControl:
     def __enter__(self) -> ModelControl:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextlib.contextmanager

@@ -42,22 +42,13 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class DeployReport:
-    """The result of a deployment.
+    """The result of a deployment."""
 
-    Attributes:
-        version: of the model `embed`; replies carry it too.
-        fingerprint: of the new model.
-        previous: fingerprint of the model before; None if there was none.
-        switched: whether a running server serves the new model now. Otherwise the next start will.
-        min_cosine: smallest cosine between the canaries' vectors from the server and the stored ones.
-        seconds: duration.
-    """
-
-    version: int
+    version: int  # of the model `embed`; replies carry it too
     fingerprint: str
-    previous: str | None
-    switched: bool
-    min_cosine: float
+    previous: str | None  # fingerprint of the model before; None if there was none
+    switched: bool  # whether a running server serves the new model now. Otherwise the next start will
+    min_cosine: float  # smallest cosine between the canaries' vectors from the server and the stored ones
     seconds: float
 
 
@@ -72,14 +63,8 @@ def deploy(
     """Replace the model of a repository by a bundle; keep the version before, and remove older ones.
 
     If `mirror serve` runs on the repository, its clients see the old model or the new one, never an error. For a while
-    both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged.
-
-    Args:
-        bundle: the new bundle.
-        repository: the model repository; created if missing.
-        options: how to serve it; None keeps the options of the present version.
-        link: share the bundle's files by hard links if the file system allows it.
-        on_progress: called with a line of text at each step.
+    both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged. Without
+    `options`, those of the present version stay.
 
     Raises:
         BundleError: `bundle` is not a bundle, is corrupted, or has no canaries to prove it with.
@@ -120,7 +105,7 @@ def deploy(
         fresh = _write(bundle, manifest, scratch, model, options, version, link=link)
         staged = fresh / str(version) / "bundle"
         on_progress("proving it through a server" if access is None else "proving it beside the model that serves")
-        cosine, kept = _try_out(manifest, staged, scratch, model.parent, options, access, proof)
+        cosine, kept = _try_out(staged, scratch, model.parent, options, access, proof)
         with _published(fresh, model, scratch) as undo:
             if access is not None:
                 on_progress("switching")
@@ -136,11 +121,7 @@ def deploy(
 
 
 def present_options(model: Path) -> ServingOptions:
-    """Read the serving options of a model folder; return the defaults if it does not exist.
-
-    Raises:
-        InputError: this project did not write its configuration.
-    """
+    """Read the serving options of a model folder; return the defaults if it does not exist."""
     path = model / _CONFIG_FILE
     if not path.exists():
         return ServingOptions()
@@ -165,15 +146,7 @@ class _Proof:
     batch_size: int
 
     def check(self, address: str, model: str) -> tuple[float, list[Canary]]:
-        """Compare a served model's vectors of the canaries with the stored ones.
-
-        Returns:
-            The smallest cosine, and the canaries that were not truncated.
-
-        Raises:
-            ParityError: they differ, or some are missing.
-            ServerError: the server failed.
-        """
+        """Compare a served model's canaries with the stored ones; return the worst cosine and those not truncated."""
         with Client(address, model=model, timeout_s=STARTUP_S) as client:
             served = client.encode_detailed([canary.text for canary in self.canaries], self.batch_size)
         if served.errors:
@@ -247,13 +220,7 @@ def _write(
 
 
 def _try_out(
-    manifest: Manifest,
-    staged: Path,
-    scratch: Path,
-    repository: Path,
-    options: ServingOptions,
-    access: Access | None,
-    proof: _Proof,
+    staged: Path, scratch: Path, repository: Path, options: ServingOptions, access: Access | None, proof: _Proof
 ) -> tuple[float, list[Canary]]:
     """Prove the new version under a name of its own, on the running server or on one started for it."""
     name = MODEL_NAME if access is None else CANDIDATE_NAME
@@ -261,7 +228,7 @@ def _try_out(
     folder = trial / name
     folder.mkdir(parents=True)
     # One canary is longer than the encoder takes; its stored vector is that of the truncated text.
-    write_model(manifest, folder, replace(options, long_texts=LongTexts.TRUNCATE), bundle=str(staged))
+    write_model(proof.manifest, folder, replace(options, long_texts=LongTexts.TRUNCATE), bundle=str(staged))
     if access is None:
         with Server(trial) as server:
             return proof.check(server.access.address, name)

@@ -23,11 +23,7 @@ _TRIES = 25
 
 @contextlib.contextmanager
 def deploying(repository: Path) -> Iterator[None]:
-    """Lock a repository for one deployment. The lock ends with the process, even if it is killed.
-
-    Raises:
-        InputError: another process deploys into the repository, or it cannot be written.
-    """
+    """Lock a repository for one deployment. The lock ends with the process, even if it is killed."""
     try:
         handle = os.open(repository / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
@@ -44,11 +40,7 @@ def deploying(repository: Path) -> Iterator[None]:
 
 
 class DeployLock:
-    """Lets the server's watchdog see deployments, which replace models on purpose.
-
-    Args:
-        repository: the model repository; deployments need not be possible.
-    """
+    """Lets the server's watchdog see deployments, which replace models on purpose."""
 
     def __init__(self, repository: Path) -> None:
         self._lock = repository / LOCK_FILE
@@ -77,14 +69,8 @@ class DeployLock:
 class ServerFile:
     """The file in a repository that tells `mirror deploy` which server serves it. A context manager.
 
-    It contains the server's key, so only its owner may read it. It is locked while the process that wrote it lives.
-
-    Args:
-        repository: the model repository.
-
-    Raises:
-        InputError: another process serves the repository.
-        OSError: the repository cannot be written; then deployments cannot reach this server.
+    It contains the server's key, so only its owner may read it. It is locked while the process that wrote it lives. An
+    OSError means that the repository cannot be written; then deployments cannot reach this server.
     """
 
     def __init__(self, repository: Path) -> None:
@@ -110,11 +96,7 @@ class ServerFile:
 
 
 def find_server(repository: Path) -> Access | None:
-    """Return the server that serves a repository; None if there is none.
-
-    Raises:
-        ServerError: it is starting, or another user owns it.
-    """
+    """Return the server that serves a repository, None if there is none; raise if it is starting or not ours."""
     path = repository / ACCESS_FILE
     try:
         handle = os.open(path, os.O_RDONLY)

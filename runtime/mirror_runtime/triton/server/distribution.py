@@ -23,28 +23,16 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """Paths inside the wheel.
+    """Paths inside the wheel."""
 
-    Attributes:
-        binary: the `tritonserver` executable.
-        python_backend: folder with the Python backend's library and utilities.
-        stub: the executable that embeds Python, built for this interpreter's version.
-        libraries: folder with the shared libraries that all of them need.
-    """
-
-    binary: Path
-    python_backend: Path
-    stub: Path
-    libraries: Path
+    binary: Path  # the `tritonserver` executable
+    python_backend: Path  # folder with the Python backend's library and utilities
+    stub: Path  # the executable that embeds Python, built for this interpreter's version
+    libraries: Path  # folder with the shared libraries that all of them need
 
 
 def find_distribution() -> Distribution:
-    """Find the wheel without importing it.
-
-    Raises:
-        ServerError: this machine cannot run the wheel's tritonserver; the message shows how to use the container.
-        MissingExtra: the wheel is not installed.
-    """
+    """Find the wheel without importing it. If this machine cannot run it, the error shows how to use the container."""
     check_platform()
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
@@ -65,11 +53,7 @@ def find_distribution() -> Distribution:
 
 
 def server_environment(distribution: Distribution) -> dict[str, str]:
-    """Build an environment in which tritonserver's stub uses this interpreter, its packages and this source root.
-
-    Raises:
-        ServerError: the shared libpython that the stub needs is missing.
-    """
+    """Build an environment in which tritonserver's stub uses this interpreter, its packages and this source root."""
     bin_folder = str(Path(sys.executable).parent)
     packages = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()])
     if site.ENABLE_USER_SITE:
@@ -103,11 +87,7 @@ def _libpython_folder() -> list[str]:
 
 
 def check_platform() -> None:
-    """Check that the wheel's server can run on this system.
-
-    Raises:
-        ServerError: it cannot; the message shows how to use the container.
-    """
+    """Check that the wheel's server can run on this system; if not, the error shows how to use the container."""
     machine = f"{platform.system()} {platform.machine()}"
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise ServerError(f"the tritonserver wheel runs on Linux x86-64; this is {machine}. {_use_container()}")

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import DEAD_RUNNER
@@ -38,13 +37,7 @@ class HealthPolicy:
 
 
 class Watchdog:
-    """Watches one running server from one thread, with probes from another. A context manager.
-
-    Args:
-        server: ready.
-        policy: how long it may be silent.
-        clock: seconds, monotonic.
-    """
+    """Watches one running server from one thread, with probes from another. A context manager."""
 
     def __init__(self, server: Server, policy: HealthPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self.prober = Prober(server.client(timeout_s=policy.computing_s), policy.probe_s, clock)
@@ -58,14 +51,7 @@ class Watchdog:
         self._computed_s = server.workers_cpu_seconds()
 
     def watch(self, stopping: threading.Event) -> str:
-        """Wait until the server is broken.
-
-        Args:
-            stopping: set by another thread to end the wait.
-
-        Returns:
-            The problem; empty if `stopping` was set.
-        """
+        """Wait until the server is broken and return the problem; empty if another thread has set `stopping`."""
         while not stopping.wait(self._policy.check_s):
             if problem := self.check():
                 return problem
@@ -88,9 +74,7 @@ class Watchdog:
         self.prober.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.prober.close()
         self._counters.close()
 
@@ -129,13 +113,7 @@ class Watchdog:
 
 
 class Prober:
-    """Runs one real inference after the other, in a thread of its own, and keeps the outcome of the last one.
-
-    Attributes:
-        answered_at: when a probe was last answered.
-        failure: the error of the last probe; empty if it was answered.
-        failing: whether the model answered the last probe with a failure.
-    """
+    """Runs one real inference after the other, in a thread of its own, and keeps the outcome of the last one."""
 
     def __init__(self, client: Client, pause_s: float, clock: Callable[[], float]) -> None:
         self.answered_at = 0.0
@@ -158,11 +136,7 @@ class Prober:
         self._thread.join()
 
     def probe(self) -> None:
-        """Run one inference.
-
-        Raises:
-            ValueError: the client is closed; gRPC raises it.
-        """
+        """Run one inference. gRPC raises a ValueError if the client is closed."""
         try:
             self._client.probe()
         except (OverloadedError, ServerError) as error:  # an overloaded model answers others, or else it hangs

@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
@@ -242,9 +241,7 @@ class Server:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _take_ports(self) -> None:

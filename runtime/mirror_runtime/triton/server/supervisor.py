@@ -87,7 +87,7 @@ def serve(
         ServerError: the server did not start, or broke more often than `max_restarts`.
     """
     service = service or ServiceOptions()
-    with _repository(source, options) as repository, _signals() as signals, contextlib.ExitStack() as stack:
+    with _repository(source, options) as repository, _signals() as (first, second), contextlib.ExitStack() as stack:
         server_file = None
         if repository == source:
             try:
@@ -97,17 +97,17 @@ def serve(
                     f"{repository} cannot be written ({error.strerror}): mirror deploy cannot reach this server"
                 )
         server = Server(repository, host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-        supervisor = Supervisor(server, service, signals.first, server_file, on_progress)
+        supervisor = Supervisor(server, service, first, server_file, on_progress)
         try:
             server.start()
-            server.wait_ready(cancelled=signals.first)
-            if not signals.first.is_set():
+            server.wait_ready(cancelled=first)
+            if not first.is_set():
                 if server_file:
                     server_file.write(server.access)
                 if on_ready is not None:
                     on_ready(server)
                 if supervisor.run():
-                    _drain(server, service.drain_s, signals.second, on_progress)
+                    _drain(server, service.drain_s, second, on_progress)
             server.stop(grace_s=1.0)
         finally:
             server.stop(grace_s=0.0)
@@ -129,11 +129,7 @@ class Supervisor:
         self._restarts: deque[float] = deque()
 
     def run(self) -> bool:
-        """Watch and restart the server until `stopping` is set; return whether it is serving then.
-
-        Raises:
-            ServerError: the server broke once more than `max_restarts`.
-        """
+        """Watch and restart the server until `stopping` is set; return whether it is serving then."""
         while True:
             with Watchdog(self._server, self._options.health) as watchdog:
                 problem = watchdog.watch(self._stopping)
@@ -202,33 +198,27 @@ def _repository(source: Path, options: ServingOptions | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Signals:
-    first: threading.Event = field(default_factory=threading.Event)
-    second: threading.Event = field(default_factory=threading.Event)
-
-
 @contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Turn SIGINT and SIGTERM into events: an exception at an arbitrary place could lose a process just started.
+def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Turn the first and second SIGINT or SIGTERM into events: an exception anywhere could lose a process just started.
 
     A handler must not set the events itself, because it may interrupt the very thread that holds their lock. It puts
     the signal into a queue, which is reentrant, for another thread. `sigwait` in that thread would miss signals: numpy
     has already started threads that do not block them.
     """
-    events = _Signals()
+    first, second = threading.Event(), threading.Event()
     received: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def set_events() -> None:
         while received.get() is not None:
-            (events.second if events.first.is_set() else events.first).set()
+            (second if first.is_set() else first).set()
 
     thread = threading.Thread(target=set_events, name="mirror-signals", daemon=True)
     thread.start()
     stopping = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda number, _: received.put(number)) for number in stopping}
     try:
-        yield events
+        yield first, second
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
