@@ -318,7 +318,7 @@ class AsyncEncoder:
                 if call.done.done():  # cancelled, or failed with another micro-batch
                     continue
                 if isinstance(outcome, TextError):
-                    call.errors[position] = TextError(position, outcome.reason)
+                    call.errors[position] = type(outcome)(position, outcome.reason)
                 elif isinstance(outcome, Exception):
                     call.done.set_exception(outcome)
                     continue

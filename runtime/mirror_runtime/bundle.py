@@ -345,12 +345,13 @@ def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_files(bundle: Path, manifest: Manifest) -> None:
-    """Compare every file of a bundle with the manifest's sha256; a `BundleError` names those missing or changed."""
-    missing = [name for name in manifest.files if not (bundle / name).is_file()]
+def check_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare files of a bundle with the manifest's sha256, by default all; a `BundleError` names those that differ."""
+    expected = {name: manifest.files[name] for name in (manifest.files if names is None else names)}
+    missing = [name for name in expected if not (bundle / name).is_file()]
     if missing:
         raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy or export it again")
-    changed = [name for name, digest in manifest.files.items() if sha256_file(bundle / name) != digest]
+    changed = [name for name, digest in expected.items() if sha256_file(bundle / name) != digest]
     if changed:
         raise BundleError(
             f"{bundle} is corrupted: {', '.join(changed)} differ from the manifest. Copy or export it again"

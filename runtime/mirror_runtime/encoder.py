@@ -17,21 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import (
+    TOKENIZER_FILE,
     Artifact,
     EncoderSpec,
     EngineName,
     Manifest,
     Precision,
+    check_files,
     read_manifest,
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
-from mirror_runtime.errors import EngineError, InputError, TextError
+from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
-from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
@@ -187,6 +189,11 @@ class Encoder:
         path: str = "",
     ) -> Encoder:
         spec = manifest.encoder
+
+        def check(*names: str) -> None:
+            check_files(folder, manifest, [name for name in names if name in manifest.files])
+
+        check(TOKENIZER_FILE, SPECIAL_TOKENS_FILE)
         tokenizer = Tokenizer.of(folder, spec, long_texts)
         artifact = decision.artifact
         kept = None
@@ -196,8 +203,10 @@ class Encoder:
                 # The fingerprint identifies weights stored beside the graph, the hash identifies the graph.
                 kept = cache / "graphs" / f"{manifest.fingerprint}-{manifest.files[path][:16]}"
         engine = load_engine(
-            decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept
-        )
+            decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept,
+            # Weights may lie beside the graph.
+            before_reading=lambda: check(path, f"{path}_data", path.removesuffix(".xml") + ".bin"),
+        )  # fmt: skip
         shape_set = ShapeSet.up_to(
             spec.pad_to or spec.max_tokens,
             base=decision.row_tokens,
@@ -261,7 +270,7 @@ class Encoder:
         errors: dict[int, TextError] = {}
         at = 0
         for part in self.encode_stream(texts):
-            errors.update({at + i: TextError(at + i, error.reason) for i, error in part.errors.items()})
+            errors.update({at + i: type(error)(at + i, error.reason) for i, error in part.errors.items()})
             parts.append(part)
             at += len(part.vectors)
         if len(parts) == 1:
@@ -368,7 +377,7 @@ class Encoder:
         # A sum of integers is finite, and one of floats is exactly where all of them are: a fraction of the full check.
         if not np.isfinite(vectors.sum(dtype=np.float64)):
             for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
-                errors[at] = TextError(at, "has a vector with NaN or infinity: check the bundle with mirror verify")
+                errors[at] = NotFiniteError(at)
                 vectors[at] = 0
         self._counters.add(unpack_s=time.perf_counter() - began, failed=len(errors) - len(tokenized.errors))
         return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors)

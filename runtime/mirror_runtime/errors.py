@@ -8,6 +8,7 @@
     ├── OverloadedError    too many texts are waiting; this one may be sent again later
     ├── InputError         the caller's texts, files or options cannot be used
     │   └── TextError      one text of a batch; carries its position
+    │       └── NotFiniteError  the engine's fault, not the text's: its vector has NaN or infinity
     ├── ServerError        a model server did not start, or answered with a failure
     │   ├── UnavailableError        it cannot be reached, or rejects requests for now: another try may succeed
     │   └── DeadlineExceededError   no answer before the caller's deadline
@@ -77,6 +78,13 @@ class TextError(InputError):
         super().__init__(f"text {index}: {reason}")
         self.index = index
         self.reason = reason
+
+
+class NotFiniteError(TextError):
+    """The engine computed NaN or infinity for one text of a batch, whose vector is therefore not returned."""
+
+    def __init__(self, index: int, reason: str = "has a vector with NaN or infinity: run mirror verify") -> None:
+        super().__init__(index, reason)
 
 
 class ServerError(MirrorError):

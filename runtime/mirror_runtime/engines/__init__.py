@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +32,13 @@ def load_engine(
     streams: int | None = None,
     spec: EncoderSpec,
     cache: Path | None = None,
+    before_reading: Callable[[], None] = lambda: None,
 ) -> Engine:
     """Load a packed graph (an ONNX file or TensorRT plan) into an engine, in this precision and never in another.
 
     Without `streams` the engine chooses them from this process's cores. OpenVINO needs the spec's pooling, the fake
     engine its vector type. `cache` is a folder for what the engine makes of this graph, to start faster next time.
+    `before_reading` checks the graph's file; it is not called if the engine reads its own copy from the cache instead.
 
     Raises:
         MissingExtra: the engine's library is not installed.
@@ -46,7 +49,9 @@ def load_engine(
     if name is EngineName.OPENVINO:
         from mirror_runtime.engines.openvino_engine import OpenVinoEngine, length_multiple_of
 
-        return OpenVinoEngine(graph, precision, streams, cache, length_multiple=length_multiple_of(spec.pooling))
+        multiple = length_multiple_of(spec.pooling)
+        return OpenVinoEngine(graph, precision, streams, cache, before_reading, length_multiple=multiple)
+    before_reading()
     if name is EngineName.ONNXRUNTIME:
         from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mirror_runtime.bundle import sha256_file
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
 
 _log = logging.getLogger(__name__)
 
-_GRAPH, _WEIGHTS, _SIZES = "graph.xml", "graph.bin", "sizes.json"
+_GRAPH, _WEIGHTS, _HASHES = "graph.xml", "graph.bin", "sha256.json"
 
 
 def shared_core() -> Any:
@@ -36,26 +38,29 @@ def _core_of(openvino: Any) -> Any:
     return openvino.Core()
 
 
-def read_graph(graph: Path, cache: Path | None) -> Any:
+def read_graph(graph: Path, cache: Path | None, before_reading: Callable[[], None] = lambda: None) -> Any:
     """Read a graph; an ONNX file through `cache`, its own folder, named after its content. None for no cache.
 
-    If the cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
+    `before_reading` checks the file before it is read or converted; the cached files have hashes of their own. If the
+    cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
     only takes longer; the reason is logged. OpenVINO raises a RuntimeError if the graph itself cannot be read.
     """
     core = shared_core()
     if cache is None or graph.suffix != ".onnx":
+        before_reading()
         return core.read_model(graph)
     openvino = require("openvino", "openvino")
-    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}"
+    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}-hashed"
     kept = _read(core, folder)
     if kept is not None:
         return kept
+    before_reading()
     model = core.read_model(graph)
     try:
-        with whole_folder(folder, overwrite=True, marker=_SIZES) as partial:
+        with whole_folder(folder, overwrite=True, marker=_HASHES) as partial:
             openvino.save_model(model, partial / _GRAPH, compress_to_fp16=False)
-            sizes = {name: (partial / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
-            (partial / _SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+            hashes = {name: sha256_file(partial / name) for name in (_GRAPH, _WEIGHTS)}
+            (partial / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
     except (InputError, OSError, RuntimeError) as error:  # disk full, no permission, or another process is writing it
         _log.info("the graph is not cached: %s", error)
         return model
@@ -65,11 +70,10 @@ def read_graph(graph: Path, cache: Path | None) -> Any:
 def _read(core: Any, folder: Path) -> Any | None:
     """Read a cached graph; None if there is none or it is damaged."""
     try:
-        sizes = json.loads((folder / _SIZES).read_text(encoding="utf-8"))
-        whole = sizes == {name: (folder / name).stat().st_size for name in (_GRAPH, _WEIGHTS)}
-        if whole:
+        hashes = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+        if hashes == {name: sha256_file(folder / name) for name in (_GRAPH, _WEIGHTS)}:
             return core.read_model(folder / _GRAPH)
-        reason = "file sizes have changed"
+        reason = "its files have changed"
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RuntimeError) as error:

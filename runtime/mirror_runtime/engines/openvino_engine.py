@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,7 @@ class OpenVinoEngine:
         precision: Precision,
         streams: int | None,
         cache: Path | None = None,
+        before_reading: Callable[[], None] = lambda: None,
         *,
         length_multiple: int = BLOCK,
     ) -> None:
@@ -112,7 +113,7 @@ class OpenVinoEngine:
         self._slots: dict[tuple[int, int], SimpleQueue[_Slot]] = {}
         self._compiling: dict[tuple[int, int], threading.Lock] = {}
         try:
-            self._model = read_graph(graph, cache)
+            self._model = read_graph(graph, cache, before_reading)
         except RuntimeError as error:
             raise EngineError(f"openvino cannot load {graph.name}: {error}") from error
         _check_quantization(self._model, graph, precision)

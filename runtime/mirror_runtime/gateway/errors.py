@@ -9,7 +9,14 @@ from typing import Any
 import orjson
 
 from mirror_runtime.client.protocol import Rejected
-from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, TextError, UnavailableError
+from mirror_runtime.errors import (
+    DeadlineExceededError,
+    InputError,
+    NotFiniteError,
+    OverloadedError,
+    TextError,
+    UnavailableError,
+)
 
 RETRY_AFTER_S = 1
 """The retry-after of refusals without a measured one: a backend that cannot be reached may be back any second."""
@@ -84,9 +91,9 @@ def refusal_of(error: Exception) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, TextError):
+    if isinstance(error, TextError) and not isinstance(error, NotFiniteError):
         return Refusal(400, "invalid_text", str(error), param="input")
-    if isinstance(error, (InputError, Rejected)):
+    if isinstance(error, (InputError, Rejected)) and not isinstance(error, NotFiniteError):
         return Refusal(400, "invalid_input", str(error), param="input")
     if isinstance(error, OverloadedError):
         return overloaded("the encoder's queue is full: try again later", error.retry_after_s)

@@ -9,6 +9,7 @@ import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.cache import cache_folder
+from mirror_runtime.errors import BundleError
 
 TEXTS = ["the cat sat on the mat", "a dog", "", *("word " * n for n in range(1, 70, 7))]
 
@@ -40,7 +41,8 @@ def test_the_first_load_fills_it_and_the_second_reads_it_with_the_same_bits(tiny
         ("graph.xml", lambda whole: whole[: len(whole) // 2]),
         ("graph.bin", lambda whole: whole[: len(whole) // 2]),
         ("graph.bin", lambda whole: whole + bytes(64)),  # OpenVINO itself would accept this one
-        ("sizes.json", lambda whole: whole[: len(whole) // 2]),
+        ("graph.bin", lambda whole: whole[:5000] + bytes(2000) + whole[7000:]),
+        ("sha256.json", lambda whole: whole[: len(whole) // 2]),
     ],
 )
 def test_a_damaged_one_is_made_again(tiny_bundle, tmp_path, expected, caplog, name, damage):
@@ -53,6 +55,18 @@ def test_a_damaged_one_is_made_again(tiny_bundle, tmp_path, expected, caplog, na
     caplog.clear()
     assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
     assert "is damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["onnx/model_packed.onnx", "tokenizer.json"])
+def test_a_damaged_bundle_does_not_load_and_is_not_cached(tiny_bundle, tmp_path, engine, name):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    whole = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(whole[:5000] + bytes(2000) + whole[7000:])
+    with pytest.raises(BundleError, match=f"corrupted: {name} differ"):
+        Encoder.load(bundle, engine=engine, precision="fp32", cache_dir=tmp_path / "cache")
+    assert not list(tmp_path.rglob("graph.bin"))
 
 
 def test_another_release_of_openvino_has_its_own(tiny_bundle, tmp_path, expected):

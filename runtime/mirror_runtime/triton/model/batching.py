@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.encoder import Encoded, Encoder
+from mirror_runtime.errors import NotFiniteError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.request_options import DEFAULTS, RequestOptions
 from mirror_runtime.vectors import Vectors, cut
@@ -100,6 +101,8 @@ def embed(encoder: Encoder, requests: Sequence[EmbedRequest], long_texts: LongTe
 def _select(encoded: Encoded, span: slice, options: RequestOptions, spec: EncoderSpec) -> EmbedResult | Failure:
     """Select one request's part of a batch."""
     failed = next((i for i in range(span.start, span.stop) if i in encoded.errors), None)
+    if failed is not None and isinstance(error := encoded.errors[failed], NotFiniteError):
+        return Failure(kind=FailureKind.INTERNAL, message=f"text {failed - span.start} {error.reason}")
     if failed is not None:
         return _invalid(failed - span.start, encoded.errors[failed].reason)
     shorter = options.dimensions not in (None, spec.dim)
