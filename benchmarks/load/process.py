@@ -18,12 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from benchmarks.load.generator import OpenLoop, Sender, closed_loop, recovery_time
-from benchmarks.load.requests import ExpectedVectors, InTurn, Mix, RequestSource
-from benchmarks.load.targets import open_targets
-from benchmarks.load.window import Window
+from benchmarks.load.generator import Loop, Window
+from benchmarks.load.requests import GATEWAY, KINDS, ExpectedVectors, Kind, Request, in_turn, mix
+from benchmarks.load.targets import GatewayTarget, Sender, Target, TritonTarget
 from benchmarks.workers import WorkerProcess
-from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton.server.server import launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,27 +39,9 @@ class Load:
         self._worker = worker
 
     def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
-        """Run a closed loop: see `closed_loop`. Without `turn` it sends the mix's good requests."""
+        """Run a closed loop: see `Loop.closed`. Without `turn` it sends the mix's good requests."""
         answer = self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed)
         return Window.from_json(answer["window"])
-
-    def open(
-        self, *, rate: float, seconds: float, turn: Turn, seed: int, recover_within_ms: float | None = None
-    ) -> tuple[Window, float | None]:
-        """Run an open loop to its end.
-
-        Args:
-            rate: requests per second.
-            seconds: for how long requests are due.
-            turn: what is sent.
-            seed: of the arrivals.
-            recover_within_ms: measure how long after the last request the server answers in this time again.
-
-        Returns:
-            What ended, and the seconds until the server had recovered; None if it did not, or was not measured.
-        """
-        self.begin(rate=rate, seconds=seconds, seed=seed, turn=turn, recover_within_ms=recover_within_ms)
-        return self.take("wait"), self._worker.ask("recovery")["recovery_s"]
 
     def begin(
         self,
@@ -72,7 +52,7 @@ class Load:
         turn: Turn | None = None,
         recover_within_ms: float | None = None,
     ) -> None:
-        """Begin an open loop, of the mix without `turn`, and return while it runs; see `open`."""
+        """Begin an open loop, of the mix without `turn`, and return while it runs: see `Loop.open`."""
         self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, recover_within_ms=recover_within_ms)
 
     def take(self, end: End = "") -> Window:
@@ -82,12 +62,7 @@ class Load:
 
 @contextmanager
 def load_process(
-    addresses: Mapping[str, str],
-    texts: Sequence[str],
-    *,
-    timeout_s: float,
-    expected: ExpectedVectors | None = None,
-    fingerprint: str | None = None,
+    addresses: Mapping[str, str], texts: Sequence[str], *, timeout_s: float, expected: ExpectedVectors | None = None
 ) -> Iterator[Load]:
     """Start a generator that has opened its targets; its connections are closed and it has ended on exit.
 
@@ -96,7 +71,6 @@ def load_process(
         texts: that are sent.
         timeout_s: limit of one request, in seconds.
         expected: right vectors of the texts, which then are `expected.texts`; needed by a mix.
-        fingerprint: vector space that answers must name.
 
     Raises:
         PeerError: it did not start.
@@ -106,25 +80,26 @@ def load_process(
         data.write_bytes(pickle.dumps((tuple(texts), expected)))
         command = [*launcher(), sys.executable, "-m", "benchmarks.load.process"]
         with WorkerProcess(command, Path(folder) / "log", folder=ROOT) as worker:
-            worker.ask(
-                "connect",
-                addresses=dict(addresses), data=str(data), request_timeout_s=timeout_s, fingerprint=fingerprint,
-            )  # fmt: skip
+            worker.ask("connect", addresses=dict(addresses), data=str(data), request_timeout_s=timeout_s)
             yield Load(worker)
             worker.ask("disconnect")
 
 
 class Generator:
-    """The generator's operations, named as in the protocol."""
+    """The generator's operations, named as in the protocol and in `Load`."""
 
-    async def connect(
-        self, addresses: Mapping[str, str], data: str, request_timeout_s: float, fingerprint: str | None
-    ) -> dict[str, Any]:
+    async def connect(self, addresses: Mapping[str, str], data: str, request_timeout_s: float) -> dict[str, Any]:
         """Open the targets, and read the texts and their expected vectors, which the parent has pickled."""
         self._texts: tuple[str, ...]
         self._expected: ExpectedVectors | None
         self._texts, self._expected = pickle.loads(Path(data).read_bytes())
-        self._targets = open_targets(addresses, request_timeout_s, fingerprint)
+        fingerprint = None if self._expected is None else self._expected.fingerprint
+        self._targets: dict[str, Target] = {
+            name: GatewayTarget(address, request_timeout_s)
+            if name == GATEWAY
+            else TritonTarget(name, address, request_timeout_s, fingerprint)
+            for name, address in addresses.items()
+        }
         self._send = Sender(self._targets, self._texts, self._expected).send
         return {}
 
@@ -135,23 +110,15 @@ class Generator:
         return {}
 
     async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
-        """Run a closed loop."""
-        window = await closed_loop(self._send, self._source(turn, seed), callers=callers, seconds=seconds)
-        return {"window": vars(window)}
+        """Run a closed loop. Callers of the mix draw from one sequence; others start at places of their own."""
+        mixed = self._requests(turn, seed, kinds={Kind.GOOD: 1.0})
+        streams = [mixed if turn is None else self._requests(turn, seed, at / callers) for at in range(callers)]
+        return {"window": vars(await Loop(self._send).closed(streams, seconds))}
 
-    async def begin(
-        self, rate: float, seconds: float, seed: int, turn: Turn | None, recover_within_ms: float | None
-    ) -> dict[str, Any]:
-        """Begin an open loop, which measures the recovery at its end."""
-        self._recovery_s: float | None = None
-
-        async def recovery() -> None:
-            if recover_within_ms is not None:
-                self._recovery_s = await recovery_time(self._send, self._source(turn, seed), recover_within_ms)
-
-        self._loop = OpenLoop(self._send, self._source(turn, seed), rate=rate, seconds=seconds, seed=seed)
-        self._task = asyncio.ensure_future(self._loop.run(recovery))
-        await asyncio.sleep(0)
+    async def begin(self, turn: Turn | None, seed: int, **options: Any) -> dict[str, Any]:
+        """Begin an open loop."""
+        self._loop = Loop(self._send)
+        self._task = asyncio.ensure_future(self._loop.open(self._requests(turn, seed), seed=seed, **options))
         return {}
 
     async def take(self, end: End) -> dict[str, Any]:
@@ -163,16 +130,13 @@ class Generator:
             await asyncio.gather(self._task, return_exceptions=True)
         return {"window": vars(self._loop.take())}
 
-    async def recovery(self) -> dict[str, Any]:
-        """Return the recovery time of the last open loop."""
-        return {"recovery_s": self._recovery_s}
-
-    def _source(self, turn: Turn | None, seed: int) -> RequestSource:
+    def _requests(
+        self, turn: Turn | None, seed: int, start: float = 0.0, kinds: Mapping[Kind, float] = KINDS
+    ) -> Iterator[Request]:
         if turn is not None:
-            target, size = turn
-            return InTurn(target, len(self._texts), size)
+            return in_turn(*turn, len(self._texts), start)
         assert self._expected is not None
-        return Mix(self._expected, seed)
+        return mix(self._expected, seed, kinds)
 
 
 async def serve() -> None:
@@ -184,8 +148,6 @@ async def serve() -> None:
         request = json.loads(line)
         try:
             answer = await getattr(generator, request.pop("op"))(**request)
-        except MirrorError as error:
-            answer = {"error": str(error)}
         except Exception as error:  # the process's edge: the parent decides what a failure means
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")

@@ -1,34 +1,40 @@
-"""A soak's report as files: soak.json, soak.md for people, and soak.png with memory and p99 over time."""
+"""A soak's verdicts and its report: soak.json, soak.md for people, and soak.png with memory and p99 over time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import linear_regression
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.load.window import EXPECTED
-from benchmarks.report.facts import Host, Source
-from benchmarks.report.plots import LIGHT
-from benchmarks.report.statistics import percentile
+from benchmarks.load.generator import Window
+from benchmarks.load.targets import EXPECTED, Outcome
+from benchmarks.recorder import Recorder
+from benchmarks.report.record import Better, Condition, Measurement
+from benchmarks.report.statistics import median, percentile
 from benchmarks.report.storage import measured_json, write_object
 from benchmarks.report.tables import table_lines
-from benchmarks.soaking.observations import ALL, Observations
-from benchmarks.soaking.verdicts import Thresholds, Verdict, drift, growth, judge, second_half
-from benchmarks.workload import WorkloadFacts
+from benchmarks.soaking.served import ALL, Ending
 from mirror_runtime.bundle import to_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SOAK_FILE, MARKDOWN_FILE, PLOT_FILE = "soak.json", "soak.md", "soak.png"
+
+LEAST_HALF_S = 240.0
+"""A slope over less time means nothing per hour: one more page cache or arena is hundreds of MB/hour then."""
+
+LEAST_WINDOWS = 3
+"""Of each third: a median of fewer is one window's chance."""
 
 LATE_MS = 20.0
 """If requests are sent later than this at p99, their times include waiting for the generator."""
 
 _LOG_LINES = 20
 WORDS = {True: "passed", False: "FAILED", None: "not judged"}
-NONE = "–"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,232 +46,272 @@ class Settings:
     minutes: float
     share: float
     window_s: float
+    max_growth: float
+    max_drift: float
+    max_unexpected: int
     seed: int
-    thresholds: Thresholds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What was served, and what its vectors were compared with.
+@dataclass(kw_only=True)
+class Observed:
+    """What a soak has observed so far. It is complete at any moment, so an interrupted run has a report.
 
     Attributes:
-        name: the bundle's folder.
-        floor: cosine to the expected vector below which a vector is wrong: the floor of the artifact's certificate.
-        canaries: texts whose expected vectors are the reference's own, from the bundle. The others' were computed in
-            process by the artifact that served.
-        long_texts: texts joined to about the encoder's limit; the others are the workload's.
+        before: the closed loop that measures the capacity.
+        windows: of the load.
+        memory: seconds since the load began, and the server's resident MB by process name.
+        restarts: how often the tritonserver was replaced.
+        load_s: how long requests have arrived.
+        partial: the run was interrupted.
+        log: what `mirror serve` wrote to standard error.
+        ending: None if the server never ran.
     """
 
+    before: Window = field(default_factory=Window)
+    windows: list[Window] = field(default_factory=list)
+    memory: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    restarts: int = 0
+    load_s: float = 0.0
+    partial: bool = False
+    log: Sequence[str] = ()
+    ending: Ending | None = None
+
+    @property
+    def capacity_per_s(self) -> float:
+        """Rate of the closed loop before the load."""
+        return len(self.before.times_ms) / self.before.seconds if self.before.times_ms else 0.0
+
+    @property
+    def unexpected(self) -> int:
+        """Requests that ended as none may, those before the load included."""
+        return sum(window.unexpected for window in (self.before, *self.windows))
+
+
+class Verdict(NamedTuple):
+    """One judgement: what was judged, whether it passed (None if the run was too short), and the figure."""
+
     name: str
-    fingerprint: str
-    engine: str
-    precision: str
-    floor: float
-    canaries: int
-    long_texts: int
+    passed: bool | None
+    finding: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SoakReport:
-    """Everything about one soak."""
-
-    started: str
-    host: Host
-    versions: dict[str, str]
-    source: Source
-    subject: Subject
-    workload: WorkloadFacts
-    settings: Settings
-    observed: Observations
-
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """The verdicts on what was observed."""
-        return judge(self.observed, self.settings.thresholds)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing that was judged is beyond its threshold."""
-        return all(verdict.passed is not False for verdict in self.verdicts)
-
-    def headline(self, output: Path) -> dict[str, Any]:
-        """Return the object that ends standard output."""
-        observed = self.observed
-        times = dict(observed.times()).get(ALL)
-        return {
-            "report": str(output / SOAK_FILE),
-            "schema_version": SCHEMA_VERSION,
-            "partial": observed.partial,
-            "passed": self.passed,
-            "load_s": round(observed.load_s, 1),
-            "requests": sum(observed.outcomes.values()),
-            "unexpected": observed.unexpected,
-            "p99_ms": percentile(times, 99) if times else None,
-            "p99_drift": drift(observed.windows),
-            "growth_mb_per_hour": growth(observed.memory).get(ALL),
-        }
-
-
-def write_files(report: SoakReport, folder: Path) -> None:
-    """Write a report's three files into a folder."""
-    observed, subject = report.observed, report.subject
-    _draw(report, folder / PLOT_FILE)
-    (folder / MARKDOWN_FILE).write_text(render(report), encoding="utf-8")
-    party = f"{subject.engine} {subject.precision}"
-    facts = {name: to_json(getattr(report, name)) for name in ("host", "source", "subject", "workload", "settings")}
-    write_object(
-        folder / SOAK_FILE,
-        {
-            **report.headline(Path(".")),
-            "started": report.started,
-            "versions": report.versions,
-            **facts,
-            "verdicts": [verdict._asdict() for verdict in report.verdicts],
-            "problems": [
-                {
-                    "outcome": end,
-                    "count": n,
-                    "first_at_s": observed.first[end].at_s,
-                    "first_reason": observed.first[end].reason,
-                }
-                for end, n in observed.problems.items()
-            ],
-            "ending": to_json(observed.ending),
-            "server_log": list(observed.server_log),
-            **measured_json(observed.measurements(party, report.settings.share), ()),
-        },
+def judge(observed: Observed, settings: Settings) -> list[Verdict]:
+    """Compare what was observed with the thresholds."""
+    count = sum(window.requests for window in observed.windows)
+    answered = any(window.times_ms for window in observed.windows)
+    errors = (
+        f"{observed.unexpected} of {count} requests ended as none may (at most {settings.max_unexpected})"
+        f"{'' if answered else '; none had a right answer'}"
     )
+    return [
+        Verdict("errors", observed.unexpected <= settings.max_unexpected and answered, errors),
+        Verdict("memory", *_judge_growth(observed, settings.max_growth)),
+        Verdict("p99 drift", *_judge_drift(drift(observed), settings.max_drift)),
+        Verdict("restarts", not observed.restarts, f"the server was replaced {observed.restarts} times (0)"),
+        Verdict("end", *_judge_ending(observed.ending)),
+    ]
 
 
-def render(report: SoakReport) -> str:
+def _judge_growth(observed: Observed, most: float) -> tuple[bool | None, str]:
+    half, slope = second_half(observed), growth(observed).get(ALL)
+    if slope is None:
+        return None, "not judged: too few samples of the server's memory"
+    seconds = half[-1][0] - half[0][0]
+    finding = f"{slope:+.1f} MB/hour over the last {seconds:.0f} s (at most {most:+.1f})"
+    if seconds < LEAST_HALF_S:
+        return None, f"not judged, which takes {LEAST_HALF_S:.0f} s: {finding}"
+    return slope <= most, finding
+
+
+def _judge_drift(ratio: float | None, most: float) -> tuple[bool | None, str]:
+    if ratio is None:
+        return None, f"not judged: it takes {3 * LEAST_WINDOWS} windows with answers"
+    return ratio <= most, f"last third over first: {ratio:.2f} (at most {most:.2f})"
+
+
+def _judge_ending(ending: Ending | None) -> tuple[bool | None, str]:
+    if ending is None:
+        return None, "not judged: the server never ran"
+    if ending.by_itself:
+        return False, f"the server ended by itself with status {ending.status}"
+    how = "was killed: it did not end in time" if ending.status is None else f"ended with status {ending.status}"
+    left = ", ".join(ending.leftovers) or "nothing"
+    finding = f"at SIGTERM it {how} after {ending.seconds:.1f} s and left {left} (status 0, nothing left)"
+    return ending.status == 0 and not ending.leftovers, finding
+
+
+def second_half(observed: Observed) -> list[tuple[float, dict[str, float]]]:
+    """Return the memory in the second half of the time: caches and arenas fill up in the first."""
+    memory = observed.memory
+    return [sample for sample in memory if 2 * sample[0] >= memory[0][0] + memory[-1][0]]
+
+
+def growth(observed: Observed) -> dict[str, float]:
+    """Return the least-squares slope of each process name's memory over the second half, in MB/hour.
+
+    Empty with fewer than two samples there.
+    """
+    half = second_half(observed)
+    if len(half) < 2:
+        return {}
+    hours = [at_s / 3600 for at_s, _ in half]
+    return {name: linear_regression(hours, [mb.get(name, 0.0) for _, mb in half]).slope for name in half[-1][1]}
+
+
+def drift(observed: Observed) -> float | None:
+    """Return the last third's median p99 of a window over the first third's; None with too few windows for that.
+
+    Medians, so that one window disturbed by other work on the machine does not count as drift.
+    """
+    p99s = [percentile(window.times_ms, 99) for window in observed.windows if window.times_ms]
+    third = len(p99s) // 3
+    return median(p99s[-third:]) / median(p99s[:third]) if third >= LEAST_WINDOWS else None
+
+
+def find_problems(observed: Observed) -> list[dict[str, Any]]:
+    """Return how often requests ended as none may, those before the load included, with the first of each outcome."""
+    problems: dict[str, dict[str, Any]] = {}
+    for window in (observed.before, *observed.windows):
+        for outcome, (at_s, reason) in window.first.items():
+            reason = f"before the load: {reason}" if window is observed.before else reason
+            new = {"outcome": outcome, "count": 0, "first_at_s": at_s, "first_reason": reason}
+            problems.setdefault(outcome, new)["count"] += window.outcomes[outcome]
+    return list(problems.values())
+
+
+def measure(observed: Observed, party: str, share: float) -> tuple[Measurement, ...]:
+    """Return everything as measurements of suite "soak"; the load offered was a share of the capacity."""
+    recorder, windows, capacity = Recorder(), observed.windows, observed.capacity_per_s
+    answered = [window for window in windows if window.times_ms]
+    times = {ALL: [ms for window in windows for ms in window.times_ms]}
+    for label in sorted({label for window in windows for label in window.answered_ms}):
+        times[label] = [ms for window in windows for ms in window.answered_ms.get(label, ())]
+    ends = {outcome: sum(window.count(outcome) for window in windows) for outcome in Outcome}
+    expected = {outcome: "yes" if outcome in EXPECTED else "no" for outcome in Outcome}
+    names = dict.fromkeys(name for _, mb in observed.memory for name in mb)
+    rows: list[tuple[str, str, Sequence[float], dict[str, Condition]]] = [
+        ("requests per second", "1/s", [capacity] * bool(capacity), {"loop": "closed"}),
+        ("requests per second", "1/s", [share * capacity] * bool(capacity), {"loop": "open"}),
+        *(("time per request", "ms", samples, {"request": label}) for label, samples in times.items()),
+        *(
+            ("requests", "", [count] * bool(count), {"outcome": outcome.value, "expected": expected[outcome]})
+            for outcome, count in ends.items()
+        ),
+        ("end of a window", "s", [window.at_s for window in answered], {}),
+        *((f"p{q} of a window", "ms", [percentile(one.times_ms, q) for one in answered], {}) for q in (50, 99)),
+        ("sending lag p99", "ms", [window.lag_p99_ms for window in windows], {}),
+        ("time of a memory sample", "s", [at_s for at_s, _ in observed.memory], {}),
+        *(
+            ("resident memory", "MB", [mb.get(name, 0.0) for _, mb in observed.memory], {"process": name})
+            for name in names
+        ),
+        *(("growth of memory", "MB/h", [slope], {"process": name}) for name, slope in growth(observed).items()),
+    ]
+    for metric, unit, samples, conditions in rows:
+        if samples:
+            better = Better.LOWER if metric == "time per request" else Better.NEITHER
+            recorder.record("soak", party, metric, *samples, unit=unit, better=better, conditions=conditions)
+    return recorder.measurements
+
+
+def write_files(
+    folder: Path, party: str, settings: Settings, facts: Mapping[str, object], observed: Observed
+) -> dict[str, Any]:
+    """Write the report's three files into a folder, and return the headline.
+
+    Args:
+        folder: that exists.
+        party: engine and precision that served.
+        settings: of the run.
+        facts: whatever else soak.json states.
+        observed: what is reported.
+    """
+    measured, verdicts = measure(observed, party, settings.share), judge(observed, settings)
+    p99_ms = [one.figure("p99") for one in measured if one.conditions.get("request") == ALL]
+    headline = {
+        "schema_version": SCHEMA_VERSION,
+        "partial": observed.partial,
+        "passed": all(verdict.passed is not False for verdict in verdicts),
+        "load_s": round(observed.load_s, 1),
+        "requests": sum(window.requests for window in observed.windows),
+        "unexpected": observed.unexpected,
+        "p99_ms": p99_ms[0] if p99_ms else None,
+        "p99_drift": drift(observed),
+        "growth_mb_per_hour": growth(observed).get(ALL),
+    }
+    report = {
+        **headline,
+        "facts": to_json({"party": party, "settings": settings, **facts}),
+        "verdicts": [verdict._asdict() for verdict in verdicts],
+        "problems": find_problems(observed),
+        "ending": observed.ending and observed.ending._asdict(),
+        "server_log": list(observed.log),
+    }
+    write_object(folder / SOAK_FILE, {**report, **measured_json(measured, ())})
+    (folder / MARKDOWN_FILE).write_text(render(report, measured), encoding="utf-8")
+    draw(observed, folder / PLOT_FILE)
+    return headline
+
+
+def render(report: Mapping[str, Any], measured: Sequence[Measurement]) -> str:
     """Render the report as Markdown."""
-    observed = report.observed
-    parts = [f"# Soak of {report.subject.name}: {'within' if report.passed else 'beyond'} its thresholds"]
-    if observed.partial:
-        parts.append("**Partial: the run was interrupted.** It covers less time than requested.")
-    marks = {**WORDS, False: "**FAILED**"}
-    verdicts = [(v.name, marks[v.passed], v.finding) for v in report.verdicts]
-    parts += [
-        table_lines(("what", "verdict", "found (threshold)"), verdicts),
-        f"![Memory and p99 over time]({PLOT_FILE})",
-        "## Conditions",
-        table_lines((), _conditions(report)),
-        _caveats(report),
-        "## Times of right answers",
-        "From the moment a request was due to its checked answer, by protocol and texts per request.",
-        table_lines(
-            ("request", "requests", "p50 ms", "p99 ms", "p99.9 ms"),
-            [
-                (label, f"{len(times):,}", *(f"{percentile(times, q):.1f}" for q in (50, 99, 99.9)))
-                for label, times in observed.times()
-            ]
-            or [(ALL, "0", NONE, NONE, NONE)],
-        ),
-        "## How requests ended",
-        table_lines(
-            ("end", "requests", "expected"),
-            [(end, f"{n:,}", "yes" if end in EXPECTED else "**no**") for end, n in observed.outcomes.most_common()]
-            or [(NONE, "0", NONE)],
-        ),
-    ]
-    if observed.problems:
-        rows = [
-            (end, str(n), f"{observed.first[end].at_s:.1f}", " ".join(observed.first[end].reason.split()))
-            for end, n in observed.problems.most_common()
+    lags = [lag for one in measured if one.metric == "sending lag p99" for lag in one.samples]
+    late = [lag for lag in lags if lag > LATE_MS]
+    verdicts = [(verdict["name"], WORDS[verdict["passed"]], verdict["finding"]) for verdict in report["verdicts"]]
+    figures = [
+        [
+            *(" ".join((one.metric, *map(str, one.conditions.values()))), one.unit, f"{one.total:,}"),
+            *(f"{value:,.1f}" for value in (one.samples[0], one.samples[-1])),
+            *(f"{one.figure(name):,.1f}" for name in ("p50", "p99", "p99.9")),
         ]
-        parts += ["## Unexpected", table_lines(("end", "requests", "first at s", "first error"), rows)]
-    if observed.memory:
-        parts += ["## Resident memory", table_lines(("process", "begin MB", "end MB", "MB/hour"), _memory(observed))]
-    if observed.server_log:
-        parts += ["## The server's log", "```\n" + "\n".join(observed.server_log[-_LOG_LINES:]) + "\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def _conditions(report: SoakReport) -> list[tuple[str, str]]:
-    host, subject, work, settings = report.host, report.subject, report.workload, report.settings
-    observed, source = report.observed, report.source
-    commit = NONE if source.commit is None else source.commit[:12] + (" with local changes" if source.dirty else "")
-    load = NONE
-    if (capacity := observed.capacity_per_s) is not None:
-        load = (
-            f"{settings.share * capacity:.1f} requests per second at random (Poisson): {settings.share:g} of the "
-            f"{capacity:.1f} that a closed loop of the same mix reached on the same cores"
-        )
-    texts = f"{work.texts} ({work.source}; mean {work.tokens_mean:.1f} tokens), {subject.long_texts} long texts"
-    run = f"load for {observed.load_s:.0f} s of {60 * settings.minutes:.0f} s, windows of {settings.window_s:g} s"
-    return [
-        ("Machine", f"{host.cpu_model}, {host.cores_usable} of {host.cores_online} logical cores usable"),
-        ("System", f"{host.os}, Python {host.python}"),
-        ("Load average before", f"{host.load_1min_start:.2f} (1 min)"),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        ("Commit", commit),
-        ("Bundle", f"{subject.name}, fingerprint `{subject.fingerprint}`, {subject.engine} {subject.precision}"),
-        ("Texts", f"{texts}, {subject.canaries} canaries"),
-        ("Right", f"cosine of at least {subject.floor} with the vector in process, or the reference's for canaries"),
-        ("Load", load),
-        ("Run", f"{report.started}, {run}, seed {settings.seed}"),
+        for one in measured
     ]
-
-
-def _caveats(report: SoakReport) -> str:
-    observed = report.observed
-    notes = ["Generator and server share the machine's cores; there is no network between them."]
-    if observed.load_s:
-        notes.append(f"The generator took {100 * observed.cpu_s / observed.load_s:.0f} % of one core.")
-    late = [window.lag_p99_ms for window in observed.windows if window.lag_p99_ms is not None]
-    if over := sum(value > LATE_MS for value in late):
-        notes.append(
-            f"**In {over} of {len(late)} windows the generator sent requests more than {LATE_MS:.0f} ms late at p99 "
-            f"(worst {max(late):.0f} ms): the times there include that.**"
-        )
-    if report.host.load_1min_start > 0.5:
-        notes.append("**The machine was busy before the start: absolute times are not reliable.**")
-    return " ".join(notes)
-
-
-def _memory(observed: Observations) -> list[tuple[str, ...]]:
-    first, last, slopes = observed.memory[0].resident_mb, observed.memory[-1].resident_mb, growth(observed.memory)
-    return [
-        (
-            name,
-            f"{first[name]:.1f}" if name in first else NONE,
-            f"{end:.1f}",
-            f"{slopes[name]:+.1f}" if name in slopes else NONE,
-        )
-        for name, end in sorted(last.items(), key=lambda item: item[0] == ALL)
+    facts = [
+        (name, ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value)
+        for name, value in report["facts"].items()
     ]
+    parts = [
+        f"# Soak of {report['facts']['bundle']}: {'within' if report['passed'] else 'beyond'} its thresholds",
+        "**Partial: the run was interrupted.** It covers less time than requested." * report["partial"],
+        _table(("what", "verdict", "found (threshold)"), verdicts),
+        _table(
+            ("unexpected", "requests", "first at s", "first error"), [[*one.values()] for one in report["problems"]]
+        ),
+        f"![Memory and p99 over time]({PLOT_FILE})",
+        f"**In {len(late)} of {len(lags)} windows the generator sent requests more than {LATE_MS:.0f} ms late at p99: "
+        "the times there include that.**" * bool(late),
+        "Times count from the moment a request was due. Generator and server share the machine's cores.",
+        _table(("measured", "unit", "samples", "first", "last", "p50", "p99", "p99.9"), figures),
+        _table((), facts),
+        "```\n" + "\n".join(report["server_log"][-_LOG_LINES:]) + "\n```",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _draw(report: SoakReport, path: Path) -> None:
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return table_lines(head, [[" ".join(str(cell).split()) for cell in row] for row in rows]) if rows else ""
+
+
+def draw(observed: Observed, path: Path) -> None:
     """Draw memory by process, with the half that the slope is fitted to, above p50 and p99 of each window."""
-    figure = Figure(figsize=(9, 6), layout="constrained", facecolor=LIGHT.paper)
+    figure = Figure(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
-    title = f"Soak of {report.subject.name} (shaded: the half that the slope is fitted to)"
-    for axes, label in ((above, "resident memory, MB"), (below, "milliseconds to a right answer")):
-        axes.set_prop_cycle(color=LIGHT.series)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, color=LIGHT.muted)
-        axes.set_axisbelow(True)
-        axes.set_ylabel(label)
-    above.set_title(title, loc="left")
-    below.set_xlabel("minutes of load")
-    samples, windows = report.observed.memory, report.observed.windows
-    if samples:
-        minutes = [sample.at_s / 60 for sample in samples]
-        for name in samples[-1].resident_mb:
-            colour = {"color": LIGHT.ink} if name == ALL else {}
-            above.plot(minutes, [sample.resident_mb.get(name, 0.0) for sample in samples], label=name, **colour)
-        half = second_half(samples)
-        above.axvspan(half[0].at_s / 60, half[-1].at_s / 60, color=LIGHT.muted, alpha=0.12, linewidth=0)
-    for name in ("p99_ms", "p50_ms"):
-        points = [(window.at_s / 60, value) for window in windows if (value := getattr(window, name)) is not None]
-        below.plot([at for at, _ in points], [value for _, value in points], label=name.removesuffix("_ms"))
-    if unexpected := [window.at_s / 60 for window in windows if window.unexpected]:
-        label = "unexpected\nends"
-        below.plot(unexpected, [0.0] * len(unexpected), "x", color=LIGHT.ink, label=label, clip_on=False)
+    above.set(ylabel="resident memory, MB", title="Shaded: the half that the slope is fitted to")
+    below.set(ylabel="milliseconds to a right answer", xlabel="minutes of load")
+    if memory := observed.memory:
+        for name in memory[-1][1]:
+            above.plot([at_s / 60 for at_s, _ in memory], [mb.get(name, 0.0) for _, mb in memory], label=name)
+        half = second_half(observed)
+        above.axvspan(half[0][0] / 60, half[-1][0] / 60, color="gray", alpha=0.12)
+    answered = [window for window in observed.windows if window.times_ms]
+    for q in (99, 50):
+        times = [percentile(window.times_ms, q) for window in answered]
+        below.plot([window.at_s / 60 for window in answered], times, label=f"p{q}")
+    bad = [window.at_s / 60 for window in observed.windows if window.unexpected]
+    below.plot(bad, [0.0] * len(bad), "kx", label="unexpected ends", clip_on=False)
     for axes in (above, below):
+        axes.grid(alpha=0.25)
         axes.set_ylim(bottom=0)
-        if axes.get_lines():
-            axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend()
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120, format="png")

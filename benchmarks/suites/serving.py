@@ -12,24 +12,25 @@ Only the closed loops' rates have a direction of improvement: the times follow f
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
+from benchmarks.load.generator import Window
 from benchmarks.load.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from benchmarks.load.process import Load, load_process
-from benchmarks.load.servers import ServerTimes, TritonStatistics, running_gateway
-from benchmarks.load.targets import GATEWAY, GRPC
-from benchmarks.load.window import Outcome, Window
+from benchmarks.load.requests import GATEWAY, GRPC
+from benchmarks.load.servers import Row, running_gateway, triton_statistics
+from benchmarks.load.targets import Outcome
 from benchmarks.plan import Plan, Runner, Suite, auto_variants, loaded, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Condition
-from benchmarks.report.statistics import percentile
-from mirror_runtime.client.protocol import MODEL_NAME
+from benchmarks.report.statistics import median, percentile
 from mirror_runtime.errors import PeerError, ServerError
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
@@ -38,16 +39,11 @@ from mirror_runtime.triton.server.server import Server
 
 SUITE = Suite.SERVING.value
 
-LOOPS = ((1, 1), (8, 1), (32, 1), (4, 32))
-"""Callers and texts per request of the closed loops."""
-
-GATEWAY_LOOPS = ((8, 1), (32, 1), (4, 32))
+LOOPS = {GRPC: ((1, 1), (8, 1), (32, 1), (4, 32)), GATEWAY: ((8, 1), (32, 1), (4, 32))}
+"""Callers and texts per request of each target's closed loops."""
 
 REFERENCE_LOOP = (32, 1)
 """The open loop's rates are shares of this closed loop's rate."""
-
-FULL_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
-QUICK_SHARES = (0.5, 0.9, 1.2)
 
 KEPT_UP = 0.95
 """Share of the offered requests that must be answered in time."""
@@ -73,47 +69,45 @@ class Pace:
     """How long each part takes, in seconds.
 
     Attributes:
-        closed_s: a round of a closed loop.
+        closed_s: a round of a closed loop, and a window of perf_analyzer's.
         open_s: a rate of the open loop.
-        window_s: a window of perf_analyzer's.
-        shares: rates of the open loop, of the reference loop's.
+        shares: rates of the open loop.
         calm_s: each of the two loops before the overload.
         overload_s: the overload.
     """
 
     closed_s: float
     open_s: float
-    window_s: float
     shares: tuple[float, ...]
     calm_s: float
     overload_s: float
 
 
-FULL = Pace(closed_s=2.0, open_s=6.0, window_s=2.0, shares=FULL_SHARES, calm_s=5.0, overload_s=60.0)
-QUICK = Pace(closed_s=0.8, open_s=2.0, window_s=0.8, shares=QUICK_SHARES, calm_s=1.0, overload_s=5.0)
+FULL = Pace(closed_s=2.0, open_s=6.0, shares=(0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2), calm_s=5.0, overload_s=60.0)
+QUICK = Pace(closed_s=0.8, open_s=2.0, shares=(0.5, 0.9, 1.2), calm_s=1.0, overload_s=5.0)
 """A small encoder on two cores accepts requests for about three seconds of overload before it refuses any."""
 
 
 def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Serve every variant in turn, or with `quick` the one that "auto" means; record what cannot be served."""
-    pace = QUICK if plan.quick else FULL
-    analyzer = _perf_analyzer(plan, recorder, progress)
+    pace, analyzer = QUICK if plan.quick else FULL, None
+    with recorder.failing(SUITE, PERF_ANALYZER, OSError):
+        analyzer = find_perf_analyzer(
+            plan.environments.given.get(PERF_ANALYZER),
+            plan.environments.folder,
+            partial(progress.console.print, style="dim", markup=False),
+        )
     with loaded(plan, recorder, Suite.SERVING) as runners:
         variants = auto_variants(plan, Suite.SERVING, [runner.variant for runner in runners], recorder)
         chosen = [runner for runner in runners if runner.variant in variants]
-        triton = 2 + plan.rounds * (1 + len(LOOPS)) + len(pace.shares) + len(LOOPS) * (analyzer is not None)
-        gateway = 1 + plan.rounds * (1 + len(GATEWAY_LOOPS))
-        with steps(progress, "serving", len(chosen) * (triton + gateway)) as done:
+        rounds = sum(1 + plan.rounds * (1 + len(loops)) for loops in LOOPS.values())
+        once = 1 + len(pace.shares) + len(LOOPS[GRPC]) * (analyzer is not None)
+        with steps(progress, "serving", len(chosen) * (rounds + once)) as on_step:
             for runner in chosen:
-                name = runner.variant.name
-
-                def on_step(word: str, name: str = name) -> None:
-                    done(f"{name}: {word}")
-
-                party = Party(name=name, recorder=recorder, on_step=on_step)
-                with recorder.failing(SUITE, f"{name}, triton"):
+                party = Party(name=runner.variant.name, recorder=recorder, on_step=on_step)
+                with recorder.failing(SUITE, f"{party.name}, triton"):
                     _measure_triton(plan, runner, pace, analyzer, party)
-                with recorder.failing(SUITE, f"{name}, gateway"):
+                with recorder.failing(SUITE, f"{party.name}, gateway"):
                     _measure_gateway(plan, runner, pace, party)
 
 
@@ -124,77 +118,30 @@ class Party:
     name: str
     recorder: Recorder
     on_step: Callable[[str], None]
+    samples: dict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(
-        self,
-        metric: str,
-        unit: str,
-        samples: Sequence[float],
-        conditions: Mapping[str, Condition],
-        better: Better = Better.NEITHER,
-    ) -> None:
-        """Record a measurement, unless there are no samples."""
-        if samples:
-            self.recorder.record(SUITE, self.name, metric, *samples, unit=unit, better=better, conditions=conditions)
+    def step(self, word: str) -> None:
+        """Show what comes next."""
+        self.on_step(f"{self.name}: {word}")
+
+    def add(self, conditions: Mapping[str, Condition], *rows: Row, better: Better = Better.NEITHER) -> None:
+        """Record measurements that have samples; those of a further round are added to the earlier ones."""
+        for metric, unit, samples in rows:
+            known = self.samples[(metric, *conditions.items())]
+            known.extend(samples)
+            if known:
+                self.recorder.record(SUITE, self.name, metric, *known, unit=unit, better=better, conditions=conditions)
 
 
-@dataclass(kw_only=True)
-class ClosedLoops:
-    """Rounds of a pass in process and one of each closed loop, in turns.
+def answered(window: Window) -> Window:
+    """Return a window in which a request was answered.
 
-    Attributes:
-        runner: the variant in process.
-        texts: of a pass.
-        server: "triton" or "gateway".
-        target: of the requests.
-        party: receives the measurements after every round.
+    Raises:
+        ServerError: no request was answered; the message has the first reason.
     """
-
-    runner: Runner
-    texts: Sequence[str]
-    server: str
-    target: str
-    party: Party
-    _in_process: list[float] = field(default_factory=list)
-    _windows: dict[tuple[int, int], list[Window]] = field(default_factory=dict)
-    _times: dict[tuple[int, int], list[ServerTimes]] = field(default_factory=dict)
-
-    def round(
-        self,
-        loops: Sequence[tuple[int, int]],
-        load: Load,
-        seconds: float,
-        server_times: Callable[[], ServerTimes | None] = lambda: None,
-    ) -> None:
-        """Run one round and record what is known so far."""
-        self.party.on_step("in process")
-        self.runner.encoder.encode(self.texts[:64])  # brings code and weights back into the caches
-        began = time.perf_counter()
-        self.runner.encoder.encode(self.texts)
-        self._in_process.append(len(self.texts) / (time.perf_counter() - began))
-        conditions = {"server": "in process", "beside": self.server}
-        self.party.add("texts per second", "1/s", self._in_process, conditions, Better.HIGHER)
-        for callers, size in loops:
-            self.party.on_step(f"{callers} x {size}")
-            window = load.closed(callers=callers, seconds=seconds, turn=(self.target, size))
-            check_answered(window)
-            self._windows.setdefault((callers, size), []).append(window)
-            if (times := server_times()) is not None:
-                self._times.setdefault((callers, size), []).append(times)
-            self._record(callers, size)
-
-    def rate(self, loop: tuple[int, int]) -> float:
-        """Return the median rate of a loop, in requests per second."""
-        return percentile([len(window.times_ms) / window.seconds for window in self._windows[loop]], 50)
-
-    def _record(self, callers: int, size: int) -> None:
-        windows, times = self._windows[callers, size], self._times.get((callers, size), [])
-        conditions = closed_conditions(self.server, callers, size)
-        rates = [len(window.times_ms) * size / window.seconds for window in windows]
-        self.party.add("texts per second", "1/s", rates, conditions, Better.HIGHER)
-        self.party.add("time per request", "ms", [ms for w in windows for ms in w.times_ms], conditions)
-        self.party.add("failed requests", "", [w.unexpected for w in windows], conditions)
-        record_server_times(self.party, times, conditions)
+    if not window.times_ms:
+        raise ServerError(f"no request was answered: {window.reason}")
+    return window
 
 
 def closed_conditions(server: str, callers: int, size: int) -> dict[str, Condition]:
@@ -202,56 +149,60 @@ def closed_conditions(server: str, callers: int, size: int) -> dict[str, Conditi
     return {"server": server, "loop": "closed", "callers": callers, "texts per request": size}
 
 
-def record_server_times(party: Party, times: Sequence[ServerTimes], conditions: Mapping[str, Condition]) -> None:
-    """Record Triton's own statistics, one sample per round."""
-    party.add("queue time", "ms", [one.queue_ms for one in times], conditions)
-    party.add("compute time", "ms", [one.compute_ms for one in times], conditions)
-    party.add("texts per execution", "", [one.texts_per_execution for one in times], conditions)
-
-
-def check_answered(window: Window) -> None:
-    """Raise unless a request was answered.
-
-    Raises:
-        ServerError: no request was answered; the message has the first reason.
-    """
-    if not window.times_ms:
-        raise ServerError(f"no request was answered: {window.reason}")
-
-
-def _perf_analyzer(plan: Plan, recorder: Recorder, progress: Progress) -> Path | None:
-    with recorder.failing(SUITE, PERF_ANALYZER, OSError):
-        return find_perf_analyzer(
-            plan.environments.given.get(PERF_ANALYZER),
-            plan.environments.folder,
-            lambda line: progress.console.print(line, style="dim", markup=False),
+def measure_round(
+    runner: Runner,
+    texts: Sequence[str],
+    load: Load,
+    target: str,
+    seconds: float,
+    party: Party,
+    server_rows: Callable[[], Sequence[Row]] = list,
+) -> None:
+    """Measure a pass in process and then each closed loop."""
+    server = "gateway" if target == GATEWAY else "triton"
+    party.step("in process")
+    runner.encoder.encode(texts[:64])  # brings code and weights back into the caches
+    began = time.perf_counter()
+    runner.encoder.encode(texts)
+    pass_row = ("texts per second", "1/s", [len(texts) / (time.perf_counter() - began)])
+    party.add({"server": "in process", "beside": server}, pass_row, better=Better.HIGHER)
+    for callers, size in LOOPS[target]:
+        party.step(f"{callers} x {size}")
+        window = answered(load.closed(callers=callers, seconds=seconds, turn=(target, size)))
+        conditions = closed_conditions(server, callers, size)
+        rate = len(window.times_ms) * size / window.seconds
+        party.add(conditions, ("texts per second", "1/s", [rate]), better=Better.HIGHER)
+        party.add(
+            conditions,
+            ("time per request", "ms", window.times_ms),
+            ("failed requests", "", [window.unexpected]),
+            *server_rows(),
         )
-    return None
 
 
 def _measure_triton(plan: Plan, runner: Runner, pace: Pace, analyzer: Path | None, party: Party) -> None:
     variant, texts = runner.variant, plan.workload.texts[:MOST_TEXTS]
     options = ServingOptions(engine=variant.engine.value, precision=variant.precision.value)
-    party.on_step("start Triton")
-    with ExitStack() as stack:
-        folder = plan.scratch / "triton"
-        repository = folder / "models"
-        repository.mkdir(parents=True, exist_ok=True)
-        write_temporary_repository(plan.bundle, repository, options)
-        server = stack.enter_context(Server(repository))
-        address = f"{server.host}:{server.grpc_port}"
-        load = stack.enter_context(load_process({GRPC: address}, texts, timeout_s=TIMEOUT_S))
-        statistics = TritonStatistics(server)
-        loops = ClosedLoops(runner=runner, texts=texts, server="triton", target=GRPC, party=party)
+    party.step("start Triton")
+    folder = plan.scratch / "triton"
+    repository = folder / "models"
+    repository.mkdir(parents=True, exist_ok=True)
+    write_temporary_repository(plan.bundle, repository, options)
+    with (
+        Server(repository) as server,
+        load_process({GRPC: f"{server.host}:{server.grpc_port}"}, texts, timeout_s=TIMEOUT_S) as load,
+    ):
+        server_rows = triton_statistics(server)
         for _ in range(plan.rounds):
-            loops.round(LOOPS, load, pace.closed_s, statistics.take)
-        rate = loops.rate(REFERENCE_LOOP)
+            measure_round(runner, texts, load, GRPC, pace.closed_s, party, server_rows)
+        rate = median(party.samples[("texts per second", *closed_conditions("triton", *REFERENCE_LOOP).items())])
         for share in pace.shares:
-            party.on_step(f"{share * rate:.0f} requests per second")
-            if not measure_rate(load, share, rate, pace.open_s, plan.seed, party, statistics.take):
+            party.step(f"{share * rate:.0f} requests per second")
+            if not measure_rate(load, share, rate, pace.open_s, plan.seed, party, server_rows):
                 break
         if analyzer is not None:
-            _run_perf_analyzer(analyzer, server.grpc_port, texts, pace.window_s, folder, party)
+            _run_perf_analyzer(analyzer, server.grpc_port, texts, pace.closed_s, folder, party)
+        party.step("overload")
         measure_overload(
             load, pace, plan.seed, party, lambda: resident_bytes(group_members(server.pid)),
             options.max_tokens_in_flight,
@@ -265,24 +216,25 @@ def measure_rate(
     seconds: float,
     seed: int,
     party: Party,
-    server_times: Callable[[], ServerTimes | None],
+    server_rows: Callable[[], Sequence[Row]],
 ) -> bool:
     """Measure random arrivals of single texts at a share of a rate, and return whether the server kept up."""
-    window, _ = load.open(rate=share * reference_rate, seconds=seconds, turn=(GRPC, 1), seed=seed)
-    check_answered(window)
-    answered, offered = len(window.times_ms) / window.seconds, window.requests / seconds
+    load.begin(rate=share * reference_rate, seconds=seconds, turn=(GRPC, 1), seed=seed)
+    window = answered(load.take("wait"))
+    rate, offered = len(window.times_ms) / window.seconds, window.requests / seconds
     unsent = window.count(Outcome.UNSENT)
-    kept_up = answered >= KEPT_UP * offered and not unsent
-    conditions: dict[str, Condition] = {"server": "triton", "loop": "open", "share": share}
-    party.add("offered per second", "1/s", [offered], conditions)
-    party.add("answered per second", "1/s", [answered], conditions)
-    party.add("time per request", "ms", window.times_ms, conditions)
-    party.add("failed requests", "", [window.unexpected - unsent], conditions)
-    party.add("unsent requests", "", [unsent], conditions)
-    party.add("sending lag", "ms", window.lag_ms, conditions)
-    party.add("kept up", "", [float(kept_up)], conditions)
-    times = server_times()
-    record_server_times(party, [] if times is None else [times], conditions)
+    kept_up = rate >= KEPT_UP * offered and not unsent
+    party.add(
+        {"server": "triton", "loop": "open", "share": share},
+        ("offered per second", "1/s", [offered]),
+        ("answered per second", "1/s", [rate]),
+        ("time per request", "ms", window.times_ms),
+        ("failed requests", "", [window.unexpected - unsent]),
+        ("unsent requests", "", [unsent]),
+        ("sending lag", "ms", window.lag_ms),
+        ("kept up", "", [kept_up]),
+        *server_rows(),
+    )
     return kept_up
 
 
@@ -290,53 +242,39 @@ def _run_perf_analyzer(
     program: Path, grpc_port: int, texts: Sequence[str], window_s: float, scratch: Path, party: Party
 ) -> None:
     """Measure the closed loops of the same server and texts with NVIDIA's perf_analyzer."""
-    for callers, size in LOOPS:
-        party.on_step(f"perf_analyzer, {callers} x {size}")
+    for callers, size in LOOPS[GRPC]:
+        party.step(f"perf_analyzer, {callers} x {size}")
         try:
             rate, p50_ms, p99_ms = run_perf_analyzer(
-                program, model=MODEL_NAME, grpc_port=grpc_port, texts=texts, callers=callers, size=size,
-                seconds=window_s, scratch=scratch,
-            )  # fmt: skip
+                program, grpc_port=grpc_port, texts=texts, callers=callers, size=size, seconds=window_s, scratch=scratch
+            )
         except PeerError as error:
             party.recorder.fail(SUITE, PERF_ANALYZER, f"{party.name}: {error}")
             return
-        conditions = {**closed_conditions("triton", callers, size), "client": PERF_ANALYZER}
-        party.add("texts per second", "1/s", [rate], conditions)
-        party.add("p50 of requests", "ms", [p50_ms], conditions)
-        party.add("p99 of requests", "ms", [p99_ms], conditions)
+        party.add(
+            {**closed_conditions("triton", callers, size), "client": PERF_ANALYZER},
+            ("texts per second", "1/s", [rate]),
+            ("p50 of requests", "ms", [p50_ms]),
+            ("p99 of requests", "ms", [p99_ms]),
+        )
 
 
 def measure_overload(
     load: Load, pace: Pace, seed: int, party: Party, memory_bytes: Callable[[], int], max_tokens_in_flight: int
 ) -> None:
-    """Offer the server twice its maximum, and record what it answers, refuses, and how soon it has recovered.
-
-    Args:
-        load: sends the requests.
-        pace: of the two loops before, and of the overload.
-        seed: of the arrivals.
-        party: receives the measurements.
-        memory_bytes: resident memory of all of the server's processes.
-        max_tokens_in_flight: the server's bound on the work that it accepts.
-    """
-    party.on_step("overload")
+    """Offer the server twice its maximum, and record what it answers, refuses, and how soon it has recovered."""
     size = OVERLOAD_TEXTS_PER_REQUEST
-    before = memory_bytes()
-    calm = load.closed(callers=1, seconds=pace.calm_s, turn=(GRPC, size))
-    check_answered(calm)
-    most = load.closed(callers=OVERLOAD_CALLERS, seconds=pace.calm_s, turn=(GRPC, size))
-    check_answered(most)
-    maximum = len(most.times_ms) / most.seconds
-    window, recovery_s = load.open(
-        rate=OVERLOAD_FACTOR * maximum, seconds=pace.overload_s, turn=(GRPC, size), seed=seed,
-        recover_within_ms=percentile(calm.times_ms, 99),
-    )  # fmt: skip
-    after = memory_bytes()
-    check_answered(window)
-    conditions: dict[str, Condition] = {"server": "triton", "loop": "overload", "texts per request": size}
-    conditions["tokens"] = max_tokens_in_flight
-    refused = window.count(Outcome.OVERLOADED)
-    for metric, unit, samples in (
+    turn, before = (GRPC, size), memory_bytes()
+    calm = answered(load.closed(callers=1, seconds=pace.calm_s, turn=turn))
+    most = answered(load.closed(callers=OVERLOAD_CALLERS, seconds=pace.calm_s, turn=turn))
+    maximum, calm_p99_ms = len(most.times_ms) / most.seconds, percentile(calm.times_ms, 99)
+    load.begin(
+        rate=OVERLOAD_FACTOR * maximum, seconds=pace.overload_s, turn=turn, seed=seed, recover_within_ms=calm_p99_ms
+    )
+    window, after = load.take("wait"), memory_bytes()
+    refused, recovery_s = answered(window).count(Outcome.OVERLOADED), window.recovery_s
+    party.add(
+        {"server": "triton", "loop": "overload", "texts per request": size, "tokens": max_tokens_in_flight},
         ("maximum texts per second", "1/s", [maximum * size]),
         ("offered texts per second", "1/s", [window.requests * size / pace.overload_s]),
         ("texts per second", "1/s", [len(window.times_ms) * size / window.seconds]),
@@ -350,8 +288,7 @@ def measure_overload(
         ("memory after", "B", [after]),
         ("recovery", "s", [] if recovery_s is None else [recovery_s]),
         ("duration", "s", [pace.overload_s]),
-    ):
-        party.add(metric, unit, samples, conditions)
+    )
     if recovery_s is None:
         party.recorder.fail(SUITE, party.name, "overload: the server did not recover in time")
 
@@ -359,11 +296,10 @@ def measure_overload(
 def _measure_gateway(plan: Plan, runner: Runner, pace: Pace, party: Party) -> None:
     """Measure the closed loops of `mirror gateway`, which runs the variant in its own process."""
     texts = plan.workload.texts[:MOST_TEXTS]
-    party.on_step("start the gateway")
+    party.step("start the gateway")
     with (
         running_gateway(plan.bundle, runner.variant) as address,
         load_process({GATEWAY: address}, texts, timeout_s=TIMEOUT_S) as load,
     ):
-        loops = ClosedLoops(runner=runner, texts=texts, server="gateway", target=GATEWAY, party=party)
         for _ in range(plan.rounds):
-            loops.round(GATEWAY_LOOPS, load, pace.closed_s)
+            measure_round(runner, texts, load, GATEWAY, pace.closed_s, party)

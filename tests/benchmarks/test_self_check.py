@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import benchmarks.run
-from benchmarks import planted, self_check
+from benchmarks import self_check
 from benchmarks.self_check import judge, main
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
@@ -29,7 +29,7 @@ class Timed(FakeEngine):
 
 def test_a_planted_slowdown_is_in_the_time_and_not_in_the_vectors(bundle):
     engine, slowed = (Timed(Precision.FP32, 2, read_manifest(bundle).encoder) for _ in range(2))
-    planted.slow_down(slowed, 0.5)
+    self_check.slow_down(slowed, 0.5)
     ids = np.ones((1, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=np.arange(16)[None, :], segment_ids=ids)
     began = time.perf_counter()
@@ -47,7 +47,7 @@ def test_the_slowdown_is_planted_in_what_run_loads_and_nowhere_else(bundle, monk
         return 5
 
     monkeypatch.setattr(benchmarks.run, "main", run)
-    assert planted.main(["0.15", "BUNDLE", "--quick"]) == 5
+    assert main(["planted", "0.15", "BUNDLE", "--quick"]) == 5
     assert seen == [(["BUNDLE", "--quick"], True)]
     with Encoder.load(bundle, engine="fake") as encoder:
         assert "run" not in vars(encoder.engine)
@@ -81,11 +81,12 @@ def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slowe
     calls = []
 
     def call(_python, script, *arguments):
-        calls.append((script.name, arguments[0] if script.name == "planted.py" else "", arguments[-1]))
+        planted = arguments[0] == "planted"
+        calls.append((script.name, arguments[1] if planted else "", arguments[-1]))
         if script.name == "to_onnx.py":
             arguments[2].mkdir()
         else:
-            broken = script.name == "planted.py" or (arguments[-1].name == "head" and "pooling" in str(arguments[-1]))
+            broken = planted or (arguments[-1].name == "head" and "pooling" in str(arguments[-1]))
             save(slower if broken else report, arguments[-1])
 
     monkeypatch.setattr(self_check, "call", call)
@@ -96,9 +97,9 @@ def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slowe
     assert measured == [
         *(("run.py", "", f"same-1/{side}-{number}") for number in (1, 2) for side in ("base", "head")),
         ("run.py", "", "slower/base-1"),
-        ("planted.py", "0.15", "slower/head-1"),
+        ("self_check.py", "0.15", "slower/head-1"),
         ("run.py", "", "slower/base-2"),
-        ("planted.py", "0.15", "slower/head-2"),
+        ("self_check.py", "0.15", "slower/head-2"),
         ("run.py", "", "pooling/base"),
         ("run.py", "", "pooling/head"),
     ]

@@ -7,43 +7,45 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.load.generator import MOST_UNDER_WAY
+from benchmarks.load.generator import MOST_UNDER_WAY, Window
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
-from benchmarks.load.servers import ServerTimes
-from benchmarks.load.window import FirstSeen, Window
 from benchmarks.plan import Environments
 from benchmarks.recorder import Recorder
 from benchmarks.suites import serving
-from benchmarks.suites.serving import QUICK, ClosedLoops, Party, measure_overload, measure_rate, run_serving
+from benchmarks.suites.serving import QUICK, Party, measure_overload, measure_rate, measure_round, run_serving
 from mirror_runtime.errors import PeerError, ServerError
 
 
-def window(*times_ms, seconds=1.0, refused=0, **outcomes):
+def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
     return Window(
         at_s=seconds,
         seconds=seconds,
         answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
         refused_ms=[2.0] * refused,
+        recovery_s=recovery_s,
         lag_ms=[0.5] * len(times_ms),
         outcomes=Counter({"answered": len(times_ms), "overloaded": refused, **outcomes}),
-        first={"server error": FirstSeen(at_s=1.0, reason="broken")},
+        first={"server error": (1.0, "broken")},
     )
 
 
 class Load:
     """Returns prepared windows, and remembers what was requested."""
 
-    def __init__(self, *windows, recovery_s=None):
-        self.windows, self.recovery_s = list(windows), recovery_s
+    def __init__(self, *windows):
+        self.windows = list(windows)
         self.requested: list[dict] = []
 
     def closed(self, **options):
         self.requested.append(options)
         return self.windows.pop(0)
 
-    def open(self, **options):
+    def begin(self, **options):
         self.requested.append(options)
-        return self.windows.pop(0), self.recovery_s
+
+    def take(self, end):
+        assert end == "wait"
+        return self.windows.pop(0)
 
 
 @pytest.fixture
@@ -58,25 +60,17 @@ def recorded(party, **conditions):
     return {one.metric: one for one in found if all(one.conditions.get(k) == v for k, v in conditions.items())}
 
 
-def test_closed_loops_take_turns_with_passes_in_process(party):
+def test_closed_loops_take_turns_with_passes_in_process(party, monkeypatch):
+    monkeypatch.setattr(serving, "LOOPS", {"grpc": ((8, 1), (4, 32))})
     happened = []
     encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
-    runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=encoder)
-    loops = ClosedLoops(
-        runner=runner,  # type: ignore[arg-type]
-        texts=["text"] * 100,
-        server="triton",
-        target="grpc",
-        party=party,
-    )
     load = Load(*(window(*[wait] * 10, seconds=wait / 10) for wait in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)))
     waits = iter((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
-
-    def times():
-        return ServerTimes(queue_ms=next(waits), compute_ms=1.0, texts_per_execution=2.0)
-
     for _ in range(3):
-        loops.round(((8, 1), (4, 32)), load, 0.8, times)  # type: ignore[arg-type]
+        measure_round(
+            SimpleNamespace(encoder=encoder), ["text"] * 100, load, "grpc", 0.8, party,  # type: ignore[arg-type]
+            lambda: [("queue time", "ms", [next(waits)])],
+        )  # fmt: skip
     assert happened == ["64 in process", "100 in process"] * 3
     assert load.requested[:2] == [
         {"callers": 8, "seconds": 0.8, "turn": ("grpc", 1)},
@@ -88,12 +82,11 @@ def test_closed_loops_take_turns_with_passes_in_process(party):
     assert single["time per request"].total == 30
     assert several["texts per second"].samples[0] == pytest.approx(160.0)  # ten requests of 32 texts in two seconds
     assert several["queue time"].samples == (2.0, 4.0, 6.0)
-    assert loops.rate((8, 1)) == pytest.approx(10 / 3)
 
 
 def test_a_loop_without_answers_is_an_error(party):
     with pytest.raises(ServerError, match="no request was answered: broken"):
-        measure_rate(Load(window()), 0.5, 100.0, 2.0, 0, party, lambda: None)  # type: ignore[arg-type]
+        measure_rate(Load(window()), 0.5, 100.0, 2.0, 0, party, list)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +97,7 @@ def test_a_rate_is_kept_up_with_if_nearly_all_is_answered_in_time_and_nothing_is
     party, answered, more, kept_up
 ):
     load = Load(window(*[5.0] * answered, seconds=2.0, **more))
-    assert measure_rate(load, 0.5, 100.0, 2.0, 7, party, lambda: None) is kept_up  # type: ignore[arg-type]
+    assert measure_rate(load, 0.5, 100.0, 2.0, 7, party, list) is kept_up  # type: ignore[arg-type]
     assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 7}]
     found = recorded(party, loop="open", share=0.5)
     assert found["offered per second"].samples == (50.0,)
@@ -116,8 +109,7 @@ def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(part
     load = Load(
         window(10.0, 12.0),
         window(*[40.0] * 20),
-        window(30.0, 50.0, seconds=2.0, refused=37, **{"server error": 1}),
-        recovery_s=0.75,
+        window(30.0, 50.0, seconds=2.0, refused=37, recovery_s=0.75, **{"server error": 1}),
     )
     memory = iter((100, 110))
     measure_overload(load, QUICK, 3, party, lambda: next(memory), 99)  # type: ignore[arg-type]
@@ -165,7 +157,7 @@ def analyzer(folder, script):
 
 def analyzed(program, scratch):
     return run_perf_analyzer(
-        program, model="embed", grpc_port=8001, texts=["a", "b"], callers=8, size=1, seconds=0.5, scratch=scratch
+        program, grpc_port=8001, texts=["a", "b"], callers=8, size=1, seconds=0.5, scratch=scratch
     )
 
 
@@ -180,8 +172,8 @@ def test_perf_analyzers_table_is_read(tmp_path):
     ("script", "message"),
     [
         ("sys.exit('cannot connect')", "status 1: cannot connect"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n')", "0 rows"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n8\\n')", "no number in the column"),
+        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n')", "not one row"),
+        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n8\\n')", "'Inferences/Second'"),
     ],
 )
 def test_perf_analyzer_without_figures_is_an_error(tmp_path, script, message):
@@ -196,7 +188,7 @@ def test_the_suite_measures_the_real_servers(plan, progress, tmp_path, monkeypat
     plan = replace(
         plan, rounds=1, environments=Environments(given={"perf_analyzer": tmp_path / "absent"}, folder=tmp_path)
     )
-    pace = serving.Pace(closed_s=0.2, open_s=0.4, window_s=0.1, shares=(0.2, 0.4), calm_s=0.3, overload_s=0.5)
+    pace = serving.Pace(closed_s=0.2, open_s=0.4, shares=(0.2, 0.4), calm_s=0.3, overload_s=0.5)
     monkeypatch.setattr(serving, "QUICK", pace)
     monkeypatch.setattr(serving, "OVERLOAD_FACTOR", 1.0)
     recorder = Recorder()

@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.load.servers import mirror_process
-from benchmarks.soaking.observations import ALL, Ending, MemorySample
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.triton.server.processes import alive, group_members, kill_group, resident_bytes, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY
+
+ALL = "all"
+"""Label of all processes, and of all requests, together."""
 
 END_S = 60.0
 """From SIGTERM to the end: longer than `mirror serve` waits for the requests that it has accepted."""
 
 
-class ServedBundle:
-    """A running `mirror serve`.
+class Ending(NamedTuple):
+    """The server's reaction to SIGTERM.
 
-    Args:
-        process: of the command.
-        folder: see `mirror_process`. Leftover files in it can be told from those of other programs.
-        addresses: host and port by protocol.
+    `by_itself`: it had ended before. `status`: None if it did not end in time and was killed. `leftovers`: processes,
+    shared memory and files that it left behind.
     """
+
+    by_itself: bool
+    status: int | None
+    seconds: float
+    leftovers: tuple[str, ...]
+
+
+class ServedBundle:
+    """A running `mirror serve` with its output and temporary files in `folder`, at an address for each protocol."""
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, addresses: dict[str, str]) -> None:
         self._process, self._folder, self.addresses = process, folder, addresses
         self._last: dict[int, str] = {}
+        self._server: int | None = None
+        self.restarts = 0
 
     @property
-    def log(self) -> tuple[str, ...]:
+    def log(self) -> list[str]:
         """Lines that it has written to standard error so far."""
-        return tuple((self._folder / "log").read_text(encoding="utf-8", errors="replace").splitlines())
+        return (self._folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
 
     @property
     def running(self) -> bool:
@@ -45,43 +57,38 @@ class ServedBundle:
 
     def processes(self) -> dict[int, str]:
         """Name the server's living processes: "mirror serve", "tritonserver", "model" for what runs it, or "other"."""
-        serve = self._process.pid
-        named = {serve: "mirror serve"}
-        for server in _children(serve):
+        named = {self._process.pid: "mirror serve"}
+        for server in _children(self._process.pid):
             named |= dict.fromkeys(group_members(server), "other")
             named |= dict.fromkeys(runners(server, MODEL_NAME), "model")
             named[server] = "tritonserver"
+            self.restarts += self._server not in (None, server)
+            self._server = server
         if len(named) > 1:
             self._last = named
         return named
 
-    def memory(self, at_s: float) -> MemorySample:
-        """Measure the resident memory of the server's processes."""
-        sums: dict[str, float] = {}
-        server = None
+    def memory(self) -> dict[str, float]:
+        """Measure the resident memory of the processes of each name and of `ALL`, in MB; shared pages count in each."""
+        sizes: Counter[str] = Counter()
         for pid, name in self.processes().items():
-            if size := resident_bytes([pid]):
-                server = pid if name == "tritonserver" else server
-                for key in (name, ALL):
-                    sums[key] = sums.get(key, 0.0) + size / 1e6
-        return MemorySample(at_s=at_s, server=server, resident_mb=sums)
+            sizes.update(dict.fromkeys((name, ALL), resident_bytes([pid])))
+        return {name: size / 1e6 for name, size in sizes.items() if size}
 
     def end(self) -> Ending:
         """Send SIGTERM, wait for the end, and look for leftover processes, shared memory and files."""
         self.processes()  # those running now must be gone afterwards
-        by_itself, began = not self.running, time.monotonic()
+        by_itself, began, status = not self.running, time.monotonic(), None
         self._process.send_signal(signal.SIGTERM)
-        try:
-            status: int | None = self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            status = None
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(END_S)
         seconds = time.monotonic() - began
         leftovers = (
             *(f"process {pid} ({name})" for pid, name in self._last.items() if alive(pid)),
             *(f"shared memory {region.name}" for region in self._shared_memory()),
             *(f"temporary file {path.name}" for path in sorted((self._folder / "tmp").iterdir())),
         )
-        return Ending(by_itself=by_itself, status=status, seconds=seconds, leftovers=leftovers)
+        return Ending(by_itself, status, seconds, leftovers)
 
     def clear(self) -> None:
         """Kill what still runs and remove what it left."""
@@ -105,11 +112,8 @@ def served_bundle(bundle: Path, *options: str) -> Iterator[ServedBundle]:
         ServerError: it did not start.
     """
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    with (
-        tempfile.TemporaryDirectory(prefix="mirror-soak-") as folder,
-        mirror_process(Path(folder), "serve", str(bundle), *options, *ports, ready=_addresses) as (process, addresses),
-    ):
-        server = ServedBundle(process, Path(folder), addresses)
+    with mirror_process("serve", str(bundle), *options, *ports, ready=_addresses) as found:
+        server = ServedBundle(*found)
         try:
             yield server
         finally:
@@ -128,10 +132,8 @@ def _children(parent: int) -> list[int]:
     """List the living child processes of a process."""
     children = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):  # it has just ended
             text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue  # it has just ended
-        if int(text.rpartition(")")[2].split()[1]) == parent and alive(int(folder.name)):
-            children.append(int(folder.name))
+            if int(text.rpartition(")")[2].split()[1]) == parent and alive(int(folder.name)):
+                children.append(int(folder.name))
     return children
