@@ -145,9 +145,9 @@ def _put_load(
     """Measure the capacity, then offer a share of it until the time is over or the server has ended."""
     seconds = 60 * settings.minutes
     observed.before = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=settings.seed)
-    if not observed.capacity_per_s:
+    if not observed.before.rate:
         return  # there is no rate to take a share of; the verdict on errors fails
-    load.begin(rate=settings.share * observed.capacity_per_s, seconds=seconds, seed=settings.seed)
+    load.begin(rate=settings.share * observed.before.rate, seconds=seconds, seed=settings.seed)
     began = time.monotonic()
 
     def clock() -> float:

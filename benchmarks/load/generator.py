@@ -80,6 +80,11 @@ class Window:
         return tuple(time for times in self.answered_ms.values() for time in times)
 
     @property
+    def rate(self) -> float:
+        """Right answers per second."""
+        return len(self.times_ms) / self.seconds if self.seconds else 0.0
+
+    @property
     def requests(self) -> int:
         """Requests that ended."""
         return sum(self.outcomes.values())
@@ -139,13 +144,7 @@ class Loop:
         return self.take()
 
     async def open(
-        self,
-        requests: Iterator[Request],
-        *,
-        rate: float,
-        seconds: float,
-        seed: int,
-        recover_within_ms: float | None = None,
+        self, requests: Iterator[Request], *, rate: float, seconds: float, seed: int, calm_ms: float | None = None
     ) -> None:
         """Send requests at random moments (Poisson), whether or not earlier ones are answered, and await all.
 
@@ -165,8 +164,8 @@ class Loop:
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
             await asyncio.sleep(0)  # lets the last one be sent
-            if recover_within_ms is not None:
-                self._window.recovery_s = await recovery_time(self._send, requests, recover_within_ms)
+            if calm_ms is not None:
+                self._window.recovery_s = await recovery_time(self._send, requests, calm_ms)
             await asyncio.gather(*under_way)
             self._least_s = seconds
         finally:

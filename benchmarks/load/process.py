@@ -44,16 +44,10 @@ class Load:
         return Window.from_json(answer["window"])
 
     def begin(
-        self,
-        *,
-        rate: float,
-        seconds: float,
-        seed: int,
-        turn: Turn | None = None,
-        recover_within_ms: float | None = None,
+        self, *, rate: float, seconds: float, seed: int, turn: Turn | None = None, calm_ms: float | None = None
     ) -> None:
         """Begin an open loop, of the mix without `turn`, and return while it runs: see `Loop.open`."""
-        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, recover_within_ms=recover_within_ms)
+        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, calm_ms=calm_ms)
 
     def take(self, end: End = "") -> Window:
         """Return what ended since the last call; wait for the loop's end first ("wait"), or cancel it ("stop")."""

@@ -27,6 +27,8 @@ T = TypeVar("T")
 Row = tuple[str, str, Sequence[float]]
 """Metric, unit and samples."""
 
+Statistics = Callable[[], Sequence[Row]]
+
 STARTUP_S = 180.0
 STOP_S = 10.0
 
@@ -39,7 +41,7 @@ _LOG_LINES = 5
 _ADDRESS = re.compile(rf"^TEI\s+http://({re.escape(_HOST)}:\d+)/embed$", re.MULTILINE)
 
 
-def triton_statistics(server: Server) -> Callable[[], list[Row]]:
+def triton_statistics(server: Server) -> Statistics:
     """Return a function that reads Triton's own statistics of the requests since its last call.
 
     They are the mean time that a request waited and was in the model, and the mean number of texts that shared an

@@ -77,11 +77,6 @@ class Observed:
     ending: Ending | None = None
 
     @property
-    def capacity_per_s(self) -> float:
-        """Rate of the closed loop before the load."""
-        return len(self.before.times_ms) / self.before.seconds if self.before.times_ms else 0.0
-
-    @property
     def unexpected(self) -> int:
         """Requests that ended as none may, those before the load included."""
         return sum(window.unexpected for window in (self.before, *self.windows))
@@ -181,7 +176,7 @@ def find_problems(observed: Observed) -> list[dict[str, Any]]:
 
 def measure(observed: Observed, party: str, share: float) -> tuple[Measurement, ...]:
     """Return everything as measurements of suite "soak"; the load offered was a share of the capacity."""
-    recorder, windows, capacity = Recorder(), observed.windows, observed.capacity_per_s
+    recorder, windows, capacity = Recorder(), observed.windows, observed.before.rate
     answered = [window for window in windows if window.times_ms]
     times = {ALL: [ms for window in windows for ms in window.times_ms]}
     for label in sorted({label for window in windows for label in window.answered_ms}):
@@ -217,15 +212,7 @@ def measure(observed: Observed, party: str, share: float) -> tuple[Measurement, 
 def write_files(
     folder: Path, party: str, settings: Settings, facts: Mapping[str, object], observed: Observed
 ) -> dict[str, Any]:
-    """Write the report's three files into a folder, and return the headline.
-
-    Args:
-        folder: that exists.
-        party: engine and precision that served.
-        settings: of the run.
-        facts: whatever else soak.json states.
-        observed: what is reported.
-    """
+    """Write the report's three files into a folder, and return the headline."""
     measured, verdicts = measure(observed, party, settings.share), judge(observed, settings)
     p99_ms = [one.figure("p99") for one in measured if one.conditions.get("request") == ALL]
     headline = {
@@ -312,6 +299,7 @@ def draw(observed: Observed, path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.set_ylim(bottom=0)
-        axes.legend()
+        if axes.get_lines():
+            axes.legend()
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120, format="png")

@@ -157,7 +157,7 @@ def test_requests_beyond_the_bound_are_not_sent(monkeypatch):
 
 def test_an_overloaded_server_answers_what_it_can_and_has_recovered_when_it_is_fast_again(monkeypatch):
     window, slow = (
-        opened(Server(seconds=0.01, room=8, slow_s=slow_s).send, rate=200, seconds=0.6, recover_within_ms=20)
+        opened(Server(seconds=0.01, room=8, slow_s=slow_s).send, rate=200, seconds=0.6, calm_ms=20)
         for slow_s in (0.0, 1.2)
     )
     refused = window.count(Outcome.OVERLOADED)

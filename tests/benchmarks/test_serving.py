@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.load import process
 from benchmarks.load.generator import MOST_UNDER_WAY, Window
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from benchmarks.plan import Environments
@@ -29,7 +30,7 @@ def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
     )
 
 
-class Load:
+class Load(process.Load):
     """Returns prepared windows, and remembers what was requested."""
 
     def __init__(self, *windows):
@@ -43,15 +44,21 @@ class Load:
     def begin(self, **options):
         self.requested.append(options)
 
-    def take(self, end):
+    def take(self, end=""):
         assert end == "wait"
         return self.windows.pop(0)
 
 
 @pytest.fixture
 def party():
-    words: list[str] = []
-    return Party(name="fake fp32", recorder=Recorder(), on_step=words.append)
+    return make_party(Recorder())
+
+
+def make_party(recorder):
+    runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=None)
+    return Party(
+        runner=runner, texts=["text"] * 100, pace=QUICK, seed=3, recorder=recorder, on_step=print  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def recorded(party, **conditions):
@@ -63,14 +70,11 @@ def recorded(party, **conditions):
 def test_closed_loops_take_turns_with_passes_in_process(party, monkeypatch):
     monkeypatch.setattr(serving, "LOOPS", {"grpc": ((8, 1), (4, 32))})
     happened = []
-    encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
+    party.runner.encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
     load = Load(*(window(*[wait] * 10, seconds=wait / 10) for wait in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)))
     waits = iter((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
     for _ in range(3):
-        measure_round(
-            SimpleNamespace(encoder=encoder), ["text"] * 100, load, "grpc", 0.8, party,  # type: ignore[arg-type]
-            lambda: [("queue time", "ms", [next(waits)])],
-        )  # fmt: skip
+        measure_round(party, load, "grpc", lambda: [("queue time", "ms", [next(waits)])])
     assert happened == ["64 in process", "100 in process"] * 3
     assert load.requested[:2] == [
         {"callers": 8, "seconds": 0.8, "turn": ("grpc", 1)},
@@ -86,7 +90,7 @@ def test_closed_loops_take_turns_with_passes_in_process(party, monkeypatch):
 
 def test_a_loop_without_answers_is_an_error(party):
     with pytest.raises(ServerError, match="no request was answered: broken"):
-        measure_rate(Load(window()), 0.5, 100.0, 2.0, 0, party, list)  # type: ignore[arg-type]
+        measure_rate(party, Load(window()), 0.5, 100.0, list)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +101,8 @@ def test_a_rate_is_kept_up_with_if_nearly_all_is_answered_in_time_and_nothing_is
     party, answered, more, kept_up
 ):
     load = Load(window(*[5.0] * answered, seconds=2.0, **more))
-    assert measure_rate(load, 0.5, 100.0, 2.0, 7, party, list) is kept_up  # type: ignore[arg-type]
-    assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 7}]
+    assert measure_rate(party, load, 0.5, 100.0, list) is kept_up
+    assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 3}]
     found = recorded(party, loop="open", share=0.5)
     assert found["offered per second"].samples == (50.0,)
     assert found["kept up"].samples == (float(kept_up),)
@@ -112,11 +116,11 @@ def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(part
         window(30.0, 50.0, seconds=2.0, refused=37, recovery_s=0.75, **{"server error": 1}),
     )
     memory = iter((100, 110))
-    measure_overload(load, QUICK, 3, party, lambda: next(memory), 99)  # type: ignore[arg-type]
+    measure_overload(party, load, lambda: next(memory), 99)
     calm, most, flood = load.requested
     assert (calm["callers"], most["callers"], calm["turn"]) == (1, 8, ("grpc", 16))
     assert (flood["rate"], flood["seed"]) == (40.0, 3)
-    assert flood["recover_within_ms"] == pytest.approx(11.98)
+    assert flood["calm_ms"] == pytest.approx(11.98)
     found = recorded(party, loop="overload")
     figures = {metric: one.samples for metric, one in found.items() if len(one.samples) == 1}
     assert figures == {
@@ -138,7 +142,7 @@ def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(part
 
 def test_a_server_that_does_not_recover_is_a_failure(party):
     load = Load(window(10.0), window(40.0), window(30.0))
-    measure_overload(load, QUICK, 3, party, lambda: 1, 99)  # type: ignore[arg-type]
+    measure_overload(party, load, lambda: 1, 99)
     assert "did not recover" in party.recorder.failures[0].reason
 
 
@@ -156,15 +160,17 @@ def analyzer(folder, script):
 
 
 def analyzed(program, scratch):
-    return run_perf_analyzer(
-        program, grpc_port=8001, texts=["a", "b"], callers=8, size=1, seconds=0.5, scratch=scratch
-    )
+    return run_perf_analyzer(program, 8001, ["a", "b"], callers=8, size=1, window_s=0.5, scratch=scratch)
 
 
 @pytest.mark.process
 def test_perf_analyzers_table_is_read(tmp_path):
     script = f"open(sys.argv[sys.argv.index('-f') + 1], 'w').write({TABLE!r})\nassert '-b' in sys.argv"
-    assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == (412.5, 19.0, 31.0)
+    assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == [
+        ("texts per second", "1/s", [412.5]),
+        ("p50 of requests", "ms", [19.0]),
+        ("p99 of requests", "ms", [31.0]),
+    ]
 
 
 @pytest.mark.process
@@ -195,7 +201,7 @@ def test_the_suite_measures_the_real_servers(plan, progress, tmp_path, monkeypat
     run_serving(plan, recorder, progress)
     (failure,) = recorder.failures
     assert (failure.party, "does not have perf_analyzer" in failure.reason) == ("perf_analyzer", True)
-    party = Party(name="fake fp32", recorder=recorder, on_step=print)
+    party = make_party(recorder)
     for callers, size in ((1, 1), (8, 1), (32, 1), (4, 32)):
         found = recorded(party, server="triton", callers=callers, **{"texts per request": size})
         assert found["texts per second"].median > 10
