@@ -65,11 +65,12 @@ def slower(report, change):
 
 
 def test_an_alarm_is_right_only_where_something_was_planted(report, slower, capsys):
-    assert judge("same", [report], [report], expected=False).right
-    assert not judge("missed", [report], [report], expected=True).right
-    assert not judge("cried", [report], [slower], expected=False).right
-    _, (alarm,), right = judge("caught", [report], [slower], expected=True)
-    assert right
+    assert judge("same", [report], [report], expected=False)["right"]
+    assert not judge("missed", [report], [report], expected=True)["right"]
+    assert not judge("cried", [report], [slower], expected=False)["right"]
+    caught = judge("caught", [report], [slower], expected=True)
+    (alarm,) = caught["alarms"]
+    assert caught["right"]
     assert alarm.startswith("throughput, openvino bf16")
     assert "(1.600)" in alarm
     err = capsys.readouterr().err
@@ -80,28 +81,27 @@ def test_an_alarm_is_right_only_where_something_was_planted(report, slower, caps
 def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slower, save, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def call(_python, script, *arguments):
+    def call(script, *arguments):
         planted = arguments[0] == "planted"
-        calls.append((script.name, arguments[1] if planted else "", arguments[-1]))
-        if script.name == "to_onnx.py":
+        if script == "export/to_onnx.py":
             arguments[2].mkdir()
         else:
             broken = planted or (arguments[-1].name == "head" and "pooling" in str(arguments[-1]))
             save(slower if broken else report, arguments[-1])
+            calls.append((script, arguments[1] if planted else "", str(arguments[-1].relative_to(output))))
 
     monkeypatch.setattr(self_check, "call", call)
     output = tmp_path / "out"
     arguments = [str(bundle), "--engine", "fake", "--precision", "fp32", "--sts", "absent.tsv", "--output", str(output)]
     assert main([*arguments, "--pairs", "1", "--runs", "2"]) == 0, capsys.readouterr().err
-    measured = [(name, share, str(last.relative_to(output))) for name, share, last in calls if name != "to_onnx.py"]
-    assert measured == [
-        *(("run.py", "", f"same-1/{side}-{number}") for number in (1, 2) for side in ("base", "head")),
-        ("run.py", "", "slower/base-1"),
-        ("self_check.py", "0.15", "slower/head-1"),
-        ("run.py", "", "slower/base-2"),
-        ("self_check.py", "0.15", "slower/head-2"),
-        ("run.py", "", "pooling/base"),
-        ("run.py", "", "pooling/head"),
+    assert calls == [
+        *(("benchmarks/run.py", "", f"same-1/{side}-{number}") for number in (1, 2) for side in ("base", "head")),
+        ("benchmarks/run.py", "", "slower/base-1"),
+        ("benchmarks/self_check.py", "0.15", "slower/head-1"),
+        ("benchmarks/run.py", "", "slower/base-2"),
+        ("benchmarks/self_check.py", "0.15", "slower/head-2"),
+        ("benchmarks/run.py", "", "pooling/base"),
+        ("benchmarks/run.py", "", "pooling/head"),
     ]
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["right"], line["of"]) == (3, 3)
@@ -114,7 +114,7 @@ def test_a_failing_command_is_an_error(monkeypatch):
     done = SimpleNamespace(returncode=3, stderr="a\nthe last line\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
     with pytest.raises(EngineError, match=r"run\.py ended with status 3: the last line"):
-        self_check.call("python", "benchmarks/run.py")
+        self_check.call("benchmarks/run.py")
 
 
 def test_a_bundle_with_cls_pooling_is_refused(bundle, monkeypatch, capsys):
