@@ -44,7 +44,10 @@ from mirror_runtime.vectors import Vectors
 ROOT = Path(__file__).resolve().parents[1]
 THRESHOLD = 0.07
 PLANTED = 0.15
-BARE_ENCODER = "config.json model.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt".split()
+BARE_ENCODER = (
+    *("config.json", "model.safetensors", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+)
 """The files of an encoder without its head."""
 
 RUN = ("run.py",)

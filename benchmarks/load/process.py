@@ -1,8 +1,9 @@
 """The load generator in a process of its own: callers that share a Python process with anything else send too late.
 
-    python -m benchmarks.load.process
+    python -m benchmarks.load.process FILE
 
-speaks line JSON with its parent (see `benchmarks.workers`); `Load` is the parent's end.
+reads what it sends where, as `load_process` pickled it, and then speaks line JSON with its parent (see
+`benchmarks.workers`); `Load` is the parent's end.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from benchmarks.load.generator import Loop, Window
+from benchmarks.load.generator import Loop, Send, Window
 from benchmarks.load.requests import GATEWAY, KINDS, ExpectedVectors, Kind, Request, in_turn, mix
-from benchmarks.load.targets import GatewayTarget, Sender, Target, TritonTarget
+from benchmarks.load.targets import GatewayTarget, Sender, TritonTarget
 from benchmarks.workers import WorkerProcess
 from mirror_runtime.triton.server.server import launcher
 
@@ -58,50 +59,27 @@ class Load:
 def load_process(
     addresses: Mapping[str, str], texts: Sequence[str], *, timeout_s: float, expected: ExpectedVectors | None = None
 ) -> Iterator[Load]:
-    """Start a generator that has opened its targets; its connections are closed and it has ended on exit.
+    """Start a generator, whose connections are closed and which has ended on exit.
 
     Args:
         addresses: host and port of each target by name.
         texts: that are sent.
         timeout_s: limit of one request, in seconds.
         expected: right vectors of the texts, which then are `expected.texts`; needed by a mix.
-
-    Raises:
-        PeerError: it did not start.
     """
     with TemporaryDirectory(prefix="mirror-load-") as folder:
-        data = Path(folder) / "data"
-        data.write_bytes(pickle.dumps((tuple(texts), expected)))
-        command = [*launcher(), sys.executable, "-m", "benchmarks.load.process"]
-        with WorkerProcess(command, Path(folder) / "log", folder=ROOT) as worker:
-            worker.ask("connect", addresses=dict(addresses), data=str(data), request_timeout_s=timeout_s)
+        data, log = Path(folder) / "data", Path(folder) / "log"
+        data.write_bytes(pickle.dumps((dict(addresses), tuple(texts), timeout_s, expected)))
+        command = [*launcher(), sys.executable, "-m", "benchmarks.load.process", str(data)]
+        with WorkerProcess(command, log, folder=ROOT) as worker:
             yield Load(worker)
-            worker.ask("disconnect")
 
 
 class Generator:
     """The generator's operations, named as in the protocol and in `Load`."""
 
-    async def connect(self, addresses: Mapping[str, str], data: str, request_timeout_s: float) -> dict[str, Any]:
-        """Open the targets, and read the texts and their expected vectors, which the parent has pickled."""
-        self._texts: tuple[str, ...]
-        self._expected: ExpectedVectors | None
-        self._texts, self._expected = pickle.loads(Path(data).read_bytes())
-        fingerprint = None if self._expected is None else self._expected.fingerprint
-        self._targets: dict[str, Target] = {
-            name: GatewayTarget(address, request_timeout_s)
-            if name == GATEWAY
-            else TritonTarget(name, address, request_timeout_s, fingerprint)
-            for name, address in addresses.items()
-        }
-        self._send = Sender(self._targets, self._texts, self._expected).send
-        return {}
-
-    async def disconnect(self) -> dict[str, Any]:
-        """Close the targets."""
-        for target in self._targets.values():
-            await target.close()
-        return {}
+    def __init__(self, send: Send, texts: Sequence[str], expected: ExpectedVectors | None) -> None:
+        self._send, self._texts, self._expected = send, texts, expected
 
     async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
         """Run a closed loop. Callers of the mix draw from one sequence; others start at places of their own."""
@@ -133,11 +111,18 @@ class Generator:
         return mix(self._expected, seed, kinds)
 
 
-async def serve() -> None:
+async def serve(data: Path) -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries goes to standard error
-    generator = Generator()
+    addresses, texts, timeout_s, expected = pickle.loads(data.read_bytes())
+    targets = {
+        name: GatewayTarget(address, timeout_s)
+        if name == GATEWAY
+        else TritonTarget(name, address, timeout_s, expected and expected.fingerprint)
+        for name, address in addresses.items()
+    }
+    generator = Generator(Sender(targets, texts, expected).send, texts, expected)
     while line := await asyncio.to_thread(sys.stdin.readline):
         request = json.loads(line)
         try:
@@ -146,7 +131,9 @@ async def serve() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    for target in targets.values():
+        await target.close()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    asyncio.run(serve(Path(sys.argv[1])))

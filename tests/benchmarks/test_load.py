@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from benchmarks.load import generator
 from benchmarks.load.generator import Loop, Window, arrivals, recovery_time
@@ -84,31 +85,23 @@ def test_a_closed_loop_goes_round_all_requests_and_counts_each():
     assert window.answered_ms.keys() == {"grpc 2"}
 
 
-def test_a_closed_loop_of_a_server_that_answers_nobody_ends_at_once():
-    async def broken(_request, _cancel_after_s):
-        return Outcome.FAILED, "out of order"
-
-    began = time.perf_counter()
-    window = closed(broken, callers=4, seconds=30)
-    assert time.perf_counter() - began < 1
-    assert (window.times_ms, window.reason) == ((), "grpc 2: out of order")
-
-
-def test_failures_are_counted_and_have_no_time():
+def test_a_closed_loop_counts_failures_without_a_time_and_ends_at_once_if_there_is_nothing_else():
     server = Server(seconds=0.001)
 
-    async def every_third(request, cancel_after_s):
+    async def failing(request, cancel_after_s):
         end = await server.send(request, cancel_after_s)
-        return (Outcome.FAILED, "third") if server.answered % 3 == 0 else end
+        return (Outcome.FAILED, "out of order") if server.answered % every == 0 else end
 
-    window = closed(every_third, callers=1, seconds=0.1)
+    every = 3
+    window = closed(failing, callers=1, seconds=0.1)
     assert 0 < window.unexpected == len(server.requests) - 1 - len(window.times_ms)
-    assert window.reason == "grpc 2: third"
+    every, began = 1, time.perf_counter()
+    assert closed(failing, callers=4, seconds=30).times_ms == ()
+    assert time.perf_counter() - began < 1
+    assert window.reason == "grpc 2: out of order"
 
-
-def test_more_callers_than_the_server_accepts_find_its_maximum_nevertheless():
-    window = closed(Server(room=2).send, callers=4, seconds=0.3)
-    assert 60 < len(window.times_ms) / window.seconds <= 205
+    window = closed(Server(room=2).send, callers=4, seconds=0.3)  # more callers than it accepts find its maximum
+    assert 60 < window.rate <= 205
     assert window.count(Outcome.OVERLOADED) > 0
 
 
@@ -210,12 +203,8 @@ def test_a_wrong_vector_is_found_and_a_right_one_has_no_problem(expected, spoil,
 
 
 def test_vectors_of_bits_are_compared_as_components(expected):
-    bits = np.packbits(expected.components > 0, axis=-1)
-    binary = replace(
-        expected,
-        spec=replace(SPEC, vector_type=VectorType.BINARY),
-        components=np.where(expected.components > 0, 1, -1).astype(np.float32),
-    )
+    bits, signs = np.packbits(expected.components > 0, axis=-1), np.where(expected.components > 0, 1, -1)
+    binary = replace(expected, spec=replace(SPEC, vector_type=VectorType.BINARY), components=signs.astype(np.float32))
     assert binary.problem((0, 1), bits[:2]) == ""
     assert "cosine below" in binary.problem((0, 1), bits[1:3])
 
@@ -237,11 +226,11 @@ def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected
 
 
 def test_long_texts_reach_the_encoders_limit():
-    joined = long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
-    lengths = [len(text) for text in joined]
+    first, again = (long_texts(["one two three four five", "six seven eight nine"], 256, seed=0) for _ in range(2))
+    assert first == again
+    lengths = [len(text) for text in first]
     assert 256 < min(lengths) < 500
     assert max(lengths) > 1100
-    assert joined == long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
 
 
 class Target(TritonTarget):
@@ -269,11 +258,6 @@ def raising(error):
     return answer
 
 
-def test_a_good_answer_is_compared_with_the_expected_vectors(expected):
-    assert end(expected, lambda _: expected.components[[3, 5]], GOOD) == (Outcome.ANSWERED, "")
-    assert end(expected, lambda _: expected.components[[5, 3]], GOOD)[0] is Outcome.WRONG_VECTOR
-
-
 @pytest.mark.parametrize(
     ("error", "outcome"),
     [
@@ -293,10 +277,6 @@ def test_every_failure_has_its_outcome(expected, error, outcome):
     assert str(error) in reason
 
 
-def bad(kind: Kind) -> Request:
-    return replace(GOOD, kind=kind, chosen=() if kind is Kind.EMPTY else (3, 5))
-
-
 @pytest.mark.parametrize(
     ("kind", "sent", "reason"),
     [
@@ -311,24 +291,24 @@ def bad(kind: Kind) -> Request:
 )
 def test_a_bad_request_is_bad_and_must_be_refused_for_the_right_reason(expected, kind, sent, reason):
     received: list[object] = []
-    end(expected, received.append, bad(kind))
+    bad = replace(GOOD, kind=kind, chosen=() if kind is Kind.EMPTY else (3, 5))
+    assert end(expected, received.append, bad)[0] is Outcome.NOT_REFUSED
     assert received == [sent]
-    assert end(expected, raising(Rejected(reason)), bad(kind))[0] is Outcome.REFUSED
-    assert end(expected, lambda _: None, bad(kind))[0] is Outcome.NOT_REFUSED
-    assert end(expected, raising(ServerError("broken")), bad(kind))[0] is Outcome.FAILED
+    assert end(expected, raising(Rejected(reason)), bad)[0] is Outcome.REFUSED
+    assert end(expected, raising(ServerError("broken")), bad)[0] is Outcome.FAILED
     if kind is not Kind.EMPTY:
-        assert end(expected, raising(Rejected("no")), bad(kind)) == (Outcome.OTHER_REFUSAL, "Rejected: no")
+        assert end(expected, raising(Rejected("no")), bad) == (Outcome.OTHER_REFUSAL, "Rejected: no")
 
 
-def test_a_cancelled_request_ends_as_cancelled_or_as_a_good_one(expected):
-    class Slow(Target):
-        async def encode(self, texts):
-            await asyncio.sleep(5)
-
-    request = replace(GOOD, kind=Kind.CANCELLED)
-    assert end(expected, lambda _: expected.components[[3, 5]], request)[0] is Outcome.ANSWERED
-    slow = Sender({"grpc": Slow(None)}, expected.texts, expected)
-    assert asyncio.run(slow.send(request, 0.01))[0] is Outcome.CANCELLED
+def test_an_answer_is_compared_with_the_expected_vectors_unless_it_is_cancelled_before(expected):
+    cancelled = replace(GOOD, kind=Kind.CANCELLED)
+    for request in (GOOD, cancelled):
+        assert end(expected, lambda _: expected.components[[3, 5]], request) == (Outcome.ANSWERED, "")
+        assert end(expected, lambda _: expected.components[[5, 3]], request)[0] is Outcome.WRONG_VECTOR
+    slow = Target(None)
+    slow.encode = lambda _: asyncio.sleep(5)  # type: ignore[method-assign]
+    sender = Sender({"grpc": slow}, expected.texts, expected)
+    assert asyncio.run(sender.send(cancelled, 0.01))[0] is Outcome.CANCELLED
 
 
 def test_the_gateway_target_reads_vectors_and_names_refusals():
@@ -342,21 +322,14 @@ def test_the_gateway_target_reads_vectors_and_names_refusals():
     async def sent():
         application = web.Application()
         application.router.add_post("/embed", embed)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0]
-        target = GatewayTarget(f"{host}:{port}", timeout_s=5)
-        try:
+        async with TestServer(application) as server:
+            target = GatewayTarget(f"{server.host}:{server.port}", timeout_s=5)
             np.testing.assert_array_equal(await target.encode(["zwei Häuser 🏠"]), np.array([[13, 0.5]], np.float32))
             for text, kind in (("slow down", OverloadedError), ("broken", ServerError), ("odd", ServerError)):
                 with pytest.raises(kind, match=replies[text][1]):
                     await target.encode([text])
-            await runner.cleanup()
-            with pytest.raises(UnavailableError, match="did not answer"):
-                await target.encode(["nobody listens"])
-        finally:
-            await target.close()
+        with pytest.raises(UnavailableError, match="did not answer"):
+            await target.encode(["nobody listens"])
+        await target.close()
 
     asyncio.run(sent())
