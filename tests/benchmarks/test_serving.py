@@ -1,6 +1,5 @@
 """Suite `serving` against a fake generator, perf_analyzer as a script, and once the real servers."""
 
-import stat
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,16 +17,12 @@ from mirror_runtime.errors import PeerError, ServerError
 
 
 def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
+    ends = Counter({"answered": len(times_ms), "overloaded": refused, **outcomes})
     return Window(
-        at_s=seconds,
-        seconds=seconds,
-        answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
-        refused_ms=[2.0] * refused,
-        recovery_s=recovery_s,
-        lag_ms=[0.5] * len(times_ms),
-        outcomes=Counter({"answered": len(times_ms), "overloaded": refused, **outcomes}),
-        first={"server error": (1.0, "broken")},
-    )
+        at_s=seconds, seconds=seconds, answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
+        refused_ms=[2.0] * refused, lag_ms=[0.5] * len(times_ms), outcomes=ends,
+        first={"server error": (1.0, "broken")}, recovery_s=recovery_s,
+    )  # fmt: skip
 
 
 class Load(process.Load):
@@ -49,16 +44,16 @@ class Load(process.Load):
         return self.windows.pop(0)
 
 
-@pytest.fixture
-def party():
-    return make_party(Recorder())
-
-
 def make_party(recorder):
     runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=None)
     return Party(
         runner=runner, texts=["text"] * 100, pace=QUICK, seed=3, recorder=recorder, on_step=print  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+@pytest.fixture
+def party():
+    return make_party(Recorder())
 
 
 def recorded(party, **conditions):
@@ -88,11 +83,6 @@ def test_closed_loops_take_turns_with_passes_in_process(party, monkeypatch):
     assert several["queue time"].samples == (2.0, 4.0, 6.0)
 
 
-def test_a_loop_without_answers_is_an_error(party):
-    with pytest.raises(ServerError, match="no request was answered: broken"):
-        measure_rate(party, Load(window()), 0.5, 100.0, list)
-
-
 @pytest.mark.parametrize(
     ("answered", "more", "kept_up"),
     [(96, {"server error": 4}, True), (94, {"server error": 6}, False), (96, {"not sent": 4}, False)],
@@ -107,6 +97,8 @@ def test_a_rate_is_kept_up_with_if_nearly_all_is_answered_in_time_and_nothing_is
     assert found["offered per second"].samples == (50.0,)
     assert found["kept up"].samples == (float(kept_up),)
     assert found["failed requests"].samples == (more.get("server error", 0),)
+    with pytest.raises(ServerError, match="no request was answered: broken"):
+        measure_rate(party, Load(window()), 0.5, 100.0, list)
 
 
 def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(party):
@@ -138,54 +130,41 @@ def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(part
     assert found["time per refusal"].total == 37
     assert found["texts per second"].conditions["tokens"] == 99
     assert not party.recorder.failures
-
-
-def test_a_server_that_does_not_recover_is_a_failure(party):
-    load = Load(window(10.0), window(40.0), window(30.0))
-    measure_overload(party, load, lambda: 1, 99)
+    measure_overload(party, Load(window(10.0), window(40.0), window(30.0)), lambda: 1, 99)
     assert "did not recover" in party.recorder.failures[0].reason
 
 
-TABLE = """Concurrency,Inferences/Second,Client Send,Server Queue,p50 latency,p90 latency,p95 latency,p99 latency
-8,412.5,10,20,19000,22000,23000,31000
-"""
-
-
-def analyzer(folder, script):
-    program = folder / "bin" / "perf_analyzer"
+def analyzed(folder, script):
+    """What is read of a perf_analyzer that is this script."""
+    program = folder / "env" / "bin" / "perf_analyzer"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!/usr/bin/env python3\nimport sys\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return find_perf_analyzer(folder, folder / "unused", lambda line: None)
+    program.chmod(0o755)
+    found = find_perf_analyzer(folder / "env", folder / "unused", print)
+    return run_perf_analyzer(found, 8001, ["a", "b"], callers=8, size=1, window_s=0.5, scratch=folder)
 
 
-def analyzed(program, scratch):
-    return run_perf_analyzer(program, 8001, ["a", "b"], callers=8, size=1, window_s=0.5, scratch=scratch)
-
-
-@pytest.mark.process
-def test_perf_analyzers_table_is_read(tmp_path):
-    script = f"open(sys.argv[sys.argv.index('-f') + 1], 'w').write({TABLE!r})\nassert '-b' in sys.argv"
-    assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == [
-        ("texts per second", "1/s", [412.5]),
-        ("p50 of requests", "ms", [19.0]),
-        ("p99 of requests", "ms", [31.0]),
-    ]
+WRITE = "open(sys.argv[sys.argv.index('-f') + 1], 'w').write"
+TABLE = "Concurrency,Inferences/Second,Server Queue,p50 latency,p95 latency,p99 latency\n8,412.5,20,19000,23000,31000\n"
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("script", "message"),
+    ("script", "found"),
     [
+        (f"{WRITE}({TABLE!r})\nassert '-b' in sys.argv", [412.5, 19.0, 31.0]),
         ("sys.exit('cannot connect')", "status 1: cannot connect"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n')", "not one row"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n8\\n')", "'Inferences/Second'"),
+        (f"{WRITE}('Concurrency\\n')", "not one row"),
+        (f"{WRITE}('Concurrency\\n8\\n')", "'Inferences/Second'"),
     ],
 )
-def test_perf_analyzer_without_figures_is_an_error(tmp_path, script, message):
-    program = analyzer(tmp_path / "env", script)
-    with pytest.raises(PeerError, match=message):
-        analyzed(program, tmp_path)
+def test_perf_analyzers_table_is_read_and_its_absence_is_an_error(tmp_path, script, found):
+    if isinstance(found, str):
+        with pytest.raises(PeerError, match=found):
+            analyzed(tmp_path, script)
+    else:
+        metrics = ("texts per second", "1/s"), ("p50 of requests", "ms"), ("p99 of requests", "ms")
+        assert analyzed(tmp_path, script) == [(*metric, [x]) for metric, x in zip(metrics, found, strict=True)]
 
 
 @pytest.mark.serving
@@ -202,19 +181,18 @@ def test_the_suite_measures_the_real_servers(plan, progress, tmp_path, monkeypat
     (failure,) = recorder.failures
     assert (failure.party, "does not have perf_analyzer" in failure.reason) == ("perf_analyzer", True)
     party = make_party(recorder)
-    for callers, size in ((1, 1), (8, 1), (32, 1), (4, 32)):
-        found = recorded(party, server="triton", callers=callers, **{"texts per request": size})
-        assert found["texts per second"].median > 10
-        assert found["failed requests"].samples == (0,)
-        assert found["texts per execution"].median >= 1
-        assert found["compute time"].median > 0
+    assert sum(map(len, serving.LOOPS.values())) == 7
+    for target, server in (("grpc", "triton"), ("gateway", "gateway")):
+        for callers, size in serving.LOOPS[target]:
+            found = recorded(party, server=server, callers=callers, **{"texts per request": size})
+            assert found["texts per second"].median > 10
+            assert found["failed requests"].samples == (0,)
+            if server == "triton":
+                assert found["texts per execution"].median >= 1
+                assert found["compute time"].median > 0
     assert recorded(party, loop="open", share=0.2)["kept up"].samples == (1.0,)
     overload = recorded(party, loop="overload")
     assert overload["failed requests"].samples == (0,)
     assert overload["memory after"].median > 10_000_000
     assert overload["recovery"].median < 10
     assert overload["time per request"].total < MOST_UNDER_WAY
-    for callers, size in ((8, 1), (32, 1), (4, 32)):
-        found = recorded(party, server="gateway", callers=callers, **{"texts per request": size})
-        assert found["texts per second"].median > 10
-        assert found["failed requests"].samples == (0,)
