@@ -23,12 +23,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks.load.process import End, Load, load_process
+from benchmarks.load.generator import End, Load, load_process
 from benchmarks.load.requests import ExpectedVectors
+from benchmarks.load.servers import ALL, ServedBundle, served_bundle
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
 from benchmarks.report.statistics import percentile
-from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, Settings, judge, write_files
-from benchmarks.soaking.served import ALL, ServedBundle, served_bundle
+from benchmarks.soak_report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, Settings, judge, write_files
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere

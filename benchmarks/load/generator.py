@@ -1,21 +1,38 @@
-"""Closed and open loops of one event loop, and what they count."""
+"""The load generator, a process of its own: callers that share a Python process with anything else send too late.
+
+    python -m benchmarks.load.generator FILE
+
+reads what it sends where, as `load_process` pickled it, and then speaks line JSON with its parent (see
+`benchmarks.workers`). `Load` is the parent's end, `Generator` the child's; `Loop` is what the child runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import pickle
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load.requests import Request
-from benchmarks.load.targets import EXPECTED, Outcome
+from benchmarks.load.requests import GATEWAY, KINDS, ExpectedVectors, Kind, Request, in_turn, mix
+from benchmarks.load.targets import EXPECTED, GatewayTarget, Outcome, Sender, TritonTarget
 from benchmarks.report.statistics import percentile
+from benchmarks.workers import WorkerProcess
+from mirror_runtime.triton.server.server import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RECOVERY_S = 30.0
 """A server that is still slow after this has not recovered."""
@@ -28,6 +45,11 @@ MOST_UNDER_WAY = 1000
 
 CANCEL_WITHIN_S = 0.02
 """A request of 32 texts mostly takes longer, so it is cancelled while it waits or while it is computed."""
+
+Turn = tuple[str, int]
+"""A target and the texts per request: one size in turn instead of a mix."""
+
+End = Literal["", "wait", "stop"]
 
 Send = Callable[[Request, float], Awaitable[tuple[Outcome, str]]]
 """`Sender.send`."""
@@ -45,8 +67,6 @@ class Window:
         lag_ms: how long after it was due each request was sent: the generator's own share of the times.
         outcomes: requests by `Outcome`.
         first: when the first request of each unexpected outcome ended, and its error.
-        cpu_s: processor time of the generator.
-        last_answer_s: when the last right answer came, in seconds since the loop began.
         recovery_s: how long after an open loop's last request the server was fast again; None if it was not, or if
             that was not measured.
     """
@@ -58,8 +78,6 @@ class Window:
     lag_ms: list[float] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     first: dict[str, tuple[float, str]] = field(default_factory=dict)
-    cpu_s: float = 0.0
-    last_answer_s: float = 0.0
     recovery_s: float | None = None
 
     @classmethod
@@ -107,6 +125,48 @@ class Window:
     def reason(self) -> str:
         """The error of the earliest unexpected end; "" if there is none."""
         return min(self.first.values(), default=(0.0, ""))[1]
+
+
+class Load:
+    """The parent's end of a running generator. Every method raises `PeerError` if the generator failed."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
+        """Run a closed loop: see `Loop.closed`. Without `turn` it sends the mix's good requests."""
+        answer = self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed)
+        return Window.from_json(answer["window"])
+
+    def begin(
+        self, *, rate: float, seconds: float, seed: int, turn: Turn | None = None, calm_ms: float | None = None
+    ) -> None:
+        """Begin an open loop, of the mix without `turn`, and return while it runs: see `Loop.open`."""
+        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, calm_ms=calm_ms)
+
+    def take(self, end: End = "") -> Window:
+        """Return what ended since the last call; wait for the loop's end first ("wait"), or cancel it ("stop")."""
+        return Window.from_json(self._worker.ask("take", end=end)["window"])
+
+
+@contextmanager
+def load_process(
+    addresses: Mapping[str, str], texts: Sequence[str], *, timeout_s: float, expected: ExpectedVectors | None = None
+) -> Iterator[Load]:
+    """Start a generator, whose connections are closed and which has ended on exit.
+
+    Args:
+        addresses: host and port of each target by name.
+        texts: that are sent.
+        timeout_s: limit of one request, in seconds.
+        expected: right vectors of the texts, which then are `expected.texts`; needed by a mix.
+    """
+    with TemporaryDirectory(prefix="mirror-load-") as folder:
+        data, log = Path(folder) / "data", Path(folder) / "log"
+        data.write_bytes(pickle.dumps((dict(addresses), tuple(texts), timeout_s, expected)))
+        command = [*launcher(), sys.executable, "-m", "benchmarks.load.generator", str(data)]
+        with WorkerProcess(command, log, folder=ROOT) as worker:
+            yield Load(worker)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
@@ -176,14 +236,13 @@ class Loop:
 
     def take(self) -> Window:
         """Return what ended since the last call; once all have ended, up to the last request due or the last answer."""
-        window, cpu_s = self._window, time.process_time()
-        window.at_s = self._clock() if self._least_s is None else max(self._least_s, window.last_answer_s)
-        window.seconds, window.cpu_s = window.at_s - self._taken_s, cpu_s - self._cpu_s
-        self._window, self._taken_s, self._cpu_s = Window(), window.at_s, cpu_s
+        window, self._window = self._window, Window()
+        window.at_s = self._clock() if self._least_s is None else max(self._least_s, self._last_answer_s)
+        window.seconds, self._taken_s = window.at_s - self._taken_s, window.at_s
         return window
 
     def _start(self) -> None:
-        self._began, self._taken_s, self._cpu_s = time.perf_counter(), 0.0, time.process_time()
+        self._began, self._taken_s, self._last_answer_s = time.perf_counter(), 0.0, 0.0
 
     def _clock(self) -> float:
         return time.perf_counter() - self._began
@@ -195,7 +254,7 @@ class Loop:
         window.end(outcome, now, f"{label}: {reason}")
         if outcome is Outcome.ANSWERED:
             window.answered_ms.setdefault(label, []).append(1e3 * (now - due))
-            window.last_answer_s = now
+            self._last_answer_s = now
         elif outcome is Outcome.OVERLOADED:
             window.refused_ms.append(1e3 * (now - due))
         return outcome
@@ -215,3 +274,67 @@ async def recovery_time(send: Send, requests: Iterator[Request], within_ms: floa
         elif 1e3 * (now - sent) <= within_ms:
             return now - began
     return None
+
+
+class Generator:
+    """The generator's operations, named as in the protocol and in `Load`."""
+
+    def __init__(self, send: Send, texts: Sequence[str], expected: ExpectedVectors | None) -> None:
+        self._send, self._texts, self._expected = send, texts, expected
+
+    async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
+        """Run a closed loop. Callers of the mix draw from one sequence; others start at places of their own."""
+        mixed = self._requests(turn, seed, kinds={Kind.GOOD: 1.0})
+        streams = [mixed if turn is None else self._requests(turn, seed, at / callers) for at in range(callers)]
+        return {"window": vars(await Loop(self._send).closed(streams, seconds))}
+
+    async def begin(self, turn: Turn | None, seed: int, **options: Any) -> dict[str, Any]:
+        """Begin an open loop."""
+        self._loop = Loop(self._send)
+        self._task = asyncio.ensure_future(self._loop.open(self._requests(turn, seed), seed=seed, **options))
+        return {}
+
+    async def take(self, end: End) -> dict[str, Any]:
+        """Return the window since the last call, after the loop's end where `end` states it."""
+        if end == "wait":
+            await self._task
+        elif end == "stop":
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        return {"window": vars(self._loop.take())}
+
+    def _requests(
+        self, turn: Turn | None, seed: int, start: float = 0.0, kinds: Mapping[Kind, float] = KINDS
+    ) -> Iterator[Request]:
+        if turn is not None:
+            return in_turn(*turn, len(self._texts), start)
+        assert self._expected is not None
+        return mix(self._expected, seed, kinds)
+
+
+async def serve(data: Path) -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # output of libraries goes to standard error
+    addresses, texts, timeout_s, expected = pickle.loads(data.read_bytes())
+    targets = {
+        name: GatewayTarget(address, timeout_s)
+        if name == GATEWAY
+        else TritonTarget(name, address, timeout_s, expected and expected.fingerprint)
+        for name, address in addresses.items()
+    }
+    generator = Generator(Sender(targets, texts, expected).send, texts, expected)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        request = json.loads(line)
+        try:
+            answer = await getattr(generator, request.pop("op"))(**request)
+        except Exception as error:  # the process's edge: the parent decides what a failure means
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    for target in targets.values():
+        await target.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(Path(sys.argv[1])))

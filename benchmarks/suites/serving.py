@@ -20,10 +20,9 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from benchmarks.load.generator import Window
+from benchmarks.load.generator import Load, Window, load_process
 from benchmarks.load.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
-from benchmarks.load.process import Load, load_process
 from benchmarks.load.requests import GATEWAY, GRPC
 from benchmarks.load.servers import Row, Statistics, running_gateway, triton_statistics
 from benchmarks.load.targets import Outcome

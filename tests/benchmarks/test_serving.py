@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.load import process
+from benchmarks.load import generator
 from benchmarks.load.generator import MOST_UNDER_WAY, Window
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from benchmarks.plan import Environments
@@ -25,7 +25,7 @@ def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
     )  # fmt: skip
 
 
-class Load(process.Load):
+class Load(generator.Load):
     """Returns prepared windows, and remembers what was requested."""
 
     def __init__(self, *windows):

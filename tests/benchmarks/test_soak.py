@@ -13,9 +13,9 @@ import pytest
 from benchmarks import soak
 from benchmarks.load.generator import Window
 from benchmarks.load.requests import ExpectedVectors
+from benchmarks.load.servers import ALL, Ending, served_bundle
 from benchmarks.soak import main
-from benchmarks.soaking.report import Observed, Settings, drift, growth, judge, write_files
-from benchmarks.soaking.served import ALL, Ending, served_bundle
+from benchmarks.soak_report import Observed, Settings, drift, growth, judge, write_files
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.server.processes import alive
 from mirror_runtime.triton.server.server import SHARED_MEMORY
@@ -40,7 +40,6 @@ def window(*times_ms: float, at_s: float = 10.0, late_ms: float = 0.5, **ends: i
         lag_ms=[late_ms],
         outcomes=Counter({"answered": len(times_ms), **ends}),
         first={end: (at_s, f"{end} | at\n{at_s}") for end in ends if end != "cancelled"},
-        cpu_s=0.5,
     )
 
 

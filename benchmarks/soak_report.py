@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.load.generator import Window
+from benchmarks.load.servers import ALL, Ending
 from benchmarks.load.targets import EXPECTED, Outcome
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Condition, Measurement
 from benchmarks.report.statistics import median, percentile
 from benchmarks.report.storage import measured_json, write_object
 from benchmarks.report.tables import table_lines
-from benchmarks.soaking.served import ALL, Ending
 from mirror_runtime.bundle import to_json
 
 SCHEMA_VERSION = 4
@@ -176,32 +177,30 @@ def find_problems(observed: Observed) -> list[dict[str, Any]]:
 
 def measure(observed: Observed, party: str, share: float) -> tuple[Measurement, ...]:
     """Return everything as measurements of suite "soak"; the load offered was a share of the capacity."""
-    recorder, windows, capacity = Recorder(), observed.windows, observed.before.rate
+    windows, memory = observed.windows, observed.memory
     answered = [window for window in windows if window.times_ms]
-    times = {ALL: [ms for window in windows for ms in window.times_ms]}
-    for label in sorted({label for window in windows for label in window.answered_ms}):
-        times[label] = [ms for window in windows for ms in window.answered_ms.get(label, ())]
-    ends = {outcome: sum(window.count(outcome) for window in windows) for outcome in Outcome}
-    expected = {outcome: "yes" if outcome in EXPECTED else "no" for outcome in Outcome}
-    names = dict.fromkeys(name for _, mb in observed.memory for name in mb)
+    capacity = [observed.before.rate] if observed.before.times_ms else []
+    times = {ALL: [ms for window in answered for ms in window.times_ms]}
+    for label in sorted({label for window in answered for label in window.answered_ms}):
+        times[label] = [ms for window in answered for ms in window.answered_ms.get(label, ())]
+    ends = sum((window.outcomes for window in windows), Counter[str]())
+    names = dict.fromkeys(name for _, mb in memory for name in mb)
     rows: list[tuple[str, str, Sequence[float], dict[str, Condition]]] = [
-        ("requests per second", "1/s", [capacity] * bool(capacity), {"loop": "closed"}),
-        ("requests per second", "1/s", [share * capacity] * bool(capacity), {"loop": "open"}),
+        ("requests per second", "1/s", capacity, {"loop": "closed"}),
+        ("requests per second", "1/s", [share * rate for rate in capacity], {"loop": "open"}),
         *(("time per request", "ms", samples, {"request": label}) for label, samples in times.items()),
         *(
-            ("requests", "", [count] * bool(count), {"outcome": outcome.value, "expected": expected[outcome]})
-            for outcome, count in ends.items()
+            ("requests", "", [count], {"outcome": end, "expected": "yes" if Outcome(end) in EXPECTED else "no"})
+            for end, count in ends.items()
         ),
         ("end of a window", "s", [window.at_s for window in answered], {}),
         *((f"p{q} of a window", "ms", [percentile(one.times_ms, q) for one in answered], {}) for q in (50, 99)),
         ("sending lag p99", "ms", [window.lag_p99_ms for window in windows], {}),
-        ("time of a memory sample", "s", [at_s for at_s, _ in observed.memory], {}),
-        *(
-            ("resident memory", "MB", [mb.get(name, 0.0) for _, mb in observed.memory], {"process": name})
-            for name in names
-        ),
+        ("time of a memory sample", "s", [at_s for at_s, _ in memory], {}),
+        *(("resident memory", "MB", [mb.get(name, 0.0) for _, mb in memory], {"process": name}) for name in names),
         *(("growth of memory", "MB/h", [slope], {"process": name}) for name, slope in growth(observed).items()),
     ]
+    recorder = Recorder()
     for metric, unit, samples, conditions in rows:
         if samples:
             better = Better.LOWER if metric == "time per request" else Better.NEITHER
@@ -247,8 +246,8 @@ def render(report: Mapping[str, Any], measured: Sequence[Measurement]) -> str:
     verdicts = [(verdict["name"], WORDS[verdict["passed"]], verdict["finding"]) for verdict in report["verdicts"]]
     figures = [
         [
-            *(" ".join((one.metric, *map(str, one.conditions.values()))), one.unit, f"{one.total:,}"),
-            *(f"{value:,.1f}" for value in (one.samples[0], one.samples[-1])),
+            ", ".join((one.metric, *(f"{name} {value}" for name, value in one.conditions.items()))),
+            *(one.unit, f"{one.total:,}", f"{one.samples[0]:,.1f}", f"{one.samples[-1]:,.1f}"),
             *(f"{one.figure(name):,.1f}" for name in ("p50", "p99", "p99.9")),
         ]
         for one in measured
@@ -300,6 +299,6 @@ def draw(observed: Observed, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.set_ylim(bottom=0)
         if axes.get_lines():
-            axes.legend()
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=120, format="png")
