@@ -16,7 +16,7 @@ from benchmarks.load.generator import Window
 from benchmarks.load.servers import ALL, Ending
 from benchmarks.load.targets import EXPECTED, Outcome
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Condition, Measurement
+from benchmarks.report.record import Better, Measurement
 from benchmarks.report.statistics import median, percentile
 from benchmarks.report.storage import measured_json, write_object
 from benchmarks.report.tables import table_lines
@@ -185,7 +185,7 @@ def measure(observed: Observed, party: str, share: float) -> tuple[Measurement, 
         times[label] = [ms for window in answered for ms in window.answered_ms.get(label, ())]
     ends = sum((window.outcomes for window in windows), Counter[str]())
     names = dict.fromkeys(name for _, mb in memory for name in mb)
-    rows: list[tuple[str, str, Sequence[float], dict[str, Condition]]] = [
+    rows: list[tuple[str, str, Sequence[float], dict[str, str]]] = [
         ("requests per second", "1/s", capacity, {"loop": "closed"}),
         ("requests per second", "1/s", [share * rate for rate in capacity], {"loop": "open"}),
         *(("time per request", "ms", samples, {"request": label}) for label, samples in times.items()),

@@ -135,8 +135,7 @@ class Load:
 
     def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
         """Run a closed loop: see `Loop.closed`. Without `turn` it sends the mix's good requests."""
-        answer = self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed)
-        return Window.from_json(answer["window"])
+        return Window.from_json(self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed))
 
     def begin(
         self, *, rate: float, seconds: float, seed: int, turn: Turn | None = None, calm_ms: float | None = None
@@ -146,7 +145,7 @@ class Load:
 
     def take(self, end: End = "") -> Window:
         """Return what ended since the last call; wait for the loop's end first ("wait"), or cancel it ("stop")."""
-        return Window.from_json(self._worker.ask("take", end=end)["window"])
+        return Window.from_json(self._worker.ask("take", end=end))
 
 
 @contextmanager
@@ -180,7 +179,7 @@ class Loop:
     def __init__(self, send: Send) -> None:
         self._send, self._window = send, Window()
         self._least_s: float | None = None  # length, once all requests have ended
-        self._start()
+        self._began, self._taken_s, self._last_answer_s = time.perf_counter(), 0.0, 0.0
 
     async def closed(self, streams: Sequence[Iterator[Request]], seconds: float) -> Window:
         """Run a caller for each stream, which sends its next request when the last one is answered, for some seconds.
@@ -189,7 +188,7 @@ class Loop:
         its time. A caller whose request fails before any was answered stops, as then probably nothing works.
         """
         await asyncio.gather(*(self._send(next(stream), 0.0) for stream in streams))
-        self._start()
+        self._began = time.perf_counter()
 
         async def call(stream: Iterator[Request]) -> None:
             while (due := self._clock()) < seconds:
@@ -212,7 +211,7 @@ class Loop:
         """
         draw = random.Random(seed)
         under_way: set[asyncio.Task[Outcome]] = set()
-        self._start()
+        self._began = time.perf_counter()
         try:
             for due in arrivals(rate, seconds, seed).tolist():
                 # Also when it is late: the event loop must get to read answers.
@@ -240,9 +239,6 @@ class Loop:
         window.at_s = self._clock() if self._least_s is None else max(self._least_s, self._last_answer_s)
         window.seconds, self._taken_s = window.at_s - self._taken_s, window.at_s
         return window
-
-    def _start(self) -> None:
-        self._began, self._taken_s, self._last_answer_s = time.perf_counter(), 0.0, 0.0
 
     def _clock(self) -> float:
         return time.perf_counter() - self._began
@@ -286,7 +282,7 @@ class Generator:
         """Run a closed loop. Callers of the mix draw from one sequence; others start at places of their own."""
         mixed = self._requests(turn, seed, kinds={Kind.GOOD: 1.0})
         streams = [mixed if turn is None else self._requests(turn, seed, at / callers) for at in range(callers)]
-        return {"window": vars(await Loop(self._send).closed(streams, seconds))}
+        return vars(await Loop(self._send).closed(streams, seconds))
 
     async def begin(self, turn: Turn | None, seed: int, **options: Any) -> dict[str, Any]:
         """Begin an open loop."""
@@ -301,7 +297,7 @@ class Generator:
         elif end == "stop":
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        return {"window": vars(self._loop.take())}
+        return vars(self._loop.take())
 
     def _requests(
         self, turn: Turn | None, seed: int, start: float = 0.0, kinds: Mapping[Kind, float] = KINDS

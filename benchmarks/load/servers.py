@@ -176,7 +176,7 @@ class ServedBundle:
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, addresses: dict[str, str]) -> None:
         self._process, self._folder, self.addresses = process, folder, addresses
-        self._last: dict[int, str] = {}
+        self._last: dict[int, str] = {}  # those that ran when a tritonserver was last seen
         self._server: int | None = None
         self.restarts = 0
 
@@ -193,14 +193,14 @@ class ServedBundle:
     def processes(self) -> dict[int, str]:
         """Name the server's living processes: "mirror serve", "tritonserver", "model" for what runs it, or "other"."""
         named = {self._process.pid: "mirror serve"}
-        for server in _children(self._process.pid):
+        servers = _children(self._process.pid)
+        for server in servers:
             named |= dict.fromkeys(group_members(server), "other")
             named |= dict.fromkeys(runners(server, MODEL_NAME), "model")
             named[server] = "tritonserver"
-            self.restarts += self._server not in (None, server)
-            self._server = server
-        if len(named) > 1:
-            self._last = named
+        if servers:
+            self.restarts += self._server not in (None, servers[-1])
+            self._server, self._last = servers[-1], named
         return named
 
     def memory(self) -> dict[str, float]:
