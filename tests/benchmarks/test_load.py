@@ -124,6 +124,7 @@ def test_an_open_loop_sends_all_that_is_due_and_waits_for_the_answers():
     assert window.seconds > 1.2
     assert max(window.times_ms) > 800  # the last one waits behind the others
     assert np.median(window.lag_ms) < 20
+    assert opened(Server(seconds=0).send, rate=5, seconds=0.3).seconds == 0.3  # not up to the last answer
 
 
 def test_a_stall_is_in_the_times_of_all_requests_that_were_due_meanwhile():
