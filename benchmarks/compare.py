@@ -78,31 +78,27 @@ class Verdict(str, Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """One metric in both reports.
+class Judgement:
+    """How many times as much time HEAD takes, above 1 is worse (for scores, BASE over HEAD), with the interval."""
 
-    Attributes:
-        metric: its name, such as "throughput, openvino bf16, texts per second".
-        unit: of `base` and `head`.
-        base: median over all runs; None where it was not measured.
-        head: likewise.
-        ratio: how many times as much time HEAD takes: above 1 is worse. For scores, BASE over HEAD.
-        low: of the ratio's interval.
-        high: likewise.
-    """
-
-    metric: str
-    unit: str
-    base: float | None
-    head: float | None
     ratio: float = NAN
     low: float = NAN
     high: float = NAN
     verdict: Verdict
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change(Judgement):
+    """One metric in both reports: medians over all runs of a side, None where it was not measured."""
+
+    metric: str
+    unit: str
+    base: float | None
+    head: float | None
+
+
 def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float, seed: int = 0) -> list[Change]:
-    """Compare every judged metric that either side has.
+    """Compare every judged metric that either side has: people's scores, times, then the artifacts' worst cosines.
 
     Times and rates are compared by their medians, in units of the reference work where all runs have it; the interval
     is a bootstrap over runs and, within a run, over samples. Samples that pair with people's scores are compared by
@@ -113,44 +109,27 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
         head: likewise.
         threshold: the relative change that matters, such as 0.07.
         seed: of the bootstrap.
-
-    Returns:
-        One entry per metric: people's scores, times, then the worst cosine of each artifact.
     """
-    left, right = _judged(base), _judged(head)
+    sides = [_judged(side) for side in (base, head)]
     people = {
         _pairs(one): one.samples for report in (*base, *head) for one in report.measurements if one.party == PEOPLE
     }
-    order: list[list[Change]] = [[], [], []]
-    for key in dict.fromkeys((*left, *right)):
-        before, after = left.get(key, []), right.get(key, [])
-        one = (*before, *after)[0]
-        scores = people.get(_pairs(one))
-        unit = one.unit
-        if scores is not None:
-            place, unit, shown = 0, "Spearman x 100", [_spearman(side, scores) for side in (before, after)]
+    found: list[tuple[int, Change]] = []
+    for key in dict.fromkeys(key for side in sides for key in side):
+        before, after = (side.get(key, []) for side in sides)
+        one = (before or after)[0]
+        judge: _Judge
+        if (scores := people.get(_pairs(one))) is not None:
+            place, unit, judge = 0, "Spearman x 100", _Scores(scores, seed)
         elif one.metric == EXPORT_COSINE:
-            place, unit, shown = 2, "cosine", [side[-1].median if side else None for side in (before, after)]
+            place, unit, judge = 2, "cosine", _Cosines()
         else:
-            place, shown = 1, [_typical([m.samples for m in side]) if side else None for side in (before, after)]
-        ratio, low, high = NAN, NAN, NAN
-        if not before or not after:
-            verdict = Verdict.LOST if before else Verdict.NEW
-        elif scores is not None:
-            ratio, low, high, verdict = _compare_scores(before[0].samples, after[0].samples, scores, seed)
-        elif one.metric == EXPORT_COSINE:
-            ratio, verdict = _compare_cosines(before[-1].median, after[-1].median)
+            place, unit, judge = 1, one.unit, _Times(threshold, seed)
+        if before and after:
+            judged = judge.compare(before, after)
         else:
-            ratio, low, high, verdict = _compare_times(before, after, threshold, seed)
-        order[place].append(
-            Change(
-                metric=_name(one), unit=unit, base=shown[0], head=shown[1], ratio=ratio, low=low, high=high,
-                verdict=verdict,
-            )
-        )  # fmt: skip
-    return [change for changes in order for change in changes]
-
-
+            judged = Judgement(verdict=Verdict.LOST if before else Verdict.NEW)
+        values = [judge.value(side) if side else None for side in (before, after)]
 def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
     """Return our measurements with a direction of improvement, and the artifacts' cosines; peers are not judged."""
     found: dict[Key, list[Measurement]] = {}

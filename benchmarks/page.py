@@ -33,7 +33,7 @@ TEMPLATE_FILE = "page.html.jinja"
 def render_page(report: Report) -> str:
     """Render a report as an HTML document."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"inline": _inline, "anchor": _anchor}
+    environment.filters |= {"inline": _inline, "anchor": lambda title: re.sub(r"\W+", "-", title.lower())}
     environment.tests |= {"grid": lambda block: isinstance(block, Grid), "image": lambda b: isinstance(b, Image)}
 
     def picture(name: str, theme: Theme) -> str:
@@ -48,19 +48,15 @@ def render_page(report: Report) -> str:
     )
 
 
-def write_page(report: Report, folder: Path) -> None:
-    """Write the page into a report's folder."""
-    (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
-
-
 def _inline(text: str) -> Markup:
     """Escape text, and mark up its `code` and **emphasis**."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
     return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", marked, flags=re.DOTALL))
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower())
+def write_page(report: Report, folder: Path) -> None:
+    """Write the page into a report's folder."""
+    (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
 
 
 def run(
@@ -72,11 +68,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 on success, 2 on a user error.
-    """
+    """Run the command line: 0 on success, 2 on a user error."""
     return run_command(application(run), argv, "benchmarks/page.py")
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -35,8 +35,8 @@ from benchmarks.peers.environments import parse_environments
 from benchmarks.peers.specs import PEERS
 from benchmarks.plan import Environments, Plan, Suite, packed_variants, read_shape, select_variants
 from benchmarks.recorder import Recorder
+from benchmarks.report.document import MARKDOWN_FILE, check_output, headline, write_folder
 from benchmarks.report.facts import Facts, Settings, Subject
-from benchmarks.report.folder import MARKDOWN_FILE, check_output, headline, write_folder
 from benchmarks.report.storage import Report
 from benchmarks.resume import Unfinished
 from benchmarks.suites.latency import run_latency
@@ -57,9 +57,7 @@ FULL_ROUNDS = 5
 QUICK_ROUNDS = 2
 TRAINING_SEEDS = 3
 
-RunSuite = Callable[[Plan, Recorder, Progress], None]
-
-SUITES: Mapping[Suite, RunSuite] = {
+SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
     Suite.SCALING: run_scaling,
     Suite.LATENCY: run_latency,
@@ -188,29 +186,28 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
         typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
     """
     began = time.perf_counter()
-    recorder, unfinished = Recorder(), Unfinished(output)
-    console = Console(stderr=True)
-    facts, finished = describe(plan), frozenset[str]()
-    if resume:
-        facts, finished = unfinished.resume(facts, recorder)
-    else:
-        unfinished.start(facts)
-    spent_s = facts.wall_s
+    recorder, unfinished, console = Recorder(), Unfinished(output), Console(stderr=True)
+    before = unfinished.resume(describe(plan)) if resume else unfinished.start(describe(plan))
+    finished = {one.suite for one in before.measurements} | {one.suite for one in before.failures}
+    for measurement in before.measurements:
+        recorder.add(measurement)
+    recorder.failures += before.failures
 
-    def now(*, partial: bool) -> Facts:
-        return replace(facts, partial=partial, wall_s=spent_s + time.perf_counter() - began)
+    def so_far(*, partial: bool, suites: Set[str] | None = None) -> Report:
+        facts = replace(before.facts, partial=partial, wall_s=before.facts.wall_s + time.perf_counter() - began)
+        measurements = tuple(one for one in recorder.measurements if suites is None or one.suite in suites)
+        failures = tuple(one for one in recorder.failures if suites is None or one.suite in suites)
+        return Report(facts=facts, measurements=measurements, failures=failures)
 
     partial = False
     try:
         with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
-            measure(
-                plan, finished, recorder, progress,
-                on_finished=lambda suite, results: unfinished.save(suite, results, now(partial=True)),
-            )  # fmt: skip
+            for suite in measure(plan, frozenset(finished), recorder, progress):
+                finished.add(suite)
+                unfinished.save(so_far(partial=True, suites=finished))
     except KeyboardInterrupt:
         partial = True
-    failures = tuple(recorder.failures)
-    report = Report(facts=now(partial=partial), measurements=recorder.measurements, failures=failures)
+    report = so_far(partial=partial)
     write_folder(report, output)
     if page:
         write_page(report, output)
@@ -225,31 +222,20 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
         raise typer.Exit(130 if partial else 1)
 
 
-def measure(
-    plan: Plan,
-    finished: frozenset[str],
-    recorder: Recorder,
-    progress: Progress,
-    *,
-    on_finished: Callable[[str, Recorder], None],
-) -> None:
-    """Run the plan's suites but for the finished ones; call `on_finished` with each suite's own results."""
+def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[str]:
+    """Run the plan's suites but for the finished ones; yield the name of each when it is done."""
     for variant in plan.variants:
         recorder.record("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
         recorder.record("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
     left = [suite for suite in SUITES if suite in plan.suites and suite.value not in finished]
-    before = recorder.snapshot()
     if plan.peers and {Suite.PEERS, Suite.STARTUP} & set(left):
         plan = prepare_peers(plan, recorder, progress)
     if NEED_CEILINGS & set(left) and CEILINGS not in finished:
-        start = recorder.snapshot()
         measure_ceilings(plan, recorder, progress)
-        on_finished(CEILINGS, recorder.added_since(start))
+        yield CEILINGS
     for suite in left:
-        if suite is not Suite.PEERS:  # what could not be prepared belongs to it
-            before = recorder.snapshot()
         SUITES[suite](plan, recorder, progress)
-        on_finished(suite.value, recorder.added_since(before))
+        yield suite.value
 
 
 def describe(plan: Plan) -> Facts:
@@ -287,23 +273,18 @@ def describe(plan: Plan) -> Facts:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 on success, 1 when nothing could be measured, 2 on a user error, 130 when interrupted.
-    """
+    """Run the command line: 0 on success, 1 when nothing could be measured, 2 on a user error, 130 when interrupted."""
     return run_command(application(run), argv, "benchmarks/run.py", lists=_LISTS)
 
 
 def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
     """Return the named peers, in any case; without names all, or those that a quick run takes."""
-    known = {spec.title.lower(): spec.title for spec in PEERS}
-    if unknown := [title for title in titles if title.lower() not in known]:
-        raise InputError(f"--peer {unknown[0]}: must be one of {', '.join(known.values())}")
-    if not titles:
-        return tuple(spec.title for spec in PEERS if not quick or spec.quick)
+    known = {spec.title.lower(): spec for spec in PEERS}
     named = {title.lower() for title in titles}
-    return tuple(title for name, title in known.items() if name in named)
+    if unknown := sorted(named - known.keys()):
+        raise InputError(f"--peer {unknown[0]}: must be one of {', '.join(spec.title for spec in PEERS)}")
+    chosen = named or {name for name, spec in known.items() if spec.quick or not quick}
+    return tuple(spec.title for name, spec in known.items() if name in chosen)
 
 
 @contextmanager

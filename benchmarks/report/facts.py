@@ -10,17 +10,14 @@ from benchmarks.workload import WorkloadFacts
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The machine, and what this process may use of it.
+    """The machine, and what this process may use of it. Empty or None: the system sets or states nothing.
 
     Attributes:
-        cores_online: logical cores of the machine.
-        cores_usable: what affinity and the container's quota leave to this process.
-        affinity: numbers of the logical cores that this process may run on; empty where the system does not state them.
-        cpu_quota_cores: the tightest CPU quota of the process's control groups, in cores; None without one.
-        memory_limit_bytes: the tightest memory limit of the process's control groups; None without one.
+        cores_online: logical cores of the machine; `cores_usable`: what affinity and the container's quota leave.
+        cpu_quota_cores: the tightest CPU quota of the process's control groups, in cores.
+        memory_limit_bytes: the tightest memory limit of the process's control groups.
         cpu_flags: CPU features that decide the speed of matrix products.
-        clocks_mhz: of each logical core before the first measurement; empty where the system does not state them.
-        governor: frequency governor; None where the system does not state it, as in most virtual machines.
+        clocks_mhz: of each logical core before the first measurement.
         thread_environment: environment variables that change how many threads libraries start.
         load_1min_start: load average before the first measurement; above ~0.5 other work was running.
     """
@@ -40,11 +37,6 @@ class Host:
     python: str
     load_1min_start: float
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What must be equal for an interrupted run to continue on this machine."""
-        return self.cpu_model, self.cores_online, self.cores_usable, self.memory_bytes, self.python
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -59,14 +51,9 @@ class Subject:
     """The bundle that was measured.
 
     Attributes:
-        name: of its folder.
-        fingerprint: of its vector space.
-        base_model: where its weights came from.
-        max_tokens: longest text in tokens.
-        dim: length of a vector.
         artifacts: engine and precision of every packed artifact, measured or not.
-        flop_per_token: floating-point operations of one token's matrix products, without attention and embeddings;
-            None where config.json does not state the encoder's sizes.
+        flop_per_token: of one token's matrix products, without attention and embeddings; None where config.json does
+            not state the encoder's sizes.
     """
 
     name: str
@@ -80,14 +67,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of the run.
-
-    Attributes:
-        variants: engine and precision of the artifacts to measure: the parties that are ours.
-        peers: titles of the other libraries to measure; empty without the suite.
-        sets_sha256: of the evaluation sets' files.
-        training: description of suite training; None without the suite.
-    """
+    """The options of the run: `variants` are the parties that are ours, `peers` the titles of other libraries."""
 
     suites: tuple[str, ...]
     variants: tuple[str, ...]
@@ -104,11 +84,9 @@ class Facts:
     """Everything in a report that is not a measurement.
 
     Attributes:
-        started: ISO 8601.
         partial: the run was interrupted; some figures may rest on fewer rounds than requested.
-        resumed: when the run was continued after an interruption; empty for one that ran through.
-        wall_s: seconds that the run took, all continuations together.
-        versions: of the packages that were measured with.
+        resumed: when the run was continued after an interruption.
+        wall_s: of all continuations together.
     """
 
     started: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
@@ -38,11 +37,9 @@ class Measurement:
     Attributes:
         suite: the question that it answers, such as "latency".
         party: who was measured: "openvino bf16" of ours, "sentence-transformers torch" of others, "machine".
-        conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
-        metric: such as "time per text".
-        unit: of the samples: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
+        unit: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
         samples: one per round, request or text, in the order measured; at least one, all finite.
-        better: the direction of improvement; `compare.py` judges what has one.
+        conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
         reference: seconds of a fixed piece of work beside the samples, one per round (`machine.reference_speed`);
             dividing by it removes the machine's own changes of speed. Empty where there is none.
         count: samples measured, where a thinned report holds fewer; else 0.
@@ -56,10 +53,10 @@ class Measurement:
     unit: str
     samples: tuple[float, ...]
     better: Better
-    conditions: Mapping[str, Condition] = field(default_factory=lambda: MappingProxyType({}))
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
     reference: tuple[float, ...] = ()
     count: int = 0
-    figures: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -77,11 +74,7 @@ class Measurement:
         return self.figure("p50")
 
     def figure(self, name: str) -> float:
-        """Return a figure of all samples: one of `figures`, a percentile of `statistics.FIGURES`, "mean" or "sum".
-
-        Raises:
-            KeyError: the figure is neither stored nor can be computed.
-        """
+        """Return a figure of all samples: one of `figures`, of `statistics.FIGURES`, "mean" or "sum"."""
         if name in self.figures:
             return self.figures[name]
         if name in ("mean", "sum"):

@@ -11,7 +11,7 @@ from benchmarks.page import main as page_main
 from benchmarks.page import render_page
 from benchmarks.report import plots
 from benchmarks.report.document import build_document, unsteady_parties
-from benchmarks.report.folder import check_output, headline, render_markdown, write_folder
+from benchmarks.report.document import check_output, headline, render_markdown, write_folder
 from benchmarks.report.plots import LIGHT, draw, drawable
 from benchmarks.report.record import Better, Measurement
 from benchmarks.report.storage import MOST_KEPT, read_report, thin
