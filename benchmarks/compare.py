@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -71,79 +72,72 @@ class Verdict(str, Enum):
     WORSE = "worse"
     BETTER = "better"
     SAME = "same"
-    NOISY = "too noisy to tell"
-    """The interval exceeds the threshold on a side, and also includes 1."""
+    NOISY = "too noisy to tell"  # the interval exceeds the threshold on a side, and also includes 1
     LOST = "no longer measured"
     NEW = "new"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """How many times as much time HEAD takes, above 1 is worse (for scores, BASE over HEAD), with the interval."""
-
-    ratio: float = NAN
-    low: float = NAN
-    high: float = NAN
-    verdict: Verdict
+Judged: TypeAlias = tuple[str, float | None, float | None, float, float, float, Verdict]
+"""All of a `Change` but its name."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change(Judgement):
-    """One metric in both reports: medians over all runs of a side, None where it was not measured."""
+@dataclass(frozen=True)
+class Change:
+    """One metric in both reports, with its medians over all runs; None where it was not measured.
+
+    The ratio is how many times as much time HEAD takes, above 1 is worse (for scores, BASE over HEAD), with an interval
+    from `low` to `high`.
+    """
 
     metric: str
     unit: str
     base: float | None
     head: float | None
+    ratio: float
+    low: float
+    high: float
+    verdict: Verdict
 
 
 def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float, seed: int = 0) -> list[Change]:
-    """Compare every judged metric that either side has: people's scores, times, then the artifacts' worst cosines.
+    """Compare every judged metric that either side, of one or several runs, has.
 
     Times and rates are compared by their medians, in units of the reference work where all runs have it; the interval
     is a bootstrap over runs and, within a run, over samples. Samples that pair with people's scores are compared by
     their rank correlation with them, over the same resampled pairs on both sides.
-
-    Args:
-        base: one or several runs.
-        head: likewise.
-        threshold: the relative change that matters, such as 0.07.
-        seed: of the bootstrap.
     """
-    sides = [_judged(side) for side in (base, head)]
-    people = {
-        _pairs(one): one.samples for report in (*base, *head) for one in report.measurements if one.party == PEOPLE
-    }
-    found: list[tuple[int, Change]] = []
-    for key in dict.fromkeys(key for side in sides for key in side):
-        before, after = (side.get(key, []) for side in sides)
+    left, right = _judged(base), _judged(head)
+    every = [one for report in (*base, *head) for one in report.measurements]
+    people = {(one.suite, one.key[-1]): one.samples for one in every if one.party == PEOPLE}
+    changes = []
+    for key in dict.fromkeys((*left, *right)):
+        before, after = left.get(key, []), right.get(key, [])
         one = (before or after)[0]
-        judge: _Judge
-        if (scores := people.get(_pairs(one))) is not None:
-            place, unit, judge = 0, "Spearman x 100", _Scores(scores, seed)
+        judged: Judged
+        if not after:
+            judged = one.unit, _median(before), None, NAN, NAN, NAN, Verdict.LOST
+        elif not before:
+            judged = one.unit, None, _median(after), NAN, NAN, NAN, Verdict.NEW
+        elif (scores := people.get((one.suite, one.key[-1]))) is not None:
+            # The first runs: the cosines of a side's runs are equal up to rounding.
+            judged = _compare_scores(before[0].samples, after[0].samples, scores, seed)
         elif one.metric == EXPORT_COSINE:
-            place, unit, judge = 2, "cosine", _Cosines()
+            judged = _compare_cosines(before[-1].median, after[-1].median)
         else:
-            place, unit, judge = 1, one.unit, _Times(threshold, seed)
-        if before and after:
-            judged = judge.compare(before, after)
-        else:
-            judged = Judgement(verdict=Verdict.LOST if before else Verdict.NEW)
-        values = [judge.value(side) if side else None for side in (before, after)]
+            judged = _compare_times(before, after, threshold, seed)
+        changes.append(Change(_name(one), *judged))
+    return changes
+
+
 def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
     """Return our measurements with a direction of improvement, and the artifacts' cosines; peers are not judged."""
     found: dict[Key, list[Measurement]] = {}
     for report in reports:
         for one in report.measurements:
-            judged = one.better is not Better.NEITHER and one.suite != "peers" and not report.is_peer(one.party)
-            if judged or one.metric == EXPORT_COSINE:
+            theirs = one.suite == "peers" or report.is_peer(one.party)
+            if one.metric == EXPORT_COSINE or (one.better is not Better.NEITHER and not theirs):
                 found.setdefault(one.key, []).append(one)
     return found
-
-
-def _pairs(one: Measurement) -> Key:
-    """Return what people's scores and the cosines of the same pairs have in common."""
-    return one.suite, tuple(sorted(one.conditions.items()))
 
 
 def _name(one: Measurement) -> str:
@@ -155,39 +149,29 @@ def _name(one: Measurement) -> str:
     return ", ".join((one.suite, one.party, *conditions, one.metric))
 
 
-def _compare_times(
-    before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int
-) -> tuple[float, float, float, Verdict]:
+def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Judged:
     scaled = all(m.reference for m in (*before, *after))
     base, head = ([_times(m, scaled=scaled) for m in side] for side in (before, after))
-    draws = _bootstrap(head, seed) / _bootstrap(base, seed + 1)
     tail = (100 - INTERVAL) / 2
-    low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
+    low, high = map(float, np.percentile(_bootstrap(head, seed) / _bootstrap(base, seed + 1), (tail, 100 - tail)))
     ratio = _typical(head) / _typical(base)
-    verdict = _verdict(ratio, low, high, threshold, max(threshold, (_distance(base) + _distance(head)) / 2))
+    needed = max(threshold, (_distance(base) + _distance(head)) / 2)
+    verdict = _verdict(
+        worse=ratio > 1 + needed and low > 1,
+        better=ratio < 1 / (1 + needed) and high < 1,
+        same=1 / (1 + threshold) <= ratio <= 1 + threshold,
+    )
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
-    return ratio, low, high, verdict
+    return before[0].unit, _median(before), _median(after), ratio, low, high, verdict
 
 
 def _times(one: Measurement, *, scaled: bool) -> list[float]:
     """Return the samples as times, rates as their reciprocals, each over the reference of its round if `scaled`."""
     samples = np.asarray(one.samples, np.float64)
-    times = 1 / samples if one.better is Better.HIGHER else samples
-    if not scaled:
-        return [float(time) for time in times]
-    rounds = zip(np.array_split(times, len(one.reference)), one.reference, strict=True)
-    return [float(time) for part, reference in rounds for time in part / reference]
-
-
-def _verdict(ratio: float, low: float, high: float, threshold: float, needed: float) -> Verdict:
-    if ratio > 1 + needed and low > 1:
-        return Verdict.WORSE
-    if ratio < 1 / (1 + needed) and high < 1:
-        return Verdict.BETTER
-    if 1 / (1 + threshold) <= ratio <= 1 + threshold:
-        return Verdict.SAME
-    return Verdict.NOISY
+    references = one.reference if scaled else (1.0,)
+    rounds = np.array_split(1 / samples if one.better is Better.HIGHER else samples, len(references))
+    return [float(time) for part, reference in zip(rounds, references, strict=True) for time in part / reference]
 
 
 def _distance(runs: Runs) -> float:
@@ -204,6 +188,10 @@ def _typical(runs: Runs) -> float:
     return float(np.median([np.median(run) for run in runs]))
 
 
+def _median(side: Sequence[Measurement]) -> float:
+    return _typical([one.samples for one in side])
+
+
 def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     """Draw medians over runs of medians within runs: float64 [BOOTSTRAP_DRAWS]."""
     random = np.random.default_rng(seed)
@@ -213,48 +201,37 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     return draws
 
 
-def _compare_cosines(base: float, head: float) -> tuple[float, Verdict]:
+def _compare_cosines(base: float, head: float) -> Judged:
     """Judge a worst cosine: a step away from 1 beyond a rerun's jitter is a change of the vectors."""
     ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
     same = abs(head - base) <= JITTER or 0.5 <= ratio <= 2
-    return ratio, Verdict.SAME if same else Verdict.WORSE if ratio > 1 else Verdict.BETTER
+    verdict = _verdict(worse=ratio > 1 and not same, better=ratio < 1 and not same, same=same)
+    return "cosine", base, head, ratio, NAN, NAN, verdict
 
 
-def _spearman(side: Sequence[Measurement], scores: Sequence[float]) -> float | None:
-    """Return the rank correlation of a side's first run: the cosines of its runs are equal up to rounding."""
-    return 100 * spearman(side[0].samples, scores) if side else None
-
-
-def _compare_scores(
-    before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int
-) -> tuple[float, float, float, Verdict]:
+def _compare_scores(before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int) -> Judged:
     """Compare rank correlations over the same resampled pairs."""
-    base, head = (spearman(samples, scores) for samples in (before, after))
+    base, head = (100 * spearman(samples, scores) for samples in (before, after))
     old, new = (
         resample_spearman(samples, scores, RESAMPLES, np.random.default_rng([seed, 0])) for samples in (before, after)
     )
     percentiles = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
     low, high = np.nanpercentile(new - old, percentiles)
-    gain = 100 * (head - base)
-    verdict = Verdict.SAME if abs(gain) <= POINTS else Verdict.NOISY
-    if gain < -POINTS and high < 0:
-        verdict = Verdict.WORSE
-    elif gain > POINTS and low > 0:
-        verdict = Verdict.BETTER
+    gain = head - base
+    verdict = _verdict(worse=gain < -POINTS and high < 0, better=gain > POINTS and low > 0, same=abs(gain) <= POINTS)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of a handful of pairs may correlate with nothing
-        ratio_low, ratio_high = np.nanpercentile(old / new, percentiles)
-    return base / head, float(ratio_low), float(ratio_high), verdict
+        ratio_low, ratio_high = map(float, np.nanpercentile(old / new, percentiles))
+    return "Spearman x 100", base, head, base / head, ratio_low, ratio_high, verdict
+
+
+def _verdict(*, worse: bool, better: bool, same: bool) -> Verdict:
+    return Verdict.WORSE if worse else Verdict.BETTER if better else Verdict.SAME if same else Verdict.NOISY
 
 
 def read_side(folder: Path) -> list[Report]:
-    """Read a report folder, or every report folder inside a folder, by name.
-
-    Raises:
-        InputError: there are none, or one is partial or malformed.
-    """
-    folders = (
-        [folder] if (folder / REPORT_FILE).is_file() else sorted(p.parent for p in folder.glob(f"*/{REPORT_FILE}"))
-    )
+    """Read a report folder, or every report folder inside a folder, by name; none, or a partial one, is an error."""
+    inside = sorted(file.parent for file in folder.glob(f"*/{REPORT_FILE}"))
+    folders = [folder] if (folder / REPORT_FILE).is_file() else inside
     if not folders:
         raise InputError(
             f"neither {folder} nor a folder in it has a {REPORT_FILE}: run benchmarks/run.py --output {folder}"
@@ -268,47 +245,36 @@ def read_side(folder: Path) -> list[Report]:
 
 def warnings(base: Sequence[Report], head: Sequence[Report]) -> list[str]:
     """Name the conditions that differ between the sides and make their figures incomparable."""
-    checks: Mapping[str, Callable[[Report], object]] = {
-        "machines": lambda r: (r.facts.host.cpu_model, r.facts.host.cores_usable),
-        "workloads": lambda r: r.facts.workload.texts_sha256,
-        "vector spaces": lambda r: r.facts.subject.fingerprint,
-        "settings": lambda r: (r.facts.settings.quick, r.facts.settings.suites),
+    checks = {
+        "machines": attrgetter("host.cpu_model", "host.cores_usable"),
+        "workloads": attrgetter("workload.texts_sha256"),
+        "vector spaces": attrgetter("subject.fingerprint"),
+        "settings": attrgetter("settings.quick", "settings.suites"),
     }
-    found = []
-    for what, of in checks.items():
-        values = {str(of(report)) for report in (*base, *head)}
-        if len(values) > 1:
-            found.append(f"The {what} differ: {' / '.join(sorted(values))}")
-    return found
+    found = {what: sorted({str(of(report.facts)) for report in (*base, *head)}) for what, of in checks.items()}
+    return [f"The {what} differ: {' / '.join(values)}" for what, values in found.items() if len(values) > 1]
 
 
 def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, int], threshold: float) -> str:
     """Render a comparison as Markdown for a pull request's comment, changes first."""
     order = list(Verdict)
-    rows = [
-        (
-            change.metric, _figure(change.base), _figure(change.head), change.unit, _figure(change.ratio),
-            f"{_figure(change.low)} to {_figure(change.high)}", change.verdict.value,
-        )
-        for change in sorted(changes, key=lambda change: order.index(change.verdict))
-    ]  # fmt: skip
+    rows = []
+    for one in sorted(changes, key=lambda change: order.index(change.verdict)):
+        base, head, ratio, low, high = map(_figure, (one.base, one.head, one.ratio, one.low, one.high))
+        rows.append((one.metric, base, head, one.unit, ratio, f"{low} to {high}", one.verdict.value))
     worse = [change for change in changes if change.verdict in (Verdict.WORSE, Verdict.LOST)]
-    lines = [
-        "## Benchmark comparison",
-        "",
-        f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**",
-        *(f"\n> {note}" for note in notes),
-        "",
-        table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows),
-        "",
+    result = f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**"
+    table = table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows)
+    explanation = (
         f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse; rates are compared as times. Latency and "
         "throughput are compared in units of reference work, bare matrix products timed beside them, where every run "
         f"has it. A verdict needs a change of more than {100 * threshold:.0f} %, and of more than the average distance "
         f"between the runs of a side (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval "
         f"excludes 1; for quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval "
-        "excludes 0.",
-    ]
-    return "\n".join(lines) + "\n"
+        "excludes 0."
+    )
+    quoted = [f"> {note}" for note in notes]
+    return "\n\n".join(("## Benchmark comparison", result, *quoted, table, explanation)) + "\n"
 
 
 def _figure(value: float | None) -> str:
@@ -339,11 +305,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 when nothing got worse, 1 when something did, 2 on a user error.
-    """
+    """Run the command line: 0 when nothing got worse, 1 when something did, 2 on a user error."""
     return run_command(application(run), argv, "benchmarks/compare.py")
 
 

@@ -19,7 +19,7 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from benchmarks.report.document import Image, build_document, status
+from benchmarks.report.document import PARTIAL, Image, build_document
 from benchmarks.report.plots import DARK, LIGHT, Theme, draw, svg
 from benchmarks.report.storage import Report, read_report
 from benchmarks.report.tables import Grid
@@ -41,7 +41,7 @@ def render_page(report: Report) -> str:
 
     return environment.get_template(TEMPLATE_FILE).render(
         name=report.facts.subject.name,
-        status=status(report),
+        status=PARTIAL if report.facts.partial else "",
         parts=build_document(report),
         light=lambda name: picture(name, LIGHT),
         dark=lambda name: picture(name, DARK),

@@ -81,12 +81,9 @@ class Plan:
     """What is measured, on what. Peers, sets and training are empty without the suites that need them.
 
     Attributes:
-        peers: titles of the other libraries to measure.
-        seed: of the workload's sample, random arrivals and the bootstrap.
+        peers: titles of other libraries; `peer_backends` is what `suites.peers.prepare_peers` installed of them.
         shape: None where config.json does not state the encoder's sizes: no ceiling is measured then.
-        environments: of peers and perf_analyzer.
         scratch: folder for converted models and files that other processes read; deleted after the run.
-        peer_backends: what `suites.peers.prepare_peers` installed; `peer_starters` are commands that start them.
     """
 
     bundle: Path
@@ -143,14 +140,10 @@ def packed_variants(manifest: Manifest) -> tuple[Variant, ...]:
 def select_variants(
     manifest: Manifest, engines: Sequence[EngineName], precisions: Sequence[Precision]
 ) -> tuple[Variant, ...]:
-    """Pick the variants to measure; empty choices mean all.
-
-    Raises:
-        InputError: the bundle has no artifact that matches.
-    """
+    """Pick the variants to measure; empty choices mean all. A choice that leaves none is an error."""
     packed = packed_variants(manifest)
-    chosen = tuple(one for one in packed if one.engine in (engines or (one.engine,)))
-    chosen = tuple(one for one in chosen if one.precision in (precisions or (one.precision,)))
+    kept = [one for one in packed if not engines or one.engine in engines]
+    chosen = tuple(one for one in kept if not precisions or one.precision in precisions)
     if not chosen:
         has = ", ".join(variant.name for variant in packed) or "no packed artifact"
         raise InputError(f"the bundle has {has}: nothing matches --engine and --precision")
@@ -171,16 +164,17 @@ def auto_variants(plan: Plan, suite: Suite, variants: Sequence[Variant], recorde
     return (chosen,)
 
 
+BERT_SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
+
+
 def read_shape(bundle: Path) -> EncoderShape | None:
     """Read the encoder's sizes from the bundle's config.json (BERT's key names); None where it does not state them."""
     try:
         config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-        layers, hidden, intermediate = (
-            int(config[key]) for key in ("num_hidden_layers", "hidden_size", "intermediate_size")
-        )
+        sizes = {name: int(config[key]) for name, key in BERT_SIZES.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return EncoderShape(layers=layers, hidden=hidden, intermediate=intermediate)
+    return EncoderShape(**sizes)
 
 
 @contextmanager
@@ -199,14 +193,8 @@ def take_turns(
 ) -> set[str]:
     """Run every party once a round, A B A B and never A A B B: a machine that changes speed does so for all alike.
 
-    Args:
-        parties: a function for each, called with the number of the round.
-        rounds: of each.
-        fail: called with the name of a party that failed, and the error; it is left out from then on.
-        done: called with a party's name after each of its turns.
-
-    Returns:
-        The names of those that failed.
+    A party that fails is reported to `fail`, left out from then on and among the names returned. After each of a
+    party's turns `done` is called with its name.
     """
     failed: set[str] = set()
     for round_ in range(rounds):

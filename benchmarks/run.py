@@ -8,6 +8,7 @@ Writes report.json, report.md and plots. The last line of standard output is one
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +39,7 @@ from benchmarks.plan import Environments, Plan, Suite, packed_variants, read_sha
 from benchmarks.recorder import Recorder
 from benchmarks.report.document import MARKDOWN_FILE, check_output, headline, write_folder
 from benchmarks.report.facts import Facts, Settings, Subject
-from benchmarks.report.storage import Report
-from benchmarks.resume import Unfinished
+from benchmarks.report.storage import REPORT_FILE, Report, read_report, write_report
 from benchmarks.suites.latency import run_latency
 from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.suites.quality import read_evaluation_sets, run_quality
@@ -53,9 +54,8 @@ from mirror_runtime.cli.run import application, run_command, truncations_counted
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL_ROUNDS = 5
-QUICK_ROUNDS = 2
-TRAINING_SEEDS = 3
+OUTPUT = Path("reports/latest")
+PEER_ENV_HELP = "Use this virtual environment for a peer or perf_analyzer."
 
 SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
@@ -69,6 +69,18 @@ SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
 }
 """In the order in which they run: what needs a quiet machine first, what loads it most last."""
 
+MUST_AGREE = {
+    "bundle's fingerprint": attrgetter("subject.fingerprint"),
+    "workload": attrgetter("workload.texts_sha256"),
+    "settings": attrgetter("settings"),
+    "machine": attrgetter(
+        "host.cpu_model", "host.cores_online", "host.cores_usable", "host.memory_bytes", "host.python"
+    ),
+    "versions": attrgetter("versions"),
+    "commit": attrgetter("source.commit"),
+}
+"""What must be equal for an interrupted run to continue."""
+
 NEED_CEILINGS = {Suite.LATENCY, Suite.THROUGHPUT, Suite.PEERS}
 
 _LISTS: Mapping[str, tuple[str, ...] | None] = {
@@ -76,63 +88,37 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--engine": tuple(engine.value for engine in EngineName),
     "--precision": tuple(precision.value for precision in Precision),
     "--peer": tuple(spec.title for spec in PEERS),
-    "--sts": None,
-    "--words": None,
-    "--recipe": None,
+    **dict.fromkeys(("--sts", "--words", "--recipe")),
 }
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the report; an older report there is replaced.")] = Path(
-        "reports/latest"
-    ),
+    output: Annotated[Path, typer.Option(help="Folder of the report; an older report is replaced.")] = OUTPUT,
     texts: Annotated[
-        Path | None, typer.Option(help="Workload, one text per line. Default: docstrings of the standard library.")
+        Path | None, typer.Option(help="Workload, one text per line. Default: Python's docstrings.")
     ] = None,
-    shape: Annotated[
-        Shape, typer.Option(help="Text lengths: lines unchanged, 96 to 256 tokens, or 5 to 500 tokens.")
-    ] = Shape.LINES,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="At most 300 texts, few samples: all suites in under 5 minutes on 2 cores.")
-    ] = False,
+    shape: Annotated[Shape, typer.Option(help="Lines unchanged, or texts of 96-256 or 5-500 tokens.")] = Shape.LINES,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 300 texts, few samples: minutes on 2 cores.")] = False,
     engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Interleaved rounds of each party. Default: 5, or 2 with --quick. Startup: 5 (1)."),
-    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of each party. Default: 5, or 2 with --quick.")] = None,
     seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run of the same --output.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")] = False,
     peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Suite peers: which libraries. Default: all; with --quick those that convert nothing and load fast."
-        ),
+        list[str] | None, typer.Option(help="Which libraries. Default: all; with --quick the fast.")
     ] = None,
-    peer_env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Use this virtual environment for a peer or perf_analyzer."),
-    ] = None,
-    env_dir: Annotated[
-        Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
-    ] = ROOT / ".venvs",
+    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help=PEER_ENV_HELP)] = None,
+    env_dir: Annotated[Path, typer.Option(help="Where peers' environments are made, several GB.")] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one per line.")] = None,
     sts: Annotated[list[Path] | None, typer.Option(help="Quality and training: sentence similarity sets.")] = None,
     words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
-    training_seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Suite training: runs of each of our recipes. Default: 3, or 1 with --quick."),
-    ] = None,
-    reference_seeds: Annotated[
-        int, typer.Option(min=0, help="Suite training: runs of the published recipe, minutes each; 0 leaves it out.")
-    ] = 1,
+    training_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of our recipes. Default: 3 or 1.")] = None,
+    reference_seeds: Annotated[int, typer.Option(min=0, help="Runs of the published recipe, minutes each.")] = 1,
     page: Annotated[bool, typer.Option("--page", help="Also write report.html, one page without network.")] = False,
 ) -> None:
     """Measure BUNDLE and write a report."""
@@ -149,7 +135,7 @@ def run(
             words=tuple(words or ()),
             pooling=pooling,
             recipes=tuple(recipe or ("sentence",)),
-            seeds=training_seeds or (1 if quick else TRAINING_SEEDS),
+            seeds=training_seeds or (1 if quick else 3),
             reference_seeds=reference_seeds,
             quick=quick,
         )
@@ -166,7 +152,7 @@ def run(
             variants=select_variants(manifest, engine or (), precision or ()),
             workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
             suites=suites,
-            rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
+            rounds=rounds or (2 if quick else 5),
             seed=seed,
             quick=quick,
             sets=sets,
@@ -186,8 +172,9 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
         typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
     """
     began = time.perf_counter()
-    recorder, unfinished, console = Recorder(), Unfinished(output), Console(stderr=True)
-    before = unfinished.resume(describe(plan)) if resume else unfinished.start(describe(plan))
+    recorder, console = Recorder(), Console(stderr=True)
+    unfinished = Path(f"{output.absolute()}.unfinished")
+    before = (resume_run if resume else start_run)(unfinished, describe(plan))
     finished = {one.suite for one in before.measurements} | {one.suite for one in before.failures}
     for measurement in before.measurements:
         recorder.add(measurement)
@@ -204,7 +191,7 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
         with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
             for suite in measure(plan, frozenset(finished), recorder, progress):
                 finished.add(suite)
-                unfinished.save(so_far(partial=True, suites=finished))
+                write_report(so_far(partial=True, suites=finished), unfinished / REPORT_FILE)
     except KeyboardInterrupt:
         partial = True
     report = so_far(partial=partial)
@@ -212,7 +199,7 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
     if page:
         write_page(report, output)
     if not partial:
-        unfinished.remove()
+        shutil.rmtree(unfinished)
     for failure in report.failures:
         console.print(f"not measured: {failure.suite}, {failure.party}: {failure.reason}", markup=False)
     state = "interrupted: partial report" if partial else "report"
@@ -220,6 +207,29 @@ def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
     sys.stdout.write(json.dumps(headline(report, output), allow_nan=False) + "\n")
     if partial or not report.measured:
         raise typer.Exit(130 if partial else 1)
+
+
+def start_run(unfinished: Path, facts: Facts) -> Report:
+    """Begin a run whose finished suites are a report in `unfinished`; what an interrupted one left is deleted."""
+    if unfinished.exists():
+        if not (unfinished / REPORT_FILE).is_file():
+            raise InputError(f"{unfinished} has no {REPORT_FILE} and is not replaced: choose another --output")
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    report = Report(facts=facts, measurements=(), failures=())
+    write_report(report, unfinished / REPORT_FILE)
+    return report
+
+
+def resume_run(unfinished: Path, facts: Facts) -> Report:
+    """Return what the interrupted run finished, after a check that this run is the same one."""
+    if not (unfinished / REPORT_FILE).is_file():
+        raise InputError(f"--resume: {unfinished} has no {REPORT_FILE}: leave the option out to start anew")
+    report = read_report(unfinished)
+    for what, of in MUST_AGREE.items():
+        if (then := of(report.facts)) != (now := of(facts)):
+            raise InputError(f"--resume: the {what} of the interrupted run was {then}, now it is {now}: start anew")
+    return replace(report, facts=replace(report.facts, resumed=(*report.facts.resumed, facts.started)))
 
 
 def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[str]:

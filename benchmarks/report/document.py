@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.plan import Suite
-from benchmarks.report.facts import Host
 from benchmarks.report.plots import PLOTS, draw_plots, drawable
 from benchmarks.report.record import PEOPLE, SCHEMA_VERSION
 from benchmarks.report.sections import PLOTS_OF, TABLES, TITLES
@@ -24,6 +22,13 @@ STEADY = 0.15
 
 ROUND_METRICS = ("texts per second", "time to the first vector")
 """Metrics with one sample per round of the same work."""
+
+
+PARTIAL = (
+    "**Partial: the run was interrupted.** What is here was measured, some of it in fewer rounds than requested; what "
+    "is missing was not."
+)
+"""Must be read before any figure."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +63,22 @@ def write_folder(report: Report, folder: Path) -> None:
     """Write report.json, report.md and plots; an older report there is replaced when the new one is complete."""
     check_output(folder)
     with whole_folder(folder, overwrite=True, marker=REPORT_FILE) as partial:
-        plots = draw_plots(report, partial)
-        (partial / MARKDOWN_FILE).write_text(render_markdown(report, plots), encoding="utf-8")
+        draw_plots(report, partial)
+        (partial / MARKDOWN_FILE).write_text(render_markdown(report), encoding="utf-8")
         write_report(report, partial / REPORT_FILE)
 
 
-def render_markdown(report: Report, plots: Mapping[str, str]) -> str:
-    """Render a report; `plots` maps the name of each plot that was drawn to the file beside it."""
-    parts = [f"# Benchmark of {report.facts.subject.name}", status(report)]
+def render_markdown(report: Report) -> str:
+    """Render a report that has its plots beside it."""
+    parts = [f"# Benchmark of {report.facts.subject.name}", *([PARTIAL] if report.facts.partial else [])]
     for part in build_document(report):
         parts.append(f"## {part.title}")
         for block in part.blocks:
             if isinstance(block, Grid):
                 parts.append(table_lines(block.head, block.rows))
-            elif isinstance(block, Image):
-                parts.append(f"![{block.caption}]({plots[block.name]})" if block.name in plots else "")
             else:
-                parts.append(block)
-    return "\n\n".join(part for part in parts if part) + "\n"
+                parts.append(f"![{block.caption}]({block.name}.png)" if isinstance(block, Image) else block)
+    return "\n\n".join(parts) + "\n"
 
 
 def headline(report: Report, folder: Path) -> dict[str, Any]:
@@ -100,19 +103,15 @@ def headline(report: Report, folder: Path) -> dict[str, Any]:
 
 def build_document(report: Report) -> list[Part]:
     """Return the sections that the report has content for, conditions first and limits last."""
-    plots = set(drawable(report))
-    parts = [_part(report, suite, plots) for suite in TABLES]
-    return [_conditions(report), *(part for part in parts if part.blocks), _limits(report)]
-
-
-def status(report: Report) -> str:
-    """Return the warning that must be read before any figure; empty for a complete report."""
-    if not report.facts.partial:
-        return ""
-    return (
-        "**Partial: the run was interrupted.** What is here was measured, some of it in fewer rounds than requested; "
-        "what is missing was not."
-    )
+    drawn = drawable(report)
+    parts = [_conditions(report)]
+    for suite, tables in TABLES.items():
+        found = [(build_grid(report, suite, table), table.text) for table in tables]
+        blocks: list[Block] = [block for grid, text in found if grid is not None for block in (grid, text) if block]
+        if blocks:
+            blocks += [Image(name, PLOTS[name].caption) for name in PLOTS_OF.get(suite, ()) if name in drawn]
+            parts.append(Part(TITLES.get(suite, suite.capitalize()), tuple(blocks)))
+    return [*parts, _limits(report)]
 
 
 def unsteady_parties(report: Report) -> list[str]:
@@ -121,27 +120,25 @@ def unsteady_parties(report: Report) -> list[str]:
     return [f"{one.party} ({one.suite})" for one in rounds if one.figure("max") > (1 + STEADY) * one.figure("min")]
 
 
-def _part(report: Report, suite: str, plots: set[str]) -> Part:
-    found = [(build_grid(report, suite, table), table.text) for table in TABLES[suite]]
-    blocks: list[Block] = [block for grid, text in found if grid is not None for block in (grid, text) if block]
-    if blocks:
-        blocks += [Image(name, PLOTS[name].caption) for name in PLOTS_OF.get(suite, ()) if name in plots]
-    return Part(TITLES.get(suite, suite.capitalize()), tuple(blocks))
-
-
 def _conditions(report: Report) -> Part:
     facts = report.facts
     host, work, subject, source, settings = facts.host, facts.workload, facts.subject, facts.source, facts.settings
+    variables = ", ".join(f"`{name}={value}`" for name, value in host.thread_environment.items())
+    clocks = "not stated by the system"
+    if host.clocks_mhz:
+        spread = dict.fromkeys(f"{one(host.clocks_mhz):,.0f}" for one in (min, max))
+        clocks = f"{' to '.join(spread)} MHz before the first measurement"
+    cores = ", ".join(map(str, host.affinity)) or "any"
+    quota = "no CPU quota" if host.cpu_quota_cores is None else f"CPU quota of {host.cpu_quota_cores:g} cores"
+    limit = host.memory_limit_bytes
+    memory = "no memory limit" if limit is None else f"memory limit of {limit / 2**30:.1f} GiB"
     rows = {
         "Machine": f"{host.cpu_model}, {host.cores_usable} of {host.cores_online} logical cores usable",
         "CPU features": ", ".join(host.cpu_flags),
-        "Clocks": _clocks(host),
+        "Clocks": f"{clocks}; governor: {host.governor or 'not stated by the system'}",
         "Memory": f"{host.memory_bytes / 2**30:.1f} GiB",
-        "Limits of the process": _process_limits(host),
-        "Variables that change threads": ", ".join(
-            f"`{name}={value}`" for name, value in host.thread_environment.items()
-        )
-        or "none set",
+        "Limits of the process": f"logical cores {cores}; {quota}; {memory}",
+        "Variables that change threads": variables or "none set",
         "System": f"{host.os}, Python {host.python}",
         "Load average before": f"{host.load_1min_start:.2f} (1 min)",
         "Versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
@@ -171,21 +168,6 @@ def _conditions(report: Report) -> Part:
     if settings.quick:
         text += " A quick run has few samples: use it to check that everything works, not to decide."
     return Part("Conditions", (Grid((), [(name, value) for name, value in rows.items() if value]), text))
-
-
-def _clocks(host: Host) -> str:
-    low, high = min(host.clocks_mhz, default=0.0), max(host.clocks_mhz, default=0.0)
-    spread = f"{low:,.0f}" if round(low) == round(high) else f"{low:,.0f} to {high:,.0f}"
-    clocks = f"{spread} MHz before the first measurement" if host.clocks_mhz else "not stated by the system"
-    return f"{clocks}; governor: {host.governor or 'not stated by the system'}"
-
-
-def _process_limits(host: Host) -> str:
-    cores = ", ".join(map(str, host.affinity)) or "any"
-    quota = "no CPU quota" if host.cpu_quota_cores is None else f"CPU quota of {host.cpu_quota_cores:g} cores"
-    limit = host.memory_limit_bytes
-    memory = "no memory limit" if limit is None else f"memory limit of {limit / 2**30:.1f} GiB"
-    return f"logical cores {cores}; {quota}; {memory}"
 
 
 def _limits(report: Report) -> Part:

@@ -12,14 +12,8 @@ from benchmarks.workload import WorkloadFacts
 class Host:
     """The machine, and what this process may use of it. Empty or None: the system sets or states nothing.
 
-    Attributes:
-        cores_online: logical cores of the machine; `cores_usable`: what affinity and the container's quota leave.
-        cpu_quota_cores: the tightest CPU quota of the process's control groups, in cores.
-        memory_limit_bytes: the tightest memory limit of the process's control groups.
-        cpu_flags: CPU features that decide the speed of matrix products.
-        clocks_mhz: of each logical core before the first measurement.
-        thread_environment: environment variables that change how many threads libraries start.
-        load_1min_start: load average before the first measurement; above ~0.5 other work was running.
+    Cores are logical ones; those usable are what affinity and the quota leave. Quota and limit are the tightest of the
+    process's control groups. Clocks and load are from before the first measurement: a load above ~0.5 is other work.
     """
 
     cpu_model: str
@@ -48,12 +42,9 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The bundle that was measured.
+    """The bundle that was measured, with all its packed artifacts.
 
-    Attributes:
-        artifacts: engine and precision of every packed artifact, measured or not.
-        flop_per_token: of one token's matrix products, without attention and embeddings; None where config.json does
-            not state the encoder's sizes.
+    The operations of a token are those of its matrix products, without attention; None where sizes are not stated.
     """
 
     name: str
@@ -83,10 +74,7 @@ class Settings:
 class Facts:
     """Everything in a report that is not a measurement.
 
-    Attributes:
-        partial: the run was interrupted; some figures may rest on fewer rounds than requested.
-        resumed: when the run was continued after an interruption.
-        wall_s: of all continuations together.
+    A partial run was interrupted; `resumed` are the moments when it was continued, and `wall_s` is of all together.
     """
 
     started: str

@@ -60,13 +60,10 @@ class Values:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot's description.
+    """What to draw with one of the functions below; `dashed` is the figure of a second line.
 
-    Attributes:
-        draw: one of the functions below; it draws into the figure's axes.
-        x: a condition of the measurements of `y`, or another metric of the same party.
-        dashed: figure of a second, dashed line.
-        complete: every party with a `y` must have an `x`.
+    On the x axis is a condition of the measurements of `y`, or another metric of the same party. If the plot must be
+    `complete`, every party needs both.
     """
 
     draw: Callable[[Report, Plot, Theme, Any], None]
@@ -78,14 +75,12 @@ class Plot:
     complete: bool = False
 
 
-def draw_plots(report: Report, folder: Path) -> dict[str, str]:
-    """Draw what the report has figures for as PNG files; return each plot's name and file name."""
-    files = {name: f"{name}.png" for name in drawable(report)}
-    for name, file in files.items():
+def draw_plots(report: Report, folder: Path) -> None:
+    """Draw what the report has figures for as PNG files, each with its plot's name."""
+    for name in drawable(report):
         figure = draw(name, report, LIGHT)
         FigureCanvasAgg(figure)
-        figure.savefig(folder / file, dpi=DPI, format="png")
-    return files
+        figure.savefig(folder / f"{name}.png", dpi=DPI, format="png")
 
 
 def drawable(report: Report) -> tuple[str, ...]:

@@ -37,8 +37,8 @@ class Measurement:
     Attributes:
         suite: the question that it answers, such as "latency".
         party: who was measured: "openvino bf16" of ours, "sentence-transformers torch" of others, "machine".
-        unit: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
         samples: one per round, request or text, in the order measured; at least one, all finite.
+        unit: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
         conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
         reference: seconds of a fixed piece of work beside the samples, one per round (`machine.reference_speed`);
             dividing by it removes the machine's own changes of speed. Empty where there is none.

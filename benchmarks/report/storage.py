@@ -14,6 +14,7 @@ from benchmarks.report.facts import Facts
 from benchmarks.report.record import PEOPLE, SCHEMA_VERSION, Condition, Failure, Measurement
 from benchmarks.report.statistics import FIGURES
 from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.folders import replace_file
 from mirror_runtime.strict_json import from_json, read_object, to_json
 
 REPORT_FILE = "report.json"
@@ -80,9 +81,10 @@ def read_report(folder: Path) -> Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write `report.json`."""
+    """Write `report.json`, whole or not at all."""
     measured = measured_json(report.measurements, report.failures)
-    write_object(path, {"schema_version": SCHEMA_VERSION, "facts": to_json(report.facts), **measured})
+    with replace_file(path) as beside:
+        write_object(beside, {"schema_version": SCHEMA_VERSION, "facts": to_json(report.facts), **measured})
 
 
 def measured_json(measurements: Iterable[Measurement], failures: Iterable[Failure]) -> dict[str, Any]:

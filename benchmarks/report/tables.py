@@ -14,16 +14,14 @@ PARTY = "party"
 
 @dataclass(frozen=True)
 class Column:
-    """One column, or with `spread` one for each value of a condition.
+    """One column, or with `spread` one for each value of a condition or "party", which stands for "{value}" in `head`.
 
     Attributes:
-        head: of the column; "{value}" in it stands for the value of `spread`.
         figure: of `Measurement.figure`, or "count", "range" (lowest to highest), "interval", "signed interval", "yes".
         form: format specification, or "percent".
-        over: metric of the same row whose median divides the figure, which `scale` multiplies.
+        over: metric of the same row whose median divides the figure.
         where: conditions that the measurement must have beside those of the row.
         suite: of the measurement where it is another one: it is then looked up by its party alone.
-        spread: "party" or a condition.
     """
 
     head: str
@@ -40,13 +38,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table's description: a row for each combination of the row keys' values, in the order measured.
+    """A row for each combination of "party" and the conditions named in `rows`, where the first column has a figure.
 
-    Attributes:
-        rows: "party" or names of conditions: the first columns.
-        columns: the others; a row exists where the first of them has a figure.
-        text: caption and caveats, below the table.
-        where: conditions of the measurements.
+    Measurements have the conditions `where`; the text below has caption and caveats.
     """
 
     rows: tuple[str, ...]

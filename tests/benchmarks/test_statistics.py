@@ -1,8 +1,11 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
-from benchmarks.plan import interleave
+from benchmarks.plan import take_turns
 from benchmarks.report.statistics import median, percentile, ratio_of_medians
+from mirror_runtime.errors import EngineError
 
 
 def test_percentiles_interpolate():
@@ -29,5 +32,14 @@ def test_the_interval_includes_the_ratio_narrows_with_samples_and_repeats():
     assert ratio_of_medians(many_a, many_b, seed=3) == many
 
 
-def test_parties_are_interleaved():
-    assert list(interleave("AB", 3)) == [(0, "A"), (0, "B"), (1, "A"), (1, "B"), (2, "A"), (2, "B")]
+def test_parties_are_interleaved_and_one_that_fails_is_left_out():
+    turns, failed = [], []
+
+    def turn(name, round_):
+        turns.append((name, round_))
+        if name == "B":
+            raise EngineError("broken")
+
+    parties = {name: partial(turn, name) for name in "AB"}
+    assert take_turns(parties, 2, lambda name, error: failed.append(name), lambda name: None) == {"B"} == {*failed}
+    assert turns == [("A", 0), ("B", 0), ("A", 1)]
