@@ -83,9 +83,11 @@ def draw_plots(report: Report, folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=DPI, format="png")
 
 
-def drawable(report: Report) -> tuple[str, ...]:
-    """Name the plots that the report has figures for."""
-    return tuple(name for name, plot in PLOTS.items() if _has_figures(report, plot))
+def drawable(report: Report) -> list[str]:
+    """Name the plots that the report has figures for: two points to scatter, else one."""
+    found = {name: points(report, plot) for name, plot in PLOTS.items()}
+    lacking = [name for name, plot in PLOTS.items() if plot.complete and len(found[name]) < len(plot.y.of(report))]
+    return [name for name in found if len(found[name]) > (PLOTS[name].draw is _scatter) and name not in lacking]
 
 
 def draw(name: str, report: Report, theme: Theme) -> Figure:
@@ -121,36 +123,22 @@ def svg(figure: Figure) -> str:
     return target.getvalue()
 
 
-def pairs(report: Report, plot: Plot) -> list[tuple[Measurement, Measurement]]:
-    """Return the measurements of x and y of the parties that have both."""
-    across = {one.party: one for one in plot.x.of(report)}
-    return [(across[one.party], one) for one in plot.y.of(report) if one.party in across]
-
-
-def _has_figures(report: Report, plot: Plot) -> bool:
-    found = plot.y.of(report)
-    if plot.draw is _lines:
-        return any(_x(report, plot, one) is not None for one in found)
-    if plot.draw is not _scatter:
-        return bool(pairs(report, plot) if plot.x.suite else found)
-    both = len(pairs(report, plot))
-    return both > 1 and (both == len(found) or not plot.complete)
-
-
-def _x(report: Report, plot: Plot, measurement: Measurement) -> float | None:
-    """Return the place on the x axis of a measurement of `y`: a condition, or a metric under the same conditions."""
+def points(report: Report, plot: Plot) -> list[tuple[float, Measurement]]:
+    """Return the measurements of `y` with their places on the x axis, those that have one."""
+    name, found = plot.x.metric, plot.y.of(report)
     if not plot.x.suite:
-        value = measurement.conditions.get(plot.x.metric)
-        return None if value is None else float(value)
-    beside = (one for one in plot.x.of(report) if one.party == measurement.party)
-    return next((plot.x.number(one) for one in beside if one.conditions == measurement.conditions), None)
+        return [(float(one.conditions[name]), one) for one in found if name in one.conditions]
+    across: dict[object, float] = {}
+    for one in plot.x.of(report):
+        across |= {one.party: plot.x.number(one), (one.party, one.key[-1]): plot.x.number(one)}
+    return [(across.get((one.party, one.key[-1]), across[one.party]), one) for one in found if one.party in across]
 
 
 def _lines(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw a line for each party."""
-    points = [(x, one) for one in plot.y.of(report) if (x := _x(report, plot, one)) is not None]
-    for at, party in enumerate(dict.fromkeys(one.party for _, one in points)):
-        mine = sorted(((x, one) for x, one in points if one.party == party), key=lambda point: point[0])
+    found = points(report, plot)
+    for at, party in enumerate(dict.fromkeys(one.party for _, one in found)):
+        mine = sorted(((x, one) for x, one in found if one.party == party), key=lambda point: point[0])
         for figure, style in {plot.y.figure: "o-", plot.dashed: "--"}.items():
             if figure:
                 across, up = zip(*((x, plot.y.number(one, figure)) for x, one in mine), strict=True)
@@ -188,12 +176,12 @@ def _bars(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
 
 def _scatter(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw numbered marks with their names below: names beside a dozen marks would cover each other."""
-    marks = sorted(pairs(report, plot), key=lambda mark: -plot.y.number(mark[1]))
+    marks = sorted(points(report, plot), key=lambda mark: -plot.y.number(mark[1]))
     axes.figure.set_figheight(4.4 + 0.11 * len(marks))
-    for number, (across, up) in enumerate(marks, 1):
-        x, y = plot.x.number(across), plot.y.number(up)
-        colour, shape = (theme.muted, "s") if report.is_peer(up.party) else (theme.series[0], "o")
-        axes.plot(x, y, shape, color=colour, markersize=9, label=f"{number}  {up.party}")
+    for number, (x, one) in enumerate(marks, 1):
+        y = plot.y.number(one)
+        colour, shape = (theme.muted, "s") if report.is_peer(one.party) else (theme.series[0], "o")
+        axes.plot(x, y, shape, color=colour, markersize=9, label=f"{number}  {one.party}")
         axes.annotate(str(number), (x, y), xytext=(7, 4), textcoords="offset points", color=theme.ink, fontsize=9)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.1)
@@ -202,8 +190,9 @@ def _scatter(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
 
 def _samples(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     """Draw each party's samples of `y` against those of `x`."""
-    for across, up in pairs(report, plot):
-        axes.plot(across.samples, up.samples, "o", label=f"{up.party}: {up.median:.1f}")
+    across = {one.party: one.samples for one in plot.x.of(report)}
+    for _, one in points(report, plot):
+        axes.plot(across[one.party], one.samples, "o", label=f"{one.party}: {one.median:.1f}")
 
 
 _RATE = Values("texts per second", RATES, label="texts per second")
@@ -224,13 +213,17 @@ PLOTS: Mapping[str, Plot] = {
         _distribution,
         "Distribution of latencies",
         Values("time per text", "latency", label="share of texts done within"),
-        Values("", label="milliseconds", log=10),
+        Values("tokens", label="milliseconds", log=10),
     ),
     "throughput": Plot(
         _bars,
         "Texts per second",
         Values("texts per second", RATES, label=""),
-        Values("", label="texts per second, median\nwhiskers: slowest and fastest round; grey: peers"),
+        Values(
+            "texts per second",
+            RATES,
+            label="texts per second, median\nwhiskers: slowest and fastest round; grey: peers",
+        ),
     ),
     "agreement": Plot(
         _scatter,

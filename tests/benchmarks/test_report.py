@@ -241,7 +241,11 @@ def test_the_page_shows_hostile_text_as_text(report, two_plots):
 def test_committed_reports_are_readable_and_their_text_is_that_of_the_record(folder):
     report = read_report(folder)
     assert (folder / "report.md").read_text() == render_markdown(report)
-    assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", *(f"{name}.png" for name in drawable(report))}
+    assert {path.name for path in folder.iterdir()} == {
+        "report.json",
+        "report.md",
+        *(f"{name}.png" for name in drawable(report)),
+    }
 
 
 def test_committed_reports_are_small():
