@@ -219,11 +219,7 @@ PLOTS: Mapping[str, Plot] = {
         _bars,
         "Texts per second",
         Values("texts per second", RATES, label=""),
-        Values(
-            "texts per second",
-            RATES,
-            label="texts per second, median\nwhiskers: slowest and fastest round; grey: peers",
-        ),
+        Values("texts per second", RATES, label="median\nwhiskers: slowest and fastest round; grey: peers"),
     ),
     "agreement": Plot(
         _scatter,

@@ -131,11 +131,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ),
     ),
     "serving": (
-        _table(
-            ("party", "beside"),
-            Column("texts/s in process", "texts per second"),
-            where={"server": "in process"},
-        ),
+        _table(("party", "beside"), Column("texts/s in process", "texts per second"), where={"server": "in process"}),
         _table(
             ("party", "server", "callers", "texts per request"),
             RATE[0],

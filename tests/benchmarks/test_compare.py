@@ -170,14 +170,6 @@ def test_the_gateway_is_compared_with_the_gateway(report, change):
     assert found[loop.format("gateway")] is Verdict.WORSE
 
 
-def test_other_conditions_are_named(noisy):
-    base = noisy(0)
-    host = dataclasses.replace(base.facts.host, cores_usable=64)
-    other = dataclasses.replace(base, facts=dataclasses.replace(base.facts, host=host))
-    assert [note.split(" differ")[0] for note in warnings([base], [other])] == ["The machines"]
-    assert warnings([base], [base]) == []
-
-
 def test_the_command_ends_with_the_verdict_as_its_status(noisy, save, tmp_path, capsys):
     for i in range(2):
         save(noisy(i), tmp_path / "base" / str(i))
@@ -189,10 +181,14 @@ def test_the_command_ends_with_the_verdict_as_its_status(noisy, save, tmp_path, 
     assert main([str(tmp_path / "base"), str(tmp_path / "base")]) == 0
 
 
-def test_a_partial_report_or_none_is_refused(report, save, tmp_path):
+def test_other_conditions_are_named_and_a_partial_report_or_none_is_refused(report, save, tmp_path):
+    facts = report.facts
+    host = dataclasses.replace(facts.host, cores_usable=64)
+    other = dataclasses.replace(report, facts=dataclasses.replace(facts, host=host, partial=True))
+    assert [note.split(" differ")[0] for note in warnings([report], [other])] == ["The machines"]
+    assert warnings([report], [report]) == []
     with pytest.raises(InputError, match=r"has a report\.json"):
         read_side(tmp_path)
-    partial = dataclasses.replace(report, facts=dataclasses.replace(report.facts, partial=True))
-    save(partial, tmp_path / "out")
+    save(other, tmp_path / "out")
     with pytest.raises(InputError, match="partial"):
         read_side(tmp_path / "out")
