@@ -6,6 +6,7 @@ python benchmarks/page.py reports/mine     # writes reports/mine/report.html
 from __future__ import annotations
 
 import base64
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from benchmarks.report.document import PARTIAL, Image, build_document
-from benchmarks.report.plots import DARK, LIGHT, Theme, draw, svg
+from benchmarks.report.plots import DARK, LIGHT, Theme, draw
 from benchmarks.report.storage import Report, read_report
 from benchmarks.report.tables import Grid
 from mirror_runtime.cli.run import application, run_command
@@ -37,7 +38,10 @@ def render_page(report: Report) -> str:
     environment.tests |= {"grid": lambda block: isinstance(block, Grid), "image": lambda b: isinstance(b, Image)}
 
     def picture(name: str, theme: Theme) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode(svg(draw(name, report, theme)).encode()).decode()}"
+        target = io.BytesIO()
+        # The same bytes for the same figure; its text is outlines, for pages where the font is missing.
+        draw(name, report, theme).savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+        return f"data:image/svg+xml;base64,{base64.b64encode(target.getvalue()).decode()}"
 
     return environment.get_template(TEMPLATE_FILE).render(
         name=report.facts.subject.name,

@@ -55,7 +55,6 @@ from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("reports/latest")
-PEER_ENV_HELP = "Use this virtual environment for a peer or perf_analyzer."
 
 SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
@@ -109,7 +108,7 @@ def run(
     peer: Annotated[
         list[str] | None, typer.Option(help="Which libraries. Default: all; with --quick the fast.")
     ] = None,
-    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help=PEER_ENV_HELP)] = None,
+    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Environment of a peer.")] = None,
     env_dir: Annotated[Path, typer.Option(help="Where peers' environments are made, several GB.")] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one per line.")] = None,

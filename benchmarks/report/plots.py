@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -113,14 +112,6 @@ def draw(name: str, report: Report, theme: Theme) -> Figure:
     if plot.draw not in (_bars, _scatter):
         axes.legend(frameon=False, labelcolor=theme.ink)
     return figure
-
-
-def svg(figure: Figure) -> str:
-    """Return a figure as SVG text, the same bytes for the same figure."""
-    target = io.StringIO()
-    # Text as outlines: the page must look the same where the font is missing.
-    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    return target.getvalue()
 
 
 def points(report: Report, plot: Plot) -> list[tuple[float, Measurement]]:

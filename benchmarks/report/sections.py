@@ -41,8 +41,10 @@ def _n(metric: str, head: str = "n") -> Column:
     return Column(head, metric, "count")
 
 
-def _megabytes(head: str, metric: str) -> Column:
-    return Column(head, metric, scale=1e-6)
+def _each(form: str, *names: str, figure: str = "p50", scale: float = 1.0) -> tuple[Column, ...]:
+    """Return a column for each "head: metric", or metric that is its own head."""
+    pairs = (name.split(": ") for name in names)
+    return tuple(Column(pair[0], pair[-1], figure, form, scale=scale) for pair in pairs)
 
 
 EXPORT_COSINE = Column("worst cosine of export", "worst cosine of export", form=".6f", suite="bundle")
@@ -53,9 +55,7 @@ ANALYZER, MEAN = {"client": "perf_analyzer"}, {"set": "mean"}
 FOUR = ("p50", "p90", "p99", "p99.9")
 REQUESTS = (
     *_of("time per request", ".1f", *FOUR),
-    Column("queue ms", "queue time", form=".1f"),
-    Column("compute ms", "compute time", form=".1f"),
-    Column("texts per execution", "texts per execution", form=".1f"),
+    *_each(".1f", "queue ms: queue time", "compute ms: compute time", "texts per execution"),
     _n("time per request"),
     Column("failed", "failed requests", "sum"),
 )
@@ -72,8 +72,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ),
         _table(
             ("threads", "array MiB", "last cache MiB"),
-            Column("GB/s read", "memory read", "max", ".1f"),
-            Column("GB/s copied", "memory copied", "max", ".1f"),
+            *_each(".1f", "GB/s read: memory read", "GB/s copied: memory copied", figure="max"),
             text="""Memory, all usable cores at once, each on its own part of an array. Copied counts read and written
             bytes together. The rate is that of the fastest repetition.""",
         ),
@@ -83,11 +82,11 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             ("party",),
             *RATE,
             Column("tokens/s", "tokens per second"),
-            Column("of ceiling", "share of ceiling", form="percent"),
-            Column("row fill", "row fill", form="percent"),
+            *_each("percent", "of ceiling: share of ceiling", "row fill"),
             Column("streams", "streams"),
-            Column("tokenise", "tokenize share", form="percent"),
-            *(Column(stage, f"{stage} share", form="percent") for stage in ("pack", "infer", "unpack")),
+            *_each(
+                "percent", "tokenise: tokenize share", *(f"{one}: {one} share" for one in ("pack", "infer", "unpack"))
+            ),
             ROUNDS,
             EXPORT_COSINE,
             FP32_COSINE,
@@ -137,8 +136,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             RATE[0],
             *REQUESTS,
             Column("perf_analyzer texts/s", "texts per second", where=ANALYZER),
-            Column("p50 ms", "p50 of requests", form=".1f", where=ANALYZER),
-            Column("p99 ms", "p99 of requests", form=".1f", where=ANALYZER),
+            *(Column(f"{one} ms", f"{one} of requests", form=".1f", where=ANALYZER) for one in ("p50", "p99")),
             text="""Server, callers and this program share the machine's cores, over loopback: no network and no second
             machine. A closed loop's callers send their next request when the last one is answered; its rates are
             medians over rounds interleaved with passes in process. Queue and compute are means per request of Triton's
@@ -149,8 +147,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ),
         _table(
             ("party", "share"),
-            Column("offered per second", "offered per second"),
-            Column("answered per second", "answered per second"),
+            *_each(",.0f", "offered per second", "answered per second"),
             *REQUESTS,
             Column("unsent", "unsent requests"),
             Column("kept up", "kept up", "yes"),
@@ -161,8 +158,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ),
         _table(
             ("party", "texts per request", "tokens"),
-            Column("maximum texts/s", "maximum texts per second"),
-            Column("offered texts/s", "offered texts per second"),
+            *_each(",.0f", "maximum texts/s: maximum texts per second", "offered texts/s: offered texts per second"),
             Column("answered texts/s", "texts per second"),
             Column("of maximum", "texts per second", form="percent", over="maximum texts per second"),
             Column("calm p99 ms", "calm time per request", "p99", ".1f"),
@@ -172,8 +168,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             *_of("time per refusal", ".1f", "p50", "p99"),
             Column("failed", "failed requests"),
             Column("sent late p99 ms", "sending lag", "p99", ".1f"),
-            Column("MiB before", "memory before", scale=2**-20),
-            Column("MiB after", "memory after", scale=2**-20),
+            *_each(",.0f", "MiB before: memory before", "MiB after: memory after", scale=2**-20),
             Column("recovered after s", "recovery", form=".2f"),
             text="""Overload: requests arrive at random at twice the maximum, which a closed loop of the same requests
             had just reached. The server accepts `tokens` tokens at once and refuses more; no request is retried. It has
@@ -188,10 +183,9 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("median s", "time to the first vector", form=".2f"),
             Column("fastest to slowest", "time to the first vector", "range", ".2f"),
             _n("time to the first vector"),
-            _megabytes("MB at the first vector", "memory at the first vector"),
-            _megabytes("MB at most", "peak memory"),
+            *_each(",.0f", "MB at the first vector: memory at the first vector", "MB at most: peak memory", scale=1e-6),
             Column("texts", "texts for the peak"),
-            _megabytes("MB installed", "installed packages"),
+            Column("MB installed", "installed packages", scale=1e-6),
             EXPORT_COSINE,
             text="""From process start to the first vector, each in a fresh process, files in the page cache. Where a
             peer converts a model, the conversion was saved before and is not counted. Memory is the process's peak
@@ -204,8 +198,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             ("party", "texts"),
             Column("µs per text", "time per text", form=",.1f"),
             Column("tokens per text", "tokens per text", form=".2f"),
-            _megabytes("MB at the first window", "memory at the first window"),
-            _megabytes("MB at most", "peak memory"),
+            *_each(",.0f", "MB at the first window: memory at the first window", "MB at most: peak memory", scale=1e-6),
             _n("time per text", "processes"),
             EXPORT_COSINE,
             text="""The workload's texts repeated, each time with another number of seven digits at the end, so that no
@@ -223,8 +216,11 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         ),
         _table(
             ("party", "callers"),
-            Column("texts/s of one encode", "texts per second of one encode"),
-            Column("texts/s of the callers", "texts per second"),
+            *_each(
+                ",.0f",
+                "texts/s of one encode: texts per second of one encode",
+                "texts/s of the callers: texts per second",
+            ),
             Column("share", "share of one encode", form="percent"),
             ROUNDS,
             text="""Concurrent asyncio callers of single texts through `AsyncEncoder`, interleaved with one `encode`
@@ -235,8 +231,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("calls", "calls"),
             _n("time until refused", "refused"),
             *_of("time until refused", ".2f", "p50", "max"),
-            Column("accepted", "accepted"),
-            Column("answered", "answered"),
+            *_each(",.0f", "accepted", "answered"),
             Column("worst cosine to one encode", "worst cosine to one encode", form=".6f"),
             text="""Waves of the same callers meet a queue that so many texts fill; a refusal's time counts from the
             moment a call was due. Fewer answered than accepted calls mean that some were lost.""",
