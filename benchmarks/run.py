@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from operator import attrgetter
@@ -54,7 +54,6 @@ from mirror_runtime.cli.run import application, run_command, truncations_counted
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUT = Path("reports/latest")
 
 SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
@@ -72,9 +71,8 @@ MUST_AGREE = {
     "bundle's fingerprint": attrgetter("subject.fingerprint"),
     "workload": attrgetter("workload.texts_sha256"),
     "settings": attrgetter("settings"),
-    "machine": attrgetter(
-        "host.cpu_model", "host.cores_online", "host.cores_usable", "host.memory_bytes", "host.python"
-    ),
+    "processor": attrgetter("host.cpu_model", "host.cores_online", "host.cores_usable"),
+    "memory and Python": attrgetter("host.memory_bytes", "host.python"),
     "versions": attrgetter("versions"),
     "commit": attrgetter("source.commit"),
 }
@@ -94,10 +92,8 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the report; an older report is replaced.")] = OUTPUT,
-    texts: Annotated[
-        Path | None, typer.Option(help="Workload, one text per line. Default: Python's docstrings.")
-    ] = None,
+    output: Annotated[Path, typer.Option(help="Of the report; an older one is replaced.")] = Path("reports/latest"),
+    texts: Annotated[Path | None, typer.Option(help="Workload, a text a line. Default: Python's docstrings.")] = None,
     shape: Annotated[Shape, typer.Option(help="Lines unchanged, or texts of 96-256 or 5-500 tokens.")] = Shape.LINES,
     quick: Annotated[bool, typer.Option("--quick", help="At most 300 texts, few samples: minutes on 2 cores.")] = False,
     engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
@@ -105,9 +101,7 @@ def run(
     rounds: Annotated[int | None, typer.Option(min=1, help="Of each party. Default: 5, or 2 with --quick.")] = None,
     seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")] = False,
-    peer: Annotated[
-        list[str] | None, typer.Option(help="Which libraries. Default: all; with --quick the fast.")
-    ] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Libraries. Default: all; with --quick the fast.")] = None,
     peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Environment of a peer.")] = None,
     env_dir: Annotated[Path, typer.Option(help="Where peers' environments are made, several GB.")] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
@@ -165,32 +159,25 @@ def run(
 
 
 def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
-    """Measure, and write the report.
-
-    Raises:
-        typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
-    """
+    """Measure, and write the report; exit with status 130 when interrupted, 1 when nothing could be measured."""
     began = time.perf_counter()
     recorder, console = Recorder(), Console(stderr=True)
     unfinished = Path(f"{output.absolute()}.unfinished")
     before = (resume_run if resume else start_run)(unfinished, describe(plan))
-    finished = {one.suite for one in before.measurements} | {one.suite for one in before.failures}
+    finished = {one.suite for one in before.measurements}
     for measurement in before.measurements:
         recorder.add(measurement)
-    recorder.failures += before.failures
+    recorder.failures += [failure for failure in before.failures if failure.suite in finished]
 
-    def so_far(*, partial: bool, suites: Set[str] | None = None) -> Report:
+    def so_far(*, partial: bool) -> Report:
         facts = replace(before.facts, partial=partial, wall_s=before.facts.wall_s + time.perf_counter() - began)
-        measurements = tuple(one for one in recorder.measurements if suites is None or one.suite in suites)
-        failures = tuple(one for one in recorder.failures if suites is None or one.suite in suites)
-        return Report(facts=facts, measurements=measurements, failures=failures)
+        return Report(facts=facts, measurements=recorder.measurements, failures=tuple(recorder.failures))
 
     partial = False
     try:
         with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
-            for suite in measure(plan, frozenset(finished), recorder, progress):
-                finished.add(suite)
-                write_report(so_far(partial=True, suites=finished), unfinished / REPORT_FILE)
+            for _ in measure(plan, finished, recorder, progress):
+                write_report(so_far(partial=True), unfinished / REPORT_FILE)
     except KeyboardInterrupt:
         partial = True
     report = so_far(partial=partial)
@@ -231,8 +218,8 @@ def resume_run(unfinished: Path, facts: Facts) -> Report:
     return replace(report, facts=replace(report.facts, resumed=(*report.facts.resumed, facts.started)))
 
 
-def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[str]:
-    """Run the plan's suites but for the finished ones; yield the name of each when it is done."""
+def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[None]:
+    """Run the plan's suites but for the finished ones; yield when another is done."""
     for variant in plan.variants:
         recorder.record("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
         recorder.record("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
@@ -241,10 +228,10 @@ def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progre
         plan = prepare_peers(plan, recorder, progress)
     if NEED_CEILINGS & set(left) and CEILINGS not in finished:
         measure_ceilings(plan, recorder, progress)
-        yield CEILINGS
+        yield
     for suite in left:
         SUITES[suite](plan, recorder, progress)
-        yield suite.value
+        yield
 
 
 def describe(plan: Plan) -> Facts:
@@ -299,12 +286,10 @@ def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Make SIGTERM end a run as Ctrl-C does, and SIGINT too where a background shell has it ignored."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _progress(console: Console) -> Progress:

@@ -77,8 +77,13 @@ def load_workload(
         texts = texts[: QUICK_TEXTS if quick else FULL_TEXTS]
         source = "first sentences of the Python standard library's docstrings"
     else:
-        texts = _read_lines(path)
-        source = path.name
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
+        texts, source = [text for line in lines if (text := line.rstrip("\r")).strip()], path.name
+        if not texts:
+            raise InputError(f"--texts {path} has no text: it needs one text per line")
         if quick and len(texts) > QUICK_TEXTS:
             texts = random.Random(seed).sample(texts, QUICK_TEXTS)
             source += f", a sample of {QUICK_TEXTS} lines"
@@ -145,17 +150,6 @@ def _word_sizes(texts: Sequence[str], tokenizer: Tokenize) -> tuple[dict[str, in
     words = list(dict.fromkeys(word for text in texts for word in text.split()))
     sizes = tokenizer(["", *words]).tokens
     return dict(zip(words, (sizes[1:] - sizes[0]).tolist(), strict=True)), int(sizes[0])
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
-    texts = [text for line in lines if (text := line.rstrip("\r")).strip()]
-    if not texts:
-        raise InputError(f"--texts {path} has no text: it needs one text per line")
-    return texts
 
 
 def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> WorkloadFacts:

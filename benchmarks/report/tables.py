@@ -58,7 +58,7 @@ class Grid:
 
 
 def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
-    """Fill a table from a report; None where no row has a figure. Columns without any figure are left out."""
+    """Fill a table from a report; None where no row has a figure. Columns that are empty are left out."""
     columns = [one for column in table.columns for one in _spread(report, suite, table, column)]
     first, named = table.columns[0], set(table.rows) - {PARTY}
     keys = {
@@ -67,14 +67,12 @@ def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
         if _has(one, {**table.where, **first.where}) and (not named or named & one.conditions.keys())
     }
     found = [dict(zip(table.rows, key, strict=True)) for key in keys]
-    cells = [[_cell(report, suite, table, row, column) for column in columns] for row in found]
-    shown = [at for at in range(len(columns)) if any(row[at] != NONE for row in cells)]
-    heads = [name for name in table.rows if any(row[name] is not None for row in found)]
     rows = [
-        [*(_value(row[name]) for name in heads), *(line[at] for at in shown)]
-        for row, line in zip(found, cells, strict=True)
+        [*map(_value, row.values()), *(_cell(report, suite, table, row, column) for column in columns)] for row in found
     ]
-    return Grid((*heads, *(columns[at].head for at in shown)), rows) if rows and shown else None
+    heads = [*table.rows, *(column.head for column in columns)]
+    shown = [at for at in range(len(heads)) if any(row[at] != NONE for row in rows)]
+    return Grid([heads[at] for at in shown], [[row[at] for at in shown] for row in rows]) if rows else None
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
