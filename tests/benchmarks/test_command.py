@@ -111,56 +111,55 @@ def test_startup_and_scaling_are_measured_in_fresh_processes(run, monkeypatch):
     assert 0 < queue["time until refused"].median <= queue["time until refused"].figure("max")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_a_valid_report_marked_as_partial(run, monkeypatch, capsys, number):
-    run_round, calls = Rounds.run, []
-    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for background processes
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Make a round of suite throughput receive a signal, and those after it run again."""
+    run_round = Rounds.run
 
-    def interrupted(self: Rounds) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-            time.sleep(10)  # the signal arrives meanwhile
-        run_round(self)
+    def prepare(at: int, number: signal.Signals) -> None:
+        calls = []
 
-    monkeypatch.setattr(Rounds, "run", interrupted)
-    try:
-        status, output = run("--suite", "throughput", "--rounds", "9")
-    finally:
-        assert signal.signal(signal.SIGINT, ignored) is signal.SIG_IGN
-    assert status == 130
-    report = read_report(output)
-    assert report.facts.partial
-    assert len(one(report, "throughput", "texts per second").samples) == 2
-    assert "**Partial" in (output / "report.md").read_text()
-    assert last_json(capsys.readouterr().out)["partial"] is True
+        def interrupted(self: Rounds) -> None:
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), number)
+                time.sleep(10)  # the signal arrives meanwhile
+            run_round(self)
+
+        monkeypatch.setattr(Rounds, "run", interrupted)
+
+    return prepare
 
 
-def test_an_interrupted_run_continues_after_its_last_finished_suite(run, monkeypatch, capsys):
-    run_round, turn, calls, turns = Rounds.run, time_calls, [], []
-
-    def interrupted(self: Rounds) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        run_round(self)
-
-    monkeypatch.setattr(Rounds, "run", interrupted)
+def test_an_interrupt_leaves_a_partial_report_that_continues_after_its_last_finished_suite(
+    run, interrupt, monkeypatch, capsys
+):
+    turn, turns = time_calls, []
     monkeypatch.setattr(latency, "time_calls", lambda *arguments: turns.append(1) or turn(*arguments))
     arguments = ["--suite", "latency", "throughput", "--quick", "--rounds", "3"]
-    status, output = run(*arguments)
-    assert status == 130
-    before, measured = read_report(output), len(turns)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for background processes
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            interrupt(2, number)
+            status, output = run(*arguments)
+            assert status == 130
+            assert last_json(capsys.readouterr().out)["partial"] is True
+            assert "**Partial" in (output / "report.md").read_text()
+    finally:
+        assert signal.signal(signal.SIGINT, ignored) is signal.SIG_IGN
+    before = read_report(output)
+    assert len(turns) == 24  # four lengths, three rounds, two runs
     for change, reason in ((["--seed", "7"], "settings of the interrupted run"), (["--engine", "x"], "x")):
         assert run(*arguments, *change, "--resume")[0] == 2
         assert reason in capsys.readouterr().err
     assert run(*arguments, "--resume")[0] == 0
     after = read_report(output)
-    assert len(turns) == measured == 12  # four lengths, three rounds: none of them again
+    assert len(turns) == 24  # none of them again
     assert after.select("latency") == before.select("latency")
     rates = [one(report, "throughput", "texts per second") for report in (before, after)]
     assert [len(rate.samples) for rate in rates] == [1, 3]
-    assert (after.facts.partial, after.facts.started, len(after.facts.resumed)) == (False, before.facts.started, 1)
+    assert (before.facts.partial, after.facts.partial) == (True, False)
+    assert (after.facts.started, len(after.facts.resumed)) == (before.facts.started, 1)
     assert after.facts.wall_s > before.facts.wall_s
     assert run(*arguments, "--resume")[0] == 2
     assert "start anew" in capsys.readouterr().err
