@@ -41,7 +41,7 @@ ALONE = 0.35
 inside a process share its luck with memory and with the machine's other work."""
 
 MANY = 5
-"""Runs of a side from which on its slowest and fastest do not count for the distance between runs."""
+"""Runs of a side from which on its slowest and fastest do not count: one that was disturbed must not hide a change."""
 
 INTERVAL = 90.0
 """Percent, for times. Chosen on quick runs of one commit, five against five, and checked on fresh ones with reference
@@ -83,10 +83,9 @@ Judged: TypeAlias = tuple[str, float | None, float | None, float, float, float, 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric in both reports, with its medians over all runs; None where it was not measured.
+    """One metric in both reports: medians over all runs, and the ratio of HEAD's time to BASE's: above 1 is worse.
 
-    The ratio is how many times as much time HEAD takes, above 1 is worse (for scores, BASE over HEAD), with an interval
-    from `low` to `high`.
+    For scores, it is BASE over HEAD.
     """
 
     metric: str
@@ -175,10 +174,7 @@ def _times(one: Measurement, *, scaled: bool) -> list[float]:
 
 
 def _distance(runs: Runs) -> float:
-    """Return how far the runs of one side are apart, slowest over fastest minus 1: a change must exceed it.
-
-    Of `MANY` runs or more the slowest and the fastest do not count: one that was disturbed must not hide a change.
-    """
+    """Return how far the runs of one side are apart, slowest over fastest minus 1: a change must exceed it."""
     medians = sorted(float(np.median(run)) for run in runs)
     inner = medians[1:-1] if len(medians) >= MANY else medians
     return ALONE if len(medians) == 1 else inner[-1] / inner[0] - 1
@@ -284,9 +280,7 @@ def _figure(value: float | None) -> str:
 def run(
     base: Annotated[Path, typer.Argument(help="Report folder, or folder of report folders.", show_default=False)],
     head: Annotated[Path, typer.Argument(help="Likewise, of the change.", show_default=False)],
-    threshold: Annotated[
-        float, typer.Option(min=0.0, help="Relative change that matters: 0.07 lets 100 ms become 107 ms.")
-    ] = 0.07,
+    threshold: Annotated[float, typer.Option(min=0.0, help="Change that matters: 0.07 lets 100 become 107 ms.")] = 0.07,
     output: Annotated[Path | None, typer.Option(help="Also write the Markdown to this file.")] = None,
 ) -> None:
     """Report what changed between BASE and HEAD beyond the noise; exit status 1 if something got worse."""

@@ -11,8 +11,7 @@ import numpy as np
 
 from benchmarks.report.statistics import FIGURES, percentile
 
-SCHEMA_VERSION = 7
-"""Of report.json. Versions 1 to 6 had a dataclass for each metric."""
+SCHEMA_VERSION = 7  # of report.json; versions 1 to 6 had a dataclass for each metric
 
 PEOPLE = "people"
 """Party of a suite whose samples are people's scores: those of other parties under the same conditions, such as the
@@ -26,8 +25,7 @@ class Better(str, Enum):
 
     LOWER = "lower"
     HIGHER = "higher"
-    NEITHER = "neither"
-    """A fact, such as the bytes that were read: never judged by `compare.py`."""
+    NEITHER = "neither"  # a fact, such as the bytes that were read: never judged by `compare.py`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,11 @@ class Measurement:
     def key(self) -> tuple[object, ...]:
         """What names the measurement within a report."""
         return self.suite, self.party, self.metric, tuple(sorted(self.conditions.items()))
+
+    @property
+    def attributes(self) -> dict[str, Condition]:
+        """The conditions, and the party among them."""
+        return {"party": self.party, **self.conditions}
 
     @property
     def total(self) -> int:

@@ -34,13 +34,10 @@ class Report:
     measurements: tuple[Measurement, ...]
     failures: tuple[Failure, ...]
 
-    def select(self, suite: str, metric: str = "", **conditions: Condition) -> list[Measurement]:
-        """Return the measurements of a suite with a metric (any if empty) and these conditions, in their order."""
-        return [
-            one
-            for one in self.measurements
-            if one.suite == suite and metric in ("", one.metric) and conditions.items() <= one.conditions.items()
-        ]
+    def select(self, suite: str, metric: str = "", **wanted: Condition) -> list[Measurement]:
+        """Return the measurements of a suite with a metric (any if empty) and these conditions or party, in order."""
+        found = [one for one in self.measurements if one.suite == suite and metric in ("", one.metric)]
+        return [one for one in found if wanted.items() <= one.attributes.items()]
 
     @property
     def measured(self) -> bool:

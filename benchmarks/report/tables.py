@@ -62,9 +62,9 @@ def build_grid(report: Report, suite: str, table: Table) -> Grid | None:
     columns = [one for column in table.columns for one in _spread(report, suite, table, column)]
     first, named = table.columns[0], set(table.rows) - {PARTY}
     keys = {
-        tuple(_attributes(one).get(name) for name in table.rows): None
-        for one in report.select(suite, first.metric)
-        if _has(one, {**table.where, **first.where}) and (not named or named & one.conditions.keys())
+        tuple(one.attributes.get(name) for name in table.rows): None
+        for one in report.select(suite, first.metric, **{**table.where, **first.where})
+        if not named or named & one.conditions.keys()
     }
     found = [dict(zip(table.rows, key, strict=True)) for key in keys]
     rows = [
@@ -104,11 +104,11 @@ def figure_text(measurement: Measurement, figure: str, form: str, scale: float =
 
 def _cell(report: Report, suite: str, table: Table, row: Mapping[str, Condition | None], column: Column) -> str:
     """Write a figure: of several measurements that match, that of the one with the fewest other conditions."""
-    wanted = {PARTY: row.get(PARTY)} if column.suite else {**row, **table.where}
+    fixed = {PARTY: row.get(PARTY)} if column.suite else {**row, **table.where}
+    wanted = {name: value for name, value in {**fixed, **column.where}.items() if value is not None}
 
     def find(metric: str) -> Measurement | None:
-        named = report.select(column.suite or suite, metric)
-        matching = (one for one in named if _has(one, {**wanted, **column.where}))
+        matching = report.select(column.suite or suite, metric, **wanted)
         return min(matching, key=lambda one: len(one.conditions), default=None)
 
     found, divisor = find(column.metric), find(column.over) if column.over else None
@@ -121,22 +121,13 @@ def _spread(report: Report, suite: str, table: Table, column: Column) -> Iterabl
     """Return a column for each value of its `spread`."""
     if not column.spread:
         return [column]
-    found = [one for one in report.select(suite, column.metric) if _has(one, {**table.where, **column.where})]
-    values = {value: None for one in found if (value := _attributes(one).get(column.spread)) is not None}
+    found = report.select(suite, column.metric, **{**table.where, **column.where})
+    values = {one.attributes[column.spread]: None for one in found if column.spread in one.attributes}
     plain = replace(column, spread="")
     return [
         replace(plain, head=column.head.format(value=_value(value)), where={**column.where, column.spread: value})
         for value in values
     ]
-
-
-def _attributes(measurement: Measurement) -> dict[str, Condition]:
-    return {PARTY: measurement.party, **measurement.conditions}
-
-
-def _has(measurement: Measurement, wanted: Mapping[str, Condition | None]) -> bool:
-    known = _attributes(measurement)
-    return all(known.get(name) == value for name, value in wanted.items() if value is not None)
 
 
 def _value(value: Condition | None) -> str:
