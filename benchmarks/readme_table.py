@@ -27,7 +27,6 @@ from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_REPORT = "none yet"
 _BLOCK = re.compile(r"(<!-- benchmark: )(.+?)( -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 
@@ -80,11 +79,8 @@ def run(
     text = readme.read_text(encoding="utf-8")
     found = _BLOCK.search(text)
     if found is None:
-        raise InputError(f"{readme} has no table: add <!-- benchmark: {NO_REPORT} --> and <!-- /benchmark -->")
+        raise InputError(f"{readme} has no table: add <!-- benchmark: FOLDER --> and <!-- /benchmark -->")
     named = found[2] if report is None else os.path.relpath(report.resolve(), readme.resolve().parent)
-    if named == NO_REPORT:
-        sys.stderr.write(f"{readme.name} has no table of a report yet: nothing to compare\n")
-        return
     if named.startswith(".."):
         raise InputError(f"{report} is not below {readme.parent}: commit the report first")
     block = f"{found[1]}{named}{found[3]}{render_table(read_report(readme.parent / named))}{found[5]}"

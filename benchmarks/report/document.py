@@ -23,7 +23,6 @@ STEADY = 0.15
 ROUND_METRICS = ("texts per second", "time to the first vector")
 """Metrics with one sample per round of the same work."""
 
-
 PARTIAL = (
     "**Partial: the run was interrupted.** What is here was measured, some of it in fewer rounds than requested; what "
     "is missing was not."
@@ -61,7 +60,6 @@ def check_output(folder: Path) -> None:
 
 def write_folder(report: Report, folder: Path) -> None:
     """Write report.json, report.md and plots; an older report there is replaced when the new one is complete."""
-    check_output(folder)
     with whole_folder(folder, overwrite=True, marker=REPORT_FILE) as partial:
         draw_plots(report, partial)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report), encoding="utf-8")
