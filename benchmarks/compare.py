@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -26,7 +27,6 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 
 from benchmarks.report.record import PEOPLE, Better, Measurement
 from benchmarks.report.statistics import resampled_medians
@@ -291,9 +291,8 @@ def run(
     text = render(changes, warnings(before, after), runs=(len(before), len(after)), threshold=threshold)
     if output is not None:
         output.write_text(text, encoding="utf-8")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-    counts = {verdict.value: sum(change.verdict is verdict for change in changes) for verdict in Verdict}
-    sys.stdout.write(json.dumps({key: count for key, count in counts.items() if count}) + "\n")
+    sys.stderr.write(f"{text}\n")
+    sys.stdout.write(json.dumps(Counter(change.verdict.value for change in changes)) + "\n")
     if any(change.verdict in (Verdict.WORSE, Verdict.LOST) for change in changes):
         raise typer.Exit(1)
 

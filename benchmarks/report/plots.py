@@ -1,20 +1,16 @@
-"""Plots of a report, described as data. Drawn with the Agg and SVG canvases: no display, no global state."""
+"""Plots of a report, described as data. Drawn without pyplot: no display, no global state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.report.record import Condition, Measurement
 from benchmarks.report.storage import Report
-
-DPI = 80
 
 
 @dataclass(frozen=True)
@@ -72,14 +68,6 @@ class Plot:
     _: KW_ONLY
     dashed: str = ""
     complete: bool = False
-
-
-def draw_plots(report: Report, folder: Path) -> None:
-    """Draw what the report has figures for as PNG files, each with its plot's name."""
-    for name in drawable(report):
-        figure = draw(name, report, LIGHT)
-        FigureCanvasAgg(figure)
-        figure.savefig(folder / f"{name}.png", dpi=DPI, format="png")
 
 
 def drawable(report: Report) -> list[str]:

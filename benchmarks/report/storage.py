@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report.facts import Facts
-from benchmarks.report.record import PEOPLE, SCHEMA_VERSION, Condition, Failure, Measurement
+from benchmarks.report.record import SCHEMA_VERSION, Condition, Failure, Measurement
 from benchmarks.report.statistics import FIGURES
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.folders import replace_file
@@ -38,11 +38,6 @@ class Report:
         """Return the measurements of a suite with a metric (any if empty) and these conditions or party, in order."""
         found = [one for one in self.measurements if one.suite == suite and metric in ("", one.metric)]
         return [one for one in found if wanted.items() <= one.attributes.items()]
-
-    @property
-    def measured(self) -> bool:
-        """Whether a suite has a figure; ceilings and the bundle's own facts do not count."""
-        return any(one.suite not in ("bundle", "ceilings") and one.party != PEOPLE for one in self.measurements)
 
     def is_peer(self, party: str) -> bool:
         """Return whether a party is another library: its name begins with the title of one."""
