@@ -133,7 +133,7 @@ def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
     found: dict[Key, list[Measurement]] = {}
     for report in reports:
         for one in report.measurements:
-            theirs = one.suite == "peers" or report.is_peer(one.party)
+            theirs = one.suite == "peers" or report.library(one.party)
             if one.metric == EXPORT_COSINE or (one.better is not Better.NEITHER and not theirs):
                 found.setdefault(one.key, []).append(one)
     return found

@@ -41,7 +41,7 @@ def render_table(report: Report) -> str:
     """
     facts = report.facts
     rates = sorted(report.select("peers", "texts per second"), key=lambda one: -one.median)
-    best = max((one.median for one in rates if report.is_peer(one.party)), default=None)
+    best = max((one.median for one in rates if report.library(one.party)), default=None)
     if best is None:
         raise InputError("the report has no peers: run benchmarks/run.py with --suite peers startup quality")
     quality = {one.party: f"{one.median:.2f}" for one in report.select("quality", "Spearman x 100", set=MEAN)}
@@ -50,11 +50,10 @@ def render_table(report: Report) -> str:
     rows = []
     for one in rates:
         name, ratio = one.party, f"{one.median / best:.2f} x"
-        title = next((title for title in facts.settings.peers if name.startswith(f"{title} ")), None)
-        if title is None:
-            shown, ratio = f"**Mirror Runtime, {name}**", f"**{ratio}**"
-        else:
+        if title := report.library(name):
             shown = f"{title} {one.conditions.get('version', '')}, {name.removeprefix(f'{title} ')}"
+        else:
+            shown, ratio = f"**Mirror Runtime, {name}**", f"**{ratio}**"
         precision = str(one.conditions.get("computes in", NONE))
         rows.append((shown, precision, ratio, quality.get(name, NONE), *([cosines[name]] if agreement else [])))
     head = ("party", "computes in", "rate", "Spearman x 100", *(["worst cosine to fp32"] if agreement else []))

@@ -42,13 +42,8 @@ class Image:
 Block: TypeAlias = "str | Grid | Image"
 """Text with `code` and **emphasis**, a table or a plot."""
 
-
-@dataclass(frozen=True)
-class Part:
-    """A title and the blocks below it."""
-
-    title: str
-    blocks: tuple[Block, ...]
+Part: TypeAlias = tuple[str, list[Block]]
+"""A title and what is below it."""
 
 
 def check_output(folder: Path) -> None:
@@ -71,9 +66,9 @@ def write_folder(report: Report, folder: Path) -> None:
 def render_markdown(report: Report) -> str:
     """Render a report that has its plots beside it."""
     parts = [f"# Benchmark of {report.facts.subject.name}", *([PARTIAL] if report.facts.partial else [])]
-    for part in build_document(report):
-        parts.append(f"## {part.title}")
-        for block in part.blocks:
+    for title, blocks in build_document(report):
+        parts.append(f"## {title}")
+        for block in blocks:
             if isinstance(block, Grid):
                 parts.append(table_lines(block.head, block.rows))
             else:
@@ -110,7 +105,7 @@ def build_document(report: Report) -> list[Part]:
         blocks: list[Block] = [block for grid, text in found if grid is not None for block in (grid, text) if block]
         if blocks:
             blocks += [Image(name, PLOTS[name].caption) for name in PLOTS_OF.get(suite, ()) if name in drawn]
-            parts.append(Part(TITLES.get(suite, suite.capitalize()), tuple(blocks)))
+            parts.append((TITLES.get(suite, suite.capitalize()), blocks))
     return [*parts, _limits(report)]
 
 
@@ -167,7 +162,7 @@ def _conditions(report: Report) -> Part:
         )
     if settings.quick:
         text += " A quick run has few samples: use it to check that everything works, not to decide."
-    return Part("Conditions", (Grid((), [(name, value) for name, value in rows.items() if value]), text))
+    return "Conditions", [Grid((), [(name, value) for name, value in rows.items() if value]), text]
 
 
 def _limits(report: Report) -> Part:
@@ -182,4 +177,4 @@ def _limits(report: Report) -> Part:
         "differently. Clocks were not fixed and threads not swept: every party ran with its defaults."
     )
     grids = [Grid(("suite", "party", "why it was not measured"), rows)] if rows else []
-    return Part("Limits", (*grids, note))
+    return "Limits", [*grids, note]

@@ -146,7 +146,7 @@ def _bars(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     axes.figure.set_figheight(1.4 + 0.45 * len(found))
     axes.set_title(f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average", loc="left", color=theme.ink)
     rates, low, high = (np.array([one.figure(name) for one in found]) for name in ("p50", "min", "max"))
-    colours = [theme.muted if report.is_peer(one.party) else theme.series[0] for one in found]
+    colours = [theme.muted if report.library(one.party) else theme.series[0] for one in found]
     names = [one.party for one in found]
     drawn = axes.barh(names, rates, xerr=[rates - low, high - rates], color=colours, capsize=3, ecolor=theme.ink)
     axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
@@ -159,7 +159,7 @@ def _scatter(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
     axes.figure.set_figheight(4.4 + 0.11 * len(marks))
     for number, (x, one) in enumerate(marks, 1):
         y = plot.y.number(one)
-        colour, shape = (theme.muted, "s") if report.is_peer(one.party) else (theme.series[0], "o")
+        colour, shape = (theme.muted, "s") if report.library(one.party) else (theme.series[0], "o")
         axes.plot(x, y, shape, color=colour, markersize=9, label=f"{number}  {one.party}")
         axes.annotate(str(number), (x, y), xytext=(7, 4), textcoords="offset points", color=theme.ink, fontsize=9)
     axes.set_ylim(bottom=0)

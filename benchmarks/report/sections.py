@@ -36,11 +36,6 @@ def _of(metric: str, form: str, *figures: str) -> tuple[Column, ...]:
     return tuple(Column(f"{figure} ms", metric, figure, form) for figure in figures)
 
 
-def _n(metric: str, head: str = "n") -> Column:
-    """Return the column of a metric's number of samples."""
-    return Column(head, metric, "count")
-
-
 def _each(form: str, *names: str, figure: str = "p50", scale: float = 1.0) -> tuple[Column, ...]:
     """Return a column for each "head: metric", or metric that is its own head."""
     pairs = (name.split(": ") for name in names)
@@ -50,13 +45,13 @@ def _each(form: str, *names: str, figure: str = "p50", scale: float = 1.0) -> tu
 EXPORT_COSINE = Column("worst cosine of export", "worst cosine of export", form=".6f", suite="bundle")
 FP32_COSINE = Column("worst cosine to fp32", "worst cosine to fp32", "min", ".6f")
 RATE = (Column("texts/s", "texts per second"), Column("slowest to fastest round", "texts per second", "range"))
-ROUNDS = _n("texts per second", "rounds")
+ROUNDS = Column("rounds", "texts per second", "count")
 ANALYZER, MEAN = {"client": "perf_analyzer"}, {"set": "mean"}
 FOUR = ("p50", "p90", "p99", "p99.9")
 REQUESTS = (
     *_of("time per request", ".1f", *FOUR),
     *_each(".1f", "queue ms: queue time", "compute ms: compute time", "texts per execution"),
-    _n("time per request"),
+    Column("n", "time per request", "count"),
     Column("failed", "failed requests", "sum"),
 )
 
@@ -106,7 +101,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             *_of("time per text", ".2f", *FOUR),
             Column("floor ms", "floor", form=".2f"),
             Column("of floor", "floor", form="percent", over="time per text"),
-            _n("time per text"),
+            Column("n", "time per text", "count"),
             EXPORT_COSINE,
             text="""One text a call, in process, warm, tokenising included, no server and no other load. The floor is
             what the text's matrix products take at the ceiling's rate on all cores, or what reading their weights takes
@@ -162,7 +157,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("answered texts/s", "texts per second"),
             Column("of maximum", "texts per second", form="percent", over="maximum texts per second"),
             Column("calm p99 ms", "calm time per request", "p99", ".1f"),
-            _n("time per request", "accepted"),
+            Column("accepted", "time per request", "count"),
             *_of("time per request", ".1f", "p50", "p99"),
             Column("refused", "refused requests"),
             *_of("time per refusal", ".1f", "p50", "p99"),
@@ -182,7 +177,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             ("party",),
             Column("median s", "time to the first vector", form=".2f"),
             Column("fastest to slowest", "time to the first vector", "range", ".2f"),
-            _n("time to the first vector"),
+            Column("n", "time to the first vector", "count"),
             *_each(",.0f", "MB at the first vector: memory at the first vector", "MB at most: peak memory", scale=1e-6),
             Column("texts", "texts for the peak"),
             Column("MB installed", "installed packages", scale=1e-6),
@@ -199,7 +194,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("µs per text", "time per text", form=",.1f"),
             Column("tokens per text", "tokens per text", form=".2f"),
             *_each(",.0f", "MB at the first window: memory at the first window", "MB at most: peak memory", scale=1e-6),
-            _n("time per text", "processes"),
+            Column("processes", "time per text", "count"),
             EXPORT_COSINE,
             text="""The workload's texts repeated, each time with another number of seven digits at the end, so that no
             text comes twice, from a generator through `encode_stream`; loading left out. Memory is the process's peak
@@ -229,7 +224,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         _table(
             ("party", "full queue"),
             Column("calls", "calls"),
-            _n("time until refused", "refused"),
+            Column("refused", "time until refused", "count"),
             *_of("time until refused", ".2f", "p50", "max"),
             *_each(",.0f", "accepted", "answered"),
             Column("worst cosine to one encode", "worst cosine to one encode", form=".6f"),
@@ -252,7 +247,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         _table(
             ("party", "tokens"),
             *_of("time per text", ".2f", "p50", "p90", "p99"),
-            _n("time per text"),
+            Column("n", "time per text", "count"),
             text="""One text a call, warm, tokenising included, each party's own process timing its own calls,
             interleaved. Ours run with the streams that throughput needs; `mirror plan --for latency` finds what a
             single text needs.""",
@@ -272,7 +267,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("fastest to slowest", "time to the saved folder", "range", ".1f"),
             Column("{value}", "Spearman x 100", form=".2f", spread="set"),
             Column("mean, lowest to highest", "Spearman x 100", "range", ".2f", where=MEAN),
-            _n("seed", "seeds"),
+            Column("seeds", "seed", "count"),
             Column("texts", "texts"),
             text="""Seconds are from process start to the saved folder. Scores are Spearman x 100, medians over the
             seeds, all pairs of a set together.""",

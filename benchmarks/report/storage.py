@@ -39,9 +39,9 @@ class Report:
         found = [one for one in self.measurements if one.suite == suite and metric in ("", one.metric)]
         return [one for one in found if wanted.items() <= one.attributes.items()]
 
-    def is_peer(self, party: str) -> bool:
-        """Return whether a party is another library: its name begins with the title of one."""
-        return any(party.startswith(f"{title} ") for title in self.facts.settings.peers)
+    def library(self, party: str) -> str:
+        """Return the title of the other library whose name a party begins with; empty for ours."""
+        return next((title for title in self.facts.settings.peers if party.startswith(f"{title} ")), "")
 
 
 def read_report(folder: Path) -> Report:
