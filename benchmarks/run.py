@@ -93,7 +93,7 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
-    output: Annotated[Path, typer.Option(help="Of the report; an older one is replaced.")] = Path("reports/latest"),
+    output: Annotated[Path, typer.Option(help="Folder; an older report there is replaced.")] = Path("reports/latest"),
     texts: Annotated[Path | None, typer.Option(help="Workload, a text a line. Default: Python's docstrings.")] = None,
     shape: Annotated[Shape, typer.Option(help="Lines unchanged, or texts of 96-256 or 5-500 tokens.")] = Shape.LINES,
     quick: Annotated[bool, typer.Option("--quick", help="At most 300 texts, few samples: minutes on 2 cores.")] = False,
@@ -103,7 +103,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")] = False,
     peer: Annotated[list[str] | None, typer.Option(help="Libraries. Default: all; with --quick the fast.")] = None,
-    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Environment of a peer.")] = None,
+    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Of a peer or perf_analyzer.")] = None,
     env_dir: Annotated[Path, typer.Option(help="Where peers' environments are made, several GB.")] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one per line.")] = None,
@@ -111,8 +111,8 @@ def run(
     words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
-    training_seeds: Annotated[int | None, typer.Option(min=1, help="Runs of our recipes. Default: 3 or 1.")] = None,
-    reference_seeds: Annotated[int, typer.Option(min=0, help="Runs of the published recipe, minutes each.")] = 1,
+    training_seeds: Annotated[int | None, typer.Option(min=1, help="Of our recipes. Default: 3; quick: 1.")] = None,
+    reference_seeds: Annotated[int, typer.Option(min=0, help="Runs of the published recipe; 0 for none.")] = 1,
     page: Annotated[bool, typer.Option("--page", help="Also write report.html, one page without network.")] = False,
 ) -> None:
     """Measure BUNDLE and write a report."""
