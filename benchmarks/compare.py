@@ -111,19 +111,19 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
     changes = []
     for key in dict.fromkeys((*left, *right)):
         before, after = left.get(key, []), right.get(key, [])
-        one = (before or after)[0]
-        judged: Judged
-        if not after:
-            judged = one.unit, _median(before), None, NAN, NAN, NAN, Verdict.LOST
-        elif not before:
-            judged = one.unit, None, _median(after), NAN, NAN, NAN, Verdict.NEW
-        elif (scores := people.get((one.suite, one.key[-1]))) is not None:
+        was, now = before or after, after or before
+        one = was[0]
+        if (scores := people.get((one.suite, one.key[-1]))) is not None:
             # The first runs: the cosines of a side's runs are equal up to rounding.
-            judged = _compare_scores(before[0].samples, after[0].samples, scores, seed)
+            judged = _compare_scores(was[0].samples, now[0].samples, scores, seed)
         elif one.metric == EXPORT_COSINE:
-            judged = _compare_cosines(before[-1].median, after[-1].median)
+            judged = _compare_cosines(was[-1].median, now[-1].median)
         else:
-            judged = _compare_times(before, after, threshold, seed)
+            judged = _compare_times(was, now, threshold, seed)
+        if not after:
+            judged = judged[0], judged[1], None, NAN, NAN, NAN, Verdict.LOST
+        elif not before:
+            judged = judged[0], None, judged[2], NAN, NAN, NAN, Verdict.NEW
         changes.append(Change(_name(one), *judged))
     return changes
 
