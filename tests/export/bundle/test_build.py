@@ -3,10 +3,6 @@
 import dataclasses
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +22,6 @@ from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, check_
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
-from tests.support.paths import ROOT
 
 TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
 
@@ -228,27 +223,3 @@ def test_a_precision_that_cannot_be_proven_here_is_refused(tiny_bert, tmp_path, 
     monkeypatch.setattr(building, "installed", lambda _: False)
     with pytest.raises(MissingExtra, match="openvino"):
         build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))
-
-
-@pytest.mark.slow
-def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tiny_bert, tmp_path):
-    output = tmp_path / "bundle"
-    texts = tmp_path / "texts.txt"
-    texts.write_text("".join(f"the cat sat on mat {i} times\n" for i in range(3000)), encoding="utf-8")
-    options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", str(texts)]
-    command = [sys.executable, "export/to_onnx.py", str(tiny_bert), "--output", str(output), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until = time.monotonic() + 120
-        while not list(tmp_path.glob(".bundle.partial-*/onnx/model_packed.onnx")):
-            assert process.poll() is None, "the export ended before it could be killed"
-            assert time.monotonic() < until
-            time.sleep(0.01)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    (partial,) = tmp_path.glob(".bundle.partial-*")
-    assert not output.exists()
-    assert not (partial / "manifest.json").exists()
-    build(request(tiny_bert, output))
-    assert left_behind(tmp_path) == ["bundle", "texts.txt"]
