@@ -41,15 +41,12 @@ def test_windows_do_not_matter_and_generators_are_taken(encoder):
     np.testing.assert_array_equal(np.concatenate([p.vectors for p in parts]), encoder.encode(texts))
 
 
-def test_nothing_gives_an_empty_array(encoder):
+def test_nothing_gives_an_empty_array_and_one_string_is_no_list_of_texts(encoder):
     assert encoder.encode([]).shape == (0, 8)
     assert encoder.encode_detailed(iter(())).errors == {}
-
-
-@pytest.mark.parametrize("texts", ["one string", b"bytes"])
-def test_one_string_is_no_list_of_texts(encoder, texts):
-    with pytest.raises(InputError, match="pass a list"):
-        encoder.encode(texts)
+    for texts in ("one string", b"bytes"):
+        with pytest.raises(InputError, match="pass a list"):
+            encoder.encode(texts)
 
 
 def test_a_bad_text_is_named_by_position_across_windows(encoder, monkeypatch):
@@ -83,13 +80,9 @@ def test_chunks_are_averaged_and_normalised(make_bundle):
         tokenized = encoder._tokenizer([long])
     pieces = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
     assert len(pieces) > 1
-    phase = np.arange(1, 9)
-    vectors = []
-    for piece in pieces:
-        key = ((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973
-        vector = np.sin(phase * (1.0 + key))
-        vectors.append(vector / np.linalg.norm(vector))
-    mean = np.mean(vectors, axis=0)
+    keys = np.array([((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973 for piece in pieces])
+    vectors = np.sin(np.arange(1, 9) * (1.0 + keys[:, None]))
+    mean = np.mean(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), axis=0)
     np.testing.assert_allclose(whole[1], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_array_equal(whole[[0, 2]], alone)
 
@@ -178,35 +171,26 @@ def test_texts_in_several_pieces_prove_no_shape(make_bundle):
         assert all(held.tolist() in ([0], []) for _, held, _ in encoder.encode_shapes(["short", long]))
 
 
-def test_one_short_call_runs_in_its_callers_thread_and_many_batches_in_the_pool(encoder, monkeypatch):
-    threads = []
-    run = encoder.engine.run
-    monkeypatch.setattr(encoder.engine, "run", lambda rows: (threads.append(threading.current_thread()), run(rows))[1])
-    encoder.encode(["one short text"])
-    encoder.encode(ragged(300))
-    assert threads[0] is threading.main_thread()
-    assert threading.main_thread() not in threads[1:]
-
-
-def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, monkeypatch):
-    running, most = 0, 0
-    lock = threading.Lock()
+def test_a_short_call_runs_in_its_callers_thread_and_never_more_than_the_streams_run(encoder, monkeypatch):
+    threads, running, counts = [], [], []
     run = encoder.engine.run
 
     def counted(rows):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
+        threads.append(threading.current_thread())
+        running.append(rows)
+        counts.append(len(running))
         time.sleep(0.002)
-        with lock:
-            running -= 1
+        running.pop()
         return run(rows)
 
     monkeypatch.setattr(encoder.engine, "run", counted)
+    encoder.encode(["one short text"])
+    encoder.encode(ragged(300))
+    assert threads[0] is threading.main_thread()
+    assert threading.main_thread() not in threads[1:], "many batches run in the pool"
     with ThreadPoolExecutor(9) as pool:
         list(pool.map(encoder.encode, [*([f"text {i}"] * 3 for i in range(8)), ragged(200)]))
-    assert most == 2
+    assert max(counts) == 2
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,6 @@ class Gpu:
 def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim: int) -> Gpu:
     """Replace the modules `tensorrt` and `cuda.bindings.runtime` by stand-ins."""
     cuda = FakeCuda()
-    names = (*INPUTS, "embedding")
 
     def create_execution_context(strategy: Any) -> StandIn:
         """Build a stand-in with its own state, so that contexts do not share shapes or addresses."""
@@ -154,19 +153,37 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim
         }
         return StandIn(own, "IExecutionContext")
 
-    trt = FakeTensorRT(
-        binding(version),
-        {
-            "ICudaEngine.create_execution_context": create_execution_context,
-            "ICudaEngine.device_memory_size_v2": 4096,
-            "ICudaEngine.num_io_tensors": 4,
-            "ICudaEngine.get_tensor_name": lambda i: names[i],
-            "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
-        },
-    )
-    io, kinds = trt.TensorIOMode, trt.DataType
-    trt.answers["ICudaEngine.get_tensor_mode"] = lambda name: io.OUTPUT if name == "embedding" else io.INPUT
-    trt.answers["ICudaEngine.get_tensor_dtype"] = lambda name: kinds.FLOAT if name == "embedding" else kinds.INT64
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    trt = install_tensorrt(monkeypatch, version, dim)
+    trt.answers["ICudaEngine.create_execution_context"] = create_execution_context
+    trt.answers["ICudaEngine.device_memory_size_v2"] = 4096
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     return Gpu(trt=trt, cuda=cuda)
+
+
+def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, dim: int = 8) -> FakeTensorRT:
+    """Replace the module `tensorrt` by one that builds a packed encoder; tensor 3 of its engine is the output."""
+    names, parsed = (*INPUTS, "embedding"), iter(INPUTS)
+    added: list[object] = []
+    trt = FakeTensorRT(binding(version), {})
+    io, kinds = trt.TensorIOMode, trt.DataType
+
+    def add_profile(profile: object) -> int:
+        added.append(profile)
+        return len(added) - 1
+
+    trt.answers = {
+        "INetworkDefinition.num_inputs": 3,
+        "ITensor.name": lambda: next(parsed),
+        "IBuilderConfig.add_optimization_profile": add_profile,
+        "Builder.build_serialized_network": b"plan",
+        "ITimingCache.serialize": b"timings",
+        "ICudaEngine.num_optimization_profiles": lambda: len(added),
+        "ICudaEngine.num_io_tensors": 4,
+        "ICudaEngine.get_tensor_name": lambda i: names[i],
+        "ICudaEngine.get_tensor_mode": lambda name: io.OUTPUT if name == "embedding" else io.INPUT,
+        "ICudaEngine.get_tensor_dtype": lambda name: kinds.FLOAT if name == "embedding" else kinds.INT64,
+        "ICudaEngine.get_tensor_shape": lambda name: (-1, -1, dim) if name == "embedding" else (-1, -1),
+        "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
+    }
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    return trt

@@ -23,8 +23,6 @@ from mirror_runtime.gateway.settings import GatewaySettings
 from tests.support.mirror_serve import wait_until
 
 MODEL = "mini"
-FINGERPRINT = "0123456789abcdef"
-"""The fingerprint of bundles for the fake engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

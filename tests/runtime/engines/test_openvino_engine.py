@@ -1,6 +1,8 @@
 """A shape is only used if its vectors are right on all streams."""
 
 import logging
+import os
+import shutil
 import time
 from typing import Any, cast
 from unittest.mock import Mock
@@ -109,15 +111,14 @@ def test_what_openvino_cannot_run_is_an_engine_error():
 )
 def test_streams_are_compared_until_all_have_run(seconds, rounds):
     output = np.ones((2, 4, 8), np.float32)
-    requests = [_Request(each) for each in seconds]
-    slots = [openvino_engine._Slot(cast(Any, request), {}, output) for request in requests]
+    requests: list[Any] = [_Request(each) for each in seconds]
+    slots = [openvino_engine._Slot(request, {}, output) for request in requests]
     ids = np.ones((2, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
     assert openvino_engine._agree(slots, rows)
     assert [request.rounds for request in requests] == [rounds, rounds]
-    other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
-    again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
-    assert not openvino_engine._agree([again, other], rows)
+    others = [openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + i) for i in range(2)]
+    assert not openvino_engine._agree(others, rows)
 
 
 def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
@@ -129,13 +130,8 @@ def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
 @pytest.mark.trace
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
 def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
-    plain = tmp_path / "plain"  # without the head of its own
-    plain.mkdir()
-    for path in (
-        *minilm.glob("*token*"),
-        *(minilm / name for name in ("config.json", "model.safetensors", "vocab.txt")),
-    ):
-        (plain / path.name).symlink_to(path)
+    ignored = shutil.ignore_patterns("modules.json", "[0-9]_*", "sentence_bert*", "*.onnx")  # its own head
+    plain = shutil.copytree(minilm, tmp_path / "plain", ignore=ignored, copy_function=os.symlink)
     source, graph = resolve(str(plain), pooling=Pooling.CLS), tmp_path / "model_packed.onnx"
     with cached_traces():
         export_graph(Reference.load(source), Layout.PACKED, graph)

@@ -19,6 +19,12 @@ CHECKS = [
 ]
 
 
+SETTINGS = hypothesis.settings(
+    **{"max_examples": 25, "derandomize": True, "deadline": None, "database": None},
+    **{"phases": [Phase.generate], "suppress_health_check": list(HealthCheck)},
+)
+
+
 @pytest.fixture(scope="module")
 def gateway(gateway_bundle):
     with running(gateway_bundle, dimensions=(4,)) as gateway:
@@ -36,14 +42,7 @@ def test_generated_requests(gateway, schema, mode, route):
     method, path = route.split()
     statuses = set()
 
-    @hypothesis.settings(
-        max_examples=25,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @SETTINGS
     @hypothesis.given(case=schema[path][method].as_strategy(generation_mode=mode))
     def check(case):
         if mode is GenerationMode.POSITIVE and "model" in case.body:

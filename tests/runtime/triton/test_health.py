@@ -16,16 +16,15 @@ POLICY = HealthPolicy(check_s=0.25, probe_s=1.0, silent_s=8.0, computing_s=24.0)
 class Served:
     """A server that behaves as set, its clients, and its clock."""
 
+    now = 100.0
+    error: Exception | None = None
+    hangs = answers_others = False
+    answered = adopted = 0
+    cores = 0.0
+    dead = ""
+
     def __init__(self, repository: Path) -> None:
         self.repository = repository
-        self.now = 100.0
-        self.error: Exception | None = None
-        self.hangs = False
-        self.answered = 0
-        self.answers_others = False
-        self.cores = 0.0
-        self.dead = ""
-        self.adopted = 0
 
     def client(self, *, timeout_s: float) -> "Served":
         return self
