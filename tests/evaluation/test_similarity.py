@@ -32,10 +32,9 @@ def measure(vectors: NDArray[np.float32] = VECTORS, sets: object = None, seed: i
 
 def some_set(name: str, seed: int) -> EvaluationSet:
     rng = np.random.default_rng(seed)
-    sides = [tuple(WORDS[i] for i in rng.integers(len(WORDS), size=40)) for _ in range(2)]
-    return EvaluationSet(
-        name=name, first=sides[0], second=sides[1], scores=rng.integers(6, size=40).astype(float), sha256=name
-    )
+    first, second = (tuple(WORDS[i] for i in rng.integers(len(WORDS), size=40)) for _ in range(2))
+    scores = rng.integers(6, size=40).astype(float)
+    return EvaluationSet(name=name, first=first, second=second, scores=scores, sha256=name)
 
 
 SETS = {Group.STS: [some_set("one", 1), some_set("two", 2)], Group.WORDS: [some_set("three", 3)]}

@@ -28,16 +28,14 @@ TEXTS = ["", "one", "zwei Häuser", *(" ".join(["word"] * n) for n in range(1, 8
 def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`embed` and an `encoder` with the configuration for ONNX Runtime, except for the backend."""
     folder = tmp_path_factory.mktemp("two")
-    bundle = folder / "bundle"
-    shutil.copytree(fake_bundle, bundle)
+    bundle = shutil.copytree(fake_bundle, folder / "bundle")
     (bundle / "onnx").mkdir()
     (bundle / "onnx" / "model_packed.onnx").write_bytes(b"no graph")
     manifest = read_manifest(bundle)
     output = TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim))
     packed = artifact(EngineName.ONNXRUNTIME, Precision.FP32, outputs=(output,))
     write_json(dataclasses.replace(manifest, artifacts=(packed,)), bundle / MANIFEST_FILE)
-    options = ServingOptions(backend=Backend.ONNXRUNTIME, streams=2)
-    write_repository(bundle, folder / "models", options)
+    write_repository(bundle, folder / "models", ServingOptions(backend=Backend.ONNXRUNTIME, streams=2))
     encoder = folder / "models" / "encoder"
     config = (encoder / "config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config

@@ -14,14 +14,8 @@ from tests.support.triton_requests import running
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
 
-TEXTS = [
-    "",
-    "Delete a folder and everything in it.",
-    "Remove a directory tree.",
-    "The weather is fine today 🌞",
-    "one two three " * 60,
-    *(" ".join(["word"] * n) for n in range(1, 40)),
-]
+TEXTS = ["", "Delete a folder and everything in it.", "Remove a directory tree.", "The weather is fine today 🌞"]
+TEXTS += ["one two three " * 60, *(" ".join(["word"] * n) for n in range(1, 40))]
 
 
 @pytest.fixture(scope="module")

@@ -48,18 +48,14 @@ def test_one_seed_gives_the_same_mask_and_the_next_draw_another() -> None:
     assert not torch.equal(first, second)
 
 
-def test_gradient_follows_the_mask() -> None:
+def test_gradient_follows_the_mask_and_nothing_is_dropped_at_zero_or_in_evaluation() -> None:
     values = torch.ones(1000, requires_grad=True)
+    assert torch.equal(word_dropout(values, 0.0), values)
+    assert torch.equal(WordDropout(0.9).eval()(values), values)
     dropped = word_dropout(values, 0.5)
     dropped.sum().backward()
     assert values.grad is not None
     assert torch.equal(values.grad, dropped.detach())
-
-
-def test_nothing_is_dropped_at_zero_or_in_evaluation() -> None:
-    values = torch.randn(10)
-    assert torch.equal(word_dropout(values, 0.0), values)
-    assert torch.equal(WordDropout(0.9).eval()(values), values)
 
 
 def test_a_model_gets_the_rate_everywhere_and_its_own_modules_back(tiny_bert: Path) -> None:

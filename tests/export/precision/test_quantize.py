@@ -198,7 +198,7 @@ def test_calibration_texts_without_a_token_are_an_error(tiny_bundle, packed):
         Calibration.run(packed.path, tiny_bundle, read_manifest(tiny_bundle).encoder, [])
 
 
-def test_a_file_runs_only_in_its_own_precision(packed, int8):
+def test_a_file_runs_only_in_its_own_precision_and_whole(packed, int8, tmp_path):
     for engine, graph, precision, message in (
         (OnnxRuntimeEngine, int8, Precision.FP32, "is a graph in int8, not fp32"),
         (OnnxRuntimeEngine, packed, Precision.INT8, "is a graph in fp32, not int8"),
@@ -208,6 +208,10 @@ def test_a_file_runs_only_in_its_own_precision(packed, int8):
     ):
         with pytest.raises(EngineError, match=message):
             engine(graph.path, precision, 1)
+    (tmp_path / "torn.onnx").write_bytes(packed.path.read_bytes()[:-5000])
+    for engine in (OnnxRuntimeEngine, OpenVinoEngine):
+        with pytest.raises(EngineError, match=r"cannot load torn\.onnx"):
+            engine(tmp_path / "torn.onnx", Precision.FP32, 1)
 
 
 def test_large_weights_go_beside_the_file(packed, plans, int8, tmp_path):
