@@ -116,7 +116,6 @@ def gateway_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def make_artifact() -> Callable[..., Artifact]:
     """Build an artifact entry; what it names need not exist."""
-
     return artifact
 
 

@@ -160,13 +160,17 @@ def add_module(folder: Path, kind: str) -> None:
     edit(folder / "modules.json", lambda modules: modules.append(module))
 
 
+CLS_MAX = r"pooling cls \+ max"
+SWISH = r"activation own\.Swish: it must be one of identity, tanh, relu, gelu"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: add_module(folder, "Dense"), "Normalize, Dense: the order must be"),
         (lambda folder: add_module(folder, "LSTM"), r"sentence_transformers\.models\.LSTM"),
-        (lambda f: edit(f / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)), r"cls \+ max"),
-        (lambda f: add_dense(f, activation_function="own.Swish"), r"own\.Swish: it must be one of identity, tanh, re"),
+        (lambda f: edit(f / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)), CLS_MAX),
+        (lambda f: add_dense(f, activation_function="own.Swish"), SWISH),
         (lambda folder: add_dense(folder, use_residual=True), "something other than the text's vector"),
         (lambda folder: add_dense(folder, module_input_name="token_embeddings"), "something other than the text's"),
         (lambda folder: add_dense(folder, in_features=None), "no integers in_features"),
@@ -232,7 +236,10 @@ def lose_a_tensor(path: Path) -> None:
         (lose_a_tensor, r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"),
         (lambda path: os.truncate(path, 5000), "cannot be loaded"),
         (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "cannot be loaded"),
-        (lambda p: edit(p.with_name("config.json"), lambda c: c.update(hidden_size=48)), "be loaded|lacks weights"),
+        (
+            lambda p: edit(p.parent / "config.json", lambda c: c.update(hidden_size=48)),
+            "cannot be loaded|lacks weights",
+        ),
     ],
     ids=["incomplete", "truncated", "corrupted", "shapes"],
 )

@@ -27,14 +27,11 @@ def test_auto_follows_the_documented_rule(manifest, monkeypatch, bf16, openvino,
     assert tuple(names) == (artifact.engine, artifact.precision) == chosen
 
 
-def test_what_was_asked_for_is_chosen_even_where_it_will_fail(manifest, monkeypatch):
+def test_what_was_asked_for_is_chosen_even_where_it_will_fail_and_nothing_installed_is_an_error(manifest, monkeypatch):
     monkeypatch.setattr("mirror_runtime.selection.has_bf16", lambda: False)
     assert choose(manifest, "openvino", "bf16")[:2] == OV16
     assert choose(manifest, "openvino", "auto")[:2] == OV32
     assert choose(manifest, "auto", "fp32")[:2] == ORT32
-
-
-def test_nothing_installed_is_said_with_the_cure(manifest, monkeypatch):
     monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: False)
     with pytest.raises(EngineError, match=r"pip install 'mirror-runtime\[openvino\]'"):
         choose(manifest, "auto", "auto")

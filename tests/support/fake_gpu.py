@@ -44,8 +44,8 @@ class FakeCuda:
             inspect.signature(real).bind(*args)
             self.calls.append((name, args))
             answer = getattr(type(self), f"do_{name}", None)
-            values = answer(self, *args) if answer is not None else ()
-            return (self._real.cudaError_t.cudaSuccess, *values)
+            values = answer(self, *args) if answer is not None else None
+            return (self._real.cudaError_t.cudaSuccess, *(values or ()))
 
         call.__name__ = name
         return call
@@ -75,19 +75,16 @@ class FakeCuda:
 
     do_cudaMallocHost = do_cudaMalloc
 
-    def do_cudaFree(self, address: int) -> tuple[()]:
+    def do_cudaFree(self, address: int) -> None:
         del self.memory[address]
-        return ()
 
     do_cudaFreeHost = do_cudaFree
 
-    def do_cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> tuple[()]:
+    def do_cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> None:
         self.queue(lambda: ctypes.memmove(to, source, size))
-        return ()
 
-    def do_cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:
+    def do_cudaStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         self.capturing = []
-        return ()
 
     def do_cudaStreamEndCapture(self, stream: Any) -> tuple[int]:
         assert self.capturing is not None
@@ -98,18 +95,16 @@ class FakeCuda:
     def do_cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int]:
         return (graph,)
 
-    def do_cudaGraphLaunch(self, graph: int, stream: Any) -> tuple[()]:
+    def do_cudaGraphLaunch(self, graph: int, stream: Any) -> None:
         for work in self.graphs[graph]:
             work()
-        return ()
 
 
 class Context:
     """The state of one execution context, and the function that its engine computes."""
 
     def __init__(self, compute: Compute, dim: int) -> None:
-        self.compute = compute
-        self.dim = dim
+        self.compute, self.dim = compute, dim
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -142,7 +137,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim
     def create_execution_context(strategy: Any) -> StandIn:
         """Build a stand-in with its own state, so that contexts do not share shapes or addresses."""
         state = Context(compute, dim)
-        own = FakeTensorRT(trt.spec, {})
+        own = FakeTensorRT(trt.spec)
         own.calls, own.enums = trt.calls, trt.enums
         own.answers = {
             **trt.answers,
@@ -164,7 +159,7 @@ def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, dim: int = 8
     """Replace the module `tensorrt` by one that builds a packed encoder; tensor 3 of its engine is the output."""
     names, parsed = (*INPUTS, "embedding"), iter(INPUTS)
     added: list[object] = []
-    trt = FakeTensorRT(binding(version), {})
+    trt = FakeTensorRT(binding(version))
     io, kinds = trt.TensorIOMode, trt.DataType
 
     def add_profile(profile: object) -> int:

@@ -26,14 +26,9 @@ class MirrorServe:
         self.lines: list[str] = []
 
     def __enter__(self) -> "MirrorServe":
-        self.process = subprocess.Popen(
-            self._command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=environment, **pipes)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,15 +29,9 @@ VERSIONS = ("10.16.1.11", "11.4.0.106")
 
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
-    "createInferBuilder_INTERNAL",
-    "createInferRefitter_INTERNAL",
-    "createInferRuntime_INTERNAL",
-    "createNvOnnxParser_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL",
-    "getBuilderPluginRegistry",
-    "getNvOnnxParserVersion",
-    "getPluginRegistry",
-    "initLibNvInferPlugins",
+    *(f"create{name}_INTERNAL" for name in ("InferBuilder", "InferRefitter", "InferRuntime")),
+    *(f"create{name}_INTERNAL" for name in ("NvOnnxParser", "NvOnnxParserRefitter")),
+    *("getBuilderPluginRegistry", "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins"),
 )
 """Symbols that the extension module of the binding imports (`nm -D --undefined-only`)."""
 
@@ -135,15 +129,14 @@ class StandIn:
 class FakeTensorRT:
     """The module `tensorrt` of one version, with return values set by the test.
 
-    Attributes:
-        answers: return values, or functions that compute them, by "Class.member".
-        calls: every call and assignment in order: "Class.member" and its arguments.
+    `answers` holds return values, or functions that compute them, by "Class.member"; `calls` holds every call and
+    assignment in order: "Class.member" and its arguments.
     """
 
-    def __init__(self, spec: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Mapping[str, Any]) -> None:
         self.spec = spec
         self.__version__ = spec["version"]
-        self.answers = dict(answers)
+        self.answers: dict[str, Any] = {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.enums: dict[str, Any] = {name: enum.IntEnum(name, members) for name, members in spec["enums"].items()}
 
@@ -197,14 +190,10 @@ class FakeTensorRT:
             return isinstance(value, tuple)
         if expected in self.spec["classes"]:
             return False
-        plain: Mapping[str, Callable[[Any], bool]] = {
-            "str": lambda v: isinstance(v, str),
-            "SupportsInt": lambda v: isinstance(v, int) and not isinstance(v, bool),
-            "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-            "bool": lambda v: isinstance(v, bool),
-            "Buffer": lambda v: isinstance(v, (bytes, bytearray, memoryview)),
-        }
-        return plain.get(expected, lambda _: True)(value)
+        if isinstance(value, bool) and expected in ("int", "SupportsInt"):
+            return False
+        kinds = {"str": str, "SupportsInt": int, "int": int, "bool": bool, "Buffer": (bytes, bytearray, memoryview)}
+        return isinstance(value, kinds.get(expected, object))  # type: ignore[arg-type]
 
 
 class _Constructor:

@@ -27,7 +27,7 @@ def test_one_span_is_replaced_at_any_start_even_where_its_characters_occur_earli
     assert max(starts) == 36
 
 
-@pytest.mark.parametrize("mask", [partial(mask_span, mask="[MASK]"), mask_span_literally])
+@pytest.mark.parametrize("mask", [partial(mask_span, mask_token="[MASK]"), mask_span_literally])
 def test_short_texts_and_length_zero_stay_whole(mask):
     rng = random.Random(0)
     assert mask(TEXT[:29], length=5, rng=rng) == TEXT[:29]

@@ -34,6 +34,7 @@ from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
 EXTRA = r"is not installed: pip install 'mirror-runtime\[train\]'"
+DISK = r"needs about \d+ MiB, and its disk has 1 MiB left"
 ONE_MIB = SimpleNamespace(free=2**20)
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -185,11 +186,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: py
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
-        (
-            lambda patch: patch.setattr(shutil, "disk_usage", lambda _: ONE_MIB),
-            {},
-            r"needs about \d+ MiB, and its disk",
-        ),
+        (lambda patch: patch.setattr(shutil, "disk_usage", lambda _: ONE_MIB), {}, DISK),
         (lambda patch: None, {"output": Path("/proc/nothing/run")}, "/proc/nothing/run cannot be written"),
         (lambda patch: patch.setitem(sys.modules, "tensorboard", None), {"tensorboard": True}, EXTRA),
         (lambda patch: patch.setitem(sys.modules, "matplotlib.figure", None), {}, EXTRA),

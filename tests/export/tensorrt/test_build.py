@@ -365,7 +365,7 @@ def test_the_short_proof_finds_the_worst_of_all_stored_texts(monkeypatch, tmp_pa
 
 
 def test_the_stand_in_refuses_what_the_binding_refuses():
-    trt = FakeTensorRT(binding(VERSIONS[1]), {})
+    trt = FakeTensorRT(binding(VERSIONS[1]))
     logger = trt.Logger(trt.Logger.WARNING)
     config = trt.Builder(logger).create_builder_config()
     with pytest.raises(AttributeError, match=r"no writable IBuilderConfig\.int8"):

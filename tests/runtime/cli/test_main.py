@@ -13,9 +13,7 @@ COMMANDS = ["encode", "verify", "doctor", "plan", "serve", "gateway", "deploy"]
 
 @pytest.mark.process
 def test_the_process_lists_its_commands_and_imports_no_engine_or_server():
-    code = (
-        "import sys; from mirror_runtime.cli.entry import main; status = main(); print(*sys.modules); sys.exit(status)"
-    )
+    code = "import sys; from mirror_runtime.cli.entry import main; x = main(); print(*sys.modules); sys.exit(x)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert all(f" {command} " in done.stdout for command in COMMANDS)
     heavy = {"torch", "onnxruntime", "openvino", "pyarrow", "matplotlib", "ray", "tritonclient", "fastapi", "uvicorn"}
