@@ -255,9 +255,7 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(name: str) -> None:
         resolve(name)
 
 
-def test_a_hub_name_is_recorded_with_its_commit_and_a_failed_download_is_one_clear_error(
-    monkeypatch: pytest.MonkeyPatch, copy: Path
-) -> None:
+def test_a_hub_name_is_recorded_with_its_commit_and_a_failed_download_is_one_clear_error(monkeypatch, copy):
     download = Mock(side_effect=[LocalEntryNotFoundError("no network"), str(copy)])
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(BundleError, match=r"owner/name at revision v2 .*check the name and the network"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,9 +110,7 @@ def test_unusable_sets_and_vectors_are_clear_errors() -> None:
     ("pooling", "group", "name", "expected"),
     [(Pooling.CLS, Group.STS, "sts/stsb-test.tsv", 70.40), (Pooling.MEAN, Group.WORDS, "wordsim/rg-65.txt", 57.39)],
 )
-def test_published_correlations_of_an_untuned_model_are_reproduced(
-    shared: Path, pooling: Pooling, group: Group, name: str, expected: float
-) -> None:
+def test_published_correlations_of_an_untuned_model_are_reproduced(shared, pooling, group, name, expected):
     """Of models/minilm-mlm, measured independently of this code. Slow: STS-B test has 2,600 sentences."""
     from encoders.reference import Reference
     from encoders.source import resolve

@@ -1,4 +1,4 @@
-"""Certificates of several bundles: every figure is from a manifest, and unlike measurements stay apart."""
+"""Certificates of one bundle and of several: every figure is from a manifest, and unlike measurements stay apart."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle.card import describe_head
+from export.bundle.card import certificate_card, describe_head
 from export.bundle.whitening import WHITENING_FILE
 from export.certificates import main
 from mirror_runtime.bundle import (
@@ -27,7 +27,7 @@ from mirror_runtime.bundle import (
     read_manifest,
     write_json,
 )
-from tests.support.fake_bundles import PARITY, artifact
+from tests.support.fake_bundles import PARITY, artifact, encoder_spec
 from tests.support.paths import ROOT
 
 PACKED = Layout.PACKED
@@ -187,3 +187,40 @@ def test_run_by_path_it_loads_no_torch(bundles):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "export.bundle.card" in imported
     assert not imported & {"torch", "transformers", "onnxruntime", "openvino"}
+
+
+SPEC = encoder_spec()
+
+
+ARTIFACTS = [
+    artifact(EngineName.ONNXRUNTIME, Precision.FP32, Layout.PADDED, path="onnx/model.onnx"),
+    artifact(
+        EngineName.OPENVINO, Precision.BF16, parity=dataclasses.replace(PARITY, min_cosine=0.9999997, floor=0.9995)
+    ),
+]
+
+
+def test_every_artifact_has_its_row_and_nothing_is_rounded_up():
+    card = certificate_card(SPEC, ARTIFACTS, "0123456789abcdef")
+    assert "`0123456789abcdef`" in card
+    assert "| `onnx/model.onnx` | onnxruntime | fp32 |" in card
+    row = next(line for line in card.splitlines() if "bf16" in line)
+    assert "| 0.9995 | 0.999999 |" in row
+    assert "points" not in card
+
+
+def test_quality_has_a_column_for_each_artifact():
+    score = StsScore(name="stsb-test", pairs=1379, sha256="0" * 64, reference=82.034, artifact=81.9)
+    measured = [dataclasses.replace(a, parity=dataclasses.replace(a.parity, sts=(score,))) for a in ARTIFACTS]
+    card = certificate_card(SPEC, measured, "0123456789abcdef")
+    assert "| set | pairs | PyTorch | onnxruntime fp32 padded | openvino bf16 packed |" in card
+    assert "| stsb-test | 1,379 | 82.03 | 81.90 | 81.90 |" in card
+
+
+def test_only_heads_that_sentence_transformers_has_are_offered_to_it():
+    assert "SentenceTransformer(" in certificate_card(SPEC, ARTIFACTS, "f")
+    dense = Dense(in_features=8, out_features=8, bias=True, activation=Activation.IDENTITY)
+    averaged = dataclasses.replace(SPEC, layers=(1, -1), dense=(dense,), template="query: {text}")
+    card = certificate_card(averaged, ARTIFACTS, "f")
+    assert "SentenceTransformer(" not in card
+    assert "layers 1, -1 averaged, dense to 8, unit length, every text set into `query: {text}`" in card

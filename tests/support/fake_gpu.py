@@ -1,7 +1,5 @@
 """A simulated GPU: stand-ins for TensorRT and CUDA that are checked against the real bindings."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import importlib

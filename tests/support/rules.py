@@ -8,8 +8,6 @@
   starting a process. A test that does one of these without the mark fails under `--fast`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Generator
 from typing import Any

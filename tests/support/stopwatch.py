@@ -1,7 +1,5 @@
 """Measure the cost of a test without the noise of a busy machine and without shared fixtures."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

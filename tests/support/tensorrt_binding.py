@@ -5,8 +5,6 @@ libraries make it importable: nothing in it runs, but its classes, members and s
 built from them. It raises AttributeError for members that they lack and TypeError for arguments that they reject.
 """
 
-from __future__ import annotations
-
 import enum
 import json
 import os
@@ -98,7 +96,7 @@ def _split(text: str) -> list[str]:
 class StandIn:
     """An object with exactly the members of one class of the binding. It records every call."""
 
-    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+    def __init__(self, module: "FakeTensorRT", kind: str) -> None:
         self.__dict__.update(_module=module, _kind=kind, _values={})
 
     def __getattr__(self, name: str) -> Any:
@@ -199,7 +197,7 @@ class FakeTensorRT:
 class _Constructor:
     """A class of the binding, as an attribute of the module."""
 
-    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+    def __init__(self, module: "FakeTensorRT", kind: str) -> None:
         self._module, self._kind = module, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> StandIn:

@@ -1,7 +1,5 @@
 """Tiny random encoders of every family, each with a small tokenizer of the family's own kind."""
 
-from __future__ import annotations
-
 import json
 import string
 from pathlib import Path

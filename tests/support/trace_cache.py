@@ -5,8 +5,6 @@ the libraries, this machine's processor, and a key of the caller's. Two processe
 `MIRROR_TEST_CACHE` names the folder (default: `.pytest_cache/mirror` in the repository); deleting it is always safe.
 """
 
-from __future__ import annotations
-
 import ast
 import fcntl
 import functools

@@ -76,12 +76,17 @@ def test_one_wrong_shape_is_refused(tiny_bert, tiny_graphs, tmp_path, monkeypatc
     assert "openvino fp32 packed in rows of 21 x 48 tokens differs from" in refused.reason
 
 
-def test_nan_weights_are_refused(tiny_bert, tiny_graphs, tmp_path):
-    source = shutil.copytree(tiny_bert, tmp_path / "source")
+def with_bias(base: Path, folder: Path, value: float) -> Path:
+    """Copy an encoder and set one of its weights."""
+    source = shutil.copytree(base, folder)
     weights = load_file(source / "model.safetensors")
-    name = next(key for key in weights if key.endswith("output.dense.bias"))
-    weights[name] = np.full_like(weights[name], np.nan)
+    weights["encoder.layer.1.output.dense.bias"][0] = value
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source
+
+
+def test_nan_weights_are_refused(tiny_bert, tiny_graphs, tmp_path):
+    source = with_bias(tiny_bert, tmp_path / "source", np.nan)
     with pytest.raises(ParityError, match=r"the reference .* returns NaN or infinity"):
         build(request(source, tmp_path / "bundle"))
     assert left_behind(tmp_path) == ["source"]
@@ -168,17 +173,14 @@ def test_an_artifact_below_its_floor_is_left_out_and_the_rest_stays(tiny_bert, t
     assert [entry.requested for entry in again.refused] == [False]
 
 
-def test_without_the_fp32_graphs_there_is_no_bundle(tiny_bert, tiny_graphs, tmp_path, monkeypatch):
+def test_without_the_fp32_graphs_there_is_no_bundle_and_a_loaded_encoder_is_not_loaded_again(
+    tiny_bert, tiny_graphs, tmp_path, monkeypatch
+):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
     spoiled(monkeypatch, "onnxruntime", "fp32")
     with pytest.raises(ParityError, match="onnxruntime fp32 packed differs"):
-        build(request(tiny_bert, tmp_path / "bundle"))
+        build(request(tmp_path / "absent", tmp_path / "bundle"), reference=reference)
     assert left_behind(tmp_path) == []
-
-
-def test_an_encoder_that_is_loaded_already_is_not_loaded_again(tiny_bert, tiny_graphs, tmp_path):
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
-    export = build(request(tmp_path / "absent", tmp_path / "bundle"), reference=reference)
-    assert export.manifest.encoder == reference.spec
 
 
 @pytest.mark.trace
@@ -206,20 +208,14 @@ def test_a_precision_with_files_of_its_own_has_the_names_that_tools_look_for(tin
 
 
 @pytest.mark.trace
-def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_bert, tmp_path):
-    source = shutil.copytree(tiny_bert, tmp_path / "source")
-    weights = load_file(source / "model.safetensors")
-    weights["encoder.layer.1.output.dense.bias"][0] = 1e5
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(tiny_bert, tmp_path, monkeypatch):
+    source = with_bias(tiny_bert, tmp_path / "source", 1e5)
     export = build(request(source, tmp_path / "bundle", precisions=(Precision.FP32, Precision.FP16)))
     (refused,) = export.refused
     assert (refused.name, refused.requested) == ("fp16", True)
     assert "fp16 cannot hold" in refused.reason
     check_files(tmp_path / "bundle", read_manifest(tmp_path / "bundle"))
     assert not list((tmp_path / "bundle/onnx").glob("*fp16*"))
-
-
-def test_a_precision_that_cannot_be_proven_here_is_refused(tiny_bert, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "installed", lambda _: False)
     with pytest.raises(MissingExtra, match="openvino"):
         build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))

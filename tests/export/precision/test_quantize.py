@@ -65,7 +65,7 @@ def close_to(packed, engine, path: Path, precision: Precision = Precision.INT8) 
     return float(cosines(texts_of(found), texts_of(run(packed.path, rows()))).min())
 
 
-def test_scales_are_constant_and_symmetric_and_channels_are_for_weights(int8):
+def test_scales_are_constant_and_symmetric_and_the_bias_stands_before_the_split(int8):
     graph = onnx.load(int8.path).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     found = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -78,6 +78,12 @@ def test_scales_are_constant_and_symmetric_and_channels_are_for_weights(int8):
         assert scale.size == 1 or node.input[0].endswith("_weight")
     products = [node.input[1].endswith("_weight_dequantized") for node in graph.node if node.op_type == "MatMul"]
     assert sum(products) == 8  # 2 layers: query-key-value and 3 more
+    producers = {out: node for node in graph.node for out in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == 2
+    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
+    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
+    assert readers == ["Reshape"] * 6
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
@@ -156,16 +162,6 @@ def with_splits(quantized: QuantizedInput) -> QuantizedInput:
     return replace(quantized, columns=Columns(copies), smoothing=quantized.smoothing * copies.astype(np.float32))
 
 
-def test_bias_stands_before_the_split_of_query_key_and_value(int8):
-    graph = onnx.load(int8.path).graph
-    producers = {out: node for node in graph.node for out in node.output}
-    splits = [node for node in graph.node if node.op_type == "Split"]
-    assert len(splits) == 2
-    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
-    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
-    assert readers == ["Reshape"] * 6
-
-
 def test_layers_are_left_in_float_until_the_worst_text_is_close(packed, calibration, plans, monkeypatch):
     before = plans[Precision.INT8]
     assert all(quantized.quantized for quantized in before.inputs)
@@ -187,13 +183,10 @@ def test_the_inputs_of_linear_layers_are_found_with_their_origin(packed, calibra
         assert stats.rows.shape[1] == stats.peak.size
 
 
-def test_calibration_texts_prove_nothing():
+def test_calibration_texts_prove_nothing_and_those_without_a_token_are_an_error(tiny_bundle, packed):
     texts = [text for text, _ in zip(calibration_texts(), range(300), strict=False)]
     assert len(texts) == 300
     assert not {text for text in texts if text} & set(parity_texts())
-
-
-def test_calibration_texts_without_a_token_are_an_error(tiny_bundle, packed):
     with pytest.raises(InputError, match="pass --calibration"):
         Calibration.run(packed.path, tiny_bundle, read_manifest(tiny_bundle).encoder, [])
 
@@ -214,13 +207,10 @@ def test_a_file_runs_only_in_its_own_precision_and_whole(packed, int8, tmp_path)
             engine(tmp_path / "torn.onnx", Precision.FP32, 1)
 
 
-def test_large_weights_go_beside_the_file(packed, plans, int8, tmp_path):
+def test_large_weights_go_beside_the_file_and_inputs_without_smoothing_have_no_product(packed, plans, int8, tmp_path):
     made = write_quantized(packed, tmp_path / "q.onnx", plans[Precision.INT8], external_data_bytes=1000)
     assert (tmp_path / "q.onnx_data").is_file()
     np.testing.assert_array_equal(run(made.path, rows()), run(int8.path, rows()))
-
-
-def test_inputs_without_smoothing_have_no_product_for_it(packed, plans, tmp_path):
     plan = plans[Precision.INT8]
     plain = replace(plan, inputs=tuple(replace(q, smoothing=np.ones_like(q.smoothing)) for q in plan.inputs))
     made = write_quantized(packed, tmp_path / "q.onnx", plain)

@@ -1,7 +1,5 @@
 """`to_tensorrt.py` from bundle to proven artifact, on a stand-in GPU that runs the graph with ONNX Runtime."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """ONNX Runtime's GPU engine: its options, its errors, and its array binding, run with the CPU provider."""
 
-from __future__ import annotations
-
 import types
 from dataclasses import replace
 from pathlib import Path

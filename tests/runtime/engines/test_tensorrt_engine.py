@@ -1,7 +1,5 @@
 """The TensorRT engine with fakes of TensorRT and CUDA that follow the real bindings and compute what they are told."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
