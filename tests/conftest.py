@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     def export(folder: Path) -> None:
         from export.bundle.build import Request, build
 
-        chosen = {"pooling": Pooling.MEAN, "texts": texts, "precisions": (Precision.FP32,)}
+        chosen: dict[str, Any] = {"pooling": Pooling.MEAN, "texts": texts, "precisions": (Precision.FP32,)}
         with cached_traces():
             build(Request(encoder=str(tiny_bert), output=folder / "bundle", **chosen))
 

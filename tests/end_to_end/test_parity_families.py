@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -32,7 +33,7 @@ def traces_from_cache() -> Iterator[None]:
 @pytest.mark.trace
 @pytest.mark.parametrize("family", TESTED)
 def test_both_layouts_are_exact(tiny_encoder: Callable[[str], Path], family: str, tmp_path: Path) -> None:
-    chosen = {"pooling": Pooling.MEAN, "texts": ragged_texts(), "precisions": (Precision.FP32,)}
+    chosen: dict[str, Any] = {"pooling": Pooling.MEAN, "texts": ragged_texts(), "precisions": (Precision.FP32,)}
     exported = build(Request(encoder=str(tiny_encoder(family)), output=tmp_path / "bundle", **chosen))
     assert not exported.refused
     proven = {(artifact.engine, artifact.layout): artifact for artifact in exported.manifest.artifacts}

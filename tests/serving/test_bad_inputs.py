@@ -176,7 +176,7 @@ GRPC = [
 ]
 
 
-VALID = {"name": "", "status": "OK", "message": ""}
+VALID: dict[str, Any] = {"name": "", "status": "OK", "message": ""}
 OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT")
 
 

@@ -104,7 +104,7 @@ def tokenizer_of(family: str) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        options = {"vocab_size": 600, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        options: dict[str, Any] = {"vocab_size": 600, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
         trainer: Any = trainers.BpeTrainer(special_tokens=list(ANGLES), show_progress=False, **options)
         processor: Any = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     elif family in ("xlm-roberta", "camembert"):

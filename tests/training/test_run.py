@@ -77,7 +77,7 @@ def test_an_evaluated_run_reports_before_and_after(job: Job, sts: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recorder = Recorder()
-    evaluated = {"sets": {Group.STS: read_sets(str(sts))}, "tensorboard": True, "checkpoint_every": 3}
+    evaluated: dict[str, Any] = {"sets": {Group.STS: read_sets(str(sts))}, "tensorboard": True, "checkpoint_every": 3}
     summary = tune(dataclasses.replace(job, **evaluated), recorder)
     folder = job.output
     assert [path.name for path in folder.parent.iterdir()] == ["run"]  # the checkpoint is gone, too

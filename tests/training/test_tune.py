@@ -134,7 +134,7 @@ def test_options_reach_the_run(tiny_bert: Path, corpus: Path, tmp_path: Path) ->
     options = "--pooling mean --lr 1e-4 --drophead 0.2 --reference-masking --micro-batch-tokens 128 --schedule linear"
     options += " --clip 1 --seed 5 --tensorboard"
     assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options.split())) == 0
-    expected = {"lr": 1e-4, "drophead": 0.2, "reference_masking": True, "micro_batch_tokens": 128}
+    expected: dict[str, Any] = {"lr": 1e-4, "drophead": 0.2, "reference_masking": True, "micro_batch_tokens": 128}
     expected |= {"schedule": "linear", "clip": 1.0, "seed": 5}
     assert report(tmp_path / "run")["settings"].items() >= expected.items()
     assert list((tmp_path / "run" / "tensorboard").iterdir())

@@ -183,10 +183,11 @@ class AllHeads(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor, second: torch.Tensor, third: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.layout == Layout.PACKED.value:
-            segments, states_of = Segments.from_packed(second, third), packed_states
+            segments = Segments.from_packed(second, third)
+            states, probabilities = packed_states(self.encoder, ids, second, third, attentions_of=1)
         else:
-            segments, states_of = Segments.from_padded(second), padded_states
-        states, probabilities = states_of(self.encoder, ids, second, third, attentions_of=1)
+            segments = Segments.from_padded(second)
+            states, probabilities = padded_states(self.encoder, ids, second, third, attentions_of=1)
         return tuple(head(states, segments, pruned=False, probabilities=probabilities) for head in self.heads)
 
 
@@ -291,7 +292,8 @@ def test_with_one_token_per_text_the_last_layer_computes_no_others(tiny_bert, tm
 
 def projected(reference: Reference, pooled: Array) -> Array:
     """Apply dense layers, cut and norm in plain numpy."""
-    first, second = [layer[0] for layer in reference.dense]  # type: ignore[index]
+    layers: list[Any] = [layer[0] for layer in reference.dense]
+    first, second = layers
     hidden = np.tanh(first.weight.numpy() @ pooled + first.bias.numpy())
     hidden = second.weight.numpy() @ hidden
     hidden = np.array([x * 0.5 * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) for x in hidden])

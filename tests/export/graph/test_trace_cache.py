@@ -21,7 +21,7 @@ def test_a_cached_graph_is_byte_for_byte_the_real_one(tiny_bert, tmp_path, monke
     reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))
     with trace_cache.cached_traces():
         trace.export_graph(reference, Layout.PACKED, tmp_path / "cached.onnx")
-        monkeypatch.setattr(trace, "_trace", trace._trace.real)
+        monkeypatch.setattr(trace, "_trace", trace._trace.real)  # type: ignore[attr-defined]
         trace.export_graph(reference, Layout.PACKED, tmp_path / "real.onnx")
     assert (tmp_path / "cached.onnx").read_bytes() == (tmp_path / "real.onnx").read_bytes()
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -142,7 +143,7 @@ def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
 
 
 def test_the_scale_covers_a_channel_that_did_not_fire_in_calibration():
-    chosen = best_quantization(*channels(64, 9, 0.01), FORMATS[Precision.INT8])
+    chosen: dict[str, Any] = best_quantization(*channels(64, 9, 0.01), FORMATS[Precision.INT8])
     assert 127 * chosen.scale * chosen.smoothing[9] >= 2
 
 

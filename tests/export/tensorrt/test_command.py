@@ -134,7 +134,7 @@ def test_a_providers_artifact_is_proven_and_added(monkeypatch, bundle, texts, ca
 def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
     assert run(bundle, "--check") == 0
     graphs = json.loads(capsys.readouterr().out)["graphs"]
-    expected = [(f"onnx/{name}.onnx", "fp32", []) for name in ("model", "model_packed")]
+    expected: list[Any] = [(f"onnx/{name}.onnx", "fp32", []) for name in ("model", "model_packed")]
     assert [(graph["graph"], graph["precision"], graph["breaches"]) for graph in graphs] == expected
 
 

@@ -40,9 +40,9 @@ def gated(shared_gateway):
 @pytest.fixture
 def clock(monkeypatch):
     """The time that the service sees, in seconds."""
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(service, "time", clock)
-    return clock
+    seen = SimpleNamespace(now=100.0, monotonic=lambda: seen.now)
+    monkeypatch.setattr(service, "time", seen)
+    return seen
 
 
 def in_flight(gateway) -> float:

@@ -1,5 +1,7 @@
 """Bad requests, written and generated, get a status and a reason that names the field; the gateway stays healthy."""
 
+from typing import Any
+
 import hypothesis
 import pytest
 import schemathesis
@@ -111,10 +113,8 @@ CHECKS = [
 ]
 
 
-SETTINGS = hypothesis.settings(
-    **{"max_examples": 25, "derandomize": True, "deadline": None, "database": None},
-    **{"phases": [Phase.generate], "suppress_health_check": list(HealthCheck)},
-)
+OPTIONS: dict[str, Any] = {"max_examples": 25, "derandomize": True, "deadline": None, "database": None}
+SETTINGS = hypothesis.settings(phases=[Phase.generate], suppress_health_check=list(HealthCheck), **OPTIONS)
 
 
 @pytest.fixture(scope="module")
