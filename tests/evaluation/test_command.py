@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,24 +31,11 @@ def words(tmp_path: Path) -> Path:
 
 
 @pytest.mark.process
-def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, words: Path, tmp_path: Path) -> None:
+def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_path):
     second = shutil.copytree(tiny_bert, tmp_path / "second")
-    command: list[Any] = [
-        sys.executable,
-        SCRIPT,
-        tiny_bert,
-        second,
-        "--sts",
-        sts,
-        "--words",
-        words,
-        words,
-        "--pooling",
-        "cls",
-    ]
-    done = subprocess.run(
-        [*command, "--output", "r/report.json"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    options = ["--sts", sts, "--words", words, words, "--pooling", "cls", "--output", "r/report.json"]
+    command = [sys.executable, SCRIPT, tiny_bert, second, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == report

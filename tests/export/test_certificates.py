@@ -33,7 +33,8 @@ from tests.support.paths import ROOT
 PACKED = Layout.PACKED
 SCORE = StsScore(name="stsb-test", pairs=1379, sha256="0" * 64, reference=82.034, artifact=81.9)
 WHITENING = Dense(in_features=8, out_features=4, bias=True, activation=Activation.IDENTITY)
-TANH = dataclasses.replace(WHITENING, out_features=8, activation=Activation.TANH)
+EIGHT = dataclasses.replace(WHITENING, out_features=8)
+TANH = dataclasses.replace(EIGHT, activation=Activation.TANH)
 
 
 def changed(folder: Path, files: dict[str, str] | None = None, **spec: object) -> Path:
@@ -210,8 +211,7 @@ def test_every_artifact_has_its_row_and_nothing_is_rounded_up():
 
 
 def test_quality_has_a_column_for_each_artifact():
-    score = StsScore(name="stsb-test", pairs=1379, sha256="0" * 64, reference=82.034, artifact=81.9)
-    measured = [dataclasses.replace(a, parity=dataclasses.replace(a.parity, sts=(score,))) for a in ARTIFACTS]
+    measured = [dataclasses.replace(a, parity=dataclasses.replace(a.parity, sts=(SCORE,))) for a in ARTIFACTS]
     card = certificate_card(SPEC, measured, "0123456789abcdef")
     assert "| set | pairs | PyTorch | onnxruntime fp32 padded | openvino bf16 packed |" in card
     assert "| stsb-test | 1,379 | 82.03 | 81.90 | 81.90 |" in card
@@ -219,8 +219,7 @@ def test_quality_has_a_column_for_each_artifact():
 
 def test_only_heads_that_sentence_transformers_has_are_offered_to_it():
     assert "SentenceTransformer(" in certificate_card(SPEC, ARTIFACTS, "f")
-    dense = Dense(in_features=8, out_features=8, bias=True, activation=Activation.IDENTITY)
-    averaged = dataclasses.replace(SPEC, layers=(1, -1), dense=(dense,), template="query: {text}")
+    averaged = dataclasses.replace(SPEC, layers=(1, -1), dense=(EIGHT,), template="query: {text}")
     card = certificate_card(averaged, ARTIFACTS, "f")
     assert "SentenceTransformer(" not in card
     assert "layers 1, -1 averaged, dense to 8, unit length, every text set into `query: {text}`" in card

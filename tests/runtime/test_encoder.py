@@ -71,12 +71,13 @@ def test_truncation_is_counted_marked_and_logged(encoder, caplog):
 
 
 def test_chunks_are_averaged_and_normalised(make_bundle):
-    folder = make_bundle()
     long = " ".join(f"word{i}" for i in range(60))
-    with Encoder.load(folder, engine="fake", long_texts="chunk") as encoder:
+    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
         whole = encoder.encode(["a", long, "b"])
         alone = encoder.encode(["a", "b"])
         tokenized = encoder._tokenizer([long])
+        shapes = [held.tolist() for _, held, _ in encoder.encode_shapes(["short", long])]
+    assert all(held in ([0], []) for held in shapes), "a text in several pieces proves no shape"
     pieces = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
     assert len(pieces) > 1
     keys = np.array([((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973 for piece in pieces])
@@ -86,17 +87,14 @@ def test_chunks_are_averaged_and_normalised(make_bundle):
     np.testing.assert_array_equal(whole[[0, 2]], alone)
 
 
-def test_an_engine_failure_reaches_the_caller(encoder, monkeypatch):
-    monkeypatch.setattr(encoder.engine, "run", Mock(side_effect=EngineError("out of cheese")))
-    with pytest.raises(EngineError, match="out of cheese"):
-        encoder.encode(ragged(100))
-
-
-def test_a_caller_that_stops_early_leaves_nothing_running(encoder):
+def test_a_caller_that_stops_early_leaves_nothing_running_and_an_engine_failure_reaches_it(encoder, monkeypatch):
     stream = encoder.encode_stream(ragged(5000), window=50)
     next(stream)
     stream.close()
     assert encoder.encode(["still works"]).shape == (1, 8)
+    monkeypatch.setattr(encoder.engine, "run", Mock(side_effect=EngineError("out of cheese")))
+    with pytest.raises(EngineError, match="out of cheese"):
+        encoder.encode(ragged(100))
 
 
 def test_stats_add_up(encoder):
@@ -154,12 +152,6 @@ def test_every_shape_that_texts_leave_out_is_run_for_a_proof_and_gives_their_vec
         assert held.size >= shape[0], "each row holds a text"
         np.testing.assert_array_equal(vectors, expected[held])
     assert sorted(rows.shape for rows in seen) == sorted(set(encoder._bulk_shapes.shapes()) - filled)
-
-
-def test_texts_in_several_pieces_prove_no_shape(make_bundle):
-    long = " ".join(f"word{i}" for i in range(60))
-    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
-        assert all(held.tolist() in ([0], []) for _, held, _ in encoder.encode_shapes(["short", long]))
 
 
 def test_a_short_call_runs_in_its_callers_thread_and_never_more_than_the_streams_run(encoder, monkeypatch):

@@ -10,41 +10,30 @@ import numpy as np
 import pytest
 
 from mirror_runtime import BundleError, Encoder, EngineError, InputError, ParityError
+from mirror_runtime import plan as plans
 from mirror_runtime.bundle import Canaries, EngineName, Precision, read_canaries, write_json
 from mirror_runtime.cache import cache_folder
 from mirror_runtime.cli.doctor import diagnose
 from mirror_runtime.cli.main import main
 from mirror_runtime.cli.plan_plot import pareto
-from mirror_runtime.plan import (
-    DecisionSource,
-    HostIdentity,
-    HostPlan,
-    Setting,
-    Trial,
-    installed_versions,
-    plan_path,
-    read_plan,
-    this_host,
-    write_plan,
-)
 from mirror_runtime.planner import Budget, Planner, PlannerProgress
 from tests.support.fake_bundles import host_plan
 
-ORT = Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
-OV = Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
+ORT = plans.Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
+OV = plans.Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
 TINY = Budget(texts=40, singles=2, rounds=1, survivors=1)
 
 
-def measured(setting: Setting, speed: float, cosine: float, accepted: bool = True) -> Trial:
+def measured(setting: plans.Setting, speed: float, cosine: float, accepted: bool = True) -> plans.Trial:
     figures = {"texts_per_s": speed, "p50_ms": 1000 / speed, "min_cosine": cosine, "certified_cosine": cosine}
-    return Trial(setting=setting, accepted=accepted, **figures)
+    return plans.Trial(setting=setting, accepted=accepted, **figures)
 
 
 @pytest.fixture
-def plan(tiny_bundle: Path) -> HostPlan:
+def plan(tiny_bundle: Path) -> plans.HostPlan:
     fingerprint = json.loads((tiny_bundle / "manifest.json").read_text())["fingerprint"]
     trials = (measured(OV, 100.0, 1.0), measured(ORT, 50.0, 1.0))
-    here = {"fingerprint": fingerprint, "host": this_host(), "versions": installed_versions()}
+    here = {"fingerprint": fingerprint, "host": plans.this_host(), "versions": plans.installed_versions()}
     return host_plan(chosen=OV, measured=trials, **here)
 
 
@@ -55,11 +44,11 @@ def cache(tmp_path: Path) -> Path:
 
 def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache):
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is DecisionSource.RULE
+        assert encoder.decision.source is plans.DecisionSource.RULE
         ruled = encoder.encode(["the cat", "a dog"])
-    write_plan(plan, plan_path(cache, plan.fingerprint))
+    plans.write_plan(plan, plans.plan_path(cache, plan.fingerprint))
     with Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is DecisionSource.PLAN
+        assert encoder.decision.source is plans.DecisionSource.PLAN
         assert (encoder.engine.name, encoder.engine.streams) == (EngineName.OPENVINO, 2)
         assert encoder.rows == "32, 64 tokens (many of a kind: 48), batches of 512"
         np.testing.assert_allclose(encoder.encode(["the cat", "a dog"]), ruled, atol=1e-5)
@@ -67,48 +56,48 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
         assert encoder.engine.streams == 1, "what the caller names goes before the plan"
     with Encoder.load(tiny_bundle, engine="onnxruntime", cache_dir=cache) as encoder:
         assert encoder.engine.name is EngineName.ONNXRUNTIME
-        assert encoder.decision.source is DecisionSource.PLAN
+        assert encoder.decision.source is plans.DecisionSource.PLAN
     with Encoder.load(tiny_bundle, engine="openvino", precision="fp32", cache_dir=cache) as encoder:
-        assert encoder.decision.source is DecisionSource.ASKED
+        assert encoder.decision.source is plans.DecisionSource.ASKED
         assert encoder.rows == "64 tokens (many of a kind: 48), batches of 1024"
     for nothing in ({"plan": None, "cache_dir": cache}, {"cache_dir": None}):
         with Encoder.load(tiny_bundle, **nothing) as encoder:
-            assert encoder.decision.source is DecisionSource.RULE
+            assert encoder.decision.source is plans.DecisionSource.RULE
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"fingerprint": "0" * 16}, "it is for the bundle 0000000000000000"),
-        ({"host": HostIdentity(cpu="Z80", features="", cores=1)}, "it was measured on 1 cores of Z80"),
+        ({"host": plans.HostIdentity(cpu="Z80", features="", cores=1)}, "it was measured on 1 cores of Z80"),
         ({"versions": {"openvino": "1.0"}}, "openvino 1.0 (now"),
     ],
 )
 def test_a_stale_plan_is_left_aside_and_the_log_says_why(tiny_bundle, plan, cache, caplog, change, reason):
-    path = plan_path(cache, plan.fingerprint)
-    write_plan(dataclasses.replace(plan, **change), path)
+    path = plans.plan_path(cache, plan.fingerprint)
+    plans.write_plan(dataclasses.replace(plan, **change), path)
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is DecisionSource.RULE
+        assert encoder.decision.source is plans.DecisionSource.RULE
     assert reason in caplog.text
     with pytest.raises(InputError, match="is not valid here"):
         Encoder.load(tiny_bundle, plan=path)
 
 
 def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, plan, cache, caplog):
-    path = plan_path(cache, plan.fingerprint)
-    write_plan(plan, path)
-    assert read_plan(path) == plan
+    path = plans.plan_path(cache, plan.fingerprint)
+    plans.write_plan(plan, path)
+    assert plans.read_plan(path) == plan
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
-        assert encoder.decision.source is DecisionSource.RULE
+        assert encoder.decision.source is plans.DecisionSource.RULE
     assert "is not a plan" in caplog.text
     path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):
-        read_plan(path)
+        plans.read_plan(path)
     path.write_text(whole.replace('"floor"', '"flour"'))
     with pytest.raises(InputError, match="flour"):
-        read_plan(path)
+        plans.read_plan(path)
 
 
 def test_planning_tries_every_artifact_streams_and_shapes_and_keeps_the_floor(tiny_bundle, cache):
@@ -191,9 +180,9 @@ def test_the_doctor_tells_what_the_cache_holds_and_which_plans_are_not_followed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "mirror-runtime"
     assert diagnose().machine["cache"] == f"{folder}, empty"
-    write_plan(plan, folder / "plans" / "good.json")
+    plans.write_plan(plan, folder / "plans" / "good.json")
     moved = dataclasses.replace(plan, host=dataclasses.replace(plan.host, cores=99))
-    write_plan(moved, folder / "plans" / "moved.json")
+    plans.write_plan(moved, folder / "plans" / "moved.json")
     (folder / "plans" / "torn.json").write_text("{")
     facts = diagnose().machine
     assert facts["cache"].endswith(" MB")

@@ -14,18 +14,7 @@ import pytest
 import tritonclient.grpc
 
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import (
-    CANARIES_FILE,
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
-    Canaries,
-    Canary,
-    fingerprint,
-    read_canaries,
-    read_manifest,
-    sha256_file,
-    write_json,
-)
+from mirror_runtime import bundle as contract
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton import Client, Served, ServingOptions
@@ -38,24 +27,28 @@ TEXTS = [f"text number {i} " * (i % 5 + 1) for i in range(40)]
 
 
 def write_bundle(folder: Path, template: Path, dim: int) -> Path:
-    """Write a bundle for the fake engine, with matching fingerprint and canaries."""
+    """Write a bundle for the fake engine, with matching contract.fingerprint and canaries."""
     shutil.copytree(template, folder)
     seal(folder, dim)
     texts = ["", "hello world", "a canary that is too long " * 30]
     with Encoder.load(folder, engine="fake") as encoder:
         vectors = encoder.encode(texts).tolist()
-    seal(folder, dim, *(Canary(text=text, vector=tuple(vector)) for text, vector in zip(texts, vectors, strict=True)))
+    seal(
+        folder,
+        dim,
+        *(contract.Canary(text=text, vector=tuple(vector)) for text, vector in zip(texts, vectors, strict=True)),
+    )
     return folder
 
 
-def seal(folder: Path, dim: int, *canaries: Canary) -> None:
-    """Store canaries, and update a manifest's hashes and fingerprint to its files."""
-    write_json(Canaries(canaries=canaries), folder / CANARIES_FILE)
-    manifest = read_manifest(folder)
+def seal(folder: Path, dim: int, *canaries: contract.Canary) -> None:
+    """Store canaries, and update a manifest's hashes and contract.fingerprint to its files."""
+    contract.write_json(contract.Canaries(canaries=canaries), folder / contract.CANARIES_FILE)
+    manifest = contract.read_manifest(folder)
     spec = dataclasses.replace(manifest.encoder, dim=dim)
-    files = {name: sha256_file(folder / name) for name in (TOKENIZER_FILE, CANARIES_FILE)}
-    sealed = dataclasses.replace(manifest, encoder=spec, files=files, fingerprint=fingerprint(spec, files))
-    write_json(sealed, folder / MANIFEST_FILE)
+    files = {name: contract.sha256_file(folder / name) for name in (contract.TOKENIZER_FILE, contract.CANARIES_FILE)}
+    sealed = dataclasses.replace(manifest, encoder=spec, files=files, fingerprint=contract.fingerprint(spec, files))
+    contract.write_json(sealed, folder / contract.MANIFEST_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +68,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def corrupt_a_file(bundle: Path) -> None:
-    with (bundle / TOKENIZER_FILE).open("a") as file:
+    with (bundle / contract.TOKENIZER_FILE).open("a") as file:
         file.write(" ")
 
 
@@ -85,13 +78,13 @@ def lose_its_canaries(bundle: Path) -> None:
 
 def store_other_vectors(bundle: Path) -> None:
     """Make the bundle consistent, but with stored vectors that its model does not return."""
-    first, second, third = read_canaries(bundle)
+    first, second, third = contract.read_canaries(bundle)
     seal(bundle, 24, first, dataclasses.replace(second, vector=first.vector), third)
 
 
 def break_the_tokenizer(bundle: Path) -> None:
-    (bundle / TOKENIZER_FILE).write_text("{}")
-    seal(bundle, 24, *read_canaries(bundle))
+    (bundle / contract.TOKENIZER_FILE).write_text("{}")
+    seal(bundle, 24, *contract.read_canaries(bundle))
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_every_setting_is_an_option_whose_help_has_its_defaults(capsys: pytest.C
     assert _default("reference_masking").startswith("(no")
 
 
-def test_options_reach_the_run(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+def test_options_reach_the_run_and_self_guided_implies_its_recipe(tiny_bert, corpus, tmp_path, monkeypatch):
     options = "--pooling mean --lr 1e-4 --drophead 0.2 --reference-masking --micro-batch-tokens 128 --schedule linear"
     options += " --clip 1 --seed 5 --tensorboard"
     assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options.split())) == 0
@@ -138,13 +138,10 @@ def test_options_reach_the_run(tiny_bert: Path, corpus: Path, tmp_path: Path) ->
     expected |= {"schedule": "linear", "clip": 1.0, "seed": 5}
     assert report(tmp_path / "run")["settings"].items() >= expected.items()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-
-
-def test_the_self_guided_objective_implies_its_recipe(tiny_bert, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 32)
-    options = ["--pooling", "cls", "--objective", "self-guided", "--max-tokens", "64"]
-    assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options)) == 0
-    settings, recipe = report(tmp_path / "run")["settings"], RECIPES[Recipe.SELF_GUIDED]
+    guided = ["--pooling", "cls", "--objective", "self-guided", "--max-tokens", "64"]
+    assert main(arguments(tiny_bert, corpus, tmp_path / "guided", *guided)) == 0
+    settings, recipe = report(tmp_path / "guided")["settings"], RECIPES[Recipe.SELF_GUIDED]
     assert (settings["temperature"], settings["lr"], settings["batch_size"]) == (recipe.temperature, recipe.lr, 8)
 
 

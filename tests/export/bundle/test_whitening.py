@@ -27,17 +27,13 @@ def skewed(count: int = 400, width: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dim", [12, 5])
-def test_the_covariance_becomes_the_identity(dim):
+def test_the_covariance_becomes_the_identity_and_the_directions_of_largest_variance_are_kept(dim):
     vectors = skewed()
     fit = fit_whitening(vectors, dim)
     white = vectors @ fit.weight.T + fit.bias
     assert white.shape == (400, dim)
     np.testing.assert_allclose(white.mean(0), np.zeros(dim), atol=1e-4)
     np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(dim), atol=1e-3)
-
-
-def test_the_directions_of_largest_variance_are_kept():
-    vectors = skewed()
     fit = fit_whitening(vectors, 5)
     values = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
     assert fit.variance == pytest.approx(values[:5].sum() / values.sum(), rel=1e-4)

@@ -143,7 +143,7 @@ def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
 
 
 def test_the_scale_covers_a_channel_that_did_not_fire_in_calibration():
-    chosen: dict[str, Any] = best_quantization(*channels(64, 9, 0.01), FORMATS[Precision.INT8])
+    chosen = best_quantization(*channels(64, 9, 0.01), FORMATS[Precision.INT8])
     assert 127 * chosen.scale * chosen.smoothing[9] >= 2
 
 
@@ -222,7 +222,7 @@ def test_large_weights_go_beside_the_file_and_inputs_without_smoothing_have_no_p
 def test_both_graphs_of_an_encoder_that_computes_only_cls_are_quantised_and_halved(tiny_bert, tmp_path):
     """Its last layer computes one token."""
     texts, words = (*WORDS, "", "the river and the dog are on the mat. " * 3), tuple(WORDS * 8)
-    chosen = {"precisions": (Precision.INT8, Precision.FP16), "texts": texts, "calibration": words}
+    chosen: dict[str, Any] = {"precisions": (Precision.INT8, Precision.FP16), "texts": texts, "calibration": words}
     built = build(Request(encoder=str(tiny_bert), output=tmp_path / "bundle", pooling=Pooling.CLS, **chosen))
     assert not built.refused
     for precision, floor in ((Precision.INT8, 0.98), (Precision.FP16, 0.9999)):

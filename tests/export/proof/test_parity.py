@@ -42,26 +42,20 @@ def test_equal_vectors_pass_and_what_was_achieved_is_kept(expected):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_value_that_is_not_finite_is_refused_by_name(expected, bad):
+def test_one_value_that_is_not_finite_is_refused_by_name_also_in_the_reference(expected, bad):
     table = vectors()
     table[7, 3] = bad
     with pytest.raises(ParityError, match="NaN or infinity for 1 of 40 texts, such as 'text 7'"):
         prove(lookup(table), expected, FP32, what="x")
-
-
-def test_a_reference_that_is_not_finite_is_refused():
     with pytest.raises(ParityError, match="the reference"):
         Expected(texts=TEXTS, vectors=vectors() * np.float32("nan"), reference="PyTorch")
 
 
-def test_the_worst_text_is_named(expected):
+def test_the_worst_text_is_named_and_a_missing_normalisation_found_although_every_cosine_is_one(expected):
     table = vectors()
     table[11] = -table[11]
     with pytest.raises(ParityError, match="Worst: 'text 11' cosine -1"):
         prove(lookup(table), expected, FP32, what="x")
-
-
-def test_a_missing_normalisation_is_found_although_every_cosine_is_one(expected):
     with pytest.raises(ParityError, match="of its length"):
         prove(lookup(vectors() * np.float32(3)), expected, FP32, what="x")
 
@@ -171,15 +165,11 @@ def test_built_in_texts_are_many_ragged_and_the_same_each_time():
     assert len({len(text) for text in texts}) > 100
 
 
-def test_texts_are_read_one_a_line(tmp_path):
+def test_texts_are_read_one_a_line_and_a_file_without_usable_ones_is_refused(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n two\u2028still two\n", encoding="utf-8")
     assert read_texts(path) == ("one", " two\u2028still two")
-
-
-@pytest.mark.parametrize(("content", "problem"), [(b"\n \n", "contains no text"), (b"\xff\xfe", "not UTF-8")])
-def test_a_file_without_usable_texts_is_refused(tmp_path, content, problem):
-    path = tmp_path / "texts.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=problem):
-        read_texts(path)
+    for content, problem in ((b"\n \n", "contains no text"), (b"\xff\xfe", "not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=problem):
+            read_texts(path)

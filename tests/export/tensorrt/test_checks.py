@@ -268,14 +268,11 @@ def test_a_breach_that_causes_others_is_reported_too(make: Any, change: Change, 
     assert any(all(part in message for part in parts) for message in found(model)), found(model)
 
 
-def test_a_refused_file_is_named_with_its_first_breaches(tmp_path: Path):
+def test_a_refused_file_is_named_with_its_first_breaches_and_a_truncated_one_too(tmp_path: Path):
     model = quantized_graph()
     put(model, "tokens_zero", np.array(3, np.int8))
     with pytest.raises(EngineError, match=r"int8.onnx is not suitable for TensorRT: QuantizeLinear q_tokens"):
         require_clean(GraphView(model), tmp_path / "model_packed_int8.onnx")
-
-
-def test_a_truncated_file_is_one_clear_error(tmp_path: Path):
     path = tmp_path / "model.onnx"
     path.write_bytes(half_graph().SerializeToString()[:-100])
     for bad in (path, tmp_path / "absent.onnx"):

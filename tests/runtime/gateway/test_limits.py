@@ -5,6 +5,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import openai
@@ -40,7 +41,7 @@ def gated(shared_gateway):
 @pytest.fixture
 def clock(monkeypatch):
     """The time that the service sees, in seconds."""
-    seen = SimpleNamespace(now=100.0, monotonic=lambda: seen.now)
+    seen: Any = SimpleNamespace(now=100.0, monotonic=lambda: seen.now)
     monkeypatch.setattr(service, "time", seen)
     return seen
 

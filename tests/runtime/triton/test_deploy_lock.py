@@ -60,19 +60,15 @@ def test_a_model_of_another_project_is_not_replaced(tmp_path, config):
         present_options(tmp_path)
 
 
-def test_an_unprovable_bundle_changes_nothing(make_bundle, tmp_path):
-    repository = tmp_path / "models"
+def test_an_unprovable_bundle_changes_nothing_and_options_are_for_bundles_only(make_bundle, tmp_path):
+    repository, bundle = tmp_path / "models", make_bundle()
     with pytest.raises(BundleError):  # its fingerprint is made up
-        deploy(make_bundle(), repository)
+        deploy(bundle, repository)
     with pytest.raises(BundleError, match="no-such"):
         deploy(tmp_path / "no-such", repository)
     assert not repository.exists()
-
-
-def test_options_are_for_bundles_only(make_bundle, tmp_path):
-    repository = tmp_path / "models"
     repository.mkdir()
-    write_temporary_repository(make_bundle(), repository, ServingOptions(engine="fake"))
+    write_temporary_repository(bundle, repository, ServingOptions(engine="fake"))
     with pytest.raises(InputError, match="with its own options in"):
         serve(repository, options=ServingOptions(engine="fake"))
     with pytest.raises(BundleError):

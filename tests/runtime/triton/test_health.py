@@ -110,13 +110,9 @@ def test_a_server_that_answers_nothing_is_broken_after_a_while(served, state, pa
     assert earliest_s <= seconds < earliest_s + 2
 
 
-@pytest.mark.parametrize("process", ["server", "worker"])
-def test_a_dead_process_is_noticed_immediately(served, process):
-    served.dead = process
-    assert watch(served, 60) == (f"{process} died", POLICY.check_s)
-
-
-def test_a_worker_that_ends_during_a_deployment_was_replaced(served):
+def test_a_dead_process_is_noticed_immediately_but_a_worker_is_replaced_by_a_deployment(served):
+    for served.dead in ("server", "worker"):
+        assert watch(served, 60) == (f"{served.dead} died", POLICY.check_s)
     with deploying(served.repository):
         served.dead = "worker"
         assert watch(served, 2)[0] == ""
