@@ -24,7 +24,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return result
 
 
-def test_parquet_holds_vectors_token_counts_and_truncation(bundle, tmp_path, capsys):
+def test_parquet_holds_vectors_token_counts_and_truncation_and_an_empty_file_no_rows(bundle, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"body": "short"}) + "\n" + json.dumps({"body": "word " * 99}) + "\n")
     assert main(arguments(bundle, source, tmp_path / "out.parquet", "--text-column", "body")) == 0
@@ -34,9 +34,6 @@ def test_parquet_holds_vectors_token_counts_and_truncation(bundle, tmp_path, cap
     assert table["tokens"] == [3, 101]
     with Encoder.load(bundle, engine="fake") as encoder:
         np.testing.assert_array_equal(np.float32(table["embedding"]), encoder.encode(["short", "word " * 99]))
-
-
-def test_an_empty_file_gives_no_rows(bundle, tmp_path, capsys):
     source = tmp_path / "in.txt"
     source.write_bytes(b"")
     for name in ("out.npy", "out.parquet"):
@@ -72,7 +69,7 @@ def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bun
     assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
-def test_an_unfinished_run_with_other_settings_is_refused(bundle, corpus, tmp_path, capsys):
+def test_an_unfinished_run_with_other_settings_and_a_second_writer_are_refused(bundle, corpus, tmp_path, capsys):
     output = tmp_path / "out.npy"
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     assert main(arguments(bundle, corpus, output)) == 2
@@ -80,12 +77,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(bundle, corpus, tmp_pa
     assert not output.exists()
     assert main(arguments(bundle, corpus, output, "--long-texts", "chunk")) == 2
     assert "long_texts was 'truncate' and is 'chunk'" in capsys.readouterr().err
-
-
-def test_a_second_writer_of_an_output_is_refused(bundle, corpus, tmp_path, capsys):
-    folder = tmp_path / "out.npy.partial"
-    folder.mkdir()
-    with (folder / "lock").open("w") as lock:
+    with (tmp_path / "out.npy.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
     assert "another process is writing" in capsys.readouterr().err
