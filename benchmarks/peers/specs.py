@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+SCRIPT = FOLDER / "libraries.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerSpec:
-    """A peer: a new one needs a requirements file, a script that speaks the protocol, and an entry here.
+    """A peer: a new one needs a requirements file, a function in `libraries.py`, and an entry here.
 
     Attributes:
-        name: of its environment, its requirements file and its script.
+        name: of its environment, its requirements file and its entry in `LIBRARIES`.
         title: as its makers write it.
         backends: each with the package whose version counts.
         exports: backends that need files which the bundle may lack, each with a file that shows they are there.
@@ -64,14 +65,7 @@ PEERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PeerBackend:
-    """One backend of an installed peer.
-
-    Attributes:
-        spec: the peer.
-        name: of the backend.
-        python: interpreter of the peer's environment.
-        model: the bundle, or a copy with the files that the backend needs.
-    """
+    """One backend of an installed peer; `model` is the bundle, or a copy with the files that the backend needs."""
 
     spec: PeerSpec
     name: str
@@ -80,23 +74,8 @@ class PeerBackend:
 
     @property
     def party(self) -> str:
-        """Peer and backend: its name in the report."""
+        """Its name in the report."""
         return f"{self.spec.title} {self.name}"
-
-    @property
-    def package(self) -> str:
-        """The package whose version counts."""
-        return self.spec.backends[self.name]
-
-    @property
-    def needed_file(self) -> str | None:
-        """The file that the model must have; None if every bundle can be loaded."""
-        return self.spec.exports.get(self.name)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model has the files that the backend needs."""
-        return self.needed_file is None or (self.model / self.needed_file).is_file()
 
     @property
     def file_name(self) -> str:
@@ -104,10 +83,16 @@ class PeerBackend:
         return re.sub(r"[^\w-]+", "-", self.party)
 
     @property
-    def command(self) -> tuple[str, ...]:
-        """The command that starts the worker. Isolated mode keeps our folder and the user's packages out of it."""
-        return str(self.python), "-I", str(FOLDER / f"{self.spec.name}_peer.py")
+    def ready(self) -> bool:
+        """Whether the model has the files that the backend needs."""
+        return self.name not in self.spec.exports or (self.model / self.spec.exports[self.name]).is_file()
 
-    def exported_to(self, scratch: Path) -> PeerBackend:
-        """Return this backend with the copy of the model that its export writes."""
-        return replace(self, model=scratch / self.file_name)
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command that starts the worker."""
+        return worker_command(self.python, self.spec.name)
+
+
+def worker_command(python: Path, library: str) -> tuple[str, ...]:
+    """Return the command of a library's worker. Isolated mode keeps our folder and the user's packages out of it."""
+    return str(python), "-I", str(SCRIPT), library

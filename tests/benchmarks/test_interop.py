@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import interop
 from benchmarks.interop import CONSUMERS, REQUIREMENTS, Cell, Verdict, main, run_consumers
-from benchmarks.peers.interop_peer import CONSUMERS as FUNCTIONS
+from benchmarks.peers import environments as environments_module
+from benchmarks.peers.libraries import LIBRARIES
 from mirror_runtime.bundle import (
     CANARIES_FILE,
     MANIFEST_FILE,
@@ -75,7 +76,7 @@ def test_an_environment_that_cannot_be_made_is_reported_once(tiny_bundle, tmp_pa
         made.append((requirements, folder))
         raise PeerError("the environment cannot be made (status 1): no network")
 
-    monkeypatch.setattr(interop, "make_environment", fail)
+    monkeypatch.setattr(environments_module, "make_environment", fail)
     cells = run(tiny_bundle, tmp_path / "none", "onnxruntime", "openvino")
     assert {cell.verdict for cell in cells.values()} == {Verdict.NOT_INSTALLED}
     assert all(cell.failed and "no network" in cell.reason for cell in cells.values())
@@ -110,7 +111,7 @@ def test_a_corrupted_bundle_and_an_unknown_library_are_refused(tiny_bundle, envi
 
 def test_every_consumer_has_its_function_and_pinned_requirements():
     for consumer in CONSUMERS:
-        assert consumer.name in FUNCTIONS
+        assert consumer.library in LIBRARIES
         lines = (REQUIREMENTS / f"{consumer.environment}.txt").read_text(encoding="utf-8").splitlines()
         pinned = [line for line in lines if line and not line.startswith("#")]
         assert all("==" in line for line in pinned if line != "numpy")
@@ -119,7 +120,7 @@ def test_every_consumer_has_its_function_and_pinned_requirements():
 def offered(bundle: Path, **changes) -> set[str]:
     manifest = read_manifest(bundle)
     changed = dataclasses.replace(manifest, encoder=dataclasses.replace(manifest.encoder, **changes))
-    return {c.title for c in CONSUMERS if not interop._not_offered(c, changed, bundle)}
+    return {c.title for c in CONSUMERS if not interop.not_offered(c, changed, bundle)}
 
 
 def test_heads_that_a_library_lacks_are_not_offered_to_it(tiny_bundle, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import platform
 import shutil
 import sys
@@ -12,9 +13,8 @@ import pytest
 
 from benchmarks.peers import environments, specs
 from benchmarks.peers.environments import INCOMPLETE, STAMP, make_environment, parse_environments
-from benchmarks.peers.footprint import environment_bytes, needed_by, our_bytes
-from benchmarks.peers.installed import installed_bytes
-from benchmarks.peers.specs import FOLDER, PeerSpec
+from benchmarks.peers.libraries import LIBRARIES, engine_loops
+from benchmarks.peers.specs import FOLDER, PeerSpec, worker_command
 from benchmarks.plan import Environments, Plan, Suite
 from benchmarks.recorder import Recorder
 from benchmarks.run import _chosen_peers
@@ -24,8 +24,8 @@ from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.workers import WorkerProcess
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName
 from mirror_runtime.errors import InputError, PeerError
+from mirror_runtime.vectors import cosines
 from tests.support import fake_peer
 
 SPEC = PeerSpec(
@@ -38,15 +38,11 @@ SPEC = PeerSpec(
 
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "peers"
-    folder.mkdir()
-    shutil.copy(fake_peer.__file__, folder / "fake_peer.py")
-    monkeypatch.setattr(peers, "FOLDER", folder)
-    monkeypatch.setattr(specs, "FOLDER", folder)
+    script = shutil.copy(fake_peer.__file__, tmp_path / "peer.py")
+    monkeypatch.setattr(specs, "SCRIPT", script)
     monkeypatch.setattr(peers, "PEERS", (SPEC,))
     monkeypatch.setattr(peers, "SETTLE_S", 0.0)
-    monkeypatch.setattr(peers, "environment_bytes", lambda python: 123)
-    return folder / "fake_peer.py"
+    return script
 
 
 @pytest.fixture
@@ -56,15 +52,9 @@ def worker(script, tmp_path):
 
 
 @pytest.fixture
-def environment(tmp_path) -> Path:
-    """A virtual environment that is this Python."""
-    folder = tmp_path / "env"
-    folder.symlink_to(sys.prefix, target_is_directory=True)
-    return folder
-
-
-@pytest.fixture
-def peers_plan(plan, environment, tmp_path) -> Plan:
+def peers_plan(plan, tmp_path) -> Plan:
+    environment = tmp_path / "env"  # a virtual environment that is this Python
+    environment.symlink_to(sys.prefix, target_is_directory=True)
     own = Environments(given={"fake": environment}, folder=tmp_path / "unused")
     return dataclasses.replace(plan, peers=("fake",), environments=own, quick=False)
 
@@ -99,12 +89,37 @@ def test_an_answer_that_ctrl_c_left_unread_is_not_taken_for_the_next_one(worker,
 
 @pytest.mark.process
 def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
-    script = FOLDER / "sentence_transformers_peer.py"
-    with WorkerProcess((sys.executable, "-I", str(script)), tmp_path / "log") as worker:
+    with WorkerProcess(worker_command(Path(sys.executable), "sentence_transformers"), tmp_path / "log") as worker:
         with pytest.raises(PeerError, match="FileNotFoundError"):
             worker.ask("load", model="absent", backend="torch", texts=str(tmp_path / "absent.json"))
         with pytest.raises(PeerError, match="nothing is loaded"):
             worker.ask("encode", batch_size=1, limit=None)
+        packages = worker.ask("packages")
+        assert packages["bytes"] > 100e6
+        assert packages["versions"]["numpy"] == np.__version__
+
+
+@pytest.mark.process
+def test_the_real_worker_measures_a_real_library(tiny_bundle, tmp_path):
+    texts, output = tmp_path / "texts.json", tmp_path / "vectors.npy"
+    texts.write_text(json.dumps(["the cat", "a man is playing a guitar", "dog"]))
+    with WorkerProcess(worker_command(Path(sys.executable), "engine_loops"), tmp_path / "log") as worker:
+        answer = worker.ask("load", model=str(tiny_bundle), backend="onnxruntime", texts=str(texts))
+        assert (answer["precision"], answer["load_seconds"] > 0) == ("float32", True)
+        assert worker.ask("encode", batch_size=2, limit=None)["seconds"] > 0
+        assert len(worker.ask("single", texts=str(texts), calls=5)["samples_ms"]) == 5
+        worker.ask("dump", batch_size=2, output=str(output), texts=str(texts))
+        assert worker.peak_bytes() > 10e6
+    with Encoder.load(tiny_bundle, engine="onnxruntime") as encoder:
+        assert cosines(np.load(output), encoder.encode(json.loads(texts.read_text()))).min() > 0.9999
+
+
+def test_every_engine_loop_restores_the_order_of_the_texts(tiny_bundle):
+    texts = [f"{'the cat sat ' * (number % 5)}number {number}" for number in range(11)]
+    loops = [engine_loops(str(tiny_bundle), backend, "") for backend in ("onnxruntime", "openvino", "openvino-async")]
+    expected = np.concatenate([loops[0].encode([text], 1) for text in texts])
+    for loop in loops:
+        assert cosines(loop.encode(texts, 4), expected).min() > 0.999
 
 
 @pytest.mark.process
@@ -116,10 +131,10 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
     before = sorted(plan.bundle.rglob("*"))
     plan = prepare_peers(plan, recorder, progress)
     starters = plan.peer_starters
-    assert [(starter.party, starter.command[-2:]) for starter in starters] == [
-        ("fake torch", (str(plan.bundle.resolve()), "torch")),
-        ("fake onnx", (str(plan.bundle.resolve()), "onnx")),
-        ("fake openvino", (str(plan.scratch / "fake-openvino"), "openvino")),  # exported into a copy
+    assert [(starter.party, starter.model, starter.backend) for starter in starters] == [
+        ("fake torch", plan.bundle.resolve(), "torch"),
+        ("fake onnx", plan.bundle.resolve(), "onnx"),
+        ("fake openvino", plan.scratch / "fake-openvino", "openvino"),  # exported into a copy
     ]
     assert starters[0].installed_bytes == 123
     assert sorted(plan.bundle.rglob("*")) == before
@@ -177,7 +192,7 @@ def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_pla
     assert len(recorder.failures) == 1  # only the chosen peers are prepared
 
 
-def test_an_environment_is_made_once_and_anew_and_other_folders_are_left_alone(tmp_path, monkeypatch):
+def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(tmp_path, monkeypatch):
     requirements, folder = tmp_path / "r.txt", tmp_path / "env"
     said: list[str] = []
     commands: list[list[str]] = []
@@ -204,7 +219,9 @@ def test_an_environment_is_made_once_and_anew_and_other_folders_are_left_alone(t
         make_environment(requirements, folder, said.append)
     assert (folder / STAMP).read_text() == INCOMPLETE
     (folder / STAMP).rename(folder / "thesis.txt")
-    with pytest.raises(PeerError, match="not made by this program"):
+    assert make_environment(requirements, folder, said.append) == python  # the user's own
+    python.unlink()
+    with pytest.raises(PeerError, match="is not a virtual environment"):
         make_environment(requirements, folder, said.append)
     assert (folder / "thesis.txt").exists()
 
@@ -224,34 +241,13 @@ def test_environments_are_parsed_from_pairs():
             parse_environments([pair], "--env", {"a"})
 
 
-def test_packages_and_their_dependencies_are_counted():
-    needed = needed_by("mirror-runtime", "openvino")
-    assert {"mirror-runtime", "numpy", "tokenizers", "openvino"} <= needed
-    assert not {"torch", "onnxruntime", "pytest"} & needed
-    assert 10e6 < installed_bytes({"numpy"}) < our_bytes(EngineName.OPENVINO)
-    assert our_bytes(EngineName.FAKE) == 0
-
-
-@pytest.mark.process
-@pytest.mark.parametrize(("script", "size"), [("echo 123", 123), ("echo no luck >&2; exit 1", None)])
-def test_an_environment_lists_its_own_packages(tmp_path, script, size):
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
-    python.chmod(0o755)
-    if size is None:
-        with pytest.raises(PeerError, match="cannot list its packages: no luck"):
-            environment_bytes(python)
-    else:
-        assert environment_bytes(python) == size
-
-
 def test_a_peer_is_chosen_in_any_case():
     assert _chosen_peers(["ctranslate2", "Plain-Loop"], quick=False) == ("CTranslate2", "plain-loop")
 
 
-def test_every_peer_has_its_files():
+def test_every_peer_has_its_function_and_pinned_requirements():
     for spec in specs.PEERS:
         assert set(spec.exports) <= set(spec.backends)
-        assert (FOLDER / f"{spec.name}_peer.py").is_file()
+        assert bool(spec.exports) == (LIBRARIES[spec.name].export is not None)
         pinned = [line for line in (FOLDER / f"{spec.name}.txt").read_text().splitlines() if line[:1] not in ("", "#")]
         assert all("==" in line for line in pinned if line != "numpy")

@@ -25,7 +25,9 @@ def answer(request: Mapping[str, Any], texts: int) -> Any:
     if op == "load":
         if request["backend"] == "onnx":
             return {"error": "OSError: no such backend here"}
-        return {"load_seconds": 2.0, "versions": {"fake": "1"}, "precision": "float32", "threads": None}
+        return {"load_seconds": 2.0, "precision": "float32", "threads": None}
+    if op == "packages":
+        return {"versions": {"fake": "1"}, "bytes": 123}
     if op == "encode":
         size = request["batch_size"]
         return {"seconds": 10.0 if size == 128 else 64.0 / size, "texts": request["limit"] or texts}
