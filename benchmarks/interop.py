@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -66,8 +66,7 @@ class Verdict(str, Enum):
     """The bundle has no file for it, or it cannot express this encoder's head."""
 
 
-@dataclass(frozen=True)
-class Consumer:
+class Consumer(NamedTuple):
     """A library as data: a new one needs a function in `peers/libraries.py` and an entry here.
 
     Attributes:
@@ -101,17 +100,9 @@ CONSUMERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One consumer on one file.
+    """One consumer, by its title, on one file of the bundle, and the worst canary against its stored vector.
 
-    Attributes:
-        consumer: its title.
-        file: the graph, relative to the bundle; `WEIGHTS` if it reads the weights.
-        verdict: how it ended.
-        reason: why it did not agree.
-        min_cosine: the worst canary against its stored vector; None without vectors.
-        max_abs_diff: largest difference of one component; None likewise.
-        floor: of the cosine.
-        versions: of the packages that it ran with.
+    The figures are None without vectors; `reason` is why it did not agree.
     """
 
     consumer: str
@@ -137,7 +128,7 @@ def run_consumers(
     given: Mapping[str, Path] = MappingProxyType({}),
     on_progress: Callable[[str], None] = lambda _: None,
 ) -> list[Cell]:
-    """Load a bundle unchanged in every consumer and compare the canaries' vectors.
+    """Load a bundle unchanged in every consumer and compare the canaries' vectors, a cell for each file.
 
     Args:
         bundle: the folder; nothing is written to it.
@@ -146,9 +137,6 @@ def run_consumers(
         only: beginnings of titles, in any case; empty for all.
         given: environments that the user made, by `Consumer.environment`.
         on_progress: takes a line of progress.
-
-    Returns:
-        A cell for each consumer and file.
 
     Raises:
         BundleError: the folder is not a bundle or is corrupted.
@@ -163,27 +151,31 @@ def run_consumers(
     cells = []
     pythons: dict[str, Path | str] = {}  # interpreters, or why there is none
     for consumer in chosen:
-        floors = floors_of(consumer, manifest)
-        if reason := not_offered(consumer, manifest, bundle) or ("" if floors else _absent(consumer)):
-            file = "/".join(consumer.suffixes) or WEIGHTS
-            cells.append(Cell(consumer=consumer.title, file=file, verdict=Verdict.NOT_OFFERED, reason=reason))
+        name, suffixes, floors = consumer.environment, consumer.suffixes, floors_of(consumer, manifest)
+        cell = Cell(consumer=consumer.title, file="/".join(suffixes) or WEIGHTS, verdict=Verdict.NOT_OFFERED)
+        reason = not_offered(consumer, manifest, bundle)
+        if not floors and not reason:
+            cure = "run export/to_openvino.py" if suffixes == (".xml",) else "export it again"
+            reason = f"the bundle has no padded {' or '.join(suffixes)} file: {cure}"
+        if reason:
+            cells.append(replace(cell, reason=reason))
             continue
-        if (name := consumer.environment) not in pythons:
+        if name not in pythons:
             try:
                 pythons[name] = find_environment(name, REQUIREMENTS, given, environments, on_progress)
             except (PeerError, OSError) as error:
                 pythons[name] = str(error)
         for file, floor in floors.items():
             python = pythons[name]
-            cell = Cell(consumer=consumer.title, file=file, verdict=Verdict.NOT_INSTALLED)
             if isinstance(python, str):
-                cells.append(replace(cell, reason=python))
+                cells.append(replace(cell, file=file, verdict=Verdict.NOT_INSTALLED, reason=python))
                 continue
             on_progress(f"{consumer.title}: {file}")
+            cell = replace(cell, file=file, verdict=Verdict.FAILED, floor=floor)
             try:
-                cells.append(_measure(replace(cell, floor=floor), consumer, python, bundle.resolve(), manifest))
+                cells.append(_measure(cell, floor, consumer, python, bundle.resolve(), manifest))
             except (PeerError, OSError) as error:
-                cells.append(replace(cell, verdict=Verdict.FAILED, floor=floor, reason=str(error)))
+                cells.append(replace(cell, reason=str(error)))
     return cells
 
 
@@ -199,11 +191,6 @@ def floors_of(consumer: Consumer, manifest: Manifest) -> dict[str, float]:
     return floors
 
 
-def _absent(consumer: Consumer) -> str:
-    cure = "run export/to_openvino.py" if consumer.suffixes == (".xml",) else "export it again"
-    return f"the bundle has no padded {' or '.join(consumer.suffixes)} file: {cure}"
-
-
 def not_offered(consumer: Consumer, manifest: Manifest, bundle: Path) -> str:
     """Return why a consumer cannot express the encoder; "" if it can."""
     spec = manifest.encoder
@@ -216,32 +203,31 @@ def not_offered(consumer: Consumer, manifest: Manifest, bundle: Path) -> str:
     return ""
 
 
-def _measure(cell: Cell, consumer: Consumer, python: Path, bundle: Path, manifest: Manifest) -> Cell:
+def _measure(cell: Cell, floor: float, consumer: Consumer, python: Path, bundle: Path, manifest: Manifest) -> Cell:
     """Complete a cell with the vectors that a consumer's own process computes."""
-    assert cell.floor is not None
     canaries, spec = read_canaries(bundle), manifest.encoder
-    backend = f"{consumer.backend} {cell.file}" if consumer.suffixes else consumer.backend
+    backend, command = consumer.backend, worker_command(python, consumer.library)
+    if consumer.suffixes:
+        backend += f" {cell.file}"
     with tempfile.TemporaryDirectory(prefix="mirror-consumer-") as folder:
         scratch = Path(folder)
         texts, output = scratch / "texts.json", scratch / "vectors.npy"
         texts.write_text(json.dumps([canary.text for canary in canaries]), encoding="utf-8")
         # What another release left in a hub's cache is not read.
-        with WorkerProcess(
-            worker_command(python, consumer.library), scratch / "log", environment={"HF_HOME": folder}, folder=scratch
-        ) as worker:
+        with WorkerProcess(command, scratch / "log", environment={"HF_HOME": folder}, folder=scratch) as worker:
             worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=str(texts))
             worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output), texts=str(texts))
             versions = worker.ask("packages", TIMEOUT_S)["versions"]
         vectors = np.load(output, allow_pickle=False)
     # A library that pools by itself returns floats, whatever type the graphs return.
     typed = round_vectors(vectors, spec) if np.issubdtype(vectors.dtype, np.floating) else vectors
-    compared = compare_canaries(components(typed, spec), canaries, cell.floor)
+    found = compare_canaries(components(typed, spec), canaries, floor)
     return replace(
         cell,
-        verdict=Verdict.AGREES if compared.verdict is CanaryVerdict.AGREES else Verdict.DIFFERS,
-        reason=compared.problem,
-        min_cosine=compared.min_cosine,
-        max_abs_diff=compared.max_abs_diff,
+        verdict=Verdict.AGREES if found.verdict is CanaryVerdict.AGREES else Verdict.DIFFERS,
+        reason=found.problem,
+        min_cosine=found.min_cosine,
+        max_abs_diff=found.max_abs_diff,
         versions=versions,
     )
 

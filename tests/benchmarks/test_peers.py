@@ -38,7 +38,7 @@ SPEC = PeerSpec(
 
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
-    script = shutil.copy(fake_peer.__file__, tmp_path / "peer.py")
+    script = Path(shutil.copy(fake_peer.__file__, tmp_path / "peer.py"))
     monkeypatch.setattr(specs, "SCRIPT", script)
     monkeypatch.setattr(peers, "PEERS", (SPEC,))
     monkeypatch.setattr(peers, "SETTLE_S", 0.0)
