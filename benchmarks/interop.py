@@ -211,12 +211,11 @@ def _measure(cell: Cell, floor: float, consumer: Consumer, python: Path, bundle:
         backend += f" {cell.file}"
     with tempfile.TemporaryDirectory(prefix="mirror-consumer-") as folder:
         scratch = Path(folder)
-        texts, output = scratch / "texts.json", scratch / "vectors.npy"
-        texts.write_text(json.dumps([canary.text for canary in canaries]), encoding="utf-8")
+        texts, output = [canary.text for canary in canaries], scratch / "vectors.npy"
         # What another release left in a hub's cache is not read.
         with WorkerProcess(command, scratch / "log", environment={"HF_HOME": folder}, folder=scratch) as worker:
-            worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=str(texts))
-            worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output), texts=str(texts))
+            worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=texts)
+            worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output), texts=texts)
             versions = worker.ask("packages", TIMEOUT_S)["versions"]
         vectors = np.load(output, allow_pickle=False)
     # A library that pools by itself returns floats, whatever type the graphs return.

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from benchmarks.machine.products import Matrices, repeated, seconds_of
+from benchmarks.machine.products import Sizes, repeated, seconds_of
 from benchmarks.plan import EncoderShape, Plan, Suite, Variant, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Measurement
@@ -107,8 +107,8 @@ def measure_ceiling(
     """
     threads, candidates = usable_cores(), []
     for outer in sorted({shape.hidden, 3 * shape.hidden, shape.intermediate}):
-        matrices = Matrices.draw(TOKEN_BUDGET, shape.hidden, outer)
-        run, calls = repeated(engine, precision, matrices, streams=threads, turns=2)
+        sizes = Sizes(TOKEN_BUDGET, shape.hidden, outer)
+        run, flop = repeated(engine, precision, sizes, streams=threads, turns=2)
         run()
         one = Measurement(
             suite=SUITE,
@@ -120,7 +120,7 @@ def measure_ceiling(
             },
             metric=METRIC,
             unit="GFLOP/s",
-            samples=tuple(calls * matrices.flop / seconds / 1e9 for seconds in seconds_of(run, repetitions)),
+            samples=tuple(flop / seconds / 1e9 for seconds in seconds_of(run, repetitions)),
             better=Better.NEITHER,
         )
         candidates.append(one)
@@ -169,9 +169,9 @@ def reference_work(plan: Plan, variant: Variant, recorder: Recorder, tokens: int
         suite, rows, streams, runs = Suite.THROUGHPUT, TOKEN_BUDGET, usable_cores(), BATCH_RUNS
     else:
         suite, rows, streams, runs = Suite.LATENCY, tokens, 1, SINGLE_RUNS
-    matrices = Matrices.draw(rows, plan.shape.hidden, plan.shape.intermediate)
+    sizes = Sizes(rows, plan.shape.hidden, plan.shape.intermediate)
     try:
-        run, _ = repeated(variant.engine, variant.precision, matrices, streams=streams, turns=1)
+        run, _ = repeated(variant.engine, variant.precision, sizes, streams=streams, turns=1)
     except EngineError as error:
         recorder.fail(suite.value, f"{variant.name}, reference of {rows} rows", error)
         return None

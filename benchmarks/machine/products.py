@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,27 +34,17 @@ CHAINS = {
 """The chains that exist, each with OpenVINO's hint for what is not quantised: in a chain of int8 that is nothing."""
 
 
-@dataclass(frozen=True)
-class Matrices:
-    """The factors: `x` [rows, inner] times `there` [inner, outer], times `back` [outer, inner], and so on."""
+class Sizes(NamedTuple):
+    """Of the factors: [rows, inner] times [inner, outer], times [outer, inner], and so on."""
 
-    x: NDArray[np.float32]
-    there: NDArray[np.float32]
-    back: NDArray[np.float32]
-
-    @classmethod
-    def draw(cls, rows: int, inner: int, outer: int) -> Matrices:
-        """Draw matrices that keep the variance of what they multiply, so that no chain overflows or vanishes."""
-        normal = np.random.default_rng(0).standard_normal
-        there, back = (
-            normal(shape, np.float32) / np.float32(shape[0] ** 0.5) for shape in ((inner, outer), (outer, inner))
-        )
-        return cls(normal((rows, inner), np.float32), there, back)
+    rows: int
+    inner: int
+    outer: int
 
     @property
     def flop(self) -> int:
         """Operations of one run of the chain."""
-        return PAIRS * 2 * (2 * self.x.size * self.there.shape[1])
+        return PAIRS * 2 * (2 * self.rows * self.inner * self.outer)
 
 
 def seconds_of(work: Callable[[], object], runs: int) -> tuple[float, ...]:
@@ -69,14 +58,14 @@ def seconds_of(work: Callable[[], object], runs: int) -> tuple[float, ...]:
 
 
 def repeated(
-    engine: EngineName, precision: Precision, matrices: Matrices, *, streams: int, turns: int
+    engine: EngineName, precision: Precision, sizes: Sizes, *, streams: int, turns: int
 ) -> tuple[Callable[[], object], int]:
-    """Return a function that runs the chain as the runtime runs an encoder, and the chains that one call runs.
+    """Return a function that runs the chain as the runtime runs an encoder, and the operations of one call.
 
     Args:
         engine: openvino runs one chain on each stream at once, onnxruntime uses all cores for one.
         precision: of an artifact.
-        matrices: the factors.
+        sizes: of the factors.
         streams: of openvino: one per core fills the machine, a single one uses all cores.
         turns: runs of each stream.
 
@@ -85,13 +74,14 @@ def repeated(
     """
     if precision not in CHAINS.get(engine, {}):
         raise EngineError(f"no ceiling is measured for {engine.value} {precision.value}")
+    x = _normal(sizes.rows, sizes.inner)
     if engine is EngineName.ONNXRUNTIME:
-        session, feed = onnxruntime_session(precision, matrices, usable_cores()), {"x0": matrices.x}
-        return lambda: [session.run(None, feed) for _ in range(turns)], turns
-    compiled = compile_openvino(precision, matrices, threads=usable_cores(), streams=streams)
+        session = onnxruntime_session(precision, sizes, usable_cores())
+        return lambda: [session.run(None, {"x0": x}) for _ in range(turns)], turns * sizes.flop
+    compiled = compile_openvino(precision, sizes, threads=usable_cores(), streams=streams)
     requests = [compiled.create_infer_request() for _ in range(streams)]
     for request in requests:
-        request.get_input_tensor(0).data[...] = matrices.x
+        request.get_input_tensor(0).data[...] = x
 
     def run() -> None:
         for _ in range(turns):
@@ -100,10 +90,10 @@ def repeated(
             for request in requests:
                 request.wait()
 
-    return run, turns * streams
+    return run, turns * streams * sizes.flop
 
 
-def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, streams: int) -> Any:
+def compile_openvino(precision: Precision, sizes: Sizes, *, threads: int, streams: int) -> Any:
     """Compile the chain, and return an `openvino.CompiledModel` with so many threads of all streams together."""
     settings = {
         "INFERENCE_PRECISION_HINT": CHAINS[EngineName.OPENVINO][precision],
@@ -111,14 +101,14 @@ def compile_openvino(precision: Precision, matrices: Matrices, *, threads: int, 
         "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
     }
-    core, model = shared_core(), onnx_chain(precision, matrices)
+    core, model = shared_core(), onnx_chain(precision, sizes)
     try:
         return core.compile_model(core.read_model(model), "CPU", settings)
     except RuntimeError as error:
         raise EngineError(f"openvino cannot compile the ceiling's products: {error}") from error
 
 
-def onnxruntime_session(precision: Precision, matrices: Matrices, threads: int, optimized: str = "") -> Any:
+def onnxruntime_session(precision: Precision, sizes: Sizes, threads: int, optimized: str = "") -> Any:
     """Open the chain in an `onnxruntime.InferenceSession` with all threads on one call, as the runtime uses them.
 
     The optimised graph is written to the file `optimized`, if it is named.
@@ -129,28 +119,27 @@ def onnxruntime_session(precision: Precision, matrices: Matrices, threads: int, 
     options.log_severity_level = 3  # no warning that an optimised graph is for this machine only: so are ceilings
     options.optimized_model_filepath = optimized
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the runtime has it
-    model = onnx_chain(precision, matrices)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(onnx_chain(precision, sizes), options, providers=["CPUExecutionProvider"])
 
 
-def onnx_chain(precision: Precision, matrices: Matrices) -> bytes:
+def onnx_chain(precision: Precision, sizes: Sizes) -> bytes:
     """Build the chain: in int8 with QuantizeLinear and DequantizeLinear before each product."""
     onnx, helper = require("onnx", "bench"), require("onnx.helper", "bench")
     int8 = precision is Precision.INT8
     nodes: list[Any] = []
-    constants: dict[str, NDArray[Any]] = {}
-    if int8:
-        constants |= {"scale": np.asarray(RANGE / 127, np.float32), "zero": np.asarray(0, np.int8)}
+    constants: dict[str, Any] = {"scale": np.float32(RANGE / 127), "zero": np.int8(0)} if int8 else {}
 
     def node(kind: str, *inputs: str, to: str, **attributes: int) -> str:
         nodes.append(helper.make_node(kind, inputs, [to], **attributes))
         return to
 
-    for name, matrix in (("there", matrices.there), ("back", matrices.back)):
+    for name, rows, columns in (("there", sizes.inner, sizes.outer), ("back", sizes.outer, sizes.inner)):
+        # They keep the variance of what they multiply, so that no chain overflows or vanishes.
+        matrix = _normal(rows, columns) / np.float32(rows**0.5)
         if int8:
             scales = np.abs(matrix).max(axis=0) / np.float32(127)
             rounded = np.round(matrix / scales).astype(np.int8)
-            constants |= {f"{name}8": rounded, f"{name}_scale": scales, f"{name}_zero": np.zeros(len(scales), np.int8)}
+            constants |= {f"{name}8": rounded, f"{name}_scale": scales, f"{name}_zero": np.zeros(columns, np.int8)}
             node("DequantizeLinear", f"{name}8", f"{name}_scale", f"{name}_zero", to=name, axis=1)
         else:
             constants[name] = matrix
@@ -160,10 +149,12 @@ def onnx_chain(precision: Precision, matrices: Matrices) -> bytes:
             last = node("QuantizeLinear", last, "scale", "zero", to=f"q{at}")
             last = node("DequantizeLinear", last, "scale", "zero", to=f"d{at}")
         last = node("MatMul", last, weights, to=f"x{at}")
-    ends = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(matrices.x.shape)) for name in ("x0", last)
-    ]
-    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, sizes[:2]) for name in ("x0", last)]
+    initializers = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "products", ends[:1], ends[1:], initializers)
     opset = helper.make_opsetid("", 17)
     return bytes(helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString())
+
+
+def _normal(rows: int, columns: int) -> NDArray[np.float32]:
+    return np.random.default_rng((rows, columns)).standard_normal((rows, columns), np.float32)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # last: nothing of ours may shadow a library
-from benchmarks.peers.protocol import Encode, Library, Model, read_json, serve
+from benchmarks.peers.protocol import Encode, Export, Model, Open, read_json, serve
 
 GRAPH = "onnx/model.onnx"
 OUTPUT = "sentence_embedding"
@@ -276,23 +276,18 @@ def _onnx_configuration() -> str:
     return "avx512_vnni" if "avx512_vnni" in flags else "avx512" if "avx512f" in flags else "avx2"
 
 
-LIBRARIES = {
-    "sentence_transformers": Library(
-        sentence_transformers,
-        (
-            *("sentence-transformers", "transformers", "torch", "optimum", "optimum-intel", "optimum-onnx"),
-            *("openvino", "nncf", "onnxruntime", "numpy"),
-        ),
-        export_sentence_transformers,
-    ),
-    "fastembed": Library(fastembed, ("fastembed", "onnxruntime", "tokenizers", "numpy")),
-    "ctranslate2": Library(
-        ctranslate2, ("ctranslate2", "transformers", "torch", "tokenizers", "numpy"), convert_to_ctranslate2
-    ),
-    "engine_loops": Library(engine_loops, ("onnxruntime", "openvino", "tokenizers", "numpy")),
-    "infinity": Library(infinity, ("infinity-emb", "sentence-transformers", "transformers", "torch", "numpy")),
-    "optimum_onnx": Library(optimum_onnx, ("optimum-onnx", "optimum", "transformers", "onnxruntime", "numpy")),
+LIBRARIES: dict[str, Open] = {
+    "sentence_transformers": sentence_transformers,
+    "fastembed": fastembed,
+    "ctranslate2": ctranslate2,
+    "engine_loops": engine_loops,
+    "infinity": infinity,
+    "optimum_onnx": optimum_onnx,
+}
+EXPORTS: dict[str, Export] = {
+    "sentence_transformers": export_sentence_transformers,
+    "ctranslate2": convert_to_ctranslate2,
 }
 
 if __name__ == "__main__":
-    sys.exit(serve(LIBRARIES[sys.argv[1]]))
+    serve(LIBRARIES[sys.argv[1]], EXPORTS.get(sys.argv[1]))

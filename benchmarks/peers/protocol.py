@@ -1,19 +1,8 @@
 """A peer's end of the line-JSON protocol, the same for every library.
 
-Runs in a peer's environment, so it imports only the standard library. One JSON object a line on standard input,
-one on standard output for each:
-
-    {"op": "export", "model": DIR, "backend": B, "output": DIR, "texts": FILE} -> {}
-    {"op": "load", "model": DIR, "backend": B, "texts": FILE}
-        -> {"load_seconds": s, "precision": "...", "threads": n or null}
-    {"op": "packages"} -> {"versions": {...}, "bytes": n}
-    {"op": "encode", "batch_size": n, "limit": n or null} -> {"seconds": s}
-    {"op": "single", "texts": FILE, "calls": n} -> {"samples_ms": [...]}
-    {"op": "dump", "batch_size": n, "output": FILE.npy, "texts": FILE} -> {}
-
-A texts file is a JSON list of strings; `dump` writes vectors [n, dim] in the library's own number type. A failure is
-answered with {"error": "..."} and the worker goes on; end of input ends it. Everything that libraries write to standard
-output goes to standard error.
+Runs in a peer's environment, so it imports only the standard library. A line `{"op": "encode", "batch_size": 8, …}` on
+standard input calls that method of `Worker`; what it returns, or `{"error": "..."}`, is a line on standard output.
+After an error the worker goes on; end of input ends it. What libraries write to standard output goes to standard error.
 """
 
 from __future__ import annotations
@@ -35,6 +24,12 @@ Encode = Callable[[Sequence[str], int], Any]
 WARM_CALLS = 3
 """Untimed calls before single texts are timed: the other parties have just used the caches and cores."""
 
+PACKAGES = (
+    *("sentence-transformers", "fastembed", "ctranslate2", "infinity-emb", "optimum", "optimum-intel", "optimum-onnx"),
+    *("transformers", "torch", "openvino", "nncf", "onnxruntime", "tokenizers", "numpy"),
+)
+"""Whose versions are reported, where they are installed."""
+
 INSTALLERS = frozenset({"pip", "setuptools", "wheel"})
 """In every environment, and not needed by the programs that run there."""
 
@@ -47,49 +42,42 @@ class Model(NamedTuple):
     threads: int | None = None
 
 
-class Library(NamedTuple):
-    """A library.
+Open = Callable[[str, str, str], Model]
+"""A folder, a backend and a file of the folder ("" for the backend's usual one) to a model, all else at defaults."""
 
-    Attributes:
-        open: a model's folder, a backend and a file of the folder ("" for the backend's usual one) to a loaded model,
-            everything at the library's defaults.
-        packages: whose versions are reported.
-        export: model, backend, output folder, sample texts: saves what the backend loads, as the library advises.
-    """
-
-    open: Callable[[str, str, str], Model]
-    packages: tuple[str, ...]
-    export: Callable[[str, str, str, Sequence[str]], None] | None = None
+Export = Callable[[str, str, str, Sequence[str]], None]
+"""Folder, backend, output folder, sample texts: saves what the backend loads, as the library advises."""
 
 
 class Worker:
-    """The operations, named as in the protocol."""
+    """The operations."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    def __init__(self, open_model: Open, export: Export | None) -> None:
+        self._open = open_model
+        self._export = export
         self._model: Model | None = None
         self._texts: list[str] = []
 
-    def export(self, model: str, backend: str, output: str, texts: str) -> Answer:
+    def export(self, model: str, backend: str, output: str, texts: list[str]) -> Answer:
         """Save the files that the backend loads."""
-        assert self._library.export is not None
-        self._library.export(model, backend, output, read_json(texts))
+        assert self._export is not None
+        self._export(model, backend, output, texts)
         return {}
 
-    def load(self, model: str, backend: str, texts: str) -> Answer:
+    def load(self, model: str, backend: str, texts: list[str]) -> Answer:
         """Load the texts and the model; `backend` may be followed by a space and a file of the model."""
-        self._texts = read_json(texts)
+        self._texts = texts
         began = time.perf_counter()
         name, _, file = backend.partition(" ")
-        self._model = loaded = self._library.open(model, name, file)
+        self._model = loaded = self._open(model, name, file)
         loaded.encode(self._texts[:1], 1)  # some compile at the first call: a user waits for that too
         seconds = time.perf_counter() - began
         return {"load_seconds": seconds, "precision": loaded.precision, "threads": loaded.threads}
 
     def packages(self) -> Answer:
-        """Return the library's versions and the bytes of all packages of its environment."""
+        """Return versions of `PACKAGES`, and the bytes of all packages of this environment."""
         versions = {}
-        for package in self._library.packages:
+        for package in PACKAGES:
             with suppress(metadata.PackageNotFoundError):
                 versions[package] = metadata.version(package)
         return {"versions": versions, "bytes": installed_bytes()}
@@ -101,16 +89,16 @@ class Worker:
         encode(texts, batch_size)
         return {"seconds": time.perf_counter() - began}
 
-    def single(self, texts: str, calls: int) -> Answer:
+    def single(self, texts: list[str], calls: int) -> Answer:
         """Encode one text a call, in turn, and measure the milliseconds of each."""
         encode = self._encode
-        return {"samples_ms": time_calls(lambda one: encode(one, 1), read_json(texts), calls)}
+        return {"samples_ms": time_calls(lambda one: encode(one, 1), texts, calls)}
 
-    def dump(self, batch_size: int, output: str, texts: str) -> Answer:
-        """Write the vectors of texts, [n, dim]."""
+    def dump(self, batch_size: int, output: str, texts: list[str]) -> Answer:
+        """Write the vectors of texts, [n, dim], in the library's own number type."""
         import numpy as np
 
-        np.save(output, np.asarray(self._encode(read_json(texts), batch_size)))
+        np.save(output, np.asarray(self._encode(texts, batch_size)))
         return {}
 
     @property
@@ -120,11 +108,11 @@ class Worker:
         return self._model.encode
 
 
-def serve(library: Library) -> int:
+def serve(open_model: Open, export: Export | None) -> None:
     """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    worker = Worker(library)
+    worker = Worker(open_model, export)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -133,7 +121,6 @@ def serve(library: Library) -> int:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-    return 0
 
 
 def time_calls(encode: Callable[[list[str]], Any], texts: Sequence[str], calls: int) -> list[float]:

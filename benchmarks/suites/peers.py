@@ -6,14 +6,12 @@ version, the number format that it computes in, and its best batch size.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 
 import numpy as np
 from rich.progress import Progress
@@ -73,7 +71,6 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
         The plan with the backends, and with suite `startup` the commands that start them.
     """
     specs = [spec for spec in PEERS if spec.title in plan.peers]
-    texts = _write_texts(plan.scratch / "texts.json", plan.workload.texts)
     backends: list[PeerBackend] = []
     starters: list[Starter] = []
     environments, say = plan.environments, partial(progress.console.print, style="dim", markup=False)
@@ -92,9 +89,8 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
                 ):
                     if not backend.ready:
                         model, backend = backend.model, replace(backend, model=plan.scratch / backend.file_name)
-                        worker.ask(
-                            "export", model=str(model), backend=name, output=str(backend.model), texts=str(texts)
-                        )  # fmt: skip
+                        output = str(backend.model)
+                        worker.ask("export", model=str(model), backend=name, output=output, texts=plan.workload.texts)
                     if not backend.ready:
                         raise PeerError(f"its export left no {spec.exports[name]}")
                     backends.append(backend)
@@ -132,12 +128,6 @@ def run_peers(plan: Plan, recorder: Recorder, progress: Progress) -> None:
                     done(peer.name)
 
 
-def _write_texts(file: Path, texts: Sequence[str]) -> Path:
-    """Write texts for a peer: as JSON, since a text may contain any character."""
-    file.write_text(json.dumps(list(texts)), encoding="utf-8")
-    return file
-
-
 def _ours(plan: Plan, runner: Runner, recorder: Recorder) -> Party:
     rounds = Rounds(runner=runner, texts=plan.workload.texts)
 
@@ -157,8 +147,8 @@ def _ours(plan: Plan, runner: Runner, recorder: Recorder) -> Party:
 
 def _load(plan: Plan, stack: ExitStack, recorder: Recorder, progress: Progress) -> list[Party]:
     """Load every peer and try every batch size: one untimed pass, as shapes may be compiled, then the better of two."""
-    texts = _write_texts(plan.scratch / "texts.json", plan.workload.texts)
-    limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(plan.workload.texts))
+    texts = plan.workload.texts
+    limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(texts))
     sizes = QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES
     parties = []
     with steps(progress, "peers: load and sweep", len(plan.peer_backends) * (1 + len(sizes))) as done:
@@ -166,7 +156,7 @@ def _load(plan: Plan, stack: ExitStack, recorder: Recorder, progress: Progress) 
             fact, sweep = partial(recorder.record, SUITE, backend.party), dict[int, float]()
             with recorder.failing(SUITE, backend.party, OSError):
                 worker = stack.enter_context(WorkerProcess(backend.command, plan.scratch / f"{backend.file_name}.log"))
-                answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=str(texts))
+                answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=texts)
                 done(backend.party)
                 for size in sizes:
                     passes = [worker.ask("encode", batch_size=size, limit=limit)["seconds"] for _ in range(3)]
@@ -210,8 +200,8 @@ def _theirs(
         )  # fmt: skip
 
     def vectors(texts: Sequence[str]) -> Components:
-        output, listed = plan.scratch / "vectors.npy", _write_texts(plan.scratch / "dump.json", texts)
-        worker.ask("dump", batch_size=batch_size, output=str(output), texts=str(listed))
+        output = plan.scratch / "vectors.npy"
+        worker.ask("dump", batch_size=batch_size, output=str(output), texts=texts)
         found: Components = np.load(output).astype(np.float32)
         expected = (len(texts), plan.manifest.encoder.dim)
         if found.shape != expected or not np.isfinite(found).all():
@@ -219,8 +209,7 @@ def _theirs(
         return found
 
     def single(texts: Sequence[str], calls: int) -> list[float]:
-        listed = _write_texts(plan.scratch / "single.json", texts)
-        samples: list[float] = worker.ask("single", texts=str(listed), calls=calls)["samples_ms"]
+        samples: list[float] = worker.ask("single", texts=texts, calls=calls)["samples_ms"]
         return samples
 
     return Party(name=backend.party, ours=False, samples_s=samples_s, run=run, vectors=vectors, single=single)

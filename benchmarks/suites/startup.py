@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
@@ -72,15 +71,13 @@ def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     starters = [*our_starters(plan), *plan.peer_starters]
     rounds = QUICK_ROUNDS if plan.quick else max(FEWEST_ROUNDS, plan.rounds)
     texts = plan.workload.texts[: QUICK_MOST_TEXTS if plan.quick else MOST_TEXTS]
-    file = plan.scratch.resolve() / "startup.json"
-    file.write_text(json.dumps(texts), encoding="utf-8")
 
     def turns(starter: Starter) -> Callable[[int], None]:
         starts: list[tuple[float, int, int]] = []
         fact = partial(recorder.record, SUITE, starter.party)
 
         def turn(round_: int) -> None:
-            start = run_start(starter, file)
+            start = run_start(starter, texts)
             if round_ > 0:
                 starts.append(start)
                 seconds, first, peak = zip(*starts, strict=True)
@@ -97,8 +94,8 @@ def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         take_turns(parties, rounds + 1, lambda name, error: recorder.fail(SUITE, name, error), done)
 
 
-def run_start(starter: Starter, texts: Path) -> tuple[float, int, int]:
-    """Start the process, and let it encode a first text, then the file's.
+def run_start(starter: Starter, texts: Sequence[str]) -> tuple[float, int, int]:
+    """Start the process, and let it encode a first text, then all.
 
     Returns:
         The seconds to the first vector, the peak memory in bytes then, and after the texts.
@@ -109,7 +106,7 @@ def run_start(starter: Starter, texts: Path) -> tuple[float, int, int]:
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
         began = time.perf_counter()
         with WorkerProcess(starter.command, Path(neutral) / "log", folder=Path(neutral)) as worker:
-            worker.ask("load", LONGEST_S, model=str(starter.model), backend=starter.backend, texts=str(texts))
+            worker.ask("load", LONGEST_S, model=str(starter.model), backend=starter.backend, texts=texts)
             seconds, first = time.perf_counter() - began, worker.peak_bytes()
             worker.ask("encode", LONGEST_S, batch_size=BATCH_SIZE, limit=None)
             return seconds, first, worker.peak_bytes()

@@ -15,19 +15,15 @@ from mirror_runtime import Encoder
 
 
 def main() -> None:
-    """Load a bundle and encode a first text; after the next request encode the texts of the first one's file."""
+    """Load a bundle and encode a first text; after the next request encode the texts of the first one."""
     request = json.loads(sys.stdin.readline())
     engine, precision = request["backend"].split()
     encoder = Encoder.load(request["model"], engine=engine, precision=precision)
-    encoder.encode(["How long does the first vector take?"])
-    sys.stdout.write("{}\n")
-    sys.stdout.flush()
-    sys.stdin.readline()
-    with open(request["texts"], encoding="utf-8") as file:
-        encoder.encode(json.load(file))
-    sys.stdout.write("{}\n")
-    sys.stdout.flush()
-    sys.stdin.read()  # the memory of a process that has ended cannot be read
+    for texts in (request["texts"][:1], request["texts"]):
+        encoder.encode(texts)
+        sys.stdout.write("{}\n")
+        sys.stdout.flush()
+        sys.stdin.readline()  # the next request, or the end: until then this process's memory can be read
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.machine.ceilings import (
     reference_work,
 )
 from benchmarks.machine.host import clocks_mhz, describe_host, governor
-from benchmarks.machine.products import PAIRS, Matrices, compile_openvino, onnxruntime_session, seconds_of
+from benchmarks.machine.products import PAIRS, Sizes, compile_openvino, onnxruntime_session, seconds_of
 from benchmarks.plan import EncoderShape, Variant, read_shape
 from benchmarks.recorder import Recorder
 from mirror_runtime.bundle import EngineName, Precision
@@ -28,11 +28,7 @@ from mirror_runtime.packing import TOKEN_BUDGET
 
 ENGINES = pytest.mark.parametrize("engine", [EngineName.OPENVINO, EngineName.ONNXRUNTIME])
 SHAPE = EncoderShape(layers=1, hidden=128, intermediate=256)
-
-
-@pytest.fixture(scope="module")
-def matrices() -> Matrices:
-    return Matrices.draw(64, 128, 256)
+SIZES = Sizes(64, 128, 256)
 
 
 def executed(compiled) -> list[tuple[str, str]]:
@@ -42,17 +38,17 @@ def executed(compiled) -> list[tuple[str, str]]:
     return [(info["runtimePrecision"].astype(str), info["primitiveType"].astype(str)) for info in products]
 
 
-def test_every_openvino_product_of_the_int8_ceiling_runs_in_int8(matrices):
-    found = executed(compile_openvino(Precision.INT8, matrices, threads=1, streams=1))
+def test_every_openvino_product_of_the_int8_ceiling_runs_in_int8():
+    found = executed(compile_openvino(Precision.INT8, SIZES, threads=1, streams=1))
     assert len(found) == 2 * PAIRS
     assert {precision for precision, _ in found} == {"i8"}
     assert all(primitive.endswith("_i8") for _, primitive in found), found
-    fp32 = executed(compile_openvino(Precision.FP32, matrices, threads=1, streams=1))
+    fp32 = executed(compile_openvino(Precision.FP32, SIZES, threads=1, streams=1))
     assert {precision for precision, _ in fp32} == {"f32"}
 
 
-def test_every_onnxruntime_product_of_the_int8_ceiling_runs_in_int8(matrices, tmp_path):
-    onnxruntime_session(Precision.INT8, matrices, 1, str(tmp_path / "optimized.onnx"))
+def test_every_onnxruntime_product_of_the_int8_ceiling_runs_in_int8(tmp_path):
+    onnxruntime_session(Precision.INT8, SIZES, 1, str(tmp_path / "optimized.onnx"))
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("QLinearMatMul") + kinds.count("MatMulIntegerToFloat") == 2 * PAIRS
     assert "MatMul" not in kinds
@@ -146,14 +142,14 @@ def test_reference_work_has_the_rows_and_streams_of_what_it_stands_beside(
 ):
     made, calls = [], []
 
-    def repeated(engine, precision, matrices, *, streams, turns):
-        made.append((engine, precision, matrices.x.shape, matrices.there.shape, streams, turns))
+    def repeated(engine, precision, sizes, *, streams, turns):
+        made.append((engine, precision, sizes, streams, turns))
         return lambda: calls.append(1), turns * streams
 
     monkeypatch.setattr(ceilings, "repeated", repeated)
     measure = reference_work(plan, variant, with_ceiling(variant), tokens)
     assert measure is not None
-    assert made == [(variant.engine, variant.precision, (rows, 128), (128, 256), streams, 1)]
+    assert made == [(variant.engine, variant.precision, Sizes(rows, 128, 256), streams, 1)]
     calls.clear()  # the warm-up
     assert measure() >= 0
     assert len(calls) == runs
