@@ -16,6 +16,8 @@ from mirror_runtime.errors import PeerError
 EXIT_S = 5.0
 """Time for a worker to end after its input is closed; then it is killed."""
 
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
 
 class WorkerProcess:
     """A running worker, without access to model hubs. Use it in a `with` block: the process ends with the block.
@@ -23,23 +25,14 @@ class WorkerProcess:
     A request is one line `{"op": NAME, ARGUMENT: VALUE, …}` on the worker's standard input; the answer is one line of
     JSON on its standard output, `{"error": "…"}` after a failure.
 
-    Args:
-        command: starts the worker.
-        log: file that receives its standard error.
-        environment: variables on top of this process's.
-        folder: its working directory; None for this process's.
+    The file `log` receives its standard error; `environment` is on top of this process's own.
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-        folder: Path | None = None,
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str] = _OFFLINE, folder: Path | None = None
     ) -> None:
         self._log = log
         self._pending = 0
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
                 command,
@@ -47,7 +40,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 encoding="utf-8",
-                env={**os.environ, **offline, **(environment or {})},
+                env={**os.environ, **_OFFLINE, **environment},
                 cwd=folder,
                 start_new_session=True,  # Ctrl-C is handled here: the worker ends when its input does
             )
@@ -56,12 +49,7 @@ class WorkerProcess:
         self._input, self._output = self._process.stdin, self._process.stdout
 
     def ask(self, op: str, timeout_s: float | None = None, **arguments: object) -> dict[str, Any]:
-        """Send a request and wait for its answer.
-
-        Args:
-            op: name of the operation.
-            timeout_s: the worker is killed when its answer takes longer; None waits forever.
-            **arguments: of the operation.
+        """Send a request and wait for its answer; a worker whose answer takes longer than `timeout_s` is killed.
 
         Raises:
             PeerError: the worker answered with an error, ended, or took too long.
@@ -93,13 +81,12 @@ class WorkerProcess:
             log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["its log is empty"]
             raise PeerError(f"{op}: the worker ended with status {self._process.wait()}: {log[-1]}")
         try:
-            answer = json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError as error:
             raise PeerError(f"{op}: the answer is not JSON: {line[:200]!r}") from error
         if "error" in answer:
             raise PeerError(f"{op}: {answer['error']}")
-        found: dict[str, Any] = answer
-        return found
+        return answer
 
     def peak_bytes(self) -> int:
         """Return the process's peak resident memory so far."""

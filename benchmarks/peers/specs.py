@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
 SCRIPT = FOLDER / "libraries.py"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeerSpec:
+class PeerSpec(NamedTuple):
     """A peer: a new one needs a requirements file, a function in `libraries.py`, and an entry here.
 
     Attributes:
@@ -26,7 +27,7 @@ class PeerSpec:
     name: str
     title: str
     backends: Mapping[str, str]
-    exports: Mapping[str, str] = field(default_factory=dict)
+    exports: Mapping[str, str] = MappingProxyType({})
     slow: bool = False
 
     @property
@@ -37,9 +38,9 @@ class PeerSpec:
 
 PEERS = (
     PeerSpec(
-        name="sentence_transformers",
-        title="sentence-transformers",
-        backends=dict.fromkeys(("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), "sentence-transformers"),
+        "sentence_transformers",
+        "sentence-transformers",
+        dict.fromkeys(("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), "sentence-transformers"),
         exports={
             "onnx": "onnx/model.onnx",
             "openvino": "openvino/openvino_model.xml",
@@ -47,19 +48,19 @@ PEERS = (
             "openvino-int8": "openvino/openvino_model_peer_int8.xml",
         },
     ),
-    PeerSpec(name="fastembed", title="fastembed", backends={"onnx": "fastembed"}),
+    PeerSpec("fastembed", "fastembed", {"onnx": "fastembed"}),
     PeerSpec(
-        name="ctranslate2",
-        title="CTranslate2",
-        backends=dict.fromkeys(("float32", "int8"), "ctranslate2"),
-        exports={"float32": "model.bin", "int8": "model.bin"},
+        "ctranslate2",
+        "CTranslate2",
+        dict.fromkeys(("float32", "int8"), "ctranslate2"),
+        exports=dict.fromkeys(("float32", "int8"), "model.bin"),
     ),
     PeerSpec(
-        name="engine_loops",
-        title="plain-loop",
-        backends={"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino-async": "openvino"},
+        "engine_loops",
+        "plain-loop",
+        {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino-async": "openvino"},
     ),
-    PeerSpec(name="infinity", title="infinity", backends={"torch": "infinity-emb"}, slow=True),
+    PeerSpec("infinity", "infinity", {"torch": "infinity-emb"}, slow=True),
 )
 
 

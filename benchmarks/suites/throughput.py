@@ -85,15 +85,13 @@ class Rounds:
 
 def run_throughput(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Measure the whole workload, then texts of exact lengths, then the vectors' agreement with fp32."""
-    texts = plan.workload.texts
+    texts, limit = plan.workload.texts, plan.manifest.encoder.max_tokens
+    lengths = [None, *(length for length in (QUICK_LENGTHS if plan.quick else LENGTHS) if length <= limit)]
     with loaded(plan, recorder, Suite.THROUGHPUT) as runners:
-        with steps(progress, SUITE, len(runners) * (plan.rounds + 1)) as done:
-            parties = [
-                Rounds(runner=one, texts=texts, reference=reference_work(plan, one.variant, recorder))
-                for one in runners
-            ]  # fmt: skip
-            _warm_rounds(plan, parties, lambda party: party.record(recorder, SUITE, plan), recorder, "", done)
-        _by_length(plan, runners, recorder, progress)
+        left: Sequence[Runner] = runners
+        with steps(progress, SUITE, len(lengths) * len(runners) * (plan.rounds + 1)) as done:
+            for tokens in lengths:
+                left = _measure(plan, left, tokens, recorder, done)
         reference = fp32_reference(plan, "workload", texts, recorder, Suite.THROUGHPUT, runners)
         for runner in runners:
             with suppress(MirrorError):  # its rounds failed, too, and the record has the reason
@@ -101,44 +99,39 @@ def run_throughput(plan: Plan, recorder: Recorder, progress: Progress) -> None:
                 record_agreement(recorder, Suite.THROUGHPUT, runner.variant.name, vectors, reference)
 
 
-def _by_length(plan: Plan, runners: Sequence[Runner], recorder: Recorder, progress: Progress) -> None:
-    """Measure the rate at exact token lengths; variants take turns within a length."""
-    lengths = [n for n in (QUICK_LENGTHS if plan.quick else LENGTHS) if n <= plan.manifest.encoder.max_tokens]
-    with steps(progress, "throughput by length", len(lengths) * len(runners) * (plan.rounds + 1)) as done:
-        for tokens in lengths:
-            count = min(TEXTS_A_LENGTH, QUICK_TOKENS_A_LENGTH // tokens) if plan.quick else TEXTS_A_LENGTH
-            try:
-                texts = texts_in_turn(plan, tokens, count)
-            except InputError as error:
-                recorder.fail(SUITE, f"all, {tokens} tokens", error)
-                continue
+def _measure(
+    plan: Plan, runners: Sequence[Runner], tokens: int | None, recorder: Recorder, done: Callable[[str], None]
+) -> Sequence[Runner]:
+    """Warm every variant with one whole pass, then interleave their rounds over texts of a length (None: the workload).
 
-            def keep(party: Rounds, tokens: int = tokens) -> None:
-                rates = (len(party.texts) * tokens / seconds for seconds in party.samples_s)
-                name, conditions = party.runner.variant.name, {"tokens": tokens, "texts": len(party.texts)}
-                recorder.record(SUITE, name, "tokens per second", *rates, unit="1/s", conditions=conditions)
-
-            parties = [Rounds(runner=runner, texts=texts) for runner in runners]
-            failed = _warm_rounds(plan, parties, keep, recorder, ", by length", done)
-            runners = [runner for runner in runners if runner.variant.name not in failed]
-
-
-def _warm_rounds(
-    plan: Plan,
-    parties: Sequence[Rounds],
-    keep: Callable[[Rounds], None],
-    recorder: Recorder,
-    what: str,
-    done: Callable[[str], None],
-) -> set[str]:
-    """Warm every party with one whole pass, then interleave their rounds, each followed by `keep`."""
+    Returns:
+        The variants that did not fail.
+    """
+    what = "" if tokens is None else f", {tokens} tokens"
+    texts: Sequence[str] = plan.workload.texts
+    if tokens is not None:
+        count = min(TEXTS_A_LENGTH, QUICK_TOKENS_A_LENGTH // tokens) if plan.quick else TEXTS_A_LENGTH
+        try:
+            texts = texts_in_turn(plan, tokens, count)
+        except InputError as error:
+            recorder.fail(SUITE, f"all{what}", error)
+            return runners
 
     def turn(party: Rounds, round_: int) -> None:
         if round_ == 0:
-            party.runner.encoder.encode(party.texts)
+            party.runner.encoder.encode(texts)
+            return
+        party.run()
+        if tokens is None:
+            party.record(recorder, SUITE, plan)
         else:
-            party.run()
-            keep(party)
+            rates = (len(texts) * tokens / seconds for seconds in party.samples_s)
+            name, conditions = party.runner.variant.name, {"tokens": tokens, "texts": len(texts)}
+            recorder.record(SUITE, name, "tokens per second", *rates, unit="1/s", conditions=conditions)
 
-    turns = {party.runner.variant.name: partial(turn, party) for party in parties}
-    return take_turns(turns, plan.rounds + 1, lambda name, error: recorder.fail(SUITE, name + what, error), done)
+    turns = {}
+    for runner in runners:
+        reference = reference_work(plan, runner.variant, recorder) if tokens is None else None
+        turns[runner.variant.name] = partial(turn, Rounds(runner=runner, texts=texts, reference=reference))
+    failed = take_turns(turns, plan.rounds + 1, lambda name, error: recorder.fail(SUITE, name + what, error), done)
+    return [runner for runner in runners if runner.variant.name not in failed]
