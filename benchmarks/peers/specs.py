@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,32 +65,21 @@ PEERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class PeerBackend:
-    """One backend of an installed peer; `model` is the bundle, or a copy with the files that the backend needs."""
+    """One backend of an installed peer.
 
-    spec: PeerSpec
+    Attributes:
+        party: its name in the report.
+        name: of the backend.
+        package: whose version counts.
+        command: starts its worker.
+        model: the bundle, or a copy with the files that the backend needs.
+    """
+
+    party: str
     name: str
-    python: Path
+    package: str
+    command: tuple[str, ...]
     model: Path
-
-    @property
-    def party(self) -> str:
-        """Its name in the report."""
-        return f"{self.spec.title} {self.name}"
-
-    @property
-    def file_name(self) -> str:
-        """The party as a file name."""
-        return re.sub(r"[^\w-]+", "-", self.party)
-
-    @property
-    def ready(self) -> bool:
-        """Whether the model has the files that the backend needs."""
-        return self.name not in self.spec.exports or (self.model / self.spec.exports[self.name]).is_file()
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """The command that starts the worker."""
-        return worker_command(self.python, self.spec.name)
 
 
 def worker_command(python: Path, library: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from benchmarks.agreement import Components, encode_components, fp32_reference, record_agreement
 from benchmarks.peers.environments import find_environment
 from benchmarks.peers.protocol import time_calls
-from benchmarks.peers.specs import FOLDER, PEERS, PeerBackend
+from benchmarks.peers.specs import FOLDER, PEERS, PeerBackend, worker_command
 from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
@@ -80,28 +80,27 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
             python = None
             with recorder.failing(SUITE, spec.title, OSError):
                 python = find_environment(spec.name, FOLDER, environments.given, environments.folder, say)
-            for name in spec.backends if python is not None else ():
-                done(f"{spec.title}: {name}")
-                backend = PeerBackend(spec=spec, name=name, python=python, model=plan.bundle.resolve())
+            for name, package in spec.backends.items() if python is not None else ():
+                party, model, command = f"{spec.title} {name}", plan.bundle.resolve(), worker_command(python, spec.name)
+                done(party)
                 with (
-                    recorder.failing(SUITE, backend.party, OSError),
-                    WorkerProcess(backend.command, plan.scratch / "prepare.log") as worker,
+                    recorder.failing(SUITE, party, OSError),
+                    WorkerProcess(command, plan.scratch / "prepare.log") as worker,
                 ):
-                    if not backend.ready:
-                        model, backend = backend.model, replace(backend, model=plan.scratch / backend.file_name)
-                        output = str(backend.model)
-                        worker.ask("export", model=str(model), backend=name, output=output, texts=plan.workload.texts)
-                    if not backend.ready:
-                        raise PeerError(f"its export left no {spec.exports[name]}")
-                    backends.append(backend)
+                    needed = spec.exports.get(name)
+                    if needed is not None and not (model / needed).is_file():
+                        source, model = model, plan.scratch / party.replace(" ", "-")
+                        texts = plan.workload.texts
+                        worker.ask("export", model=str(source), backend=name, output=str(model), texts=texts)
+                        if not (model / needed).is_file():
+                            raise PeerError(f"its export left no {needed}")
+                    backends.append(PeerBackend(party=party, name=name, package=package, command=command, model=model))
                     if Suite.STARTUP in plan.suites:
                         size = worker.ask("packages")["bytes"]
-                        starters.append(
-                            Starter(
-                                party=backend.party, command=backend.command, model=backend.model, backend=name,
-                                installed_bytes=size,
-                            )
+                        starter = Starter(
+                            party=party, command=command, model=model, backend=name, installed_bytes=size
                         )  # fmt: skip
+                        starters.append(starter)
     return replace(plan, peer_backends=tuple(backends), peer_starters=tuple(starters))
 
 
@@ -155,7 +154,7 @@ def _load(plan: Plan, stack: ExitStack, recorder: Recorder, progress: Progress) 
         for backend in plan.peer_backends:
             fact, sweep = partial(recorder.record, SUITE, backend.party), dict[int, float]()
             with recorder.failing(SUITE, backend.party, OSError):
-                worker = stack.enter_context(WorkerProcess(backend.command, plan.scratch / f"{backend.file_name}.log"))
+                worker = stack.enter_context(WorkerProcess(backend.command, plan.scratch / f"{backend.party}.log"))
                 answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=texts)
                 done(backend.party)
                 for size in sizes:
@@ -192,7 +191,7 @@ def _theirs(
             SUITE, backend.party, "texts per second", *(len(plan.workload.texts) / seconds for seconds in samples_s),
             unit="1/s", better=Better.HIGHER,
             conditions={
-                "version": versions.get(backend.spec.backends[backend.name], "unknown"),
+                "version": versions.get(backend.package, "unknown"),
                 "computes in": precision,
                 "batch size": batch_size,
                 "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),

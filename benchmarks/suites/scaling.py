@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def run_scaling(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     sizes = QUICK_SIZES if plan.quick else SIZES
     # A condition, its value, and in how many processes it is measured.
     work = [("texts", size, 1 if plan.quick or size > LONG else plan.rounds) for size in sizes]
-    if hasattr(os, "sched_setaffinity"):
+    if shutil.which("taskset"):
         work += [("cores", cores, 1) for cores in cores_to_try(usable_cores())]
     work += [("callers", CALLERS, 1), ("full queue", QUEUE, 1)]
     with steps(progress, SUITE, len(variants) * len(work)) as done:
@@ -94,24 +94,12 @@ def run_to_end(command: Sequence[str], name: str) -> str:
 
 
 def _run(task: Mapping[str, Any]) -> Any:
-    """Run one task in a fresh process on the first so many of our cores, if the task limits them."""
-    with _affinity(task["count"] if task["what"] == "cores" else None):
-        out = run_to_end([sys.executable, str(SCRIPT), json.dumps(task)], "its process")
-    return json.loads(out.splitlines()[-1])
+    """Run one task in a fresh process, which may use only the first so many of our cores if the task is about cores.
 
-
-@contextmanager
-def _affinity(cores: int | None) -> Iterator[None]:
-    """Leave this thread, and processes that it starts, the first so many of its cores; None changes nothing.
-
-    They are taken away before the process starts, so that no library of it counts them.
+    They are taken away before Python starts, so that no library counts them.
     """
-    if cores is None:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:cores])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+    command = [sys.executable, str(SCRIPT), json.dumps(task)]
+    if task["what"] == "cores":
+        allowed = sorted(os.sched_getaffinity(0))[: task["count"]]
+        command = ["taskset", "-c", ",".join(map(str, allowed)), *command]
+    return json.loads(run_to_end(command, "its process").splitlines()[-1])
