@@ -130,13 +130,8 @@ def run_consumers(
 ) -> list[Cell]:
     """Load a bundle unchanged in every consumer and compare the canaries' vectors, a cell for each file.
 
-    Args:
-        bundle: the folder; nothing is written to it.
-        environments: has a virtual environment for each `Consumer.environment`. A missing one is made there, 3 GB in
-            all; one without our stamp is the user's own and is used as it is.
-        only: beginnings of titles, in any case; empty for all.
-        given: environments that the user made, by `Consumer.environment`.
-        on_progress: takes a line of progress.
+    Nothing is written to the bundle. A virtual environment that is neither `given` by the user nor in the folder of
+    environments is made there, 3 GB in all. `only` has beginnings of titles, in any case; empty means all.
 
     Raises:
         BundleError: the folder is not a bundle or is corrupted.

@@ -151,17 +151,10 @@ def floor_of(variant: Variant, tokens: int, plan: Plan, measurements: Sequence[M
 
 
 def reference_work(plan: Plan, variant: Variant, recorder: Recorder, tokens: int | None = None) -> Reference | None:
-    """Return the reference work for full batches on all streams at once, or for one text on all cores.
+    """Return the reference work for full batches on all streams at once, or for one text of `tokens` on all cores.
 
-    Args:
-        plan: of the run.
-        variant: that it is timed beside.
-        recorder: has the ceilings, and takes a failure.
-        tokens: of the one text; None for full batches.
-
-    Returns:
-        None where the variant has no ceiling, for which the report has the reason, or no such products can be
-        compiled, which becomes a failure.
+    None where the variant has no ceiling, for which the report has the reason, or no such products can be compiled,
+    which becomes a failure.
     """
     if plan.shape is None or ceiling_of(variant, recorder.measurements) is None:
         return None

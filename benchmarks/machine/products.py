@@ -62,12 +62,8 @@ def repeated(
 ) -> tuple[Callable[[], object], int]:
     """Return a function that runs the chain as the runtime runs an encoder, and the operations of one call.
 
-    Args:
-        engine: openvino runs one chain on each stream at once, onnxruntime uses all cores for one.
-        precision: of an artifact.
-        sizes: of the factors.
-        streams: of openvino: one per core fills the machine, a single one uses all cores.
-        turns: runs of each stream.
+    OpenVINO runs a chain on each stream at once: one stream per core fills the machine, a single one uses all cores.
+    ONNX Runtime uses all cores for one chain. Each stream runs it `turns` times.
 
     Raises:
         EngineError: there is no chain for this engine and precision, or it cannot be compiled here.

@@ -31,14 +31,9 @@ def existing_environment(folder: Path) -> Path:
 def make_environment(requirements: Path, folder: Path, on_progress: Callable[[str], None]) -> Path:
     """Make an environment unless its stamp shows that it is complete, and return its interpreter.
 
-    The hash is written to the stamp last, so an interrupted installation is repeated. Where packages come from is pip's
-    own configuration (its configuration files and PIP_ variables).
-
-    Args:
-        requirements: pinned, one per line.
-        folder: the environment's. It is replaced if its stamp is outdated; one without a stamp is the user's own and is
-            used as it is.
-        on_progress: takes a line of progress.
+    The hash is written to the stamp last, so an interrupted installation is repeated. A folder with an outdated stamp
+    is replaced; one without a stamp is the user's own and is used as it is. Where packages come from is pip's own
+    configuration (its configuration files and PIP_ variables).
 
     Raises:
         PeerError: it cannot be made; the message has the last line of pip's output.

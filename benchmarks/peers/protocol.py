@@ -142,11 +142,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def installed_bytes(names: Collection[str] | None = None) -> int:
-    """Add up the files of installed packages, compiled Python included.
-
-    Args:
-        names: of the packages; None for all of this environment except the installers.
-    """
+    """Add up the files of the packages (None: all but the installers), compiled Python included."""
     total = 0
     for package in metadata.distributions():
         name = normal(package.metadata["Name"])

@@ -83,10 +83,7 @@ class Judge:
     def judge(self, party: str, vectors: Components, *, keep_cosines: bool) -> None:
         """Record a party's rank correlations, their differences to fp32's, and the overlap of nearest neighbours.
 
-        Args:
-            party: in the report.
-            vectors: of `texts`, float32 [texts, dim].
-            keep_cosines: record each pair's cosine, for `compare.py`.
+        The vectors are those of `texts`, float32 [texts, dim]. `compare.py` needs the cosines of pairs.
 
         Raises:
             EngineError: the vectors are not finite, or every pair of a set has the same cosine.

@@ -37,12 +37,10 @@ class TrainingPlan:
     Attributes:
         base: folder of a masked language model.
         corpus: text, one per line.
-        sts: sentence similarity sets, in a layout that training/evaluate.py reads.
-        words: word similarity sets, likewise.
+        sts, words: similarity sets, in layouts that training/evaluate.py reads.
         pooling: mean or cls.
-        recipes: of training/tune.py.
-        seeds: one run each.
-        reference_seeds: runs of the published recipe, which takes many times as long; 0 leaves it out.
+        recipes: of training/tune.py, each run with so many seeds.
+        reference_seeds: of the published recipe, which takes many times as long; 0 leaves it out.
         quick: tune on the first `QUICK_TEXTS` texts only, and judge by a sample of each set of sentences.
     """
 
