@@ -72,20 +72,16 @@ def test_a_precision_without_a_ceiling_is_named(name):
         measure_ceiling(EngineName(engine), Precision(precision), SHAPE, 2)
 
 
-def test_memory_is_read_and_copied_by_all_cores(monkeypatch):
+def test_memory_is_read_and_copied_by_all_cores_and_the_last_cache_is_the_largest(monkeypatch, tmp_path):
     recorder = Recorder()
     monkeypatch.setattr(ceilings, "seconds_of", lambda work, _runs: (work() and 0.25, 0.5)[1:])
     measure_memory(recorder, 2**20)
     read, copied = recorder.measurements
     assert (read.samples, copied.samples) == ((2**20 / 0.5 / 1e9,), (2 * 2**20 / 0.5 / 1e9,))
     assert read.conditions["array MiB"] == 1.0
-
-
-def test_the_last_cache_is_the_largest(tmp_path):
     for index, size in enumerate(("32K", "1024K", "32M")):
-        folder = tmp_path / f"index{index}"
-        folder.mkdir()
-        (folder / "size").write_text(f"{size}\n")
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
     assert last_cache_bytes(tmp_path) == 32 * 2**20
     assert last_cache_bytes(tmp_path / "none") == 0
 

@@ -58,10 +58,14 @@ def peers_plan(plan, tmp_path) -> Plan:
     return dataclasses.replace(plan, peers=("fake",), environments=own, quick=False)
 
 
-def test_answers_come_in_turn_and_an_error_is_raised_and_the_worker_goes_on(worker):
+def test_answers_come_in_turn_after_an_error_and_after_one_that_ctrl_c_left_unread(worker, monkeypatch):
     assert worker.ask("encode", batch_size=32, limit=5) == {"seconds": 2.0, "texts": 5}
     with pytest.raises(PeerError, match="load: OSError: no such backend here"):
         worker.ask("load", backend="onnx", texts=[])
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._output, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask("encode", batch_size=32, limit=6)
     assert worker.ask("encode", batch_size=64, limit=7) == {"seconds": 1.0, "texts": 7}
 
 
@@ -75,15 +79,6 @@ def test_a_worker_that_ends_babbles_or_takes_too_long_is_an_error(worker, op, me
     if op == "die":
         with pytest.raises(PeerError, match="ended with status 1"):
             worker.ask("encode", batch_size=1, limit=1)
-
-
-def test_an_answer_that_ctrl_c_left_unread_is_not_taken_for_the_next_one(worker, monkeypatch):
-    readline = worker._process.stdout.readline
-    monkeypatch.setattr(worker._process.stdout, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        worker.ask("encode", batch_size=32, limit=5)
-    monkeypatch.setattr(worker._process.stdout, "readline", readline)
-    assert worker.ask("encode", batch_size=64, limit=7)["texts"] == 7
 
 
 @pytest.mark.process
@@ -166,7 +161,7 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
 
 
 @pytest.mark.process
-def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
+def test_what_fails_of_a_peer_is_named_and_the_others_go_on(peers_plan, script, progress, tmp_path):
     np.save(script.parent / "vectors.npy", np.zeros((2, 8), np.float32))
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, quick=True)
     run_peers(prepare_peers(plan, recorder, progress), recorder, progress)
@@ -174,9 +169,6 @@ def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
     assert [shape in failure.reason for failure in recorder.failures if failure.party != "fake onnx"] == [True, True]
     rates = [one.party for one in recorder.measurements if one.metric == "texts per second"]
     assert rates == ["fake fp32"]
-
-
-def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_plan, script, progress, tmp_path):
     absent = Environments(given={"fake": tmp_path / "absent"}, folder=tmp_path)
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, environments=absent)
     assert prepare_peers(plan, recorder, progress) == plan
@@ -185,20 +177,21 @@ def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_pla
     assert len(recorder.failures) == 1  # only the chosen peers are prepared
 
 
+@pytest.mark.process
 def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(tmp_path, monkeypatch):
-    requirements, folder = tmp_path / "r.txt", tmp_path / "env"
+    requirements, folder, run = tmp_path / "r.txt", tmp_path / "env", environments._run
     said: list[str] = []
     commands: list[list[str]] = []
 
-    def run(command, on_progress):
+    def stand_in(command, on_progress):
         commands.append(command)
         if command[1:3] == ["-m", "venv"]:
             (folder / "bin").mkdir()
             (folder / "bin" / "python").touch()
         elif "missing" in requirements.read_text():
-            raise PeerError("no index has it")
+            run(["sh", "-c", "echo first; echo no index has it; exit 3"], on_progress)
 
-    monkeypatch.setattr(environments, "_run", run)
+    monkeypatch.setattr(environments, "_run", stand_in)
     requirements.write_text("# nothing\n")
     python = make_environment(requirements, folder, said.append)
     assert python.is_file()
@@ -208,8 +201,9 @@ def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(t
     assert make_environment(requirements, folder, said.append) == python
     assert (len(commands), said) == (2, ["making env"])
     requirements.write_text("missing==1\n")
-    with pytest.raises(PeerError, match="no index has it"):
+    with pytest.raises(PeerError, match=r"cannot be made \(status 3\): no index has it"):
         make_environment(requirements, folder, said.append)
+    assert said[1:] == ["making env", "first", "no index has it"]
     assert (folder / STAMP).read_text() == INCOMPLETE
     (folder / STAMP).rename(folder / "thesis.txt")
     assert make_environment(requirements, folder, said.append) == python  # the user's own
@@ -219,14 +213,6 @@ def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(t
     assert (folder / "thesis.txt").exists()
 
 
-@pytest.mark.process
-def test_a_failing_installation_is_an_error_with_its_last_line():
-    said: list[str] = []
-    with pytest.raises(PeerError, match=r"cannot be made \(status 3\): no index has it"):
-        environments._run(["sh", "-c", "echo first; echo no index has it; exit 3"], said.append)
-    assert said == ["first", "no index has it"]
-
-
 def test_environments_are_parsed_from_pairs():
     assert parse_environments(["a=x/y"], "--env", {"a"}) == {"a": Path("x/y")}
     for pair in ("b=x", "a", "a="):
@@ -234,14 +220,11 @@ def test_environments_are_parsed_from_pairs():
             parse_environments([pair], "--env", {"a"})
 
 
-def test_a_peer_is_chosen_in_any_case():
+def test_a_peer_is_chosen_in_any_case_and_has_its_function_and_pinned_requirements():
     assert _chosen_peers(["ctranslate2", "Plain-Loop"], quick=False) == ("CTranslate2", "plain-loop")
-
-
-def test_every_peer_has_its_function_and_pinned_requirements():
     for spec in specs.PEERS:
         assert set(spec.exports) <= set(spec.backends)
         assert spec.name in LIBRARIES
         assert bool(spec.exports) == (spec.name in EXPORTS)
-        pinned = [line for line in (FOLDER / f"{spec.name}.txt").read_text().splitlines() if line[:1] not in ("", "#")]
-        assert all("==" in line for line in pinned if line != "numpy")
+        lines = (FOLDER / f"{spec.name}.txt").read_text().splitlines()
+        assert all("==" in line for line in lines if line and line != "numpy" and not line.startswith("#"))
