@@ -22,7 +22,7 @@ def existing_environment(folder: Path) -> Path:
     Raises:
         PeerError: the folder is not a virtual environment.
     """
-    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+    python = folder / "bin" / "python"
     if not python.is_file():
         raise PeerError(f"{folder} is not a virtual environment: {python} does not exist")
     return python

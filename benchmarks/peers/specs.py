@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -63,23 +62,17 @@ PEERS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeerBackend:
-    """One backend of an installed peer.
+class PeerBackend(NamedTuple):
+    """One backend of an installed peer, and the package whose version counts.
 
-    Attributes:
-        party: its name in the report.
-        name: of the backend.
-        package: whose version counts.
-        command: starts its worker.
-        model: the bundle, or a copy with the files that the backend needs.
+    The model is the bundle, or a copy with the files that the backend needs.
     """
 
     party: str
-    name: str
-    package: str
     command: tuple[str, ...]
     model: Path
+    name: str
+    package: str
 
 
 def worker_command(python: Path, library: str) -> tuple[str, ...]:

@@ -57,7 +57,6 @@ class Party:
     """
 
     name: str
-    ours: bool
     samples_s: list[float]
     run: Callable[[], None]
     vectors: Callable[[Sequence[str]], Components]
@@ -94,13 +93,9 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
                         worker.ask("export", model=str(source), backend=name, output=str(model), texts=texts)
                         if not (model / needed).is_file():
                             raise PeerError(f"its export left no {needed}")
-                    backends.append(PeerBackend(party=party, name=name, package=package, command=command, model=model))
+                    backends.append(PeerBackend(party, command, model, name, package))
                     if Suite.STARTUP in plan.suites:
-                        size = worker.ask("packages")["bytes"]
-                        starter = Starter(
-                            party=party, command=command, model=model, backend=name, installed_bytes=size
-                        )  # fmt: skip
-                        starters.append(starter)
+                        starters.append(Starter(party, command, model, name, worker.ask("packages")["bytes"]))
     return replace(plan, peer_backends=tuple(backends), peer_starters=tuple(starters))
 
 
@@ -119,7 +114,7 @@ def run_peers(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         _time_single_texts(plan, parties, recorder, progress)
         _record_ratios(plan, ours, theirs, recorder)
         if Suite.QUALITY in plan.suites:
-            judge, peers = Judge(plan, recorder), [party for party in parties if not party.ours]
+            judge, peers = Judge(plan, recorder), [peer for peer in theirs if peer in parties]
             with steps(progress, "peers: quality", len(peers)) as done:
                 for peer in peers:
                     with recorder.failing(Suite.QUALITY.value, peer.name):
@@ -136,7 +131,6 @@ def _ours(plan: Plan, runner: Runner, recorder: Recorder) -> Party:
 
     return Party(
         name=runner.variant.name,
-        ours=True,
         samples_s=rounds.samples_s,
         run=run,
         vectors=partial(encode_components, plan, runner),
@@ -211,7 +205,7 @@ def _theirs(
         samples: list[float] = worker.ask("single", texts=texts, calls=calls)["samples_ms"]
         return samples
 
-    return Party(name=backend.party, ours=False, samples_s=samples_s, run=run, vectors=vectors, single=single)
+    return Party(name=backend.party, samples_s=samples_s, run=run, vectors=vectors, single=single)
 
 
 def _compare_vectors(

@@ -33,7 +33,6 @@ RESAMPLES = 1000
 DECIMALS = 6
 """Of cosines: the rest is rounding, and pairs of one text with itself must tie."""
 
-BLOCK = 512
 MEAN = "mean"
 
 
@@ -106,7 +105,7 @@ class Judge:
                 interval = estimate(row[0], row[1:])
                 figures = {"low": interval.low, "high": interval.high}
                 fact(metric, row[0], unit="points", conditions={"set": name}, figures=figures)
-        if self.baseline is not None and self._neighbours.size:
+        if self.baseline is not None:
             shared = [len(np.intersect1d(a, b)) for a, b in zip(self._nearest(vectors), self._neighbours, strict=True)]
             fact("top-10 overlap with fp32", float(np.mean(shared) / self._neighbours.shape[1]))
         fact("texts searched", len(self._searched))
@@ -131,14 +130,10 @@ class Judge:
     def _nearest(self, vectors: Components) -> NDArray[np.int64]:
         """Find the nearest other texts of each searched text, [searched, at most NEIGHBOURS], in no order."""
         units = unit_rows(vectors[self._searched])
+        similar = units @ units.T
+        np.fill_diagonal(similar, -np.inf)  # a text is not its own neighbour
         count = min(NEIGHBOURS, len(units) - 1)
-        parts = []
-        for start in range(0, len(units), BLOCK):
-            similar = units[start : start + BLOCK] @ units.T
-            rows = np.arange(len(similar))
-            similar[rows, start + rows] = -np.inf  # a text is not its own neighbour
-            parts.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
-        return np.concatenate(parts)
+        return np.argpartition(similar, -count, axis=1)[:, -count:]
 
 
 def run_quality(plan: Plan, recorder: Recorder, progress: Progress) -> None:

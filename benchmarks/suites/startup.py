@@ -6,10 +6,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from rich.progress import Progress
@@ -41,8 +41,7 @@ EXTRAS = {EngineName.ONNXRUNTIME: "cpu", EngineName.OPENVINO: "openvino"}
 """Extras of `pip install 'mirror-runtime[…]'` for the engines of a CPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Starter:
+class Starter(NamedTuple):
     """A worker's command, what it loads, and the size of the packages that it needs."""
 
     party: str
@@ -54,16 +53,8 @@ class Starter:
 
 def our_starters(plan: Plan) -> list[Starter]:
     """Return the commands of our runtime, one for each variant."""
-    return [
-        Starter(
-            party=variant.name,
-            command=(sys.executable, str(SCRIPT)),
-            model=plan.bundle.resolve(),
-            backend=variant.name,
-            installed_bytes=our_bytes(variant.engine),
-        )
-        for variant in plan.variants
-    ]
+    command, bundle = (sys.executable, str(SCRIPT)), plan.bundle.resolve()
+    return [Starter(one.name, command, bundle, one.name, our_bytes(one.engine)) for one in plan.variants]
 
 
 def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import Progress
 
@@ -72,8 +73,7 @@ class TrainingPlan:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trainer:
+class Trainer(NamedTuple):
     """A command that tunes; `{seed}` and `{output}` in it are filled in."""
 
     party: str
@@ -150,12 +150,8 @@ def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
         *("--pooling", plan.pooling.value, "--seed", "{seed}"),
     )
     tune = (sys.executable, str(ROOT / "training" / "tune.py"), *common, "--recipe")
-    ours = [
-        Trainer(party=f"mirror-runtime, recipe {recipe}", seeds=plan.seeds, command=(*tune, recipe))
-        for recipe in plan.recipes
-    ]
-    published = (sys.executable, str(REFERENCE_SCRIPT), *common)
-    reference = Trainer(party=REFERENCE_PARTY, seeds=plan.reference_seeds, command=published)
+    ours = [Trainer(f"mirror-runtime, recipe {recipe}", plan.seeds, (*tune, recipe)) for recipe in plan.recipes]
+    reference = Trainer(REFERENCE_PARTY, plan.reference_seeds, (sys.executable, str(REFERENCE_SCRIPT), *common))
     return [*ours, reference] if reference.seeds else ours
 
 

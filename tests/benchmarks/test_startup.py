@@ -15,8 +15,7 @@ ANSWER = "input(); print({}, flush=True); "
 
 
 def starter(code: str) -> Starter:
-    command = (sys.executable, "-S", "-c", code)
-    return Starter(party="x", command=command, model=Path(), backend="b", installed_bytes=1)
+    return Starter("x", (sys.executable, "-S", "-c", code), Path(), "b", 1)
 
 
 @pytest.mark.process
