@@ -21,7 +21,7 @@ from rich.progress import Progress
 from benchmarks.machine.products import Sizes, repeated, seconds_of
 from benchmarks.plan import EncoderShape, Plan, Suite, Variant, steps
 from benchmarks.recorder import Recorder
-from benchmarks.report.record import Better, Measurement
+from benchmarks.report.record import Measurement
 from benchmarks.report.statistics import median
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.errors import EngineError
@@ -60,7 +60,7 @@ def measure_ceilings(plan: Plan, recorder: Recorder, progress: Progress) -> None
         done("memory")
         for variant in plan.variants:
             with recorder.failing(SUITE, variant.name):
-                recorder.add(measure_ceiling(variant.engine, variant.precision, plan.shape, repetitions))
+                measure_ceiling(recorder, variant.engine, variant.precision, plan.shape, repetitions)
             done(variant.name)
 
 
@@ -95,8 +95,8 @@ def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) 
 
 
 def measure_ceiling(
-    engine: EngineName, precision: Precision, shape: EncoderShape, repetitions: int = REPETITIONS
-) -> Measurement:
+    recorder: Recorder, engine: EngineName, precision: Precision, shape: EncoderShape, repetitions: int
+) -> None:
     """Measure the library's best rate over the encoder's own matrix shapes, on all usable cores.
 
     There are as many rows as a full batch of the runtime has tokens. The ceiling is the fastest sample, for it must
@@ -105,26 +105,23 @@ def measure_ceiling(
     Raises:
         EngineError: there is no ceiling for this engine and precision.
     """
-    threads, candidates = usable_cores(), []
+    threads, best_outer = usable_cores(), 0
+    best: tuple[float, ...] = (0.0,)
     for outer in sorted({shape.hidden, 3 * shape.hidden, shape.intermediate}):
         sizes = Sizes(TOKEN_BUDGET, shape.hidden, outer)
         run, flop = repeated(engine, precision, sizes, streams=threads, turns=2)
         run()
-        one = Measurement(
-            suite=SUITE,
-            party=f"{engine.value} {precision.value}",
-            conditions={
-                "threads": threads,
-                "best shape": f"[{TOKEN_BUDGET}, {shape.hidden}] x [{shape.hidden}, {outer}]",
-                "MFLOP per token": shape.flop_per_token / 1e6,
-            },
-            metric=METRIC,
-            unit="GFLOP/s",
-            samples=tuple(flop / seconds / 1e9 for seconds in seconds_of(run, repetitions)),
-            better=Better.NEITHER,
-        )
-        candidates.append(one)
-    return max(candidates, key=lambda candidate: candidate.figure("max"))
+        samples = tuple(flop / seconds / 1e9 for seconds in seconds_of(run, repetitions))
+        if max(samples) > max(best):
+            best, best_outer = samples, outer
+    recorder.record(
+        SUITE, f"{engine.value} {precision.value}", METRIC, *best, unit="GFLOP/s",
+        conditions={
+            "threads": threads,
+            "best shape": f"[{TOKEN_BUDGET}, {shape.hidden}] x [{shape.hidden}, {best_outer}]",
+            "MFLOP per token": shape.flop_per_token / 1e6,
+        },
+    )  # fmt: skip
 
 
 def ceiling_of(variant: Variant, measurements: Sequence[Measurement]) -> float | None:

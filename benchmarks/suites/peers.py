@@ -107,7 +107,12 @@ def run_peers(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     with ExitStack() as stack:
         runners = stack.enter_context(loaded(plan, recorder, Suite.PEERS))
         ours = [_ours(plan, runner, recorder) for runner in runners]
-        theirs = _load(plan, stack, recorder, progress)
+        theirs, sizes = [], QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES
+        with steps(progress, "peers: load and sweep", len(plan.peer_backends) * (1 + len(sizes))) as done:
+            for backend in plan.peer_backends:
+                with recorder.failing(SUITE, backend.party, OSError):
+                    worker = WorkerProcess(backend.command, plan.scratch / f"{backend.party}.log")
+                    theirs.append(_load(plan, backend, stack.enter_context(worker), recorder, done))
         alternating = [party for party in chain(*zip_longest(ours, theirs)) if party is not None]
         parties = _compare_vectors(plan, alternating, runners, recorder, progress)
         _interleave(plan, parties, lambda party: party.run(), recorder, progress, "")
@@ -138,63 +143,46 @@ def _ours(plan: Plan, runner: Runner, recorder: Recorder) -> Party:
     )
 
 
-def _load(plan: Plan, stack: ExitStack, recorder: Recorder, progress: Progress) -> list[Party]:
-    """Load every peer and try every batch size: one untimed pass, as shapes may be compiled, then the better of two."""
-    texts = plan.workload.texts
-    limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(texts))
-    sizes = QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES
-    parties = []
-    with steps(progress, "peers: load and sweep", len(plan.peer_backends) * (1 + len(sizes))) as done:
-        for backend in plan.peer_backends:
-            fact, sweep = partial(recorder.record, SUITE, backend.party), dict[int, float]()
-            with recorder.failing(SUITE, backend.party, OSError):
-                worker = stack.enter_context(WorkerProcess(backend.command, plan.scratch / f"{backend.party}.log"))
-                answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=texts)
-                done(backend.party)
-                for size in sizes:
-                    passes = [worker.ask("encode", batch_size=size, limit=limit)["seconds"] for _ in range(3)]
-                    sweep[size] = min(passes[1:])
-                    done(f"{backend.party}, batch {size}")
-                versions = worker.ask("packages")["versions"]
-                fact("load time", answer["load_seconds"], unit="s")
-                if answer["threads"] is not None:
-                    fact("threads", answer["threads"])
-                for size, seconds in sweep.items():
-                    conditions = {"batch size": size, "texts": limit}
-                    fact("texts per second, sweep", limit / seconds, unit="1/s", conditions=conditions)
-                best = min(sweep, key=lambda size: sweep[size])
-                parties.append(_theirs(plan, backend, worker, best, answer["precision"], versions, recorder))
-    return parties
-
-
-def _theirs(
-    plan: Plan,
-    backend: PeerBackend,
-    worker: WorkerProcess,
-    batch_size: int,
-    precision: str,
-    versions: dict[str, str],
-    recorder: Recorder,
+def _load(
+    plan: Plan, backend: PeerBackend, worker: WorkerProcess, recorder: Recorder, done: Callable[[str], None]
 ) -> Party:
-    """Return a loaded peer at its best batch size. Its own process measures its times."""
-    samples_s: list[float] = []
+    """Load a peer and find its best batch size. Its own process measures its times.
+
+    Every size has one untimed pass, as shapes may be compiled, then the better of two.
+    """
+    texts, samples_s, sweep = plan.workload.texts, list[float](), dict[int, float]()
+    limit = min(QUICK_SWEEP_TEXTS if plan.quick else FULL_SWEEP_TEXTS, len(texts))
+    answer = worker.ask("load", model=str(backend.model), backend=backend.name, texts=texts)
+    done(backend.party)
+    for size in QUICK_BATCH_SIZES if plan.quick else BATCH_SIZES:
+        passes = [worker.ask("encode", batch_size=size, limit=limit)["seconds"] for _ in range(3)]
+        sweep[size] = min(passes[1:])
+        done(f"{backend.party}, batch {size}")
+    best = min(sweep, key=lambda size: sweep[size])
+    versions = worker.ask("packages")["versions"]
+    fact = partial(recorder.record, SUITE, backend.party)
+    fact("load time", answer["load_seconds"], unit="s")
+    if answer["threads"] is not None:
+        fact("threads", answer["threads"])
+    for size, seconds in sweep.items():
+        conditions = {"batch size": size, "texts": limit}
+        fact("texts per second, sweep", limit / seconds, unit="1/s", conditions=conditions)
 
     def run() -> None:
-        samples_s.append(worker.ask("encode", batch_size=batch_size, limit=None)["seconds"])
-        recorder.record(
-            SUITE, backend.party, "texts per second", *(len(plan.workload.texts) / seconds for seconds in samples_s),
-            unit="1/s", better=Better.HIGHER,
+        samples_s.append(worker.ask("encode", batch_size=best, limit=None)["seconds"])
+        fact(
+            "texts per second", *(len(texts) / seconds for seconds in samples_s), unit="1/s", better=Better.HIGHER,
             conditions={
                 "version": versions.get(backend.package, "unknown"),
-                "computes in": precision,
-                "batch size": batch_size,
+                "computes in": answer["precision"],
+                "batch size": best,
                 "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
             },
         )  # fmt: skip
 
     def vectors(texts: Sequence[str]) -> Components:
         output = plan.scratch / "vectors.npy"
-        worker.ask("dump", batch_size=batch_size, output=str(output), texts=texts)
+        worker.ask("dump", batch_size=best, output=str(output), texts=texts)
         found: Components = np.load(output).astype(np.float32)
         expected = (len(texts), plan.manifest.encoder.dim)
         if found.shape != expected or not np.isfinite(found).all():

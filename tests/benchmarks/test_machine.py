@@ -59,7 +59,9 @@ def test_every_onnxruntime_product_of_the_int8_ceiling_runs_in_int8(tmp_path):
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
 def test_a_ceiling_counts_the_operations_of_its_samples(engine, precision, monkeypatch):
     monkeypatch.setattr(ceilings, "seconds_of", lambda work, runs: (seconds_of(work, 1), 0.5)[1:])
-    ceiling = measure_ceiling(engine, precision, EncoderShape(layers=1, hidden=64, intermediate=128), 2)
+    recorder = Recorder()
+    measure_ceiling(recorder, engine, precision, EncoderShape(layers=1, hidden=64, intermediate=128), 2)
+    (ceiling,) = recorder.measurements
     runs = 2 * usable_cores() if engine is EngineName.OPENVINO else 2
     assert ceiling.samples == (runs * 2 * PAIRS * 2 * TOKEN_BUDGET * 64 * 192 / 0.5 / 1e9,)  # 3 x 64 is the widest
     assert ceiling.conditions["best shape"] == f"[{TOKEN_BUDGET}, 64] x [64, 192]"
@@ -69,7 +71,7 @@ def test_a_ceiling_counts_the_operations_of_its_samples(engine, precision, monke
 def test_a_precision_without_a_ceiling_is_named(name):
     engine, precision = name.split()
     with pytest.raises(EngineError, match=f"no ceiling is measured for {name}"):
-        measure_ceiling(EngineName(engine), Precision(precision), SHAPE, 2)
+        measure_ceiling(Recorder(), EngineName(engine), Precision(precision), SHAPE, 2)
 
 
 def test_memory_is_read_and_copied_by_all_cores_and_the_last_cache_is_the_largest(monkeypatch, tmp_path):
