@@ -38,7 +38,7 @@ class Measurement:
         samples: one per round, request or text, in the order measured; at least one, all finite.
         unit: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
         conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
-        reference: seconds of a fixed piece of work beside the samples, one per round (`machine.reference_speed`);
+        reference: seconds of a fixed piece of work beside the samples, one per round (`machine.ceilings`);
             dividing by it removes the machine's own changes of speed. Empty where there is none.
         count: samples measured, where a thinned report holds fewer; else 0.
         figures: exact figures that the samples no longer yield, such as {"p99": 1.8} of a thinned measurement, or

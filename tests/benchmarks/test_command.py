@@ -49,8 +49,8 @@ def run(bundle, texts, tmp_path):
 def fast(monkeypatch):
     """Draw nothing, for plots take a second each and have tests of their own, and read little memory."""
     monkeypatch.setattr("benchmarks.report.plots.PLOTS", {})
-    monkeypatch.setattr("benchmarks.machine.bandwidth.FEWEST_BYTES", 2**20)
-    monkeypatch.setattr("benchmarks.machine.bandwidth.CACHES", 0)
+    monkeypatch.setattr("benchmarks.machine.ceilings.FEWEST_BYTES", 2**20)
+    monkeypatch.setattr("benchmarks.machine.ceilings.CACHES", 0)
 
 
 def test_a_run_writes_a_report_and_ends_in_one_json_line(run, capsys):
