@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from benchmarks.plan import Plan, Runner, Suite, load_encoder, packed_variants
 from benchmarks.recorder import Recorder
 from mirror_runtime.bundle import EngineName, Precision
-from mirror_runtime.errors import MirrorError
 from mirror_runtime.vectors import components, cosines
 
 METRIC = "worst cosine to fp32"
@@ -33,31 +32,25 @@ def fp32_reference(
 ) -> Reference | None:
     """Encode texts with the bundle's fp32, or reuse the vectors that an earlier suite of the run computed.
 
-    Args:
-        plan: of the run; vectors are kept in its scratch folder.
-        name: of the texts, such as "workload": the same name must mean the same texts.
-        texts: to encode.
-        recorder: for failures.
-        suite: that needs the reference.
-        runners: loaded variants, used where fp32 is among them.
-
-    Returns:
-        None, with a failure in the record, where the bundle has no fp32 artifact that runs here.
+    Among `runners` are loaded variants: fp32 is used if it is there, else loaded, first on ONNX Runtime. None, with a
+    failure in the record, where the bundle has no fp32 artifact that runs here. The same name must mean the same texts.
     """
     file = plan.scratch / f"fp32_{name}.npz"
     if file.is_file():
         with np.load(file) as saved:
             return Reference(party=str(saved["party"]), vectors=saved["vectors"])
-    with _fp32_runner(plan, runners, recorder, suite) as runner:
-        if runner is None:
-            return None
-        try:
-            vectors = encode_components(plan, runner, texts)
-        except MirrorError as error:
-            recorder.fail(suite.value, f"reference {runner.variant.name}", error)
-            return None
-    np.savez(file, party=runner.variant.name, vectors=vectors)
-    return Reference(party=runner.variant.name, vectors=vectors)
+    ready = {runner.variant.name: nullcontext(runner.encoder) for runner in runners}
+    fp32 = [variant for variant in packed_variants(plan.manifest) if variant.precision is Precision.FP32]
+    fp32.sort(key=lambda variant: (variant.name not in ready, variant.engine is not EngineName.ONNXRUNTIME))
+    for variant in fp32:
+        with recorder.failing(suite.value, f"reference {variant.name}"):
+            with ready.get(variant.name) or load_encoder(plan, variant) as encoder:
+                vectors = components(encoder.encode(texts), plan.manifest.encoder)
+            np.savez(file, party=variant.name, vectors=vectors)
+            return Reference(party=variant.name, vectors=vectors)
+    if not fp32:
+        recorder.fail(suite.value, "reference", "the bundle has no fp32 artifact to compare with")
+    return None
 
 
 def encode_components(plan: Plan, runner: Runner, texts: Sequence[str]) -> Components:
@@ -73,31 +66,6 @@ def record_agreement(
     recorder: Recorder, suite: Suite, party: str, vectors: Components, reference: Reference | None
 ) -> None:
     """Record a party's worst and mean cosine to the reference over the workload; nothing without a reference."""
-    if reference is None:
-        return
-    found = cosines(vectors, reference.vectors)
-    recorder.record(suite.value, party, METRIC, found.min(), figures={"mean": float(found.mean())})
-
-
-@contextmanager
-def _fp32_runner(plan: Plan, runners: Sequence[Runner], recorder: Recorder, suite: Suite) -> Iterator[Runner | None]:
-    """Yield the bundle's fp32 on ONNX Runtime, or else on another engine, loaded if it is not among `runners`."""
-    fp32 = [variant for variant in packed_variants(plan.manifest) if variant.precision is Precision.FP32]
-    fp32.sort(key=lambda variant: variant.engine is not EngineName.ONNXRUNTIME)
-    ready = {runner.variant.name: runner for runner in runners}
-    for variant in fp32:
-        if variant.name in ready:
-            yield ready[variant.name]
-            return
-    for variant in fp32:
-        try:
-            encoder = load_encoder(plan, variant)
-        except MirrorError as error:
-            recorder.fail(suite.value, f"reference {variant.name}", error)
-            continue
-        with encoder:
-            yield Runner(variant=variant, encoder=encoder)
-        return
-    if not fp32:
-        recorder.fail(suite.value, "reference", "the bundle has no fp32 artifact to compare with")
-    yield None
+    if reference is not None:
+        found = cosines(vectors, reference.vectors)
+        recorder.record(suite.value, party, METRIC, found.min(), figures={"mean": float(found.mean())})

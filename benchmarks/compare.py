@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -25,7 +27,6 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 
 from benchmarks.report.record import PEOPLE, Better, Measurement
 from benchmarks.report.statistics import resampled_medians
@@ -40,7 +41,7 @@ ALONE = 0.35
 inside a process share its luck with memory and with the machine's other work."""
 
 MANY = 5
-"""Runs of a side from which on its slowest and fastest do not count for the distance between runs."""
+"""Runs of a side from which on its slowest and fastest do not count: one that was disturbed must not hide a change."""
 
 INTERVAL = 90.0
 """Percent, for times. Chosen on quick runs of one commit, five against five, and checked on fresh ones with reference
@@ -71,84 +72,60 @@ class Verdict(str, Enum):
     WORSE = "worse"
     BETTER = "better"
     SAME = "same"
-    NOISY = "too noisy to tell"
-    """The interval exceeds the threshold on a side, and also includes 1."""
+    NOISY = "too noisy to tell"  # the interval exceeds the threshold on a side, and also includes 1
     LOST = "no longer measured"
     NEW = "new"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One metric in both reports.
+Judged: TypeAlias = tuple[str, float | None, float | None, float, float, float, Verdict]
+"""All of a `Change` but its name."""
 
-    Attributes:
-        metric: its name, such as "throughput, openvino bf16, texts per second".
-        unit: of `base` and `head`.
-        base: median over all runs; None where it was not measured.
-        head: likewise.
-        ratio: how many times as much time HEAD takes: above 1 is worse. For scores, BASE over HEAD.
-        low: of the ratio's interval.
-        high: likewise.
+
+@dataclass(frozen=True)
+class Change:
+    """One metric in both reports: medians over all runs, and the ratio of HEAD's time to BASE's: above 1 is worse.
+
+    For scores, it is BASE over HEAD.
     """
 
     metric: str
     unit: str
     base: float | None
     head: float | None
-    ratio: float = NAN
-    low: float = NAN
-    high: float = NAN
+    ratio: float
+    low: float
+    high: float
     verdict: Verdict
 
 
 def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float, seed: int = 0) -> list[Change]:
-    """Compare every judged metric that either side has.
+    """Compare every judged metric that either side, of one or several runs, has.
 
     Times and rates are compared by their medians, in units of the reference work where all runs have it; the interval
     is a bootstrap over runs and, within a run, over samples. Samples that pair with people's scores are compared by
     their rank correlation with them, over the same resampled pairs on both sides.
-
-    Args:
-        base: one or several runs.
-        head: likewise.
-        threshold: the relative change that matters, such as 0.07.
-        seed: of the bootstrap.
-
-    Returns:
-        One entry per metric: people's scores, times, then the worst cosine of each artifact.
     """
     left, right = _judged(base), _judged(head)
-    people = {
-        _pairs(one): one.samples for report in (*base, *head) for one in report.measurements if one.party == PEOPLE
-    }
-    order: list[list[Change]] = [[], [], []]
+    every = [one for report in (*base, *head) for one in report.measurements]
+    people = {(one.suite, one.key[-1]): one.samples for one in every if one.party == PEOPLE}
+    changes = []
     for key in dict.fromkeys((*left, *right)):
         before, after = left.get(key, []), right.get(key, [])
-        one = (*before, *after)[0]
-        scores = people.get(_pairs(one))
-        unit = one.unit
-        if scores is not None:
-            place, unit, shown = 0, "Spearman x 100", [_spearman(side, scores) for side in (before, after)]
+        was, now = before or after, after or before
+        one = was[0]
+        if (scores := people.get((one.suite, one.key[-1]))) is not None:
+            # The first runs: the cosines of a side's runs are equal up to rounding.
+            judged = _compare_scores(was[0].samples, now[0].samples, scores, seed)
         elif one.metric == EXPORT_COSINE:
-            place, unit, shown = 2, "cosine", [side[-1].median if side else None for side in (before, after)]
+            judged = _compare_cosines(was[-1].median, now[-1].median)
         else:
-            place, shown = 1, [_typical([m.samples for m in side]) if side else None for side in (before, after)]
-        ratio, low, high = NAN, NAN, NAN
-        if not before or not after:
-            verdict = Verdict.LOST if before else Verdict.NEW
-        elif scores is not None:
-            ratio, low, high, verdict = _compare_scores(before[0].samples, after[0].samples, scores, seed)
-        elif one.metric == EXPORT_COSINE:
-            ratio, verdict = _compare_cosines(before[-1].median, after[-1].median)
-        else:
-            ratio, low, high, verdict = _compare_times(before, after, threshold, seed)
-        order[place].append(
-            Change(
-                metric=_name(one), unit=unit, base=shown[0], head=shown[1], ratio=ratio, low=low, high=high,
-                verdict=verdict,
-            )
-        )  # fmt: skip
-    return [change for changes in order for change in changes]
+            judged = _compare_times(was, now, threshold, seed)
+        if not after:
+            judged = judged[0], judged[1], None, NAN, NAN, NAN, Verdict.LOST
+        elif not before:
+            judged = judged[0], None, judged[2], NAN, NAN, NAN, Verdict.NEW
+        changes.append(Change(_name(one), *judged))
+    return changes
 
 
 def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
@@ -156,15 +133,10 @@ def _judged(reports: Sequence[Report]) -> dict[Key, list[Measurement]]:
     found: dict[Key, list[Measurement]] = {}
     for report in reports:
         for one in report.measurements:
-            judged = one.better is not Better.NEITHER and one.suite != "peers" and not report.is_peer(one.party)
-            if judged or one.metric == EXPORT_COSINE:
+            theirs = one.suite == "peers" or report.library(one.party)
+            if one.metric == EXPORT_COSINE or (one.better is not Better.NEITHER and not theirs):
                 found.setdefault(one.key, []).append(one)
     return found
-
-
-def _pairs(one: Measurement) -> Key:
-    """Return what people's scores and the cosines of the same pairs have in common."""
-    return one.suite, tuple(sorted(one.conditions.items()))
 
 
 def _name(one: Measurement) -> str:
@@ -176,46 +148,33 @@ def _name(one: Measurement) -> str:
     return ", ".join((one.suite, one.party, *conditions, one.metric))
 
 
-def _compare_times(
-    before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int
-) -> tuple[float, float, float, Verdict]:
+def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Judged:
     scaled = all(m.reference for m in (*before, *after))
     base, head = ([_times(m, scaled=scaled) for m in side] for side in (before, after))
-    draws = _bootstrap(head, seed) / _bootstrap(base, seed + 1)
     tail = (100 - INTERVAL) / 2
-    low, high = (float(x) for x in np.percentile(draws, (tail, 100 - tail)))
+    low, high = map(float, np.percentile(_bootstrap(head, seed) / _bootstrap(base, seed + 1), (tail, 100 - tail)))
     ratio = _typical(head) / _typical(base)
-    verdict = _verdict(ratio, low, high, threshold, max(threshold, (_distance(base) + _distance(head)) / 2))
+    needed = max(threshold, (_distance(base) + _distance(head)) / 2)
+    verdict = _verdict(
+        worse=ratio > 1 + needed and low > 1,
+        better=ratio < 1 / (1 + needed) and high < 1,
+        same=1 / (1 + threshold) <= ratio <= 1 + threshold,
+    )
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
-    return ratio, low, high, verdict
+    return before[0].unit, _median(before), _median(after), ratio, low, high, verdict
 
 
 def _times(one: Measurement, *, scaled: bool) -> list[float]:
     """Return the samples as times, rates as their reciprocals, each over the reference of its round if `scaled`."""
     samples = np.asarray(one.samples, np.float64)
-    times = 1 / samples if one.better is Better.HIGHER else samples
-    if not scaled:
-        return [float(time) for time in times]
-    rounds = zip(np.array_split(times, len(one.reference)), one.reference, strict=True)
-    return [float(time) for part, reference in rounds for time in part / reference]
-
-
-def _verdict(ratio: float, low: float, high: float, threshold: float, needed: float) -> Verdict:
-    if ratio > 1 + needed and low > 1:
-        return Verdict.WORSE
-    if ratio < 1 / (1 + needed) and high < 1:
-        return Verdict.BETTER
-    if 1 / (1 + threshold) <= ratio <= 1 + threshold:
-        return Verdict.SAME
-    return Verdict.NOISY
+    references = one.reference if scaled else (1.0,)
+    rounds = np.array_split(1 / samples if one.better is Better.HIGHER else samples, len(references))
+    return [float(time) for part, reference in zip(rounds, references, strict=True) for time in part / reference]
 
 
 def _distance(runs: Runs) -> float:
-    """Return how far the runs of one side are apart, slowest over fastest minus 1: a change must exceed it.
-
-    Of `MANY` runs or more the slowest and the fastest do not count: one that was disturbed must not hide a change.
-    """
+    """Return how far the runs of one side are apart, slowest over fastest minus 1: a change must exceed it."""
     medians = sorted(float(np.median(run)) for run in runs)
     inner = medians[1:-1] if len(medians) >= MANY else medians
     return ALONE if len(medians) == 1 else inner[-1] / inner[0] - 1
@@ -223,6 +182,10 @@ def _distance(runs: Runs) -> float:
 
 def _typical(runs: Runs) -> float:
     return float(np.median([np.median(run) for run in runs]))
+
+
+def _median(side: Sequence[Measurement]) -> float:
+    return _typical([one.samples for one in side])
 
 
 def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
@@ -234,48 +197,37 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     return draws
 
 
-def _compare_cosines(base: float, head: float) -> tuple[float, Verdict]:
+def _compare_cosines(base: float, head: float) -> Judged:
     """Judge a worst cosine: a step away from 1 beyond a rerun's jitter is a change of the vectors."""
     ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
     same = abs(head - base) <= JITTER or 0.5 <= ratio <= 2
-    return ratio, Verdict.SAME if same else Verdict.WORSE if ratio > 1 else Verdict.BETTER
+    verdict = _verdict(worse=ratio > 1 and not same, better=ratio < 1 and not same, same=same)
+    return "cosine", base, head, ratio, NAN, NAN, verdict
 
 
-def _spearman(side: Sequence[Measurement], scores: Sequence[float]) -> float | None:
-    """Return the rank correlation of a side's first run: the cosines of its runs are equal up to rounding."""
-    return 100 * spearman(side[0].samples, scores) if side else None
-
-
-def _compare_scores(
-    before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int
-) -> tuple[float, float, float, Verdict]:
+def _compare_scores(before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int) -> Judged:
     """Compare rank correlations over the same resampled pairs."""
-    base, head = (spearman(samples, scores) for samples in (before, after))
+    base, head = (100 * spearman(samples, scores) for samples in (before, after))
     old, new = (
         resample_spearman(samples, scores, RESAMPLES, np.random.default_rng([seed, 0])) for samples in (before, after)
     )
     percentiles = ((100 - CONFIDENCE) / 2, (100 + CONFIDENCE) / 2)
     low, high = np.nanpercentile(new - old, percentiles)
-    gain = 100 * (head - base)
-    verdict = Verdict.SAME if abs(gain) <= POINTS else Verdict.NOISY
-    if gain < -POINTS and high < 0:
-        verdict = Verdict.WORSE
-    elif gain > POINTS and low > 0:
-        verdict = Verdict.BETTER
+    gain = head - base
+    verdict = _verdict(worse=gain < -POINTS and high < 0, better=gain > POINTS and low > 0, same=abs(gain) <= POINTS)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of a handful of pairs may correlate with nothing
-        ratio_low, ratio_high = np.nanpercentile(old / new, percentiles)
-    return base / head, float(ratio_low), float(ratio_high), verdict
+        ratio_low, ratio_high = map(float, np.nanpercentile(old / new, percentiles))
+    return "Spearman x 100", base, head, base / head, ratio_low, ratio_high, verdict
+
+
+def _verdict(*, worse: bool, better: bool, same: bool) -> Verdict:
+    return Verdict.WORSE if worse else Verdict.BETTER if better else Verdict.SAME if same else Verdict.NOISY
 
 
 def read_side(folder: Path) -> list[Report]:
-    """Read a report folder, or every report folder inside a folder, by name.
-
-    Raises:
-        InputError: there are none, or one is partial or malformed.
-    """
-    folders = (
-        [folder] if (folder / REPORT_FILE).is_file() else sorted(p.parent for p in folder.glob(f"*/{REPORT_FILE}"))
-    )
+    """Read a report folder, or every report folder inside a folder, by name; none, or a partial one, is an error."""
+    inside = sorted(file.parent for file in folder.glob(f"*/{REPORT_FILE}"))
+    folders = [folder] if (folder / REPORT_FILE).is_file() else inside
     if not folders:
         raise InputError(
             f"neither {folder} nor a folder in it has a {REPORT_FILE}: run benchmarks/run.py --output {folder}"
@@ -289,47 +241,36 @@ def read_side(folder: Path) -> list[Report]:
 
 def warnings(base: Sequence[Report], head: Sequence[Report]) -> list[str]:
     """Name the conditions that differ between the sides and make their figures incomparable."""
-    checks: Mapping[str, Callable[[Report], object]] = {
-        "machines": lambda r: (r.facts.host.cpu_model, r.facts.host.cores_usable),
-        "workloads": lambda r: r.facts.workload.texts_sha256,
-        "vector spaces": lambda r: r.facts.subject.fingerprint,
-        "settings": lambda r: (r.facts.settings.quick, r.facts.settings.suites),
+    checks = {
+        "machines": attrgetter("host.cpu_model", "host.cores_usable"),
+        "workloads": attrgetter("workload.texts_sha256"),
+        "vector spaces": attrgetter("subject.fingerprint"),
+        "settings": attrgetter("settings.quick", "settings.suites"),
     }
-    found = []
-    for what, of in checks.items():
-        values = {str(of(report)) for report in (*base, *head)}
-        if len(values) > 1:
-            found.append(f"The {what} differ: {' / '.join(sorted(values))}")
-    return found
+    found = {what: sorted({str(of(report.facts)) for report in (*base, *head)}) for what, of in checks.items()}
+    return [f"The {what} differ: {' / '.join(values)}" for what, values in found.items() if len(values) > 1]
 
 
 def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, int], threshold: float) -> str:
     """Render a comparison as Markdown for a pull request's comment, changes first."""
     order = list(Verdict)
-    rows = [
-        (
-            change.metric, _figure(change.base), _figure(change.head), change.unit, _figure(change.ratio),
-            f"{_figure(change.low)} to {_figure(change.high)}", change.verdict.value,
-        )
-        for change in sorted(changes, key=lambda change: order.index(change.verdict))
-    ]  # fmt: skip
+    rows = []
+    for one in sorted(changes, key=lambda change: order.index(change.verdict)):
+        base, head, ratio, low, high = map(_figure, (one.base, one.head, one.ratio, one.low, one.high))
+        rows.append((one.metric, base, head, one.unit, ratio, f"{low} to {high}", one.verdict.value))
     worse = [change for change in changes if change.verdict in (Verdict.WORSE, Verdict.LOST)]
-    lines = [
-        "## Benchmark comparison",
-        "",
-        f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**",
-        *(f"\n> {note}" for note in notes),
-        "",
-        table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows),
-        "",
+    result = f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**"
+    table = table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows)
+    explanation = (
         f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse; rates are compared as times. Latency and "
         "throughput are compared in units of reference work, bare matrix products timed beside them, where every run "
         f"has it. A verdict needs a change of more than {100 * threshold:.0f} %, and of more than the average distance "
         f"between the runs of a side (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval "
         f"excludes 1; for quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval "
-        "excludes 0.",
-    ]
-    return "\n".join(lines) + "\n"
+        "excludes 0."
+    )
+    quoted = [f"> {note}" for note in notes]
+    return "\n\n".join(("## Benchmark comparison", result, *quoted, table, explanation)) + "\n"
 
 
 def _figure(value: float | None) -> str:
@@ -339,9 +280,7 @@ def _figure(value: float | None) -> str:
 def run(
     base: Annotated[Path, typer.Argument(help="Report folder, or folder of report folders.", show_default=False)],
     head: Annotated[Path, typer.Argument(help="Likewise, of the change.", show_default=False)],
-    threshold: Annotated[
-        float, typer.Option(min=0.0, help="Relative change that matters: 0.07 lets 100 ms become 107 ms.")
-    ] = 0.07,
+    threshold: Annotated[float, typer.Option(min=0.0, help="Change that matters: 0.07 lets 100 become 107 ms.")] = 0.07,
     output: Annotated[Path | None, typer.Option(help="Also write the Markdown to this file.")] = None,
 ) -> None:
     """Report what changed between BASE and HEAD beyond the noise; exit status 1 if something got worse."""
@@ -352,19 +291,14 @@ def run(
     text = render(changes, warnings(before, after), runs=(len(before), len(after)), threshold=threshold)
     if output is not None:
         output.write_text(text, encoding="utf-8")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
-    counts = {verdict.value: sum(change.verdict is verdict for change in changes) for verdict in Verdict}
-    sys.stdout.write(json.dumps({key: count for key, count in counts.items() if count}) + "\n")
+    sys.stderr.write(f"{text}\n")
+    sys.stdout.write(json.dumps(Counter(change.verdict.value for change in changes)) + "\n")
     if any(change.verdict in (Verdict.WORSE, Verdict.LOST) for change in changes):
         raise typer.Exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 when nothing got worse, 1 when something did, 2 on a user error.
-    """
+    """Run the command line: 0 when nothing got worse, 1 when something did, 2 on a user error."""
     return run_command(application(run), argv, "benchmarks/compare.py")
 
 

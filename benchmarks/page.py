@@ -6,6 +6,7 @@ python benchmarks/page.py reports/mine     # writes reports/mine/report.html
 from __future__ import annotations
 
 import base64
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ import typer
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from benchmarks.report.document import Image, build_document, status
-from benchmarks.report.plots import DARK, LIGHT, Theme, draw, svg
+from benchmarks.report.document import PARTIAL, Image, build_document
+from benchmarks.report.plots import DARK, LIGHT, Theme, draw
 from benchmarks.report.storage import Report, read_report
 from benchmarks.report.tables import Grid
 from mirror_runtime.cli.run import application, run_command
@@ -33,24 +34,22 @@ TEMPLATE_FILE = "page.html.jinja"
 def render_page(report: Report) -> str:
     """Render a report as an HTML document."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"inline": _inline, "anchor": _anchor}
+    environment.filters |= {"inline": _inline, "anchor": lambda title: re.sub(r"\W+", "-", title.lower())}
     environment.tests |= {"grid": lambda block: isinstance(block, Grid), "image": lambda b: isinstance(b, Image)}
 
     def picture(name: str, theme: Theme) -> str:
-        return f"data:image/svg+xml;base64,{base64.b64encode(svg(draw(name, report, theme)).encode()).decode()}"
+        target = io.BytesIO()
+        # The same bytes for the same figure; its text is outlines, for pages where the font is missing.
+        draw(name, report, theme).savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+        return f"data:image/svg+xml;base64,{base64.b64encode(target.getvalue()).decode()}"
 
     return environment.get_template(TEMPLATE_FILE).render(
         name=report.facts.subject.name,
-        status=status(report),
+        status=PARTIAL if report.facts.partial else "",
         parts=build_document(report),
         light=lambda name: picture(name, LIGHT),
         dark=lambda name: picture(name, DARK),
     )
-
-
-def write_page(report: Report, folder: Path) -> None:
-    """Write the page into a report's folder."""
-    (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
 
 
 def _inline(text: str) -> Markup:
@@ -59,8 +58,9 @@ def _inline(text: str) -> Markup:
     return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", marked, flags=re.DOTALL))
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower())
+def write_page(report: Report, folder: Path) -> None:
+    """Write the page into a report's folder."""
+    (folder / PAGE_FILE).write_text(render_page(report), encoding="utf-8")
 
 
 def run(
@@ -72,11 +72,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 on success, 2 on a user error.
-    """
+    """Run the command line: 0 on success, 2 on a user error."""
     return run_command(application(run), argv, "benchmarks/page.py")
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
@@ -25,28 +25,18 @@ if TYPE_CHECKING:
     from benchmarks.suites.startup import Starter
     from benchmarks.suites.training import TrainingPlan
 
-T = TypeVar("T")
-
 
 class Suite(str, Enum):
     """A question that the benchmark answers."""
 
-    LATENCY = "latency"
-    """How long does one text take?"""
-    THROUGHPUT = "throughput"
-    """How many texts per second, over the whole workload?"""
-    SERVING = "serving"
-    """How does it behave behind Triton and the gateway, under load?"""
-    QUALITY = "quality"
-    """What are the vectors worth, by people's scores?"""
-    STARTUP = "startup"
-    """How long from process start to the first vector?"""
-    SCALING = "scaling"
-    """What do more texts, cores and callers cost?"""
-    PEERS = "peers"
-    """How does that compare with other libraries, in the same run?"""
-    TRAINING = "training"
-    """How long does tuning take and how good is it, beside the published recipe?"""
+    LATENCY = "latency"  # how long does one text take?
+    THROUGHPUT = "throughput"  # how many texts per second, over the whole workload?
+    SERVING = "serving"  # how does it behave behind Triton and the gateway, under load?
+    QUALITY = "quality"  # what are the vectors worth, by people's scores?
+    STARTUP = "startup"  # how long from process start to the first vector?
+    SCALING = "scaling"  # what do more texts, cores and callers cost?
+    PEERS = "peers"  # how does that compare with other libraries, in the same run?
+    TRAINING = "training"  # how long does tuning take and how good is it, beside the published recipe?
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +70,7 @@ class EncoderShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Environments:
-    """Where other programs live.
-
-    Attributes:
-        given: virtual environments that the user made, by name.
-        folder: where the others are made.
-    """
+    """Virtual environments of other programs: those that the user made, by name, and where the others are made."""
 
     given: Mapping[str, Path]
     folder: Path
@@ -93,20 +78,12 @@ class Environments:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured, on what.
+    """What is measured, on what. Peers, sets and training are empty without the suites that need them.
 
     Attributes:
-        variants: of our runtime.
-        peers: titles of the other libraries to measure; empty without the suite.
-        sets: scored pairs to judge vectors by; empty without the suite quality.
-        training: None without the suite.
-        rounds: how often each party runs; more rounds give narrower intervals.
-        seed: of the workload's sample, random arrivals and the bootstrap.
+        peers: titles of other libraries; `peer_backends` is what `suites.peers.prepare_peers` installed of them.
         shape: None where config.json does not state the encoder's sizes: no ceiling is measured then.
-        environments: of peers and perf_analyzer.
         scratch: folder for converted models and files that other processes read; deleted after the run.
-        peer_backends: what `suites.peers.prepare_peers` installed.
-        peer_starters: commands that start them, for suite startup.
     """
 
     bundle: Path
@@ -136,11 +113,7 @@ class Runner:
 
 
 def load_encoder(plan: Plan, variant: Variant) -> Encoder:
-    """Load the bundle's encoder as one variant. The caller closes it.
-
-    Raises:
-        MirrorError: it cannot be loaded here.
-    """
+    """Load the bundle's encoder as one variant, or raise a `MirrorError`. The caller closes it."""
     return Encoder.load(plan.bundle, engine=variant.engine.value, precision=variant.precision.value)
 
 
@@ -167,17 +140,10 @@ def packed_variants(manifest: Manifest) -> tuple[Variant, ...]:
 def select_variants(
     manifest: Manifest, engines: Sequence[EngineName], precisions: Sequence[Precision]
 ) -> tuple[Variant, ...]:
-    """Pick the variants to measure; empty choices mean all.
-
-    Raises:
-        InputError: the bundle has no artifact that matches.
-    """
+    """Pick the variants to measure; empty choices mean all. A choice that leaves none is an error."""
     packed = packed_variants(manifest)
-    chosen = tuple(
-        variant
-        for variant in packed
-        if (not engines or variant.engine in engines) and (not precisions or variant.precision in precisions)
-    )
+    kept = [one for one in packed if not engines or one.engine in engines]
+    chosen = tuple(one for one in kept if not precisions or one.precision in precisions)
     if not chosen:
         has = ", ".join(variant.name for variant in packed) or "no packed artifact"
         raise InputError(f"the bundle has {has}: nothing matches --engine and --precision")
@@ -198,39 +164,25 @@ def auto_variants(plan: Plan, suite: Suite, variants: Sequence[Variant], recorde
     return (chosen,)
 
 
+BERT_SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
+
+
 def read_shape(bundle: Path) -> EncoderShape | None:
     """Read the encoder's sizes from the bundle's config.json (BERT's key names); None where it does not state them."""
     try:
         config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-        return EncoderShape(
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
-        )
+        sizes = {name: int(config[key]) for name, key in BERT_SIZES.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return EncoderShape(**sizes)
 
 
 @contextmanager
 def steps(progress: Progress, what: str, total: int) -> Iterator[Callable[[str], None]]:
     """Show a bar of `total` steps; call the yielded function after each with a word on what comes next."""
     task = progress.add_task(what, total=total, doing="")
-
-    def advance(doing: str) -> None:
-        progress.update(task, advance=1, doing=doing)
-
-    yield advance
+    yield lambda doing: progress.update(task, advance=1, doing=doing)
     progress.update(task, completed=total, doing="")
-
-
-def interleave(parties: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
-    """Yield (round, party) so that every party runs once a round: A B A B, never A A B B.
-
-    A machine that slows down or speeds up over the run then does so for all parties alike.
-    """
-    for round_ in range(rounds):
-        for party in parties:
-            yield round_, party
 
 
 def take_turns(
@@ -239,24 +191,19 @@ def take_turns(
     fail: Callable[[str, MirrorError], None],
     done: Callable[[str], None],
 ) -> set[str]:
-    """Interleave the rounds of parties.
+    """Run every party once a round, A B A B and never A A B B: a machine that changes speed does so for all alike.
 
-    Args:
-        parties: a function for each, called with the number of the round.
-        rounds: of each.
-        fail: called with the name of a party that failed, and the error; it is left out from then on.
-        done: called with a party's name after each of its turns.
-
-    Returns:
-        The names of those that failed.
+    A party that fails is reported to `fail`, left out from then on and among the names returned. After each of a
+    party's turns `done` is called with its name.
     """
     failed: set[str] = set()
-    for round_, name in interleave(tuple(parties), rounds):
-        if name not in failed:
-            try:
-                parties[name](round_)
-            except MirrorError as error:
-                failed.add(name)
-                fail(name, error)
-        done(name)
+    for round_ in range(rounds):
+        for name, turn in parties.items():
+            if name not in failed:
+                try:
+                    turn(round_)
+                except MirrorError as error:
+                    failed.add(name)
+                    fail(name, error)
+            done(name)
     return failed

@@ -8,6 +8,7 @@ The table stands between `<!-- benchmark: FOLDER -->` and `<!-- /benchmark -->`;
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 
 import typer
 
-from benchmarks.report.record import Measurement
 from benchmarks.report.storage import Report, read_report
 from benchmarks.report.tables import NONE, table_lines
 from benchmarks.suites.quality import MEAN
@@ -27,7 +27,6 @@ from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_REPORT = "none yet"
 _BLOCK = re.compile(r"(<!-- benchmark: )(.+?)( -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
 
@@ -42,25 +41,21 @@ def render_table(report: Report) -> str:
     """
     facts = report.facts
     rates = sorted(report.select("peers", "texts per second"), key=lambda one: -one.median)
-    if not any(report.is_peer(one.party) for one in rates):
+    best = max((one.median for one in rates if report.library(one.party)), default=None)
+    if best is None:
         raise InputError("the report has no peers: run benchmarks/run.py with --suite peers startup quality")
-    best = max(one.median for one in rates if report.is_peer(one.party))
     quality = {one.party: f"{one.median:.2f}" for one in report.select("quality", "Spearman x 100", set=MEAN)}
     cosines = {one.party: f"{one.figure('min'):.6f}" for one in report.select("peers", "worst cosine to fp32")}
     agreement = all(one.party in cosines for one in rates)
     rows = []
     for one in rates:
-        ours = not report.is_peer(one.party)
-        ratio = f"{one.median / best:.2f} x"
-        rows.append(
-            (
-                f"**Mirror Runtime, {one.party}**" if ours else _peer_name(report, one),
-                str(one.conditions.get("computes in", NONE)),
-                f"**{ratio}**" if ours else ratio,
-                quality.get(one.party, NONE),
-                *([cosines[one.party]] if agreement else []),
-            )
-        )
+        name, ratio = one.party, f"{one.median / best:.2f} x"
+        if title := report.library(name):
+            shown = f"{title} {one.conditions.get('version', '')}, {name.removeprefix(f'{title} ')}"
+        else:
+            shown, ratio = f"**Mirror Runtime, {name}**", f"**{ratio}**"
+        precision = str(one.conditions.get("computes in", NONE))
+        rows.append((shown, precision, ratio, quality.get(name, NONE), *([cosines[name]] if agreement else [])))
     head = ("party", "computes in", "rate", "Spearman x 100", *(["worst cosine to fp32"] if agreement else []))
     conditions = (
         f"{facts.workload.texts:,} texts (mean {facts.workload.tokens_mean:.1f} tokens), {facts.subject.base_model}, "
@@ -69,14 +64,7 @@ def render_table(report: Report) -> str:
     )
     sets = ", ".join(str(one.conditions["set"]) for one in report.select("quality", "score"))
     scores = f" Spearman is the mean over {sets}." if sets else ""
-    note = f"Rates are medians, as ratios to the fastest peer.{scores}"
-    return f"{conditions}\n\n{table_lines(head, rows)}\n\n{note}\n"
-
-
-def _peer_name(report: Report, rate: Measurement) -> str:
-    """Return a peer's library with its version, and its backend."""
-    title = next(title for title in report.facts.settings.peers if rate.party.startswith(f"{title} "))
-    return f"{title} {rate.conditions.get('version', '')}, {rate.party.removeprefix(f'{title} ')}"
+    return f"{conditions}\n\n{table_lines(head, rows)}\n\nRates are medians, as ratios to the fastest peer.{scores}\n"
 
 
 def run(
@@ -90,31 +78,22 @@ def run(
     text = readme.read_text(encoding="utf-8")
     found = _BLOCK.search(text)
     if found is None:
-        raise InputError(f"{readme} has no table: add <!-- benchmark: {NO_REPORT} --> and <!-- /benchmark -->")
+        raise InputError(f"{readme} has no table: add <!-- benchmark: FOLDER --> and <!-- /benchmark -->")
+    named = found[2] if report is None else os.path.relpath(report.resolve(), readme.resolve().parent)
+    if named.startswith(".."):
+        raise InputError(f"{report} is not below {readme.parent}: commit the report first")
+    block = f"{found[1]}{named}{found[3]}{render_table(read_report(readme.parent / named))}{found[5]}"
     if report is not None:
-        named = report.resolve()
-        if not named.is_relative_to(readme.resolve().parent):
-            raise InputError(f"{report} is not below {readme.parent}: commit the report first")
-        folder = named.relative_to(readme.resolve().parent).as_posix()
-        block = f"{found[1]}{folder}{found[3]}{render_table(read_report(named))}{found[5]}"
         readme.write_text(text[: found.start()] + block + text[found.end() :], encoding="utf-8")
-        return
-    if found[2] == NO_REPORT:
-        sys.stderr.write(f"{readme.name} has no table of a report yet: nothing to compare\n")
-        return
-    if found[4] != render_table(read_report(readme.parent / found[2])):
+    elif block != found[0]:
         sys.stderr.write(
-            f"error: {readme.name}'s table differs from {found[2]}: run python benchmarks/readme_table.py {found[2]}\n"
+            f"error: {readme.name}'s table differs from {named}: run python benchmarks/readme_table.py {named}\n"
         )
         raise typer.Exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 when the table is written or matches, 1 when it differs, 2 on a user error.
-    """
+    """Run the command line: 0 when the table is written or matches, 1 when it differs, 2 on a user error."""
     return run_command(application(run), argv, "benchmarks/readme_table.py")
 
 

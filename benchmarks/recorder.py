@@ -1,16 +1,14 @@
-"""Where suites leave what they measured: kept in memory, and written one file a suite as soon as the suite is done."""
+"""Where suites leave what they measured."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from benchmarks.report.record import Better, Condition, Failure, Measurement
 from mirror_runtime.errors import MirrorError
 
 
-@dataclass(kw_only=True)
 class Recorder:
     """Measurements and failures so far.
 
@@ -18,24 +16,14 @@ class Recorder:
     what is finished.
     """
 
-    _measurements: dict[tuple[object, ...], Measurement] = field(default_factory=dict)
-    failures: list[Failure] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._measurements: dict[tuple[object, ...], Measurement] = {}
+        self.failures: list[Failure] = []
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
         """All measurements in the order in which their keys were first added."""
         return tuple(self._measurements.values())
-
-    def snapshot(self) -> Recorder:
-        """Return a copy, to find what is added after it."""
-        return Recorder(_measurements=dict(self._measurements), failures=list(self.failures))
-
-    def added_since(self, before: Recorder) -> Recorder:
-        """Return what was added after a snapshot, replaced measurements included."""
-        added = {
-            key: one for key, one in self._measurements.items() if before._measurements.get(key) is not one
-        }  # fmt: skip
-        return Recorder(_measurements=added, failures=self.failures[len(before.failures) :])
 
     def add(self, measurement: Measurement) -> None:
         """Keep a measurement, in place of an earlier one of the same key."""

@@ -8,14 +8,16 @@ Writes report.json, report.md and plots. The last line of standard output is one
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +37,10 @@ from benchmarks.peers.environments import parse_environments
 from benchmarks.peers.specs import PEERS
 from benchmarks.plan import Environments, Plan, Suite, packed_variants, read_shape, select_variants
 from benchmarks.recorder import Recorder
+from benchmarks.report.document import MARKDOWN_FILE, check_output, headline, write_folder
 from benchmarks.report.facts import Facts, Settings, Subject
-from benchmarks.report.folder import MARKDOWN_FILE, check_output, headline, write_folder
-from benchmarks.report.storage import Report
-from benchmarks.resume import Unfinished
+from benchmarks.report.record import PEOPLE
+from benchmarks.report.storage import REPORT_FILE, Report, read_report, write_report
 from benchmarks.suites.latency import run_latency
 from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.suites.quality import read_evaluation_sets, run_quality
@@ -53,13 +55,8 @@ from mirror_runtime.cli.run import application, run_command, truncations_counted
 from mirror_runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL_ROUNDS = 5
-QUICK_ROUNDS = 2
-TRAINING_SEEDS = 3
 
-RunSuite = Callable[[Plan, Recorder, Progress], None]
-
-SUITES: Mapping[Suite, RunSuite] = {
+SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
     Suite.SCALING: run_scaling,
     Suite.LATENCY: run_latency,
@@ -71,6 +68,17 @@ SUITES: Mapping[Suite, RunSuite] = {
 }
 """In the order in which they run: what needs a quiet machine first, what loads it most last."""
 
+MUST_AGREE = {
+    "bundle's fingerprint": attrgetter("subject.fingerprint"),
+    "workload": attrgetter("workload.texts_sha256"),
+    "settings": attrgetter("settings"),
+    "processor": attrgetter("host.cpu_model", "host.cores_online", "host.cores_usable"),
+    "memory and Python": attrgetter("host.memory_bytes", "host.python"),
+    "versions": attrgetter("versions"),
+    "commit": attrgetter("source.commit"),
+}
+"""What must be equal for an interrupted run to continue."""
+
 NEED_CEILINGS = {Suite.LATENCY, Suite.THROUGHPUT, Suite.PEERS}
 
 _LISTS: Mapping[str, tuple[str, ...] | None] = {
@@ -78,63 +86,33 @@ _LISTS: Mapping[str, tuple[str, ...] | None] = {
     "--engine": tuple(engine.value for engine in EngineName),
     "--precision": tuple(precision.value for precision in Precision),
     "--peer": tuple(spec.title for spec in PEERS),
-    "--sts": None,
-    "--words": None,
-    "--recipe": None,
+    **dict.fromkeys(("--sts", "--words", "--recipe")),
 }
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     suite: Annotated[list[Suite] | None, typer.Option(help="One or several. Default: latency throughput.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of the report; an older report there is replaced.")] = Path(
-        "reports/latest"
-    ),
-    texts: Annotated[
-        Path | None, typer.Option(help="Workload, one text per line. Default: docstrings of the standard library.")
-    ] = None,
-    shape: Annotated[
-        Shape, typer.Option(help="Text lengths: lines unchanged, 96 to 256 tokens, or 5 to 500 tokens.")
-    ] = Shape.LINES,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="At most 300 texts, few samples: all suites in under 5 minutes on 2 cores.")
-    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder; an older report there is replaced.")] = Path("reports/latest"),
+    texts: Annotated[Path | None, typer.Option(help="Workload, a text a line. Default: Python's docstrings.")] = None,
+    shape: Annotated[Shape, typer.Option(help="Lines unchanged, or texts of 96-256 or 5-500 tokens.")] = Shape.LINES,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 300 texts, few samples: minutes on 2 cores.")] = False,
     engine: Annotated[list[EngineName] | None, typer.Option(help="Default: all in the bundle.")] = None,
     precision: Annotated[list[Precision] | None, typer.Option(help="Default: all in the bundle.")] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Interleaved rounds of each party. Default: 5, or 2 with --quick. Startup: 5 (1)."),
-    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Of each party. Default: 5, or 2 with --quick.")] = None,
     seed: Annotated[int, typer.Option(help="Of the workload's sample, random arrivals and the intervals.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run of the same --output.")
-    ] = False,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Suite peers: which libraries. Default: all; with --quick those that convert nothing and load fast."
-        ),
-    ] = None,
-    peer_env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Use this virtual environment for a peer or perf_analyzer."),
-    ] = None,
-    env_dir: Annotated[
-        Path, typer.Option(help="Where peers' environments are made (several GB; kept for the next run).")
-    ] = ROOT / ".venvs",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this --output.")] = False,
+    peer: Annotated[list[str] | None, typer.Option(help="Libraries. Default: all; with --quick the fast.")] = None,
+    peer_env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Of a peer or perf_analyzer.")] = None,
+    env_dir: Annotated[Path, typer.Option(help="Where peers' environments are made, several GB.")] = ROOT / ".venvs",
     base: Annotated[Path | None, typer.Option(help="Suite training: folder of the masked language model.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="Suite training: text to tune on, one per line.")] = None,
     sts: Annotated[list[Path] | None, typer.Option(help="Quality and training: sentence similarity sets.")] = None,
     words: Annotated[list[Path] | None, typer.Option(help="Quality and training: word similarity sets.")] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="Suite training: of tune.py. Default: sentence.")] = None,
     pooling: Annotated[Pooling, typer.Option(help="Suite training: mean or cls.")] = Pooling.MEAN,
-    training_seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Suite training: runs of each of our recipes. Default: 3, or 1 with --quick."),
-    ] = None,
-    reference_seeds: Annotated[
-        int, typer.Option(min=0, help="Suite training: runs of the published recipe, minutes each; 0 leaves it out.")
-    ] = 1,
+    training_seeds: Annotated[int | None, typer.Option(min=1, help="Of our recipes. Default: 3; quick: 1.")] = None,
+    reference_seeds: Annotated[int, typer.Option(min=0, help="Runs of the published recipe; 0 for none.")] = 1,
     page: Annotated[bool, typer.Option("--page", help="Also write report.html, one page without network.")] = False,
 ) -> None:
     """Measure BUNDLE and write a report."""
@@ -151,7 +129,7 @@ def run(
             words=tuple(words or ()),
             pooling=pooling,
             recipes=tuple(recipe or ("sentence",)),
-            seeds=training_seeds or (1 if quick else TRAINING_SEEDS),
+            seeds=training_seeds or (1 if quick else 3),
             reference_seeds=reference_seeds,
             quick=quick,
         )
@@ -168,7 +146,7 @@ def run(
             variants=select_variants(manifest, engine or (), precision or ()),
             workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
             suites=suites,
-            rounds=rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS),
+            rounds=rounds or (2 if quick else 5),
             seed=seed,
             quick=quick,
             sets=sets,
@@ -182,74 +160,80 @@ def run(
 
 
 def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
-    """Measure, and write the report.
-
-    Raises:
-        typer.Exit: with status 130 when interrupted, 1 when nothing could be measured.
-    """
+    """Measure, and write the report; exit with status 130 when interrupted, 1 when nothing could be measured."""
     began = time.perf_counter()
-    recorder, unfinished = Recorder(), Unfinished(output)
-    console = Console(stderr=True)
-    facts, finished = describe(plan), frozenset[str]()
-    if resume:
-        facts, finished = unfinished.resume(facts, recorder)
-    else:
-        unfinished.start(facts)
-    spent_s = facts.wall_s
+    recorder, console = Recorder(), Console(stderr=True)
+    unfinished = Path(f"{output.absolute()}.unfinished")
+    before = (resume_run if resume else start_run)(unfinished, describe(plan))
+    finished = {one.suite for one in before.measurements}
+    for measurement in before.measurements:
+        recorder.add(measurement)
+    recorder.failures += [failure for failure in before.failures if failure.suite in finished]
 
-    def now(*, partial: bool) -> Facts:
-        return replace(facts, partial=partial, wall_s=spent_s + time.perf_counter() - began)
+    def so_far(*, partial: bool) -> Report:
+        facts = replace(before.facts, partial=partial, wall_s=before.facts.wall_s + time.perf_counter() - began)
+        return Report(facts=facts, measurements=recorder.measurements, failures=tuple(recorder.failures))
 
     partial = False
     try:
         with _interruptible(), _progress(console) as progress, truncations_counted_elsewhere():
-            measure(
-                plan, finished, recorder, progress,
-                on_finished=lambda suite, results: unfinished.save(suite, results, now(partial=True)),
-            )  # fmt: skip
+            for _ in measure(plan, finished, recorder, progress):
+                write_report(so_far(partial=True), unfinished / REPORT_FILE)
     except KeyboardInterrupt:
         partial = True
-    failures = tuple(recorder.failures)
-    report = Report(facts=now(partial=partial), measurements=recorder.measurements, failures=failures)
+    report = so_far(partial=partial)
     write_folder(report, output)
     if page:
         write_page(report, output)
     if not partial:
-        unfinished.remove()
+        shutil.rmtree(unfinished)
     for failure in report.failures:
         console.print(f"not measured: {failure.suite}, {failure.party}: {failure.reason}", markup=False)
     state = "interrupted: partial report" if partial else "report"
     console.print(f"{state} in {output / MARKDOWN_FILE}", markup=False)
     sys.stdout.write(json.dumps(headline(report, output), allow_nan=False) + "\n")
-    if partial or not report.measured:
+    own = ("bundle", CEILINGS)  # measurements beside those of the suites
+    if partial or all(one.suite in own or one.party == PEOPLE for one in report.measurements):
         raise typer.Exit(130 if partial else 1)
 
 
-def measure(
-    plan: Plan,
-    finished: frozenset[str],
-    recorder: Recorder,
-    progress: Progress,
-    *,
-    on_finished: Callable[[str, Recorder], None],
-) -> None:
-    """Run the plan's suites but for the finished ones; call `on_finished` with each suite's own results."""
+def start_run(unfinished: Path, facts: Facts) -> Report:
+    """Begin a run whose finished suites are a report in `unfinished`; what an interrupted one left is deleted."""
+    if unfinished.exists():
+        if not (unfinished / REPORT_FILE).is_file():
+            raise InputError(f"{unfinished} has no {REPORT_FILE} and is not replaced: choose another --output")
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    report = Report(facts=facts, measurements=(), failures=())
+    write_report(report, unfinished / REPORT_FILE)
+    return report
+
+
+def resume_run(unfinished: Path, facts: Facts) -> Report:
+    """Return what the interrupted run finished, after a check that this run is the same one."""
+    if not (unfinished / REPORT_FILE).is_file():
+        raise InputError(f"--resume: {unfinished} has no {REPORT_FILE}: leave the option out to start anew")
+    report = read_report(unfinished)
+    for what, of in MUST_AGREE.items():
+        if (then := of(report.facts)) != (now := of(facts)):
+            raise InputError(f"--resume: the {what} of the interrupted run was {then}, now it is {now}: start anew")
+    return replace(report, facts=replace(report.facts, resumed=(*report.facts.resumed, facts.started)))
+
+
+def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[None]:
+    """Run the plan's suites but for the finished ones; yield when another is done."""
     for variant in plan.variants:
         recorder.record("bundle", variant.name, "worst cosine of export", variant.parity.min_cosine)
         recorder.record("bundle", variant.name, "mean cosine of export", variant.parity.mean_cosine)
     left = [suite for suite in SUITES if suite in plan.suites and suite.value not in finished]
-    before = recorder.snapshot()
     if plan.peers and {Suite.PEERS, Suite.STARTUP} & set(left):
         plan = prepare_peers(plan, recorder, progress)
     if NEED_CEILINGS & set(left) and CEILINGS not in finished:
-        start = recorder.snapshot()
         measure_ceilings(plan, recorder, progress)
-        on_finished(CEILINGS, recorder.added_since(start))
+        yield
     for suite in left:
-        if suite is not Suite.PEERS:  # what could not be prepared belongs to it
-            before = recorder.snapshot()
         SUITES[suite](plan, recorder, progress)
-        on_finished(suite.value, recorder.added_since(before))
+        yield
 
 
 def describe(plan: Plan) -> Facts:
@@ -287,34 +271,27 @@ def describe(plan: Plan) -> Facts:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 on success, 1 when nothing could be measured, 2 on a user error, 130 when interrupted.
-    """
+    """Run the command line: 0 on success, 1 when nothing could be measured, 2 on a user error, 130 when interrupted."""
     return run_command(application(run), argv, "benchmarks/run.py", lists=_LISTS)
 
 
 def _chosen_peers(titles: Sequence[str], *, quick: bool) -> tuple[str, ...]:
     """Return the named peers, in any case; without names all, or those that a quick run takes."""
-    known = {spec.title.lower(): spec.title for spec in PEERS}
-    if unknown := [title for title in titles if title.lower() not in known]:
-        raise InputError(f"--peer {unknown[0]}: must be one of {', '.join(known.values())}")
-    if not titles:
-        return tuple(spec.title for spec in PEERS if not quick or spec.quick)
+    known = {spec.title.lower(): spec for spec in PEERS}
     named = {title.lower() for title in titles}
-    return tuple(title for name, title in known.items() if name in named)
+    if unknown := sorted(named - known.keys()):
+        raise InputError(f"--peer {unknown[0]}: must be one of {', '.join(spec.title for spec in PEERS)}")
+    chosen = named or {name for name, spec in known.items() if spec.quick or not quick}
+    return tuple(spec.title for name, spec in known.items() if name in chosen)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Make SIGTERM end a run as Ctrl-C does, and SIGINT too where a background shell has it ignored."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, signal.default_int_handler))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _progress(console: Console) -> Progress:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,14 +23,13 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from benchmarks.load.process import Load, load_process
+from benchmarks.load.generator import End, Load, load_process
 from benchmarks.load.requests import ExpectedVectors
+from benchmarks.load.servers import ALL, ServedBundle, served_bundle
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
-from benchmarks.soaking.observations import ALL, Observations
-from benchmarks.soaking.report import MARKDOWN_FILE, SOAK_FILE, WORDS, Settings, SoakReport, Subject, write_files
-from benchmarks.soaking.server import ServedBundle, served_bundle
-from benchmarks.soaking.verdicts import Thresholds
-from benchmarks.workload import Workload, bundle_tokenizer, load_workload
+from benchmarks.report.statistics import percentile
+from benchmarks.soak_report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, Settings, judge, write_files
+from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
@@ -47,9 +47,6 @@ CAPACITY_S = 10.0
 """Length of the closed loop that measures the capacity, or a tenth of the run if that is shorter."""
 
 _TICK_S = 0.5
-
-OnProgress = Callable[[float, str], None]
-"""Takes the seconds of load that are over, and a summary of the last window."""
 
 
 def run(
@@ -78,17 +75,13 @@ def run(
 ) -> None:
     """Serve BUNDLE, put load on it for some minutes, and judge the result."""
     settings = Settings(
-        engine=engine,
-        precision=precision,
-        minutes=minutes,
-        share=share,
-        window_s=window,
-        seed=seed,
-        thresholds=Thresholds(growth_mb_per_hour=max_growth, drift=max_drift, unexpected=max_unexpected),
-    )
-    started, host = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_host()
-    versions, source = installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient")), describe_source(ROOT)
-    console, observed = Console(stderr=True, soft_wrap=True, highlight=False), Observations()
+        engine=engine, precision=precision, minutes=minutes, share=share, window_s=window, max_growth=max_growth,
+        max_drift=max_drift, max_unexpected=max_unexpected, seed=seed,
+    )  # fmt: skip
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    versions = installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient"))
+    host, source = describe_host(), describe_source(ROOT)
+    console, observed = Console(stderr=True, soft_wrap=True, highlight=False), Observed()
     # Entered first: a folder that cannot be written is reported before the run, not after it.
     with whole_folder(output, overwrite=True, marker=SOAK_FILE) as folder, truncations_counted_elsewhere():
         manifest = read_manifest(bundle)
@@ -97,24 +90,23 @@ def run(
         columns = (*Progress.get_default_columns(), TextColumn("[dim]{task.fields[doing]}"))
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("soak", total=60 * minutes, doing="vectors in process")
-            subject, expected = prepare(bundle, workload, settings)
+            with Encoder.load(bundle, engine=engine, precision=precision) as encoder:
+                expected = ExpectedVectors.compute(encoder, bundle, workload.texts, seed)
+                party = f"{encoder.engine.name.value} {encoder.engine.precision.value}"
             progress.update(task, doing="start, then the rate")
-
-            def on_progress(at_s: float, doing: str) -> None:
-                progress.update(task, completed=at_s, doing=doing)
-
-            soak(bundle, expected, settings, observed, on_progress)
-        report = SoakReport(
-            started=started, host=host, versions=versions, source=source, subject=subject, workload=workload.facts,
-            settings=settings, observed=observed,
+            soak(bundle, expected, settings, observed, partial(progress.update, task))
+        facts = dict(
+            started=started, host=host, source=source, versions=versions, workload=workload.facts,
+            bundle=bundle.resolve().name, fingerprint=expected.fingerprint, floor=expected.floor,
+            canaries=expected.canaries,
         )  # fmt: skip
-        write_files(report, folder)
-    for verdict in report.verdicts:
+        headline = write_files(folder, party, settings, facts, observed)
+    for verdict in judge(observed, settings):
         console.print(f"{WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
     word = "interrupted: partial report" if observed.partial else "report"
     console.print(f"{word} in {output / MARKDOWN_FILE}", markup=False)
-    sys.stdout.write(json.dumps(report.headline(output), allow_nan=False) + "\n")
-    if observed.partial or not report.passed:
+    sys.stdout.write(json.dumps({"report": str(output / SOAK_FILE), **headline}, allow_nan=False) + "\n")
+    if observed.partial or not headline["passed"]:
         raise typer.Exit(130 if observed.partial else 1)
 
 
@@ -127,29 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(application(run), argv, "benchmarks/soak.py")
 
 
-def prepare(bundle: Path, workload: Workload, settings: Settings) -> tuple[Subject, ExpectedVectors]:
-    """Compute the right vectors in process, as the server will; the encoder is closed again on return.
-
-    Raises:
-        BundleError: `bundle` is not a bundle.
-        EngineError: nothing in it runs here as requested.
-    """
-    with Encoder.load(bundle, engine=settings.engine, precision=settings.precision) as encoder:
-        expected = ExpectedVectors.compute(encoder, bundle, workload.texts, settings.seed)
-        subject = Subject(
-            name=bundle.resolve().name,
-            fingerprint=encoder.fingerprint,
-            engine=encoder.engine.name.value,
-            precision=encoder.engine.precision.value,
-            floor=expected.floor,
-            canaries=expected.canaries,
-            long_texts=len(expected.texts) - expected.long_from,
-        )
-    return subject, expected
-
-
 def soak(
-    bundle: Path, expected: ExpectedVectors, settings: Settings, observed: Observations, on_progress: OnProgress
+    bundle: Path, expected: ExpectedVectors, settings: Settings, observed: Observed, on_progress: Callable[..., None]
 ) -> None:
     """Serve a bundle, put load on it, and end it. Ctrl-C ends it early and marks `observed` as partial.
 
@@ -157,57 +128,54 @@ def soak(
         ServerError: the server did not start.
         PeerError: the load generator failed.
     """
-    fingerprint = read_manifest(bundle).fingerprint
     try:
         with served_bundle(bundle, "--engine", settings.engine, "--precision", settings.precision) as server:
             try:
-                with load_process(
-                    server.addresses, expected.texts, timeout_s=TIMEOUT_S, expected=expected, fingerprint=fingerprint
-                ) as load:
+                with load_process(server.addresses, expected.texts, timeout_s=TIMEOUT_S, expected=expected) as load:
                     _put_load(load, server, settings, observed, on_progress)
             finally:
-                observed.ending = server.end()
-                observed.server_log = server.log
+                observed.ending, observed.log, observed.restarts = server.end(), server.log, server.restarts
     except KeyboardInterrupt:  # the server has ended by now; it was killed if that happened while it started or ended
         observed.partial = True
 
 
 def _put_load(
-    load: Load, server: ServedBundle, settings: Settings, observed: Observations, on_progress: OnProgress
+    load: Load, server: ServedBundle, settings: Settings, observed: Observed, on_progress: Callable[..., None]
 ) -> None:
     """Measure the capacity, then offer a share of it until the time is over or the server has ended."""
     seconds = 60 * settings.minutes
-    closed = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=settings.seed)
-    observed.add_problems(closed, "before the load: ")
-    observed.capacity_per_s = len(closed.times_ms) / closed.seconds if closed.times_ms else 0.0
-    if not observed.capacity_per_s:
+    observed.before = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=settings.seed)
+    if not observed.before.rate:
         return  # there is no rate to take a share of; the verdict on errors fails
-    load.begin(rate=settings.share * observed.capacity_per_s, seconds=seconds, seed=settings.seed)
+    load.begin(rate=settings.share * observed.before.rate, seconds=seconds, seed=settings.seed)
     began = time.monotonic()
 
     def clock() -> float:
         return min(time.monotonic() - began, seconds)
 
-    observed.memory.append(server.memory(clock()))
-    due = settings.window_s
+    def add(end: End = "") -> None:
+        if (window := load.take(end)).requests:
+            observed.windows.append(window)
+
     try:
+        observed.memory.append((clock(), server.memory()))
+        due = settings.window_s
         while clock() < seconds and server.running:
             time.sleep(max(0.0, min(_TICK_S, due - clock(), seconds - clock())))
             if clock() >= due:
-                observed.add(load.take())
-                observed.memory.append(server.memory(clock()))
+                add()
+                observed.memory.append((clock(), server.memory()))
                 due += settings.window_s
-            on_progress(clock(), _summary(observed))
+            on_progress(completed=clock(), doing=_summary(observed))
     finally:
         observed.load_s = clock()
-        ran_through = observed.load_s >= seconds and server.running
-        observed.add(load.take("wait" if ran_through else "stop"))
+        add("wait" if observed.load_s >= seconds and server.running else "stop")
 
 
-def _summary(observed: Observations) -> str:
-    p99_ms = observed.windows[-1].p99_ms if observed.windows else None
-    p99 = "" if p99_ms is None else f"p99 {p99_ms:.0f} ms, "
-    return f"{p99}{observed.memory[-1].resident_mb.get(ALL, 0.0):.0f} MB, {observed.unexpected} unexpected"
+def _summary(observed: Observed) -> str:
+    times = observed.windows[-1].times_ms if observed.windows else ()
+    p99 = f"p99 {percentile(times, 99):.0f} ms, " if times else ""
+    return f"{p99}{observed.memory[-1][1].get(ALL, 0.0):.0f} MB, {observed.unexpected} unexpected"
 
 
 if __name__ == "__main__":

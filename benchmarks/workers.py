@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mirror_runtime.errors import PeerError
@@ -17,31 +16,20 @@ from mirror_runtime.errors import PeerError
 EXIT_S = 5.0
 """Time for a worker to end after its input is closed; then it is killed."""
 
-
-def offline_environment() -> dict[str, str]:
-    """Return this process's environment variables with all access to model hubs switched off."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 class WorkerProcess:
-    """A running worker. Use it in a `with` block: the process ends with the block.
+    """A running worker, without access to model hubs. Use it in a `with` block: the process ends with the block.
 
     A request is one line `{"op": NAME, ARGUMENT: VALUE, …}` on the worker's standard input; the answer is one line of
     JSON on its standard output, `{"error": "…"}` after a failure.
 
-    Args:
-        command: starts the worker.
-        log: file that receives its standard error.
-        environment: variables on top of `offline_environment`.
-        folder: its working directory; None for this process's.
+    The file `log` receives its standard error; `environment` is on top of this process's own.
     """
 
     def __init__(
-        self,
-        command: Sequence[str],
-        log: Path,
-        environment: Mapping[str, str] | None = None,
-        folder: Path | None = None,
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str] = _OFFLINE, folder: Path | None = None
     ) -> None:
         self._log = log
         self._pending = 0
@@ -52,18 +40,16 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=sink,
                 encoding="utf-8",
-                env={**offline_environment(), **(environment or {})},
+                env={**os.environ, **_OFFLINE, **environment},
                 cwd=folder,
                 start_new_session=True,  # Ctrl-C is handled here: the worker ends when its input does
             )
+        assert self._process.stdin is not None  # PIPE
+        assert self._process.stdout is not None  # PIPE
+        self._input, self._output = self._process.stdin, self._process.stdout
 
     def ask(self, op: str, timeout_s: float | None = None, **arguments: object) -> dict[str, Any]:
-        """Send a request and wait for its answer.
-
-        Args:
-            op: name of the operation.
-            timeout_s: the worker is killed when its answer takes longer; None waits forever.
-            **arguments: of the operation.
+        """Send a request and wait for its answer; a worker whose answer takes longer than `timeout_s` is killed.
 
         Raises:
             PeerError: the worker answered with an error, ended, or took too long.
@@ -74,31 +60,44 @@ class WorkerProcess:
             late.set()
             self._process.kill()
 
-        timer = None if timeout_s is None else threading.Timer(timeout_s, kill)
-        if timer is not None:
-            timer.start()
+        timer = threading.Timer(threading.TIMEOUT_MAX if timeout_s is None else timeout_s, kill)
+        timer.daemon = True
+        timer.start()
+        line = ""
         try:
-            line = self._exchange(json.dumps({"op": op, **arguments}))
+            self._input.write(json.dumps({"op": op, **arguments}) + "\n")
+            self._input.flush()
+            self._pending += 1
+            while self._pending:  # Ctrl-C may have left the answer to an earlier request unread
+                line = self._output.readline()
+                self._pending -= 1
+        except BrokenPipeError:  # it has ended
+            line = ""
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
         if late.is_set():
             raise PeerError(f"{op}: no answer after {timeout_s:.0f} seconds")
         if not line:
             log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["its log is empty"]
             raise PeerError(f"{op}: the worker ended with status {self._process.wait()}: {log[-1]}")
         try:
-            answer = json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError as error:
             raise PeerError(f"{op}: the answer is not JSON: {line[:200]!r}") from error
-        if not isinstance(answer, dict) or "error" in answer:
-            raise PeerError(f"{op}: {answer['error'] if isinstance(answer, dict) else repr(answer)}")
+        if "error" in answer:
+            raise PeerError(f"{op}: {answer['error']}")
         return answer
 
-    def close(self) -> None:
-        """End the process: close its input, then kill it if it does not end."""
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None  # PIPE
+    def peak_bytes(self) -> int:
+        """Return the process's peak resident memory so far."""
+        return peak_bytes(self._process.pid)
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the worker's input, and kill it if it does not end."""
+        for stream in (self._input, self._output):
             with suppress(BrokenPipeError):  # it has ended already
                 stream.close()
         try:
@@ -107,26 +106,8 @@ class WorkerProcess:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> WorkerProcess:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _exchange(self, request: str) -> str:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None  # PIPE
-        assert stdout is not None  # PIPE
-        try:
-            stdin.write(request + "\n")
-            stdin.flush()
-            self._pending += 1
-            line = ""
-            while self._pending:  # Ctrl-C may have left the answer to an earlier request unread
-                line = stdout.readline()
-                self._pending -= 1
-        except BrokenPipeError:
-            return ""
-        return line
+def peak_bytes(process: int | str) -> int:
+    """Return a process's peak resident memory. getrusage's figure would include the process that started it."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import exp, log
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,32 +23,28 @@ QUICK_TEXTS = 300
 DRAWS_A_TOKEN = 20
 """Random words drawn for each token of a text before giving up: most do not fit when little room is left."""
 
+Tokenize: TypeAlias = Callable[[Sequence[object]], Tokenized]
+
 
 class Shape(str, Enum):
     """How a workload's words are cut into texts."""
 
-    LINES = "lines"
-    """Unchanged, one text per line."""
-    PASSAGES = "passages"
-    """96 to 256 tokens, uniformly distributed."""
-    MIXED = "mixed"
-    """5 to 500 tokens, uniformly on a logarithmic scale: most are short."""
+    LINES = "lines"  # unchanged, one text per line
+    PASSAGES = "passages"  # uniformly distributed lengths
+    MIXED = "mixed"  # uniformly on a logarithmic scale: most are short
 
 
 _BOUNDS = {Shape.PASSAGES: (96, 256), Shape.MIXED: (5, 500)}
+"""Tokens of the shortest and the longest text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadFacts:
-    """What a report states about the texts. Token counts include special tokens, after truncation to the limit.
-
-    Attributes:
-        distinct: texts whose tokens differ from all others: the runtime computes equal ones of a window once.
-    """
+    """What a report states about the texts. Token counts include special tokens, after truncation to the limit."""
 
     source: str
     texts: int
-    distinct: int
+    distinct: int  # by their tokens: the runtime computes equal ones of a window once
     texts_sha256: str
     tokens_mean: float
     tokens_p50: float
@@ -67,73 +64,56 @@ class Workload:
 def load_workload(
     path: Path | None, tokenizer: Tokenizer, *, quick: bool, seed: int, shape: Shape = Shape.LINES
 ) -> Workload:
-    """Read a workload from a file, or collect it from the standard library.
+    """Read a workload from a UTF-8 file with one text per line, or collect it from the standard library.
 
-    Args:
-        path: a UTF-8 file with one text per line (blank lines are skipped), or None for docstring sentences.
-        tokenizer: the bundle's, with the policy truncate.
-        quick: take a seeded sample of at most `QUICK_TEXTS` texts. Otherwise a file is used whole, and
-            docstrings up to `FULL_TEXTS`.
-        seed: of the sample, its order and the drawn lengths. A whole file keeps its own order.
-        shape: lengths of the texts; other than `LINES`, texts are built from the lines' words in their order.
-
-    Raises:
-        InputError: the file cannot be read or has no text.
+    A quick run takes a seeded sample of at most `QUICK_TEXTS` texts; otherwise a file is used whole, in its own order,
+    and docstrings up to `FULL_TEXTS`. The tokenizer is the bundle's, with the policy truncate. A file that cannot be
+    read or has no text is an `InputError`.
     """
     if path is None:
-        texts = docstring_sentences()
+        # The first sentences, sorted, without repeats; those of fewer than three words are left out.
+        texts = sorted({item.summary for item in standard_library() if len(item.summary.split()) >= 3})
         random.Random(seed).shuffle(texts)
         texts = texts[: QUICK_TEXTS if quick else FULL_TEXTS]
         source = "first sentences of the Python standard library's docstrings"
     else:
-        texts = _read_lines(path)
-        source = path.name
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
+        texts, source = [text for line in lines if (text := line.rstrip("\r")).strip()], path.name
+        if not texts:
+            raise InputError(f"--texts {path} has no text: it needs one text per line")
         if quick and len(texts) > QUICK_TEXTS:
             texts = random.Random(seed).sample(texts, QUICK_TEXTS)
             source += f", a sample of {QUICK_TEXTS} lines"
     if shape is not Shape.LINES:
         shortest, longest = _BOUNDS[shape]
         source += f", its words as texts of {shortest} to {longest} tokens"
-        texts = reshape(texts, tokenizer, shape, seed)
+        texts = _reshape(texts, tokenizer, shape, seed)
     return Workload(texts=tuple(texts), facts=_describe(texts, source, tokenizer))
 
 
-def docstring_sentences() -> list[str]:
-    """Collect the first sentences of the standard library's docstrings, sorted, without repeats.
-
-    Sentences of fewer than three words are left out.
-    """
-    summaries = {item.summary for item in standard_library()}
-    return sorted(summary for summary in summaries if len(summary.split()) >= 3)
-
-
-def texts_of_length(
-    texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], tokens: int, *, count: int, seed: int
-) -> list[str]:
-    """Build distinct texts of exactly `tokens` tokens, special tokens included, from a workload's words.
-
-    Raises:
-        InputError: the workload has too few words for that many texts.
-    """
+def texts_of_length(texts: Sequence[str], tokenizer: Tokenize, tokens: int, *, count: int, seed: int) -> list[str]:
+    """Build distinct texts of exactly `tokens` tokens, special tokens included, or raise an `InputError`."""
     known, special = _word_sizes(texts, tokenizer)
-    words, sizes = zip(*sorted(known.items()), strict=True)
-    made: list[str] = []
+    words = sorted(known.items())
+    made: dict[str, None] = {}
     chosen: list[str] = []
     room = tokens - special
     draw = random.Random(seed)
     for _ in range(DRAWS_A_TOKEN * tokens * count):
-        at = draw.randrange(len(words))
-        word, size = words[at], sizes[at]
-        if size == 0 or size > room:
-            continue
-        chosen.append(word)
-        room -= size
+        word, size = draw.choice(words)
+        if 0 < size <= room:
+            chosen.append(word)
+            room -= size
         if room == 0:
-            made = list(dict.fromkeys((*made, " ".join(chosen))))
+            made[" ".join(chosen)] = None
             chosen, room = [], tokens - special
             if len(made) == count:
                 break
-    exact = [text for text, length in zip(made, tokenizer(made).tokens.tolist(), strict=True) if length == tokens]
+    lengths = tokenizer(list(made)).tokens.tolist()
+    exact = [text for text, length in zip(made, lengths, strict=True) if length == tokens]
     if len(exact) < count:
         raise InputError(
             f"the workload's {len(words)} words make {len(exact)} texts of exactly {tokens} tokens, but {count} are "
@@ -142,50 +122,34 @@ def texts_of_length(
     return exact
 
 
-def reshape(
-    texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized], shape: Shape, seed: int
-) -> list[str]:
+def _reshape(texts: Sequence[str], tokenizer: Tokenize, shape: Shape, seed: int) -> list[str]:
     """Cut the texts' words, in their order, into texts of random lengths; each word is used once.
 
     A text has the drawn number of tokens, special tokens included, or a few more where its last word exceeds it.
     """
     shortest, longest = _BOUNDS[shape]
     draw = random.Random(seed)
-
-    def length() -> int:
-        if shape is Shape.PASSAGES:
-            return draw.randint(shortest, longest)
-        return round(math.exp(draw.uniform(math.log(shortest), math.log(longest))))
-
     tokens, special = _word_sizes(texts, tokenizer)
     made: list[str] = []
     chosen: list[str] = []
-    room = length() - special
     for word in (word for text in texts for word in text.split()):
+        if not chosen:
+            passage = shape is Shape.PASSAGES
+            length = draw.randint(shortest, longest) if passage else exp(draw.uniform(log(shortest), log(longest)))
+            room = round(length) - special
         chosen.append(word)
         room -= tokens[word]
         if room <= 0:
             made.append(" ".join(chosen))
-            chosen, room = [], length() - special
+            chosen = []
     return made or [" ".join(chosen)]
 
 
-def _word_sizes(texts: Sequence[str], tokenizer: Callable[[Sequence[object]], Tokenized]) -> tuple[dict[str, int], int]:
+def _word_sizes(texts: Sequence[str], tokenizer: Tokenize) -> tuple[dict[str, int], int]:
     """Return the tokens that each word adds to a text, and the special tokens of a text."""
     words = list(dict.fromkeys(word for text in texts for word in text.split()))
     sizes = tokenizer(["", *words]).tokens
     return dict(zip(words, (sizes[1:] - sizes[0]).tolist(), strict=True)), int(sizes[0])
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--texts {path} cannot be read as UTF-8 text: {error}") from error
-    texts = [text for line in lines if (text := line.rstrip("\r")).strip()]
-    if not texts:
-        raise InputError(f"--texts {path} has no text: it needs one text per line")
-    return texts
 
 
 def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> WorkloadFacts:

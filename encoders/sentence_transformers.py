@@ -43,7 +43,7 @@ TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-"""Where sentence-transformers 6 looks for the settings of the Transformer module; the first that is not empty counts."""
+"""Where sentence-transformers 6 looks for the Transformer module's settings; the first that is not empty counts."""
 
 NO_EFFECT = {
     "model": {"attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage"},

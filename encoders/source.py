@@ -23,6 +23,7 @@ class ResolvedEncoder:
     folder: Path  # holds `config.json`, safetensors weights and `tokenizer.json`
     spec: EncoderSpec  # everything except weights and tokenizer that decides a vector
     dense: tuple[Path, ...] = ()  # folders of the weights of the head's dense layers, in order
+    published: Path | None = None  # what sentence-transformers reads as exactly this encoder; None if it cannot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ def resolve(
         BundleError: no loadable encoder is there, or it contradicts the arguments. The message names the cure.
     """
     root, commit = _locate(name_or_path, revision)
+    published = root
     base_model = name_or_path if commit is not None else root.resolve().name
     requested = head or HeadSpec()
     requested = dataclasses.replace(requested, pooling=pooling or requested.pooling)
@@ -82,6 +84,7 @@ def resolve(
         spec = _new_spec(name_or_path, folder, config, recorded, requested, max_tokens)
         spec = dataclasses.replace(spec, base_model=base_model, revision=commit)
         root = folder
+    recorded_spec = spec
     spec = dataclasses.replace(
         spec,
         max_tokens=spec.max_tokens if max_tokens is None else max_tokens,
@@ -89,7 +92,8 @@ def resolve(
         template=spec.template or requested.template,
     )
     _check_limits(spec, config, root)
-    return ResolvedEncoder(root, spec, dense)
+    unchanged = max_tokens is None and spec == recorded_spec and (published / "modules.json").is_file()
+    return ResolvedEncoder(root, spec, dense, published if unchanged else None)
 
 
 def _new_spec(

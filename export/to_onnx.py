@@ -124,6 +124,13 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is proven.")
     ] = False,
+    accept_difference: Annotated[
+        bool,
+        typer.Option(
+            "--accept-difference",
+            help="Export even if sentence-transformers computes other vectors from the same folder; the card says so.",
+        ),
+    ] = False,
     push_to_hub: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +171,7 @@ def run(
         texts=read_texts(parity_texts) if parity_texts else None,
         sets=tuple(found for path in sts or () for found in read_sets(path)),
         overwrite=overwrite,
+        accept_difference=accept_difference,
     )
     began = time.perf_counter()
     export = build(request, timestamped_lines(console))

@@ -1,16 +1,16 @@
 """Fixtures that all tests share: real text and weights, and bundles to run."""
 
-import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest
+from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest, sha256_file
 from tests.support.fake_bundles import artifact, write_fake_bundle
 from tests.support.paths import ROOT
 from tests.support.trace_cache import cached_folder, cached_traces
@@ -66,29 +66,17 @@ def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny random BERT with mean pooling as a bundle, proven on a few texts in fp32. Copy it to change it."""
-    # The last one has the tokens of another: equal texts are computed once, and each still has its vector.
-    texts = (
-        "",
-        "the cat sat on the mat.",
-        "a man is playing a guitar",
-        "dog " * 80,
-        "😀 river",
-        *"abcdefgh",
-        "The  CAT sat on the mat.",
-    )
+    texts = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
+    texts += ("The  CAT sat on the mat.",)  # has the tokens of another: computed once, and each has its vector
 
     def export(folder: Path) -> None:
         from export.bundle.build import Request, build
 
-        output, precisions = folder / "bundle", (Precision.FP32,)
-        request = Request(
-            encoder=str(tiny_bert), output=output, pooling=Pooling.MEAN, texts=texts, precisions=precisions
-        )
+        chosen: dict[str, Any] = {"pooling": Pooling.MEAN, "texts": texts, "precisions": (Precision.FP32,)}
         with cached_traces():
-            build(request)
+            build(Request(encoder=str(tiny_bert), output=folder / "bundle", **chosen))
 
-    weights = hashlib.sha256((tiny_bert / "model.safetensors").read_bytes()).hexdigest()
-    tokenizer = hashlib.sha256((tiny_bert / "tokenizer.json").read_bytes()).hexdigest()
+    weights, tokenizer = (sha256_file(tiny_bert / name) for name in ("model.safetensors", "tokenizer.json"))
     made = cached_folder("tiny-bundle", "export.bundle.build", repr((weights, tokenizer, texts)), export)
     return shutil.copytree(made / "bundle", tmp_path_factory.mktemp("tiny") / "bundle")
 
@@ -123,13 +111,12 @@ def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def gateway_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for the fake engine that all tests of the gateway share. Copy it to change it."""
-    return write_fake_bundle(minilm, tmp_path_factory.mktemp("gateway") / "bundle", 64, 8, ())
+    return write_fake_bundle(minilm, tmp_path_factory.mktemp("gateway") / "bundle")
 
 
 @pytest.fixture
 def make_artifact() -> Callable[..., Artifact]:
     """Build an artifact entry; what it names need not exist."""
-
     return artifact
 
 

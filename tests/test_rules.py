@@ -79,4 +79,4 @@ def test_work_that_others_share_is_not_counted():
     before = stopwatch.now()
     with stopwatch.shared_work(), stopwatch.shared_work():
         sum(range(2_000_000))
-    assert (stopwatch.now() - before).wall_s < 0.01
+    assert (stopwatch.now() - before)[0] < 0.01

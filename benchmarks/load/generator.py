@@ -1,20 +1,38 @@
-"""Closed and open loops of one event loop. Times in an open loop count from the moment a request was due."""
+"""The load generator, a process of its own: callers that share a Python process with anything else send too late.
+
+    python -m benchmarks.load.generator FILE
+
+reads what it sends where, as `load_process` pickled it, and then speaks line JSON with its parent (see
+`benchmarks.workers`). `Load` is the parent's end, `Generator` the child's; `Loop` is what the child runs.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import pickle
 import random
+import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load.requests import REFUSALS, ExpectedVectors, Kind, Request, RequestSource
-from benchmarks.load.targets import GatewayTarget, Target
-from benchmarks.load.window import Outcome, Window
-from mirror_runtime.client.protocol import Rejected
-from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, ServerError, UnavailableError
+from benchmarks.load.requests import GATEWAY, KINDS, ExpectedVectors, Kind, Request, in_turn, mix
+from benchmarks.load.targets import EXPECTED, GatewayTarget, Outcome, Sender, TritonTarget
+from benchmarks.report.statistics import percentile
+from benchmarks.workers import WorkerProcess
+from mirror_runtime.triton.server.server import launcher
+
+ROOT = Path(__file__).resolve().parents[2]
 
 RECOVERY_S = 30.0
 """A server that is still slow after this has not recovered."""
@@ -28,61 +46,126 @@ MOST_UNDER_WAY = 1000
 CANCEL_WITHIN_S = 0.02
 """A request of 32 texts mostly takes longer, so it is cancelled while it waits or while it is computed."""
 
-_OUTCOMES = (
-    (OverloadedError, Outcome.OVERLOADED),
-    (UnavailableError, Outcome.UNAVAILABLE),
-    (DeadlineExceededError, Outcome.LATE),
-    ((Rejected, InputError), Outcome.GOOD_REFUSED),
-    (ServerError, Outcome.FAILED),
-)
-"""Subclasses before their bases."""
+Turn = tuple[str, int]
+"""A target and the texts per request: one size in turn instead of a mix."""
 
-End = tuple[Outcome, str]
-"""How a request ended, and the error's text."""
+End = Literal["", "wait", "stop"]
 
-Send = Callable[[Request, float], Awaitable[End]]
-"""Sends a request. A request of the kind `CANCELLED` is cancelled after that many seconds."""
+Send = Callable[[Request, float], Awaitable[tuple[Outcome, str]]]
+"""`Sender.send`."""
 
 
-class Sender:
-    """Sends requests to their targets, and compares the answers unless `expected` is None."""
+@dataclass(kw_only=True)
+class Window:
+    """What ended within some time of a loop.
 
-    def __init__(self, targets: Mapping[str, Target], texts: Sequence[str], expected: ExpectedVectors | None) -> None:
-        self._targets, self._texts, self._expected = targets, texts, expected
+    Attributes:
+        at_s: its end, in seconds since the loop began.
+        seconds: its length.
+        answered_ms: times of right answers by target and texts, such as "grpc 8".
+        refused_ms: times until an overloaded server refused.
+        lag_ms: how long after it was due each request was sent: the generator's own share of the times.
+        outcomes: requests by `Outcome`.
+        first: when the first request of each unexpected outcome ended, and its error.
+        recovery_s: how long after an open loop's last request the server was fast again; None if it was not, or if
+            that was not measured.
+    """
 
-    async def send(self, request: Request, cancel_after_s: float = 0.0) -> End:
-        """Send a request and return how it ended. Never raises."""
-        try:
-            if request.kind is Kind.GOOD:
-                return await self._good(request)
-            if request.kind is Kind.CANCELLED:
-                try:
-                    return await asyncio.wait_for(self._good(request), cancel_after_s)
-                except asyncio.TimeoutError:
-                    return Outcome.CANCELLED, ""
-            return await self._bad(request)
-        except Exception as error:
-            # The edge of a caller: whatever a library raises is a finding, and the load goes on.
-            outcomes = (outcome for kind, outcome in _OUTCOMES if isinstance(error, kind))
-            return next(outcomes, Outcome.CRASHED), _shown(error)
+    at_s: float = 0.0
+    seconds: float = 0.0
+    answered_ms: dict[str, list[float]] = field(default_factory=dict)
+    refused_ms: list[float] = field(default_factory=list)
+    lag_ms: list[float] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    first: dict[str, tuple[float, str]] = field(default_factory=dict)
+    recovery_s: float | None = None
 
-    async def _good(self, request: Request) -> End:
-        vectors = await self._targets[request.target].encode([self._texts[at] for at in request.chosen])
-        problem = "" if self._expected is None else self._expected.problem(request.chosen, vectors)
-        return (Outcome.WRONG_VECTOR if problem else Outcome.ANSWERED), problem
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Window:
+        """Read what `vars` and JSON made of a window."""
+        first = {outcome: (at_s, reason) for outcome, (at_s, reason) in data["first"].items()}
+        return cls(**{**data, "outcomes": Counter(data["outcomes"]), "first": first})
 
-    async def _bad(self, request: Request) -> End:
-        texts = [self._texts[at].encode() for at in request.chosen]
-        if request.kind is Kind.BAD_UTF8:
-            texts[-1] += b" \xff"
-        target = self._targets[request.target]
-        assert not isinstance(target, GatewayTarget)
-        try:
-            await target.submit(texts, {"normalise": True} if request.kind is Kind.UNKNOWN_PARAMETER else {})
-        except Rejected as error:
-            right = REFUSALS[request.kind] in error.reason
-            return (Outcome.REFUSED if right else Outcome.OTHER_REFUSAL), _shown(error)
-        return Outcome.NOT_REFUSED, request.kind.value
+    def end(self, outcome: Outcome, at_s: float, reason: str) -> None:
+        """Count an end, and keep the first reason of an unexpected one."""
+        self.outcomes[outcome.value] += 1
+        if outcome not in EXPECTED:
+            self.first.setdefault(outcome.value, (at_s, reason))
+
+    @property
+    def times_ms(self) -> tuple[float, ...]:
+        """Times of all right answers."""
+        return tuple(time for times in self.answered_ms.values() for time in times)
+
+    @property
+    def rate(self) -> float:
+        """Right answers per second."""
+        return len(self.times_ms) / self.seconds if self.seconds else 0.0
+
+    @property
+    def requests(self) -> int:
+        """Requests that ended."""
+        return sum(self.outcomes.values())
+
+    def count(self, *outcomes: Outcome) -> int:
+        """Return how many requests ended in one of these ways."""
+        return sum(self.outcomes.get(outcome.value, 0) for outcome in outcomes)
+
+    @property
+    def unexpected(self) -> int:
+        """Requests that ended as none may on a server that is not overloaded."""
+        return self.requests - self.count(*EXPECTED)
+
+    @property
+    def lag_p99_ms(self) -> float:
+        """How late requests were sent at p99; 0 where none was."""
+        return percentile(self.lag_ms or [0.0], 99)
+
+    @property
+    def reason(self) -> str:
+        """The error of the earliest unexpected end; "" if there is none."""
+        return min(self.first.values(), default=(0.0, ""))[1]
+
+
+class Load:
+    """The parent's end of a running generator. Every method raises `PeerError` if the generator failed."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self._worker = worker
+
+    def closed(self, *, callers: int, seconds: float, turn: Turn | None = None, seed: int = 0) -> Window:
+        """Run a closed loop: see `Loop.closed`. Without `turn` it sends the mix's good requests."""
+        return Window.from_json(self._worker.ask("closed", callers=callers, seconds=seconds, turn=turn, seed=seed))
+
+    def begin(
+        self, *, rate: float, seconds: float, seed: int, turn: Turn | None = None, calm_ms: float | None = None
+    ) -> None:
+        """Begin an open loop, of the mix without `turn`, and return while it runs: see `Loop.open`."""
+        self._worker.ask("begin", rate=rate, seconds=seconds, seed=seed, turn=turn, calm_ms=calm_ms)
+
+    def take(self, end: End = "") -> Window:
+        """Return what ended since the last call; wait for the loop's end first ("wait"), or cancel it ("stop")."""
+        return Window.from_json(self._worker.ask("take", end=end))
+
+
+@contextmanager
+def load_process(
+    addresses: Mapping[str, str], texts: Sequence[str], *, timeout_s: float, expected: ExpectedVectors | None = None
+) -> Iterator[Load]:
+    """Start a generator, whose connections are closed and which has ended on exit.
+
+    Args:
+        addresses: host and port of each target by name.
+        texts: that are sent.
+        timeout_s: limit of one request, in seconds.
+        expected: right vectors of the texts, which then are `expected.texts`; needed by a mix.
+    """
+    with TemporaryDirectory(prefix="mirror-load-") as folder:
+        data, log = Path(folder) / "data", Path(folder) / "log"
+        data.write_bytes(pickle.dumps((dict(addresses), tuple(texts), timeout_s, expected)))
+        command = [*launcher(), sys.executable, "-m", "benchmarks.load.generator", str(data)]
+        with WorkerProcess(command, log, folder=ROOT) as worker:
+            yield Load(worker)
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
@@ -90,109 +173,97 @@ def arrivals(rate: float, seconds: float, seed: int) -> NDArray[np.float64]:
     return np.sort(np.random.default_rng(seed).uniform(0, seconds, size=max(1, round(rate * seconds))))
 
 
-async def closed_loop(send: Send, source: RequestSource, *, callers: int, seconds: float) -> Window:
-    """Run callers that send one request after the other for some seconds.
+class Loop:
+    """One closed or open loop. The time of a request counts from the moment it was due."""
 
-    Each caller first sends one request that is not counted. A request under way at the end is waited for and counted,
-    and so is its time. The loop ends at once when the first request fails, as then probably nothing works.
-    """
-    window, broken = Window(), False
-    streams = [source.stream(caller, callers) for caller in range(callers)]
-    await asyncio.gather(*(send(next(stream), 0.0) for stream in streams))
-    began, cpu_began = time.perf_counter(), time.process_time()
+    def __init__(self, send: Send) -> None:
+        self._send, self._window = send, Window()
+        self._least_s: float | None = None  # length, once all requests have ended
+        self._began, self._taken_s, self._last_answer_s = time.perf_counter(), 0.0, 0.0
 
-    async def call(stream: Iterator[Request]) -> None:
-        nonlocal broken
-        while not broken and (sent := time.perf_counter()) < began + seconds:
-            request = next(stream)
-            outcome, reason = await send(request, 0.0)
-            now = time.perf_counter()
-            if outcome is Outcome.ANSWERED:
-                window.answer(request.label, 1e3 * (now - sent), now - began)
-                continue
-            window.end(outcome, now - began, reason)
-            if outcome is Outcome.OVERLOADED:  # long texts: the callers alone have more than the server accepts at once
-                await asyncio.sleep(REFUSED_PAUSE_S)
-            elif not window.answered_ms:
-                broken = True
+    async def closed(self, streams: Sequence[Iterator[Request]], seconds: float) -> Window:
+        """Run a caller for each stream, which sends its next request when the last one is answered, for some seconds.
 
-    await asyncio.gather(*(call(stream) for stream in streams))
-    window.at_s = window.seconds = window.last_answer_s
-    window.cpu_s = time.process_time() - cpu_began
-    return window
-
-
-class OpenLoop:
-    """Requests at random moments (Poisson, `rate` per second), whether or not earlier ones are answered."""
-
-    def __init__(self, send: Send, source: RequestSource, *, rate: float, seconds: float, seed: int) -> None:
-        self._send, self._source, self._seconds = send, source, seconds
-        self._due = arrivals(rate, seconds, seed)
-        self._random = random.Random(seed)
-        self._under_way: set[asyncio.Task[None]] = set()
-        self._window, self._complete = Window(), False
+        Each first sends one that is not counted. A request under way at the end is waited for and counted, and so is
+        its time. A caller whose request fails before any was answered stops, as then probably nothing works.
+        """
+        await asyncio.gather(*(self._send(next(stream), 0.0) for stream in streams))
         self._began = time.perf_counter()
-        self._window_began_s, self._cpu_began_s = 0.0, time.process_time()
 
-    async def run(self, recovery: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Send every request when it is due, await `recovery`, then those under way; if cancelled, cancel those too."""
+        async def call(stream: Iterator[Request]) -> None:
+            while (due := self._clock()) < seconds:
+                outcome = await self._request(next(stream), due, 0.0)
+                if outcome is Outcome.OVERLOADED:  # long texts: the callers alone have more than the server accepts
+                    await asyncio.sleep(REFUSED_PAUSE_S)
+                elif not self._window.answered_ms:
+                    return
+
+        await asyncio.gather(*map(call, streams))
+        self._least_s = 0.0
+        return self.take()
+
+    async def open(
+        self, requests: Iterator[Request], *, rate: float, seconds: float, seed: int, calm_ms: float | None = None
+    ) -> None:
+        """Send requests at random moments (Poisson), whether or not earlier ones are answered, and await all.
+
+        If cancelled, it cancels those under way. `recovery_time` is measured after the last request is sent.
+        """
+        draw = random.Random(seed)
+        under_way: set[asyncio.Task[Outcome]] = set()
         self._began = time.perf_counter()
         try:
-            for due in self._due:
+            for due in arrivals(rate, seconds, seed).tolist():
                 # Also when it is late: the event loop must get to read answers.
                 await asyncio.sleep(max(0.0, due - self._clock()))
-                self._start(float(due))
+                if len(under_way) >= MOST_UNDER_WAY:
+                    self._window.end(Outcome.UNSENT, self._clock(), f"{MOST_UNDER_WAY} requests were under way")
+                    continue
+                task = asyncio.ensure_future(self._request(next(requests), due, draw.uniform(0, CANCEL_WITHIN_S)))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
             await asyncio.sleep(0)  # lets the last one be sent
-            if recovery is not None:
-                await recovery()
-            await asyncio.gather(*self._under_way)
-            self._complete = True
+            if calm_ms is not None:
+                self._window.recovery_s = await recovery_time(self._send, requests, calm_ms)
+            await asyncio.gather(*under_way)
+            self._least_s = seconds
         finally:
-            left = list(self._under_way)
+            left = list(under_way)
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
     def take(self) -> Window:
         """Return what ended since the last call; once all have ended, up to the last request due or the last answer."""
-        window, cpu_s = self._window, time.process_time()
-        window.at_s = max(self._seconds, window.last_answer_s) if self._complete else self._clock()
-        window.seconds, window.cpu_s = window.at_s - self._window_began_s, cpu_s - self._cpu_began_s
-        self._window, self._window_began_s, self._cpu_began_s = Window(), window.at_s, cpu_s
+        window, self._window = self._window, Window()
+        window.at_s = self._clock() if self._least_s is None else max(self._least_s, self._last_answer_s)
+        window.seconds, self._taken_s = window.at_s - self._taken_s, window.at_s
         return window
 
     def _clock(self) -> float:
         return time.perf_counter() - self._began
 
-    def _start(self, due: float) -> None:
-        if len(self._under_way) >= MOST_UNDER_WAY:
-            self._window.end(Outcome.UNSENT, self._clock(), f"{MOST_UNDER_WAY} requests were under way")
-            return
-        cancel_after_s = self._random.uniform(0, CANCEL_WITHIN_S)
-        task = asyncio.ensure_future(self._request(self._source.draw(), due, cancel_after_s))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-
-    async def _request(self, request: Request, due: float, cancel_after_s: float) -> None:
+    async def _request(self, request: Request, due: float, cancel_after_s: float) -> Outcome:
         self._window.lag_ms.append(1e3 * (self._clock() - due))
         outcome, reason = await self._send(request, cancel_after_s)
-        now = self._clock()
+        now, label, window = self._clock(), f"{request.target} {len(request.chosen)}", self._window
+        window.end(outcome, now, f"{label}: {reason}")
         if outcome is Outcome.ANSWERED:
-            self._window.answer(request.label, 1e3 * (now - due), now)
-            return
-        if outcome is Outcome.OVERLOADED:
-            self._window.refused_ms.append(1e3 * (now - due))
-        self._window.end(outcome, now, f"{request.label}: {reason}")
+            window.answered_ms.setdefault(label, []).append(1e3 * (now - due))
+            self._last_answer_s = now
+        elif outcome is Outcome.OVERLOADED:
+            window.refused_ms.append(1e3 * (now - due))
+        return outcome
 
 
-async def recovery_time(send: Send, source: RequestSource, within_ms: float) -> float | None:
+async def recovery_time(send: Send, requests: Iterator[Request], within_ms: float) -> float | None:
     """Send one request after the other until one is answered within `within_ms`, and return the seconds until then.
 
     None if no request was within `RECOVERY_S`.
     """
-    began, stream = time.perf_counter(), source.stream(0, 1)
+    began = time.perf_counter()
     while (sent := time.perf_counter()) < began + RECOVERY_S:
-        outcome, _ = await send(next(stream), 0.0)
+        outcome, _ = await send(next(requests), 0.0)
         now = time.perf_counter()
         if outcome is not Outcome.ANSWERED:
             await asyncio.sleep(REFUSED_PAUSE_S)
@@ -201,5 +272,65 @@ async def recovery_time(send: Send, source: RequestSource, within_ms: float) -> 
     return None
 
 
-def _shown(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+class Generator:
+    """The generator's operations, named as in the protocol and in `Load`."""
+
+    def __init__(self, send: Send, texts: Sequence[str], expected: ExpectedVectors | None) -> None:
+        self._send, self._texts, self._expected = send, texts, expected
+
+    async def closed(self, callers: int, seconds: float, turn: Turn | None, seed: int) -> dict[str, Any]:
+        """Run a closed loop. Callers of the mix draw from one sequence; others start at places of their own."""
+        mixed = self._requests(turn, seed, kinds={Kind.GOOD: 1.0})
+        streams = [mixed if turn is None else self._requests(turn, seed, at / callers) for at in range(callers)]
+        return vars(await Loop(self._send).closed(streams, seconds))
+
+    async def begin(self, turn: Turn | None, seed: int, **options: Any) -> dict[str, Any]:
+        """Begin an open loop."""
+        self._loop = Loop(self._send)
+        self._task = asyncio.ensure_future(self._loop.open(self._requests(turn, seed), seed=seed, **options))
+        return {}
+
+    async def take(self, end: End) -> dict[str, Any]:
+        """Return the window since the last call, after the loop's end where `end` states it."""
+        if end == "wait":
+            await self._task
+        elif end == "stop":
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        return vars(self._loop.take())
+
+    def _requests(
+        self, turn: Turn | None, seed: int, start: float = 0.0, kinds: Mapping[Kind, float] = KINDS
+    ) -> Iterator[Request]:
+        if turn is not None:
+            return in_turn(*turn, len(self._texts), start)
+        assert self._expected is not None
+        return mix(self._expected, seed, kinds)
+
+
+async def serve(data: Path) -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # output of libraries goes to standard error
+    addresses, texts, timeout_s, expected = pickle.loads(data.read_bytes())
+    targets = {
+        name: GatewayTarget(address, timeout_s)
+        if name == GATEWAY
+        else TritonTarget(name, address, timeout_s, expected and expected.fingerprint)
+        for name, address in addresses.items()
+    }
+    generator = Generator(Sender(targets, texts, expected).send, texts, expected)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        request = json.loads(line)
+        try:
+            answer = await getattr(generator, request.pop("op"))(**request)
+        except Exception as error:  # the process's edge: the parent decides what a failure means
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    for target in targets.values():
+        await target.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(Path(sys.argv[1])))

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from benchmarks.load.servers import Row
 from benchmarks.peers.environments import make_environment
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import PeerError
 
 NAME = "perf_analyzer"
@@ -36,32 +38,9 @@ def find_perf_analyzer(environment: Path | None, environments: Path, on_progress
 
 
 def run_perf_analyzer(
-    program: Path,
-    *,
-    model: str,
-    grpc_port: int,
-    texts: Sequence[str],
-    callers: int,
-    size: int,
-    seconds: float,
-    scratch: Path,
-) -> tuple[float, float, float]:
-    """Measure one closed loop over gRPC.
-
-    perf_analyzer ends when its figures stay within 20 % over three windows, or after ten windows.
-
-    Args:
-        program: the binary.
-        model: the served model's name.
-        grpc_port: on this machine.
-        texts: sent in turn.
-        callers: requests under way at once.
-        size: texts per request.
-        seconds: of one window.
-        scratch: folder for its files.
-
-    Returns:
-        Texts per second, p50 and p99 of the requests in milliseconds.
+    program: Path, grpc_port: int, texts: Sequence[str], *, callers: int, size: int, window_s: float, scratch: Path
+) -> list[Row]:
+    """Measure one closed loop over gRPC until the figures of three windows are within 20 %, or for ten windows.
 
     Raises:
         PeerError: it ended without figures; the message has the last line it wrote.
@@ -70,10 +49,10 @@ def run_perf_analyzer(
     data.write_text(json.dumps({"data": [{"TEXT": [text]} for text in texts]}), encoding="utf-8")
     table.unlink(missing_ok=True)
     command = [
-        *(str(program), "-m", model, "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc"),
+        *(str(program), "-m", MODEL_NAME, "-u", f"127.0.0.1:{grpc_port}", "-i", "grpc"),
         *("--input-data", str(data), "--shape", "TEXT:1", "-b", str(size)),
         *("--concurrency-range", f"{callers}:{callers}", "--stability-percentage", "20"),
-        *("--measurement-interval", str(round(1000 * seconds)), "-f", str(table)),
+        *("--measurement-interval", str(round(1000 * window_s)), "-f", str(table)),
     ]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(_libraries(scratch / "libraries"))}
     try:
@@ -87,13 +66,13 @@ def run_perf_analyzer(
         raise PeerError(f"perf_analyzer ended with status {done.returncode}: {' '.join(last)}")
     with table.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    if len(rows) != 1:
-        raise PeerError(f"perf_analyzer wrote {len(rows)} rows of figures where one is expected")
     try:
-        rate, p50_us, p99_us = (float(rows[0][name]) for name in ("Inferences/Second", "p50 latency", "p99 latency"))
+        (row,) = rows
+        rate, p50_us, p99_us = (float(row[name]) for name in ("Inferences/Second", "p50 latency", "p99 latency"))
     except (KeyError, ValueError) as error:
-        raise PeerError(f"perf_analyzer's table has no number in the column {error}") from error
-    return rate, p50_us / 1e3, p99_us / 1e3
+        raise PeerError(f"perf_analyzer's table is not one row with a rate, p50 and p99 ({error}): {rows}") from error
+    milliseconds = (("p50 of requests", p50_us / 1e3), ("p99 of requests", p99_us / 1e3))
+    return [("texts per second", "1/s", [rate]), *((metric, "ms", [ms]) for metric, ms in milliseconds)]
 
 
 def _libraries(folder: Path) -> Path:

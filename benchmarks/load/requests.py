@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.load.targets import GRPC, HTTP
 from mirror_runtime.bundle import EncoderSpec, read_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.vectors import Vectors, components, distance_problem
+
+GRPC, HTTP, GATEWAY = "grpc", "http", "gateway"
+"""Names of the targets: Triton's two protocols, and the gateway's own API."""
 
 TEXTS_PER_REQUEST = {1: 0.80, 8: 0.15, 32: 0.05}
 """Sizes of the mix's requests, and how often each is drawn."""
@@ -44,9 +46,6 @@ class Kind(str, Enum):
 
 KINDS = {Kind.GOOD: 0.95, Kind.BAD_UTF8: 0.01, Kind.UNKNOWN_PARAMETER: 0.01, Kind.EMPTY: 0.01, Kind.CANCELLED: 0.02}
 
-REFUSALS = {Kind.BAD_UTF8: "not valid UTF-8", Kind.UNKNOWN_PARAMETER: "known are dimensions", Kind.EMPTY: ""}
-"""Words that the refusal of a bad request must contain. Triton itself refuses the empty one."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -55,31 +54,6 @@ class Request:
     kind: Kind = Kind.GOOD
     target: str
     chosen: tuple[int, ...]
-
-    @property
-    def label(self) -> str:
-        """Target and texts, such as "grpc 8"."""
-        return f"{self.target} {len(self.chosen)}"
-
-
-class InTurn:
-    """Requests of one size that go round `texts` texts; what is left at the end of a round is left out."""
-
-    def __init__(self, target: str, texts: int, size: int) -> None:
-        starts = range(0, max(1, texts - size + 1), size)
-        self._requests = [
-            Request(target=target, chosen=tuple(range(start, min(start + size, texts)))) for start in starts
-        ]
-        self._drawn = self.stream(0, 1)
-
-    def stream(self, caller: int, callers: int) -> Iterator[Request]:
-        """Go round the requests, each caller from a place of its own."""
-        start = caller * len(self._requests) // callers
-        return itertools.cycle(self._requests[start:] + self._requests[:start])
-
-    def draw(self) -> Request:
-        """Return the next request."""
-        return next(self._drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +64,7 @@ class ExpectedVectors:
         texts: canaries, the workload's texts, then long ones.
         components: float32 [texts, dim], components of the right vectors.
         floor: cosine below which a vector is wrong.
-        spec: of the encoder.
+        fingerprint: vector space that answers must name.
         canaries: number of canaries among the texts.
         long_from: position of the first long text.
     """
@@ -99,15 +73,13 @@ class ExpectedVectors:
     components: NDArray[np.float32]
     floor: float
     spec: EncoderSpec
+    fingerprint: str
     canaries: int
     long_from: int
 
     def problem(self, chosen: Sequence[int], vectors: Vectors) -> str:
         """Describe what is wrong with an answer, see `distance_problem`; "" if it is right."""
-        expected = self.components[list(chosen)]
-        if len(vectors) != len(chosen):
-            return f"{len(vectors)} vectors for {len(chosen)} texts"
-        found = components(vectors, self.spec)
+        expected, found = self.components[list(chosen)], components(vectors, self.spec)
         if found.shape != expected.shape:
             return f"vectors have shape {found.shape} where {expected.shape} is expected"
         if not np.isfinite(found).all():
@@ -132,45 +104,34 @@ class ExpectedVectors:
             components=np.concatenate([references, vectors]),
             floor=FAKE_FLOOR if encoder.artifact is None else encoder.artifact.parity.floor,
             spec=encoder.spec,
+            fingerprint=encoder.fingerprint,
             canaries=len(canaries),
             long_from=len(canaries) + len(texts),
         )
 
 
-class Mix:
-    """Random requests over both of Triton's protocols. The same seed draws the same ones."""
-
-    def __init__(self, expected: ExpectedVectors, seed: int) -> None:
-        self._expected, self._random = expected, random.Random(seed)
-
-    def stream(self, caller: int, callers: int) -> Iterator[Request]:
-        """Draw good requests; all callers draw from one sequence."""
-        while True:
-            yield self._request(Kind.GOOD)
-
-    def draw(self) -> Request:
-        """Draw a request of any kind."""
-        (kind,) = self._random.choices(tuple(KINDS), tuple(KINDS.values()))
-        return self._request(kind)
-
-    def _request(self, kind: Kind) -> Request:
-        (size,) = self._random.choices(tuple(TEXTS_PER_REQUEST), tuple(TEXTS_PER_REQUEST.values()))
-        if kind is Kind.CANCELLED:
-            size = max(TEXTS_PER_REQUEST)
-        if kind is Kind.EMPTY:
-            size = 0
-        target = self._random.choice((GRPC, HTTP))
-        return Request(kind=kind, target=target, chosen=tuple(self._text() for _ in range(size)))
-
-    def _text(self) -> int:
-        first_long, count = self._expected.long_from, len(self._expected.texts)
-        if self._random.random() < LONG_SHARE:
-            return self._random.randrange(first_long, count)
-        return self._random.randrange(first_long)
+def in_turn(target: str, size: int, texts: int, start: float = 0.0) -> Iterator[Request]:
+    """Go round `texts` texts in requests of one size, from a share of a round on; what its end leaves is left out."""
+    places = range(0, max(1, texts - size + 1), size)
+    requests = [Request(target=target, chosen=tuple(range(at, min(at + size, texts)))) for at in places]
+    first = int(start * len(requests))
+    return itertools.cycle(requests[first:] + requests[:first])
 
 
-RequestSource = InTurn | Mix
-"""`stream` returns the endless requests of one of some callers, all good; `draw` the next of random arrivals."""
+def mix(expected: ExpectedVectors, seed: int, kinds: Mapping[Kind, float]) -> Iterator[Request]:
+    """Draw requests over both of Triton's protocols, their kinds in these shares. The same seed draws the same ones."""
+    draw, first_long = random.Random(seed), expected.long_from
+
+    def text() -> int:
+        is_long = draw.random() < LONG_SHARE
+        return draw.randrange(first_long, len(expected.texts)) if is_long else draw.randrange(first_long)
+
+    while True:
+        (kind,) = draw.choices(tuple(kinds), tuple(kinds.values()))
+        (size,) = draw.choices(tuple(TEXTS_PER_REQUEST), tuple(TEXTS_PER_REQUEST.values()))
+        size = {Kind.CANCELLED: max(TEXTS_PER_REQUEST), Kind.EMPTY: 0}.get(kind, size)
+        target = draw.choice((GRPC, HTTP))
+        yield Request(kind=kind, target=target, chosen=tuple(text() for _ in range(size)))
 
 
 def long_texts(texts: Sequence[str], max_tokens: int, seed: int) -> list[str]:

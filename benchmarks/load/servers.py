@@ -1,31 +1,44 @@
-"""The servers that are put under load: Triton with its own statistics, and `mirror gateway` as its users run it."""
+"""The servers that are put under load: Triton with its statistics, `mirror gateway`, and `mirror serve` as a whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.plan import Variant
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
-from mirror_runtime.triton.server.server import Server, launcher
+from mirror_runtime.triton.server.processes import alive, group_members, kill_group, resident_bytes, runners
+from mirror_runtime.triton.server.server import SHARED_MEMORY, Server, launcher
 
 T = TypeVar("T")
 
+Row = tuple[str, str, Sequence[float]]
+"""Metric, unit and samples."""
+
+Statistics = Callable[[], Sequence[Row]]
+
 STARTUP_S = 180.0
 STOP_S = 10.0
+
+ALL = "all"
+"""Label of all processes, and of all requests, together."""
+
+END_S = 60.0
+"""From SIGTERM to the end: longer than `mirror serve` waits for the requests that it has accepted."""
 
 SETTLE_S = 0.1
 """Triton counts a request a moment after it has answered it."""
@@ -36,112 +49,96 @@ _LOG_LINES = 5
 _ADDRESS = re.compile(rf"^TEI\s+http://({re.escape(_HOST)}:\d+)/embed$", re.MULTILINE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerTimes:
-    """Triton's own statistics of the requests of one loop.
+def triton_statistics(server: Server) -> Statistics:
+    """Return a function that reads Triton's own statistics of the requests since its last call.
 
-    Attributes:
-        queue_ms: mean time that a request waited for others to share an execution with, or for a free instance.
-        compute_ms: mean time in the model: tokenising, packing and running the graph.
-        texts_per_execution: mean number of texts that shared an execution.
+    They are the mean time that a request waited and was in the model, and the mean number of texts that shared an
+    execution; nothing if no request was answered.
+
+    Raises:
+        ServerError: the counters cannot be read.
     """
 
-    queue_ms: float
-    compute_ms: float
-    texts_per_execution: float
-
-
-class TritonStatistics:
-    """Triton's counters since the last call."""
-
-    def __init__(self, server: Server) -> None:
-        self._url = f"http://{_HOST}:{server.http_port}/v2/models/{MODEL_NAME}/stats"
-        self._before = self._counters()
-
-    def take(self) -> ServerTimes | None:
-        """Return the statistics of the requests since the last call; None if no request was answered.
-
-        Raises:
-            ServerError: the counters cannot be read.
-        """
-        now = self._counters()
-        gained = {name: value - self._before[name] for name, value in now.items()}
-        self._before = now
-        if not gained["requests"] or not gained["executions"]:
-            return None
-        return ServerTimes(
-            queue_ms=gained["queue_ns"] / gained["requests"] / 1e6,
-            compute_ms=gained["compute_ns"] / gained["requests"] / 1e6,
-            texts_per_execution=gained["texts"] / gained["executions"],
+    def counters() -> Counter[str]:
+        time.sleep(SETTLE_S)
+        stats = _read_json(f"http://{_HOST}:{server.http_port}/v2/models/{MODEL_NAME}/stats")["model_stats"][0]
+        times = stats["inference_stats"]
+        return Counter(
+            texts=stats["inference_count"],
+            executions=stats["execution_count"],
+            requests=times["success"]["count"],
+            queue_ns=times["queue"]["ns"],
+            compute_ns=sum(times[part]["ns"] for part in ("compute_input", "compute_infer", "compute_output")),
         )
 
-    def _counters(self) -> Mapping[str, int]:
-        time.sleep(SETTLE_S)
-        stats = _read_json(self._url)["model_stats"][0]
-        times = stats["inference_stats"]
-        return {
-            "texts": stats["inference_count"],
-            "executions": stats["execution_count"],
-            "requests": times["success"]["count"],
-            "queue_ns": times["queue"]["ns"],
-            "compute_ns": sum(times[part]["ns"] for part in ("compute_input", "compute_infer", "compute_output")),
-        }
+    before = counters()
+
+    def take() -> list[Row]:
+        nonlocal before
+        now = counters()
+        gained, before = now - before, now
+        if not gained["requests"] or not gained["executions"]:
+            return []
+        return [
+            ("queue time", "ms", [gained["queue_ns"] / gained["requests"] / 1e6]),
+            ("compute time", "ms", [gained["compute_ns"] / gained["requests"] / 1e6]),
+            ("texts per execution", "", [gained["texts"] / gained["executions"]]),
+        ]
+
+    return take
 
 
 @contextmanager
 def mirror_process(
-    folder: Path, *arguments: str, ready: Callable[[str], T | None]
-) -> Iterator[tuple[subprocess.Popen[bytes], T]]:
-    """Run a `mirror` command that serves, and stop it on exit. Its output goes to the files `output` and `log`.
+    *arguments: str, ready: Callable[[str], T | None]
+) -> Iterator[tuple[subprocess.Popen[bytes], Path, T]]:
+    """Run a `mirror` command that serves, and stop it on exit.
 
     Call it in the main thread: the process is ended when the thread that started it ends.
 
     Args:
-        folder: existing, for its output and, in `tmp`, its temporary files.
         arguments: of `mirror`.
         ready: receives what it has printed so far; returns None until it serves.
 
     Yields:
-        The process, and the result of `ready`.
+        The process, a folder with its standard error in `log` and its temporary files in `tmp`, and `ready`'s result.
 
     Raises:
         ServerError: it ended or was not ready in time; the message has the end of its log.
     """
-    temporary, output, log = folder / "tmp", folder / "output", folder / "log"
-    temporary.mkdir()
-    # Our callers have no API key.
-    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-    with output.open("wb") as stdout, log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [*launcher(), sys.executable, "-m", "mirror_runtime.cli", *arguments],
-            env={**environment, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)},
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the process in order
-        )
-    try:
-        deadline = time.monotonic() + STARTUP_S
-        while True:
-            status = process.poll()
-            printed = "".join(path.read_text(encoding="utf-8", errors="replace") for path in (output, log))
-            if status is None and (found := ready(printed)) is not None:
-                break
-            problem = (
-                f"did not start (status {status})" if status is not None else f"was not ready in {STARTUP_S:.0f} s"
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder:
+        temporary, output, log = (Path(folder) / name for name in ("tmp", "output", "log"))
+        temporary.mkdir()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)}
+        environment.pop(KEY_VARIABLE, None)  # our callers have no API key
+        with output.open("wb") as stdout, log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [*launcher(), sys.executable, "-m", "mirror_runtime.cli", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,  # a terminal's Ctrl-C reaches us alone; we stop the process in order
             )
-            if status is not None or time.monotonic() > deadline:
-                end = "\n".join(printed.splitlines()[-_LOG_LINES:])
-                raise ServerError(f"mirror {arguments[0]} {problem}; its log ends:\n{end}")
-            time.sleep(_POLL_S)
-        yield process, found
-    finally:
-        process.terminate()
         try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            deadline, found = time.monotonic() + STARTUP_S, None
+            while found is None:
+                time.sleep(_POLL_S)
+                status = process.poll()
+                printed = "".join(path.read_text(encoding="utf-8", errors="replace") for path in (output, log))
+                if status is not None or time.monotonic() > deadline:
+                    problem = "was not ready in time" if status is None else f"did not start (status {status})"
+                    end = "\n".join(printed.splitlines()[-_LOG_LINES:])
+                    raise ServerError(f"mirror {arguments[0]} {problem}; its log ends:\n{end}")
+                found = ready(printed)
+            yield process, Path(folder), found
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 @contextmanager
@@ -150,18 +147,131 @@ def running_gateway(bundle: Path, variant: Variant) -> Iterator[str]:
 
     def healthy(printed: str) -> str | None:
         address = _ADDRESS.search(printed)
-        try:
-            return address[1] if address and _read_json(f"http://{address[1]}/health") is not None else None
-        except ServerError:
-            return None
+        with suppress(ServerError):
+            if address and _read_json(f"http://{address[1]}/health") is not None:
+                return address[1]
+        return None
 
-    options = ("--engine", variant.engine.value, "--precision", variant.precision.value, "--port", "0")
-    drain = ("--drain", "0")  # without a load balancer nothing must notice the end first
-    with (
-        tempfile.TemporaryDirectory(prefix="mirror-bench-") as folder,
-        mirror_process(Path(folder), "gateway", str(bundle), *options, *drain, ready=healthy) as (_, address),
-    ):
+    options = ["--engine", variant.engine.value, "--precision", variant.precision.value, "--port", "0"]
+    options += ["--drain", "0"]  # without a load balancer nothing must notice the end first
+    with mirror_process("gateway", str(bundle), *options, ready=healthy) as (_, _, address):
         yield address
+
+
+class Ending(NamedTuple):
+    """The server's reaction to SIGTERM.
+
+    `by_itself`: it had ended before. `status`: None if it did not end in time and was killed. `leftovers`: processes,
+    shared memory and files that it left behind.
+    """
+
+    by_itself: bool
+    status: int | None
+    seconds: float
+    leftovers: tuple[str, ...]
+
+
+class ServedBundle:
+    """A running `mirror serve` with its output and temporary files in `folder`, at an address for each protocol."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, addresses: dict[str, str]) -> None:
+        self._process, self._folder, self.addresses = process, folder, addresses
+        self._last: dict[int, str] = {}  # those that ran when a tritonserver was last seen
+        self._server: int | None = None
+        self.restarts = 0
+
+    @property
+    def log(self) -> list[str]:
+        """Lines that it has written to standard error so far."""
+        return (self._folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
+
+    @property
+    def running(self) -> bool:
+        """Whether `mirror serve` has not ended."""
+        return self._process.poll() is None
+
+    def processes(self) -> dict[int, str]:
+        """Name the server's living processes: "mirror serve", "tritonserver", "model" for what runs it, or "other"."""
+        named = {self._process.pid: "mirror serve"}
+        servers = _children(self._process.pid)
+        for server in servers:
+            named |= dict.fromkeys(group_members(server), "other")
+            named |= dict.fromkeys(runners(server, MODEL_NAME), "model")
+            named[server] = "tritonserver"
+        if servers:
+            self.restarts += self._server not in (None, servers[-1])
+            self._server, self._last = servers[-1], named
+        return named
+
+    def memory(self) -> dict[str, float]:
+        """Measure the resident memory of the processes of each name and of `ALL`, in MB; shared pages count in each."""
+        sizes: Counter[str] = Counter()
+        for pid, name in self.processes().items():
+            sizes.update(dict.fromkeys((name, ALL), resident_bytes([pid])))
+        return {name: size / 1e6 for name, size in sizes.items() if size}
+
+    def end(self) -> Ending:
+        """Send SIGTERM, wait for the end, and look for leftover processes, shared memory and files."""
+        self.processes()  # those running now must be gone afterwards
+        by_itself, began, status = not self.running, time.monotonic(), None
+        self._process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(END_S)
+        seconds = time.monotonic() - began
+        leftovers = (
+            *(f"process {pid} ({name})" for pid, name in self._last.items() if alive(pid)),
+            *(f"shared memory {region.name}" for region in self._shared_memory()),
+            *(f"temporary file {path.name}" for path in sorted((self._folder / "tmp").iterdir())),
+        )
+        return Ending(by_itself, status, seconds, leftovers)
+
+    def clear(self) -> None:
+        """Kill what still runs and remove what it left."""
+        self.processes()
+        self._process.kill()
+        self._process.wait()
+        for server in (pid for pid, name in self._last.items() if name == "tritonserver"):
+            kill_group(server)
+        for region in self._shared_memory():
+            region.unlink(missing_ok=True)
+
+    def _shared_memory(self) -> list[Path]:
+        return sorted(SHARED_MEMORY.glob(f"mirror_{self._process.pid}_*"))
+
+
+@contextmanager
+def served_bundle(bundle: Path, *options: str) -> Iterator[ServedBundle]:
+    """Serve a bundle on free ports of the loopback address with options of `mirror serve`; gone on exit.
+
+    Raises:
+        ServerError: it did not start.
+    """
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    with mirror_process("serve", str(bundle), *options, *ports, ready=_addresses) as found:
+        server = ServedBundle(*found)
+        try:
+            yield server
+        finally:
+            server.clear()
+
+
+def _addresses(printed: str) -> dict[str, str] | None:
+    """Read host and port by protocol; None until `mirror serve` has printed all of its addresses."""
+    words = {word: rest for word, _, rest in (line.partition(" ") for line in printed.splitlines())}
+    if not {"gRPC", "HTTP", "metrics"} <= words.keys():
+        return None
+    return {"grpc": words["gRPC"].strip(), "http": words["HTTP"].split("/")[2]}
+
+
+def _children(parent: int) -> list[int]:
+    """List the living child processes of a process."""
+    children = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
+            if int(text.rpartition(")")[2].split()[1]) == parent and alive(int(folder.name)):
+                children.append(int(folder.name))
+    return children
 
 
 def _read_json(url: str) -> Any:

@@ -1,34 +1,67 @@
-"""What the load generator can send requests to: Triton over gRPC or HTTP, and `mirror gateway`."""
+"""Where the load generator sends requests, Triton over gRPC or HTTP and `mirror gateway`, and how requests end."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 
 import aiohttp
 import numpy as np
 
+from benchmarks.load.requests import GRPC, ExpectedVectors, Kind, Request
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.grpc_transport import AsyncGrpcTransport
 from mirror_runtime.client.http_transport import AsyncHttpTransport
-from mirror_runtime.client.protocol import MODEL_NAME, Parameters
-from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError, UnavailableError
+from mirror_runtime.client.protocol import MODEL_NAME, Parameters, Rejected
+from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.vectors import Vectors
 
-GRPC, HTTP, GATEWAY = "grpc", "http", "gateway"
-"""Names of the targets: Triton's two protocols, and the gateway's own API."""
+
+class Outcome(str, Enum):
+    """How a request ended."""
+
+    ANSWERED = "answered"
+    """With the expected vectors, where they are known."""
+    REFUSED = "bad request refused"
+    """For the right reason."""
+    CANCELLED = "cancelled"
+    """By its caller, before an answer came."""
+    WRONG_VECTOR = "wrong vector"
+    NOT_REFUSED = "bad request answered"
+    OTHER_REFUSAL = "bad request refused for another reason"
+    GOOD_REFUSED = "good request refused"
+    OVERLOADED = "overloaded"
+    """Refused because the server had too much to do."""
+    UNAVAILABLE = "unavailable"
+    LATE = "no answer in time"
+    FAILED = "server error"
+    UNSENT = "not sent"
+    """Too many requests were under way."""
+    CRASHED = "caller failed"
+    """With an exception that no caller of ours should see."""
+
+
+EXPECTED = frozenset({Outcome.ANSWERED, Outcome.REFUSED, Outcome.CANCELLED})
+"""How requests may end on a server that is not overloaded."""
+
+REFUSALS = {Kind.BAD_UTF8: "not valid UTF-8", Kind.UNKNOWN_PARAMETER: "known are dimensions", Kind.EMPTY: ""}
+"""Words that the refusal of a bad request must contain. Triton itself refuses the empty one."""
+
+_FAILURES = (
+    (OverloadedError, Outcome.OVERLOADED),
+    (UnavailableError, Outcome.UNAVAILABLE),
+    (DeadlineExceededError, Outcome.LATE),
+    ((Rejected, InputError), Outcome.GOOD_REFUSED),
+    (ServerError, Outcome.FAILED),
+    (Exception, Outcome.CRASHED),
+)
+"""Subclasses before their bases."""
 
 
 class TritonTarget:
-    """Triton over one protocol. Ordinary requests go through `AsyncClient`, bad ones straight to its transport.
-
-    Args:
-        protocol: "grpc" or "http".
-        address: host and port.
-        timeout_s: of one request.
-        fingerprint: vector space that answers must name; None accepts any.
-    """
+    """Triton over one protocol. Ordinary requests go through `AsyncClient`, bad ones straight to its transport."""
 
     def __init__(self, protocol: str, address: str, timeout_s: float, fingerprint: str | None) -> None:
         self._timeout_s = timeout_s
@@ -53,14 +86,12 @@ class TritonTarget:
 
 
 class GatewayTarget:
-    """The gateway's /embed over HTTP connections that stay open."""
+    """The gateway's /embed over HTTP connections that stay open: as many as there are requests under way."""
 
     def __init__(self, address: str, timeout_s: float) -> None:
         self._url = f"http://{address}/embed"
         self._session = aiohttp.ClientSession(
-            # As many connections as there are requests under way.
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=timeout_s)
         )
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
@@ -72,13 +103,14 @@ class GatewayTarget:
             raise DeadlineExceededError("the gateway did not answer in time") from error
         except aiohttp.ClientError as error:
             raise UnavailableError(f"the gateway did not answer: {error or type(error).__name__}") from error
+        shown = content[:200].decode("utf-8", "replace")
         if response.status != 200:
             kind = OverloadedError if response.status in (429, 503) else ServerError
-            raise kind(f"the gateway answered HTTP {response.status}: {_shown(content)}")
+            raise kind(f"the gateway answered HTTP {response.status}: {shown}")
         try:
             return np.asarray(json.loads(content), np.float32)
         except ValueError as error:
-            raise ServerError(f"the gateway's answer is not vectors: {_shown(content)}") from error
+            raise ServerError(f"the gateway's answer is not vectors: {shown}") from error
 
     async def close(self) -> None:
         """Close the connections."""
@@ -89,15 +121,35 @@ Target = TritonTarget | GatewayTarget
 """A server as one event loop reaches it. Every failure is a `MirrorError`; an overloaded server is not retried."""
 
 
-def open_targets(addresses: Mapping[str, str], timeout_s: float, fingerprint: str | None) -> dict[str, Target]:
-    """Open the targets `GRPC`, `HTTP` and `GATEWAY` of an event loop, as far as they have an address."""
-    return {
-        name: GatewayTarget(address, timeout_s)
-        if name == GATEWAY
-        else TritonTarget(name, address, timeout_s, fingerprint)
-        for name, address in addresses.items()
-    }
+class Sender:
+    """Sends requests to their targets, and compares the answers unless `expected` is None."""
+
+    def __init__(self, targets: Mapping[str, Target], texts: Sequence[str], expected: ExpectedVectors | None) -> None:
+        self._targets, self._texts, self._expected = targets, texts, expected
+
+    async def send(self, request: Request, cancel_after_s: float = 0.0) -> tuple[Outcome, str]:
+        """Send a request, one of kind `CANCELLED` for so long, and return how it ended and why. Never raises."""
+        kind, target = request.kind, self._targets[request.target]
+        texts = [self._texts[at] for at in request.chosen]
+        try:
+            if kind in REFUSALS:
+                assert isinstance(target, TritonTarget)  # the gateway gets good requests alone
+                raw = [text.encode() for text in texts]
+                if kind is Kind.BAD_UTF8:
+                    raw[-1] += b" \xff"
+                await target.submit(raw, {"normalise": True} if kind is Kind.UNKNOWN_PARAMETER else {})
+                return Outcome.NOT_REFUSED, kind.value
+            vectors = await asyncio.wait_for(target.encode(texts), cancel_after_s if kind is Kind.CANCELLED else None)
+            problem = "" if self._expected is None else self._expected.problem(request.chosen, vectors)
+            return (Outcome.WRONG_VECTOR if problem else Outcome.ANSWERED), problem
+        except Exception as error:
+            # The edge of a caller: whatever a library raises is a finding, and the load goes on.
+            return _outcome(kind, error), f"{type(error).__name__}: {error}"
 
 
-def _shown(content: bytes) -> str:
-    return content[:200].decode("utf-8", "replace")
+def _outcome(kind: Kind, error: Exception) -> Outcome:
+    if kind is Kind.CANCELLED and isinstance(error, asyncio.TimeoutError):
+        return Outcome.CANCELLED
+    if kind in REFUSALS and isinstance(error, Rejected):
+        return Outcome.REFUSED if REFUSALS[kind] in error.reason else Outcome.OTHER_REFUSAL
+    return next(outcome for kinds, outcome in _FAILURES if isinstance(error, kinds))

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -62,23 +63,20 @@ def installed_versions(packages: Sequence[str] = MEASURED_WITH) -> dict[str, str
     """Return the versions of the packages that are installed here."""
     versions = {}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def describe_source(root: Path) -> Source:
     """Return the commit of a clone and whether files differ from it; both None without git or a clone."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(
+            ["git", "-C", root, *arguments], stderr=subprocess.DEVNULL, text=True, timeout=30
+        ).strip()
+
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return Source(commit=commit, dirty=bool(_git(root, "status", "--porcelain")))
+        return Source(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return Source(commit=None, dirty=None)
-
-
-def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True, timeout=30
-    ).stdout.strip()

@@ -7,7 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from mirror_runtime.errors import InputError, PeerError
@@ -16,18 +16,13 @@ STAMP = ".requirements-sha256"
 INCOMPLETE = "incomplete"
 
 
-def environment_python(folder: Path) -> Path:
-    """Return the interpreter of a virtual environment."""
-    return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-
-
 def existing_environment(folder: Path) -> Path:
     """Return the interpreter of an environment that the user made; its packages are not checked.
 
     Raises:
         PeerError: the folder is not a virtual environment.
     """
-    python = environment_python(folder)
+    python = folder / "bin" / "python"
     if not python.is_file():
         raise PeerError(f"{folder} is not a virtual environment: {python} does not exist")
     return python
@@ -36,13 +31,9 @@ def existing_environment(folder: Path) -> Path:
 def make_environment(requirements: Path, folder: Path, on_progress: Callable[[str], None]) -> Path:
     """Make an environment unless its stamp shows that it is complete, and return its interpreter.
 
-    The hash is written to the stamp last, so an interrupted installation is repeated. Where packages come from is pip's
-    own configuration (its configuration files and PIP_ variables).
-
-    Args:
-        requirements: pinned, one per line.
-        folder: the environment's. It is replaced if its stamp is outdated, and left alone if it has none.
-        on_progress: takes a line of progress.
+    The hash is written to the stamp last, so an interrupted installation is repeated. A folder with an outdated stamp
+    is replaced; one without a stamp is the user's own and is used as it is. Where packages come from is pip's own
+    configuration (its configuration files and PIP_ variables).
 
     Raises:
         PeerError: it cannot be made; the message has the last line of pip's output.
@@ -51,19 +42,27 @@ def make_environment(requirements: Path, folder: Path, on_progress: Callable[[st
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text(encoding="ascii") == digest:
         return existing_environment(folder)
-    if folder.exists():
-        if not stamp.is_file():
-            raise PeerError(f"{folder} exists and was not made by this program: move it, or name another folder")
-        shutil.rmtree(folder)
+    if folder.exists() and not stamp.is_file():
+        return existing_environment(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     stamp.write_text(INCOMPLETE, encoding="ascii")
     on_progress(f"making {folder.name}")
     _run([sys.executable, "-m", "venv", str(folder)], on_progress)
-    python = environment_python(folder)
+    python = existing_environment(folder)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
     _run([*pip, "-r", str(requirements)], on_progress)
     stamp.write_text(digest, encoding="ascii")
     return python
+
+
+def find_environment(
+    name: str, requirements: Path, given: Mapping[str, Path], folder: Path, on_progress: Callable[[str], None]
+) -> Path:
+    """Return the interpreter of the environment that the user named, or of ours in `folder`, made if it is missing."""
+    if name in given:
+        return existing_environment(given[name].absolute())
+    return make_environment(requirements / f"{name}.txt", (folder / name).absolute(), on_progress)
 
 
 def parse_environments(pairs: Sequence[str], option: str, known: Collection[str]) -> dict[str, Path]:

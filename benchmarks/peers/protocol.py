@@ -1,25 +1,8 @@
 """A peer's end of the line-JSON protocol, the same for every library.
 
-Runs in a peer's environment, so it imports only the standard library. One JSON object a line on standard input,
-one on standard output for each:
-
-    {"op": "export", "model": DIR, "backend": B, "output": DIR, "texts": FILE}
-        -> {"seconds": s}
-    {"op": "load", "model": DIR, "backend": B, "texts": FILE}
-        -> {"load_seconds": s, "versions": {...}, "precision": "...", "threads": n or null}
-    {"op": "encode", "batch_size": n, "limit": n or null}
-        -> {"seconds": s, "texts": n}
-    {"op": "single", "texts": FILE, "calls": n}
-        -> {"samples_ms": [...]}
-    {"op": "dump", "batch_size": n, "output": FILE.npy, "texts": FILE or null}
-        -> {"texts": n}
-
-A texts file is a JSON list of strings; `dump` without one encodes those of `load`, and writes vectors [n, dim] in the
-library's own number type. A failure is answered with {"error": "..."} and the worker goes on; end of input ends it.
-Everything that libraries write to standard output goes to standard error.
-
-With the arguments `start DIR BACKEND FILE` the script loads the model, encodes one text, prints `ready BYTES`, encodes
-the file's texts, prints `done BYTES` and ends. The bytes are the process's peak resident memory.
+Runs in a peer's environment, so it imports only the standard library. A line `{"op": "encode", "batch_size": 8, …}` on
+standard input calls that method of `Worker`; what it returns, or `{"error": "..."}`, is a line on standard output.
+After an error the worker goes on; end of input ends it. What libraries write to standard output goes to standard error.
 """
 
 from __future__ import annotations
@@ -28,122 +11,108 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Answer = dict[str, Any]
+Encode = Callable[[Sequence[str], int], Any]
+"""Texts and a batch size to vectors [n, dim] in any array-like type."""
 
 WARM_CALLS = 3
 """Untimed calls before single texts are timed: the other parties have just used the caches and cores."""
 
-START_BATCH = 32
-"""Texts per batch after a start: the default of most libraries."""
+PACKAGES = (
+    *("sentence-transformers", "fastembed", "ctranslate2", "infinity-emb", "optimum", "optimum-intel", "optimum-onnx"),
+    *("transformers", "torch", "openvino", "nncf", "onnxruntime", "tokenizers", "numpy"),
+)
+"""Whose versions are reported, where they are installed."""
+
+INSTALLERS = frozenset({"pip", "setuptools", "wheel"})
+"""In every environment, and not needed by the programs that run there."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """A loaded model.
+class Model(NamedTuple):
+    """A loaded model, the number format that its library reports to compute in, and the threads, where it does."""
 
-    Attributes:
-        encode: takes texts and a batch size and returns vectors [n, dim] in any array-like type.
-        precision: number format that the library reports to compute in.
-        threads: that the library reports to use; None if it does not report them.
-    """
-
-    encode: Callable[[Sequence[str], int], Any]
-    precision: str
-    threads: int | None
+    encode: Encode
+    precision: str = "float32"
+    threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Library:
-    """A library, as its peer's script describes it.
+Open = Callable[[str, str, str], Model]
+"""A folder, a backend and a file of the folder ("" for the backend's usual one) to a model, all else at defaults."""
 
-    Attributes:
-        open: a model's folder and a backend to a loaded model, everything at the library's defaults.
-        packages: whose versions are reported.
-        export: model, backend, output folder, sample texts: saves what the backend loads, as the library advises. None
-            for a library that reads the bundle's own files.
-    """
-
-    open: Callable[[str, str], Model]
-    packages: tuple[str, ...]
-    export: Callable[[str, str, str, Sequence[str]], None] | None = None
+Export = Callable[[str, str, str, Sequence[str]], None]
+"""Folder, backend, output folder, sample texts: saves what the backend loads, as the library advises."""
 
 
 class Worker:
-    """The operations, named as in the protocol."""
+    """The operations."""
 
-    def __init__(self, library: Library) -> None:
-        self._library = library
+    def __init__(self, open_model: Open, export: Export | None) -> None:
+        self._open = open_model
+        self._export = export
         self._model: Model | None = None
         self._texts: list[str] = []
 
-    def export(self, model: str, backend: str, output: str, texts: str) -> Answer:
+    def export(self, model: str, backend: str, output: str, texts: list[str]) -> Answer:
         """Save the files that the backend loads."""
-        if self._library.export is None:
-            raise ValueError(f"{backend} needs no export")
-        began = time.perf_counter()
-        self._library.export(model, backend, output, read_json(texts))
-        return {"seconds": time.perf_counter() - began}
+        assert self._export is not None
+        self._export(model, backend, output, texts)
+        return {}
 
-    def load(self, model: str, backend: str, texts: str) -> Answer:
-        """Load the model and the texts."""
-        self._texts = read_json(texts)
+    def load(self, model: str, backend: str, texts: list[str]) -> Answer:
+        """Load the texts and the model; `backend` may be followed by a space and a file of the model."""
+        self._texts = texts
         began = time.perf_counter()
-        self._model = self._library.open(model, backend)
-        self._model.encode(self._texts[:1], 1)  # some compile at the first call: a user waits for that too
-        return {
-            "load_seconds": time.perf_counter() - began,
-            "versions": _versions(self._library.packages),
-            "precision": self._model.precision,
-            "threads": self._model.threads,
-        }
+        name, _, file = backend.partition(" ")
+        self._model = loaded = self._open(model, name, file)
+        loaded.encode(self._texts[:1], 1)  # some compile at the first call: a user waits for that too
+        seconds = time.perf_counter() - began
+        return {"load_seconds": seconds, "precision": loaded.precision, "threads": loaded.threads}
+
+    def packages(self) -> Answer:
+        """Return versions of `PACKAGES`, and the bytes of all packages of this environment."""
+        versions = {}
+        for package in PACKAGES:
+            with suppress(metadata.PackageNotFoundError):
+                versions[package] = metadata.version(package)
+        return {"versions": versions, "bytes": installed_bytes()}
 
     def encode(self, batch_size: int, limit: int | None) -> Answer:
         """Encode the first `limit` texts (None: all) and measure the seconds."""
-        model, texts = self._loaded(), self._texts[:limit]
+        encode, texts = self._encode, self._texts[:limit]
         began = time.perf_counter()
-        model.encode(texts, batch_size)
-        return {"seconds": time.perf_counter() - began, "texts": len(texts)}
+        encode(texts, batch_size)
+        return {"seconds": time.perf_counter() - began}
 
-    def single(self, texts: str, calls: int) -> Answer:
-        """Encode one text per call, in turn, and measure each call's milliseconds."""
-        model = self._loaded()
-        return {"samples_ms": time_calls(lambda one: model.encode(one, 1), read_json(texts), calls)}
+    def single(self, texts: list[str], calls: int) -> Answer:
+        """Encode one text a call, in turn, and measure the milliseconds of each."""
+        encode = self._encode
+        return {"samples_ms": time_calls(lambda one: encode(one, 1), texts, calls)}
 
-    def dump(self, batch_size: int, output: str, texts: str | None = None) -> Answer:
-        """Write the vectors of all texts, [n, dim]."""
+    def dump(self, batch_size: int, output: str, texts: list[str]) -> Answer:
+        """Write the vectors of texts, [n, dim], in the library's own number type."""
         import numpy as np
 
-        chosen = self._texts if texts is None else read_json(texts)
-        np.save(output, np.asarray(self._loaded().encode(chosen, batch_size)))
-        return {"texts": len(chosen)}
+        np.save(output, np.asarray(self._encode(texts, batch_size)))
+        return {}
 
-    def _loaded(self) -> Model:
+    @property
+    def _encode(self) -> Encode:
         if self._model is None:
             raise RuntimeError("nothing is loaded")
-        return self._model
+        return self._model.encode
 
 
-def serve(library: Library, arguments: Sequence[str]) -> int:
-    """Answer requests until the input ends, or perform one start."""
+def serve(open_model: Open, export: Export | None) -> None:
+    """Answer requests until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    if arguments:
-        _, folder, backend, texts = arguments
-        model = library.open(folder, backend)
-        assert len(model.encode(["How long does the first vector take?"], 1)) == 1
-        answers.write(f"ready {peak_bytes()}\n")
-        answers.flush()
-        model.encode(read_json(texts), START_BATCH)
-        answers.write(f"done {peak_bytes()}\n")
-        answers.flush()
-        return 0
-    worker = Worker(library)
+    worker = Worker(open_model, export)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -152,7 +121,6 @@ def serve(library: Library, arguments: Sequence[str]) -> int:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-    return 0
 
 
 def time_calls(encode: Callable[[list[str]], Any], texts: Sequence[str], calls: int) -> list[float]:
@@ -168,53 +136,23 @@ def time_calls(encode: Callable[[list[str]], Any], texts: Sequence[str], calls: 
     return samples
 
 
-def peak_bytes() -> int:
-    """Return the process's peak resident memory. getrusage's figure would include the process that started this one."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
 def read_json(path: str | Path) -> Any:
     """Read a file of UTF-8 JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def in_length_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return the positions of texts in batches, longest first: little padding, and the largest batch fails at once."""
-    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
-    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-
-
-def open_tokenizer(model: str) -> Any:
-    """Open a bundle's tokenizer with its own limit and without padding."""
-    from importlib import import_module
-
-    tokenizer = import_module("tokenizers").Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-    tokenizer.enable_truncation(read_json(Path(model) / "tokenizer_config.json")["model_max_length"])
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def read_head(model: str) -> tuple[str, bool]:
-    """Read a sentence-transformers folder's pooling ("mean" or "cls") and whether it normalises.
-
-    Raises:
-        ValueError: it pools in another way.
-    """
-    pooling = read_json(Path(model) / "1_Pooling" / "config.json")
-    kinds = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    chosen = [kind for key, kind in kinds.items() if pooling.get(key)]
-    modules = [module["type"].rsplit(".", 1)[-1] for module in read_json(Path(model) / "modules.json")]
-    if len(chosen) != 1 or not set(modules) <= {"Transformer", "Pooling", "Normalize"}:
-        raise ValueError("this peer supports only mean and cls pooling")
-    return chosen[0], "Normalize" in modules
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+def installed_bytes(names: Collection[str] | None = None) -> int:
+    """Add up the files of the packages (None: all but the installers), compiled Python included."""
+    total = 0
+    for package in metadata.distributions():
+        name = normal(package.metadata["Name"])
+        if name in INSTALLERS if names is None else name not in names:
             continue
-    return found
+        paths = (Path(str(package.locate_file(file))) for file in package.files or ())
+        total += sum(path.stat().st_size for path in paths if path.is_file())
+    return total
+
+
+def normal(name: str) -> str:
+    """Return a package's name as indexes compare it."""
+    return name.lower().replace("_", "-").replace(".", "-")

@@ -10,19 +10,10 @@ from benchmarks.workload import WorkloadFacts
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The machine, and what this process may use of it.
+    """The machine, and what this process may use of it. Empty or None: the system sets or states nothing.
 
-    Attributes:
-        cores_online: logical cores of the machine.
-        cores_usable: what affinity and the container's quota leave to this process.
-        affinity: numbers of the logical cores that this process may run on; empty where the system does not state them.
-        cpu_quota_cores: the tightest CPU quota of the process's control groups, in cores; None without one.
-        memory_limit_bytes: the tightest memory limit of the process's control groups; None without one.
-        cpu_flags: CPU features that decide the speed of matrix products.
-        clocks_mhz: of each logical core before the first measurement; empty where the system does not state them.
-        governor: frequency governor; None where the system does not state it, as in most virtual machines.
-        thread_environment: environment variables that change how many threads libraries start.
-        load_1min_start: load average before the first measurement; above ~0.5 other work was running.
+    Cores are logical ones; those usable are what affinity and the quota leave. Quota and limit are the tightest of the
+    process's control groups. Clocks and load are from before the first measurement: a load above ~0.5 is other work.
     """
 
     cpu_model: str
@@ -40,11 +31,6 @@ class Host:
     python: str
     load_1min_start: float
 
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What must be equal for an interrupted run to continue on this machine."""
-        return self.cpu_model, self.cores_online, self.cores_usable, self.memory_bytes, self.python
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -56,17 +42,9 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The bundle that was measured.
+    """The bundle that was measured, with all its packed artifacts.
 
-    Attributes:
-        name: of its folder.
-        fingerprint: of its vector space.
-        base_model: where its weights came from.
-        max_tokens: longest text in tokens.
-        dim: length of a vector.
-        artifacts: engine and precision of every packed artifact, measured or not.
-        flop_per_token: floating-point operations of one token's matrix products, without attention and embeddings;
-            None where config.json does not state the encoder's sizes.
+    The operations of a token are those of its matrix products, without attention; None where sizes are not stated.
     """
 
     name: str
@@ -80,14 +58,7 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of the run.
-
-    Attributes:
-        variants: engine and precision of the artifacts to measure: the parties that are ours.
-        peers: titles of the other libraries to measure; empty without the suite.
-        sets_sha256: of the evaluation sets' files.
-        training: description of suite training; None without the suite.
-    """
+    """The options of the run: `variants` are the parties that are ours, `peers` the titles of other libraries."""
 
     suites: tuple[str, ...]
     variants: tuple[str, ...]
@@ -103,12 +74,7 @@ class Settings:
 class Facts:
     """Everything in a report that is not a measurement.
 
-    Attributes:
-        started: ISO 8601.
-        partial: the run was interrupted; some figures may rest on fewer rounds than requested.
-        resumed: when the run was continued after an interruption; empty for one that ran through.
-        wall_s: seconds that the run took, all continuations together.
-        versions: of the packages that were measured with.
+    A partial run was interrupted; `resumed` are the moments when it was continued, and `wall_s` is of all together.
     """
 
     started: str

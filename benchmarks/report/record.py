@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
 
 from benchmarks.report.statistics import FIGURES, percentile
 
-SCHEMA_VERSION = 7
-"""Of report.json. Versions 1 to 6 had a dataclass for each metric."""
+SCHEMA_VERSION = 7  # of report.json; versions 1 to 6 had a dataclass for each metric
 
 PEOPLE = "people"
 """Party of a suite whose samples are people's scores: those of other parties under the same conditions, such as the
@@ -27,8 +25,7 @@ class Better(str, Enum):
 
     LOWER = "lower"
     HIGHER = "higher"
-    NEITHER = "neither"
-    """A fact, such as the bytes that were read: never judged by `compare.py`."""
+    NEITHER = "neither"  # a fact, such as the bytes that were read: never judged by `compare.py`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +35,10 @@ class Measurement:
     Attributes:
         suite: the question that it answers, such as "latency".
         party: who was measured: "openvino bf16" of ours, "sentence-transformers torch" of others, "machine".
-        conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
-        metric: such as "time per text".
-        unit: of the samples: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
         samples: one per round, request or text, in the order measured; at least one, all finite.
-        better: the direction of improvement; `compare.py` judges what has one.
-        reference: seconds of a fixed piece of work beside the samples, one per round (`machine.reference_speed`);
+        unit: "s", "ms", "us", "1/s", "B", "GFLOP/s", "" for a share or a cosine.
+        conditions: what else is fixed, such as {"tokens": 16}. With suite, party and metric it names the measurement.
+        reference: seconds of a fixed piece of work beside the samples, one per round (`machine.ceilings`);
             dividing by it removes the machine's own changes of speed. Empty where there is none.
         count: samples measured, where a thinned report holds fewer; else 0.
         figures: exact figures that the samples no longer yield, such as {"p99": 1.8} of a thinned measurement, or
@@ -56,15 +51,20 @@ class Measurement:
     unit: str
     samples: tuple[float, ...]
     better: Better
-    conditions: Mapping[str, Condition] = field(default_factory=lambda: MappingProxyType({}))
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
     reference: tuple[float, ...] = ()
     count: int = 0
-    figures: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What names the measurement within a report."""
         return self.suite, self.party, self.metric, tuple(sorted(self.conditions.items()))
+
+    @property
+    def attributes(self) -> dict[str, Condition]:
+        """The conditions, and the party among them."""
+        return {"party": self.party, **self.conditions}
 
     @property
     def total(self) -> int:
@@ -77,11 +77,7 @@ class Measurement:
         return self.figure("p50")
 
     def figure(self, name: str) -> float:
-        """Return a figure of all samples: one of `figures`, a percentile of `statistics.FIGURES`, "mean" or "sum".
-
-        Raises:
-            KeyError: the figure is neither stored nor can be computed.
-        """
+        """Return a figure of all samples: one of `figures`, of `statistics.FIGURES`, "mean" or "sum"."""
         if name in self.figures:
             return self.figures[name]
         if name in ("mean", "sum"):

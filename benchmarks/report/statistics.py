@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.statistics import Estimate
+from evaluation.statistics import Estimate, estimate
 
 BOOTSTRAP_DRAWS = 2000
 
@@ -16,11 +16,7 @@ FIGURES = {"min": 0.0, "p50": 50.0, "p90": 90.0, "p99": 99.0, "p99.9": 99.9, "ma
 
 
 def percentile(samples: Sequence[float], q: float) -> float:
-    """Return the q-th percentile (0 to 100), interpolated linearly between the two nearest samples.
-
-    Raises:
-        ValueError: there are no samples.
-    """
+    """Return the q-th percentile (0 to 100), interpolated linearly between the two nearest samples."""
     if not samples:
         raise ValueError("a percentile needs at least one sample")
     return float(np.percentile(np.asarray(samples, np.float64), q))
@@ -32,15 +28,10 @@ def median(samples: Sequence[float]) -> float:
 
 
 def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Divide two medians, with a 95 % percentile-bootstrap interval.
-
-    Both sides are resampled independently. With the handful of rounds of a benchmark the interval shows how far the
-    rounds scattered; it cannot show what all rounds had in common, such as a busy machine.
-    """
+    """Divide two medians, with a 95 % percentile-bootstrap interval; both sides are resampled independently."""
     random = np.random.default_rng(seed)
     tops, bottoms = (resampled_medians(side, random) for side in (numerator, denominator))
-    low, high = np.percentile(tops / bottoms, (2.5, 97.5))
-    return Estimate(value=median(numerator) / median(denominator), low=float(low), high=float(high))
+    return estimate(median(numerator) / median(denominator), tops / bottoms)
 
 
 def resampled_medians(samples: Sequence[float], random: np.random.Generator) -> NDArray[np.float64]:

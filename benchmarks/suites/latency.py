@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from rich.progress import Progress
 
-from benchmarks.machine.ceilings import floor_of
-from benchmarks.machine.reference_speed import beside_one_text
+from benchmarks.machine.ceilings import floor_of, reference_work
 from benchmarks.peers.protocol import time_calls
 from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
@@ -34,54 +33,43 @@ def calls_a_round(plan: Plan) -> int:
 
 
 def run_latency(plan: Plan, recorder: Recorder, progress: Progress) -> None:
-    """Measure every variant at every length that the encoder's limit allows."""
+    """Measure every variant at every length that the encoder's limit allows, interleaved with its reference work."""
     lengths = [length for length in LENGTHS if length <= plan.manifest.encoder.max_tokens]
     with loaded(plan, recorder, Suite.LATENCY) as runners:
-        left = list(runners)
+        left = {runner.variant.name: runner for runner in runners}
         with steps(progress, SUITE, len(lengths) * len(runners) * plan.rounds) as done:
             for tokens in lengths:
                 try:
                     texts = texts_in_turn(plan, tokens)
                 except InputError as error:  # too few words: the other suites do not need these texts
                     recorder.fail(SUITE, f"all, {tokens} tokens", error)
-                else:
-                    _one_length(plan, left, tokens, texts, recorder, done)
-        for runner in left:
-            recorder.record(SUITE, runner.variant.name, "streams", runner.encoder.engine.streams)
+                    continue
+                parties = {name: _turns(plan, runner, tokens, texts, recorder) for name, runner in left.items()}
+                for name in take_turns(parties, plan.rounds, lambda *it: recorder.fail(SUITE, *it), done):
+                    del left[name]
+                for name, runner in left.items():
+                    floor = floor_of(runner.variant, tokens, plan, recorder.measurements)
+                    if floor is not None:
+                        recorder.record(SUITE, name, "floor", floor, unit="ms", conditions={"tokens": tokens})
+        for name, runner in left.items():
+            recorder.record(SUITE, name, "streams", runner.encoder.engine.streams)
 
 
-def _one_length(
-    plan: Plan, left: list[Runner], tokens: int, texts: list[str], recorder: Recorder, done: Callable[[str], None]
-) -> None:
-    """Interleave variants and their reference work; one that fails is removed from `left`."""
-    conditions = {"tokens": tokens}
+def _turns(plan: Plan, runner: Runner, tokens: int, texts: list[str], recorder: Recorder) -> Callable[[int], None]:
+    reference = reference_work(plan, runner.variant, recorder, tokens)
+    samples: list[float] = []
+    beside: list[float] = []
 
-    def turns(runner: Runner) -> Callable[[int], None]:
-        reference = beside_one_text(plan, runner.variant, tokens, recorder)
-        samples: list[float] = []
-        beside: list[float] = []
+    def turn(_round: int) -> None:
+        samples.extend(time_calls(runner.encoder.encode, texts, calls_a_round(plan)))
+        if reference is not None:
+            beside.append(reference())
+        recorder.record(
+            SUITE, runner.variant.name, "time per text", *samples, unit="ms", better=Better.LOWER,
+            conditions={"tokens": tokens}, reference=beside,
+        )  # fmt: skip
 
-        def turn(_round: int) -> None:
-            samples.extend(time_calls(runner.encoder.encode, texts, calls_a_round(plan)))
-            if reference is not None:
-                beside.append(reference())
-            recorder.record(
-                SUITE, runner.variant.name, "time per text", *samples, unit="ms", better=Better.LOWER,
-                conditions=conditions, reference=beside,
-            )  # fmt: skip
-
-        return turn
-
-    parties = {runner.variant.name: turns(runner) for runner in left}
-    failed = take_turns(
-        parties, plan.rounds, lambda name, error: recorder.fail(SUITE, name, error),
-        lambda name: done(f"{name}, {tokens} tokens"),
-    )  # fmt: skip
-    left[:] = [runner for runner in left if runner.variant.name not in failed]
-    for runner in left:
-        floor = floor_of(runner.variant, tokens, plan, recorder.measurements)
-        if floor is not None:
-            recorder.record(SUITE, runner.variant.name, "floor", floor, unit="ms", conditions=conditions)
+    return turn
 
 
 def texts_in_turn(plan: Plan, tokens: int, count: int = TEXTS_A_LENGTH) -> list[str]:

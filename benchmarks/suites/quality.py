@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,19 +33,15 @@ RESAMPLES = 1000
 DECIMALS = 6
 """Of cosines: the rest is rounding, and pairs of one text with itself must tie."""
 
-BLOCK = 512
 MEAN = "mean"
 
 
 def read_evaluation_sets(
     sts: Sequence[Path], words: Sequence[Path], *, quick: bool = False
 ) -> tuple[EvaluationSet, ...]:
-    """Read sets of sentence and of word similarity.
+    """Read sets of sentence and of word similarity; a quick run takes the same sample of each.
 
-    Args:
-        sts: files of sentence pairs.
-        words: files of word pairs.
-        quick: take the same sample of at most `QUICK_PAIRS` pairs of each; its size is in the set's name.
+    The size of a sample is in the set's name.
 
     Raises:
         InputError: there are none, one cannot be read, or two have one name.
@@ -59,14 +56,11 @@ def read_evaluation_sets(
 
 
 class Judge:
-    """Scored pairs, and the bundle's own fp32 on them.
-
-    Args:
-        plan: of the run.
-        recorder: takes people's scores, and a failure where fp32 cannot run.
+    """Scored pairs, and the bundle's own fp32 on them: a failure is recorded where it cannot run.
 
     Attributes:
         texts: every distinct text: what a party encodes.
+        baseline: the variant of the bundle's fp32; None where there is none.
     """
 
     def __init__(self, plan: Plan, recorder: Recorder) -> None:
@@ -81,61 +75,52 @@ class Judge:
             recorder.record(SUITE, PEOPLE, "score", *one.scores, conditions=_conditions(one))
         reference = fp32_reference(plan, "sets", self.texts, recorder, Suite.QUALITY)
         self.baseline = None if reference is None else reference.party
-        self._baseline_cosines: list[NDArray[np.float64]] = []
-        self._neighbours: NDArray[np.int64] | None = None
         if reference is not None:
-            self._baseline_cosines = [self._cosines(one, reference.vectors) for one in plan.sets]
+            self._scores = self._judge([self._cosines(one, reference.vectors) for one in plan.sets])
             self._neighbours = self._nearest(reference.vectors)
 
     def judge(self, party: str, vectors: Components, *, keep_cosines: bool) -> None:
         """Record a party's rank correlations, their differences to fp32's, and the overlap of nearest neighbours.
 
-        Args:
-            party: in the report.
-            vectors: of `texts`, float32 [texts, dim].
-            keep_cosines: record each pair's cosine, for `compare.py`.
+        The vectors are those of `texts`, float32 [texts, dim]. `compare.py` needs the cosines of pairs.
 
         Raises:
             EngineError: the vectors are not finite, or every pair of a set has the same cosine.
         """
         if not np.isfinite(vectors).all():
             raise EngineError("its vectors are not finite")
-        values, draws, gains, gain_draws = [], [], [], []
-        for at, one in enumerate(self._sets):
-            found = self._cosines(one, vectors)
-            value = 100 * spearman(found, one.scores)
-            if np.isnan(value):
+        found = [self._cosines(one, vectors) for one in self._sets]
+        scores = self._judge(found)
+        fact = partial(self._recorder.record, SUITE, party)
+        for one, values, score in zip(self._sets, found, scores[:, 0], strict=True):
+            if np.isnan(score):
                 raise EngineError(f"every pair of {one.name} has the same cosine: the vectors distinguish no texts")
-            values.append(value)
-            draws.append(self._resample(found, one, at))
             if keep_cosines:
-                self._recorder.record(
-                    SUITE, party, "cosine of pairs", *found, conditions=_conditions(one), better=Better.HIGHER
-                )
-            self._estimate(party, "Spearman x 100", one.name, value, draws[-1])
-            if self.baseline not in (None, party):
-                before = self._baseline_cosines[at]
-                gains.append(value - 100 * spearman(before, one.scores))
-                gain_draws.append(draws[-1] - self._resample(before, one, at))
-                self._estimate(party, "Spearman x 100, difference to fp32", one.name, gains[-1], gain_draws[-1])
-        self._estimate(party, "Spearman x 100", MEAN, float(np.mean(values)), np.mean(draws, axis=0))
-        if gains:
-            difference, drawn = float(np.mean(gains)), np.mean(gain_draws, axis=0)
-            self._estimate(party, "Spearman x 100, difference to fp32", MEAN, difference, drawn)
-        if self._neighbours is not None and self._neighbours.size:
+                fact("cosine of pairs", *values, conditions=_conditions(one), better=Better.HIGHER)
+        metrics = {"Spearman x 100": scores}
+        if self.baseline not in (None, party):
+            metrics["Spearman x 100, difference to fp32"] = scores - self._scores
+        for metric, rows in metrics.items():
+            for name, row in zip((*(one.name for one in self._sets), MEAN), (*rows, rows.mean(axis=0)), strict=True):
+                interval = estimate(row[0], row[1:])
+                figures = {"low": interval.low, "high": interval.high}
+                fact(metric, row[0], unit="points", conditions={"set": name}, figures=figures)
+        if self.baseline is not None:
             shared = [len(np.intersect1d(a, b)) for a, b in zip(self._nearest(vectors), self._neighbours, strict=True)]
-            overlap = float(np.mean(shared) / self._neighbours.shape[1])
-            self._recorder.record(SUITE, party, "top-10 overlap with fp32", overlap)
-        self._recorder.record(SUITE, party, "texts searched", len(self._searched))
+            fact("top-10 overlap with fp32", float(np.mean(shared) / self._neighbours.shape[1]))
+        fact("texts searched", len(self._searched))
 
-    def _estimate(self, party: str, metric: str, name: str, value: float, drawn: NDArray[np.float64]) -> None:
-        found = estimate(value, drawn)
-        figures = {"low": found.low, "high": found.high}
-        self._recorder.record(SUITE, party, metric, value, unit="points", conditions={"set": name}, figures=figures)
+    def _judge(self, found: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Return 100 times the rank correlation of each set's cosines, [sets, 1 + RESAMPLES], of all pairs first.
 
-    def _resample(self, found: NDArray[np.float64], one: EvaluationSet, at: int) -> NDArray[np.float64]:
-        """Resample pairs: the same ones for every party, so that differences are paired."""
-        return 100 * resample_spearman(found, one.scores, RESAMPLES, np.random.default_rng([self._seed, at]))
+        The same pairs are resampled for every party, so that differences are paired.
+        """
+        rows: list[list[float]] = []
+        for at, (one, values) in enumerate(zip(self._sets, found, strict=True)):
+            drawn = resample_spearman(values, one.scores, RESAMPLES, np.random.default_rng([self._seed, at]))
+            rows.append([spearman(values, one.scores), *drawn])
+        scores: NDArray[np.float64] = 100 * np.array(rows, np.float64)
+        return scores
 
     def _cosines(self, one: EvaluationSet, vectors: Components) -> NDArray[np.float64]:
         left, right = (vectors[[self._rows[text] for text in side]] for side in (one.first, one.second))
@@ -145,14 +130,10 @@ class Judge:
     def _nearest(self, vectors: Components) -> NDArray[np.int64]:
         """Find the nearest other texts of each searched text, [searched, at most NEIGHBOURS], in no order."""
         units = unit_rows(vectors[self._searched])
+        similar = units @ units.T
+        np.fill_diagonal(similar, -np.inf)  # a text is not its own neighbour
         count = min(NEIGHBOURS, len(units) - 1)
-        parts = []
-        for start in range(0, len(units), BLOCK):
-            similar = units[start : start + BLOCK] @ units.T
-            rows = np.arange(len(similar))
-            similar[rows, start + rows] = -np.inf  # a text is not its own neighbour
-            parts.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
-        return np.concatenate(parts)
+        return np.argpartition(similar, -count, axis=1)[:, -count:]
 
 
 def run_quality(plan: Plan, recorder: Recorder, progress: Progress) -> None:
@@ -174,10 +155,5 @@ def _conditions(one: EvaluationSet) -> dict[str, str]:
 
 def _sample(one: EvaluationSet) -> EvaluationSet:
     at = sorted(random.Random(0).sample(range(len(one.scores)), QUICK_PAIRS))
-    return replace(
-        one,
-        name=f"{one.name}, {QUICK_PAIRS} pairs",
-        first=tuple(one.first[i] for i in at),
-        second=tuple(one.second[i] for i in at),
-        scores=one.scores[at],
-    )
+    first, second = (tuple(side[i] for i in at) for side in (one.first, one.second))
+    return replace(one, name=f"{one.name}, {QUICK_PAIRS} pairs", first=first, second=second, scores=one.scores[at])

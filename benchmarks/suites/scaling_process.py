@@ -1,6 +1,6 @@
-"""The measurements of suite `scaling`, each in a fresh process that prints one JSON object.
+"""The measurements of suite `scaling`, each in a fresh process that prints one JSON object: samples by metric.
 
-python benchmarks/suites/scaling_process.py '{"what": "cores", "bundle": …, "texts": …, "rounds": 3, …}'
+python benchmarks/suites/scaling_process.py '{"what": "cores", "count": 2, "bundle": …, "texts": FILE, …}'
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 
 import numpy as np
 
-from benchmarks.peers.protocol import peak_bytes
+from benchmarks.workers import peak_bytes
 from mirror_runtime import AsyncEncoder, Encoder
 from mirror_runtime.errors import OverloadedError
 from mirror_runtime.vectors import components, cosines
@@ -33,8 +33,9 @@ WARM_TEXTS = 512
 
 WAVES = 20
 WAVE_PAUSE_S = 0.002
-TURNS_WAITING = 5
-"""Waves of callers that fill the queue."""
+WAVES_THAT_FILL = 5
+
+Samples = dict[str, list[float]]
 
 
 def distinct(texts: Sequence[str], count: int) -> Iterator[str]:
@@ -45,7 +46,7 @@ def distinct(texts: Sequence[str], count: int) -> Iterator[str]:
     return (f"{texts[i % len(texts)]} {i * _STRIDE % NUMBERS:07d}" for i in range(count))
 
 
-def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
+def stream(encoder: Encoder, texts: Sequence[str], count: int) -> Samples:
     """Encode so many different texts from a generator, after some of them untimed."""
     for _ in encoder.encode_stream(distinct(texts, min(count, WARM_TEXTS))):
         pass  # shapes are compiled meanwhile
@@ -53,12 +54,17 @@ def stream(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]
     began = time.perf_counter()
     for encoded in encoder.encode_stream(distinct(texts, count)):
         tokens += int(encoded.tokens.sum())
-        first = first or peak_bytes()
+        first = first or peak_bytes("self")
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "tokens": tokens, "first_bytes": first, "peak_bytes": peak_bytes()}
+    return {
+        "time per text": [1e6 * seconds / count],
+        "tokens per text": [tokens / count],
+        "memory at the first window": [first],
+        "peak memory": [peak_bytes("self")],
+    }
 
 
-def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any]:
+def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> Samples:
     """Encode all texts a few times, after one untimed pass."""
     encoder.encode(texts)
     wall, processor = [], []
@@ -67,44 +73,42 @@ def passes(encoder: Encoder, texts: Sequence[str], rounds: int) -> dict[str, Any
         encoder.encode(texts)
         wall.append(time.perf_counter() - began)
         processor.append(time.process_time() - used)
-    return {"samples_s": wall, "cpu_s": processor, "streams": encoder.engine.streams}
+    return {
+        "time per text": [1e6 * seconds / len(texts) for seconds in wall],
+        "texts per second": [len(texts) / seconds for seconds in wall],
+        "streams": [encoder.engine.streams],
+        "CPU seconds per second": [used / seconds for used, seconds in zip(processor, wall, strict=True)],
+    }
 
 
-def callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> dict[str, Any]:
-    """Interleave callers of single texts with one `encode` of the same texts, then let callers meet a full queue."""
-    return asyncio.run(_callers(encoder, texts, count, rounds))
-
-
-async def _callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> dict[str, Any]:
+async def callers(encoder: Encoder, texts: Sequence[str], count: int, rounds: int) -> Samples:
+    """Interleave concurrent callers of single texts with one `encode` of the same texts; the first round warms."""
     offline, online = [], []
     texts = list(distinct(texts, len(texts)))
     async with AsyncEncoder(encoder) as shared:
-        for round_ in range(rounds + 1):
+
+        async def caller(waiting: Iterator[str]) -> None:
+            for text in waiting:
+                await shared.encode([text])
+
+        for _ in range(rounds + 1):
             began = time.perf_counter()
             encoder.encode(texts)
             offline.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            await _encode_all(shared, texts, count)
+            began, waiting = time.perf_counter(), iter(texts)
+            await asyncio.gather(*(caller(waiting) for _ in range(count)))
             online.append(time.perf_counter() - began)
-            if round_ == 0:
-                offline.clear()
-                online.clear()
-    return {"offline_s": offline, "callers_s": online, "queue": await _full_queue(encoder, texts, count)}
+    del offline[0], online[0]
+    return {
+        "time per text": [1e6 * seconds / len(texts) for seconds in online],
+        "texts per second": [len(texts) / seconds for seconds in online],
+        "texts per second of one encode": [len(texts) / seconds for seconds in offline],
+        "share of one encode": [float(np.median(offline) / np.median(online))],
+    }
 
 
-async def _encode_all(shared: AsyncEncoder, texts: Iterable[str], count: int) -> None:
-    waiting = iter(texts)
-
-    async def caller() -> None:
-        for text in waiting:
-            await shared.encode([text])
-
-    await asyncio.gather(*(caller() for _ in range(count)))
-
-
-async def _full_queue(encoder: Encoder, texts: Sequence[str], count: int) -> dict[str, Any]:
-    """Fill a queue with a first wave of callers, then send waves that arrive while it is full."""
-    room = TURNS_WAITING * count
+async def full_queue(encoder: Encoder, texts: Sequence[str], room: int) -> Samples:
+    """Fill a queue of so many texts with a first wave of callers, then send waves that arrive while it is full."""
     answers: dict[str, Any] = {}
     refused_ms: list[float] = []
 
@@ -117,31 +121,34 @@ async def _full_queue(encoder: Encoder, texts: Sequence[str], count: int) -> dic
                 refused_ms.append(1e3 * (time.perf_counter() - due))
 
         coming, calls = distinct(texts, NUMBERS), []
-        for wave in (room, *[count] * WAVES):
+        for wave in (room, *[room // WAVES_THAT_FILL] * WAVES):
             due = time.perf_counter()
             calls += [asyncio.create_task(call(text, due)) for text in islice(coming, wave)]
             await asyncio.sleep(WAVE_PAUSE_S)
         await asyncio.gather(*calls)
     expected = components(encoder.encode(list(answers)), encoder.spec)
     found = components(np.stack(list(answers.values())), encoder.spec)
-    return {
-        "max_waiting": room,
-        "sent": len(calls),
-        "answered": len(answers),
-        "min_cosine": float(cosines(found, expected).min()),
-        "refused_ms": refused_ms,
+    samples: Samples = {
+        "calls": [len(calls)],
+        "accepted": [len(calls) - len(refused_ms)],
+        "answered": [len(answers)],
+        "worst cosine to one encode": [float(cosines(found, expected).min())],
     }
+    return {**samples, "time until refused": refused_ms} if refused_ms else samples
 
 
-def main(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one task and return its figures."""
+def main(task: dict[str, Any]) -> Samples:
+    """Run one task and return its samples."""
     texts = json.loads(Path(task["texts"]).read_text(encoding="utf-8"))
     with Encoder.load(task["bundle"], engine=task["engine"], precision=task["precision"]) as encoder:
-        if task["what"] == "size":
-            return stream(encoder, texts, task["count"])
-        if task["what"] == "cores":
-            return passes(encoder, texts, task["rounds"])
-        return callers(encoder, texts, task["count"], task["rounds"])
+        what, count, rounds = task["what"], task["count"], task["rounds"]
+        if what == "texts":
+            return stream(encoder, texts, count)
+        if what == "cores":
+            return passes(encoder, texts, rounds)
+        return asyncio.run(
+            callers(encoder, texts, count, rounds) if what == "callers" else full_queue(encoder, texts, count)
+        )
 
 
 if __name__ == "__main__":

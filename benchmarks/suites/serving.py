@@ -12,25 +12,25 @@ Only the closed loops' rates have a direction of improvement: the times follow f
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.progress import Progress
 
+from benchmarks.load.generator import Load, Window, load_process
 from benchmarks.load.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
-from benchmarks.load.process import Load, load_process
-from benchmarks.load.servers import ServerTimes, TritonStatistics, running_gateway
-from benchmarks.load.targets import GATEWAY, GRPC
-from benchmarks.load.window import Outcome, Window
+from benchmarks.load.requests import GATEWAY, GRPC
+from benchmarks.load.servers import Row, Statistics, running_gateway, triton_statistics
+from benchmarks.load.targets import Outcome
 from benchmarks.plan import Plan, Runner, Suite, auto_variants, loaded, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Condition
-from benchmarks.report.statistics import percentile
-from mirror_runtime.client.protocol import MODEL_NAME
-from mirror_runtime.errors import PeerError, ServerError
+from benchmarks.report.statistics import median, percentile
+from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.processes import group_members, resident_bytes
@@ -38,16 +38,11 @@ from mirror_runtime.triton.server.server import Server
 
 SUITE = Suite.SERVING.value
 
-LOOPS = ((1, 1), (8, 1), (32, 1), (4, 32))
-"""Callers and texts per request of the closed loops."""
-
-GATEWAY_LOOPS = ((8, 1), (32, 1), (4, 32))
+LOOPS = {GRPC: ((1, 1), (8, 1), (32, 1), (4, 32)), GATEWAY: ((8, 1), (32, 1), (4, 32))}
+"""Callers and texts per request of each target's closed loops."""
 
 REFERENCE_LOOP = (32, 1)
 """The open loop's rates are shares of this closed loop's rate."""
-
-FULL_SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
-QUICK_SHARES = (0.5, 0.9, 1.2)
 
 KEPT_UP = 0.95
 """Share of the offered requests that must be answered in time."""
@@ -70,131 +65,127 @@ TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How long each part takes, in seconds.
-
-    Attributes:
-        closed_s: a round of a closed loop.
-        open_s: a rate of the open loop.
-        window_s: a window of perf_analyzer's.
-        shares: rates of the open loop, of the reference loop's.
-        calm_s: each of the two loops before the overload.
-        overload_s: the overload.
-    """
+    """How many seconds each part takes; `shares` are the open loop's rates, `calm_s` is a loop before the overload."""
 
     closed_s: float
     open_s: float
-    window_s: float
     shares: tuple[float, ...]
     calm_s: float
     overload_s: float
 
 
-FULL = Pace(closed_s=2.0, open_s=6.0, window_s=2.0, shares=FULL_SHARES, calm_s=5.0, overload_s=60.0)
-QUICK = Pace(closed_s=0.8, open_s=2.0, window_s=0.8, shares=QUICK_SHARES, calm_s=1.0, overload_s=5.0)
+FULL = Pace(closed_s=2.0, open_s=6.0, shares=(0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2), calm_s=5.0, overload_s=60.0)
+QUICK = Pace(closed_s=0.8, open_s=2.0, shares=(0.5, 0.9, 1.2), calm_s=1.0, overload_s=5.0)
 """A small encoder on two cores accepts requests for about three seconds of overload before it refuses any."""
-
-
-def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
-    """Serve every variant in turn, or with `quick` the one that "auto" means; record what cannot be served."""
-    pace = QUICK if plan.quick else FULL
-    analyzer = _perf_analyzer(plan, recorder, progress)
-    with loaded(plan, recorder, Suite.SERVING) as runners:
-        variants = auto_variants(plan, Suite.SERVING, [runner.variant for runner in runners], recorder)
-        chosen = [runner for runner in runners if runner.variant in variants]
-        triton = 2 + plan.rounds * (1 + len(LOOPS)) + len(pace.shares) + len(LOOPS) * (analyzer is not None)
-        gateway = 1 + plan.rounds * (1 + len(GATEWAY_LOOPS))
-        with steps(progress, "serving", len(chosen) * (triton + gateway)) as done:
-            for runner in chosen:
-                name = runner.variant.name
-
-                def on_step(word: str, name: str = name) -> None:
-                    done(f"{name}: {word}")
-
-                party = Party(name=name, recorder=recorder, on_step=on_step)
-                with recorder.failing(SUITE, f"{name}, triton"):
-                    _measure_triton(plan, runner, pace, analyzer, party)
-                with recorder.failing(SUITE, f"{name}, gateway"):
-                    _measure_gateway(plan, runner, pace, party)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Party:
-    """One variant: where its measurements go, and its line of progress."""
-
-    name: str
-    recorder: Recorder
-    on_step: Callable[[str], None]
-
-    def add(
-        self,
-        metric: str,
-        unit: str,
-        samples: Sequence[float],
-        conditions: Mapping[str, Condition],
-        better: Better = Better.NEITHER,
-    ) -> None:
-        """Record a measurement, unless there are no samples."""
-        if samples:
-            self.recorder.record(SUITE, self.name, metric, *samples, unit=unit, better=better, conditions=conditions)
-
-
-@dataclass(kw_only=True)
-class ClosedLoops:
-    """Rounds of a pass in process and one of each closed loop, in turns.
-
-    Attributes:
-        runner: the variant in process.
-        texts: of a pass.
-        server: "triton" or "gateway".
-        target: of the requests.
-        party: receives the measurements after every round.
-    """
+    """One variant: how it is measured, where its measurements go, and its line of progress."""
 
     runner: Runner
     texts: Sequence[str]
-    server: str
-    target: str
-    party: Party
-    _in_process: list[float] = field(default_factory=list)
-    _windows: dict[tuple[int, int], list[Window]] = field(default_factory=dict)
-    _times: dict[tuple[int, int], list[ServerTimes]] = field(default_factory=dict)
+    pace: Pace
+    seed: int
+    recorder: Recorder
+    on_step: Callable[[str], None]
+    samples: dict[tuple[object, ...], list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def round(
-        self,
-        loops: Sequence[tuple[int, int]],
-        load: Load,
-        seconds: float,
-        server_times: Callable[[], ServerTimes | None] = lambda: None,
-    ) -> None:
-        """Run one round and record what is known so far."""
-        self.party.on_step("in process")
-        self.runner.encoder.encode(self.texts[:64])  # brings code and weights back into the caches
-        began = time.perf_counter()
-        self.runner.encoder.encode(self.texts)
-        self._in_process.append(len(self.texts) / (time.perf_counter() - began))
-        conditions = {"server": "in process", "beside": self.server}
-        self.party.add("texts per second", "1/s", self._in_process, conditions, Better.HIGHER)
-        for callers, size in loops:
-            self.party.on_step(f"{callers} x {size}")
-            window = load.closed(callers=callers, seconds=seconds, turn=(self.target, size))
-            check_answered(window)
-            self._windows.setdefault((callers, size), []).append(window)
-            if (times := server_times()) is not None:
-                self._times.setdefault((callers, size), []).append(times)
-            self._record(callers, size)
+    @property
+    def name(self) -> str:
+        """Engine and precision."""
+        return self.runner.variant.name
 
-    def rate(self, loop: tuple[int, int]) -> float:
-        """Return the median rate of a loop, in requests per second."""
-        return percentile([len(window.times_ms) / window.seconds for window in self._windows[loop]], 50)
+    def step(self, word: str) -> None:
+        """Show what comes next."""
+        self.on_step(f"{self.name}: {word}")
 
-    def _record(self, callers: int, size: int) -> None:
-        windows, times = self._windows[callers, size], self._times.get((callers, size), [])
-        conditions = closed_conditions(self.server, callers, size)
-        rates = [len(window.times_ms) * size / window.seconds for window in windows]
-        self.party.add("texts per second", "1/s", rates, conditions, Better.HIGHER)
-        self.party.add("time per request", "ms", [ms for w in windows for ms in w.times_ms], conditions)
-        self.party.add("failed requests", "", [w.unexpected for w in windows], conditions)
-        record_server_times(self.party, times, conditions)
+    def add(self, conditions: Mapping[str, Condition], *rows: Row, better: Better = Better.NEITHER) -> None:
+        """Record measurements that have samples; those of a further round are added to the earlier ones."""
+        for metric, unit, samples in rows:
+            known = self.samples[(metric, *conditions.items())]
+            known.extend(samples)
+            if known:
+                self.recorder.record(SUITE, self.name, metric, *known, unit=unit, better=better, conditions=conditions)
+
+
+def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
+    """Serve every variant in turn, or with `quick` the one that "auto" means; record what cannot be served."""
+    pace, analyzer = QUICK if plan.quick else FULL, None
+    with recorder.failing(SUITE, PERF_ANALYZER, OSError):
+        analyzer = find_perf_analyzer(
+            plan.environments.given.get(PERF_ANALYZER),
+            plan.environments.folder,
+            partial(progress.console.print, style="dim", markup=False),
+        )
+    with loaded(plan, recorder, Suite.SERVING) as runners:
+        variants = auto_variants(plan, Suite.SERVING, [runner.variant for runner in runners], recorder)
+        rounds = sum(1 + plan.rounds * (1 + len(loops)) for loops in LOOPS.values())
+        once = 1 + len(pace.shares) + len(LOOPS[GRPC]) * (analyzer is not None)
+        with steps(progress, "serving", len(variants) * (rounds + once)) as on_step:
+            for runner in (runner for runner in runners if runner.variant in variants):
+                texts = plan.workload.texts[:MOST_TEXTS]
+                party = Party(runner=runner, texts=texts, pace=pace, seed=plan.seed, recorder=recorder, on_step=on_step)
+                with recorder.failing(SUITE, f"{party.name}, triton"):
+                    _measure_triton(plan, analyzer, party)
+                with recorder.failing(SUITE, f"{party.name}, gateway"):
+                    _measure_gateway(plan, party)
+
+
+def _measure_triton(plan: Plan, analyzer: Path | None, party: Party) -> None:
+    variant, pace = party.runner.variant, party.pace
+    options = ServingOptions(engine=variant.engine.value, precision=variant.precision.value)
+    party.step("start Triton")
+    folder = plan.scratch / "triton"
+    repository = folder / "models"
+    repository.mkdir(parents=True, exist_ok=True)
+    write_temporary_repository(plan.bundle, repository, options)
+    with (
+        Server(repository) as server,
+        load_process({GRPC: f"{server.host}:{server.grpc_port}"}, party.texts, timeout_s=TIMEOUT_S) as load,
+    ):
+        statistics = triton_statistics(server)
+        for _ in range(plan.rounds):
+            measure_round(party, load, GRPC, statistics)
+        rate = median(party.samples[("texts per second", *closed_conditions("triton", *REFERENCE_LOOP).items())])
+        for share in pace.shares:
+            party.step(f"{share * rate:.0f} requests per second")
+            if not measure_rate(party, load, share, rate, statistics):
+                break
+        if analyzer is not None:
+            with party.recorder.failing(SUITE, f"{party.name}, {PERF_ANALYZER}"):
+                for callers, size in LOOPS[GRPC]:
+                    party.step(f"perf_analyzer, {callers} x {size}")
+                    rows = run_perf_analyzer(
+                        analyzer, server.grpc_port, party.texts, callers=callers, size=size, window_s=pace.closed_s,
+                        scratch=folder,
+                    )  # fmt: skip
+                    party.add({**closed_conditions("triton", callers, size), "client": PERF_ANALYZER}, *rows)
+        party.step("overload")
+        bound = options.max_tokens_in_flight
+        measure_overload(party, load, lambda: resident_bytes(group_members(server.pid)), bound)
+
+
+def _measure_gateway(plan: Plan, party: Party) -> None:
+    """Measure the closed loops of `mirror gateway`, which runs the variant in its own process."""
+    party.step("start the gateway")
+    with (
+        running_gateway(plan.bundle, party.runner.variant) as address,
+        load_process({GATEWAY: address}, party.texts, timeout_s=TIMEOUT_S) as load,
+    ):
+        for _ in range(plan.rounds):
+            measure_round(party, load, GATEWAY)
+
+
+def answered(window: Window) -> Window:
+    """Return a window in which a request was answered.
+
+    Raises:
+        ServerError: no request was answered; the message has the first reason.
+    """
+    if not window.times_ms:
+        raise ServerError(f"no request was answered: {window.reason}")
+    return window
 
 
 def closed_conditions(server: str, callers: int, size: int) -> dict[str, Condition]:
@@ -202,144 +193,63 @@ def closed_conditions(server: str, callers: int, size: int) -> dict[str, Conditi
     return {"server": server, "loop": "closed", "callers": callers, "texts per request": size}
 
 
-def record_server_times(party: Party, times: Sequence[ServerTimes], conditions: Mapping[str, Condition]) -> None:
-    """Record Triton's own statistics, one sample per round."""
-    party.add("queue time", "ms", [one.queue_ms for one in times], conditions)
-    party.add("compute time", "ms", [one.compute_ms for one in times], conditions)
-    party.add("texts per execution", "", [one.texts_per_execution for one in times], conditions)
-
-
-def check_answered(window: Window) -> None:
-    """Raise unless a request was answered.
-
-    Raises:
-        ServerError: no request was answered; the message has the first reason.
-    """
-    if not window.times_ms:
-        raise ServerError(f"no request was answered: {window.reason}")
-
-
-def _perf_analyzer(plan: Plan, recorder: Recorder, progress: Progress) -> Path | None:
-    with recorder.failing(SUITE, PERF_ANALYZER, OSError):
-        return find_perf_analyzer(
-            plan.environments.given.get(PERF_ANALYZER),
-            plan.environments.folder,
-            lambda line: progress.console.print(line, style="dim", markup=False),
+def measure_round(party: Party, load: Load, target: str, statistics: Statistics = list) -> None:
+    """Measure a pass in process and then each closed loop."""
+    server, encoder, texts = "gateway" if target == GATEWAY else "triton", party.runner.encoder, party.texts
+    party.step("in process")
+    encoder.encode(texts[:64])  # brings code and weights back into the caches
+    began = time.perf_counter()
+    encoder.encode(texts)
+    rate = len(texts) / (time.perf_counter() - began)
+    in_process = {"server": "in process", "beside": server}
+    party.add(in_process, ("texts per second", "1/s", [rate]), better=Better.HIGHER)
+    for callers, size in LOOPS[target]:
+        party.step(f"{callers} x {size}")
+        window = answered(load.closed(callers=callers, seconds=party.pace.closed_s, turn=(target, size)))
+        conditions = closed_conditions(server, callers, size)
+        party.add(conditions, ("texts per second", "1/s", [window.rate * size]), better=Better.HIGHER)
+        failed = [window.unexpected]
+        party.add(
+            conditions, ("time per request", "ms", window.times_ms), ("failed requests", "", failed), *statistics()
         )
-    return None
 
 
-def _measure_triton(plan: Plan, runner: Runner, pace: Pace, analyzer: Path | None, party: Party) -> None:
-    variant, texts = runner.variant, plan.workload.texts[:MOST_TEXTS]
-    options = ServingOptions(engine=variant.engine.value, precision=variant.precision.value)
-    party.on_step("start Triton")
-    with ExitStack() as stack:
-        folder = plan.scratch / "triton"
-        repository = folder / "models"
-        repository.mkdir(parents=True, exist_ok=True)
-        write_temporary_repository(plan.bundle, repository, options)
-        server = stack.enter_context(Server(repository))
-        address = f"{server.host}:{server.grpc_port}"
-        load = stack.enter_context(load_process({GRPC: address}, texts, timeout_s=TIMEOUT_S))
-        statistics = TritonStatistics(server)
-        loops = ClosedLoops(runner=runner, texts=texts, server="triton", target=GRPC, party=party)
-        for _ in range(plan.rounds):
-            loops.round(LOOPS, load, pace.closed_s, statistics.take)
-        rate = loops.rate(REFERENCE_LOOP)
-        for share in pace.shares:
-            party.on_step(f"{share * rate:.0f} requests per second")
-            if not measure_rate(load, share, rate, pace.open_s, plan.seed, party, statistics.take):
-                break
-        if analyzer is not None:
-            _run_perf_analyzer(analyzer, server.grpc_port, texts, pace.window_s, folder, party)
-        measure_overload(
-            load, pace, plan.seed, party, lambda: resident_bytes(group_members(server.pid)),
-            options.max_tokens_in_flight,
-        )  # fmt: skip
-
-
-def measure_rate(
-    load: Load,
-    share: float,
-    reference_rate: float,
-    seconds: float,
-    seed: int,
-    party: Party,
-    server_times: Callable[[], ServerTimes | None],
-) -> bool:
+def measure_rate(party: Party, load: Load, share: float, reference_rate: float, statistics: Statistics) -> bool:
     """Measure random arrivals of single texts at a share of a rate, and return whether the server kept up."""
-    window, _ = load.open(rate=share * reference_rate, seconds=seconds, turn=(GRPC, 1), seed=seed)
-    check_answered(window)
-    answered, offered = len(window.times_ms) / window.seconds, window.requests / seconds
-    unsent = window.count(Outcome.UNSENT)
-    kept_up = answered >= KEPT_UP * offered and not unsent
-    conditions: dict[str, Condition] = {"server": "triton", "loop": "open", "share": share}
-    party.add("offered per second", "1/s", [offered], conditions)
-    party.add("answered per second", "1/s", [answered], conditions)
-    party.add("time per request", "ms", window.times_ms, conditions)
-    party.add("failed requests", "", [window.unexpected - unsent], conditions)
-    party.add("unsent requests", "", [unsent], conditions)
-    party.add("sending lag", "ms", window.lag_ms, conditions)
-    party.add("kept up", "", [float(kept_up)], conditions)
-    times = server_times()
-    record_server_times(party, [] if times is None else [times], conditions)
+    seconds = party.pace.open_s
+    load.begin(rate=share * reference_rate, seconds=seconds, turn=(GRPC, 1), seed=party.seed)
+    window = answered(load.take("wait"))
+    offered, unsent = window.requests / seconds, window.count(Outcome.UNSENT)
+    kept_up = window.rate >= KEPT_UP * offered and not unsent
+    party.add(
+        {"server": "triton", "loop": "open", "share": share},
+        ("offered per second", "1/s", [offered]),
+        ("answered per second", "1/s", [window.rate]),
+        ("time per request", "ms", window.times_ms),
+        ("failed requests", "", [window.unexpected - unsent]),
+        ("unsent requests", "", [unsent]),
+        ("sending lag", "ms", window.lag_ms),
+        ("kept up", "", [kept_up]),
+        *statistics(),
+    )
     return kept_up
 
 
-def _run_perf_analyzer(
-    program: Path, grpc_port: int, texts: Sequence[str], window_s: float, scratch: Path, party: Party
-) -> None:
-    """Measure the closed loops of the same server and texts with NVIDIA's perf_analyzer."""
-    for callers, size in LOOPS:
-        party.on_step(f"perf_analyzer, {callers} x {size}")
-        try:
-            rate, p50_ms, p99_ms = run_perf_analyzer(
-                program, model=MODEL_NAME, grpc_port=grpc_port, texts=texts, callers=callers, size=size,
-                seconds=window_s, scratch=scratch,
-            )  # fmt: skip
-        except PeerError as error:
-            party.recorder.fail(SUITE, PERF_ANALYZER, f"{party.name}: {error}")
-            return
-        conditions = {**closed_conditions("triton", callers, size), "client": PERF_ANALYZER}
-        party.add("texts per second", "1/s", [rate], conditions)
-        party.add("p50 of requests", "ms", [p50_ms], conditions)
-        party.add("p99 of requests", "ms", [p99_ms], conditions)
-
-
-def measure_overload(
-    load: Load, pace: Pace, seed: int, party: Party, memory_bytes: Callable[[], int], max_tokens_in_flight: int
-) -> None:
-    """Offer the server twice its maximum, and record what it answers, refuses, and how soon it has recovered.
-
-    Args:
-        load: sends the requests.
-        pace: of the two loops before, and of the overload.
-        seed: of the arrivals.
-        party: receives the measurements.
-        memory_bytes: resident memory of all of the server's processes.
-        max_tokens_in_flight: the server's bound on the work that it accepts.
-    """
-    party.on_step("overload")
-    size = OVERLOAD_TEXTS_PER_REQUEST
-    before = memory_bytes()
-    calm = load.closed(callers=1, seconds=pace.calm_s, turn=(GRPC, size))
-    check_answered(calm)
-    most = load.closed(callers=OVERLOAD_CALLERS, seconds=pace.calm_s, turn=(GRPC, size))
-    check_answered(most)
-    maximum = len(most.times_ms) / most.seconds
-    window, recovery_s = load.open(
-        rate=OVERLOAD_FACTOR * maximum, seconds=pace.overload_s, turn=(GRPC, size), seed=seed,
-        recover_within_ms=percentile(calm.times_ms, 99),
-    )  # fmt: skip
-    after = memory_bytes()
-    check_answered(window)
-    conditions: dict[str, Condition] = {"server": "triton", "loop": "overload", "texts per request": size}
-    conditions["tokens"] = max_tokens_in_flight
-    refused = window.count(Outcome.OVERLOADED)
-    for metric, unit, samples in (
+def measure_overload(party: Party, load: Load, memory_bytes: Callable[[], int], max_tokens_in_flight: int) -> None:
+    """Offer the server twice its maximum, and record what it answers, refuses, and how soon it has recovered."""
+    size, pace, before = OVERLOAD_TEXTS_PER_REQUEST, party.pace, memory_bytes()
+    turn = (GRPC, size)
+    calm = answered(load.closed(callers=1, seconds=pace.calm_s, turn=turn))
+    maximum = answered(load.closed(callers=OVERLOAD_CALLERS, seconds=pace.calm_s, turn=turn)).rate
+    calm_ms = percentile(calm.times_ms, 99)
+    load.begin(rate=OVERLOAD_FACTOR * maximum, seconds=pace.overload_s, turn=turn, seed=party.seed, calm_ms=calm_ms)
+    window, after = answered(load.take("wait")), memory_bytes()
+    refused, recovery_s = window.count(Outcome.OVERLOADED), window.recovery_s
+    party.add(
+        {"server": "triton", "loop": "overload", "texts per request": size, "tokens": max_tokens_in_flight},
         ("maximum texts per second", "1/s", [maximum * size]),
         ("offered texts per second", "1/s", [window.requests * size / pace.overload_s]),
-        ("texts per second", "1/s", [len(window.times_ms) * size / window.seconds]),
+        ("texts per second", "1/s", [window.rate * size]),
         ("calm time per request", "ms", calm.times_ms),
         ("time per request", "ms", window.times_ms),
         ("time per refusal", "ms", window.refused_ms),
@@ -350,20 +260,6 @@ def measure_overload(
         ("memory after", "B", [after]),
         ("recovery", "s", [] if recovery_s is None else [recovery_s]),
         ("duration", "s", [pace.overload_s]),
-    ):
-        party.add(metric, unit, samples, conditions)
+    )
     if recovery_s is None:
         party.recorder.fail(SUITE, party.name, "overload: the server did not recover in time")
-
-
-def _measure_gateway(plan: Plan, runner: Runner, pace: Pace, party: Party) -> None:
-    """Measure the closed loops of `mirror gateway`, which runs the variant in its own process."""
-    texts = plan.workload.texts[:MOST_TEXTS]
-    party.on_step("start the gateway")
-    with (
-        running_gateway(plan.bundle, runner.variant) as address,
-        load_process({GATEWAY: address}, texts, timeout_s=TIMEOUT_S) as load,
-    ):
-        loops = ClosedLoops(runner=runner, texts=texts, server="gateway", target=GATEWAY, party=party)
-        for _ in range(plan.rounds):
-            loops.round(GATEWAY_LOOPS, load, pace.closed_s)

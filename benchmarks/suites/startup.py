@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
+from packaging.requirements import Requirement
 from rich.progress import Progress
 
-from benchmarks.peers.footprint import our_bytes
+import mirror_runtime
+from benchmarks.peers.protocol import installed_bytes, normal
 from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
-from mirror_runtime.errors import EngineError
+from benchmarks.workers import WorkerProcess
+from mirror_runtime.bundle import EngineName
 
 SUITE = Suite.STARTUP.value
 FEWEST_ROUNDS = 5
@@ -27,56 +28,33 @@ QUICK_ROUNDS = 1
 MOST_TEXTS = 1000
 QUICK_MOST_TEXTS = 100
 
+BATCH_SIZE = 32
+"""Of a peer: the default of most libraries."""
+
 LONGEST_S = 180.0
-"""Limit of one start: a party that reports nothing more by then is killed."""
-
-END_S = 3.0
-"""Grace period for a process whose work is done."""
-
-READY, DONE = "ready", "done"
+"""Limit of one start, and of the texts after it: a party that has not answered by then is killed."""
 
 SCRIPT = Path(__file__).resolve().parent / "startup_process.py"
+PACKAGE = "mirror-runtime"
+
+EXTRAS = {EngineName.ONNXRUNTIME: "cpu", EngineName.OPENVINO: "openvino"}
+"""Extras of `pip install 'mirror-runtime[…]'` for the engines of a CPU."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Starter:
-    """A command that prints `ready` and its peak memory once it has a vector, and `done` and that after a file's texts.
-
-    Attributes:
-        party: its name in the report.
-        command: without the file's name, which is appended.
-        installed_bytes: size of the packages that it needs.
-        environment: the process's whole environment, or None for this one's.
-    """
+class Starter(NamedTuple):
+    """A worker's command, what it loads, and the size of the packages that it needs."""
 
     party: str
     command: tuple[str, ...]
+    model: Path
+    backend: str
     installed_bytes: int
-    environment: Mapping[str, str] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """One start: seconds to the first vector, peak memory then, and after the texts."""
-
-    seconds: float
-    first_vector_bytes: int
-    peak_bytes: int
 
 
 def our_starters(plan: Plan) -> list[Starter]:
     """Return the commands of our runtime, one for each variant."""
-    return [
-        Starter(
-            party=variant.name,
-            command=(
-                *(sys.executable, str(SCRIPT)),
-                *(str(plan.bundle.resolve()), variant.engine.value, variant.precision.value),
-            ),
-            installed_bytes=our_bytes(variant.engine),
-        )
-        for variant in plan.variants
-    ]
+    command, bundle = (sys.executable, str(SCRIPT)), plan.bundle.resolve()
+    return [Starter(one.name, command, bundle, one.name, our_bytes(one.engine)) for one in plan.variants]
 
 
 def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
@@ -84,17 +62,21 @@ def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     starters = [*our_starters(plan), *plan.peer_starters]
     rounds = QUICK_ROUNDS if plan.quick else max(FEWEST_ROUNDS, plan.rounds)
     texts = plan.workload.texts[: QUICK_MOST_TEXTS if plan.quick else MOST_TEXTS]
-    file = plan.scratch / "startup.json"
-    file.write_text(json.dumps(texts), encoding="utf-8")
 
     def turns(starter: Starter) -> Callable[[int], None]:
-        starts: list[Start] = []
+        starts: list[tuple[float, int, int]] = []
+        fact = partial(recorder.record, SUITE, starter.party)
 
         def turn(round_: int) -> None:
-            start = run_start(starter, file)
+            start = run_start(starter, texts)
             if round_ > 0:
                 starts.append(start)
-                _record(starter, starts, len(texts), recorder)
+                seconds, first, peak = zip(*starts, strict=True)
+                fact("time to the first vector", *seconds, unit="s", better=Better.LOWER)
+                fact("memory at the first vector", *first, unit="B")
+                fact("peak memory", *peak, unit="B")
+                fact("texts for the peak", len(texts))
+                fact("installed packages", starter.installed_bytes, unit="B")
 
         return turn
 
@@ -103,59 +85,48 @@ def run_startup(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         take_turns(parties, rounds + 1, lambda name, error: recorder.fail(SUITE, name, error), done)
 
 
-def run_start(starter: Starter, texts: Path) -> Start:
-    """Start the process, time it until it prints `ready`, let it encode the texts, and end it.
+def run_start(starter: Starter, texts: Sequence[str]) -> tuple[float, int, int]:
+    """Start the process, and let it encode a first text, then all.
+
+    Returns:
+        The seconds to the first vector, the peak memory in bytes then, and after the texts.
 
     Raises:
-        EngineError: it ended, or was killed after `LONGEST_S`, before its first vector or before those of the texts.
+        PeerError: it ended, failed or was killed after `LONGEST_S`.
     """
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
-        errors = Path(neutral) / "stderr"
-        peaks: dict[str, int] = {}
-        seconds = 0.0
-        with errors.open("wb") as sink:
-            began = time.perf_counter()
-            process = subprocess.Popen(
-                (*starter.command, str(texts.resolve())),
-                stdout=subprocess.PIPE,
-                stderr=sink,
-                text=True,
-                cwd=neutral,
-                env=None if starter.environment is None else dict(starter.environment),
-            )
-            too_long = threading.Timer(LONGEST_S, process.kill)
-            too_long.daemon = True
-            too_long.start()
-            with process:
-                assert process.stdout is not None  # stdout=PIPE
-                for line in process.stdout:
-                    word, _, peak = line.strip().partition(" ")
-                    if word in (READY, DONE):
-                        peaks[word] = int(peak)
-                        seconds = seconds or time.perf_counter() - began
-                    if word == DONE:
-                        _let_end(process)
-                        break
-            too_long.cancel()
-        if READY not in peaks or DONE not in peaks:
-            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
-            missing = "its first vector" if READY not in peaks else "the vectors of the texts"
-            raise EngineError(f"ended with status {process.returncode} before {missing}: {' '.join(last)}")
-    return Start(seconds=seconds, first_vector_bytes=peaks[READY], peak_bytes=peaks[DONE])
+        began = time.perf_counter()
+        with WorkerProcess(starter.command, Path(neutral) / "log", folder=Path(neutral)) as worker:
+            worker.ask("load", LONGEST_S, model=str(starter.model), backend=starter.backend, texts=texts)
+            seconds, first = time.perf_counter() - began, worker.peak_bytes()
+            worker.ask("encode", LONGEST_S, batch_size=BATCH_SIZE, limit=None)
+            return seconds, first, worker.peak_bytes()
 
 
-def _let_end(process: subprocess.Popen[str]) -> None:
-    """Wait for a process whose work is done, and kill it where threads of its library keep it alive."""
-    try:
-        process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
+@cache
+def our_bytes(engine: EngineName) -> int:
+    """Return the bytes of `pip install 'mirror-runtime[EXTRA]'` and its dependencies; 0 without an extra."""
+    if engine not in EXTRAS:
+        return 0
+    needed = needed_by(PACKAGE, EXTRAS[engine])
+    # This checkout may be installed in place: then the installer's list does not include our own files.
+    ours = sum(file.stat().st_size for file in Path(mirror_runtime.__file__).parent.rglob("*") if file.is_file())
+    return ours + installed_bytes(needed - {PACKAGE})
 
 
-def _record(starter: Starter, starts: Sequence[Start], texts: int, recorder: Recorder) -> None:
-    fact = partial(recorder.record, SUITE, starter.party)
-    fact("time to the first vector", *(start.seconds for start in starts), unit="s", better=Better.LOWER)
-    fact("memory at the first vector", *(start.first_vector_bytes for start in starts), unit="B")
-    fact("peak memory", *(start.peak_bytes for start in starts), unit="B")
-    fact("texts for the peak", texts)
-    fact("installed packages", starter.installed_bytes, unit="B")
+def needed_by(package: str, *extras: str) -> frozenset[str]:
+    """Return the names of a package and its dependencies, as far as they are installed."""
+    found: set[str] = set()
+    waiting = [(package, extras)]
+    for name, chosen in waiting:  # which grows
+        try:
+            requires = metadata.requires(name) or ()
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(normal(name))
+        for line in requires:
+            need = Requirement(line)
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in (*chosen, "")):
+                dependency = need.name, tuple(sorted(need.extras))
+                waiting += [dependency] if dependency not in waiting else []
+    return frozenset(found)

@@ -1,6 +1,4 @@
-"""The process that suite `startup` times: load a bundle, encode one text, then a file's texts.
-
-python benchmarks/suites/startup_process.py BUNDLE ENGINE PRECISION TEXTS.json
+"""The process that suite `startup` times: it answers `load`, then `encode`, as the peers' workers do.
 
 Imports nothing of the benchmarks: their imports would count.
 """
@@ -16,24 +14,17 @@ if __package__ in (None, ""):  # run by path: the modules of this folder must no
 from mirror_runtime import Encoder
 
 
-def report(word: str) -> None:
-    """Print a word and the process's peak resident memory in bytes, that of the process that started it left out."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        peak = 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-    sys.stdout.write(f"{word} {peak}\n")
-    sys.stdout.flush()
-
-
-def main(bundle: str, engine: str, precision: str, texts: str) -> None:
-    """Print "ready" with the first vector in hand, and "done" with those of all texts."""
-    encoder = Encoder.load(bundle, engine=engine, precision=precision)
-    if encoder.encode(["How long does the first vector take?"]).shape[0] != 1:
-        sys.exit("the first text has no vector")
-    report("ready")
-    with open(texts, encoding="utf-8") as file:
-        encoder.encode(json.load(file))
-    report("done")
+def main() -> None:
+    """Load a bundle and encode a first text; after the next request encode the texts of the first one."""
+    request = json.loads(sys.stdin.readline())
+    engine, precision = request["backend"].split()
+    encoder = Encoder.load(request["model"], engine=engine, precision=precision)
+    for texts in (request["texts"][:1], request["texts"]):
+        encoder.encode(texts)
+        sys.stdout.write("{}\n")
+        sys.stdout.flush()
+        sys.stdin.readline()  # the next request, or the end: until then this process's memory can be read
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,10 +11,8 @@ from functools import partial
 
 from rich.progress import Progress
 
-from benchmarks.agreement import Components, encode_components, fp32_reference, record_agreement
-from benchmarks.machine.ceilings import ceiling_of
-from benchmarks.machine.reference_speed import Reference, beside_batches
-from benchmarks.peers.protocol import time_calls
+from benchmarks.agreement import encode_components, fp32_reference, record_agreement
+from benchmarks.machine.ceilings import Reference, ceiling_of, reference_work
 from benchmarks.plan import Plan, Runner, Suite, loaded, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
@@ -33,6 +32,7 @@ QUICK_TOKENS_A_LENGTH = 2048
 """Two full batches: a pass takes about as long at every length."""
 
 STAGES = ("tokenize", "pack", "infer", "unpack")
+COUNTERS = ("tokens", "slots", *(f"{stage}_s" for stage in STAGES))
 
 
 @dataclass(kw_only=True)
@@ -48,52 +48,25 @@ class Rounds:
     reference: Reference | None = None
     samples_s: list[float] = field(default_factory=list)
     reference_s: list[float] = field(default_factory=list)
-    counters: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Of the variant."""
-        return self.runner.variant.name
+    counters: Counter[str] = field(default_factory=Counter)
 
     def run(self) -> None:
-        """Encode the texts once and keep the time.
-
-        Raises:
-            MirrorError: a text or the engine failed.
-        """
+        """Encode the texts once and keep the time."""
         encoder = self.runner.encoder
         before = encoder.stats
         began = time.perf_counter()
         encoder.encode(self.texts)
         self.samples_s.append(time.perf_counter() - began)
         after = encoder.stats
-        for name in ("tokens", "slots", *(f"{stage}_s" for stage in STAGES)):
-            gained = getattr(after, name) - getattr(before, name)
-            self.counters[name] = self.counters.get(name, 0) + gained
+        self.counters.update({name: getattr(after, name) - getattr(before, name) for name in COUNTERS})
         if self.reference is not None:
             self.reference_s.append(self.reference())
-
-    def vectors(self, plan: Plan, texts: Sequence[str]) -> Components:
-        """Encode texts, and return their components, float32 [texts, dim].
-
-        Raises:
-            MirrorError: a text or the engine failed.
-        """
-        return encode_components(plan, self.runner, texts)
-
-    def single(self, _plan: Plan, texts: Sequence[str], calls: int) -> list[float]:
-        """Encode one text a call, in turn, and return each call's milliseconds.
-
-        Raises:
-            MirrorError: a text or the engine failed.
-        """
-        return time_calls(self.runner.encoder.encode, texts, calls)
 
     def record(self, recorder: Recorder, suite: str, plan: Plan) -> None:
         """Record the rounds so far. Stages overlap and `infer` counts every stream, so shares need not add up to 1."""
         variant, wall = self.runner.variant, sum(self.samples_s)
         tokens = self.counters["tokens"] / len(self.samples_s)
-        fact = partial(recorder.record, suite, self.name)
+        fact = partial(recorder.record, suite, variant.name)
         fact(
             "texts per second", *(len(self.texts) / seconds for seconds in self.samples_s), unit="1/s",
             better=Better.HIGHER, reference=self.reference_s,
@@ -112,66 +85,53 @@ class Rounds:
 
 def run_throughput(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Measure the whole workload, then texts of exact lengths, then the vectors' agreement with fp32."""
+    texts, limit = plan.workload.texts, plan.manifest.encoder.max_tokens
+    lengths = [None, *(length for length in (QUICK_LENGTHS if plan.quick else LENGTHS) if length <= limit)]
     with loaded(plan, recorder, Suite.THROUGHPUT) as runners:
-        parties = [
-            Rounds(
-                runner=runner, texts=plan.workload.texts, reference=beside_batches(plan, runner.variant, recorder)
-            )
-            for runner in runners
-        ]  # fmt: skip
-        with steps(progress, SUITE, len(parties) * (plan.rounds + 1)) as done:
-            _warm_rounds(plan, parties, lambda party: party.record(recorder, SUITE, plan), recorder, "", done)
-        _by_length(plan, runners, recorder, progress)
-        _agreement(plan, runners, recorder)
+        left: Sequence[Runner] = runners
+        with steps(progress, SUITE, len(lengths) * len(runners) * (plan.rounds + 1)) as done:
+            for tokens in lengths:
+                left = _measure(plan, left, tokens, recorder, done)
+        reference = fp32_reference(plan, "workload", texts, recorder, Suite.THROUGHPUT, runners)
+        for runner in runners:
+            with suppress(MirrorError):  # its rounds failed, too, and the record has the reason
+                vectors = encode_components(plan, runner, texts)
+                record_agreement(recorder, Suite.THROUGHPUT, runner.variant.name, vectors, reference)
 
 
-def _by_length(plan: Plan, runners: Sequence[Runner], recorder: Recorder, progress: Progress) -> None:
-    """Measure the rate at exact token lengths; variants take turns within a length."""
-    lengths = [n for n in (QUICK_LENGTHS if plan.quick else LENGTHS) if n <= plan.manifest.encoder.max_tokens]
-    left = list(runners)
-    with steps(progress, "throughput by length", len(lengths) * len(runners) * (plan.rounds + 1)) as done:
-        for tokens in lengths:
-            count = min(TEXTS_A_LENGTH, QUICK_TOKENS_A_LENGTH // tokens) if plan.quick else TEXTS_A_LENGTH
-            try:
-                texts = texts_in_turn(plan, tokens, count)
-            except InputError as error:
-                recorder.fail(SUITE, f"all, {tokens} tokens", error)
-                continue
+def _measure(
+    plan: Plan, runners: Sequence[Runner], tokens: int | None, recorder: Recorder, done: Callable[[str], None]
+) -> Sequence[Runner]:
+    """Warm every variant with one whole pass, then interleave their rounds over texts of a length (None: the workload).
 
-            def keep(party: Rounds, tokens: int = tokens) -> None:
-                rates = (len(party.texts) * tokens / seconds for seconds in party.samples_s)
-                conditions = {"tokens": tokens, "texts": len(party.texts)}
-                recorder.record(SUITE, party.name, "tokens per second", *rates, unit="1/s", conditions=conditions)
-
-            parties = [Rounds(runner=runner, texts=texts) for runner in left]
-            failed = _warm_rounds(plan, parties, keep, recorder, ", by length", done)
-            left = [runner for runner in left if runner.variant.name not in failed]
-
-
-def _agreement(plan: Plan, runners: Sequence[Runner], recorder: Recorder) -> None:
-    reference = fp32_reference(plan, "workload", plan.workload.texts, recorder, Suite.THROUGHPUT, runners)
-    for runner in runners:
-        with suppress(MirrorError):  # its rounds failed, too, and the record has the reason
-            vectors = encode_components(plan, runner, plan.workload.texts)
-            record_agreement(recorder, Suite.THROUGHPUT, runner.variant.name, vectors, reference)
-
-
-def _warm_rounds(
-    plan: Plan,
-    parties: Sequence[Rounds],
-    keep: Callable[[Rounds], None],
-    recorder: Recorder,
-    what: str,
-    done: Callable[[str], None],
-) -> set[str]:
-    """Warm every party with one whole pass, then interleave their rounds, each followed by `keep`."""
+    Returns:
+        The variants that did not fail.
+    """
+    what = "" if tokens is None else f", {tokens} tokens"
+    texts: Sequence[str] = plan.workload.texts
+    if tokens is not None:
+        count = min(TEXTS_A_LENGTH, QUICK_TOKENS_A_LENGTH // tokens) if plan.quick else TEXTS_A_LENGTH
+        try:
+            texts = texts_in_turn(plan, tokens, count)
+        except InputError as error:
+            recorder.fail(SUITE, f"all{what}", error)
+            return runners
 
     def turn(party: Rounds, round_: int) -> None:
         if round_ == 0:
-            party.runner.encoder.encode(party.texts)
+            party.runner.encoder.encode(texts)
+            return
+        party.run()
+        if tokens is None:
+            party.record(recorder, SUITE, plan)
         else:
-            party.run()
-            keep(party)
+            rates = (len(texts) * tokens / seconds for seconds in party.samples_s)
+            name, conditions = party.runner.variant.name, {"tokens": tokens, "texts": len(texts)}
+            recorder.record(SUITE, name, "tokens per second", *rates, unit="1/s", conditions=conditions)
 
-    turns = {party.name: partial(turn, party) for party in parties}
-    return take_turns(turns, plan.rounds + 1, lambda name, error: recorder.fail(SUITE, name + what, error), done)
+    turns = {}
+    for runner in runners:
+        reference = reference_work(plan, runner.variant, recorder) if tokens is None else None
+        turns[runner.variant.name] = partial(turn, Rounds(runner=runner, texts=texts, reference=reference))
+    failed = take_turns(turns, plan.rounds + 1, lambda name, error: recorder.fail(SUITE, name + what, error), done)
+    return [runner for runner in runners if runner.variant.name not in failed]

@@ -6,10 +6,12 @@ import json
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.progress import Progress
 
@@ -36,12 +38,10 @@ class TrainingPlan:
     Attributes:
         base: folder of a masked language model.
         corpus: text, one per line.
-        sts: sentence similarity sets, in a layout that training/evaluate.py reads.
-        words: word similarity sets, likewise.
+        sts, words: similarity sets, in layouts that training/evaluate.py reads.
         pooling: mean or cls.
-        recipes: of training/tune.py.
-        seeds: one run each.
-        reference_seeds: runs of the published recipe, which takes many times as long; 0 leaves it out.
+        recipes: of training/tune.py, each run with so many seeds.
+        reference_seeds: of the published recipe, which takes many times as long; 0 leaves it out.
         quick: tune on the first `QUICK_TEXTS` texts only, and judge by a sample of each set of sentences.
     """
 
@@ -73,8 +73,7 @@ class TrainingPlan:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trainer:
+class Trainer(NamedTuple):
     """A command that tunes; `{seed}` and `{output}` in it are filled in."""
 
     party: str
@@ -90,14 +89,14 @@ def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     tuning = plan.training
     if tuning is None:
         return
-    corpus, texts = _corpus(tuning, plan.scratch)
+    corpus, texts = _corpus(tuning, plan.scratch.resolve())
     if tuning.quick and tuning.sts:
-        tuning = replace(tuning, sts=_sampled(tuning.sts, plan.scratch))
+        tuning = replace(tuning, sts=_sampled(tuning.sts, plan.scratch.resolve()))
 
     def turns(trainer: Trainer) -> Callable[[int], None]:
         fact = partial(recorder.record, SUITE, trainer.party)
         seconds: list[float] = []
-        scores: dict[str, list[float]] = {}
+        scores: dict[str, list[float]] = defaultdict(list)
 
         def turn(round_: int) -> None:
             if round_ >= trainer.seeds:
@@ -105,12 +104,11 @@ def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
             took_s, found = _run(trainer, FIRST_SEED + round_, tuning, plan.scratch)
             seconds.append(took_s)
             for name, score in found.items():
-                scores.setdefault(name, []).append(score)
+                scores[name].append(score)
+                fact("Spearman x 100", *scores[name], unit="points", conditions={"set": name})
             fact("time to the saved folder", *seconds, unit="s", better=Better.LOWER)
             fact("100 - mean Spearman", *(100 - mean for mean in scores[MEAN]), unit="points", better=Better.LOWER)
             fact("seed", *range(FIRST_SEED, FIRST_SEED + round_ + 1))
-            for name, values in scores.items():
-                fact("Spearman x 100", *values, unit="points", conditions={"set": name})
             fact("texts", texts)
 
         return turn
@@ -130,7 +128,7 @@ def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:
         raise InputError(f"--corpus {plan.corpus} cannot be read as UTF-8 text: {error}") from error
     if not plan.quick:
         return plan.corpus.resolve(), len(texts)
-    short = scratch.resolve() / plan.corpus.name
+    short = scratch / plan.corpus.name
     short.write_text("\n".join(texts[:QUICK_TEXTS]) + "\n", encoding="utf-8")
     return short, min(len(texts), QUICK_TEXTS)
 
@@ -139,7 +137,7 @@ def _sampled(sts: Sequence[Path], scratch: Path) -> tuple[Path, ...]:
     """Write the pairs that a quick run judges by, in a layout that training/evaluate.py reads."""
     files = []
     for one in read_evaluation_sets(sts, (), quick=True):
-        files.append(scratch.resolve() / f"{one.name}.tsv")
+        files.append(scratch / f"{one.name}.tsv")
         pairs = zip(one.scores, one.first, one.second, strict=True)
         rows = "".join(f"{score}\t{first}\t{second}\n" for score, first, second in pairs)
         files[-1].write_text(f"score\tsentence1\tsentence2\n{rows}", encoding="utf-8")
@@ -151,39 +149,24 @@ def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
         *("--base", str(plan.base.resolve()), "--corpus", str(corpus), "--output", "{output}"),
         *("--pooling", plan.pooling.value, "--seed", "{seed}"),
     )
-    ours = [
-        Trainer(
-            party=f"mirror-runtime, recipe {recipe}",
-            seeds=plan.seeds,
-            command=(sys.executable, str(ROOT / "training" / "tune.py"), "--recipe", recipe, *common),
-        )
-        for recipe in plan.recipes
-    ]
-    reference = Trainer(
-        party=REFERENCE_PARTY,
-        seeds=plan.reference_seeds,
-        command=(sys.executable, str(REFERENCE_SCRIPT), *common),
-    )
-    return [*ours, *([reference] if plan.reference_seeds else [])]
+    tune = (sys.executable, str(ROOT / "training" / "tune.py"), *common, "--recipe")
+    ours = [Trainer(f"mirror-runtime, recipe {recipe}", plan.seeds, (*tune, recipe)) for recipe in plan.recipes]
+    reference = Trainer(REFERENCE_PARTY, plan.reference_seeds, (sys.executable, str(REFERENCE_SCRIPT), *common))
+    return [*ours, reference] if reference.seeds else ours
 
 
 def _run(trainer: Trainer, seed: int, plan: TrainingPlan, scratch: Path) -> tuple[float, dict[str, float]]:
     """Tune once; return the seconds and the Spearman x 100 of each set and of their mean."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        output = Path(folder).resolve() / "run"
+        output, report = (Path(folder).resolve() / name for name in ("run", "evaluation.json"))
         command = [part.format(seed=seed, output=output) for part in trainer.command]
         began = time.perf_counter()
         run_to_end(command, Path(command[1]).name)
         seconds = time.perf_counter() - began
-        return seconds, _evaluate(output, plan, Path(folder).resolve() / "evaluation.json")
-
-
-def _evaluate(encoder: Path, plan: TrainingPlan, report: Path) -> dict[str, float]:
-    command = [sys.executable, str(ROOT / "training" / "evaluate.py"), str(encoder), "--output", str(report)]
-    command += ["--pooling", plan.pooling.value]
-    for option, files in (("--sts", plan.sts), ("--words", plan.words)):
-        if files:
-            command += [option, *(str(file.resolve()) for file in files)]
-    run_to_end(command, Path(command[1]).name)
-    found = json.loads(report.read_text(encoding="utf-8"))["encoders"][0]
-    return {**{result["name"]: result["spearman"] for result in found["sets"]}, MEAN: found["mean"]}
+        judge = [sys.executable, str(ROOT / "training" / "evaluate.py"), str(output), "--output", str(report)]
+        judge += ["--pooling", plan.pooling.value]
+        for option, files in (("--sts", plan.sts), ("--words", plan.words)):
+            judge += [option, *(str(file.resolve()) for file in files)] if files else []
+        run_to_end(judge, Path(judge[1]).name)
+        found = json.loads(report.read_text(encoding="utf-8"))["encoders"][0]
+        return seconds, {**{result["name"]: result["spearman"] for result in found["sets"]}, MEAN: found["mean"]}

@@ -13,10 +13,11 @@ from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
-from export.bundle.card import WHITENING_FILE, write_card
+from export.bundle.card import WHITENING_FILE, WITNESS_FILE, write_card
 from export.bundle.head_options import HeadOptions, extend_head
 from export.graph.trace import export_graphs, graph_files
 from export.precision.variants import VARIANTS, provers, write_aliases, write_variant
+from export.proof import witness
 from export.proof.candidate import Candidate
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import CANARIES
@@ -64,6 +65,7 @@ class Request:
     texts: tuple[str, ...] | None = None  # to prove on, in addition to the canaries; None: built-in ones
     sets: tuple[EvaluationSet, ...] = ()  # scored pairs on which no artifact may lose quality
     overwrite: bool = False
+    accept_difference: bool = False  # go on where sentence-transformers reads other vectors from the same folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
 
     Raises:
         BundleError: the encoder cannot be loaded or its pooling cannot be fused.
-        ParityError: the fp32 vectors differ from the reference, or are not finite. Nothing is written.
+        ParityError: the fp32 vectors differ from the reference or are not finite, or sentence-transformers computes
+            other vectors from the same folder. Nothing is written.
         EngineError: an engine that must be proven cannot run here.
         InputError: the output exists, cannot be written, or is being written by another process.
     """
@@ -109,6 +112,16 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         max_tokens=request.max_tokens,
     )
     reference = Reference.load(source)
+    testimony = None
+    if source.published is not None and witness.available():
+        on_progress("compare with sentence-transformers")
+        testimony = witness.question(source.published, reference)
+        if testimony.problem and not request.accept_difference:
+            raise ParityError(
+                f"sentence-transformers {testimony.version} computes other vectors from {request.encoder}: "
+                f"{testimony.problem}. Find the setting that one of us reads otherwise, or keep our vectors with "
+                "--accept-difference, which the card will state"
+            )
     if request.head_options != HeadOptions():
         on_progress("extend the head")
     reference, whitening = extend_head(reference, request.head_options)
@@ -116,6 +129,8 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         try:
             if whitening is not None:
                 write_json(whitening, folder / WHITENING_FILE)
+            if testimony is not None:
+                write_json(testimony, folder / WITNESS_FILE)
             return _fill(folder, reference, pairs, request, on_progress)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Manifest, VectorType, to_json
 
@@ -12,6 +14,9 @@ CARD_FILE = "README.md"
 
 WHITENING_FILE = "whitening.json"
 """Records in a bundle what its whitening was fitted on. The weights are those of the last dense layer."""
+
+WITNESS_FILE = "witness.json"
+"""Records in a bundle what sentence-transformers computed from the same encoder, where it was installed."""
 
 MARK = "<!-- written by the exporter from here on -->"
 """Everything below this line is rewritten when artifacts are added."""
@@ -30,12 +35,19 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     """
     path = folder / CARD_FILE
     above = path.read_text(encoding="utf-8").partition(MARK)[0]
-    card = certificate_card(manifest.encoder, manifest.artifacts, manifest.fingerprint)
+    found = folder / WITNESS_FILE
+    seen = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+    card = certificate_card(manifest.encoder, manifest.artifacts, manifest.fingerprint, seen)
     path.write_text(f"{above}{MARK}\n{card}", encoding="utf-8")
 
 
-def certificate_card(spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str) -> str:
-    """Return the card's body in Markdown, without front matter, for artifacts that were compared on the same texts."""
+def certificate_card(
+    spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str, witness: Mapping[str, Any] | None = None
+) -> str:
+    """Return the card's body in Markdown, without front matter, for artifacts that were compared on the same texts.
+
+    `witness` is the content of `WITNESS_FILE`.
+    """
     parity = artifacts[0].parity
     return f"""
 # {spec.base_model}, exported
@@ -55,7 +67,7 @@ against {parity.reference}, with the engine and options used for serving. Artifa
 *Worst cosine*: the smallest cosine of any text's vector to the reference's. *Batch invariance*: the smallest cosine \
 between a text's vectors when encoded by itself and among other texts. *Ranks*: Spearman correlation of similarities \
 with the reference's. *Top 10*: the share of each text's ten nearest texts that the reference has too.
-{_quality(artifacts)}
+{_quality(artifacts)}{_witness(witness)}
 `mirror verify` on this folder checks every file and recomputes stored vectors on the serving machine.
 
 ## Use
@@ -125,6 +137,18 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
     rule = "|" + "---|" * left + "--:|" * (len(head) - left)
     first, *others = ("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows))
     return "\n".join([first, rule, *others])
+
+
+def _witness(found: Mapping[str, Any] | None) -> str:
+    """Describe what an independent reader of the encoder's folder computed."""
+    if found is None:
+        return ""
+    who = f"sentence-transformers {found['version']}, reading the encoder's own folder,"
+    if found["problem"]:
+        return f"\n**{who} computes other vectors**: {found['problem']}. They were accepted at export.\n"
+    return (
+        f"\n{who} computes the reference's vectors: worst cosine {found['min_cosine']:.6f} of {found['texts']} texts.\n"
+    )
 
 
 def _description(spec: EncoderSpec) -> str:

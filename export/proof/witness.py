@@ -30,17 +30,17 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Testimony:
-    """What the witness found: its version, the texts compared, the smallest cosine, and the difference if there is one."""
+    """What the witness found."""
 
-    version: str
-    texts: int
+    version: str  # of sentence-transformers
+    texts: int  # compared
     min_cosine: float
-    problem: str
+    problem: str  # how its vectors differ; empty where they agree
 
 
-def available(folder: Path) -> bool:
-    """Return whether sentence-transformers is installed and the folder records an encoder for it."""
-    return (folder / "modules.json").is_file() and find_spec(PACKAGE) is not None
+def available() -> bool:
+    """Return whether sentence-transformers is installed."""
+    return find_spec(PACKAGE) is not None
 
 
 def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> Testimony:
@@ -64,7 +64,7 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         raise BundleError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
     theirs = np.asarray(peer.encode(list(texts), batch_size=1, show_progress_bar=False), np.float32)
-    ours = reference.encode_unrounded(texts)
+    ours = reference.encode(texts)
     version = metadata.version("sentence-transformers")
     if theirs.shape != ours.shape:
         problem = f"its vectors have {theirs.shape[1]} components and ours {ours.shape[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -69,6 +70,32 @@ def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def named_os_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an `InputError` that names the file, or else `path`, and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(os_error_message(error, path)) from error
+
+
+def os_error_message(error: OSError, path: object = "") -> str:
+    """Describe an error of the operating system: the file, the reason, and the cure where there is a usual one."""
+    cures = {
+        errno.ENOSPC: "free some space and run the command again",
+        errno.EDQUOT: "free some of your quota and run the command again",
+        errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the command again",
+        errno.EACCES: "check its permissions",
+        errno.EROFS: "choose a place that can be written",
+        errno.EMFILE: "raise the limit on open files (ulimit -n)",
+        errno.ENOENT: "check the path",
+    }
+    reason = error.strerror or str(error) or type(error).__name__
+    where = f"{error.filename or path}: " if error.filename or path else ""
+    cure = cures.get(error.errno or 0)
+    return f"{where}{reason}" + (f" ({cure})" if cure else "")
 
 
 def umask() -> int:

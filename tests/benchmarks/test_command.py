@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision
 from mirror_runtime.host import usable_cores
 from mirror_runtime.vectors import cosines
-from tests.support.paths import ROOT
 
 
 def last_json(out: str) -> dict[str, Any]:
@@ -52,8 +49,8 @@ def run(bundle, texts, tmp_path):
 def fast(monkeypatch):
     """Draw nothing, for plots take a second each and have tests of their own, and read little memory."""
     monkeypatch.setattr("benchmarks.report.plots.PLOTS", {})
-    monkeypatch.setattr("benchmarks.machine.bandwidth.FEWEST_BYTES", 2**20)
-    monkeypatch.setattr("benchmarks.machine.bandwidth.CACHES", 0)
+    monkeypatch.setattr("benchmarks.machine.ceilings.FEWEST_BYTES", 2**20)
+    monkeypatch.setattr("benchmarks.machine.ceilings.CACHES", 0)
 
 
 def test_a_run_writes_a_report_and_ends_in_one_json_line(run, capsys):
@@ -92,21 +89,14 @@ def test_every_round_of_a_real_engine_has_its_reference(run, tiny_bundle):
 
 
 @pytest.mark.process
-def test_startup_is_measured_in_fresh_processes(run):
-    status, output = run("--suite", "startup", "--rounds", "1")
-    assert status == 0
-    report = read_report(output)
-    assert one(report, "startup", "time to the first vector").total == startup.FEWEST_ROUNDS
-    assert one(report, "startup", "peak memory").median >= one(report, "startup", "memory at the first vector").median
-
-
-@pytest.mark.process
-def test_scaling_is_measured_in_fresh_processes(run, monkeypatch):
+def test_startup_and_scaling_are_measured_in_fresh_processes(run, monkeypatch):
     monkeypatch.setattr(scaling, "QUICK_SIZES", (20, 60))
-    status, output = run("--suite", "scaling", "--quick", "--rounds", "2")
+    status, output = run("--suite", "startup", "scaling", "--quick", "--rounds", "2")
     report = read_report(output)
     assert status == 0
     assert not report.failures
+    assert one(report, "startup", "time to the first vector").total == startup.QUICK_ROUNDS
+    assert one(report, "startup", "peak memory").median >= one(report, "startup", "memory at the first vector").median
     assert [report.select("scaling", "time per text", texts=size)[0].total for size in (20, 60)] == [1, 1]
     assert one(report, "scaling", "peak memory").median > 10_000_000
     used = report.select("scaling", "CPU seconds per second")
@@ -121,56 +111,55 @@ def test_scaling_is_measured_in_fresh_processes(run, monkeypatch):
     assert 0 < queue["time until refused"].median <= queue["time until refused"].figure("max")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_a_valid_report_marked_as_partial(run, monkeypatch, capsys, number):
-    run_round, calls = Rounds.run, []
-    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for background processes
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Make a round of suite throughput receive a signal, and those after it run again."""
+    run_round = Rounds.run
 
-    def interrupted(self: Rounds) -> None:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-            time.sleep(10)  # the signal arrives meanwhile
-        run_round(self)
+    def prepare(at: int, number: signal.Signals) -> None:
+        calls = []
 
-    monkeypatch.setattr(Rounds, "run", interrupted)
-    try:
-        status, output = run("--suite", "throughput", "--rounds", "9")
-    finally:
-        assert signal.signal(signal.SIGINT, ignored) is signal.SIG_IGN
-    assert status == 130
-    report = read_report(output)
-    assert report.facts.partial
-    assert len(one(report, "throughput", "texts per second").samples) == 2
-    assert "**Partial" in (output / "report.md").read_text()
-    assert last_json(capsys.readouterr().out)["partial"] is True
+        def interrupted(self: Rounds) -> None:
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), number)
+                time.sleep(10)  # the signal arrives meanwhile
+            run_round(self)
+
+        monkeypatch.setattr(Rounds, "run", interrupted)
+
+    return prepare
 
 
-def test_an_interrupted_run_continues_after_its_last_finished_suite(run, monkeypatch, capsys):
-    run_round, turn, calls, turns = Rounds.run, time_calls, [], []
-
-    def interrupted(self: Rounds) -> None:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        run_round(self)
-
-    monkeypatch.setattr(Rounds, "run", interrupted)
+def test_an_interrupt_leaves_a_partial_report_that_continues_after_its_last_finished_suite(
+    run, interrupt, monkeypatch, capsys
+):
+    turn, turns = time_calls, []
     monkeypatch.setattr(latency, "time_calls", lambda *arguments: turns.append(1) or turn(*arguments))
     arguments = ["--suite", "latency", "throughput", "--quick", "--rounds", "3"]
-    status, output = run(*arguments)
-    assert status == 130
-    before, measured = read_report(output), len(turns)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for background processes
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            interrupt(2, number)
+            status, output = run(*arguments)
+            assert status == 130
+            assert last_json(capsys.readouterr().out)["partial"] is True
+            assert "**Partial" in (output / "report.md").read_text()
+    finally:
+        assert signal.signal(signal.SIGINT, ignored) is signal.SIG_IGN
+    before = read_report(output)
+    assert len(turns) == 24  # four lengths, three rounds, two runs
     for change, reason in ((["--seed", "7"], "settings of the interrupted run"), (["--engine", "x"], "x")):
         assert run(*arguments, *change, "--resume")[0] == 2
         assert reason in capsys.readouterr().err
     assert run(*arguments, "--resume")[0] == 0
     after = read_report(output)
-    assert len(turns) == measured == 12  # four lengths, three rounds: none of them again
+    assert len(turns) == 24  # none of them again
     assert after.select("latency") == before.select("latency")
     rates = [one(report, "throughput", "texts per second") for report in (before, after)]
     assert [len(rate.samples) for rate in rates] == [1, 3]
-    assert (after.facts.partial, after.facts.started, len(after.facts.resumed)) == (False, before.facts.started, 1)
+    assert (before.facts.partial, after.facts.partial) == (True, False)
+    assert (after.facts.started, len(after.facts.resumed)) == (before.facts.started, 1)
     assert after.facts.wall_s > before.facts.wall_s
     assert run(*arguments, "--resume")[0] == 2
     assert "start anew" in capsys.readouterr().err
@@ -182,36 +171,6 @@ def test_only_an_interrupted_runs_folder_is_deleted(run, tmp_path, capsys):
     assert run("--suite", "throughput", "--quick")[0] == 2
     assert "is not replaced" in capsys.readouterr().err
     assert (tmp_path / "out.unfinished" / "thesis.txt").exists()
-
-
-@pytest.mark.slow  # a process of its own that must import everything
-def test_a_real_ctrl_c_does_the_same(bundle, texts, tmp_path):
-    output = tmp_path / "out"
-    command = [sys.executable, "benchmarks/run.py", str(bundle), "--suite", "throughput", "--rounds", "100000"]
-    with subprocess.Popen(
-        [*command, "--texts", str(texts), "--output", str(output)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # One thread for what runs before the rounds: then the number of threads shows when they have begun.
-        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
-        # A runner in the background makes its children ignore Ctrl-C; a terminal does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        try:
-            deadline = time.monotonic() + 60
-            threads = Path(f"/proc/{process.pid}/task")
-            while time.monotonic() < deadline and len(list(threads.iterdir())) < 3:
-                time.sleep(0.2)  # the encoder's thread beside the progress bar's: rounds are running
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert read_report(output).facts.partial
-    assert last_json(out)["partial"] is True
 
 
 def test_an_engine_that_is_not_installed_is_a_failed_variant(run, make_bundle, make_artifact, capsys):
@@ -234,6 +193,7 @@ def test_an_engine_that_is_not_installed_is_a_failed_variant(run, make_bundle, m
         (["{bundle}", "--engine", "openvino"], "nothing matches --engine"),
         (["{bundle}", "--texts", "{absent}"], "cannot be read"),
         (["{bundle}", "--output", "{bundle}"], "has no report to replace"),
+        (["{bundle}", "--output", "{bundle}/config.json"], "is a file"),
         (["{bundle}", "--peer-env", "nobody=x"], "NAME=DIR"),
         (["{bundle}", "--suite", "peers", "--peer", "nobody"], "must be one of sentence-transformers"),
         (["--suite", "peers", "--peer", "plain-loop", "ctranslate2", "{absent}"], "is not a bundle"),
@@ -258,7 +218,16 @@ def test_mistakes_end_in_one_line_and_status_2(bundle, tmp_path, capsys, argumen
     assert not (tmp_path / "out.unfinished").exists()
 
 
-def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch, tmp_path):
+@pytest.fixture
+def tuning_files(tmp_path) -> list[str]:
+    corpus, pairs = tmp_path / "corpus.txt", tmp_path / "pairs.tsv"
+    corpus.write_text("".join(f"the cat no. {i} is playing the guitar with number {i * 7}\n" for i in range(450)))
+    rows = [f"{i % 6}\tthe cat no. {i} is playing\tthe dog no. {i % 5} is singing\n" for i in range(20)]
+    pairs.write_text("score\tsentence1\tsentence2\n" + "".join(rows))
+    return ["--corpus", str(corpus), "--sts", str(pairs)]
+
+
+def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch, tmp_path, tuning_files):
     """The commands are replaced: a real tuning is `test_training_runs_for_real`."""
     order = []
 
@@ -267,10 +236,7 @@ def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch,
         return 10.0 + seed, {"pairs": 70.0, "mean": 70.0}
 
     monkeypatch.setattr(training, "_run", tune)
-    corpus, pairs = tmp_path / "corpus.txt", tmp_path / "pairs.tsv"
-    corpus.write_text("".join(f"text {i}\n" for i in range(450)))
-    pairs.write_text("score\tsentence1\tsentence2\n" + "".join(f"{i}\ta {i}\tb {i}\n" for i in range(9)))
-    options = ["--suite", "training", "--quick", "--base", str(tmp_path), "--corpus", str(corpus), "--sts", str(pairs)]
+    options = ["--suite", "training", "--quick", "--base", str(tmp_path), *tuning_files]
     status, output = run(*options, "--training-seeds", "2")
     report = read_report(output)
     assert (status, report.failures) == (0, ())
@@ -282,36 +248,19 @@ def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch,
 
 
 @pytest.mark.slow  # two tuning runs and two evaluations, a process each
-def test_training_runs_for_real(run, tiny_bert, tmp_path):
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("".join(f"the cat no. {i} is playing the guitar with number {i * 7}\n" for i in range(450)))
-    pairs = tmp_path / "pairs.tsv"
-    rows = [f"x\t{i % 6}\tthe cat no. {i} is playing\tthe dog no. {i % 5} is singing\n" for i in range(20)]
-    pairs.write_text("subset\tscore\tsentence1\tsentence2\n" + "".join(rows))
-    status, output = run(
-        "--suite", "training", "--quick", "--base", str(tiny_bert), "--corpus", str(corpus), "--sts", str(pairs),
-        "--training-seeds", "1",
-    )  # fmt: skip
+def test_training_runs_for_real(run, tiny_bert, tuning_files):
+    status, output = run("--suite", "training", "--quick", "--base", str(tiny_bert), *tuning_files)
     report = read_report(output)
     assert (status, report.failures) == (0, ())
     assert {one.party for one in report.select("training")} == {"mirror-runtime, recipe sentence", REFERENCE_PARTY}
-    for party_mean in report.select("training", "Spearman x 100", set="mean"):
-        assert -100 <= party_mean.median <= 100
-
-
-@pytest.fixture(scope="module")
-def wrongly_pooled(tiny_bert, tmp_path_factory) -> Path:
-    """The tiny BERT's bundle with the first token's vector in place of the mean."""
-    output = tmp_path_factory.mktemp("wrong") / "bundle"
-    texts = ("", "the cat sat on the mat.", "a man is playing a guitar", *"abcdefgh")
-    build(
-        Request(encoder=str(tiny_bert), output=output, pooling=Pooling.CLS, texts=texts, precisions=(Precision.FP32,))
-    )
-    return output
+    assert all(-100 <= one.median <= 100 for one in report.select("training", "Spearman x 100", set="mean"))
 
 
 @pytest.mark.slow  # an export and three runs
-def test_a_wrong_pooling_is_caught_by_quality_and_compare(run, tiny_bundle, wrongly_pooled, tmp_path, capsys):
+def test_a_wrong_pooling_is_caught_by_quality_and_compare(run, tiny_bert, tiny_bundle, tmp_path, capsys):
+    wrong = tmp_path / "wrongly-pooled"  # with the first token's vector in place of the mean
+    texts = ("", "the cat sat on the mat.", "a man is playing a guitar", *"abcdefgh")
+    build(Request(encoder=str(tiny_bert), output=wrong, pooling=Pooling.CLS, texts=texts, precisions=(Precision.FP32,)))
     # People who agree with the right pooling.
     words = ["cat", "dog", "man", "guitar", "river", "mat"]
     pairs = [(f"the {a} sat on a {b}", f"a {c} is playing the {a}") for a in words for b in words for c in words[:3]]
@@ -320,7 +269,7 @@ def test_a_wrong_pooling_is_caught_by_quality_and_compare(run, tiny_bundle, wron
     people = tmp_path / "people.tsv"
     rows = [f"{score:.6f}\t{a}\t{b}\n" for score, (a, b) in zip(cosines(left, right), pairs, strict=True)]
     people.write_text("score\tsentence1\tsentence2\n" + "".join(rows), encoding="utf-8")
-    for name, bundle in (("base", tiny_bundle), ("same", tiny_bundle), ("wrong", wrongly_pooled)):
+    for name, bundle in (("base", tiny_bundle), ("same", tiny_bundle), ("wrong", wrong)):
         options = ["--suite", "quality", "--sts", str(people), "--engine", "onnxruntime"]
         assert run(*options, bundle=bundle, name=name)[0] == 0
     mean = one(read_report(tmp_path / "base"), "quality", "Spearman x 100", set="mean")

@@ -1,6 +1,7 @@
 """The comparison of reports: a planted regression is seen, noise alone is not."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,8 +35,10 @@ def noisy(report):
     return make
 
 
-def verdicts(changes, kind):
-    return {change.verdict for change in changes if kind in change.metric}
+def verdicts(base, head, kind=""):
+    """Return the verdicts on the metrics with a word in their names, for a report or several on each side."""
+    sides = [side if isinstance(side, list) else [side] for side in (base, head)]
+    return {change.verdict for change in compare(*sides, threshold=0.07) if kind in change.metric}
 
 
 def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
@@ -47,18 +50,19 @@ def test_runs_that_are_apart_or_alone_need_a_larger_change(noisy):
         (slower, steady, Verdict.BETTER),
         (unsteady, [noisy(i, slower=1.2) for i in range(5)], Verdict.NOISY),
         (disturbed, slower, Verdict.WORSE),
-        (steady[:1], slower[:1], Verdict.NOISY),
-        (steady[:1], [noisy(9, slower=1.6)], Verdict.WORSE),
+        (steady[0], slower[0], Verdict.NOISY),
+        (steady[0], noisy(9, slower=1.6), Verdict.WORSE),
     ):
-        changes = compare(base, head, threshold=0.07)
-        assert verdicts(changes, "throughput, openvino bf16, texts per second") == {verdict}
+        assert verdicts(base, head, "throughput, openvino bf16, texts per second") == {verdict}
 
 
 def test_the_same_speed_again_raises_no_alarm(noisy):
     for seed in range(0, 60, 6):
-        base, head = [noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)]
-        found = {change.verdict for change in compare(base, head, threshold=0.07)}
+        found = verdicts([noisy(seed + i) for i in range(3)], [noisy(seed + 3 + i) for i in range(3)])
         assert found <= {Verdict.SAME, Verdict.NOISY}, f"seed {seed}"
+    # Without a reference in every run times are compared directly.
+    base = [noisy(0), *(noisy(i, reference=1.0) for i in (1, 2))]
+    assert verdicts(base, [noisy(10 + i, reference=1.3) for i in range(3)]) <= {Verdict.SAME, Verdict.NOISY}
 
 
 @pytest.mark.parametrize(
@@ -73,19 +77,11 @@ def test_the_same_speed_again_raises_no_alarm(noisy):
 def test_times_are_compared_in_units_of_the_reference(noisy, slower, machine, verdict):
     base = [noisy(i, reference=1.0) for i in range(3)]
     head = [noisy(10 + i, slower=slower, reference=machine) for i in range(3)]
-    changes = compare(base, head, threshold=0.07)
     for kind in ("throughput", "latency"):
-        assert verdicts(changes, kind) == {verdict}
-    shown = next(change for change in changes if change.metric.startswith("throughput"))
-    assert shown.base is not None
-    assert shown.head is not None
-    assert shown.base / shown.head == pytest.approx(slower, rel=0.05)  # absolute rates, as measured
-
-
-def test_without_a_reference_in_every_run_times_are_compared_directly(noisy):
-    base = [noisy(0), *(noisy(i, reference=1.0) for i in (1, 2))]
-    head = [noisy(10 + i, reference=1.3) for i in range(3)]
-    assert {change.verdict for change in compare(base, head, threshold=0.07)} <= {Verdict.SAME, Verdict.NOISY}
+        assert verdicts(base, head, kind) == {verdict}
+    changes = compare(base, head, threshold=0.07)
+    (shown,) = (change for change in changes if change.metric == "throughput, openvino bf16, texts per second")
+    assert (shown.base or 0) / (shown.head or 1) == pytest.approx(slower, rel=0.05)  # absolute rates, as measured
 
 
 @pytest.mark.parametrize(
@@ -103,79 +99,60 @@ def test_each_round_has_its_own_reference_and_rates_are_times(better, scaled, ti
     assert _times(one, scaled=scaled) == times
 
 
-def test_vectors_farther_from_the_reference_are_worse(noisy):
-    changes = compare([noisy(0)], [noisy(0, cosine=0.93)], threshold=0.07)
-    assert verdicts(changes, "worst cosine") == {Verdict.WORSE}
-    assert verdicts(changes, "throughput") == {Verdict.SAME}
+@pytest.fixture
+def sampled(noisy, change):
+    """Return a report with other samples of some metrics."""
+
+    def make(**samples):
+        report = noisy(0)
+        for metric, values in samples.items():
+            take = partial(dataclasses.replace, samples=tuple(map(float, values)))
+            report = change(report, metric.replace("_", " "), take)
+        return report
+
+    return make
 
 
-def sampled(report, change, metric, samples):
-    """Replace the samples of a metric."""
-    return change(report, metric, lambda one: dataclasses.replace(one, samples=tuple(map(float, samples))))
-
-
-def with_pairs(report, change, cosines):
-    """Return a report whose own artifact has these cosines on many pairs."""
-    return sampled(sampled(report, change, "score", range(len(cosines))), change, "cosine of pairs", cosines)
-
-
-def test_a_loss_of_quality_is_caught_over_the_same_pairs(noisy, change):
+def test_a_loss_of_quality_is_caught_over_the_same_pairs(sampled):
     random = np.random.default_rng(0)
     truth = np.arange(400.0)
     shared = truth + 150 * random.standard_normal(400)  # both sides err on the same pairs
     good, bad = shared, shared + 100 * random.standard_normal(400)
     assert 100 * (spearman(good, truth) - spearman(bad, truth)) > 2
-    base, head = (with_pairs(noisy(0), change, side) for side in (good, bad))
-    for before, after, verdict in (
-        (base, head, Verdict.WORSE), (head, base, Verdict.BETTER), (base, base, Verdict.SAME)
-    ):  # fmt: skip
-        assert verdicts(compare([before], [after], threshold=0.07), "quality") == {verdict}
+    base, head = (sampled(score=truth, cosine_of_pairs=side) for side in (good, bad))
+    assert verdicts(base, head, "quality") == {Verdict.WORSE}
+    assert verdicts(head, base, "quality") == {Verdict.BETTER}
+    assert verdicts(base, base, "quality") == {Verdict.SAME}
     # Three points between two independent small samples are noise, and are reported as noise.
-    few = [with_pairs(noisy(0), change, side[:12]) for side in (good, bad)]
-    assert verdicts(compare(few[:1], few[1:], threshold=0.07), "quality") <= {Verdict.NOISY, Verdict.SAME}
+    few = [sampled(score=truth[:12], cosine_of_pairs=side[:12]) for side in (good, bad)]
+    assert verdicts(few[0], few[1], "quality") <= {Verdict.NOISY, Verdict.SAME}
 
 
 @pytest.mark.parametrize("metric", ["texts per second", "cosine of pairs", "worst cosine of export"])
 def test_a_metric_that_is_gone_is_a_loss(noisy, change, metric):
     base, gone = noisy(0), change(noisy(1), metric, lambda one: None)
-    assert verdicts(compare([base], [gone], threshold=0.07), metric) == {Verdict.LOST}
-    assert verdicts(compare([gone], [base], threshold=0.07), metric) == {Verdict.NEW}
+    assert verdicts(base, gone, metric) == {Verdict.LOST}
+    assert verdicts(gone, base, metric) == {Verdict.NEW}
 
 
-def test_peers_and_facts_are_not_judged(noisy, change):
-    slow = sampled(noisy(0), change, "peak memory", [9e9])
-    changes = compare([noisy(0)], [slow], threshold=0.07)
-    assert {change.verdict for change in changes} == {Verdict.SAME}
-    assert not [change for change in changes if "peers" in change.metric or "st torch" in change.metric]
-
-
-def test_a_single_sample_is_not_judged(noisy, change):
-    """Scaling's largest size runs once."""
-    base, head, twice = (sampled(noisy(0), change, "time per text", times) for times in ([1.0], [2.0], [2.0, 2.0]))
-    assert verdicts(compare([base], [head], threshold=0.07), "scaling") == {Verdict.NOISY}
-    steady = sampled(noisy(0), change, "time per text", [1.0, 1.0])
-    assert verdicts(compare([steady], [twice], threshold=0.07), "scaling") == {Verdict.WORSE}
-
-
-def test_the_gateway_is_compared_with_the_gateway(report, change):
-    def halve(one: Measurement) -> Measurement:
-        if one.conditions.get("server") != "gateway":
-            return one
-        return dataclasses.replace(one, samples=tuple(sample / 2 for sample in one.samples))
-
-    head = change(report, "texts per second", halve)
-    found = {change.metric: change.verdict for change in compare([report], [head], threshold=0.07)}
-    loop = "serving, openvino bf16, {}, closed, 8 callers, 1 texts per request, texts per second"
-    assert found[loop.format("triton")] is Verdict.SAME
-    assert found[loop.format("gateway")] is Verdict.WORSE
-
-
-def test_other_conditions_are_named(noisy):
+def test_what_is_judged_and_against_what(noisy, sampled, change):
     base = noisy(0)
-    host = dataclasses.replace(base.facts.host, cores_usable=64)
-    other = dataclasses.replace(base, facts=dataclasses.replace(base.facts, host=host))
-    assert [note.split(" differ")[0] for note in warnings([base], [other])] == ["The machines"]
-    assert warnings([base], [base]) == []
+    assert verdicts(base, noisy(0, cosine=0.93), "worst cosine") == {Verdict.WORSE}
+    assert verdicts(base, noisy(0, cosine=0.93), "throughput") == {Verdict.SAME}
+    assert verdicts(base, sampled(peak_memory=[9e9])) == {Verdict.SAME}  # a fact
+    changes = compare([base], [base], threshold=0.07)
+    assert not [change for change in changes if "peers" in change.metric or "st torch" in change.metric]
+    once, slower, twice = (sampled(time_per_text=times) for times in ([1.0], [2.0], [2.0, 2.0]))
+    assert verdicts(once, slower, "scaling") == {Verdict.NOISY}  # the largest size runs once
+    assert verdicts(sampled(time_per_text=[1.0, 1.0]), twice, "scaling") == {Verdict.WORSE}
+
+    def halve(one: Measurement) -> Measurement:
+        gateway = one.conditions.get("server") == "gateway"
+        return dataclasses.replace(one, samples=tuple(sample / (1 + gateway) for sample in one.samples))
+
+    slow_gateway = change(base, "texts per second", halve)
+    assert verdicts(base, slow_gateway, "triton, closed, 8 callers, 1 texts per request, texts") == {Verdict.SAME}
+    assert verdicts(base, slow_gateway, "gateway, closed, 8 callers, 1 texts per request, texts") == {Verdict.WORSE}
 
 
 def test_the_command_ends_with_the_verdict_as_its_status(noisy, save, tmp_path, capsys):
@@ -189,10 +166,14 @@ def test_the_command_ends_with_the_verdict_as_its_status(noisy, save, tmp_path, 
     assert main([str(tmp_path / "base"), str(tmp_path / "base")]) == 0
 
 
-def test_a_partial_report_or_none_is_refused(report, save, tmp_path):
+def test_other_conditions_are_named_and_a_partial_report_or_none_is_refused(report, save, tmp_path):
+    facts = report.facts
+    host = dataclasses.replace(facts.host, cores_usable=64)
+    other = dataclasses.replace(report, facts=dataclasses.replace(facts, host=host, partial=True))
+    assert [note.split(" differ")[0] for note in warnings([report], [other])] == ["The machines"]
+    assert warnings([report], [report]) == []
     with pytest.raises(InputError, match=r"has a report\.json"):
         read_side(tmp_path)
-    partial = dataclasses.replace(report, facts=dataclasses.replace(report.facts, partial=True))
-    save(partial, tmp_path / "out")
+    save(other, tmp_path / "out")
     with pytest.raises(InputError, match="partial"):
         read_side(tmp_path / "out")

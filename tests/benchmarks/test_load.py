@@ -3,16 +3,17 @@
 import asyncio
 import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from benchmarks.load import generator
-from benchmarks.load.generator import OpenLoop, Sender, arrivals, closed_loop, recovery_time
-from benchmarks.load.requests import KINDS, TEXTS_PER_REQUEST, ExpectedVectors, InTurn, Kind, Mix, Request, long_texts
-from benchmarks.load.targets import GatewayTarget
-from benchmarks.load.window import Outcome
+from benchmarks.load.generator import Loop, Window, arrivals, recovery_time
+from benchmarks.load.requests import KINDS, TEXTS_PER_REQUEST, ExpectedVectors, Kind, Request, in_turn, long_texts, mix
+from benchmarks.load.targets import GatewayTarget, Outcome, Sender, TritonTarget
 from mirror_runtime.bundle import EncoderSpec, Pooling, VectorType
 from mirror_runtime.client.protocol import Rejected
 from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError, TextError, UnavailableError
@@ -21,7 +22,6 @@ SPEC = EncoderSpec(
     base_model="m", revision=None, family="bert", pooling=Pooling.MEAN, normalize=True, max_tokens=64, dim=16
 )
 GOOD = Request(target="grpc", chosen=(3, 5))
-TURN = InTurn("grpc", texts=40, size=2)
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def expected() -> ExpectedVectors:
     vectors = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     texts = tuple(f"text {i}" for i in range(40))
-    return ExpectedVectors(texts=texts, components=vectors, floor=0.999, spec=SPEC, canaries=2, long_from=30)
+    return ExpectedVectors(
+        texts=texts, components=vectors, floor=0.999, spec=SPEC, fingerprint="f", canaries=2, long_from=30
+    )
 
 
 class Server:
@@ -56,16 +58,26 @@ class Server:
         return Outcome.ANSWERED, ""
 
 
-def opened(send, rate, seconds, source=TURN):
-    loop = OpenLoop(send, source, rate=rate, seconds=seconds, seed=0)
-    asyncio.run(loop.run())
-    return loop.take()
+def closed(send, callers, seconds, texts=40) -> Window:
+    async def run():
+        return await Loop(send).closed([in_turn("grpc", 2, texts, at / callers) for at in range(callers)], seconds)
+
+    return asyncio.run(run())
+
+
+def opened(send, rate, seconds, **options) -> Window:
+    async def run():
+        loop = Loop(send)
+        await loop.open(in_turn("grpc", 2, 40), rate=rate, seconds=seconds, seed=0, **options)
+        return loop.take()
+
+    return asyncio.run(run())
 
 
 def test_a_closed_loop_goes_round_all_requests_and_counts_each():
     server = Server(seconds=0.002)
-    source = InTurn("grpc", texts=7, size=2)
-    window = asyncio.run(closed_loop(server.send, source, callers=3, seconds=0.2))
+    window = closed(server.send, callers=3, seconds=0.2, texts=7)
+    assert len({request.chosen for request in server.requests[:3]}) == 3  # each caller begins at another place
     assert {request.chosen for request in server.requests} == {(0, 1), (2, 3), (4, 5)}  # a lone text is left out
     assert len(window.times_ms) == window.requests == len(server.requests) - 3  # each caller's first is not counted
     assert 0.2 <= window.seconds < 0.4
@@ -73,31 +85,23 @@ def test_a_closed_loop_goes_round_all_requests_and_counts_each():
     assert window.answered_ms.keys() == {"grpc 2"}
 
 
-def test_a_closed_loop_of_a_server_that_answers_nobody_ends_at_once():
-    async def broken(_request, _cancel_after_s):
-        return Outcome.FAILED, "out of order"
-
-    began = time.perf_counter()
-    window = asyncio.run(closed_loop(broken, TURN, callers=4, seconds=30))
-    assert time.perf_counter() - began < 1
-    assert (window.times_ms, window.reason) == ((), "out of order")
-
-
-def test_failures_are_counted_and_have_no_time():
+def test_a_closed_loop_counts_failures_without_a_time_and_ends_at_once_if_there_is_nothing_else():
     server = Server(seconds=0.001)
 
-    async def every_third(request, cancel_after_s):
+    async def failing(request, cancel_after_s):
         end = await server.send(request, cancel_after_s)
-        return (Outcome.FAILED, "third") if server.answered % 3 == 0 else end
+        return (Outcome.FAILED, "out of order") if server.answered % every == 0 else end
 
-    window = asyncio.run(closed_loop(every_third, TURN, callers=1, seconds=0.1))
+    every = 3
+    window = closed(failing, callers=1, seconds=0.1)
     assert 0 < window.unexpected == len(server.requests) - 1 - len(window.times_ms)
-    assert window.reason == "third"
+    every, began = 1, time.perf_counter()
+    assert closed(failing, callers=4, seconds=30).times_ms == ()
+    assert time.perf_counter() - began < 1
+    assert window.reason == "grpc 2: out of order"
 
-
-def test_more_callers_than_the_server_accepts_find_its_maximum_nevertheless():
-    window = asyncio.run(closed_loop(Server(room=2).send, TURN, callers=4, seconds=0.3))
-    assert 60 < len(window.times_ms) / window.seconds <= 205
+    window = closed(Server(room=2).send, callers=4, seconds=0.3)  # more callers than it accepts find its maximum
+    assert 60 < window.rate <= 205
     assert window.count(Outcome.OVERLOADED) > 0
 
 
@@ -120,6 +124,7 @@ def test_an_open_loop_sends_all_that_is_due_and_waits_for_the_answers():
     assert window.seconds > 1.2
     assert max(window.times_ms) > 800  # the last one waits behind the others
     assert np.median(window.lag_ms) < 20
+    assert opened(Server(seconds=0).send, rate=5, seconds=0.3).seconds == 0.3  # not up to the last answer
 
 
 def test_a_stall_is_in_the_times_of_all_requests_that_were_due_meanwhile():
@@ -144,39 +149,27 @@ def test_requests_beyond_the_bound_are_not_sent(monkeypatch):
     assert window.requests == 40
 
 
-def test_an_overloaded_server_answers_what_it_can_and_has_recovered_when_it_is_fast_again():
-    async def overload(slow_s):
-        server = Server(seconds=0.01, room=8, slow_s=slow_s)
-        loop = OpenLoop(server.send, TURN, rate=200, seconds=0.6, seed=0)
-        recovered: list[float | None] = []
-
-        async def recovery():
-            recovered.append(await recovery_time(server.send, TURN, within_ms=20))
-
-        await loop.run(recovery)
-        return loop.take(), recovered[0]
-
-    window, recovery_s = asyncio.run(overload(slow_s=0.0))
+def test_an_overloaded_server_answers_what_it_can_and_has_recovered_when_it_is_fast_again(monkeypatch):
+    window, slow = (
+        opened(Server(seconds=0.01, room=8, slow_s=slow_s).send, rate=200, seconds=0.6, calm_ms=20)
+        for slow_s in (0.0, 1.2)
+    )
     refused = window.count(Outcome.OVERLOADED)
     assert refused == len(window.refused_ms)
     assert 0.15 < refused / window.requests < 0.6
     assert np.median(window.refused_ms) < 10 < np.median(window.times_ms)
-    _, slow_s = asyncio.run(overload(slow_s=1.2))
-    assert recovery_s is not None
-    assert slow_s is not None
-    assert recovery_s < 0.3 < slow_s
-
-
-def test_a_server_that_stays_slow_has_not_recovered(monkeypatch):
+    assert window.recovery_s is not None
+    assert slow.recovery_s is not None
+    assert window.recovery_s < 0.3 < slow.recovery_s
     monkeypatch.setattr(generator, "RECOVERY_S", 0.1)
-    assert asyncio.run(recovery_time(Server(seconds=0.03).send, TURN, within_ms=10)) is None
+    assert asyncio.run(recovery_time(Server(seconds=0.03).send, in_turn("grpc", 2, 40), within_ms=10)) is None
 
 
 def test_windows_follow_each_other_and_an_interrupt_counts_nothing_that_was_under_way():
     async def interrupted():
         server = Server(seconds=0.001)
-        loop = OpenLoop(server.send, TURN, rate=200, seconds=60, seed=0)
-        task = asyncio.ensure_future(loop.run())
+        loop = Loop(server.send)
+        task = asyncio.ensure_future(loop.open(in_turn("grpc", 2, 40), rate=200, seconds=60, seed=0))
         await asyncio.sleep(0.2)
         first = loop.take()
         server.seconds = 30
@@ -196,7 +189,7 @@ def test_windows_follow_each_other_and_an_interrupt_counts_nothing_that_was_unde
     ("spoil", "problem"),
     [
         (lambda v: v[::-1], "2 of 3 texts (cosine below 0.999"),  # two texts' vectors swapped
-        (lambda v: v[:2], "2 vectors for 3 texts"),
+        (lambda v: v[:2], "is expected"),
         (lambda v: v[:, :8], "is expected"),
         (lambda v: np.where(v == v[1, 0], np.nan, v), "not finite"),
         (lambda v: v * 2, "'text 3' cosine 1.000000, off by 1 of its length"),  # not normalised
@@ -211,19 +204,14 @@ def test_a_wrong_vector_is_found_and_a_right_one_has_no_problem(expected, spoil,
 
 
 def test_vectors_of_bits_are_compared_as_components(expected):
-    bits = np.packbits(expected.components > 0, axis=-1)
-    binary = replace(
-        expected,
-        spec=replace(SPEC, vector_type=VectorType.BINARY),
-        components=np.where(expected.components > 0, 1, -1).astype(np.float32),
-    )
+    bits, signs = np.packbits(expected.components > 0, axis=-1), np.where(expected.components > 0, 1, -1)
+    binary = replace(expected, spec=replace(SPEC, vector_type=VectorType.BINARY), components=signs.astype(np.float32))
     assert binary.problem((0, 1), bits[:2]) == ""
     assert "cosine below" in binary.problem((0, 1), bits[1:3])
 
 
 def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected):
-    mix = Mix(expected, seed=3)
-    drawn = [mix.draw() for _ in range(20_000)]
+    drawn = list(islice(mix(expected, 3, KINDS), 20_000))
     for kind, share in KINDS.items():
         assert sum(r.kind is kind for r in drawn) / len(drawn) == pytest.approx(share, rel=0.25)
     good = [r for r in drawn if r.kind is Kind.GOOD]
@@ -235,18 +223,18 @@ def test_the_mix_has_every_kind_in_its_share_and_is_the_same_for_a_seed(expected
     assert set(chosen) == set(range(40))
     assert {len(r.chosen) for r in drawn if r.kind is Kind.EMPTY} == {0}
     assert {len(r.chosen) for r in drawn if r.kind is Kind.CANCELLED} == {32}
-    assert Mix(expected, seed=3).draw() == drawn[0]
+    assert next(mix(expected, 3, KINDS)) == drawn[0]
 
 
 def test_long_texts_reach_the_encoders_limit():
-    joined = long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
-    lengths = [len(text) for text in joined]
+    first, again = (long_texts(["one two three four five", "six seven eight nine"], 256, seed=0) for _ in range(2))
+    assert first == again
+    lengths = [len(text) for text in first]
     assert 256 < min(lengths) < 500
     assert max(lengths) > 1100
-    assert joined == long_texts(["one two three four five", "six seven eight nine"], max_tokens=256, seed=0)
 
 
-class Target:
+class Target(TritonTarget):
     """A target whose `answer` returns vectors or raises."""
 
     def __init__(self, answer):
@@ -258,12 +246,9 @@ class Target:
     async def submit(self, texts, parameters):
         return self.answer((texts, parameters))
 
-    async def close(self):
-        pass
-
 
 def end(expected, answer, request):
-    sender = Sender({"grpc": Target(answer)}, expected.texts, expected)  # type: ignore[dict-item]
+    sender = Sender({"grpc": Target(answer)}, expected.texts, expected)
     return asyncio.run(sender.send(request, 0.05))
 
 
@@ -272,11 +257,6 @@ def raising(error):
         raise error
 
     return answer
-
-
-def test_a_good_answer_is_compared_with_the_expected_vectors(expected):
-    assert end(expected, lambda _: expected.components[[3, 5]], GOOD) == (Outcome.ANSWERED, "")
-    assert end(expected, lambda _: expected.components[[5, 3]], GOOD)[0] is Outcome.WRONG_VECTOR
 
 
 @pytest.mark.parametrize(
@@ -298,10 +278,6 @@ def test_every_failure_has_its_outcome(expected, error, outcome):
     assert str(error) in reason
 
 
-def bad(kind: Kind) -> Request:
-    return replace(GOOD, kind=kind, chosen=() if kind is Kind.EMPTY else (3, 5))
-
-
 @pytest.mark.parametrize(
     ("kind", "sent", "reason"),
     [
@@ -316,24 +292,24 @@ def bad(kind: Kind) -> Request:
 )
 def test_a_bad_request_is_bad_and_must_be_refused_for_the_right_reason(expected, kind, sent, reason):
     received: list[object] = []
-    end(expected, received.append, bad(kind))
+    bad = replace(GOOD, kind=kind, chosen=() if kind is Kind.EMPTY else (3, 5))
+    assert end(expected, received.append, bad)[0] is Outcome.NOT_REFUSED
     assert received == [sent]
-    assert end(expected, raising(Rejected(reason)), bad(kind))[0] is Outcome.REFUSED
-    assert end(expected, lambda _: None, bad(kind))[0] is Outcome.NOT_REFUSED
-    assert end(expected, raising(ServerError("broken")), bad(kind))[0] is Outcome.FAILED
+    assert end(expected, raising(Rejected(reason)), bad)[0] is Outcome.REFUSED
+    assert end(expected, raising(ServerError("broken")), bad)[0] is Outcome.FAILED
     if kind is not Kind.EMPTY:
-        assert end(expected, raising(Rejected("no")), bad(kind)) == (Outcome.OTHER_REFUSAL, "Rejected: no")
+        assert end(expected, raising(Rejected("no")), bad) == (Outcome.OTHER_REFUSAL, "Rejected: no")
 
 
-def test_a_cancelled_request_ends_as_cancelled_or_as_a_good_one(expected):
-    class Slow(Target):
-        async def encode(self, texts):
-            await asyncio.sleep(5)
-
-    request = replace(GOOD, kind=Kind.CANCELLED)
-    assert end(expected, lambda _: expected.components[[3, 5]], request)[0] is Outcome.ANSWERED
-    slow = Sender({"grpc": Slow(None)}, expected.texts, expected)  # type: ignore[dict-item]
-    assert asyncio.run(slow.send(request, 0.01)) == (Outcome.CANCELLED, "")
+def test_an_answer_is_compared_with_the_expected_vectors_unless_it_is_cancelled_before(expected):
+    cancelled = replace(GOOD, kind=Kind.CANCELLED)
+    for request in (GOOD, cancelled):
+        assert end(expected, lambda _: expected.components[[3, 5]], request) == (Outcome.ANSWERED, "")
+        assert end(expected, lambda _: expected.components[[5, 3]], request)[0] is Outcome.WRONG_VECTOR
+    slow = Target(None)
+    slow.encode = lambda _: asyncio.sleep(5)  # type: ignore[method-assign]
+    sender = Sender({"grpc": slow}, expected.texts, expected)
+    assert asyncio.run(sender.send(cancelled, 0.01))[0] is Outcome.CANCELLED
 
 
 def test_the_gateway_target_reads_vectors_and_names_refusals():
@@ -347,21 +323,14 @@ def test_the_gateway_target_reads_vectors_and_names_refusals():
     async def sent():
         application = web.Application()
         application.router.add_post("/embed", embed)
-        runner = web.AppRunner(application)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0]
-        target = GatewayTarget(f"{host}:{port}", timeout_s=5)
-        try:
+        async with TestServer(application) as server:
+            target = GatewayTarget(f"{server.host}:{server.port}", timeout_s=5)
             np.testing.assert_array_equal(await target.encode(["zwei Häuser 🏠"]), np.array([[13, 0.5]], np.float32))
             for text, kind in (("slow down", OverloadedError), ("broken", ServerError), ("odd", ServerError)):
                 with pytest.raises(kind, match=replies[text][1]):
                     await target.encode([text])
-            await runner.cleanup()
-            with pytest.raises(UnavailableError, match="did not answer"):
-                await target.encode(["nobody listens"])
-        finally:
-            await target.close()
+        with pytest.raises(UnavailableError, match="did not answer"):
+            await target.encode(["nobody listens"])
+        await target.close()
 
     asyncio.run(sent())

@@ -12,9 +12,8 @@ import pytest
 
 from benchmarks.peers import environments, specs
 from benchmarks.peers.environments import INCOMPLETE, STAMP, make_environment, parse_environments
-from benchmarks.peers.footprint import environment_bytes, needed_by, our_bytes
-from benchmarks.peers.installed import installed_bytes
-from benchmarks.peers.specs import FOLDER, PeerSpec
+from benchmarks.peers.libraries import EXPORTS, LIBRARIES, engine_loops
+from benchmarks.peers.specs import FOLDER, PeerSpec, worker_command
 from benchmarks.plan import Environments, Plan, Suite
 from benchmarks.recorder import Recorder
 from benchmarks.run import _chosen_peers
@@ -24,8 +23,8 @@ from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.workers import WorkerProcess
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import EngineName
 from mirror_runtime.errors import InputError, PeerError
+from mirror_runtime.vectors import cosines
 from tests.support import fake_peer
 
 SPEC = PeerSpec(
@@ -38,15 +37,11 @@ SPEC = PeerSpec(
 
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "peers"
-    folder.mkdir()
-    shutil.copy(fake_peer.__file__, folder / "fake_peer.py")
-    monkeypatch.setattr(peers, "FOLDER", folder)
-    monkeypatch.setattr(specs, "FOLDER", folder)
+    script = Path(shutil.copy(fake_peer.__file__, tmp_path / "peer.py"))
+    monkeypatch.setattr(specs, "SCRIPT", script)
     monkeypatch.setattr(peers, "PEERS", (SPEC,))
     monkeypatch.setattr(peers, "SETTLE_S", 0.0)
-    monkeypatch.setattr(peers, "environment_bytes", lambda python: 123)
-    return folder / "fake_peer.py"
+    return script
 
 
 @pytest.fixture
@@ -56,23 +51,21 @@ def worker(script, tmp_path):
 
 
 @pytest.fixture
-def environment(tmp_path) -> Path:
-    """A virtual environment that is this Python."""
-    folder = tmp_path / "env"
-    folder.symlink_to(sys.prefix, target_is_directory=True)
-    return folder
-
-
-@pytest.fixture
-def peers_plan(plan, environment, tmp_path) -> Plan:
+def peers_plan(plan, tmp_path) -> Plan:
+    environment = tmp_path / "env"  # a virtual environment that is this Python
+    environment.symlink_to(sys.prefix, target_is_directory=True)
     own = Environments(given={"fake": environment}, folder=tmp_path / "unused")
     return dataclasses.replace(plan, peers=("fake",), environments=own, quick=False)
 
 
-def test_answers_come_in_turn_and_an_error_is_raised_and_the_worker_goes_on(worker):
+def test_answers_come_in_turn_after_an_error_and_after_one_that_ctrl_c_left_unread(worker, monkeypatch):
     assert worker.ask("encode", batch_size=32, limit=5) == {"seconds": 2.0, "texts": 5}
     with pytest.raises(PeerError, match="load: OSError: no such backend here"):
-        worker.ask("load", backend="onnx", texts="")
+        worker.ask("load", backend="onnx", texts=[])
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._output, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            worker.ask("encode", batch_size=32, limit=6)
     assert worker.ask("encode", batch_size=64, limit=7) == {"seconds": 1.0, "texts": 7}
 
 
@@ -88,23 +81,33 @@ def test_a_worker_that_ends_babbles_or_takes_too_long_is_an_error(worker, op, me
             worker.ask("encode", batch_size=1, limit=1)
 
 
-def test_an_answer_that_ctrl_c_left_unread_is_not_taken_for_the_next_one(worker, monkeypatch):
-    readline = worker._process.stdout.readline
-    monkeypatch.setattr(worker._process.stdout, "readline", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        worker.ask("encode", batch_size=32, limit=5)
-    monkeypatch.setattr(worker._process.stdout, "readline", readline)
-    assert worker.ask("encode", batch_size=64, limit=7)["texts"] == 7
-
-
 @pytest.mark.process
-def test_the_real_worker_keeps_standard_output_clean_and_names_errors(tmp_path):
-    script = FOLDER / "sentence_transformers_peer.py"
-    with WorkerProcess((sys.executable, "-I", str(script)), tmp_path / "log") as worker:
-        with pytest.raises(PeerError, match="FileNotFoundError"):
-            worker.ask("load", model="absent", backend="torch", texts=str(tmp_path / "absent.json"))
+def test_the_real_worker_names_errors_and_measures_a_library(tiny_bundle, tmp_path):
+    texts, output = ["the cat", "a man is playing a guitar", "dog"], tmp_path / "vectors.npy"
+    with WorkerProcess(worker_command(Path(sys.executable), "engine_loops"), tmp_path / "log") as worker:
+        with pytest.raises(PeerError, match="load: NoSuchFile: "):
+            worker.ask("load", model="absent", backend="onnxruntime", texts=texts)
         with pytest.raises(PeerError, match="nothing is loaded"):
             worker.ask("encode", batch_size=1, limit=None)
+        answer = worker.ask("load", model=str(tiny_bundle), backend="onnxruntime", texts=texts)
+        assert (answer["precision"], answer["load_seconds"] > 0) == ("float32", True)
+        assert worker.ask("encode", batch_size=2, limit=None)["seconds"] > 0
+        assert len(worker.ask("single", texts=texts, calls=5)["samples_ms"]) == 5
+        worker.ask("dump", batch_size=2, output=str(output), texts=texts)
+        packages = worker.ask("packages")
+        assert packages["versions"]["numpy"] == np.__version__
+        assert packages["bytes"] > 100e6
+        assert worker.peak_bytes() > 10e6
+    with Encoder.load(tiny_bundle, engine="onnxruntime") as encoder:
+        assert cosines(np.load(output), encoder.encode(texts)).min() > 0.9999
+
+
+def test_every_engine_loop_restores_the_order_of_the_texts(tiny_bundle):
+    texts = [f"{'the cat sat ' * (number % 5)}number {number}" for number in range(11)]
+    loops = [engine_loops(str(tiny_bundle), backend, "") for backend in ("onnxruntime", "openvino", "openvino-async")]
+    expected = np.concatenate([loops[0].encode([text], 1) for text in texts])
+    for loop in loops:
+        assert cosines(loop.encode(texts, 4), expected).min() > 0.999
 
 
 @pytest.mark.process
@@ -116,10 +119,10 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
     before = sorted(plan.bundle.rglob("*"))
     plan = prepare_peers(plan, recorder, progress)
     starters = plan.peer_starters
-    assert [(starter.party, starter.command[-2:]) for starter in starters] == [
-        ("fake torch", (str(plan.bundle.resolve()), "torch")),
-        ("fake onnx", (str(plan.bundle.resolve()), "onnx")),
-        ("fake openvino", (str(plan.scratch / "fake-openvino"), "openvino")),  # exported into a copy
+    assert [(starter.party, starter.model, starter.backend) for starter in starters] == [
+        ("fake torch", plan.bundle.resolve(), "torch"),
+        ("fake onnx", plan.bundle.resolve(), "onnx"),
+        ("fake openvino", plan.scratch / "fake-openvino", "openvino"),  # exported into a copy
     ]
     assert starters[0].installed_bytes == 123
     assert sorted(plan.bundle.rglob("*")) == before
@@ -158,7 +161,7 @@ def test_the_suite_sweeps_takes_turns_compares_and_names_failures(peers_plan, sc
 
 
 @pytest.mark.process
-def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
+def test_what_fails_of_a_peer_is_named_and_the_others_go_on(peers_plan, script, progress, tmp_path):
     np.save(script.parent / "vectors.npy", np.zeros((2, 8), np.float32))
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, quick=True)
     run_peers(prepare_peers(plan, recorder, progress), recorder, progress)
@@ -166,9 +169,6 @@ def test_vectors_of_another_shape_are_a_failure(peers_plan, script, progress):
     assert [shape in failure.reason for failure in recorder.failures if failure.party != "fake onnx"] == [True, True]
     rates = [one.party for one in recorder.measurements if one.metric == "texts per second"]
     assert rates == ["fake fp32"]
-
-
-def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_plan, script, progress, tmp_path):
     absent = Environments(given={"fake": tmp_path / "absent"}, folder=tmp_path)
     recorder, plan = Recorder(), dataclasses.replace(peers_plan, environments=absent)
     assert prepare_peers(plan, recorder, progress) == plan
@@ -177,20 +177,21 @@ def test_a_folder_that_is_not_an_environment_is_a_failure_of_that_peer(peers_pla
     assert len(recorder.failures) == 1  # only the chosen peers are prepared
 
 
-def test_an_environment_is_made_once_and_anew_and_other_folders_are_left_alone(tmp_path, monkeypatch):
-    requirements, folder = tmp_path / "r.txt", tmp_path / "env"
+@pytest.mark.process
+def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(tmp_path, monkeypatch):
+    requirements, folder, run = tmp_path / "r.txt", tmp_path / "env", environments._run
     said: list[str] = []
     commands: list[list[str]] = []
 
-    def run(command, on_progress):
+    def stand_in(command, on_progress):
         commands.append(command)
         if command[1:3] == ["-m", "venv"]:
             (folder / "bin").mkdir()
             (folder / "bin" / "python").touch()
         elif "missing" in requirements.read_text():
-            raise PeerError("no index has it")
+            run(["sh", "-c", "echo first; echo no index has it; exit 3"], on_progress)
 
-    monkeypatch.setattr(environments, "_run", run)
+    monkeypatch.setattr(environments, "_run", stand_in)
     requirements.write_text("# nothing\n")
     python = make_environment(requirements, folder, said.append)
     assert python.is_file()
@@ -200,21 +201,16 @@ def test_an_environment_is_made_once_and_anew_and_other_folders_are_left_alone(t
     assert make_environment(requirements, folder, said.append) == python
     assert (len(commands), said) == (2, ["making env"])
     requirements.write_text("missing==1\n")
-    with pytest.raises(PeerError, match="no index has it"):
+    with pytest.raises(PeerError, match=r"cannot be made \(status 3\): no index has it"):
         make_environment(requirements, folder, said.append)
+    assert said[1:] == ["making env", "first", "no index has it"]
     assert (folder / STAMP).read_text() == INCOMPLETE
     (folder / STAMP).rename(folder / "thesis.txt")
-    with pytest.raises(PeerError, match="not made by this program"):
+    assert make_environment(requirements, folder, said.append) == python  # the user's own
+    python.unlink()
+    with pytest.raises(PeerError, match="is not a virtual environment"):
         make_environment(requirements, folder, said.append)
     assert (folder / "thesis.txt").exists()
-
-
-@pytest.mark.process
-def test_a_failing_installation_is_an_error_with_its_last_line():
-    said: list[str] = []
-    with pytest.raises(PeerError, match=r"cannot be made \(status 3\): no index has it"):
-        environments._run(["sh", "-c", "echo first; echo no index has it; exit 3"], said.append)
-    assert said == ["first", "no index has it"]
 
 
 def test_environments_are_parsed_from_pairs():
@@ -224,34 +220,11 @@ def test_environments_are_parsed_from_pairs():
             parse_environments([pair], "--env", {"a"})
 
 
-def test_packages_and_their_dependencies_are_counted():
-    needed = needed_by("mirror-runtime", "openvino")
-    assert {"mirror-runtime", "numpy", "tokenizers", "openvino"} <= needed
-    assert not {"torch", "onnxruntime", "pytest"} & needed
-    assert 10e6 < installed_bytes({"numpy"}) < our_bytes(EngineName.OPENVINO)
-    assert our_bytes(EngineName.FAKE) == 0
-
-
-@pytest.mark.process
-@pytest.mark.parametrize(("script", "size"), [("echo 123", 123), ("echo no luck >&2; exit 1", None)])
-def test_an_environment_lists_its_own_packages(tmp_path, script, size):
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\n{script}\n")
-    python.chmod(0o755)
-    if size is None:
-        with pytest.raises(PeerError, match="cannot list its packages: no luck"):
-            environment_bytes(python)
-    else:
-        assert environment_bytes(python) == size
-
-
-def test_a_peer_is_chosen_in_any_case():
+def test_a_peer_is_chosen_in_any_case_and_has_its_function_and_pinned_requirements():
     assert _chosen_peers(["ctranslate2", "Plain-Loop"], quick=False) == ("CTranslate2", "plain-loop")
-
-
-def test_every_peer_has_its_files():
     for spec in specs.PEERS:
         assert set(spec.exports) <= set(spec.backends)
-        assert (FOLDER / f"{spec.name}_peer.py").is_file()
-        pinned = [line for line in (FOLDER / f"{spec.name}.txt").read_text().splitlines() if line[:1] not in ("", "#")]
-        assert all("==" in line for line in pinned if line != "numpy")
+        assert spec.name in LIBRARIES
+        assert bool(spec.exports) == (spec.name in EXPORTS)
+        lines = (FOLDER / f"{spec.name}.txt").read_text().splitlines()
+        assert all("==" in line for line in lines if line and line != "numpy" and not line.startswith("#"))

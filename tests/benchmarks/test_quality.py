@@ -112,20 +112,16 @@ def test_meaningless_vectors_are_refused(judged, value, message):
         judge.judge("x", np.full(base.shape, value, np.float32), keep_cosines=False)
 
 
-def test_the_suite_judges_every_variant_with_fp32_from_the_scratch_folder(plan, progress):
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
+def test_the_suite_judges_every_variant_beside_the_bundles_fp32_where_it_has_one(plan, progress, precision):
+    artifacts = tuple(dataclasses.replace(one, precision=precision) for one in plan.manifest.artifacts)
+    plan = dataclasses.replace(plan, manifest=dataclasses.replace(plan.manifest, artifacts=artifacts))
     recorder = Recorder()
     run_quality(plan, recorder, progress)
-    assert not recorder.failures
+    without = ["the bundle has no fp32 artifact to compare with"] if precision is Precision.INT8 else []
+    assert [failure.reason for failure in recorder.failures] == without
+    assert (plan.scratch / "fp32_sets.npz").is_file() is (precision is Precision.FP32)
     assert found(recorder, "fake fp32", "cosine of pairs", "pairs").total == 40
-    assert (plan.scratch / "fp32_sets.npz").is_file()
-
-
-def test_a_bundle_without_fp32_is_judged_without_differences(plan, progress):
-    artifacts = tuple(dataclasses.replace(one, precision=Precision.INT8) for one in plan.manifest.artifacts)
-    bare = dataclasses.replace(plan, manifest=dataclasses.replace(plan.manifest, artifacts=artifacts))
-    recorder = Recorder()
-    run_quality(bare, recorder, progress)
-    assert [failure.reason for failure in recorder.failures] == ["the bundle has no fp32 artifact to compare with"]
     assert found(recorder, "fake fp32", SPEARMAN).total == 1
     assert DIFFERENCE not in {one.metric for one in recorder.measurements}
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from benchmarks.suites import scaling
-from benchmarks.suites.scaling import _affinity, _run, cores_to_try
+from benchmarks.suites.scaling import _run, cores_to_try
 from benchmarks.suites.scaling_process import NUMBERS, distinct
 from mirror_runtime.errors import EngineError
 
@@ -26,20 +26,13 @@ def test_cores_double_and_end_with_all():
 
 
 @pytest.mark.process
-def test_a_process_starts_on_fewer_cores_and_ours_keeps_its_own(monkeypatch, tmp_path):
+def test_a_process_runs_on_so_many_cores_and_a_failure_is_named_by_its_last_line(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import json, os; print(json.dumps(sorted(os.sched_getaffinity(0))))")
     monkeypatch.setattr(scaling, "SCRIPT", script)
     mine = sorted(os.sched_getaffinity(0))
-    with _affinity(1):
-        assert _run({}) == mine[:1]
-    assert _run({}) == mine
-
-
-@pytest.mark.process
-def test_a_process_that_fails_is_named_by_its_last_line(monkeypatch, tmp_path):
-    script = tmp_path / "script.py"
+    assert _run({"what": "cores", "count": 1}) == mine[:1]
+    assert _run({"what": "texts", "count": 1}) == mine
     script.write_text("raise KeyError('what')")
-    monkeypatch.setattr(scaling, "SCRIPT", script)
     with pytest.raises(EngineError, match="its process ended with status 1: KeyError: 'what'"):
-        _run({})
+        _run({"what": "texts", "count": 1})

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import benchmarks.run
-from benchmarks import planted, self_check
+from benchmarks import self_check
 from benchmarks.self_check import judge, main
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_manifest
@@ -27,9 +25,9 @@ class Timed(FakeEngine):
         return super().run(rows)
 
 
-def test_a_planted_slowdown_is_in_the_time_and_not_in_the_vectors(bundle):
+def test_the_slowdown_is_planted_in_the_time_of_what_run_loads_and_nowhere_else(bundle, monkeypatch):
     engine, slowed = (Timed(Precision.FP32, 2, read_manifest(bundle).encoder) for _ in range(2))
-    planted.slow_down(slowed, 0.5)
+    self_check.slow_down(slowed, 0.5)
     ids = np.ones((1, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=np.arange(16)[None, :], segment_ids=ids)
     began = time.perf_counter()
@@ -37,20 +35,16 @@ def test_a_planted_slowdown_is_in_the_time_and_not_in_the_vectors(bundle):
     assert time.perf_counter() - began >= 0.06
     np.testing.assert_array_equal(vectors, engine.run(rows))
 
-
-def test_the_slowdown_is_planted_in_what_run_loads_and_nowhere_else(bundle, monkeypatch):
-    seen = []
-
     def run(arguments):
         with Encoder.load(bundle, engine="fake") as encoder:
             seen.append((arguments, "run" in vars(encoder.engine)))
         return 5
 
+    seen: list[object] = []
     monkeypatch.setattr(benchmarks.run, "main", run)
-    assert planted.main(["0.15", "BUNDLE", "--quick"]) == 5
-    assert seen == [(["BUNDLE", "--quick"], True)]
-    with Encoder.load(bundle, engine="fake") as encoder:
-        assert "run" not in vars(encoder.engine)
+    assert main(["planted", "0.15", "BUNDLE", "--quick"]) == 5
+    assert run([]) == 5
+    assert seen == [(["BUNDLE", "--quick"], True), ([], False)]
 
 
 @pytest.fixture
@@ -65,11 +59,12 @@ def slower(report, change):
 
 
 def test_an_alarm_is_right_only_where_something_was_planted(report, slower, capsys):
-    assert judge("same", [report], [report], expected=False).right
-    assert not judge("missed", [report], [report], expected=True).right
-    assert not judge("cried", [report], [slower], expected=False).right
-    _, (alarm,), right = judge("caught", [report], [slower], expected=True)
-    assert right
+    assert judge("same", [report], [report], expected=False)["right"]
+    assert not judge("missed", [report], [report], expected=True)["right"]
+    assert not judge("cried", [report], [slower], expected=False)["right"]
+    caught = judge("caught", [report], [slower], expected=True)
+    (alarm,) = caught["alarms"]
+    assert caught["right"]
     assert alarm.startswith("throughput, openvino bf16")
     assert "(1.600)" in alarm
     err = capsys.readouterr().err
@@ -80,27 +75,27 @@ def test_an_alarm_is_right_only_where_something_was_planted(report, slower, caps
 def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slower, save, tmp_path, monkeypatch, capsys):
     calls = []
 
-    def call(_python, script, *arguments):
-        calls.append((script.name, arguments[0] if script.name == "planted.py" else "", arguments[-1]))
-        if script.name == "to_onnx.py":
+    def call(script, *arguments):
+        planted = arguments[0] == "planted"
+        if script == "export/to_onnx.py":
             arguments[2].mkdir()
         else:
-            broken = script.name == "planted.py" or (arguments[-1].name == "head" and "pooling" in str(arguments[-1]))
+            broken = planted or (arguments[-1].name == "head" and "pooling" in str(arguments[-1]))
             save(slower if broken else report, arguments[-1])
+            calls.append((script, arguments[1] if planted else "", str(arguments[-1].relative_to(output))))
 
     monkeypatch.setattr(self_check, "call", call)
     output = tmp_path / "out"
     arguments = [str(bundle), "--engine", "fake", "--precision", "fp32", "--sts", "absent.tsv", "--output", str(output)]
     assert main([*arguments, "--pairs", "1", "--runs", "2"]) == 0, capsys.readouterr().err
-    measured = [(name, share, str(last.relative_to(output))) for name, share, last in calls if name != "to_onnx.py"]
-    assert measured == [
-        *(("run.py", "", f"same-1/{side}-{number}") for number in (1, 2) for side in ("base", "head")),
-        ("run.py", "", "slower/base-1"),
-        ("planted.py", "0.15", "slower/head-1"),
-        ("run.py", "", "slower/base-2"),
-        ("planted.py", "0.15", "slower/head-2"),
-        ("run.py", "", "pooling/base"),
-        ("run.py", "", "pooling/head"),
+    assert calls == [
+        *(("benchmarks/run.py", "", f"same-1/{side}-{number}") for number in (1, 2) for side in ("base", "head")),
+        ("benchmarks/run.py", "", "slower/base-1"),
+        ("benchmarks/self_check.py", "0.15", "slower/head-1"),
+        ("benchmarks/run.py", "", "slower/base-2"),
+        ("benchmarks/self_check.py", "0.15", "slower/head-2"),
+        ("benchmarks/run.py", "", "pooling/base"),
+        ("benchmarks/run.py", "", "pooling/head"),
     ]
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["right"], line["of"]) == (3, 3)
@@ -109,11 +104,10 @@ def test_sides_are_interleaved_and_only_the_head_is_slowed(bundle, report, slowe
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_a_failing_command_is_an_error(monkeypatch):
-    done = SimpleNamespace(returncode=3, stderr="a\nthe last line\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    with pytest.raises(EngineError, match=r"run\.py ended with status 3: the last line"):
-        self_check.call("python", "benchmarks/run.py")
+@pytest.mark.process
+def test_a_failing_command_is_an_error():
+    with pytest.raises(EngineError, match=r"absent\.py ended with status 2: .*No such file"):
+        self_check.call("benchmarks/absent.py")
 
 
 def test_a_bundle_with_cls_pooling_is_refused(bundle, monkeypatch, capsys):

@@ -1,55 +1,59 @@
 """Suite `serving` against a fake generator, perf_analyzer as a script, and once the real servers."""
 
-import stat
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.load.generator import MOST_UNDER_WAY
+from benchmarks.load import generator
+from benchmarks.load.generator import MOST_UNDER_WAY, Window
 from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
-from benchmarks.load.servers import ServerTimes
-from benchmarks.load.window import FirstSeen, Window
 from benchmarks.plan import Environments
 from benchmarks.recorder import Recorder
 from benchmarks.suites import serving
-from benchmarks.suites.serving import QUICK, ClosedLoops, Party, measure_overload, measure_rate, run_serving
+from benchmarks.suites.serving import QUICK, Party, measure_overload, measure_rate, measure_round, run_serving
 from mirror_runtime.errors import PeerError, ServerError
 
 
-def window(*times_ms, seconds=1.0, refused=0, **outcomes):
+def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
+    ends = Counter({"answered": len(times_ms), "overloaded": refused, **outcomes})
     return Window(
-        at_s=seconds,
-        seconds=seconds,
-        answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
-        refused_ms=[2.0] * refused,
-        lag_ms=[0.5] * len(times_ms),
-        outcomes=Counter({"answered": len(times_ms), "overloaded": refused, **outcomes}),
-        first={"server error": FirstSeen(at_s=1.0, reason="broken")},
-    )
+        at_s=seconds, seconds=seconds, answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
+        refused_ms=[2.0] * refused, lag_ms=[0.5] * len(times_ms), outcomes=ends,
+        first={"server error": (1.0, "broken")}, recovery_s=recovery_s,
+    )  # fmt: skip
 
 
-class Load:
+class Load(generator.Load):
     """Returns prepared windows, and remembers what was requested."""
 
-    def __init__(self, *windows, recovery_s=None):
-        self.windows, self.recovery_s = list(windows), recovery_s
+    def __init__(self, *windows):
+        self.windows = list(windows)
         self.requested: list[dict] = []
 
     def closed(self, **options):
         self.requested.append(options)
         return self.windows.pop(0)
 
-    def open(self, **options):
+    def begin(self, **options):
         self.requested.append(options)
-        return self.windows.pop(0), self.recovery_s
+
+    def take(self, end=""):
+        assert end == "wait"
+        return self.windows.pop(0)
+
+
+def make_party(recorder):
+    runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=None)
+    return Party(
+        runner=runner, texts=["text"] * 100, pace=QUICK, seed=3, recorder=recorder, on_step=print  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 @pytest.fixture
 def party():
-    words: list[str] = []
-    return Party(name="fake fp32", recorder=Recorder(), on_step=words.append)
+    return make_party(Recorder())
 
 
 def recorded(party, **conditions):
@@ -58,25 +62,14 @@ def recorded(party, **conditions):
     return {one.metric: one for one in found if all(one.conditions.get(k) == v for k, v in conditions.items())}
 
 
-def test_closed_loops_take_turns_with_passes_in_process(party):
+def test_closed_loops_take_turns_with_passes_in_process(party, monkeypatch):
+    monkeypatch.setattr(serving, "LOOPS", {"grpc": ((8, 1), (4, 32))})
     happened = []
-    encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
-    runner = SimpleNamespace(variant=SimpleNamespace(name="fake fp32"), encoder=encoder)
-    loops = ClosedLoops(
-        runner=runner,  # type: ignore[arg-type]
-        texts=["text"] * 100,
-        server="triton",
-        target="grpc",
-        party=party,
-    )
+    party.runner.encoder = SimpleNamespace(encode=lambda texts: happened.append(f"{len(texts)} in process"))
     load = Load(*(window(*[wait] * 10, seconds=wait / 10) for wait in (10.0, 20.0, 30.0, 40.0, 50.0, 60.0)))
     waits = iter((1.0, 2.0, 3.0, 4.0, 5.0, 6.0))
-
-    def times():
-        return ServerTimes(queue_ms=next(waits), compute_ms=1.0, texts_per_execution=2.0)
-
     for _ in range(3):
-        loops.round(((8, 1), (4, 32)), load, 0.8, times)  # type: ignore[arg-type]
+        measure_round(party, load, "grpc", lambda: [("queue time", "ms", [next(waits)])])
     assert happened == ["64 in process", "100 in process"] * 3
     assert load.requested[:2] == [
         {"callers": 8, "seconds": 0.8, "turn": ("grpc", 1)},
@@ -88,12 +81,6 @@ def test_closed_loops_take_turns_with_passes_in_process(party):
     assert single["time per request"].total == 30
     assert several["texts per second"].samples[0] == pytest.approx(160.0)  # ten requests of 32 texts in two seconds
     assert several["queue time"].samples == (2.0, 4.0, 6.0)
-    assert loops.rate((8, 1)) == pytest.approx(10 / 3)
-
-
-def test_a_loop_without_answers_is_an_error(party):
-    with pytest.raises(ServerError, match="no request was answered: broken"):
-        measure_rate(Load(window()), 0.5, 100.0, 2.0, 0, party, lambda: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -104,27 +91,28 @@ def test_a_rate_is_kept_up_with_if_nearly_all_is_answered_in_time_and_nothing_is
     party, answered, more, kept_up
 ):
     load = Load(window(*[5.0] * answered, seconds=2.0, **more))
-    assert measure_rate(load, 0.5, 100.0, 2.0, 7, party, lambda: None) is kept_up  # type: ignore[arg-type]
-    assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 7}]
+    assert measure_rate(party, load, 0.5, 100.0, list) is kept_up
+    assert load.requested == [{"rate": 50.0, "seconds": 2.0, "turn": ("grpc", 1), "seed": 3}]
     found = recorded(party, loop="open", share=0.5)
     assert found["offered per second"].samples == (50.0,)
     assert found["kept up"].samples == (float(kept_up),)
     assert found["failed requests"].samples == (more.get("server error", 0),)
+    with pytest.raises(ServerError, match="no request was answered: broken"):
+        measure_rate(party, Load(window()), 0.5, 100.0, list)
 
 
 def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(party):
     load = Load(
         window(10.0, 12.0),
         window(*[40.0] * 20),
-        window(30.0, 50.0, seconds=2.0, refused=37, **{"server error": 1}),
-        recovery_s=0.75,
+        window(30.0, 50.0, seconds=2.0, refused=37, recovery_s=0.75, **{"server error": 1}),
     )
     memory = iter((100, 110))
-    measure_overload(load, QUICK, 3, party, lambda: next(memory), 99)  # type: ignore[arg-type]
+    measure_overload(party, load, lambda: next(memory), 99)
     calm, most, flood = load.requested
     assert (calm["callers"], most["callers"], calm["turn"]) == (1, 8, ("grpc", 16))
     assert (flood["rate"], flood["seed"]) == (40.0, 3)
-    assert flood["recover_within_ms"] == pytest.approx(11.98)
+    assert flood["calm_ms"] == pytest.approx(11.98)
     found = recorded(party, loop="overload")
     figures = {metric: one.samples for metric, one in found.items() if len(one.samples) == 1}
     assert figures == {
@@ -142,52 +130,41 @@ def test_an_overload_offers_twice_the_maximum_and_records_what_became_of_it(part
     assert found["time per refusal"].total == 37
     assert found["texts per second"].conditions["tokens"] == 99
     assert not party.recorder.failures
-
-
-def test_a_server_that_does_not_recover_is_a_failure(party):
-    load = Load(window(10.0), window(40.0), window(30.0))
-    measure_overload(load, QUICK, 3, party, lambda: 1, 99)  # type: ignore[arg-type]
+    measure_overload(party, Load(window(10.0), window(40.0), window(30.0)), lambda: 1, 99)
     assert "did not recover" in party.recorder.failures[0].reason
 
 
-TABLE = """Concurrency,Inferences/Second,Client Send,Server Queue,p50 latency,p90 latency,p95 latency,p99 latency
-8,412.5,10,20,19000,22000,23000,31000
-"""
-
-
-def analyzer(folder, script):
-    program = folder / "bin" / "perf_analyzer"
+def analyzed(folder, script):
+    """What is read of a perf_analyzer that is this script."""
+    program = folder / "env" / "bin" / "perf_analyzer"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!/usr/bin/env python3\nimport sys\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    return find_perf_analyzer(folder, folder / "unused", lambda line: None)
+    program.chmod(0o755)
+    found = find_perf_analyzer(folder / "env", folder / "unused", print)
+    return run_perf_analyzer(found, 8001, ["a", "b"], callers=8, size=1, window_s=0.5, scratch=folder)
 
 
-def analyzed(program, scratch):
-    return run_perf_analyzer(
-        program, model="embed", grpc_port=8001, texts=["a", "b"], callers=8, size=1, seconds=0.5, scratch=scratch
-    )
-
-
-@pytest.mark.process
-def test_perf_analyzers_table_is_read(tmp_path):
-    script = f"open(sys.argv[sys.argv.index('-f') + 1], 'w').write({TABLE!r})\nassert '-b' in sys.argv"
-    assert analyzed(analyzer(tmp_path / "env", script), tmp_path) == (412.5, 19.0, 31.0)
+WRITE = "open(sys.argv[sys.argv.index('-f') + 1], 'w').write"
+TABLE = "Concurrency,Inferences/Second,Server Queue,p50 latency,p95 latency,p99 latency\n8,412.5,20,19000,23000,31000\n"
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("script", "message"),
+    ("script", "found"),
     [
+        (f"{WRITE}({TABLE!r})\nassert '-b' in sys.argv", [412.5, 19.0, 31.0]),
         ("sys.exit('cannot connect')", "status 1: cannot connect"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n')", "0 rows"),
-        ("open(sys.argv[sys.argv.index('-f') + 1], 'w').write('Concurrency\\n8\\n')", "no number in the column"),
+        (f"{WRITE}('Concurrency\\n')", "not one row"),
+        (f"{WRITE}('Concurrency\\n8\\n')", "'Inferences/Second'"),
     ],
 )
-def test_perf_analyzer_without_figures_is_an_error(tmp_path, script, message):
-    program = analyzer(tmp_path / "env", script)
-    with pytest.raises(PeerError, match=message):
-        analyzed(program, tmp_path)
+def test_perf_analyzers_table_is_read_and_its_absence_is_an_error(tmp_path, script, found):
+    if isinstance(found, str):
+        with pytest.raises(PeerError, match=found):
+            analyzed(tmp_path, script)
+    else:
+        metrics = ("texts per second", "1/s"), ("p50 of requests", "ms"), ("p99 of requests", "ms")
+        assert analyzed(tmp_path, script) == [(*metric, [x]) for metric, x in zip(metrics, found, strict=True)]
 
 
 @pytest.mark.serving
@@ -196,27 +173,26 @@ def test_the_suite_measures_the_real_servers(plan, progress, tmp_path, monkeypat
     plan = replace(
         plan, rounds=1, environments=Environments(given={"perf_analyzer": tmp_path / "absent"}, folder=tmp_path)
     )
-    pace = serving.Pace(closed_s=0.2, open_s=0.4, window_s=0.1, shares=(0.2, 0.4), calm_s=0.3, overload_s=0.5)
+    pace = serving.Pace(closed_s=0.2, open_s=0.4, shares=(0.2, 0.4), calm_s=0.3, overload_s=0.5)
     monkeypatch.setattr(serving, "QUICK", pace)
     monkeypatch.setattr(serving, "OVERLOAD_FACTOR", 1.0)
     recorder = Recorder()
     run_serving(plan, recorder, progress)
     (failure,) = recorder.failures
     assert (failure.party, "does not have perf_analyzer" in failure.reason) == ("perf_analyzer", True)
-    party = Party(name="fake fp32", recorder=recorder, on_step=print)
-    for callers, size in ((1, 1), (8, 1), (32, 1), (4, 32)):
-        found = recorded(party, server="triton", callers=callers, **{"texts per request": size})
-        assert found["texts per second"].median > 10
-        assert found["failed requests"].samples == (0,)
-        assert found["texts per execution"].median >= 1
-        assert found["compute time"].median > 0
+    party = make_party(recorder)
+    assert sum(map(len, serving.LOOPS.values())) == 7
+    for target, server in (("grpc", "triton"), ("gateway", "gateway")):
+        for callers, size in serving.LOOPS[target]:
+            found = recorded(party, server=server, callers=callers, **{"texts per request": size})
+            assert found["texts per second"].median > 10
+            assert found["failed requests"].samples == (0,)
+            if server == "triton":
+                assert found["texts per execution"].median >= 1
+                assert found["compute time"].median > 0
     assert recorded(party, loop="open", share=0.2)["kept up"].samples == (1.0,)
     overload = recorded(party, loop="overload")
     assert overload["failed requests"].samples == (0,)
     assert overload["memory after"].median > 10_000_000
     assert overload["recovery"].median < 10
     assert overload["time per request"].total < MOST_UNDER_WAY
-    for callers, size in ((8, 1), (32, 1), (4, 32)):
-        found = recorded(party, server="gateway", callers=callers, **{"texts per request": size})
-        assert found["texts per second"].median > 10
-        assert found["failed requests"].samples == (0,)

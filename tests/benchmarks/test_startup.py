@@ -1,57 +1,56 @@
-"""Suite `startup`: one start of a process, timed to its first vector."""
+"""Suite `startup`: one start of a process, timed to its first vector, and what a party installs."""
 
-import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from benchmarks.peers.protocol import installed_bytes
 from benchmarks.suites import startup
-from benchmarks.suites.startup import Starter, our_starters, run_start
-from mirror_runtime.errors import EngineError
+from benchmarks.suites.startup import Starter, needed_by, our_bytes, our_starters, run_start
+from mirror_runtime.bundle import EngineName
+from mirror_runtime.errors import PeerError
+
+ANSWER = "input(); print({}, flush=True); "
 
 
 def starter(code: str) -> Starter:
-    return Starter(party="x", command=(sys.executable, "-S", "-c", code), installed_bytes=1)
+    return Starter("x", (sys.executable, "-S", "-c", code), Path(), "b", 1)
 
 
 @pytest.mark.process
-def test_a_start_is_timed_to_its_first_vector_and_reports_its_memory(tmp_path):
-    code = (
-        "import sys, time; time.sleep(0.2); print('x'); print('ready 1000', flush=True); time.sleep(0.2); "
-        "print('done', len(open(sys.argv[1]).read()))"
-    )
-    (tmp_path / "texts.json").write_text("seven..")
-    start = run_start(starter(code), tmp_path / "texts.json")
-    assert start.seconds >= 0.2
-    assert (start.first_vector_bytes, start.peak_bytes) == (1000, 7)
+def test_a_start_is_timed_to_its_first_vector_and_reports_its_memory():
+    code = f"import time; time.sleep(0.2); {ANSWER} x = bytearray(50_000_000); time.sleep(0.3); {ANSWER} input()"
+    seconds, first, peak = run_start(starter(code), [])
+    assert 0.2 <= seconds < 30
+    assert 0 < first < peak - 20e6
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("printed", "missing"), [("", "its first vector"), ("print('ready 1'); ", "the vectors of the texts")]
+    ("code", "message"),
+    [
+        ("raise SystemExit('no luck')", "load: the worker ended with status 1: no luck"),
+        (ANSWER + "raise SystemExit('no luck')", "encode: the worker ended with status 1: no luck"),
+        (ANSWER + "import time; time.sleep(60)", "encode: no answer after 1 seconds"),
+    ],
 )
-def test_a_start_without_a_vector_is_an_error(tmp_path, printed, missing):
-    with pytest.raises(EngineError, match=f"status 1 before {missing}: no luck"):
-        run_start(starter(printed + "raise SystemExit('no luck')"), tmp_path / "absent")
-
-
-@pytest.mark.process
-def test_a_start_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(startup, "END_S", 0.1)
+def test_a_start_without_a_vector_is_an_error_and_is_killed_in_time(monkeypatch, code, message):
     monkeypatch.setattr(startup, "LONGEST_S", 1.0)
-    (tmp_path / "texts.json").write_text("")
-    done = run_start(
-        starter("import time; print('ready 1\\ndone 2', flush=True); time.sleep(60)"), tmp_path / "texts.json"
-    )
-    assert done.peak_bytes == 2
-    with pytest.raises(EngineError, match="status -9 before the vectors of the texts"):
-        run_start(starter("import time; print('ready 1', flush=True); time.sleep(60)"), tmp_path / "texts.json")
+    with pytest.raises(PeerError, match=message):
+        run_start(starter(code), [])
 
 
 @pytest.mark.process
-def test_our_own_start_computes_vectors_and_reports_its_memory(plan, tmp_path):
-    file = tmp_path / "texts.json"
-    file.write_text(json.dumps(plan.workload.texts))
+def test_our_own_start_computes_vectors_and_reports_its_memory(plan):
     (ours,) = our_starters(plan)
-    start = run_start(ours, file)
-    assert 10e6 < start.first_vector_bytes <= start.peak_bytes < 2e9
+    _, first, peak = run_start(ours, plan.workload.texts)
+    assert 10e6 < first <= peak < 2e9
+
+
+def test_packages_and_their_dependencies_are_counted():
+    needed = needed_by("mirror-runtime", "openvino")
+    assert {"mirror-runtime", "numpy", "tokenizers", "openvino"} <= needed
+    assert not {"torch", "onnxruntime", "pytest"} & needed
+    assert 10e6 < installed_bytes({"numpy"}) < our_bytes(EngineName.OPENVINO)
+    assert our_bytes(EngineName.FAKE) == 0

@@ -1,8 +1,11 @@
+from functools import partial
+
 import numpy as np
 import pytest
 
-from benchmarks.plan import interleave
+from benchmarks.plan import take_turns
 from benchmarks.report.statistics import median, percentile, ratio_of_medians
+from mirror_runtime.errors import EngineError
 
 
 def test_percentiles_interpolate():
@@ -11,11 +14,6 @@ def test_percentiles_interpolate():
     assert median([7.0]) == 7.0
     with pytest.raises(ValueError, match="at least one"):
         percentile([], 50)
-
-
-def test_a_ratio_without_scatter_has_no_width():
-    ratio = ratio_of_medians([6.0] * 5, [2.0] * 5)
-    assert (ratio.value, ratio.low, ratio.high) == (3.0, 3.0, 3.0)
 
 
 def test_the_interval_includes_the_ratio_narrows_with_samples_and_repeats():
@@ -27,7 +25,18 @@ def test_the_interval_includes_the_ratio_narrows_with_samples_and_repeats():
     assert many.low < 2.0 < many.high
     assert many.high - many.low < (few.high - few.low) / 2
     assert ratio_of_medians(many_a, many_b, seed=3) == many
+    steady = ratio_of_medians([6.0] * 5, [2.0] * 5)
+    assert (steady.value, steady.low, steady.high) == (3.0, 3.0, 3.0)
 
 
-def test_parties_are_interleaved():
-    assert list(interleave("AB", 3)) == [(0, "A"), (0, "B"), (1, "A"), (1, "B"), (2, "A"), (2, "B")]
+def test_parties_are_interleaved_and_one_that_fails_is_left_out():
+    turns, failed = [], []
+
+    def turn(name, round_):
+        turns.append((name, round_))
+        if name == "B":
+            raise EngineError("broken")
+
+    parties = {name: partial(turn, name) for name in "AB"}
+    assert take_turns(parties, 2, lambda name, error: failed.append(name), lambda name: None) == {"B"} == {*failed}
+    assert turns == [("A", 0), ("B", 0), ("A", 1)]

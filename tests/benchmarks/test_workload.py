@@ -26,13 +26,15 @@ def test_a_file_keeps_its_order_and_loses_blank_lines(tokenizer, tmp_path):
     assert facts.tokens_mean == (4 + 32) / 2
 
 
-def test_quick_takes_a_seeded_sample(tokenizer, tmp_path):
+def test_quick_takes_a_seeded_sample_of_a_file_or_of_docstrings(tokenizer, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text("\n".join(f"text {i}" for i in range(3 * QUICK_TEXTS)), encoding="utf-8")
-    one, same, other = (load_workload(file, tokenizer, quick=True, seed=seed) for seed in (1, 1, 2))
-    assert len(one.texts) == QUICK_TEXTS
-    assert one == same
-    assert one.texts != other.texts
+    for path in (file, None):
+        one, same, other = (load_workload(path, tokenizer, quick=True, seed=seed) for seed in (1, 1, 2))
+        assert len(set(one.texts)) == QUICK_TEXTS
+        assert one == same
+        assert one.texts != other.texts
+    assert one.facts.tokens_p50 < one.facts.tokens_p90 < one.facts.tokens_max
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe"])
@@ -42,12 +44,6 @@ def test_a_file_without_texts_is_refused(tokenizer, tmp_path, content):
         file.write_bytes(content)
     with pytest.raises(InputError, match=r"texts\.txt"):
         load_workload(file, tokenizer, quick=False, seed=0)
-
-
-def test_docstrings_are_the_default_workload(tokenizer):
-    workload = load_workload(None, tokenizer, quick=True, seed=0)
-    assert len(set(workload.texts)) == QUICK_TEXTS
-    assert workload.facts.tokens_p50 < workload.facts.tokens_p90 < workload.facts.tokens_max
 
 
 def test_words_are_cut_into_texts_of_drawn_lengths(minilm):
@@ -75,16 +71,13 @@ def test_texts_have_exactly_the_length(tokenizer, tokens):
     assert tokenizer(texts).tokens.tolist() == [tokens] * 4
 
 
-def test_too_few_words_are_an_error(tokenizer):
+def test_too_few_words_are_an_error_and_texts_that_miss_the_length_are_not_used(tokenizer):
     with pytest.raises(InputError, match="use a --texts file with more words"):
         texts_of_length(["one"], tokenizer, 32, count=4, seed=0)
 
-
-def test_texts_that_miss_the_length_are_not_used(tokenizer):
     def merging(texts):  # as a byte-level tokenizer may: words together have other tokens than each alone
         tokenized = tokenizer(texts)
-        longer = np.array([" " in text for text in texts], np.int64)
-        return dataclasses.replace(tokenized, tokens=tokenized.tokens + longer)
+        return dataclasses.replace(tokenized, tokens=tokenized.tokens + np.array([" " in text for text in texts]))
 
     with pytest.raises(InputError, match="make 0 texts of exactly 8 tokens"):
         texts_of_length(["rain of light"], merging, 8, count=1, seed=0)

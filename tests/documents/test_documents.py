@@ -33,18 +33,14 @@ def test_the_life_of_a_text_names_files_and_functions_that_exist(path: str, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere_and_scripts_named_in_commands_exist(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_scripts_named_in_commands_exist(page: Path) -> None:
     for script in re.findall(r"python ((?:training|export|benchmarks|examples|demo)/\w+\.py)", page.read_text()):
         assert (ROOT / script).is_file(), f"{page.name} names {script}"
-    # The log tells of programs that are gone.
 
 
 def test_there_are_at_most_ten_decisions_and_each_is_listed() -> None:

@@ -72,7 +72,7 @@ def test_serve_and_ask(gateway_bundle: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow  # tunes and exports
-def test_tune_on_documents(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_on_documents(tiny_bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = tmp_path / "docs"
     documents.mkdir()
     sentences = [f"The {animal} sat on the mat. A man is playing a guitar and a {animal}." for animal in ("cat", "dog")]
@@ -82,7 +82,8 @@ def test_tune_on_documents(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.
     def in_process(command: list[str], *, cwd: Path, check: bool) -> None:
         """Run the command here: a process of its own would import PyTorch for seconds, and other tests start both."""
         assert (command[0], cwd, check) == (sys.executable, ROOT, True)
-        assert commands[command[1]](command[2:]) == 0
+        few = ["--precision", "fp32", "--parity-texts", str(texts)] if command[1] == "export/to_onnx.py" else []
+        assert commands[command[1]]([*command[2:], *few]) == 0
 
     monkeypatch.setattr(subprocess, "run", in_process)
     bundle = tmp_path / "bundle"

@@ -132,16 +132,12 @@ def test_every_dropout_is_replaced_and_used(reference: Reference) -> None:
 
 
 @each_family
-def test_tokens_are_those_of_tokenizer_json(reference: Reference, tiny_encoder: Make, family: str) -> None:
+def test_tokens_are_those_of_tokenizer_json_and_the_position_table_bounds_their_number(reference, tiny_encoder, family):
     path = tiny_encoder(family) / TOKENIZER_FILE
     runtime = Tokenizer(path, 200_000, LongTexts.ERROR)(TEXTS)
     assert not runtime.errors
     pieces = np.split(runtime.ids, np.cumsum(runtime.lengths)[:-1])
     assert [pieces[i].tolist() for i in runtime.part_piece] == reference.tokenizer(list(TEXTS))["input_ids"]
-
-
-@each_family
-def test_the_position_table_bounds_the_length(tiny_encoder: Make, family: str) -> None:
     folder = str(tiny_encoder(family))
     with pytest.raises(BundleError, match="has 64 positions, fewer than the 65 tokens"):
         resolve(folder, pooling=Pooling.MEAN, max_tokens=POSITIONS + 1)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -159,19 +160,17 @@ def add_module(folder: Path, kind: str) -> None:
     edit(folder / "modules.json", lambda modules: modules.append(module))
 
 
+CLS_MAX = r"pooling cls \+ max"
+SWISH = r"activation own\.Swish: it must be one of identity, tanh, relu, gelu"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: add_module(folder, "Dense"), "Normalize, Dense: the order must be"),
         (lambda folder: add_module(folder, "LSTM"), r"sentence_transformers\.models\.LSTM"),
-        (
-            lambda folder: edit(folder / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)),
-            r"pooling cls \+ max",
-        ),
-        (
-            lambda folder: add_dense(folder, activation_function="own.Swish"),
-            r"activation own\.Swish: it must be one of identity, tanh, relu, gelu",
-        ),
+        (lambda f: edit(f / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)), CLS_MAX),
+        (lambda f: add_dense(f, activation_function="own.Swish"), SWISH),
         (lambda folder: add_dense(folder, use_residual=True), "something other than the text's vector"),
         (lambda folder: add_dense(folder, module_input_name="token_embeddings"), "something other than the text's"),
         (lambda folder: add_dense(folder, in_features=None), "no integers in_features"),
@@ -194,8 +193,11 @@ def test_dense_weights_are_never_unpickled(copy: Path) -> None:
         Reference.load(source)
 
 
-def test_a_default_prompt_is_a_template(copy: Path) -> None:
+def test_a_default_prompt_is_a_template_and_an_encoder_without_one_may_get_one(copy: Path) -> None:
     make_old(copy)
+    assert resolve(str(copy), head=HeadSpec(template="query: {text}")).spec.template == "query: {text}"
+    with pytest.raises(BundleError, match="made with layers"):
+        resolve(str(copy), head=HeadSpec(layers=(0, -1)))
     write(copy / "config_sentence_transformers.json", {"prompts": {"query": "query: "}, "default_prompt_name": "query"})
     assert resolve(str(copy)).spec.template == "query: {text}"
     with pytest.raises(BundleError, match=r"made with template query: \{text\}, not passage: \{text\}"):
@@ -203,13 +205,6 @@ def test_a_default_prompt_is_a_template(copy: Path) -> None:
     edit(copy / "1_Pooling" / "config.json", lambda c: c.update(include_prompt=False))
     with pytest.raises(BundleError, match="prompt 'query'"):
         resolve(str(copy))
-
-
-def test_a_template_may_be_given_to_an_encoder_without_one(copy: Path) -> None:
-    make_old(copy)
-    assert resolve(str(copy), head=HeadSpec(template="query: {text}")).spec.template == "query: {text}"
-    with pytest.raises(BundleError, match="made with layers"):
-        resolve(str(copy), head=HeadSpec(layers=(0, -1)))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +237,7 @@ def lose_a_tensor(path: Path) -> None:
         (lambda path: os.truncate(path, 5000), "cannot be loaded"),
         (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "cannot be loaded"),
         (
-            lambda path: edit(path.with_name("config.json"), lambda c: c.update(hidden_size=48)),
+            lambda p: edit(p.parent / "config.json", lambda c: c.update(hidden_size=48)),
             "cannot be loaded|lacks weights",
         ),
     ],
@@ -260,26 +255,15 @@ def test_paths_that_do_not_exist_are_not_looked_up_on_a_hub(name: str) -> None:
         resolve(name)
 
 
-def test_a_name_that_cannot_be_downloaded_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(name: str, **_: object) -> str:
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+def test_a_hub_name_is_recorded_with_its_commit_and_a_failed_download_is_one_clear_error(monkeypatch, copy):
+    download = Mock(side_effect=[LocalEntryNotFoundError("no network"), str(copy)])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(BundleError, match=r"owner/name at revision v2 .*check the name and the network"):
         resolve("owner/name", revision="v2")
-
-
-def test_a_hub_name_is_recorded_with_its_commit(monkeypatch: pytest.MonkeyPatch, copy: Path) -> None:
-    call: dict[str, Any] = {}
-
-    def download(name: str, **options: Any) -> str:
-        call.update(options, name=name)
-        return str(copy)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     spec = resolve("owner/name", revision="v2", pooling=Pooling.MEAN).spec
     assert (spec.base_model, spec.revision) == ("owner/name", "encoder")
-    assert (call["name"], call["revision"]) == ("owner/name", "v2")
-    assert not [pattern for pattern in call["allow_patterns"] if "bin" in pattern or "py" in pattern]
+    (name,), options = download.call_args
+    assert (name, options["revision"]) == ("owner/name", "v2")
+    assert not [pattern for pattern in options["allow_patterns"] if "bin" in pattern or "py" in pattern]
     with pytest.raises(InputError, match="is for hub names"):
         resolve(str(copy), revision="v2", pooling=Pooling.MEAN)

@@ -43,26 +43,19 @@ def test_manifests_match_the_schemas_of_kubernetes(name, version):
         kubernetes_validate.validate(document, version, strict=True)
 
 
-def test_a_misspelt_field_violates_the_schemas():
+def test_a_misspelt_field_violates_the_schemas_and_every_manifest_is_applied_or_a_helm_values_file():
+    others = {"kustomization.yaml", "prometheus-adapter.yaml"}
+    assert {path.name for path in KUBERNETES.glob("*.yaml")} == {*resources(), *others}
     (deployment,) = documents("deployment.yaml")
     deployment["spec"]["template"]["spec"]["terminationGracePeriod"] = 75
     with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
         kubernetes_validate.validate(deployment, NEWEST, strict=True)
 
 
-def test_every_manifest_is_applied_or_a_helm_values_file():
-    others = {"kustomization.yaml", "prometheus-adapter.yaml"}
-    assert {path.name for path in KUBERNETES.glob("*.yaml")} == {*resources(), *others}
-
-
-def test_compose_matches_its_schema():
-    checked = CliRunner().invoke(
-        check_jsonschema.main, ["--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
-    )
+def test_compose_matches_its_schema_publishes_only_on_loopback_and_pins_its_images():
+    arguments = ["--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml")]
+    checked = CliRunner().invoke(check_jsonschema.main, arguments)
     assert checked.exit_code == 0, checked.output
-
-
-def test_compose_publishes_only_on_loopback_and_pins_its_images():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     services = compose["services"]
     assert set(services) == {"triton", "gateway", "prometheus", "grafana"}
@@ -73,10 +66,8 @@ def test_compose_publishes_only_on_loopback_and_pins_its_images():
         for mount in service.get("volumes", ()):
             source = mount.split(":")[0]
             assert not source.startswith(".") or (DEPLOY / source).exists()
-        if "build" in service:
-            assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).samefile(
-                DEPLOY / "Dockerfile"
-            )
+        if build := service.get("build"):
+            assert (DEPLOY / build["context"] / build["dockerfile"]).samefile(DEPLOY / "Dockerfile")
     prometheus = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     targets = [target for job in prometheus["scrape_configs"] for target in job["static_configs"][0]["targets"]]
     assert {target.split(":")[0] for target in targets} <= set(services)
@@ -91,9 +82,8 @@ def test_images_are_pinned_and_built_from_files_that_exist():
     assert text.count("pip install -c constraints.txt") == 2
     assert {"CVE-2025-23319", "CVE-2025-33201", "CVE-2026-24206"} <= set(re.findall(r"CVE-\d{4}-\d+", text))
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text()
-    for copied in {
-        name for line in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE) for name in line.split()
-    }:
+    lines = re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.MULTILINE)
+    for copied in {name for line in lines for name in line.split()}:
         assert (DEPLOY.parent / copied).exists()
         assert f"!{copied}\n" in ignored, f"{copied} never reaches the builder"
 
@@ -146,11 +136,9 @@ def test_a_pod_drains_in_time_is_probed_by_inference_and_has_shared_memory(pod):
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert container["securityContext"]["readOnlyRootFilesystem"]
         assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
-    assert {"monitoring"} == {
-        source["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
-        for rule in documents("network.yaml")[0]["spec"]["ingress"]
-        for source in rule.get("from", ())
-    }
+    ingress = documents("network.yaml")[0]["spec"]["ingress"]
+    labels = [source["namespaceSelector"]["matchLabels"] for rule in ingress for source in rule.get("from", ())]
+    assert {label["kubernetes.io/metadata.name"] for label in labels} == {"monitoring"}
 
 
 def test_selectors_and_the_autoscaler_refer_to_existing_objects():
@@ -173,9 +161,8 @@ def metrics_named(text: str) -> set[str]:
 
 def test_dashboard_and_autoscaler_query_metrics_that_exist():
     board = json.loads((DEPLOY / "grafana/dashboards/mirror.json").read_text())
-    queried = {
-        name for panel in board["panels"] for target in panel["targets"] for name in metrics_named(target["expr"])
-    } | metrics_named((KUBERNETES / "prometheus-adapter.yaml").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    queried = metrics_named("\n".join((*expressions, (KUBERNETES / "prometheus-adapter.yaml").read_text())))
     families = list(GatewayMetrics().registry.collect())
     gateway = {sample.name for family in families for sample in family.samples}
     # A family with labels has no samples before its first event.
@@ -188,6 +175,4 @@ def test_dashboard_and_autoscaler_query_metrics_that_exist():
     provisioned = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yaml").read_text())
     (source_of_data,) = provisioned["datasources"]
     for panel in board["panels"]:
-        assert panel["datasource"]["uid"] == source_of_data["uid"]
-        for target in panel["targets"]:
-            assert target["datasource"]["uid"] == source_of_data["uid"]
+        assert {part["datasource"]["uid"] for part in (panel, *panel["targets"])} == {source_of_data["uid"]}

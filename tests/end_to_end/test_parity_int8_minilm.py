@@ -37,39 +37,41 @@ def expected(minilm, shared) -> Expected:
     return Expected.of(Reference.load(resolve(str(minilm))), texts, [some])
 
 
-def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, expected):
+@pytest.fixture
+def scratch(minilm_bundle):
+    """The bundle's folder of graphs, in which a test's own files are removed at its end."""
+    yield minilm_bundle / "onnx"
+    for path in (minilm_bundle / "onnx").glob("under_test_*"):
+        path.unlink()
+
+
+def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, expected, scratch):
     manifest = read_manifest(minilm_bundle)
     calibration = Calibration.run(packed.path, minilm_bundle, manifest.encoder)
     plan = plan_quantization(packed.path, calibration, Precision.INT8)
     assert sum(quantized.quantized for quantized in plan.inputs) >= 20  # of 24
-    path = minilm_bundle / "onnx" / "under_test_int8.onnx"
-    try:
-        made = write_quantized(packed, path, plan)
-        assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
-        for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
-            proof = prove_artifact(minilm_bundle, Candidate(made, engine, Precision.INT8), manifest, expected)
-            assert proof.min_cosine >= 0.98
-            assert proof.neighbour_cosine >= 0.999
-    finally:
-        path.unlink(missing_ok=True)
+    path = scratch / "under_test_int8.onnx"
+    made = write_quantized(packed, path, plan)
+    assert path.stat().st_size <= 0.30 * packed.path.stat().st_size
+    for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO):
+        proof = prove_artifact(minilm_bundle, Candidate(made, engine, Precision.INT8), manifest, expected)
+        assert proof.min_cosine >= 0.98
+        assert proof.neighbour_cosine >= 0.999
 
 
 def test_naive_dynamic_int8_is_refused_for_its_distance_and_for_batch_dependence(
-    minilm_bundle, packed, expected, monkeypatch
+    minilm_bundle, packed, expected, scratch, monkeypatch
 ):
-    path = minilm_bundle / "onnx" / "under_test_dynamic.onnx"
-    try:
-        quantize_dynamic(packed.path, path, weight_type=QuantType.QInt8, per_channel=True)
-        proto = onnx.load(path)
-        proto.metadata_props.add(key=PRECISION_KEY, value=Precision.INT8.value)
-        onnx.save(proto, path)
-        made = dataclasses.replace(packed, path=path)
-        manifest = read_manifest(minilm_bundle)
-        naive = Candidate(made, EngineName.ONNXRUNTIME, Precision.INT8)
-        with pytest.raises(ParityError, match="differs from PyTorch"):
-            prove_artifact(minilm_bundle, naive, manifest, expected)
-        monkeypatch.setitem(floors.FLOORS, Precision.INT8, 0.9)
-        with pytest.raises(ParityError, match="depend on the other texts"):
-            prove_artifact(minilm_bundle, naive, manifest, expected)
-    finally:
-        path.unlink(missing_ok=True)
+    path = scratch / "under_test_dynamic.onnx"
+    quantize_dynamic(packed.path, path, weight_type=QuantType.QInt8, per_channel=True)
+    proto = onnx.load(path)
+    proto.metadata_props.add(key=PRECISION_KEY, value=Precision.INT8.value)
+    onnx.save(proto, path)
+    made = dataclasses.replace(packed, path=path)
+    manifest = read_manifest(minilm_bundle)
+    naive = Candidate(made, EngineName.ONNXRUNTIME, Precision.INT8)
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        prove_artifact(minilm_bundle, naive, manifest, expected)
+    monkeypatch.setitem(floors.FLOORS, Precision.INT8, 0.9)
+    with pytest.raises(ParityError, match="depend on the other texts"):
+        prove_artifact(minilm_bundle, naive, manifest, expected)

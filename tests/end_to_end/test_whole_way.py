@@ -21,10 +21,9 @@ def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(tiny_
 
     options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16"]
     assert tune.main(["--base", str(tiny_bert), "--corpus", str(corpus), "--output", str(run), *options]) == 0
+    fp32 = ["--precision", "fp32", "--parity-texts", str(corpus)]
     with cached_traces():
-        assert (
-            to_onnx.main([str(run), "--output", str(bundle), "--precision", "fp32", "--parity-texts", str(corpus)]) == 0
-        )
+        assert to_onnx.main([str(run), "--output", str(bundle), *fp32]) == 0
     vectors = tmp_path / "vectors.npy"
     assert mirror.main(["encode", str(bundle), str(corpus), "--output", str(vectors), "--engine", "onnxruntime"]) == 0
     encoded = np.load(vectors)

@@ -31,24 +31,19 @@ def words(tmp_path: Path) -> Path:
 
 
 @pytest.mark.process
-def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, words: Path, tmp_path: Path) -> None:
-    second = tmp_path / "second"
-    shutil.copytree(tiny_bert, second)
-    command = [sys.executable, SCRIPT, tiny_bert, second, "--sts", sts, "--words", words, words, "--pooling", "cls"]
-    done = subprocess.run(
-        [*map(str, command), "--output", "r/report.json"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_path):
+    second = shutil.copytree(tiny_bert, tmp_path / "second")
+    options = ["--sts", sts, "--words", words, words, "--pooling", "cls", "--output", "r/report.json"]
+    command = [sys.executable, SCRIPT, tiny_bert, second, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == report
     first, other = report["encoders"]
     assert (first["encoder"], first["pooling"]) == (str(tiny_bert), "cls")
     assert first["aggregation"].startswith("all: ")
-    assert [(s["name"], s["group"], s["pairs"]) for s in first["sets"]] == [
-        ("some-sts", "sts", 30),
-        ("some-words", "words", 8),
-        ("some-words", "words", 8),
-    ]
+    found = [(s["name"], s["group"], s["pairs"]) for s in first["sets"]]
+    assert found == [("some-sts", "sts", 30), *[("some-words", "words", 8)] * 2]
     assert first["sets"] == other["sets"]
     assert first["sets"][0]["spearman_low"] < first["sets"][0]["spearman"] < first["sets"][0]["spearman_high"]
     assert first["means"]["words"]["mean"] == pytest.approx(first["sets"][1]["spearman"])
@@ -69,9 +64,7 @@ def test_two_encoders_by_path_end_in_one_json_line(tiny_bert: Path, sts: Path, w
         (["--sts", "{sts}", "--pooling", "mean", "--max-tokens", "65"], "has 64 positions"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    tiny_bert: Path, sts: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
-) -> None:
+def test_bad_input_is_one_clear_error(tiny_bert, sts, capsys, options, message):
     assert main([str(tiny_bert), *(option.format(sts=sts) for option in options)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

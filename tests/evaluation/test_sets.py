@@ -34,9 +34,8 @@ def test_published_layouts(tmp_path: Path, name: str, content: str, first: str) 
     lines = content.splitlines(keepends=True)
     row = lines.pop()
     path = tmp_path / name
-    path.write_text(
-        "".join(lines) + "".join(row.format(score) for score in (4.5, 0, 2)) + "\n", encoding="utf-8", newline=""
-    )
+    rows = [row.format(score) for score in (4.5, 0, 2)]
+    path.write_text("".join((*lines, *rows, "\n")), encoding="utf-8", newline="")
     (found,) = read_sets(str(path))
     assert found.name == path.stem
     assert (found.first, found.second) == ((first,) * 3, ("B",) * 3)
@@ -44,13 +43,10 @@ def test_published_layouts(tmp_path: Path, name: str, content: str, first: str) 
     assert read_texts(str(path))[:1] == ([first] if "\t" in content or ".csv" in name else ["A B 4.5"])
 
 
-def test_annotators_are_averaged(tmp_path: Path) -> None:
+def test_annotators_are_averaged_and_of_a_file_with_parts_only_the_test_part_counts(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("Word 1,Word 2,Annotator 1,Annotator 2\na,b,1,2\nc,d,3,\ne,f,5,5\n")
     assert read_sets(str(path))[0].scores.tolist() == [1.5, 3, 5]
-
-
-def test_of_a_file_with_parts_only_the_test_part_counts(tmp_path: Path) -> None:
     path = tmp_path / "SICK.txt"
     head = "pair_ID\tsentence_A\tsentence_B\trelatedness_score\tSemEval_set\n"
     rows = [f"{i}\tA{i}\tB\t{i}\t{'TRAIN' if i < 4 else 'TEST'}\n" for i in range(1, 8)]

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,10 +31,9 @@ def measure(vectors: NDArray[np.float32] = VECTORS, sets: object = None, seed: i
 
 def some_set(name: str, seed: int) -> EvaluationSet:
     rng = np.random.default_rng(seed)
-    sides = [tuple(WORDS[i] for i in rng.integers(len(WORDS), size=40)) for _ in range(2)]
-    return EvaluationSet(
-        name=name, first=sides[0], second=sides[1], scores=rng.integers(6, size=40).astype(float), sha256=name
-    )
+    first, second = (tuple(WORDS[i] for i in rng.integers(len(WORDS), size=40)) for _ in range(2))
+    scores = rng.integers(6, size=40).astype(float)
+    return EvaluationSet(name=name, first=first, second=second, scores=scores, sha256=name)
 
 
 SETS = {Group.STS: [some_set("one", 1), some_set("two", 2)], Group.WORDS: [some_set("three", 3)]}
@@ -112,9 +110,7 @@ def test_unusable_sets_and_vectors_are_clear_errors() -> None:
     ("pooling", "group", "name", "expected"),
     [(Pooling.CLS, Group.STS, "sts/stsb-test.tsv", 70.40), (Pooling.MEAN, Group.WORDS, "wordsim/rg-65.txt", 57.39)],
 )
-def test_published_correlations_of_an_untuned_model_are_reproduced(
-    shared: Path, pooling: Pooling, group: Group, name: str, expected: float
-) -> None:
+def test_published_correlations_of_an_untuned_model_are_reproduced(shared, pooling, group, name, expected):
     """Of models/minilm-mlm, measured independently of this code. Slow: STS-B test has 2,600 sentences."""
     from encoders.reference import Reference
     from encoders.source import resolve

@@ -42,14 +42,12 @@ def test_the_interval_is_that_of_theory_and_of_any_chunk(monkeypatch: pytest.Mon
     np.testing.assert_array_equal(resample_spearman(x, y, 1000, np.random.default_rng(2)), drawn)
 
 
-def test_a_resample_without_order_does_not_spoil_the_interval() -> None:
+def test_an_estimate_prints_with_its_interval_which_a_resample_without_order_does_not_spoil():
     with np.errstate(all="raise"):
         drawn = resample_spearman([1, 2, 3], [1, 2, 3], 500, np.random.default_rng(0))
     assert np.isnan(drawn).any()
     assert estimate(1.0, drawn).low == pytest.approx(1)
 
-
-def test_an_estimate_prints_with_its_interval() -> None:
     assert str(estimate(59.6, np.array([50.0, 60.0]))) == "59.60 [50.25, 59.75]"
     assert f"{estimate(1.5, np.array([1.0, 2.0])):+}" == "+1.50 [+1.02, +1.98]"
 
@@ -64,9 +62,8 @@ def test_geometry_of_known_vectors() -> None:
     assert geometry.anisotropy(square) == pytest.approx(-1 / 3)
     assert geometry.mean_norm(square) == pytest.approx(0)
     assert geometry.isotropy(square) == pytest.approx(1)
-    assert geometry.uniformity(square, np.random.default_rng(0)) == pytest.approx(
-        np.log((8 * np.exp(-4) + 4 * np.exp(-8)) / 12)
-    )
+    expected = np.log((8 * np.exp(-4) + 4 * np.exp(-8)) / 12)
+    assert geometry.uniformity(square, np.random.default_rng(0)) == pytest.approx(expected)
     assert geometry.alignment(square[:2], square[1:3]) == pytest.approx(2)
     one = units((1, 0), (1, 0), (1, 0))
     assert geometry.anisotropy(one) == pytest.approx(1)

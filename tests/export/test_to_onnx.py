@@ -1,24 +1,83 @@
-"""The export command: a JSON report as the last line, and one clear line for bad input."""
+"""The export command: a JSON report as the last line, heads that the bundle serves, one clear line for bad input."""
 
 import json
 
+import numpy as np
 import pytest
 
+from encoders.reference import Reference
+from encoders.source import HeadSpec, resolve
+from export import to_onnx
 from export.proof import floors
 from export.to_onnx import main
-from mirror_runtime.bundle import Precision, check_files, read_manifest
+from mirror_runtime import Encoder
+from mirror_runtime.bundle import Ditto, Pooling, Precision, VectorType, check_files, read_manifest
+from mirror_runtime.cli.main import main as mirror
+from mirror_runtime.errors import InputError
+from mirror_runtime.vectors import components
+
+WORDS = ("cat", "dog", "mat", "river", "guitar", "man", "sat", "playing")
+TEXTS = [f"the {a} is on a {b} {i}" for i, a in enumerate(WORDS) for b in WORDS] + ["", "cat " * 90, "[MASK] or [PAD]"]
+
+
+@pytest.fixture
+def export(tiny_bert, tmp_path, capsys):
+    """Export to `tmp_path / "bundle"` with proofs on `TEXTS`, verify the bundle, and return its manifest."""
+    lines, output = tmp_path / "texts.txt", tmp_path / "bundle"
+    lines.write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
+
+    def run(options):
+        fixed = ["--precision", "fp32", "--max-tokens", "32", "--parity-texts", str(lines), "--output", str(output)]
+        assert main([str(tiny_bert), *fixed, *options.replace("LINES", str(lines)).split()]) == 0
+        report, manifest = json.loads(capsys.readouterr().out.splitlines()[-1]), read_manifest(output)
+        check_files(output, manifest)
+        assert report["fingerprint"] == manifest.fingerprint
+        assert len(report["artifacts"]) == len(manifest.artifacts)
+        assert manifest.encoder.max_tokens == 32
+        assert mirror(["verify", str(output)]) == 0
+        return manifest
+
+    return run
 
 
 @pytest.mark.trace
-def test_the_last_line_of_stdout_is_the_report(tiny_bert, texts_file, tmp_path, capsys):
+def test_the_last_line_is_the_report_and_the_requested_head_is_served(tiny_bert, export, tmp_path):
+    export("--pooling mean_padded")
+    head = HeadSpec(pooling=Pooling.MEAN_PADDED)
+    expected = Reference.load(resolve(str(tiny_bert), max_tokens=32, head=head)).encode(TEXTS)
+    for engine in ("onnxruntime", "openvino"):
+        with Encoder.load(tmp_path / "bundle", engine=engine, precision="fp32") as encoder:
+            np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-4)
+
+
+@pytest.mark.trace
+def test_ditto_whitening_a_cut_and_int8_in_one_command(export, tmp_path):
     output = tmp_path / "bundle"
-    options = ["--pooling", "cls", "--precision", "fp32", "--max-tokens", "32", "--parity-texts", texts_file]
-    assert main([str(tiny_bert), "--output", str(output), *options]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    manifest = read_manifest(output)
-    assert report["fingerprint"] == manifest.fingerprint
-    assert len(report["artifacts"]) == len(manifest.artifacts)
-    assert manifest.encoder.max_tokens == 32
+    manifest = export("--ditto 1:0 --layers 0,-1 --whiten LINES --whiten-dim 16 --dim 8 --vector-type int8")
+    spec = manifest.encoder
+    assert (spec.ditto, spec.layers) == (Ditto(layer=1, head=0), (0, -1))
+    assert (spec.dim, spec.vector_type, spec.dense[0].out_features) == (8, VectorType.INT8, 16)
+    fitted = json.loads((output / "whitening.json").read_text())
+    assert (fitted["texts"], fitted["dim"]) == (sum(bool(text) for text in TEXTS), 16)
+    assert {"whitening.json", "2_Dense/model.safetensors"} <= manifest.files.keys()
+    # The bundle alone is as good as the encoder it was exported from.
+    expected = Reference.load(resolve(str(output))).encode(TEXTS)
+    with Encoder.load(output, engine="onnxruntime", precision="fp32") as encoder:
+        found = encoder.encode(TEXTS)
+    assert found.dtype == np.int8
+    np.testing.assert_allclose(components(found, spec), expected, atol=1.01 * (spec.int8_scale or 0))
+    assert (components(found, spec) == expected).mean() > 0.99
+
+
+def test_a_head_with_a_template_reaches_the_build(tiny_bert, tmp_path, monkeypatch, capsys):
+    def build(request, *_):
+        assert (request.pooling, request.head) == (Pooling.MASK, HeadSpec(template='a "{text}" is [MASK] .'))
+        raise InputError("it did")
+
+    monkeypatch.setattr(to_onnx, "build", build)
+    options = ["--head", "mask", "--template", 'a "{text}" is [MASK] .']
+    assert main([str(tiny_bert), "--output", str(tmp_path / "bundle"), *options]) == 2
+    assert "it did" in capsys.readouterr().err
 
 
 def test_a_requested_precision_below_its_floor_is_status_1(

@@ -1,34 +1,21 @@
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from mirror_runtime.bundle import (
-    EncoderSpec,
-    EngineName,
-    Pooling,
-    Precision,
-    check_files,
-    fingerprint,
-    from_json,
-    read_encoder,
-    read_manifest,
-    to_json,
-    write_json,
-)
+from mirror_runtime import bundle
 from mirror_runtime.errors import BundleError
 from tests.support.fake_bundles import encoder_spec
 
-SPEC = encoder_spec(pooling=Pooling.CLS)
+SPEC = encoder_spec(pooling=bundle.Pooling.CLS)
 
 
 def test_manifest_survives_the_round_trip(make_bundle, make_artifact):
-    folder = make_bundle(artifacts=(make_artifact(EngineName.OPENVINO, Precision.BF16),))
-    manifest = read_manifest(folder)
-    write_json(manifest, folder / "again.json")
+    folder = make_bundle(artifacts=(make_artifact(bundle.EngineName.OPENVINO, bundle.Precision.BF16),))
+    manifest = bundle.read_manifest(folder)
+    bundle.write_json(manifest, folder / "again.json")
     assert (folder / "again.json").read_text() == (folder / "manifest.json").read_text()
-    assert manifest.artifacts[0].precision is Precision.BF16
+    assert manifest.artifacts[0].precision is bundle.Precision.BF16
 
 
 @pytest.mark.parametrize(
@@ -45,59 +32,53 @@ def test_manifest_survives_the_round_trip(make_bundle, make_artifact):
     ],
 )
 def test_the_reader_is_strict(change, message):
-    data = {name: value for name, value in {**to_json(SPEC), **change}.items() if value is not ...}
+    data = {name: value for name, value in {**bundle.to_json(SPEC), **change}.items() if value is not ...}
     with pytest.raises(BundleError, match=message):
-        from_json(EncoderSpec, data, "encoder.json")
+        bundle.from_json(bundle.EncoderSpec, data, "encoder.json")
 
 
-def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path):
+def test_no_bundle_a_broken_manifest_and_one_that_points_outside_are_clear_errors(make_bundle, tmp_path):
     with pytest.raises(BundleError, match="is not a bundle"):
-        read_manifest(tmp_path)
+        bundle.read_manifest(tmp_path)
     with pytest.raises(BundleError, match="is not a run folder"):
-        read_encoder(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 2}'])
-def test_a_broken_manifest_is_one_clear_error(tmp_path: Path, text: str):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(BundleError, match=r"manifest\.json"):
-        read_manifest(tmp_path)
-
-
-def test_a_manifest_cannot_point_outside_the_bundle(make_bundle):
+        bundle.read_encoder(tmp_path)
+    for text in ("", "{", "[]", '{"format_version": 2}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            bundle.read_manifest(tmp_path)
     folder = make_bundle()
     data = json.loads((folder / "manifest.json").read_text())
     data["files"]["../secret"] = "0"
     (folder / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(BundleError, match="outside the bundle"):
-        read_manifest(folder)
+        bundle.read_manifest(folder)
 
 
 def test_corruption_and_loss_are_told_by_file(make_bundle):
     folder = make_bundle()
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    manifest = bundle.read_manifest(folder)
+    bundle.check_files(folder, manifest)
     (folder / "canaries.json").write_text("{}")
     with pytest.raises(BundleError, match=r"canaries\.json differ"):
-        check_files(folder, manifest)
+        bundle.check_files(folder, manifest)
     (folder / "canaries.json").unlink()
     with pytest.raises(BundleError, match=r"lacks canaries\.json"):
-        check_files(folder, manifest)
+        bundle.check_files(folder, manifest)
 
 
 FILES = {"model.safetensors": "w", "tokenizer.json": "t", "README.md": "r"}
 
 
 def test_the_fingerprint_names_the_space_and_not_the_origin():
-    same = fingerprint(SPEC, FILES)
-    assert same == fingerprint(SPEC, {**FILES, "README.md": "new"})
-    assert same == fingerprint(replace(SPEC, base_model="copy", revision="abc"), FILES)
+    same = bundle.fingerprint(SPEC, FILES)
+    assert same == bundle.fingerprint(SPEC, {**FILES, "README.md": "new"})
+    assert same == bundle.fingerprint(replace(SPEC, base_model="copy", revision="abc"), FILES)
     others = {
-        fingerprint(SPEC, {**FILES, "model.safetensors": "v"}),
-        fingerprint(SPEC, {**FILES, "tokenizer.json": "u"}),
-        fingerprint(SPEC, {**FILES, "2_Dense/model.safetensors": "d"}),
-        fingerprint(replace(SPEC, pooling=Pooling.MEAN), FILES),
-        fingerprint(replace(SPEC, max_tokens=51), FILES),
+        bundle.fingerprint(SPEC, {**FILES, "model.safetensors": "v"}),
+        bundle.fingerprint(SPEC, {**FILES, "tokenizer.json": "u"}),
+        bundle.fingerprint(SPEC, {**FILES, "2_Dense/model.safetensors": "d"}),
+        bundle.fingerprint(replace(SPEC, pooling=bundle.Pooling.MEAN), FILES),
+        bundle.fingerprint(replace(SPEC, max_tokens=51), FILES),
     }
     assert len(others) == 5
     assert same not in others

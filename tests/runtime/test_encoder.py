@@ -29,31 +29,27 @@ def ragged(n: int, seed: int = 0) -> list[str]:
     return [f"{i} " + " ".join(rng.choices(words, k=rng.randrange(0, 30))) for i in range(n)]
 
 
-def test_order_is_kept_and_neighbours_do_not_matter(encoder):
+def test_order_is_kept_and_neighbours_windows_and_threads_do_not_matter(encoder):
     texts = ragged(700)
     together = encoder.encode(texts)
     assert together.shape == (700, 8)
     assert together.dtype == np.float32
     for i in range(0, 700, 37):
         np.testing.assert_array_equal(encoder.encode([texts[i]])[0], together[i])
-
-
-def test_windows_do_not_matter_and_generators_are_taken(encoder):
-    texts = ragged(500)
     parts = list(encoder.encode_stream((t for t in texts), window=33))
-    assert [len(p.vectors) for p in parts] == [33] * 15 + [5]
-    np.testing.assert_array_equal(np.concatenate([p.vectors for p in parts]), encoder.encode(texts))
+    assert [len(p.vectors) for p in parts] == [33] * 21 + [7]
+    np.testing.assert_array_equal(np.concatenate([p.vectors for p in parts]), together)
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(encoder.encode, [texts[i::4] for i in range(4)])):
+            np.testing.assert_array_equal(found, together[i::4])
 
 
-def test_nothing_gives_an_empty_array(encoder):
+def test_nothing_gives_an_empty_array_and_one_string_is_no_list_of_texts(encoder):
     assert encoder.encode([]).shape == (0, 8)
     assert encoder.encode_detailed(iter(())).errors == {}
-
-
-@pytest.mark.parametrize("texts", ["one string", b"bytes"])
-def test_one_string_is_no_list_of_texts(encoder, texts):
-    with pytest.raises(InputError, match="pass a list"):
-        encoder.encode(texts)
+    for texts in ("one string", b"bytes"):
+        with pytest.raises(InputError, match="pass a list"):
+            encoder.encode(texts)
 
 
 @pytest.mark.parametrize(
@@ -151,44 +147,30 @@ def test_truncation_is_counted_marked_and_logged(encoder, caplog):
 
 
 def test_chunks_are_averaged_and_normalised(make_bundle):
-    folder = make_bundle()
     long = " ".join(f"word{i}" for i in range(60))
-    with Encoder.load(folder, engine="fake", long_texts="chunk") as encoder:
+    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
         whole = encoder.encode(["a", long, "b"])
         alone = encoder.encode(["a", "b"])
         tokenized = encoder._tokenizer([long])
+        shapes = [held.tolist() for _, held, _ in encoder.encode_shapes(["short", long])]
+    assert all(held in ([0], []) for held in shapes), "a text in several pieces proves no shape"
     pieces = np.split(tokenized.ids, np.cumsum(tokenized.lengths)[:-1])
     assert len(pieces) > 1
-    phase = np.arange(1, 9)
-    vectors = []
-    for piece in pieces:
-        key = ((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973
-        vector = np.sin(phase * (1.0 + key))
-        vectors.append(vector / np.linalg.norm(vector))
-    mean = np.mean(vectors, axis=0)
+    keys = np.array([((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973 for piece in pieces])
+    vectors = np.sin(np.arange(1, 9) * (1.0 + keys[:, None]))
+    mean = np.mean(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), axis=0)
     np.testing.assert_allclose(whole[1], mean / np.linalg.norm(mean), atol=1e-6)
     np.testing.assert_array_equal(whole[[0, 2]], alone)
 
 
-def test_threads_may_share_an_encoder(encoder):
-    texts = ragged(300)
-    expected = encoder.encode(texts)
-    with ThreadPoolExecutor(4) as pool:
-        for i, found in enumerate(pool.map(encoder.encode, [texts[i::4] for i in range(4)])):
-            np.testing.assert_array_equal(found, expected[i::4])
-
-
-def test_an_engine_failure_reaches_the_caller(encoder, monkeypatch):
-    monkeypatch.setattr(encoder.engine, "run", Mock(side_effect=EngineError("out of cheese")))
-    with pytest.raises(EngineError, match="out of cheese"):
-        encoder.encode(ragged(100))
-
-
-def test_a_caller_that_stops_early_leaves_nothing_running(encoder):
+def test_a_caller_that_stops_early_leaves_nothing_running_and_an_engine_failure_reaches_it(encoder, monkeypatch):
     stream = encoder.encode_stream(ragged(5000), window=50)
     next(stream)
     stream.close()
     assert encoder.encode(["still works"]).shape == (1, 8)
+    monkeypatch.setattr(encoder.engine, "run", Mock(side_effect=EngineError("out of cheese")))
+    with pytest.raises(EngineError, match="out of cheese"):
+        encoder.encode(ragged(100))
 
 
 def test_stats_add_up(encoder):
@@ -248,41 +230,26 @@ def test_every_shape_that_texts_leave_out_is_run_for_a_proof_and_gives_their_vec
     assert sorted(rows.shape for rows in seen) == sorted(set(encoder._bulk_shapes.shapes()) - filled)
 
 
-def test_texts_in_several_pieces_prove_no_shape(make_bundle):
-    long = " ".join(f"word{i}" for i in range(60))
-    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
-        assert all(held.tolist() in ([0], []) for _, held, _ in encoder.encode_shapes(["short", long]))
-
-
-def test_one_short_call_runs_in_its_callers_thread_and_many_batches_in_the_pool(encoder, monkeypatch):
-    threads = []
-    run = encoder.engine.run
-    monkeypatch.setattr(encoder.engine, "run", lambda rows: (threads.append(threading.current_thread()), run(rows))[1])
-    encoder.encode(["one short text"])
-    encoder.encode(ragged(300))
-    assert threads[0] is threading.main_thread()
-    assert threading.main_thread() not in threads[1:]
-
-
-def test_callers_threads_and_the_pool_never_run_more_than_the_streams(encoder, monkeypatch):
-    running, most = 0, 0
-    lock = threading.Lock()
+def test_a_short_call_runs_in_its_callers_thread_and_never_more_than_the_streams_run(encoder, monkeypatch):
+    threads, running, counts = [], [], []
     run = encoder.engine.run
 
     def counted(rows):
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
+        threads.append(threading.current_thread())
+        running.append(rows)
+        counts.append(len(running))
         time.sleep(0.002)
-        with lock:
-            running -= 1
+        running.pop()
         return run(rows)
 
     monkeypatch.setattr(encoder.engine, "run", counted)
+    encoder.encode(["one short text"])
+    encoder.encode(ragged(300))
+    assert threads[0] is threading.main_thread()
+    assert threading.main_thread() not in threads[1:], "many batches run in the pool"
     with ThreadPoolExecutor(9) as pool:
         list(pool.map(encoder.encode, [*([f"text {i}"] * 3 for i in range(8)), ragged(200)]))
-    assert most == 2
+    assert max(counts) == 2
 
 
 @pytest.mark.parametrize(

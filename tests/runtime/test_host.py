@@ -57,12 +57,9 @@ def test_the_tightest_limit_of_a_group_and_its_parents_counts(groups, membership
     assert memory_limit_bytes(*place) == memory
 
 
-def test_no_control_groups_are_no_limits(tmp_path):
+def test_no_control_groups_are_no_limits_and_memory_of_a_process_is_read_while_it_lives(tmp_path):
     assert cpu_quota_cores(tmp_path, tmp_path / "absent") is None
     assert memory_limit_bytes(tmp_path, tmp_path / "absent") is None
-
-
-def test_memory_of_a_process_is_read_while_it_lives():
     assert 2**20 < resident_bytes([os.getpid()]) <= peak_memory_bytes() * 1.1
     assert resident_bytes([2**22 + 1]) == 0  # beyond the largest process id
 

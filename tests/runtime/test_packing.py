@@ -14,12 +14,8 @@ BULK = SHAPES.with_intermediate()
 
 
 def test_lengths_double_and_end_at_the_limit():
-    assert [ShapeSet.up_to(limit).lengths for limit in (50, 256, 384, 500)] == [
-        (64,),
-        (64, 128, 256),
-        (64, 128, 256, 384),
-        (64, 128, 256, 512),
-    ]
+    found = [ShapeSet.up_to(limit).lengths for limit in (50, 256, 384, 500)]
+    assert found == [(64,), (64, 128, 256), (64, 128, 256, 384), (64, 128, 256, 512)]
     assert SHAPES.row_counts(64) == (16, 4, 1)
 
 
@@ -122,7 +118,9 @@ def test_rows_are_shortened_in_full_batches_for_every_stream(rows, three_quarter
     assert sum(batch.pieces.size for batch in batches if batch.rows.shape[1] == 256) == left
 
 
-def test_single_rows_come_last():
+def test_single_rows_come_last_and_one_short_text_gets_the_shortest_row():
+    assert shapes([9]) == [(1, 16)]
+    assert shapes([20, 20]) == [(1, 48)]
     found = shapes([256] * 17 + [128] * 18, streams=2)
     assert found == [(4, 256)] * 4 + [(8, 128)] * 2 + [(1, 256)] + [(1, 128)] * 2
 
@@ -159,19 +157,13 @@ def test_pieces_of_one_size_are_placed_as_one_by_one():
     assert len(row_lengths) == len(space)
 
 
-def test_one_short_text_gets_the_shortest_row():
-    assert shapes([9]) == [(1, 16)]
-    assert shapes([20, 20]) == [(1, 48)]
-
-
 def test_padding_of_a_piece_has_its_negated_number():
     ids, sizes, own = np.arange(1, 25), np.array([8, 8, 8]), np.array([3, 8, 5])
     (batch,) = pack(ids, sizes, SHAPES, unpadded_lengths=own)
     same = pack_shape(ids, sizes, (1, 32), unpadded_lengths=own)
     for array in ("input_ids", "position_ids", "segment_ids"):
         assert (getattr(batch.rows, array) == getattr(same.rows, array)).all()
-    assert batch.tokens == same.tokens
-    assert batch.tokens == 16
+    assert batch.tokens == same.tokens == 16
     (row,) = batch.rows.segment_ids
     assert row.tolist() == [1] * 3 + [-1] * 5 + [2] * 8 + [3] * 5 + [-3] * 3 + [0] * 8
     assert batch.rows.position_ids[0].tolist() == [*range(8)] * 3 + [0] * 8

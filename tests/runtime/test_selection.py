@@ -27,26 +27,17 @@ def test_auto_follows_the_documented_rule(manifest, monkeypatch, bf16, openvino,
     assert tuple(names) == (artifact.engine, artifact.precision) == chosen
 
 
-def test_what_was_asked_for_is_chosen_even_where_it_will_fail(manifest, monkeypatch):
+def test_what_was_asked_for_is_chosen_even_where_it_will_fail_and_nothing_installed_is_an_error(manifest, monkeypatch):
     monkeypatch.setattr("mirror_runtime.selection.has_bf16", lambda: False)
     assert choose(manifest, "openvino", "bf16")[:2] == OV16
     assert choose(manifest, "openvino", "auto")[:2] == OV32
     assert choose(manifest, "auto", "fp32")[:2] == ORT32
-
-
-def test_nothing_installed_is_said_with_the_cure(manifest, monkeypatch):
     monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: False)
     with pytest.raises(EngineError, match=r"pip install 'mirror-runtime\[openvino\]'"):
         choose(manifest, "auto", "auto")
 
 
-def test_padded_artifacts_are_for_other_consumers(make_bundle, make_artifact):
-    manifest = read_manifest(make_bundle(artifacts=(make_artifact(*ORT32, Layout.PADDED),)))
-    with pytest.raises(EngineError, match="it has none"):
-        choose(manifest, "auto", "auto")
-
-
-def test_auto_never_takes_int8_and_int8_is_there_for_the_asking(make_bundle, make_artifact):
+def test_auto_never_takes_int8_or_padded_graphs_and_int8_is_there_for_the_asking(make_bundle, make_artifact):
     pairs = [(engine, Precision.INT8) for engine in (EngineName.ONNXRUNTIME, EngineName.OPENVINO)]
     manifest = read_manifest(make_bundle(artifacts=tuple(make_artifact(*pair) for pair in (*pairs, ORT32))))
     assert choose(manifest, "auto", "auto")[:2] == ORT32
@@ -55,3 +46,6 @@ def test_auto_never_takes_int8_and_int8_is_there_for_the_asking(make_bundle, mak
     alone = read_manifest(make_bundle(artifacts=(make_artifact(*pairs[0]),), name="alone"))
     with pytest.raises(EngineError, match=r"it has onnxruntime int8\. Choose one of these"):
         choose(alone, "auto", "auto")
+    padded = read_manifest(make_bundle(artifacts=(make_artifact(*ORT32, Layout.PADDED),), name="padded"))
+    with pytest.raises(EngineError, match="it has none"):
+        choose(padded, "auto", "auto")

@@ -10,16 +10,8 @@ from encoders.source import HeadSpec, resolve
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer, text_span
 
-TEXTS = [
-    "A man is playing a guitar.",
-    "",
-    "   ",
-    "emoji 🤖 and 漢字 and é",
-    "nul \x00 inside",
-    "a [MASK] and a [SEP] in the text",
-    "x" * 100_000,
-    "word " * 20_000,
-]
+TEXTS = ["A man is playing a guitar.", "", "   ", "emoji 🤖 and 漢字 and é", "nul \x00 inside"]
+TEXTS += ["a [MASK] and a [SEP] in the text", "x" * 100_000, "word " * 20_000]
 
 
 def make(minilm: Path, policy: LongTexts, max_tokens: int = 64, **options: Any) -> Tokenizer:
@@ -35,15 +27,12 @@ def test_ids_are_those_of_transformers(minilm):
     assert ours.tokens[1] == 2
 
 
-def test_chunks_cover_the_whole_text(minilm):
+def test_chunks_cover_the_whole_text_and_the_error_policy_names_both_numbers_and_spares_the_rest(minilm):
     ours = make(minilm, LongTexts.CHUNK)(["short", "word " * 130])
     assert ours.part_text.tolist() == [0, 1, 1, 1]
     assert ours.lengths[ours.part_piece].tolist() == [3, 64, 64, 130 - 2 * 62 + 2]
     assert not ours.truncated.any()
     assert ours.tokens.tolist() == [3, 132]
-
-
-def test_the_error_policy_names_both_numbers_and_spares_the_rest(minilm):
     ours = make(minilm, LongTexts.ERROR)(["word " * 100, "fine"])
     assert ours.part_text.tolist() == [1]
     assert "has 102 tokens, more than the encoder's 64" in ours.errors[0].reason
@@ -67,11 +56,10 @@ def test_what_is_no_text_is_named_and_the_rest_unharmed(minilm, bad, message):
 
 
 def test_a_broken_tokenizer_file_is_one_clear_error(tmp_path):
-    with pytest.raises(BundleError, match="is not a tokenizer"):
-        Tokenizer(tmp_path / "absent.json", 64, LongTexts.TRUNCATE)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="is not a tokenizer"):
-        Tokenizer(tmp_path / "tokenizer.json", 64, LongTexts.TRUNCATE)
+    for name in ("absent.json", "tokenizer.json"):
+        with pytest.raises(BundleError, match="is not a tokenizer"):
+            Tokenizer(tmp_path / name, 64, LongTexts.TRUNCATE)
 
 
 PROMPT = 'This sentence : "{text}" means [MASK] .'
@@ -99,7 +87,7 @@ def test_a_template_is_tokenised_together_with_its_text(minilm, template):
     assert pieces(make(minilm, LongTexts.TRUNCATE, template=template)(texts)) == theirs
 
 
-def test_truncation_shortens_the_text_and_never_the_template(minilm):
+def test_truncation_shortens_the_text_and_never_the_template_which_every_chunk_has(minilm):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     short = make(minilm, LongTexts.TRUNCATE, 15, template=PROMPT)(["cat", "cat " * 40])
     assert short.truncated.tolist() == [False, True]
@@ -108,10 +96,6 @@ def test_truncation_shortens_the_text_and_never_the_template(minilm):
     assert whole == '[CLS] this sentence : " cat " means [MASK]. [SEP]'
     assert cut == '[CLS] this sentence : " cat cat cat cat cat " means [MASK]. [SEP]'
     assert short.lengths.tolist() == [11, 15]
-
-
-def test_every_chunk_has_the_template(minilm):
-    tokenizer = AutoTokenizer.from_pretrained(minilm)
     chunked = make(minilm, LongTexts.CHUNK, 15, template=PROMPT)(["cat " * 7 + "dog " * 5])
     assert [tokenizer.decode(piece).count("means [MASK]") for piece in pieces(chunked)] == [1, 1, 1]
     assert [tokenizer.decode(piece).count("cat") for piece in pieces(chunked)] == [5, 2, 0]
@@ -126,13 +110,10 @@ def test_the_reference_tokenises_alike(minilm):
     assert pieces(make(minilm, LongTexts.TRUNCATE, 16, template=PROMPT)(texts)) == reference.tokenize(texts)
 
 
-def test_a_template_that_leaves_no_room_is_refused(minilm):
+def test_a_template_that_leaves_no_room_is_refused_and_a_token_that_touches_it_is_its_own(minilm):
     with pytest.raises(BundleError, match="has 8 tokens: 10 in all leave no room"):
         make(minilm, LongTexts.TRUNCATE, 10, template=PROMPT)
     assert len(make(minilm, LongTexts.TRUNCATE, 11, template=PROMPT)(["cat " * 9]).ids) == 11
-
-
-def test_a_token_that_touches_the_template_is_the_templates():
     offsets = [(0, 2), (2, 5), (5, 7), (7, 9), (9, 12)]
     assert text_span(offsets, 2, 9) == (1, 4)
     assert text_span(offsets, 3, 8) == (2, 3)
@@ -146,8 +127,5 @@ def test_padding_fills_every_piece_and_is_told_apart(minilm):
     assert padded.lengths.tolist() == [10, 10, 10]
     assert padded.unpadded_lengths is not None
     assert padded.unpadded_lengths.tolist() == [3, 4, 8]
-    assert [piece[own:] for piece, own in zip(pieces(padded), padded.unpadded_lengths, strict=True)] == [
-        [0] * 7,
-        [0] * 6,
-        [0] * 2,
-    ]
+    filled = [piece[own:] for piece, own in zip(pieces(padded), padded.unpadded_lengths, strict=True)]
+    assert filled == [[0] * 7, [0] * 6, [0] * 2]

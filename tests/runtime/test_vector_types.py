@@ -59,11 +59,15 @@ def encode(bundle: Path, texts: list[Any], **options: Any) -> Any:
         return encoder.encode(texts)
 
 
-def test_int8_components_beyond_the_range_are_clipped_and_do_not_wrap_around() -> None:
+def test_int8_beyond_the_range_is_clipped_and_does_not_wrap_around_and_bits_lie_highest_first() -> None:
     spec = encoder_spec(vector_type=VectorType.INT8, int8_scale=0.01)
     found = round_vectors(np.array([[-9.9, -1.28, -0.014, 0.0, 0.016, 1.27, 1.28, 9.9]], np.float32), spec)
     assert found.dtype == np.int8
     assert found.tolist() == [[-127, -127, -1, 0, 2, 127, 127, 127]]
+    bits = encoder_spec(vector_type=VectorType.BINARY)
+    packed = round_vectors(np.array([[9.0, -9.0, 0.0, 0.012, -0.018, 0.005, 1.27, -1.27]], np.float32), bits)
+    assert packed.tolist() == [[0b10010110]]
+    assert components(packed, bits).tolist() == [[1, -1, -1, 1, -1, 1, 1, -1]]
 
 
 @EACH
@@ -78,6 +82,7 @@ def test_vectors_are_the_rounded_floats(typed, kind, dtype, width, triton):
     assert encode(bundle, []).dtype == dtype
     with Encoder.load(bundle, engine="fake") as encoder:
         detailed = encoder.encode_detailed(["a cat", None])
+        np.testing.assert_array_equal(asyncio.run(AsyncEncoder(encoder).encode(TEXTS)), found)
     assert detailed.vectors.dtype == dtype
     assert not detailed.vectors[1].any()
 
@@ -146,13 +151,6 @@ def test_the_client_gives_the_servers_type(monkeypatch, kind, dtype, width, trit
     server.data_type = "TYPE_STRING"
     with pytest.raises(ServerError, match="has no output EMBEDDING"):
         Client().encode(["a cat"])
-
-
-def test_the_async_encoder_gives_the_type_too(typed):
-    with Encoder.load(typed(VectorType.BINARY), engine="fake") as encoder:
-        found = asyncio.run(AsyncEncoder(encoder).encode(["a cat", "a dog"]))
-    assert found.dtype == np.uint8
-    assert found.shape == (2, 2)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.support.triton_requests import running
 @pytest.fixture(scope="session")
 def fake_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle for the fake engine: a real tokenizer and a manifest without artifacts."""
-    return write_fake_bundle(minilm, tmp_path_factory.mktemp("bundles") / "fake", 64, 16, ())
+    return write_fake_bundle(minilm, tmp_path_factory.mktemp("bundles") / "fake", dim=16)
 
 
 @pytest.fixture(scope="session")

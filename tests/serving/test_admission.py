@@ -1,5 +1,6 @@
 """Overload, timeouts and cancellation on the real server, with bursts of requests."""
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,7 @@ def test_requests_over_the_limit_are_rejected_immediately_and_the_others_served(
     assert len(errors) >= 10, "else this test proves nothing"
     for error in errors:
         assert error.status() == "StatusCode.UNAVAILABLE"
-        with pytest.raises(tritonclient.grpc.InferenceServerException, match=REJECTED):
-            raise error
+        assert re.search(REJECTED, error.message())
     last = max(answer.seconds for answer in served)
     rejected_after = np.median([answer.seconds for answer in answers if answer.error is not None])
     assert rejected_after < 0.75 * last, "a rejection does not wait for other requests"
@@ -66,34 +66,27 @@ def test_requests_over_the_limit_are_rejected_immediately_and_the_others_served(
     assert burst.answers()[-1].error is None
 
 
-def test_an_expired_request_is_not_computed(bounded: Server, burst: Burst) -> None:
-    for _ in range(20):
+def test_expired_and_cancelled_requests_are_not_computed(bounded: Server, burst: Burst) -> None:
+    for _ in range(27):
         burst.send(HEAVY)
     burst.send([b"late"], timeout_us=5_000)
     burst.send([b"patient"], timeout_us=60_000_000)
+    context = burst.send([b"given up"])
+    time.sleep(0.2)  # it has to arrive first
+    context.cancel()
     client = tritonclient.http.InferenceServerClient(f"127.0.0.1:{bounded.http_port}")
     with pytest.raises(tritonclient.http.InferenceServerException, match="timeout of 5000 µs") as caught:
         client.infer("embed", text_input(b"late", library=tritonclient.http), timeout=5_000)
     client.close()
     assert caught.value.status() == "503"
-    *heavy, late, patient = burst.answers()
+    *heavy, late, patient, cancelled = burst.answers()
     assert not [answer for answer in heavy if answer.error is not None]
     assert late.error is not None
     assert late.error.status() == "StatusCode.UNAVAILABLE"
     assert "the request's timeout of 5000 µs was over before work on it began" in late.error.message()
     assert patient.error is None
-    wait_until(lambda: requests(bounded, "expired") == 2)
-
-
-def test_a_cancelled_request_is_not_computed(bounded: Server, burst: Burst) -> None:
-    for _ in range(28):
-        burst.send(HEAVY)
-    context = burst.send([b"given up"])
-    time.sleep(0.2)  # it has to arrive first
-    context.cancel()
-    *heavy, cancelled = burst.answers()
-    assert not [answer for answer in heavy if answer.error is not None]
     assert cancelled.error is not None
     assert cancelled.error.status() == "StatusCode.CANCELLED"
+    wait_until(lambda: requests(bounded, "expired") == 2)
     wait_until(lambda: requests(bounded, "cancelled") == 1)
     wait_until(lambda: metric(bounded, "mirror_tokens_in_flight") == 0)

@@ -1,4 +1,4 @@
-"""The other ways to serve: a second model behind `embed`, several instances."""
+"""The other ways to serve: a second model behind `embed`, several instances, and real weights."""
 
 import dataclasses
 import shutil
@@ -15,6 +15,7 @@ from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.options import Backend
 from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
 from mirror_runtime.triton.server.processes import runners
+from mirror_runtime.vectors import cosines
 from tests.support.fake_bundles import artifact
 from tests.support.paths import ROOT
 from tests.support.triton_requests import running
@@ -28,16 +29,14 @@ TEXTS = ["", "one", "zwei Häuser", *(" ".join(["word"] * n) for n in range(1, 8
 def two_models(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`embed` and an `encoder` with the configuration for ONNX Runtime, except for the backend."""
     folder = tmp_path_factory.mktemp("two")
-    bundle = folder / "bundle"
-    shutil.copytree(fake_bundle, bundle)
+    bundle = shutil.copytree(fake_bundle, folder / "bundle")
     (bundle / "onnx").mkdir()
     (bundle / "onnx" / "model_packed.onnx").write_bytes(b"no graph")
     manifest = read_manifest(bundle)
     output = TensorSpec(name="embedding", dtype="float32", shape=("rows", "length // 4", manifest.encoder.dim))
     packed = artifact(EngineName.ONNXRUNTIME, Precision.FP32, outputs=(output,))
     write_json(dataclasses.replace(manifest, artifacts=(packed,)), bundle / MANIFEST_FILE)
-    options = ServingOptions(backend=Backend.ONNXRUNTIME, streams=2)
-    write_repository(bundle, folder / "models", options)
+    write_repository(bundle, folder / "models", ServingOptions(backend=Backend.ONNXRUNTIME, streams=2))
     encoder = folder / "models" / "encoder"
     config = (encoder / "config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config
@@ -72,3 +71,30 @@ def test_two_instances_share_the_work(fake_bundle: Path, tmp_path: Path) -> None
         assert len(runners(server.pid, "embed")) == 2
         with server.client() as client:
             np.testing.assert_array_equal(client.encode(TEXTS, batch_size=2), encoder.encode(TEXTS))
+
+
+SOME = ["", "Delete a folder and everything in it.", "Remove a directory tree.", "The weather is fine today 🌞"]
+SOME += ["one two three " * 60, *(" ".join(["word"] * n) for n in range(1, 40))]
+
+
+@pytest.fixture(scope="module")
+def real_server(minilm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    repository = tmp_path_factory.mktemp("real")
+    write_repository(minilm_bundle, repository, ServingOptions(engine="onnxruntime", precision="fp32"), link=True)
+    with running(repository) as server:
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_served_vectors_are_the_encoders(real_server: Server, minilm_bundle: Path, protocol: str) -> None:
+    with Encoder.load(minilm_bundle, engine="onnxruntime", precision="fp32") as encoder:
+        expected = encoder.encode(SOME)
+    with real_server.client(protocol) as client:
+        served = client.encode(SOME, batch_size=8)
+        alone = np.concatenate([client.encode([text]) for text in SOME[:8]])
+    assert served.shape == expected.shape == (len(SOME), 384)
+    # The server packs the rows differently, so the last bits may differ.
+    assert cosines(served, expected).min() >= 0.999999
+    assert cosines(served[:8], alone).min() >= 0.999999, "a text's vector does not depend on its batch"
+    assert float(served[1] @ served[2]) > float(served[1] @ served[3]) + 0.2, "similar texts have similar vectors"

@@ -14,18 +14,7 @@ import pytest
 import tritonclient.grpc
 
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import (
-    CANARIES_FILE,
-    MANIFEST_FILE,
-    TOKENIZER_FILE,
-    Canaries,
-    Canary,
-    fingerprint,
-    read_canaries,
-    read_manifest,
-    sha256_file,
-    write_json,
-)
+from mirror_runtime import bundle as contract
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton import Client, Served, ServingOptions
@@ -38,38 +27,37 @@ TEXTS = [f"text number {i} " * (i % 5 + 1) for i in range(40)]
 
 
 def write_bundle(folder: Path, template: Path, dim: int) -> Path:
-    """Write a bundle for the fake engine, with matching fingerprint and canaries."""
+    """Write a bundle for the fake engine, with matching contract.fingerprint and canaries."""
     shutil.copytree(template, folder)
-    seal(folder, dim=dim)
+    seal(folder, dim)
+    texts = ["", "hello world", "a canary that is too long " * 30]
     with Encoder.load(folder, engine="fake") as encoder:
-        canaries = ["", "hello world", "a canary that is too long " * 30]
-        vectors = encoder.encode(canaries)
-    pairs = zip(canaries, vectors.tolist(), strict=True)
-    store_canaries(folder, dim, *(Canary(text=text, vector=tuple(vector)) for text, vector in pairs))
+        vectors = encoder.encode(texts).tolist()
+    seal(
+        folder,
+        dim,
+        *(contract.Canary(text=text, vector=tuple(vector)) for text, vector in zip(texts, vectors, strict=True)),
+    )
     return folder
 
 
-def store_canaries(bundle: Path, dim: int, *canaries: Canary) -> None:
-    write_json(Canaries(canaries=canaries), bundle / CANARIES_FILE)
-    seal(bundle, dim)
-
-
-def seal(folder: Path, dim: int) -> None:
-    """Update a manifest's hashes and fingerprint to its files."""
-    manifest = read_manifest(folder)
+def seal(folder: Path, dim: int, *canaries: contract.Canary) -> None:
+    """Store canaries, and update a manifest's hashes and contract.fingerprint to its files."""
+    contract.write_json(contract.Canaries(canaries=canaries), folder / contract.CANARIES_FILE)
+    manifest = contract.read_manifest(folder)
     spec = dataclasses.replace(manifest.encoder, dim=dim)
-    files = {name: sha256_file(folder / name) for name in (TOKENIZER_FILE, CANARIES_FILE) if (folder / name).exists()}
-    sealed = dataclasses.replace(manifest, encoder=spec, files=files, fingerprint=fingerprint(spec, files))
-    write_json(sealed, folder / MANIFEST_FILE)
+    files = {name: contract.sha256_file(folder / name) for name in (contract.TOKENIZER_FILE, contract.CANARIES_FILE)}
+    sealed = dataclasses.replace(manifest, encoder=spec, files=files, fingerprint=contract.fingerprint(spec, files))
+    contract.write_json(sealed, folder / contract.MANIFEST_FILE)
 
 
 @pytest.fixture(scope="module")
-def old(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old(fake_bundle, tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("old") / "bundle", fake_bundle, 16)
 
 
 @pytest.fixture(scope="module")
-def new(fake_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def new(fake_bundle, tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("new") / "bundle", fake_bundle, 24)
 
 
@@ -80,23 +68,23 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def corrupt_a_file(bundle: Path) -> None:
-    with (bundle / TOKENIZER_FILE).open("a") as file:
+    with (bundle / contract.TOKENIZER_FILE).open("a") as file:
         file.write(" ")
 
 
 def lose_its_canaries(bundle: Path) -> None:
-    store_canaries(bundle, 24)
+    seal(bundle, 24)
 
 
 def store_other_vectors(bundle: Path) -> None:
     """Make the bundle consistent, but with stored vectors that its model does not return."""
-    first, second, third = read_canaries(bundle)
-    store_canaries(bundle, 24, first, dataclasses.replace(second, vector=first.vector), third)
+    first, second, third = contract.read_canaries(bundle)
+    seal(bundle, 24, first, dataclasses.replace(second, vector=first.vector), third)
 
 
 def break_the_tokenizer(bundle: Path) -> None:
-    (bundle / TOKENIZER_FILE).write_text("{}")
-    seal(bundle, dim=24)
+    (bundle / contract.TOKENIZER_FILE).write_text("{}")
+    seal(bundle, 24, *contract.read_canaries(bundle))
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +109,9 @@ def old_server(old: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         (break_the_tokenizer, "embed_candidate cannot be loaded"),
     ],
 )
-def test_an_invalid_bundle_is_rejected_and_the_old_one_continues_to_serve(
-    old_server: MirrorServe, new: Path, tmp_path: Path, harm: Callable[[Path], None], message: str
-) -> None:
+def test_an_invalid_bundle_is_rejected_and_the_old_one_continues_to_serve(old_server, new, tmp_path, harm, message):
     repository = old_server.source
-    bad = tmp_path / "bad"
-    shutil.copytree(new, bad)
+    bad = shutil.copytree(new, tmp_path / "bad")
     harm(bad)
     before = tree(repository)
     with Client(old_server.grpc) as client, Load([lambda: client.encode(TEXTS[:4])]) as load:
@@ -140,16 +125,10 @@ def test_an_invalid_bundle_is_rejected_and_the_old_one_continues_to_serve(
     assert tree(repository) == before
 
 
-def test_the_commands_end_with_a_message_and_status_2(
-    old_server: MirrorServe, new: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(new, tmp_path / "bad")
-    store_other_vectors(tmp_path / "bad")
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["deploy", str(tmp_path / "bad"), "--to", str(old_server.source)]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def test_the_commands_end_with_a_message_and_status_2(old_server, new, tmp_path, capsys, monkeypatch):
+    store_other_vectors(shutil.copytree(new, tmp_path / "bad"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the command's handler would outlive it
+    assert main(["deploy", str(tmp_path / "bad"), "--to", str(old_server.source)]) == 2
     written, progress = capsys.readouterr()
     assert written == ""
     assert "proving it beside the model that serves" in progress

@@ -61,9 +61,7 @@ def stop(running: SimpleNamespace, number: signal.Signals) -> str:
 
 
 @pytest.mark.parametrize(("protocol", "number"), [("grpc", signal.SIGTERM), ("http", signal.SIGINT)])
-def test_vectors_through_triton_equal_the_encoders(
-    server: Server, fake_bundle: Path, protocol: str, number: signal.Signals
-) -> None:
+def test_vectors_through_triton_equal_the_encoders(server, fake_bundle, protocol, number):
     port = {"grpc": server.grpc_port, "http": server.http_port}[protocol]
     arguments = ("--triton", f"127.0.0.1:{port}", "--triton-protocol", protocol, "--dimensions", "8")
     with Encoder.load(fake_bundle, engine="fake") as encoder, gateway(*arguments) as running:
@@ -78,12 +76,8 @@ def test_vectors_through_triton_equal_the_encoders(
         assert found.usage.prompt_tokens == expected.tokens.sum()
         assert found.model_extra["truncated"] == np.flatnonzero(expected.truncated).tolist()  # type: ignore[index]
         assert answer.headers["x-vector-space"] == encoder.fingerprint
-        cut = expected.vectors[:, :8]
-        np.testing.assert_allclose(
-            vectors([item.embedding for item in short.data]),
-            cut / np.linalg.norm(cut, axis=1, keepdims=True),
-            rtol=1e-6,
-        )
+        cut = expected.vectors[:, :8] / np.linalg.norm(expected.vectors[:, :8], axis=1, keepdims=True)
+        np.testing.assert_allclose(vectors([item.embedding for item in short.data]), cut, rtol=1e-6)
         info = send(running.port, "GET", "/info").json
         assert info["fingerprint"] == encoder.fingerprint
         assert (info["dim"], info["max_tokens"], info["normalized"]) == (16, 64, True)
@@ -93,23 +87,24 @@ def test_vectors_through_triton_equal_the_encoders(
 
 @pytest.mark.slow
 def test_a_stopped_server_is_reported_and_its_return_noticed(server: Server, fake_bundle: Path, tmp_path: Path) -> None:
-    def health(port: int) -> int:
-        return send(port, "GET", "/health").status
-
     with (
         Server(server.repository) as own,
         gateway("--triton", f"127.0.0.1:{own.grpc_port}", "--timeout", "2") as running,
     ):
-        assert health(running.port) == 200
+
+        def health() -> int:
+            return send(running.port, "GET", "/health").status
+
+        assert health() == 200
         own.stop()
         refused = send(running.port, "POST", "/embed", {"inputs": "a"})
         assert refused.status == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.error["code"] in ("backend_unavailable", "deadline_exceeded")
-        assert health(running.port) == 503
+        assert health() == 503
         own.start()
         own.wait_ready()
-        wait_until(lambda: health(running.port) == 200)
+        wait_until(lambda: health() == 200)
         assert send(running.port, "POST", "/embed", {"inputs": "a"}).status == 200
 
 
@@ -148,21 +143,12 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path) -> None:
     assert len(answered) > 50
 
 
-def printed(language: str) -> str:
-    """Read the example in that language from docs/how-to/gateway.md."""
-    section = (ROOT / "docs/how-to/gateway.md").read_text()
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[0]
-
-
 def test_the_lines_of_the_documentation_work_as_printed(fake_bundle: Path) -> None:
-    command = re.search(
-        r"^    (mirror gateway bundles/mine .*)$", (ROOT / "docs/how-to/gateway.md").read_text(), re.MULTILINE
-    )
-    assert command is not None
-    options = command[1].split()[3:]
+    page = (ROOT / "docs/how-to/gateway.md").read_text()
+    options = re.findall(r"^    mirror gateway bundles/mine (.*)$", page, re.MULTILINE)[0].split()
     with gateway(str(fake_bundle), "--engine", "fake", *options) as running:
         for language, program in (("bash", ["bash", "-e", "-c"]), ("python", [sys.executable, "-c"])):
-            code = printed(language)
+            code = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)[0]
             assert "127.0.0.1:8080" in code
             code = code.replace("127.0.0.1:8080", f"127.0.0.1:{running.port}")
             done = subprocess.run([*program, code], capture_output=True, text=True, check=False, timeout=60)

@@ -32,9 +32,7 @@ def test_a_port_in_use_is_reported_with_its_flag(server: Server) -> None:
     server.check()
 
 
-def test_a_moved_repository_serves_and_an_idle_connection_delays_the_stop_only_briefly(
-    fake_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_moved_repository_serves_and_an_idle_connection_delays_the_stop_only_briefly(fake_bundle, tmp_path):
     folder = write_repository(fake_bundle, tmp_path / "here", ServingOptions(engine="fake", long_texts=LongTexts.ERROR))
     (tmp_path / "there").mkdir()
     folder.rename(tmp_path / "there" / "embed")

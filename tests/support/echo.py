@@ -21,8 +21,7 @@ class Echo:
         self.options: list[tuple[dict[str, Any], float]] = []
         self.refusals: list[Exception] = []
         self.fingerprints = ["old"]
-        self.in_flight = 0
-        self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = 0
         self.parameters: dict[str, str] = {}
 
     def submit(self, texts: NDArray[Any], parameters: dict[str, Any], timeout_s: float) -> Callable[[], Reply]:
@@ -50,12 +49,9 @@ class Echo:
         return wait
 
     def config(self) -> dict[str, Any]:
-        return {
-            "name": "embed",
-            "max_batch_size": 64,
-            "output": [{"name": "EMBEDDING", "data_type": self.data_type, "dims": [str(self.dim)]}],
-            "parameters": {name: {"string_value": value} for name, value in self.parameters.items()},
-        }
+        output = {"name": "EMBEDDING", "data_type": self.data_type, "dims": [str(self.dim)]}
+        parameters = {name: {"string_value": value} for name, value in self.parameters.items()}
+        return {"name": "embed", "max_batch_size": 64, "output": [output], "parameters": parameters}
 
     def statistics(self) -> dict[str, Any]:
         return {"inference_count": "12"}

@@ -27,22 +27,17 @@ from mirror_runtime.bundle import (
     write_json,
 )
 from mirror_runtime.engines.plan_card import PlanCard
+from mirror_runtime.plan import Goal, HostIdentity, HostPlan
 
 NAMES = ("input_ids", "position_ids", "segment_ids")
 """Inputs of a packed graph."""
 
-PARITY = Parity(
-    reference="tests",
-    texts=1,
-    texts_sha256="0" * 64,
-    min_cosine=1.0,
-    mean_cosine=1.0,
-    max_abs_diff=0.0,
-    floor=0.99999,
-    neighbour_cosine=1.0,
-    spearman=1.0,
-    top10_overlap=1.0,
-)
+FINGERPRINT = "0123456789abcdef"
+"""Of bundles for the fake engine."""
+
+EQUAL = dict.fromkeys(("min_cosine", "mean_cosine", "neighbour_cosine", "spearman", "top10_overlap"), 1.0)
+PROOF: dict[str, Any] = {"reference": "tests", "texts": 1, "texts_sha256": "0" * 64, "floor": 0.99999}
+PARITY = Parity(max_abs_diff=0.0, **PROOF, **EQUAL)  # type: ignore[arg-type]
 
 
 def encoder_spec(**changes: Any) -> EncoderSpec:
@@ -79,8 +74,15 @@ def plan_card(shapes: tuple[tuple[int, int], ...], **changes: Any) -> PlanCard:
     return PlanCard(**{**fields, **changes})
 
 
+def host_plan(**changes: Any) -> HostPlan:
+    """Build the plan of some machine for bundles of the fake engine, without a choice."""
+    host = HostIdentity(cpu="a CPU", features="0", cores=8)
+    fields: dict[str, Any] = {"format_version": 1, "goal": Goal.THROUGHPUT, "floor": 0.999, "texts": 100, "rounds": 3}
+    return HostPlan(**{**fields, "fingerprint": FINGERPRINT, "host": host, "versions": {}, **changes})
+
+
 def write_fake_bundle(
-    tokenizer: Path, folder: Path, max_tokens: int, dim: int, artifacts: tuple[Artifact, ...]
+    tokenizer: Path, folder: Path, max_tokens: int = 64, dim: int = 8, artifacts: tuple[Artifact, ...] = ()
 ) -> Path:
     """Write a bundle without graphs, for the fake engine: a manifest and a tokenizer."""
     folder.mkdir()
@@ -90,7 +92,7 @@ def write_fake_bundle(
         format_version=FORMAT_VERSION,
         created_by="tests",
         encoder=encoder_spec(max_tokens=max_tokens, dim=dim),
-        fingerprint="0123456789abcdef",
+        fingerprint=FINGERPRINT,
         files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
         artifacts=artifacts,
     )

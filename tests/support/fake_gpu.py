@@ -1,7 +1,5 @@
 """A simulated GPU: stand-ins for TensorRT and CUDA that are checked against the real bindings."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import importlib
@@ -44,8 +42,8 @@ class FakeCuda:
             inspect.signature(real).bind(*args)
             self.calls.append((name, args))
             answer = getattr(type(self), f"do_{name}", None)
-            values = answer(self, *args) if answer is not None else ()
-            return (self._real.cudaError_t.cudaSuccess, *values)
+            values = answer(self, *args) if answer is not None else None
+            return (self._real.cudaError_t.cudaSuccess, *(values or ()))
 
         call.__name__ = name
         return call
@@ -75,19 +73,16 @@ class FakeCuda:
 
     do_cudaMallocHost = do_cudaMalloc
 
-    def do_cudaFree(self, address: int) -> tuple[()]:
+    def do_cudaFree(self, address: int) -> None:
         del self.memory[address]
-        return ()
 
     do_cudaFreeHost = do_cudaFree
 
-    def do_cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> tuple[()]:
+    def do_cudaMemcpyAsync(self, to: int, source: int, size: int, kind: Any, stream: Any) -> None:
         self.queue(lambda: ctypes.memmove(to, source, size))
-        return ()
 
-    def do_cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[()]:
+    def do_cudaStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         self.capturing = []
-        return ()
 
     def do_cudaStreamEndCapture(self, stream: Any) -> tuple[int]:
         assert self.capturing is not None
@@ -98,18 +93,16 @@ class FakeCuda:
     def do_cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int]:
         return (graph,)
 
-    def do_cudaGraphLaunch(self, graph: int, stream: Any) -> tuple[()]:
+    def do_cudaGraphLaunch(self, graph: int, stream: Any) -> None:
         for work in self.graphs[graph]:
             work()
-        return ()
 
 
 class Context:
     """The state of one execution context, and the function that its engine computes."""
 
     def __init__(self, compute: Compute, dim: int) -> None:
-        self.compute = compute
-        self.dim = dim
+        self.compute, self.dim = compute, dim
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -138,12 +131,11 @@ class Gpu:
 def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim: int) -> Gpu:
     """Replace the modules `tensorrt` and `cuda.bindings.runtime` by stand-ins."""
     cuda = FakeCuda()
-    names = (*INPUTS, "embedding")
 
     def create_execution_context(strategy: Any) -> StandIn:
         """Build a stand-in with its own state, so that contexts do not share shapes or addresses."""
         state = Context(compute, dim)
-        own = FakeTensorRT(trt.spec, {})
+        own = FakeTensorRT(trt.spec)
         own.calls, own.enums = trt.calls, trt.enums
         own.answers = {
             **trt.answers,
@@ -154,19 +146,37 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim
         }
         return StandIn(own, "IExecutionContext")
 
-    trt = FakeTensorRT(
-        binding(version),
-        {
-            "ICudaEngine.create_execution_context": create_execution_context,
-            "ICudaEngine.device_memory_size_v2": 4096,
-            "ICudaEngine.num_io_tensors": 4,
-            "ICudaEngine.get_tensor_name": lambda i: names[i],
-            "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
-        },
-    )
-    io, kinds = trt.TensorIOMode, trt.DataType
-    trt.answers["ICudaEngine.get_tensor_mode"] = lambda name: io.OUTPUT if name == "embedding" else io.INPUT
-    trt.answers["ICudaEngine.get_tensor_dtype"] = lambda name: kinds.FLOAT if name == "embedding" else kinds.INT64
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    trt = install_tensorrt(monkeypatch, version, dim)
+    trt.answers["ICudaEngine.create_execution_context"] = create_execution_context
+    trt.answers["ICudaEngine.device_memory_size_v2"] = 4096
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     return Gpu(trt=trt, cuda=cuda)
+
+
+def install_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str, dim: int = 8) -> FakeTensorRT:
+    """Replace the module `tensorrt` by one that builds a packed encoder; tensor 3 of its engine is the output."""
+    names, parsed = (*INPUTS, "embedding"), iter(INPUTS)
+    added: list[object] = []
+    trt = FakeTensorRT(binding(version))
+    io, kinds = trt.TensorIOMode, trt.DataType
+
+    def add_profile(profile: object) -> int:
+        added.append(profile)
+        return len(added) - 1
+
+    trt.answers = {
+        "INetworkDefinition.num_inputs": 3,
+        "ITensor.name": lambda: next(parsed),
+        "IBuilderConfig.add_optimization_profile": add_profile,
+        "Builder.build_serialized_network": b"plan",
+        "ITimingCache.serialize": b"timings",
+        "ICudaEngine.num_optimization_profiles": lambda: len(added),
+        "ICudaEngine.num_io_tensors": 4,
+        "ICudaEngine.get_tensor_name": lambda i: names[i],
+        "ICudaEngine.get_tensor_mode": lambda name: io.OUTPUT if name == "embedding" else io.INPUT,
+        "ICudaEngine.get_tensor_dtype": lambda name: kinds.FLOAT if name == "embedding" else kinds.INT64,
+        "ICudaEngine.get_tensor_shape": lambda name: (-1, -1, dim) if name == "embedding" else (-1, -1),
+        "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
+    }
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    return trt

@@ -3,6 +3,7 @@
 import json
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -15,10 +16,7 @@ def tensor(*texts: bytes) -> NDArray[Any]:
 
 
 class FakeTritonError(Exception):
-    INVALID_ARG = 3
-    INTERNAL = 1
-    UNAVAILABLE = 14
-    CANCELLED = 8
+    INVALID_ARG, INTERNAL, UNAVAILABLE, CANCELLED = 3, 1, 14, 8
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -58,11 +56,10 @@ class FakeLogger:
 
 class FakeMetric:
     def __init__(self, labels: dict[str, str]) -> None:
-        self.labels = labels
-        self.value = 0.0
+        self.labels, self.value = labels, 0.0
 
     def increment(self, more: float) -> None:
-        self.value += more
+        self.set(self.value + more)
 
     def set(self, value: float) -> None:
         self.value = value
@@ -85,22 +82,13 @@ class FakeRequest:
 
     def __init__(self, *texts: bytes, outputs=("EMBEDDING", "TOKENS", "TRUNCATED"), timeout_us=0, **parameters) -> None:
         self.tensors = [FakeTensor("TEXT", tensor(*texts))]
-        self.outputs, self.timeout_us, self.parameters_json = outputs, timeout_us, json.dumps(parameters)
+        self.parameters = partial(json.dumps, parameters)
+        self.timeout = lambda: timeout_us
+        self.requested_output_names = lambda: set(outputs)
+        self.get_response_sender = lambda: self
         self.cancelled = False
         self.answered = threading.Event()
         self.response: Any = None
-
-    def parameters(self) -> str:
-        return self.parameters_json
-
-    def timeout(self) -> int:
-        return self.timeout_us
-
-    def requested_output_names(self) -> set[str]:
-        return set(self.outputs)
-
-    def get_response_sender(self) -> "FakeRequest":
-        return self
 
     def is_cancelled(self) -> bool:
         return self.cancelled

@@ -23,8 +23,6 @@ from mirror_runtime.gateway.settings import GatewaySettings
 from tests.support.mirror_serve import wait_until
 
 MODEL = "mini"
-FINGERPRINT = "0123456789abcdef"
-"""The fingerprint of bundles for the fake engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +53,8 @@ def send(port: int, method: str, path: str, body: object = None, headers: Mappin
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
         connection.request(method, path, body, sent)  # type: ignore[arg-type]
         response = connection.getresponse()
-        return HttpReply(
-            status=response.status,
-            headers={name.lower(): value for name, value in response.getheaders()},
-            body=response.read(),
-        )
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return HttpReply(status=response.status, headers=found, body=response.read())
 
 
 @dataclass(frozen=True, kw_only=True)

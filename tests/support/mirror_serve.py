@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mirror_runtime.triton.server.processes import kill_group, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY
@@ -26,14 +27,9 @@ class MirrorServe:
         self.lines: list[str] = []
 
     def __enter__(self) -> "MirrorServe":
-        self.process = subprocess.Popen(
-            self._command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=environment, **pipes)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -1,37 +1,20 @@
 """Measure the cost of a test without the noise of a busy machine and without shared fixtures."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 
-@dataclass(frozen=True, kw_only=True)
-class Spent:
-    """Wall-clock and CPU seconds of this process and of the children it has waited for."""
+Spent = NDArray[np.float64]
+"""Wall-clock and CPU seconds of this process and of the children it has waited for.
 
-    wall_s: float
-    cpu_s: float
+The smaller is a cost: a busy machine stretches wall-clock time alone, and several threads add up CPU time alone.
+"""
 
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(wall_s=self.wall_s - other.wall_s, cpu_s=self.cpu_s - other.cpu_s)
-
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(wall_s=self.wall_s + other.wall_s, cpu_s=self.cpu_s + other.cpu_s)
-
-    @property
-    def seconds(self) -> float:
-        """The smaller of the two.
-
-        A busy machine stretches the wall-clock time alone, and several threads add up CPU time alone.
-        """
-        return min(self.wall_s, self.cpu_s)
-
-
-_shared = Spent(wall_s=0.0, cpu_s=0.0)
+_shared = np.zeros(2)
 _depth = 0
 
 
@@ -51,7 +34,7 @@ def shared_work() -> Iterator[None]:
     finally:
         _depth -= 1
         if _depth == 0:
-            _shared += _clocks() - start
+            _shared = _shared + _clocks() - start
 
 
 def in_shared_work() -> bool:
@@ -60,4 +43,4 @@ def in_shared_work() -> bool:
 
 
 def _clocks() -> Spent:
-    return Spent(wall_s=time.monotonic(), cpu_s=sum(os.times()[:4]))
+    return np.array([time.monotonic(), sum(os.times()[:4])])

@@ -5,8 +5,6 @@ libraries make it importable: nothing in it runs, but its classes, members and s
 built from them. It raises AttributeError for members that they lack and TypeError for arguments that they reject.
 """
 
-from __future__ import annotations
-
 import enum
 import json
 import os
@@ -14,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,15 +27,9 @@ VERSIONS = ("10.16.1.11", "11.4.0.106")
 
 LIBRARIES = ("nvinfer", "nvinfer_plugin", "nvonnxparser")
 SYMBOLS = (
-    "createInferBuilder_INTERNAL",
-    "createInferRefitter_INTERNAL",
-    "createInferRuntime_INTERNAL",
-    "createNvOnnxParser_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL",
-    "getBuilderPluginRegistry",
-    "getNvOnnxParserVersion",
-    "getPluginRegistry",
-    "initLibNvInferPlugins",
+    *(f"create{name}_INTERNAL" for name in ("InferBuilder", "InferRefitter", "InferRuntime")),
+    *(f"create{name}_INTERNAL" for name in ("NvOnnxParser", "NvOnnxParserRefitter")),
+    *("getBuilderPluginRegistry", "getNvOnnxParserVersion", "getPluginRegistry", "initLibNvInferPlugins"),
 )
 """Symbols that the extension module of the binding imports (`nm -D --undefined-only`)."""
 
@@ -104,7 +96,7 @@ def _split(text: str) -> list[str]:
 class StandIn:
     """An object with exactly the members of one class of the binding. It records every call."""
 
-    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+    def __init__(self, module: "FakeTensorRT", kind: str) -> None:
         self.__dict__.update(_module=module, _kind=kind, _values={})
 
     def __getattr__(self, name: str) -> Any:
@@ -135,15 +127,14 @@ class StandIn:
 class FakeTensorRT:
     """The module `tensorrt` of one version, with return values set by the test.
 
-    Attributes:
-        answers: return values, or functions that compute them, by "Class.member".
-        calls: every call and assignment in order: "Class.member" and its arguments.
+    `answers` holds return values, or functions that compute them, by "Class.member"; `calls` holds every call and
+    assignment in order: "Class.member" and its arguments.
     """
 
-    def __init__(self, spec: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
+    def __init__(self, spec: Mapping[str, Any]) -> None:
         self.spec = spec
         self.__version__ = spec["version"]
-        self.answers = dict(answers)
+        self.answers: dict[str, Any] = {}
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.enums: dict[str, Any] = {name: enum.IntEnum(name, members) for name, members in spec["enums"].items()}
 
@@ -197,20 +188,16 @@ class FakeTensorRT:
             return isinstance(value, tuple)
         if expected in self.spec["classes"]:
             return False
-        plain: Mapping[str, Callable[[Any], bool]] = {
-            "str": lambda v: isinstance(v, str),
-            "SupportsInt": lambda v: isinstance(v, int) and not isinstance(v, bool),
-            "int": lambda v: isinstance(v, int) and not isinstance(v, bool),
-            "bool": lambda v: isinstance(v, bool),
-            "Buffer": lambda v: isinstance(v, (bytes, bytearray, memoryview)),
-        }
-        return plain.get(expected, lambda _: True)(value)
+        if isinstance(value, bool) and expected in ("int", "SupportsInt"):
+            return False
+        kinds = {"str": str, "SupportsInt": int, "int": int, "bool": bool, "Buffer": (bytes, bytearray, memoryview)}
+        return isinstance(value, kinds.get(expected, object))  # type: ignore[arg-type]
 
 
 class _Constructor:
     """A class of the binding, as an attribute of the module."""
 
-    def __init__(self, module: FakeTensorRT, kind: str) -> None:
+    def __init__(self, module: "FakeTensorRT", kind: str) -> None:
         self._module, self._kind = module, kind
 
     def __call__(self, *args: Any, **kwargs: Any) -> StandIn:

@@ -1,7 +1,5 @@
 """Tiny random encoders of every family, each with a small tokenizer of the family's own kind."""
 
-from __future__ import annotations
-
 import json
 import string
 from pathlib import Path
@@ -84,13 +82,11 @@ def write_tiny_bert(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
+    texts = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
+    tokenizer.post_processor = processors.TemplateProcessing(special_tokens=[("[CLS]", 2), ("[SEP]", 3)], **texts)
     save_tokenizer(tokenizer, BRACKETS, folder)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, initializer_range=0.2, **SIZES
-    )
+    sizes = {"vocab_size": len(vocabulary), "max_position_embeddings": POSITIONS, **SIZES}
+    config = transformers.BertConfig(initializer_range=0.2, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
@@ -108,22 +104,18 @@ def tokenizer_of(family: str) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=600, special_tokens=list(ANGLES), initial_alphabet=alphabet, show_progress=False
-        )
+        options: dict[str, Any] = {"vocab_size": 600, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+        trainer: Any = trainers.BpeTrainer(special_tokens=list(ANGLES), show_progress=False, **options)
         processor: Any = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     elif family in ("xlm-roberta", "camembert"):
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(
-            vocab_size=300, special_tokens=list(ANGLES), unk_token="<unk>", show_progress=False
-        )
-        processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-        )
+        options = {"vocab_size": 300, "unk_token": "<unk>"}
+        trainer = trainers.UnigramTrainer(special_tokens=list(ANGLES), show_progress=False, **options)
+        texts = {"single": "<s> $A </s>", "pair": "<s> $A </s> </s> $B </s>"}
+        processor = processors.TemplateProcessing(special_tokens=[("<s>", 0), ("</s>", 2)], **texts)
     else:
         special = ANGLES if family == "mpnet" else BRACKETS
         unk = special[3] if special is ANGLES else special[1]

@@ -5,8 +5,6 @@ the libraries, this machine's processor, and a key of the caller's. Two processe
 `MIRROR_TEST_CACHE` names the folder (default: `.pytest_cache/mirror` in the repository); deleting it is always safe.
 """
 
-from __future__ import annotations
-
 import ast
 import fcntl
 import functools
@@ -94,16 +92,6 @@ def cached_traces() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def real_traces() -> Iterator[None]:
-    """Translate with PyTorch itself, while the block runs."""
-    from export.graph import trace
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "_trace", getattr(trace._trace, "real", trace._trace))
-        yield
-
-
 @functools.cache
 def sources_hash(module: str) -> str:
     """Hash what decides an entry besides its key: a module's sources, the libraries, Python, and the processor."""
@@ -171,10 +159,9 @@ def _wrapper_key(wrapper: Any, contract: object) -> str:
 
 def _processor() -> str:
     """Name the processor and its instructions: proofs depend on it, and bf16 is proven only where the CPU has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not (facts := Path("/proc/cpuinfo")).exists():
         return platform.processor()
+    lines = facts.read_text(encoding="utf-8").splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
 
 

@@ -48,13 +48,11 @@ class Burst:
     def send(self, texts: Sequence[bytes], timeout_us: int | None = None) -> Any:
         number, began = self._waiting, time.perf_counter()
         self._waiting += 1
-        return self._client.async_infer(
-            "embed",
-            text_input(*texts),
-            lambda result, error: self._replies.put(Answered(number, time.perf_counter() - began, result, error)),
-            timeout=timeout_us,
-            client_timeout=60,
-        )
+
+        def keep(result: Any, error: Any) -> None:
+            self._replies.put(Answered(number, time.perf_counter() - began, result, error))
+
+        return self._client.async_infer("embed", text_input(*texts), keep, timeout=timeout_us, client_timeout=60)
 
     def answers(self) -> list[Answered]:
         """Wait for the replies since the last call; return them in the order of sending."""

@@ -1,7 +1,5 @@
 """Loading and tuning of tiny encoders, for tests of training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,9 @@
 """The second view of a text."""
 
 import random
+from functools import partial
+
+import pytest
 
 from training.augment import mask_span, mask_span_literally, repeat_tokens
 
@@ -12,30 +15,24 @@ def views(length: int, count: int = 2000) -> list[str]:
     return [mask_span(TEXT, "<mask>", length, rng) for _ in range(count)]
 
 
-def test_one_span_of_the_requested_length_is_replaced_by_the_mask_token() -> None:
+def test_one_span_is_replaced_at_any_start_even_where_its_characters_occur_earlier() -> None:
     for view in views(5, 200):
         left, right = view.split(" <mask> ")
         assert len(left) + len(right) == len(TEXT) - 5
         assert TEXT.startswith(left)
         assert TEXT.endswith(right)
-
-
-def test_every_start_is_drawn_including_the_last() -> None:
     assert {view.index(" <mask> ") for view in views(5)} == set(range(len(TEXT) - 5 + 1))
-
-
-def test_the_drawn_span_is_masked_even_where_its_characters_occur_earlier() -> None:
     rng = random.Random(0)
     starts = {mask_span("ab" * 20, "[MASK]", 4, rng).index(" [MASK]") for _ in range(500)}
     assert max(starts) == 36
 
 
-def test_short_texts_and_length_zero_stay_whole() -> None:
+@pytest.mark.parametrize("mask", [partial(mask_span, mask_token="[MASK]"), mask_span_literally])
+def test_short_texts_and_length_zero_stay_whole(mask):
     rng = random.Random(0)
-    assert mask_span(TEXT[:29], "[MASK]", 5, rng) == TEXT[:29]
-    assert "[MASK]" in mask_span(TEXT[:30], "[MASK]", 5, rng)
-    assert mask_span(TEXT, "[MASK]", 0, rng) == TEXT
-    assert mask_span(TEXT, "[MASK]", len(TEXT), rng) == TEXT
+    assert mask(TEXT[:29], length=5, rng=rng) == TEXT[:29]
+    assert "[MASK]" in mask(TEXT[:30], length=5, rng=rng)
+    assert mask(TEXT, length=0, rng=rng) == mask(TEXT, length=len(TEXT), rng=rng) == TEXT
 
 
 def published(text: str, length: int, start: int) -> str:
@@ -44,21 +41,14 @@ def published(text: str, length: int, start: int) -> str:
     return left + " [MASK] " + right
 
 
-def test_literal_masking_is_the_published_rule() -> None:
+def test_literal_masking_is_the_published_rule_and_never_draws_the_last_start() -> None:
     text = "abcab" * 8
-    views = {mask_span_literally(text, 5, random.Random(seed)) for seed in range(300)}
-    assert views == {published(text, 5, start) for start in range(len(text) - 5)}
-    assert {view.index(" [MASK] ") for view in views} == set(range(5))  # the first occurrence, never a later one
-
-
-def test_literal_masking_never_draws_the_last_start_and_skips_short_texts() -> None:
+    found = {mask_span_literally(text, 5, random.Random(seed)) for seed in range(300)}
+    assert found == {published(text, 5, start) for start in range(len(text) - 5)}
+    assert {view.index(" [MASK] ") for view in found} == set(range(5))  # the first occurrence, never a later one
     rng = random.Random(0)
     starts = {mask_span_literally(TEXT, 5, rng).index(" [MASK] ") for _ in range(2000)}
     assert starts == set(range(len(TEXT) - 5))
-    assert mask_span_literally(TEXT[:29], 5, rng) == TEXT[:29]
-    assert "[MASK]" in mask_span_literally(TEXT[:30], 5, rng)
-    assert mask_span_literally(TEXT, len(TEXT), rng) == TEXT
-    assert mask_span_literally(TEXT, 0, rng) == TEXT
 
 
 def test_repeating_keeps_order_and_special_tokens_and_varies_the_length() -> None:

@@ -24,9 +24,7 @@ class Killed(BaseException):
     "config", [dataclasses.replace(MIRROR, repetition=0.5), GUIDED, dataclasses.replace(MIRROR, micro_batch_tokens=64)]
 )
 @pytest.mark.parametrize("die_at", [2, 5])
-def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: TuneConfig, die_at: int
-) -> None:
+def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(tiny_bert, tmp_path, monkeypatch, config, die_at):
     def die(step: Step) -> None:
         if step.step == die_at:
             raise Killed
@@ -79,27 +77,20 @@ def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path: Path, content: byt
         checkpoint.load({})
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(path=tmp_path / "absent" / "state", every=1)
-    with pytest.raises(InputError, match="cannot be written"):
-        checkpoint.save(State(tensors={"a": torch.ones(1)}, steps=()), {})
+def test_a_state_survives_the_round_trip_and_cannot_be_written_to_an_absent_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--checkpoint-every is 0"):
         Checkpoint(path=tmp_path, every=0)
-
-
-def test_a_state_survives_the_round_trip(tmp_path: Path) -> None:
     checkpoint = Checkpoint(path=tmp_path / "state", every=1)
     assert checkpoint.load({}) is None
     state = State(
         tensors={"half": torch.randn(3).bfloat16(), "bytes": torch.arange(5, dtype=torch.uint8)},
         steps=(Step(step=1, loss=0.1 + 0.2, tokens=7, seconds=0.5),),
     )
+    with pytest.raises(InputError, match="cannot be written"):
+        Checkpoint(path=tmp_path / "absent" / "state", every=1).save(state, {})
     checkpoint.save(state, {"lr": 2e-5, "layers": (-1,)})
     loaded = checkpoint.load({"lr": 2e-5, "layers": (-1,)})
     assert loaded is not None
     assert loaded.steps == state.steps
     assert all(torch.equal(loaded.tensors[name], value) for name, value in state.tensors.items())
-
-
-def test_fingerprints_depend_on_where_parts_end() -> None:
     assert fingerprint([b"ab", b"c"]) != fingerprint([b"a", b"bc"])

@@ -55,15 +55,7 @@ def test_unusable_text_is_one_clear_error(tmp_path: Path, content: bytes, messag
     assert "text.txt" in str(caught.value)
 
 
-def test_an_absent_file_and_a_folder_are_clear_errors(tmp_path: Path) -> None:
-    for name in ("absent.txt", "absent.parquet", "absent.txt.gz"):
-        with pytest.raises(InputError, match=r"cannot be read: .*No such file"):
-            read(tmp_path / name)
-    with pytest.raises(InputError, match="cannot be read: Is a directory"):
-        read(tmp_path)
-
-
-def test_files_are_concatenated_and_duplicates_count_across_them(tmp_path: Path) -> None:
+def test_files_are_concatenated_and_those_that_cannot_be_read_are_clear_errors(tmp_path: Path) -> None:
     one = write(tmp_path / "one.txt", "a cat\na dog\n")
     two = write(tmp_path / "two.txt.gz", gzip.compress(b"a dog\na man\n"))
     corpus = read(one, two)
@@ -74,6 +66,11 @@ def test_files_are_concatenated_and_duplicates_count_across_them(tmp_path: Path)
     write(two, gzip.compress(b"a dog\na man\n" * 1000)[:-20])
     with pytest.raises(InputError, match=r"two.txt.gz cannot be read"):
         read(two)
+    for name in ("absent.txt", "absent.parquet", "absent.txt.gz"):
+        with pytest.raises(InputError, match=r"cannot be read: .*No such file"):
+            read(tmp_path / name)
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read(tmp_path)
 
 
 def test_json_lines_are_objects_or_strings(tmp_path: Path) -> None:
@@ -157,23 +154,18 @@ def test_texts_are_compared_without_case_punctuation_and_spacing(text: str, form
     assert normalise(text) == form
 
 
-def test_evaluation_texts_are_left_out_and_reported(tmp_path: Path) -> None:
+def test_evaluation_texts_are_left_out_and_reported_and_pairs_for_either_text(tmp_path: Path) -> None:
     text = write(tmp_path / "text.txt", "A cat sat.\na  CAT sat\nA dog sat\nA man sat\nA river\n")
     sts = write(tmp_path / "sts.tsv", "score\tsentence1\tsentence2\n1\ta cat, sat\tunseen\n2\tunseen\tx\n3\ta\tb\n")
     lines = write(tmp_path / "lines.txt", "a river!\na lake\n")
     corpus = read(text, exclude=(str(sts), str(lines)))
     assert (corpus.texts, corpus.counts["excluded"]) == (("A dog sat", "A man sat"), 3)
-    assert corpus.overlaps == (
-        Overlap(file="sts.tsv", texts=5, found=1),
-        Overlap(file="lines.txt", texts=2, found=1),
-    )
+    overlaps = (Overlap(file="sts.tsv", texts=5, found=1), Overlap(file="lines.txt", texts=2, found=1))
+    assert corpus.overlaps == overlaps
     assert corpus.overlaps[1].share == 0.5
     assert corpus.overlap_with([("x", ["a MAN sat", "nothing"])]) == (Overlap(file="x", texts=2, found=1),)
     with pytest.raises(InputError, match="4 of 5 distinct lines are in --exclude files"):
         read(text, exclude=(str(sts), str(write(lines, "a river\na man sat\n"))))
-
-
-def test_a_pair_is_left_out_for_either_text(tmp_path: Path) -> None:
     pairs = write(tmp_path / "p.tsv", "a cat\tx\ny\ta cat\nkeep\tthis\nand\tthat\n")
     corpus = read(pairs, pairs=True, exclude=(str(write(tmp_path / "e.txt", "A cat\n")),))
     assert corpus.examples == (("keep", "this"), ("and", "that"))
@@ -199,9 +191,7 @@ def test_lengths_are_counted_in_tokens(tmp_path: Path, tiny_bert: Path) -> None:
     assert (lengths.texts, lengths.p50, lengths.p95, lengths.max, lengths.over) == (100, 52, 97, 102, 0.52)
 
 
-def test_a_data_set_is_read_by_name_and_a_missing_one_is_a_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_is_read_by_name_and_a_missing_one_is_a_clear_error(tmp_path, monkeypatch):
     """A local folder stands for a hub name: the library reads both alike."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"

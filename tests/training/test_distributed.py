@@ -38,15 +38,9 @@ def launched(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     # `accelerate launch` starts this same module with GPUs; on CPUs it needs MPI
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    done = subprocess.run(
-        [*launcher, training_worker.__file__, str(tiny_bert), str(folder), str(corpus)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [*launcher, training_worker.__file__, str(tiny_bert), str(folder), str(corpus)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, done
 

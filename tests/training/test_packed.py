@@ -11,16 +11,8 @@ from mirror_runtime.bundle import Pooling
 from tests.support.tuning import load
 from training.packed import POOLINGS, encode_packed, hidden_states, pack, pool_packed, row_length
 
-TEXTS = [
-    "a",
-    "the cat sat on the mat",
-    "a man is playing a guitar by the river, is he?",
-    "",
-    "dogs",
-    "the dog sat on a man playing guitar",
-    "zzz qqq",
-    "a man, a dog, a cat, a mat, a river, a guitar",
-]
+TEXTS = ["a", "the cat sat on the mat", "a man is playing a guitar by the river, is he?", "", "dogs", "zzz qqq"]
+TEXTS += ["the dog sat on a man playing guitar", "a man, a dog, a cat, a mat, a river, a guitar"]
 
 
 def tokens(reference: Reference) -> list[list[int]]:
@@ -51,9 +43,8 @@ def test_attention_stays_within_a_text_and_no_query_is_left_without_a_key() -> N
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_vectors_equal_those_of_one_text_at_a_time(tiny_bert: Path, pooling: Pooling) -> None:
     reference = load(tiny_bert, pooling, max_tokens=50)
-    packed = pack(
-        tokens(reference), length=row_length(50), pad_id=reference.tokenizer.pad_token_id, pad_to=reference.spec.pad_to
-    )
+    options = {"pad_id": reference.tokenizer.pad_token_id, "pad_to": reference.spec.pad_to}
+    packed = pack(tokens(reference), length=row_length(50), **options)
     with torch.inference_mode():
         vectors = encode_packed(reference.model, packed, pooling).numpy()
     alone = np.concatenate([reference.encode([text]) for text in TEXTS])
@@ -63,14 +54,11 @@ def test_packed_vectors_equal_those_of_one_text_at_a_time(tiny_bert: Path, pooli
     assert np.abs(vectors[0] - vectors[1]).max() > 0.05  # the texts do differ by far more than the tolerance
 
 
-def test_row_lengths_are_multiples_of_sixteen() -> None:
+def test_row_lengths_are_multiples_of_sixteen_and_texts_that_do_not_fit_are_refused() -> None:
     assert [row_length(tokens) for tokens in (3, 16, 25, 50, 64, 65)] == [16, 16, 32, 64, 64, 80]
-
-
-@pytest.mark.parametrize("texts", [[[1] * 17], [[1], []]])
-def test_texts_that_do_not_fit_are_refused(texts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="do not fit 16 slots"):
-        pack(texts, length=16, pad_id=0)
+    for texts in ([[1] * 17], [[1], []]):
+        with pytest.raises(ValueError, match="do not fit 16 slots"):
+            pack(texts, length=16, pad_id=0)
     with pytest.raises(ValueError, match="do not fit"):
         pack([[1, 2, 3]], length=16, pad_id=0, pad_to=20)
 

@@ -7,8 +7,9 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
 EXTRA = r"is not installed: pip install 'mirror-runtime\[train\]'"
+DISK = r"needs about \d+ MiB, and its disk has 1 MiB left"
+ONE_MIB = SimpleNamespace(free=2**20)
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -56,13 +59,8 @@ class Recorder(RunObserver):
 def job(tiny_bert: Path, tmp_path: Path) -> Job:
     corpus = tmp_path / "text.txt"
     corpus.write_text("".join(f"the cat no. {i} is playing the guitar by a river\n" for i in range(40)))
-    return Job(
-        base=str(tiny_bert),
-        pooling=Pooling.MEAN,
-        corpus=CorpusRequest(files=(str(corpus),)),
-        output=tmp_path / "out" / "run",
-        config=SMALL,
-    )
+    request, output = CorpusRequest(files=(str(corpus),)), tmp_path / "out" / "run"
+    return Job(base=str(tiny_bert), pooling=Pooling.MEAN, corpus=request, output=output, config=SMALL)
 
 
 @pytest.fixture
@@ -79,9 +77,8 @@ def test_an_evaluated_run_reports_before_and_after(job: Job, sts: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recorder = Recorder()
-    summary = tune(
-        dataclasses.replace(job, sets={Group.STS: read_sets(str(sts))}, tensorboard=True, checkpoint_every=3), recorder
-    )
+    evaluated: dict[str, Any] = {"sets": {Group.STS: read_sets(str(sts))}, "tensorboard": True, "checkpoint_every": 3}
+    summary = tune(dataclasses.replace(job, **evaluated), recorder)
     folder = job.output
     assert [path.name for path in folder.parent.iterdir()] == ["run"]  # the checkpoint is gone, too
     assert [step.step for step in recorder.steps] == [1, 2, 3, 4, 5]
@@ -118,7 +115,9 @@ def test_an_evaluated_run_reports_before_and_after(job: Job, sts: Path) -> None:
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
-def test_a_corpus_of_pairs(job: Job, tmp_path: Path) -> None:
+def test_a_corpus_of_pairs_and_a_curve_of_one_step(job: Job, tmp_path: Path) -> None:
+    draw_curve([Step(step=1, loss=2.0, tokens=3, seconds=0.1)], tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"the cat no. {i}\ta dog no. {i}\n" for i in range(20)))
     recorder = Recorder()
@@ -159,19 +158,8 @@ def test_a_stopped_run_resumes_and_reports_its_checkpoint(job: Job) -> None:
         (run, "train", torch.OutOfMemoryError("out of memory"), EngineError, "set --micro-batch-tokens"),
     ],
 )
-def test_full_disks_and_full_devices_are_one_clear_error(
-    job: Job,
-    monkeypatch: pytest.MonkeyPatch,
-    module: ModuleType,
-    function: str,
-    error: Exception,
-    expected: type[Exception],
-    message: str,
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(module, function, fail)
+def test_full_disks_and_full_devices_are_one_clear_error(job, monkeypatch, module, function, error, expected, message):
+    monkeypatch.setattr(module, function, Mock(side_effect=error))
     with pytest.raises(expected, match=message):
         tune(job)
     assert list(job.output.parent.iterdir()) == []
@@ -198,20 +186,14 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: py
 @pytest.mark.parametrize(
     ("spoil", "changes", "message"),
     [
-        (
-            lambda patch: patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20)),
-            {},
-            r"needs about \d+ MiB, and its disk has 1 MiB left",
-        ),
+        (lambda patch: patch.setattr(shutil, "disk_usage", lambda _: ONE_MIB), {}, DISK),
         (lambda patch: None, {"output": Path("/proc/nothing/run")}, "/proc/nothing/run cannot be written"),
         (lambda patch: patch.setitem(sys.modules, "tensorboard", None), {"tensorboard": True}, EXTRA),
         (lambda patch: patch.setitem(sys.modules, "matplotlib.figure", None), {}, EXTRA),
     ],
     ids=["disk", "folder", "tensorboard", "matplotlib"],
 )
-def test_what_a_run_will_lack_is_an_error_before_the_first_step(
-    job: Job, monkeypatch: pytest.MonkeyPatch, spoil: Any, changes: dict[str, Any], message: str
-) -> None:
+def test_what_a_run_will_lack_is_an_error_before_the_first_step(job, monkeypatch, spoil, changes, message):
     spoil(monkeypatch)
     recorder = Recorder()
     with pytest.raises((InputError, MissingExtra), match=message):
@@ -235,8 +217,3 @@ def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.M
     assert (used, summary.steps, summary.start.hardware.writes) == ([second], 1, False)
     assert (recorder.started, recorder.steps) == ([], [])
     assert not job.output.parent.exists()
-
-
-def test_a_curve_of_one_step_is_drawn(tmp_path: Path) -> None:
-    draw_curve([Step(step=1, loss=2.0, tokens=3, seconds=0.1)], tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

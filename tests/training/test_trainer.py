@@ -3,7 +3,9 @@
 import dataclasses
 import random
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +30,8 @@ TEXTS = [" ".join(_LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4 + i % 20)) 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48)
 
 
-def tuned(
-    folder: Path, config: TuneConfig = SMALL, hardware: Hardware = FP32, pooling: Pooling = Pooling.MEAN
-) -> tuple[Reference, list[Step]]:
-    return tune(folder, TEXTS, config, hardware=hardware, pooling=pooling)
+def tuned(folder: Path, config: TuneConfig = SMALL, **options: Any) -> tuple[Reference, list[Step]]:
+    return tune(folder, TEXTS, config, **options)
 
 
 def first_step(reference: Reference, data: Sequence[Example], config: TuneConfig) -> Step:
@@ -45,10 +45,12 @@ def test_one_seed_gives_identical_weights_and_another_seed_others(tiny_bert: Pat
     first, steps = tuned(tiny_bert, hardware=hardware)
     torch.rand(7)  # the state of the global generator before a run does not matter
     second, _ = tuned(tiny_bert, hardware=hardware)
-    other, _ = tuned(tiny_bert, dataclasses.replace(SMALL, seed=43), hardware)
+    other, _ = tuned(tiny_bert, dataclasses.replace(SMALL, seed=43), hardware=hardware)
     assert [step.step for step in steps] == [1, 2, 3, 4, 5]
     assert torch.equal(weights(first), weights(second))
     assert not torch.equal(weights(first), weights(other))
+    before = load(tiny_bert).model.state_dict()
+    assert not [name for name, value in first.model.state_dict().items() if torch.equal(value, before[name])]
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
@@ -90,19 +92,15 @@ def test_examples_that_share_a_text_share_a_group(tiny_bert: Path) -> None:
     assert group([a, b, a], [c, d, d]).tolist() == [0, 0, 0]
 
 
-def test_every_weight_that_a_vector_depends_on_is_tuned(tiny_bert: Path) -> None:
-    before = load(tiny_bert).model.state_dict()
-    after, _ = tuned(tiny_bert)
-    same = [name for name, value in after.model.state_dict().items() if torch.equal(value, before[name])]
-    assert same == []
-
-
-def test_a_tokenizer_without_mask_token_is_refused_unless_nothing_is_masked(tiny_bert: Path) -> None:
+def test_an_unsupported_head_is_refused_and_no_mask_token_unless_nothing_is_masked(tiny_bert: Path) -> None:
     reference = load(tiny_bert)
     reference.tokenizer.mask_token = None
     with pytest.raises(InputError, match="no mask token: set --mask-length 0"):
         first_step(reference, TEXTS, SMALL)
     first_step(reference, TEXTS, dataclasses.replace(SMALL, mask_length=0))
+    spec = dataclasses.replace(reference.spec, pooling=Pooling.DITTO, ditto=Ditto(layer=0, head=0))
+    with pytest.raises(InputError, match="an encoder with pooling ditto cannot be tuned"):
+        first_step(dataclasses.replace(reference, spec=spec), TEXTS, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +119,8 @@ def test_invalid_settings_name_their_option(setting: str) -> None:
 
 def test_recipes_are_the_published_ones() -> None:
     assert TuneConfig() == RECIPES[Recipe.SENTENCE]
-    rows = {
-        recipe: (c.epochs, c.max_tokens, c.mask_length, c.temperature, c.batch_size, c.lr)
-        for recipe, c in RECIPES.items()
-    }
-    assert rows == {
+    names = ("epochs", "max_tokens", "mask_length", "temperature", "batch_size", "lr")
+    assert {recipe: attrgetter(*names)(config) for recipe, config in RECIPES.items()} == {
         Recipe.SENTENCE: (1, 50, 5, 0.04, 200, 2e-5),
         Recipe.PHRASE: (2, 25, 2, 0.04, 200, 2e-5),
         Recipe.WORD: (2, 25, 0, 0.2, 200, 2e-5),
@@ -154,9 +149,7 @@ GUIDED = dataclasses.replace(RECIPES[Recipe.SELF_GUIDED], batch_size=8, max_toke
 
 
 @pytest.mark.parametrize("variant", list(Variant))
-def test_self_guided_tuning_lowers_the_loss_and_leaves_the_embeddings_alone(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, variant: Variant
-) -> None:
+def test_self_guided_tuning_lowers_the_loss_and_leaves_the_embeddings_alone(tiny_bert, monkeypatch, variant):
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 64)
     config = dataclasses.replace(GUIDED, variant=variant, temperature=0.05)
     reference, steps = tuned(tiny_bert, config, pooling=Pooling.CLS)
@@ -168,9 +161,7 @@ def test_self_guided_tuning_lowers_the_loss_and_leaves_the_embeddings_alone(
     assert all(parameter.requires_grad for parameter in reference.model.parameters())
 
 
-def test_the_first_self_guided_loss_is_that_of_hugging_faces_layers(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_self_guided_loss_is_that_of_hugging_faces_layers(tiny_bert, monkeypatch):
     """Without dropout, both the vectors and the frozen copy's layers come from the weights at the start."""
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 64)
     config = dataclasses.replace(GUIDED, batch_size=len(TEXTS), dropout=0.0)
@@ -221,13 +212,12 @@ def views(folder: Path, **settings: object) -> list[tuple[str, str]]:
     reference = load(folder)
     texts = [f"the cat no. {i} is playing the guitar" for i in range(8)]
     (batch,) = batches(reference, texts, dataclasses.replace(SMALL, **settings), FP32)  # type: ignore[arg-type]
-    decoded = [
-        str(reference.tokenizer.decode(batch.packed.input_ids[batch.packed.text_ids == text + 1])) for text in range(16)
-    ]
+    pieces = [batch.packed.input_ids[batch.packed.text_ids == text + 1] for text in range(16)]
+    decoded = [str(reference.tokenizer.decode(piece)) for piece in pieces]
     return list(zip(decoded[:8], decoded[8:], strict=True))
 
 
-def test_masking_can_be_of_the_second_view_of_both_or_by_the_letter(tiny_bert: Path) -> None:
+def test_masking_is_of_the_second_view_of_both_or_by_the_letter_and_repetition_of_the_second(tiny_bert: Path) -> None:
     assert all("[MASK]" not in first and "[MASK]" in second for first, second in views(tiny_bert))
     both = views(tiny_bert, mask_views=MaskViews.BOTH)
     assert all("[MASK]" in first and "[MASK]" in second for first, second in both)
@@ -236,9 +226,6 @@ def test_masking_can_be_of_the_second_view_of_both_or_by_the_letter(tiny_bert: P
     assert all("[MASK]" not in first and "[MASK]" in second for first, second in by_the_letter)
     with pytest.raises(InputError, match="leave --mask-views out"):
         dataclasses.replace(SMALL, reference_masking=True, mask_views=MaskViews.BOTH)
-
-
-def test_repetition_lengthens_second_views_alone(tiny_bert: Path) -> None:
     plain = views(tiny_bert, mask_length=0)
     repeated = views(tiny_bert, mask_length=0, repetition=0.5)
     assert [first for first, _ in repeated] == [first for first, _ in plain]
@@ -267,14 +254,6 @@ def test_clipping_bounds_the_gradient_and_drophead_changes_the_run(tiny_bert: Pa
     # AdamW undoes any factor that is the same in all steps, so the clip shows only where steps differ
     assert not torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, clip=1e-3))[0]))
     assert not torch.equal(plain, weights(tuned(tiny_bert, dataclasses.replace(SMALL, drophead=0.5))[0]))
-
-
-def test_an_unsupported_head_is_refused(tiny_bert: Path) -> None:
-    reference = load(tiny_bert)
-    spec = dataclasses.replace(reference.spec, pooling=Pooling.DITTO, ditto=Ditto(layer=0, head=0))
-    other = dataclasses.replace(reference, spec=spec)
-    with pytest.raises(InputError, match="an encoder with pooling ditto cannot be tuned"):
-        first_step(other, TEXTS, SMALL)
 
 
 def test_a_template_is_part_of_every_view(tiny_bert: Path) -> None:

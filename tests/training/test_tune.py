@@ -68,9 +68,7 @@ def test_a_run_can_be_tuned_again_and_keeps_its_pooling(tiny_bert: Path, corpus:
     assert (settings["temperature"], settings["epochs"], settings["max_tokens"]) == (0.2, 2, 20)
 
 
-def test_an_output_in_use_is_refused_and_replaced_on_demand(
-    tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_in_use_is_refused_and_replaced_on_demand(tiny_bert, corpus, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
     (output / "precious").write_text("x")
@@ -107,14 +105,7 @@ def test_an_output_in_use_is_refused_and_replaced_on_demand(
         ("--pooling middle", "mean_padded"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(
-    tiny_bert: Path,
-    corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: str,
-    message: str,
-) -> None:
+def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(tiny_bert, corpus, tmp_path, capsys, options, message):
     assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options.split())) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -139,33 +130,22 @@ def test_every_setting_is_an_option_whose_help_has_its_defaults(capsys: pytest.C
     assert _default("reference_masking").startswith("(no")
 
 
-def test_options_reach_the_run(tiny_bert: Path, corpus: Path, tmp_path: Path) -> None:
+def test_options_reach_the_run_and_self_guided_implies_its_recipe(tiny_bert, corpus, tmp_path, monkeypatch):
     options = "--pooling mean --lr 1e-4 --drophead 0.2 --reference-masking --micro-batch-tokens 128 --schedule linear"
     options += " --clip 1 --seed 5 --tensorboard"
     assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options.split())) == 0
-    assert (
-        report(tmp_path / "run")["settings"].items()
-        >= {
-            **{"lr": 1e-4, "drophead": 0.2, "reference_masking": True, "micro_batch_tokens": 128},
-            **{"schedule": "linear", "clip": 1.0, "seed": 5},
-        }.items()
-    )
+    expected: dict[str, Any] = {"lr": 1e-4, "drophead": 0.2, "reference_masking": True, "micro_batch_tokens": 128}
+    expected |= {"schedule": "linear", "clip": 1.0, "seed": 5}
+    assert report(tmp_path / "run")["settings"].items() >= expected.items()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
-
-
-def test_the_self_guided_objective_implies_its_recipe(
-    tiny_bert: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 32)
-    options = ["--pooling", "cls", "--objective", "self-guided", "--max-tokens", "64"]
-    assert main(arguments(tiny_bert, corpus, tmp_path / "run", *options)) == 0
-    settings, recipe = report(tmp_path / "run")["settings"], RECIPES[Recipe.SELF_GUIDED]
+    guided = ["--pooling", "cls", "--objective", "self-guided", "--max-tokens", "64"]
+    assert main(arguments(tiny_bert, corpus, tmp_path / "guided", *guided)) == 0
+    settings, recipe = report(tmp_path / "guided")["settings"], RECIPES[Recipe.SELF_GUIDED]
     assert (settings["temperature"], settings["lr"], settings["batch_size"]) == (recipe.temperature, recipe.lr, 8)
 
 
-def test_a_sample_without_evaluation_texts_is_evaluated_before_and_after(
-    tiny_bert: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sample_without_evaluation_texts_is_evaluated_before_and_after(tiny_bert, corpus, tmp_path, capsys):
     more = tmp_path / "more.jsonl"
     more.write_text("".join(json.dumps({"text": f"a dog no. {i} sat on the mat"}) + "\n" for i in range(20)))
     sts = tmp_path / "sts.tsv"

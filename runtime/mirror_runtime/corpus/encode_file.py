@@ -1,20 +1,26 @@
 """Encode a corpus file into a vector file: with flat memory, resumable after a kill, complete or absent.
 
-During a run, `OUT.partial/` holds the vectors so far and `state.json`, which is replaced after each window's vectors
-are on disk. A later run with the same input, bundle and settings resumes there. Both runs cut the same windows, and a
-window's vectors depend on nothing else, so the bytes equal those of an uninterrupted run.
+During a run, `OUT.partial/` holds `state.json` (the input and the settings), the vectors so far, and `windows`, which
+gets a record once a window's vectors are on disk. The record has checksums of the window's texts and of what was
+written. A later run with the same input, bundle and settings checks both, and resumes behind the last window that
+holds. Both runs cut the same windows, and a window's vectors depend on nothing else, so the bytes equal those of an
+uninterrupted run.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +30,25 @@ from mirror_runtime.corpus.files import CorpusFile, Row
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
-from mirror_runtime.folders import locked_folder, replace_file
+from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
+
+_log = logging.getLogger(__name__)
 
 _HEADER = 128  # bytes reserved for the .npy header, whose row count is only known at the end
 _ROW_GROUP = 8192
+
+_RECORD = np.dtype(
+    [
+        ("rows", "<u8"),
+        ("truncated", "<u8"),
+        ("failed", "<u8"),
+        ("position", "<u8"),
+        ("texts", "<u4"),
+        ("written", "<u4"),
+    ]
+)
+"""A window's record: its counts, how far the input was read, and the CRC-32 of its texts and of what was written."""
 
 Append: TypeAlias = Callable[[Vectors, NDArray[np.int64], NDArray[np.bool_]], None]
 """Appends a row group: vectors [n, width], the texts' token counts [n], and whether each was truncated [n]."""
@@ -82,16 +102,23 @@ def encode_file(
     finish = {".npy": _finish_npy, ".parquet": _finish_parquet}.get(output.suffix)
     if finish is None:
         raise InputError(f"output must end in .npy or .parquet: {output}")
+    if output.is_symlink():
+        output = output.resolve()  # the link stays, and its target is replaced
     if not output.parent.is_dir():
         raise InputError(f"directory does not exist: {output.parent}")
+    if output.is_dir():
+        raise InputError(f"{output} is a directory: choose another output")
+    if output.exists() and output.samefile(source.path):
+        raise InputError(f"{output} is the input itself, which the vectors would replace: choose another output")
     folder = output.with_name(output.name + ".partial")
-    stat = source.path.stat()
+    stat, artifact = source.path.stat(), encoder.artifact
     run: dict[str, object] = {
         "input": str(source.path.resolve()),
         "input_bytes": stat.st_size,
         "input_mtime_ns": stat.st_mtime_ns,
         "column": source.column,
         "fingerprint": encoder.manifest.fingerprint,
+        "artifact": None if artifact is None else encoder.manifest.files.get(artifact.path),
         "engine": encoder.engine.name.value,
         "precision": encoder.engine.precision.value,
         "streams": encoder.engine.streams,
@@ -99,10 +126,9 @@ def encode_file(
         "long_texts": long_texts,
         "window": WINDOW,
     }
-    with locked_folder(folder):
-        done = _resume(folder, run)
-        on_progress(done)
-        done = _encode(encoder, source, folder, run, done, zero_bad, on_progress)
+    with locked_folder(folder), named_os_errors(folder):
+        _start_or_resume(folder, run)
+        done = _encode(encoder, source, folder, zero_bad, on_progress)
         finish(folder, done.texts, encoder.spec, output)
         shutil.rmtree(folder)
     return done
@@ -112,73 +138,112 @@ def _encode(
     encoder: Encoder,
     source: CorpusFile,
     folder: Path,
-    run: Mapping[str, object],
-    done: EncodeProgress,
     zero_bad: bool,
     on_progress: Callable[[EncodeProgress], None],
 ) -> EncodeProgress:
     """Append windows to the partial files until the source is exhausted."""
-    positions: list[int] = []
+    read: deque[Row] = deque()
+    rows = source.rows()
 
-    def texts(rows: Iterator[Row]) -> Iterator[object]:
+    def texts() -> Iterator[object]:
         for row in rows:
-            positions.append(row.position)
+            read.append(row)
             yield row.text
 
     row_bytes = {"vectors": _row_bytes(encoder.spec), "tokens": 8, "truncated": 1}
     with ExitStack() as stack:
-        files = [
-            stack.enter_context(_open_at(folder / name, done.texts * size + (_HEADER if name == "vectors" else 0)))
-            for name, size in row_bytes.items()
-        ]
-        for window in encoder.encode_stream(texts(source.rows(done.texts)), WINDOW):
+        files = [stack.enter_context(_open(folder / name)) for name in row_bytes]
+        files[0].seek(_HEADER)
+        log = stack.enter_context(_open(folder / "windows"))
+        done = EncodeProgress()
+        for record in _whole_windows(log, files, tuple(row_bytes.values()), folder):
+            window_texts = [row.text for row in islice(rows, int(record["rows"]))]
+            if _checksum(window_texts) != record["texts"]:
+                raise InputError(
+                    f"{source.path} has changed since the unfinished run in {folder.name}: delete that to start again"
+                )
+            done = _add(done, record)
+        for file in (*files, log):
+            file.truncate()  # a killed run may have written more than it recorded
+        on_progress(done)
+        for window in encoder.encode_stream(texts(), WINDOW):
             if window.errors and not zero_bad:
                 first = min(window.errors)
                 raise source.row_error(done.texts + first + 1, window.errors[first].reason)
-            count = len(window.tokens)
-            done = EncodeProgress(
-                texts=done.texts + count,
-                truncated=done.truncated + int(window.truncated.sum()),
-                failed=done.failed + len(window.errors),
-                position=positions[count - 1],
-            )
-            del positions[:count]
-            for file, array in zip(files, (window.vectors, window.tokens, window.truncated), strict=True):
-                file.write(array.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            with replace_file(folder / "state.json") as beside:
-                beside.write_text(json.dumps({**run, "progress": asdict(done)}), encoding="utf-8")
+            taken = [read.popleft() for _ in range(len(window.tokens))]
+            parts = [array.tobytes() for array in (window.vectors, window.tokens, window.truncated)]
+            for file, part in zip(files, parts, strict=True):
+                _write(file, part)
+            counts = len(taken), int(window.truncated.sum()), len(window.errors), taken[-1].position
+            checksums = _checksum([row.text for row in taken]), crc32(b"".join(parts))
+            record = np.array([(*counts, *checksums)], _RECORD)
+            _write(log, record.tobytes())
+            done = _add(done, record[0])
             on_progress(done)
     return done
 
 
-def _resume(folder: Path, run: Mapping[str, object]) -> EncodeProgress:
-    """Read how far an earlier run came, and check that its input and settings were those of this one."""
+def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:
+    """Record the input and the settings, or check that an earlier run's are the same."""
     path = folder / "state.json"
     if not path.exists():
-        return EncodeProgress()
+        with replace_file(path) as beside:
+            beside.write_text(json.dumps(run), encoding="utf-8")
+        return
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
-        done = EncodeProgress(**earlier["progress"])
         changes = [f"{name} was {earlier[name]!r} and is {now!r}" for name, now in run.items() if earlier[name] != now]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is unreadable ({error}): delete {folder.name} to start again") from error
     if changes:
         raise InputError(
             f"{folder.name} holds an unfinished run with other settings: {'; '.join(changes)}. "
             "Finish it with those settings, or delete it to start again"
         )
-    return done
 
 
-@contextmanager
-def _open_at(path: Path, size: int) -> Iterator[BinaryIO]:
-    """Open a partial file at the size that its state confirms, and cut off anything that a killed run wrote beyond."""
-    with path.open("r+b" if path.exists() else "w+b") as stream:
-        stream.truncate(size)
-        stream.seek(size)
-        yield stream
+def _whole_windows(log: BinaryIO, files: Sequence[BinaryIO], row_bytes: Sequence[int], folder: Path) -> Iterator[Any]:
+    """Yield the records of the windows whose files hold what was recorded, and leave all files behind the last one."""
+    while len(data := log.read(_RECORD.itemsize)) == _RECORD.itemsize:
+        (record,) = np.frombuffer(data, _RECORD)
+        begins = [file.tell() for file in files]
+        parts = [file.read(int(record["rows"]) * size) for file, size in zip(files, row_bytes, strict=True)]
+        if crc32(b"".join(parts)) != record["written"]:
+            _log.warning("%s is damaged: the run goes on before the damage", folder)
+            for file, begin in zip(files, begins, strict=True):
+                file.seek(begin)
+            log.seek(-_RECORD.itemsize, os.SEEK_CUR)
+            return
+        yield record
+    log.seek(-len(data), os.SEEK_CUR)
+
+
+def _add(done: EncodeProgress, record: Any) -> EncodeProgress:
+    return EncodeProgress(
+        texts=done.texts + int(record["rows"]),
+        truncated=done.truncated + int(record["truncated"]),
+        failed=done.failed + int(record["failed"]),
+        position=int(record["position"]),
+    )
+
+
+def _checksum(texts: Iterable[object]) -> int:
+    """Return the CRC-32 of texts and of what stands in their place."""
+    total = 0
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else repr(text).encode()
+        total = crc32(data + b"\n", total)
+    return total
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("r+b" if path.exists() else "w+b")
 
 
 def _row_bytes(spec: EncoderSpec) -> int:

@@ -63,13 +63,12 @@ def test_a_hub_that_cannot_be_reached_costs_no_bundle(tiny_bundle, hub):
         push(tiny_bundle, "owner/name", read_manifest(tiny_bundle))
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c", "owner/na me", "owner/name--x"])
-def test_an_invalid_repository_name_is_refused(hub, name):
-    with pytest.raises(InputError, match="OWNER/NAME"):
-        check_hub(name)
-
-
-def test_a_missing_token_is_noticed_before_the_export(tiny_bert, tmp_path, hub, monkeypatch, capsys):
+def test_an_invalid_name_and_a_missing_token_are_noticed_before_the_export(
+    tiny_bert, tmp_path, hub, monkeypatch, capsys
+):
+    for name in ("", "a/b/c", "owner/na me", "owner/name--x"):
+        with pytest.raises(InputError, match="OWNER/NAME"):
+            check_hub(name)
     command = [str(tiny_bert), "--output", str(tmp_path / "bundle"), "--pooling", "mean", "--push-to-hub", "owner/name"]
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     assert to_onnx.main(command) == 2

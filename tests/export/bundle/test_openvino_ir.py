@@ -50,30 +50,22 @@ def test_the_packed_bf16_graph_is_served(bundle):
         assert encoder.encode(["the cat sat"]).shape == (1, 32)
 
 
-def test_a_missed_floor_does_not_change_the_bundle(bundle, monkeypatch):
+def test_a_missed_floor_and_a_precision_that_the_bundle_lacks_do_not_change_it(bundle, monkeypatch):
     before = content(bundle)
     monkeypatch.setitem(floors.FLOORS, Precision.FP32, 1.0)  # not one bit may differ
     with pytest.raises(ParityError):
         add_ir(bundle, [Precision.FP32], texts=TEXTS)
-    assert content(bundle) == before
-
-
-def test_a_precision_the_bundle_lacks_is_named_with_the_cure(bundle):
-    before = content(bundle)
     with pytest.raises(InputError, match=r"no padded graph in int8: export it with export/to_onnx.py --precision int8"):
         add_ir(bundle, [Precision.INT8], texts=TEXTS)
-    assert content(bundle) == before
     with pytest.raises(InputError, match="fp16 is not written as OpenVINO IR"):
         add_ir(bundle, [Precision.FP16], texts=TEXTS)
+    assert content(bundle) == before
 
 
-def test_a_graph_that_openvino_cannot_read_is_named(tmp_path):
+def test_a_graph_that_openvino_cannot_read_and_the_missing_extra_are_named(bundle, tmp_path, monkeypatch):
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"openvino cannot read broken\.onnx"):
         openvino_ir._convert(tmp_path / "broken.onnx", tmp_path / "broken.xml")
-
-
-def test_without_openvino_the_extra_is_named(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtra, match="openvino"):
         add_ir(bundle, [Precision.FP32], texts=TEXTS)

@@ -26,17 +26,13 @@ def skewed(count: int = 400, width: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dim", [12, 5])
-def test_the_covariance_becomes_the_identity(dim):
+def test_the_covariance_becomes_the_identity_and_the_directions_of_largest_variance_are_kept(dim):
     vectors = skewed()
     fit = fit_whitening(vectors, dim)
     white = vectors @ fit.weight.T + fit.bias
     assert white.shape == (400, dim)
     np.testing.assert_allclose(white.mean(0), np.zeros(dim), atol=1e-4)
     np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(dim), atol=1e-3)
-
-
-def test_the_directions_of_largest_variance_are_kept():
-    vectors = skewed()
     fit = fit_whitening(vectors, 5)
     values = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
     assert fit.variance == pytest.approx(values[:5].sum() / values.sum(), rel=1e-4)
@@ -46,13 +42,13 @@ def test_the_directions_of_largest_variance_are_kept():
 
 
 def test_bad_corpora_are_refused_with_the_cure():
-    with pytest.raises(InputError, match="5 texts cannot determine 12 directions"):
-        fit_whitening(skewed(5), 12)
-    with pytest.raises(InputError, match="components, so it must be 1 to 12"):
-        fit_whitening(skewed(), 13)
-    flat = np.repeat(skewed(200, 3), 4, axis=1)
-    with pytest.raises(InputError, match="span only 3 directions"):
-        fit_whitening(flat, 12)
+    for vectors, dim, message in (
+        (skewed(5), 12, "5 texts cannot determine 12 directions"),
+        (skewed(), 13, "components, so it must be 1 to 12"),
+        (np.repeat(skewed(200, 3), 4, axis=1), 12, "span only 3 directions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fit_whitening(vectors, dim)
 
 
 def test_an_encoder_is_whitened_by_one_dense_layer(reference):

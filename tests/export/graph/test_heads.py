@@ -78,13 +78,9 @@ def defined(reference: Reference, text: str) -> Array:
     if spec.pooling is Pooling.MEAN_PADDED:
         ids, mask = ids + [tokenizer.pad_token_id] * (PAD_TO - length), mask + [0] * (PAD_TO - length)
     model.set_attn_implementation("eager")
+    feed = {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
     with torch.inference_mode():
-        out = model(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.tensor([mask]),
-            output_hidden_states=True,
-            output_attentions=True,
-        )
+        out = model(**feed, output_hidden_states=True, output_attentions=True)
     vectors = sum(out.hidden_states[layer][0].numpy().astype(np.float64) for layer in spec.layers) / len(spec.layers)
     if spec.pooling in (Pooling.MEAN, Pooling.MEAN_PADDED):
         return np.mean([*vectors], axis=0)
@@ -126,13 +122,9 @@ def packed_feed(reference: Reference, texts: Sequence[str]) -> tuple[dict[str, A
 def padded_feed(reference: Reference, texts: Sequence[str]) -> dict[str, Array]:
     pieces = reference.tokenize(texts)
     length = max(map(len, pieces))
-    filled = [piece + [7] * (length - len(piece)) for piece in pieces]  # what lies under the padding must not matter
-    mask = [[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces]
-    return {
-        "input_ids": np.array(filled),
-        "attention_mask": np.array(mask),
-        "token_type_ids": np.zeros((len(texts), length), np.int64),
-    }
+    filled = np.array([piece + [7] * (length - len(piece)) for piece in pieces])  # no matter what is under the padding
+    mask = np.array([[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces])
+    return {"input_ids": filled, "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
 
 
 def torch_vectors(reference: Reference, layout: Layout, texts: Sequence[str]) -> Array:
@@ -198,6 +190,12 @@ class AllHeads(torch.nn.Module):
         return tuple(head(states, segments, pruned=False, probabilities=probabilities) for head in self.heads)
 
 
+def packed_vectors(session: Any, reference: Reference, output: str) -> Array:
+    feed, slots = packed_feed(reference, TEXTS)
+    (out,) = session.run([output], feed)
+    return out.reshape(-1, out.shape[-1])[slots]
+
+
 @pytest.fixture(scope="module", params=list(Layout))
 def graph_vectors(request, encoders, tmp_path_factory) -> Callable[[Reference], Array]:
     """Return a function that runs one head of the ONNX graph with all heads on `TEXTS`."""
@@ -216,9 +214,7 @@ def graph_vectors(request, encoders, tmp_path_factory) -> Callable[[Reference], 
         output = names[reference.spec, bool(reference.dense)]
         if layout is Layout.PADDED:
             return session.run([output], padded_feed(reference, TEXTS))[0][:, 0]
-        feed, slots = packed_feed(reference, TEXTS)
-        (out,) = session.run([output], feed)
-        return out.reshape(-1, out.shape[-1])[slots]
+        return packed_vectors(session, reference, output)
 
     return run
 
@@ -240,9 +236,9 @@ def test_no_two_heads_are_the_same_by_accident(encoders):
 
 
 @pytest.mark.trace
-@pytest.mark.parametrize("name", ONNX_HEADS)
+@pytest.mark.parametrize("name", [*ONNX_HEADS, "dense"])
 def test_onnx_computes_what_the_reference_does(encoders, graph_vectors, name):
-    reference = changed(encoders(name), normalize=True)
+    reference = with_dense(encoders("mean")) if name == "dense" else changed(encoders(name), normalize=True)
     np.testing.assert_allclose(graph_vectors(reference), reference.encode(TEXTS), atol=2e-5)
 
 
@@ -303,12 +299,6 @@ def test_dense_layers_then_the_cut_then_the_norm(encoders, name):
 
 
 @pytest.mark.trace
-def test_onnx_computes_dense_layers(encoders, graph_vectors):
-    reference = with_dense(encoders("mean"))
-    np.testing.assert_allclose(graph_vectors(reference), reference.encode(TEXTS), atol=2e-5)
-
-
-@pytest.mark.trace
 @pytest.mark.parametrize("name", VECTOR_TYPES)
 def test_vector_types_are_those_of_the_runtime(encoders, graph_vectors, name):
     plain = changed(encoders("mean"), normalize=True, dim=VECTOR_TYPES[name].get("dim", 32))
@@ -326,20 +316,8 @@ def test_vector_types_are_those_of_the_runtime(encoders, graph_vectors, name):
     assert (reference.encode(TEXTS) == values).mean() > 0.95
 
 
-SPEC = encoder_spec()
-
-
-def test_int8_is_clipped_and_bits_lie_highest_first() -> None:
-    spec = dataclasses.replace(SPEC, vector_type=VectorType.INT8, int8_scale=0.01)
-    values = np.array([[9.0, -9.0, 0.0, 0.012, -0.018, 0.005, 1.27, -1.27]], np.float32)
-    assert round_vectors(values, spec).tolist() == [[127, -127, 0, 1, -2, 0, 127, -127]]
-    bits = dataclasses.replace(SPEC, vector_type=VectorType.BINARY)
-    assert round_vectors(values, bits).tolist() == [[0b10010110]]
-    assert components(round_vectors(values, bits), bits).tolist() == [[1, -1, -1, 1, -1, 1, 1, -1]]
-
-
 def test_the_floor_of_int8_vectors_allows_for_rounding_only():
-    spec = dataclasses.replace(SPEC, dim=384, vector_type=VectorType.INT8, int8_scale=0.0016)
+    spec = encoder_spec(dim=384, vector_type=VectorType.INT8, int8_scale=0.0016)
     draw = np.random.default_rng(0)
     vectors = draw.normal(size=(500, 384))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -2,22 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from encoders.reference import Reference
-from encoders.source import resolve
 from export.bundle.build import Request, build
 from export.graph import trace
 from export.graph.rewrite import Rewrite
-from export.graph.trace import export_graph
 from export.precision import quantize
 from export.precision.calibration import ActivationStats, Calibration, Origin, calibration_texts, linear_inputs
 from export.precision.channel_splitting import CHANNELS_PER_EXTRA_COLUMN, Columns
-from export.precision.half_precision import write_half
 from export.precision.quantize import (
     FORMATS,
     SPLITTING_GAIN,
@@ -70,7 +67,7 @@ def close_to(packed, engine, path: Path, precision: Precision = Precision.INT8) 
     return float(cosines(texts_of(found), texts_of(run(packed.path, rows()))).min())
 
 
-def test_scales_are_constant_and_symmetric_and_channels_are_for_weights(int8):
+def test_scales_are_constant_and_symmetric_and_the_bias_stands_before_the_split(int8):
     graph = onnx.load(int8.path).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     found = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -83,22 +80,17 @@ def test_scales_are_constant_and_symmetric_and_channels_are_for_weights(int8):
         assert scale.size == 1 or node.input[0].endswith("_weight")
     products = [node.input[1].endswith("_weight_dequantized") for node in graph.node if node.op_type == "MatMul"]
     assert sum(products) == 8  # 2 layers: query-key-value and 3 more
+    producers = {out: node for node in graph.node for out in node.output}
+    splits = [node for node in graph.node if node.op_type == "Split"]
+    assert len(splits) == 2
+    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
+    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
+    assert readers == ["Reshape"] * 6
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
 def test_int8_vectors_stay_close_on_each_engine(packed, int8, engine):
     assert close_to(packed, engine, int8.path) > 0.98
-
-
-def test_the_plan_of_the_packed_graph_fits_the_padded_one(tiny_bundle, plans, tmp_path):
-    source = graph_of(tiny_bundle, Layout.PADDED)
-    made = write_quantized(source, tmp_path / "q.onnx", plans[Precision.INT8])
-    feed = {"input_ids": rows()["input_ids"][:, :9], "attention_mask": np.ones((2, 9), np.int64)}
-    feed["token_type_ids"] = np.zeros((2, 9), np.int64)
-    feed["attention_mask"][0, 6:] = 0
-    sessions = (Rewrite(graph.path).session() for graph in (source, made))
-    wanted, found = (session.run(["sentence_embedding"], feed)[0] for session in sessions)
-    assert cosines(found, wanted).min() > 0.98
 
 
 @pytest.mark.parametrize("precision", list(FORMATS))
@@ -130,18 +122,17 @@ def test_a_text_does_not_depend_on_its_batch(int8):
     assert cosines(found, again).min() > 0.99999
 
 
-def stats_with_a_wide_channel() -> tuple[ActivationStats, np.ndarray]:
-    """Return statistics of 192 channels, one far wider than the others, and a layer's weights."""
+def channels(count: int, other: int, factor: float) -> tuple[ActivationStats, np.ndarray]:
+    """Return statistics of channels, one far wider or narrower than the others, and a layer's weights."""
     draw = np.random.default_rng(0)
-    values = draw.normal(size=(256, 192)).astype(np.float32)
-    values[:, 5] *= 30
-    return ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION), draw.normal(
-        size=(192, 32)
-    ).astype(np.float32)
+    values = draw.normal(size=(256, count)).astype(np.float32)
+    values[:, other] *= factor
+    stats = ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
+    return stats, draw.normal(size=(count, 32)).astype(np.float32)
 
 
 def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
-    stats, weights = stats_with_a_wide_channel()
+    stats, weights = channels(192, 5, 30)
     form = FORMATS[Precision.INT8]
     plain, wide = (best_quantization(stats, weights, form, splittable=splittable) for splittable in (False, True))
     assert not plain.columns.has_splits
@@ -153,12 +144,7 @@ def test_the_widest_channel_of_a_feed_forward_layer_gets_more_columns():
 
 
 def test_the_scale_covers_a_channel_that_did_not_fire_in_calibration():
-    draw = np.random.default_rng(0)
-    values = draw.normal(size=(256, 64)).astype(np.float32)
-    values[:, 9] *= 0.01
-    weights = draw.normal(size=(64, 32)).astype(np.float32)
-    stats = ActivationStats(peak=np.abs(values).max(0), rows=values, origin=Origin.ACTIVATION)
-    chosen = best_quantization(stats, weights, FORMATS[Precision.INT8])
+    chosen = best_quantization(*channels(64, 9, 0.01), FORMATS[Precision.INT8])
     assert 127 * chosen.scale * chosen.smoothing[9] >= 2
 
 
@@ -176,16 +162,6 @@ def with_splits(quantized: QuantizedInput) -> QuantizedInput:
     copies = np.ones_like(quantized.columns.copies)
     copies[[0, 3]] = 3, 2
     return replace(quantized, columns=Columns(copies), smoothing=quantized.smoothing * copies.astype(np.float32))
-
-
-def test_bias_stands_before_the_split_of_query_key_and_value(int8):
-    graph = onnx.load(int8.path).graph
-    producers = {out: node for node in graph.node for out in node.output}
-    splits = [node for node in graph.node if node.op_type == "Split"]
-    assert len(splits) == 2
-    assert all(producers[node.input[0]].op_type == "Add" for node in splits)
-    readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
-    assert readers == ["Reshape"] * 6
 
 
 def test_layers_are_left_in_float_until_the_worst_text_is_close(packed, calibration, plans, monkeypatch):
@@ -209,18 +185,15 @@ def test_the_inputs_of_linear_layers_are_found_with_their_origin(packed, calibra
         assert stats.rows.shape[1] == stats.peak.size
 
 
-def test_calibration_texts_prove_nothing():
+def test_calibration_texts_prove_nothing_and_those_without_a_token_are_an_error(tiny_bundle, packed):
     texts = [text for text, _ in zip(calibration_texts(), range(300), strict=False)]
     assert len(texts) == 300
     assert not {text for text in texts if text} & set(parity_texts())
-
-
-def test_calibration_texts_without_a_token_are_an_error(tiny_bundle, packed):
     with pytest.raises(InputError, match="pass --calibration"):
         Calibration.run(packed.path, tiny_bundle, read_manifest(tiny_bundle).encoder, [])
 
 
-def test_a_file_runs_only_in_its_own_precision(packed, int8):
+def test_a_file_runs_only_in_its_own_precision_and_whole(packed, int8, tmp_path):
     for engine, graph, precision, message in (
         (OnnxRuntimeEngine, int8, Precision.FP32, "is a graph in int8, not fp32"),
         (OnnxRuntimeEngine, packed, Precision.INT8, "is a graph in fp32, not int8"),
@@ -230,16 +203,19 @@ def test_a_file_runs_only_in_its_own_precision(packed, int8):
     ):
         with pytest.raises(EngineError, match=message):
             engine(graph.path, precision, 1)
+    (tmp_path / "torn.onnx").write_bytes(packed.path.read_bytes()[:-5000])
+    for engine in (OnnxRuntimeEngine, OpenVinoEngine):
+        with pytest.raises(EngineError, match=r"cannot load torn\.onnx"):
+            engine(tmp_path / "torn.onnx", Precision.FP32, 1)
 
 
-def test_large_weights_go_beside_the_file(packed, plans, int8, tmp_path, monkeypatch):
+def test_large_weights_go_beside_the_file_and_inputs_without_smoothing_have_no_product(
+    packed, plans, int8, tmp_path, monkeypatch
+):
     monkeypatch.setattr(trace, "EXTERNAL_DATA_BYTES", 1000)
     made = write_quantized(packed, tmp_path / "q.onnx", plans[Precision.INT8])
     assert (tmp_path / "q.onnx_data").is_file()
     np.testing.assert_array_equal(run(made.path, rows()), run(int8.path, rows()))
-
-
-def test_inputs_without_smoothing_have_no_product_for_it(packed, plans, tmp_path):
     plan = plans[Precision.INT8]
     plain = replace(plan, inputs=tuple(replace(q, smoothing=np.ones_like(q.smoothing)) for q in plan.inputs))
     made = write_quantized(packed, tmp_path / "q.onnx", plain)
@@ -247,30 +223,12 @@ def test_inputs_without_smoothing_have_no_product_for_it(packed, plans, tmp_path
 
 
 @pytest.mark.trace
-def test_an_encoder_that_prunes_its_last_layer_is_quantised_too(tiny_bert, tiny_bundle, tmp_path):
-    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
-    source = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
-    calibration = Calibration.run(source.path, tiny_bundle, reference.spec, WORDS * 8)
-    plan = plan_quantization(source.path, calibration, Precision.INT8)
-    made = write_quantized(source, tmp_path / "q.onnx", plan)
-    assert cosines(texts_of(run(made.path, rows())), texts_of(run(source.path, rows()))).min() > 0.98
-    half = write_half(source, tmp_path / "half.onnx", Precision.FP16)
-    assert cosines(texts_of(run(half.path, rows())), texts_of(run(source.path, rows()))).min() > 0.9999
-
-
-@pytest.mark.trace
-def test_the_plan_fits_both_graphs_of_an_encoder_that_computes_only_cls(tiny_bert, tmp_path):
-    texts = (*WORDS, "", "the river and the dog are on the mat. " * 3)
-    built = build(
-        Request(
-            encoder=str(tiny_bert),
-            output=tmp_path / "bundle",
-            pooling=Pooling.CLS,
-            precisions=(Precision.INT8,),
-            texts=texts,
-            calibration=tuple(WORDS * 8),
-        )
-    )
-    proven = {(a.layout, a.parity.min_cosine > 0.98) for a in built.manifest.artifacts if a.precision is Precision.INT8}
-    assert proven == {(Layout.PADDED, True), (Layout.PACKED, True)}
+def test_both_graphs_of_an_encoder_that_computes_only_cls_are_quantised_and_halved(tiny_bert, tmp_path):
+    """Its last layer computes one token."""
+    texts, words = (*WORDS, "", "the river and the dog are on the mat. " * 3), tuple(WORDS * 8)
+    chosen: dict[str, Any] = {"precisions": (Precision.INT8, Precision.FP16), "texts": texts, "calibration": words}
+    built = build(Request(encoder=str(tiny_bert), output=tmp_path / "bundle", pooling=Pooling.CLS, **chosen))
     assert not built.refused
+    for precision, floor in ((Precision.INT8, 0.98), (Precision.FP16, 0.9999)):
+        proven = {(a.layout, a.parity.min_cosine > floor) for a in built.manifest.artifacts if a.precision is precision}
+        assert proven == {(Layout.PADDED, True), (Layout.PACKED, True)}

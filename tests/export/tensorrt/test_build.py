@@ -1,15 +1,14 @@
 """The build of a TensorRT plan, against the real bindings of TensorRT 10 and 11: order of calls, names, arguments."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.packing import ShapeSet
 from mirror_runtime.vectors import cosines
+from tests.support.fake_gpu import install_tensorrt
 from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
 
 GPU = ("NVIDIA L4", "8.9")
@@ -69,7 +69,7 @@ def missing(source: str, version: str) -> list[str]:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_name_that_our_sources_take_from_tensorrt_is_in_the_real_binding(version: str):
+def test_every_name_that_our_sources_take_from_tensorrt_is_in_the_real_binding(version):
     used = [chain for source in SOURCES for chain in chains(source.read_text(encoding="utf-8"))]
     assert ("BuilderFlag", "TF32") in used
     assert ("ExecutionContextAllocationStrategy", "USER_MANAGED") in used
@@ -77,14 +77,8 @@ def test_every_name_that_our_sources_take_from_tensorrt_is_in_the_real_binding(v
     for source in SOURCES:
         assert missing(source.read_text(encoding="utf-8"), version) == [], source.name
     assert set(builder.HARDWARE.values()) == members(version, "HardwareCompatibilityLevel")
-
-
-def test_a_removed_flag_in_our_source_would_be_found():
-    source = Path(builder.__file__).read_text(encoding="utf-8")
-    broken = source.replace("trt.BuilderFlag.VERSION_COMPATIBLE", "trt.BuilderFlag.FP16")
-    assert broken != source
-    assert missing(broken, VERSIONS[0]) == []
-    assert missing(broken, VERSIONS[1]) == ["BuilderFlag.FP16"]
+    removed = {"10": [], "11": ["BuilderFlag.FP16"]}
+    assert missing("trt.BuilderFlag.FP16", version) == removed[version[:2]]
 
 
 def test_no_source_uses_a_member_that_11_removed():
@@ -106,46 +100,19 @@ def request_in(folder: Path, **changes: Any) -> BuildRequest:
     return replace(request, **changes)
 
 
-def answers(profiles: int, **changes: Any) -> dict[str, Any]:
-    """Return the answers of a TensorRT that builds a packed encoder; tensor 3 is the output."""
-    names = [*(tensor.name for tensor in INPUTS), "embedding"]
-    inputs = iter(names)
-    counted = iter(range(1000))
-    return {
-        "INetworkDefinition.num_inputs": 3,
-        "ITensor.name": lambda: next(inputs),
-        "IBuilderConfig.add_optimization_profile": lambda profile: next(counted),
-        "Builder.build_serialized_network": b"plan",
-        "ITimingCache.serialize": b"timings",
-        "ICudaEngine.num_optimization_profiles": profiles,
-        "ICudaEngine.num_layers": 2,
-        "EngineInspector.get_layer_information": lambda i, form: ('{"Name": "_gemm_mha_v2"}', '{"Name": "head"}')[i],
-        "ICudaEngine.num_io_tensors": 4,
-        "ICudaEngine.get_tensor_name": lambda i: names[i],
-        **changes,
-    }
-
-
-def fake(monkeypatch: pytest.MonkeyPatch, version: str, given: dict[str, Any]) -> FakeTensorRT:
-    trt = FakeTensorRT(binding(version), given)
-    io = trt.TensorIOMode
-    trt.answers.setdefault("ICudaEngine.get_tensor_mode", lambda name: io.OUTPUT if name == "embedding" else io.INPUT)
-    types = {"embedding": trt.DataType.FLOAT}
-    trt.answers.setdefault("ICudaEngine.get_tensor_dtype", lambda name: types.get(name, trt.DataType.INT64))
-    trt.answers.setdefault(
-        "ICudaEngine.get_tensor_shape", lambda name: (-1, -1, 8) if name == "embedding" else (-1, -1)
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+def fake(monkeypatch: pytest.MonkeyPatch, version: str = VERSIONS[1], **changes: Any) -> FakeTensorRT:
+    trt = install_tensorrt(monkeypatch, version)
+    layers = ('{"Name": "_gemm_mha_v2"}', '{"Name": "head"}')
+    inspected = {"EngineInspector.get_layer_information": lambda i, form: layers[i], "ICudaEngine.num_layers": 2}
+    trt.answers |= inspected | changes
     monkeypatch.setattr(builder, "this_gpu", lambda: GPU)
     return trt
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_build_calls_both_majors_in_the_documented_order(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str
-):
+def test_a_build_calls_both_majors_in_the_documented_order(monkeypatch, tmp_path, version):
     request = request_in(tmp_path, workspace_gib=2.0, level=4, timing_cache="timing.cache")
-    trt = fake(monkeypatch, version, answers(len(request.profiles)))
+    trt = fake(monkeypatch, version)
     build(request, tmp_path)
     called = trt.names()
     order = [
@@ -173,9 +140,9 @@ def test_a_build_calls_both_majors_in_the_documented_order(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str):
+def test_compatibility_options_reach_the_config(monkeypatch, tmp_path, version):
     request = request_in(tmp_path, version_compatible=True, hardware="same-compute-capability")
-    trt = fake(monkeypatch, version, answers(len(request.profiles)))
+    trt = fake(monkeypatch, version)
     build(request, tmp_path)
     calls = dict(trt.calls)
     assert calls["IBuilderConfig.set_flag"] == (trt.BuilderFlag.VERSION_COMPATIBLE,)
@@ -185,7 +152,7 @@ def test_compatibility_options_reach_the_config(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     request = request_in(tmp_path, timing_cache="timing.cache")
-    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    fake(monkeypatch)
     build(request, tmp_path, prove=lambda trt, engine: (0.99995, 0.9999))
     assert (tmp_path / "model_packed.plan").read_bytes() == b"plan"
     assert (tmp_path / "timing.cache").read_bytes() == b"timings"
@@ -196,14 +163,9 @@ def test_a_plan_comes_with_a_card_that_the_runtime_reads(monkeypatch: pytest.Mon
     assert (card.layers, card.fused_attention, card.min_cosine) == (2, 1, 0.99995)
     assert [profile["input_ids"][2] for profile in card.profiles] == list(ShapeSet.up_to(64).shapes())
     assert [(t.name, t.dtype, t.shape) for t in card.outputs] == [("embedding", "float32", (-1, -1, 8))]
-
-
-def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    request = request_in(tmp_path, timing_cache="timing.cache")
-    (tmp_path / "timing.cache").write_bytes(b"earlier")
-    trt = fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    again = fake(monkeypatch)
     build(request, tmp_path)
-    assert dict(trt.calls)["IBuilderConfig.create_timing_cache"] == (b"earlier",)
+    assert dict(again.calls)["IBuilderConfig.create_timing_cache"] == (b"timings",), "read before it is extended"
 
 
 @pytest.mark.parametrize(
@@ -218,45 +180,37 @@ def test_a_timing_cache_is_read_before_it_is_extended(monkeypatch: pytest.Monkey
         ({"ICudaEngine.num_optimization_profiles": 1}, "has 1 profiles"),
     ],
 )
-def test_a_failure_of_tensorrt_is_one_clear_error_and_leaves_no_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any], message: str
-):
+def test_a_failure_of_tensorrt_is_one_clear_error_and_leaves_no_file(monkeypatch, tmp_path, changes, message):
     request = request_in(tmp_path, timing_cache="timing.cache")
-    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles), **changes))
+    fake(monkeypatch, **changes)
     with pytest.raises(BuildError, match=message):
         build(request, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
 @pytest.mark.parametrize("worst", [0.99, float("nan")])
-def test_a_plan_whose_vectors_are_not_the_references_is_not_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, worst: float
-):
+def test_a_plan_whose_vectors_are_not_the_references_is_not_kept(monkeypatch, tmp_path, worst):
     request = request_in(tmp_path)
-    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
+    fake(monkeypatch)
     with pytest.raises(BuildError, match=r"below 0\.9999"):
         build(request, tmp_path, prove=lambda trt, engine: (worst, 0.9999))
     assert [path.name for path in tmp_path.iterdir()] == ["model_packed.onnx"]
 
 
-def test_another_graph_than_the_request_names_is_refused(tmp_path: Path):
+def test_a_request_that_does_not_fit_is_refused(monkeypatch, tmp_path):
+    for changes in ({"level": 6}, {"hardware": "all"}, {"workspace_gib": 0.0}):
+        with pytest.raises(BuildError, match=next(iter(changes))):
+            request_in(tmp_path, **changes)
+    trt = fake(monkeypatch)
+    with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
+        build(request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64).shapes())), tmp_path)
+    trt.__version__ = "8.6.1"
+    with pytest.raises(BuildError, match="too old"):
+        build(request_in(tmp_path), tmp_path)
     request = request_in(tmp_path)
     (tmp_path / "model_packed.onnx").write_bytes(b"other")
     with pytest.raises(BuildError, match="copy it again"):
         build(request, tmp_path)
-
-
-def test_an_old_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    trt = fake(monkeypatch, VERSIONS[1], {})
-    trt.__version__ = "8.6.1"
-    with pytest.raises(BuildError, match="too old"):
-        build(request_in(tmp_path), tmp_path)
-
-
-@pytest.mark.parametrize("changes", [{"level": 6}, {"hardware": "all"}, {"workspace_gib": 0.0}])
-def test_a_setting_out_of_range_is_refused(tmp_path: Path, changes: dict[str, Any]):
-    with pytest.raises(BuildError, match=next(iter(changes))):
-        request_in(tmp_path, **changes)
 
 
 def test_a_request_survives_the_way_to_another_machine(tmp_path: Path):
@@ -282,10 +236,8 @@ def test_the_copied_script_runs_alone_and_says_what_is_missing(tmp_path: Path):
 
 def test_trtexec_gets_the_same_build(tmp_path: Path):
     profiles = packed_profiles(INPUTS, ShapeSet.up_to(64).shapes())[:2]
-    line = trtexec_line(
-        request_in(tmp_path, profiles=profiles, workspace_gib=2.0, version_compatible=True, hardware="ampere-plus")
-    )
-    assert line == (
+    options = {"workspace_gib": 2.0, "version_compatible": True, "hardware": "ampere-plus"}
+    assert trtexec_line(request_in(tmp_path, profiles=profiles, **options)) == (
         "trtexec --onnx=model_packed.onnx --saveEngine=model_packed.plan --stronglyTyped"
         " --profile=0 --minShapes=input_ids:1x16,position_ids:1x16,segment_ids:1x16"
         " --optShapes=input_ids:1x16,position_ids:1x16,segment_ids:1x16"
@@ -312,13 +264,6 @@ def test_padded_profiles_hold_every_length_once():
     assert all(low <= usual <= high for bounds in shapes for low, usual, high in zip(*bounds, strict=True))
 
 
-def test_profiles_of_a_graph_without_its_input_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    request = request_in(tmp_path, profiles=packed_profiles(INPUTS[:2], ShapeSet.up_to(64).shapes()))
-    fake(monkeypatch, VERSIONS[1], answers(len(request.profiles)))
-    with pytest.raises(BuildError, match="the network's inputs are input_ids, position_ids, segment_ids"):
-        build(request, tmp_path)
-
-
 class FakeDriver:
     """GPU memory in a dictionary; running the engine copies the answer into its output."""
 
@@ -340,9 +285,7 @@ class FakeDriver:
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_short_proof_finds_the_worst_of_all_stored_texts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, noise: float
-):
+def test_the_short_proof_finds_the_worst_of_all_stored_texts(monkeypatch, tmp_path, version, noise):
     """Two batches of two texts; the engine is off by `noise` in the second text of the first."""
     vectors = np.random.default_rng(0).normal(size=(2, 2, 8)).astype(np.float32)
     outs = np.zeros((2, 1, 4, 8), np.float32)
@@ -361,13 +304,13 @@ def test_the_short_proof_finds_the_worst_of_all_stored_texts(
         return stream == 7
 
     changes = {
+        "ICudaEngine.num_optimization_profiles": 1,
         "ICudaEngine.get_tensor_profile_shape": lambda name, i: [(1, 16)] * 3,
         "IExecutionContext.get_tensor_shape": lambda name: (1, 4, 8) if name == "embedding" else (1, 16),
         "IExecutionContext.set_tensor_address": lambda name, address: addresses.update({name: address}) or True,
         "IExecutionContext.execute_async_v3": run,
-        "nptype": lambda kind: {"INT64": np.int64, "FLOAT": np.float32}[kind.name],
     }
-    trt = fake(monkeypatch, version, answers(1, **changes))
+    trt = fake(monkeypatch, version, **changes)
     engine = trt.Runtime(trt.Logger()).deserialize_cuda_engine(b"plan")
     worst, floor = prove_plan.prove(trt, engine, tmp_path / "samples.npz", driver)
     found, wanted = outs[0, 0, 1], vectors[0, 1]
@@ -378,7 +321,7 @@ def test_the_short_proof_finds_the_worst_of_all_stored_texts(
 
 
 def test_the_stand_in_refuses_what_the_binding_refuses():
-    trt = FakeTensorRT(binding(VERSIONS[1]), {})
+    trt = FakeTensorRT(binding(VERSIONS[1]))
     logger = trt.Logger(trt.Logger.WARNING)
     config = trt.Builder(logger).create_builder_config()
     with pytest.raises(AttributeError, match=r"no writable IBuilderConfig\.int8"):
@@ -391,10 +334,7 @@ def test_the_stand_in_refuses_what_the_binding_refuses():
         _ = trt.Builder(logger).platform_has_fast_fp16
 
 
-def test_no_gpu_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def absent(name: str) -> Sequence[str]:
-        raise OSError(name)
-
-    monkeypatch.setattr("ctypes.CDLL", absent)
+def test_no_gpu_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("ctypes.CDLL", Mock(side_effect=OSError))
     with pytest.raises(BuildError, match="--script"):
         builder.this_gpu()

@@ -1,13 +1,14 @@
 """`to_tensorrt.py` from bundle to proven artifact, on a stand-in GPU that runs the graph with ONNX Runtime."""
 
-from __future__ import annotations
-
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from export.tensorrt.artifact import Options, choose_graph, write_samples
 from export.tensorrt.builder import read_request
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Precision, VectorType, check_files, read_manifest, sha256_file
-from mirror_runtime.engines import load_engine
+from mirror_runtime.engines import load_engine, onnxruntime_gpu
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.packing import PackedRows
 from mirror_runtime.vectors import Vectors
@@ -37,9 +38,7 @@ TEXTS = ("the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "r
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    copy = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, copy)
-    return copy
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -66,23 +65,6 @@ def with_gpu(
 
     gpu = fake_gpu.install(monkeypatch, version, compute, spec.dim)
     monkeypatch.setattr(builder, "this_gpu", lambda: (fake_gpu.NAME, fake_gpu.COMPUTE_CAPABILITY))
-    inputs = iter(fake_gpu.INPUTS)
-    added = iter(range(1000))
-    profiles: list[int] = []
-
-    def add(profile: Any) -> int:
-        profiles.append(next(added))
-        return profiles[-1]
-
-    gpu.trt.answers |= {
-        "INetworkDefinition.num_inputs": 3,
-        "ITensor.name": lambda: next(inputs),
-        "IBuilderConfig.add_optimization_profile": add,
-        "Builder.build_serialized_network": b"plan",
-        "ITimingCache.serialize": b"timings",
-        "ICudaEngine.num_optimization_profiles": lambda: len(profiles),
-        "ICudaEngine.get_tensor_shape": lambda name: (-1, -1, spec.dim) if name == "embedding" else (-1, -1),
-    }
     return gpu
 
 
@@ -91,9 +73,7 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_plan_is_built_proven_added_and_served(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, tmp_path: Path, capsys: Any, version: str
-):
+def test_a_plan_is_built_proven_added_and_served(monkeypatch, bundle, texts, tmp_path, capsys, version):
     gpu = with_gpu(monkeypatch, bundle, version=version)
     cache = tmp_path / "timing.cache"
     options = ("--precision", "fp32", "--parity-texts", texts, "--timing-cache", cache, "--batch-tokens", 2048)
@@ -120,61 +100,30 @@ def test_a_plan_is_built_proven_added_and_served(
     assert gpu.trt.__version__ == version
 
 
-def test_a_plan_that_misses_the_floor_leaves_the_bundle_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, capsys: Any
-):
-    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+def test_a_plan_that_misses_the_floor_leaves_the_bundle_as_it_was(monkeypatch, bundle, texts, capsys):
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+    before = content()
     with_gpu(monkeypatch, bundle, noise=0.05)
     assert run(bundle, "--precision", "fp32", "--parity-texts", texts) == 2
     assert "cosine below 0.99999" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()} == before
+    assert content() == before
 
 
-def test_a_precision_that_the_bundle_does_not_hold_is_refused(bundle: Path, capsys: Any):
-    hold_fp32_only(bundle)
-    assert run(bundle, "--precision", "fp16") == 2
-    error = capsys.readouterr().err
-    assert "no packed graph in fp16; it has onnx/model_packed.onnx (fp32)" in error
-    assert "--precision fp16" in error
-
-
-def hold_fp32_only(bundle: Path) -> None:
-    """Leave the other graphs out of the manifest."""
-    data = json.loads((bundle / "manifest.json").read_text())
-    graphs = {"onnx/model.onnx", "onnx/model_packed.onnx"}
-    data["files"] = {k: v for k, v in data["files"].items() if not k.endswith(".onnx") or k in graphs}
-    data["artifacts"] = [a for a in data["artifacts"] if a["path"] in data["files"]]
-    (bundle / "manifest.json").write_text(json.dumps(data))
-
-
-def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, capsys: Any
-):
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(monkeypatch, bundle, capsys):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert run(bundle, "--precision", "fp32") == 2
     assert "mirror-runtime[tensorrt]" in capsys.readouterr().err
     with_gpu(monkeypatch, bundle)
 
-    def absent() -> tuple[str, str]:
-        raise builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
-
-    monkeypatch.setattr(builder, "this_gpu", absent)
+    absent = builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
+    monkeypatch.setattr(builder, "this_gpu", Mock(side_effect=absent))
     assert run(bundle, "--precision", "fp32") == 2
     assert "no NVIDIA driver" in capsys.readouterr().err
 
 
-def test_a_provider_that_is_absent_is_refused_before_minutes_of_reference_vectors(bundle: Path, capsys: Any):
-    assert run(bundle, "--precision", "fp32", "--engine", "onnxruntime-cuda") == 2
-    error = capsys.readouterr().err
-    assert "CUDAExecutionProvider" in error
-    assert "reference vectors" not in error
-
-
-def test_a_providers_artifact_is_proven_and_added(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, texts: Path, capsys: Any
-):
-    from mirror_runtime.engines import onnxruntime_gpu
-
+def test_a_providers_artifact_is_proven_and_added(monkeypatch, bundle, texts, capsys):
     name = EngineName.ONNXRUNTIME_CUDA
     on_cpu = replace(onnxruntime_gpu.PROVIDERS[name], name="CPUExecutionProvider", device="cpu", options=lambda *_: {})
     monkeypatch.setattr(onnxruntime_gpu, "PROVIDERS", {name: on_cpu})
@@ -186,13 +135,10 @@ def test_a_providers_artifact_is_proven_and_added(
 
 
 def test_check_passes_on_every_exported_graph(bundle: Path, capsys: Any):
-    hold_fp32_only(bundle)
     assert run(bundle, "--check") == 0
     graphs = json.loads(capsys.readouterr().out)["graphs"]
-    assert [(g["graph"], g["precision"], g["breaches"]) for g in graphs] == [
-        ("onnx/model.onnx", "fp32", []),
-        ("onnx/model_packed.onnx", "fp32", []),
-    ]
+    expected: list[Any] = [(f"onnx/{name}.onnx", "fp32", []) for name in ("model", "model_packed")]
+    assert [(graph["graph"], graph["precision"], graph["breaches"]) for graph in graphs] == expected
 
 
 def record(bundle: Path, graph: str, path: Path | None) -> None:
@@ -240,16 +186,8 @@ def test_check_passes_over_a_graph_beside_which_there_is_a_fit_one(bundle: Path,
     assert run(bundle, "--check", "--padded") == 0
 
 
-def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
-    graph_of(bundle).write_bytes(graph_of(bundle).read_bytes()[:-10])
-    assert run(bundle, "--check") == 2
-    assert "corrupted" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_script_folder_builds_and_proves_what_the_bundle_holds(
-    bundle: Path, texts: Path, tmp_path: Path, capsys: Any, padded: bool
-):
+def test_a_script_folder_builds_and_proves_what_the_bundle_holds(bundle, texts, tmp_path, capsys, padded):
     folder = tmp_path / "target"
     options = ("--precision", "fp32", "--script", folder, "--parity-texts", texts)
     assert run(bundle, *options, *(["--padded"] if padded else [])) == 0
@@ -290,13 +228,27 @@ def test_the_short_proof_holds_rounded_vectors_to_the_floor_of_their_type(bundle
     assert floor < Floors.of(Precision.FP32, manifest.encoder).reference
 
 
-def test_contradicting_options_are_refused(bundle: Path, tmp_path: Path, capsys: Any):
-    assert run(bundle, "--check", "--script", tmp_path / "s") == 2
-    assert "exclude each other" in capsys.readouterr().err
-    assert run(bundle, "--engine", "onnxruntime-cuda", "--padded") == 2
-    assert "runs packed graphs" in capsys.readouterr().err
-    assert run(bundle, "--precision", "fp32", "--script", tmp_path / "s", "--workspace", "0") == 2
-    assert "workspace_gib is 0.0" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--precision fp16", r"no packed graph in fp16; it has onnx/model_packed.onnx \(fp32\).*--precision fp16"),
+        ("--precision fp32 --engine onnxruntime-cuda", "CUDAExecutionProvider"),
+        ("--check --script {folder}", "exclude each other"),
+        ("--engine onnxruntime-cuda --padded", "runs packed graphs"),
+        ("--precision fp32 --script {folder} --workspace 0", "workspace_gib is 0.0"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_before_the_reference_vectors(bundle, tmp_path, capsys, options, message):
+    assert run(bundle, *options.format(folder=tmp_path / "s").split()) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error, re.DOTALL)
+    assert "reference vectors" not in error
+
+
+def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
+    graph_of(bundle).write_bytes(graph_of(bundle).read_bytes()[:-10])
+    assert run(bundle, "--check") == 2
+    assert "corrupted" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

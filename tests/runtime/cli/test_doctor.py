@@ -6,10 +6,12 @@ from mirror_runtime.cli import doctor
 from mirror_runtime.cli.main import main
 
 
-def test_this_machine_can_run_the_engines_of_the_setup(capsys):
+def test_this_machine_can_run_the_engines_of_the_setup(monkeypatch, capsys):
     assert main(["doctor", "--json"]) in (0, 1)
     abilities = json.loads(capsys.readouterr().out)["abilities"]
     assert abilities["onnxruntime fp32"] == abilities["openvino fp32"] == "yes"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU was found"
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,3 @@ def test_the_packages_that_a_gpu_needs_are_named(monkeypatch, installed, abiliti
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     found = doctor.diagnose().abilities
     assert all(part in found[name] for name, part in abilities.items())
-
-
-def test_without_a_gpu_its_engines_cannot_run(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU was found"

@@ -33,10 +33,7 @@ class Blocking:
         self._client = client
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def run(*arguments: Any, **options: Any) -> Any:
-            return await getattr(self._client, name)(*arguments, **options)
-
-        return lambda *arguments, **options: asyncio.run(run(*arguments, **options))
+        return lambda *arguments, **options: asyncio.run(getattr(self._client, name)(*arguments, **options))
 
 
 @pytest.fixture(params=["client", "asyncio"])
@@ -75,7 +72,7 @@ def test_order_is_kept_over_requests_in_flight(make_client):
     assert echo.most_in_flight == 3
 
 
-def test_requests_stay_below_the_byte_limit_of_the_transport(make_client):
+def test_requests_stay_below_the_byte_limit_of_the_transport_and_the_token_limit(make_client):
     echo = Echo(body_bytes=100)
     encoded = make_client(echo).encode_detailed(["a" * 40, "ü" * 20, "c" * 40, "d" * 101, "e"])
     assert all(sum(len(text) + 4 for text in chunk) <= 100 for chunk in echo.sent)
@@ -83,6 +80,11 @@ def test_requests_stay_below_the_byte_limit_of_the_transport(make_client):
     assert list(encoded.errors) == [3]
     assert "is 101 bytes" in str(encoded.errors[3])
     assert encoded.vectors[:, 0].tolist() == [40, 40, 40, 0, 1]
+    echo = Echo(body_bytes=10**6)
+    texts = ["x" * length for length in (40, 40, 40, 4000, 40, 4, 4, 4, 4)]
+    encoded = make_client(echo, batch_tokens=36, in_flight=1).encode_detailed(texts)
+    assert [[len(text) for text in chunk] for chunk in echo.sent] == [[40, 40, 40], [4000], [40, 4, 4, 4, 4]]
+    assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
 
 
 def test_rejected_texts_are_found_and_the_others_kept(make_client):
@@ -95,17 +97,8 @@ def test_rejected_texts_are_found_and_the_others_kept(make_client):
     assert encoded.vectors[:, 0].tolist() == [0.0 if t == "bad" else float(len(t)) for t in texts]
     with pytest.raises(TextError, match="text 0: not acceptable"):
         client.encode(texts)
-
-
-def test_a_server_failure_is_not_blamed_on_a_text(make_client):
-    with pytest.raises(ServerError, match="the server is down"):
-        make_client(Echo()).encode_detailed(["a", "down", "b"])
-
-
-def test_missing_counters_are_zero(monkeypatch):
-    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: Echo())
-    statistics = Client().statistics()
-    assert (statistics.inferences, statistics.executions) == (12, 0)
+    with pytest.raises(ServerError, match="the server is down"):  # not a text's fault
+        client.encode_detailed(["a", "down", "b"])
 
 
 def test_another_projects_model_is_an_error(make_client):
@@ -144,30 +137,23 @@ def test_a_missing_tritonclient_names_the_extra(monkeypatch, protocol):
         asyncio.run(AsyncClient(protocol=protocol).encode(["a"]))
 
 
-def test_the_fingerprint_comes_from_the_configuration(make_client):
+def test_the_fingerprint_comes_from_the_configuration_and_missing_counters_are_zero(make_client):
     echo = Echo()
     client = make_client(echo)
+    statistics = Client().statistics()
+    assert (statistics.inferences, statistics.executions) == (12, 0)
     with pytest.raises(ServerError, match="names no fingerprint"):
         client.fingerprint()
     echo.parameters = {"fingerprint": "0123456789abcdef"}
     assert client.fingerprint() == "0123456789abcdef"
 
 
-def test_requests_stay_below_the_token_limit(make_client):
-    echo = Echo(body_bytes=10**6)
-    texts = ["x" * length for length in (40, 40, 40, 4000, 40, 4, 4, 4, 4)]
-    encoded = make_client(echo, batch_tokens=36, in_flight=1).encode_detailed(texts)
-    assert [[len(text) for text in chunk] for chunk in echo.sent] == [[40, 40, 40], [4000], [40, 4, 4, 4, 4]]
-    assert encoded.vectors[:, 0].tolist() == [float(len(text)) for text in texts]
-
-
 def test_every_request_carries_the_options_of_the_call(make_client):
     echo = Echo()
     client = make_client(echo)
     client.encode(["a", "b"], 1, truncate=False, dimensions=1, prompt="query: ")
-    assert [parameters for parameters, _ in echo.options] == [
-        {"truncate": False, "dimensions": 1, "prompt": "query: "},
-    ] * 2
+    sent = {"truncate": False, "dimensions": 1, "prompt": "query: "}
+    assert [parameters for parameters, _ in echo.options] == [sent] * 2
     client.encode(["a"])
     assert echo.options[-1][0] == {}
 
@@ -214,23 +200,16 @@ def test_a_deadline_limits_the_whole_call(make_client, monkeypatch):
     assert len(echo.sent) == 4
 
 
-def test_all_vectors_of_a_call_come_from_one_model(make_client):
+def test_all_vectors_of_a_call_come_from_one_model_and_from_the_expected_one(make_client):
     echo = Echo()
     echo.fingerprints = ["old", "old", "new"]
     encoded = make_client(echo, in_flight=1).encode_detailed(["a", "bc", "def", "ghij"], 1)
     assert encoded.fingerprint == "new"
     assert [chunk[0] for chunk in echo.sent] == [b"a", b"bc", b"def", b"ghij", b"a", b"bc"]
     assert encoded.vectors[:, 0].tolist() == [1, 2, 3, 4]
-
-
-def test_a_model_that_is_replaced_again_and_again_is_an_error(make_client):
-    echo = Echo()
     echo.fingerprints = [str(i) for i in range(100)]
     with pytest.raises(ServerError, match="replaced again and again"):
         make_client(echo).encode(["a", "b"], 1)
-
-
-def test_another_vector_space_than_the_expected_one_is_an_error(make_client):
     with pytest.raises(ServerError, match="returns vectors of old where new is expected"):
         make_client(Echo(), fingerprint="new").encode(["a"])
     assert make_client(Echo(), fingerprint="old").encode(["a"]).shape == (1, 1)

@@ -1,5 +1,7 @@
 import fcntl
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -7,11 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
 from mirror_runtime import Encoder
 from mirror_runtime.cli.main import main
+from mirror_runtime.corpus import encode_file
 from tests.runtime.corpus.conftest import ROWS
 
 
@@ -24,7 +28,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return result
 
 
-def test_parquet_holds_vectors_token_counts_and_truncation(bundle, tmp_path, capsys):
+def test_parquet_holds_vectors_token_counts_and_truncation_and_an_empty_file_no_rows(bundle, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"body": "short"}) + "\n" + json.dumps({"body": "word " * 99}) + "\n")
     assert main(arguments(bundle, source, tmp_path / "out.parquet", "--text-column", "body")) == 0
@@ -34,9 +38,6 @@ def test_parquet_holds_vectors_token_counts_and_truncation(bundle, tmp_path, cap
     assert table["tokens"] == [3, 101]
     with Encoder.load(bundle, engine="fake") as encoder:
         np.testing.assert_array_equal(np.float32(table["embedding"]), encoder.encode(["short", "word " * 99]))
-
-
-def test_an_empty_file_gives_no_rows(bundle, tmp_path, capsys):
     source = tmp_path / "in.txt"
     source.write_bytes(b"")
     for name in ("out.npy", "out.parquet"):
@@ -55,15 +56,14 @@ def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bun
     assert not list(tmp_path.glob("*.partial"))
 
     output = tmp_path / "killed.npy"
-    state = tmp_path / "killed.npy.partial" / "state.json"
+    windows = tmp_path / "killed.npy.partial" / "windows"
     command = [sys.executable, "-m", "mirror_runtime.cli", *arguments(bundle, corpus, output)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (windows.exists() and windows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed: make the corpus longer"
-    assert 0 < json.loads(state.read_text())["progress"]["texts"] < ROWS
     assert not output.exists()
     with (tmp_path / "killed.npy.partial" / "vectors").open("ab") as torn:
         torn.write(b"half a row")
@@ -72,7 +72,102 @@ def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bun
     assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
-def test_an_unfinished_run_with_other_settings_is_refused(bundle, corpus, tmp_path, capsys):
+@pytest.fixture
+def unfinished(bundle, corpus, tmp_path, capsys, monkeypatch) -> Path:
+    """A run that stopped after three windows of 500, two before a bad line; the output that it has not written yet."""
+    monkeypatch.setattr(encode_file, "WINDOW", 500)
+    whole = corpus.read_bytes()
+    assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
+    lines = whole.splitlines(keepends=True)
+    times = corpus.stat()
+    corpus.write_bytes(b"".join([*lines[:2700], b"\xff" + lines[2700][1:], *lines[2701:]]))
+    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+    assert "line 2701: not UTF-8" in capsys.readouterr().err
+    corpus.write_bytes(whole)
+    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return tmp_path / "out.npy"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("vectors", lambda whole: whole[:-700]),
+        ("vectors", lambda whole: whole[:5000] + bytes(64) + whole[5064:]),
+        ("vectors", lambda whole: b""),
+        ("tokens", lambda whole: whole[:-8]),
+        ("truncated", lambda whole: bytes([1]) + whole[1:]),
+        ("windows", lambda whole: whole[:-3]),
+        ("windows", lambda whole: b""),
+        ("windows", lambda whole: whole + b"torn"),
+    ],
+)
+def test_what_was_damaged_since_is_computed_again(bundle, corpus, tmp_path, capsys, unfinished, name, damage):
+    file = tmp_path / "out.npy.partial" / name
+    file.write_bytes(damage(file.read_bytes()))
+    assert main(arguments(bundle, corpus, unfinished)) == 0
+    assert unfinished.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert last_json(capsys)["resumed_after"] in (0, 500, 1000, 1500)
+
+
+def test_an_input_that_changed_behind_the_same_size_and_time_is_refused(bundle, corpus, capsys, unfinished):
+    times = corpus.stat()
+    corpus.write_bytes(b"X" + corpus.read_bytes()[1:])
+    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(arguments(bundle, corpus, unfinished)) == 2
+    assert "has changed since the unfinished run in out.npy.partial: delete that" in capsys.readouterr().err
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{}", b"{"])
+def test_a_state_that_is_not_one_is_named(bundle, corpus, tmp_path, capsys, unfinished, content):
+    (tmp_path / "out.npy.partial" / "state.json").write_bytes(content)
+    assert main(arguments(bundle, corpus, unfinished)) == 2
+    assert "state.json is unreadable" in capsys.readouterr().err
+
+
+def test_a_file_that_may_not_grow_ends_in_one_message_and_the_next_run_resumes(bundle, corpus, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert "out.npy.partial: File too large (raise the limit on file sizes (ulimit -f)" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out.npy").exists()
+    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 0
+    assert int(str(last_json(capsys)["resumed_after"])) > 0
+    assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize("link", ["same", "symlink", "hard link", "other spelling"])
+def test_the_input_is_never_replaced_by_its_vectors(bundle, tmp_path, capsys, link):
+    source, output = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), source)
+    before = source.read_bytes()
+    if link == "symlink":
+        output.symlink_to(source)
+    elif link == "hard link":
+        output.hardlink_to(source)
+    else:
+        output = source if link == "same" else tmp_path / "." / ".." / tmp_path.name / "in.parquet"
+    assert main(arguments(bundle, source, output)) == 2
+    assert "is the input itself" in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_an_output_that_is_a_link_is_written_through(bundle, corpus, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.npy").symlink_to(tmp_path / "elsewhere" / "real.npy")
+    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 0
+    assert (tmp_path / "out.npy").is_symlink()
+    assert np.load(tmp_path / "elsewhere" / "real.npy").shape == (ROWS, 8)
+
+
+def test_an_unfinished_run_with_other_settings_and_a_second_writer_are_refused(bundle, corpus, tmp_path, capsys):
     output = tmp_path / "out.npy"
     corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
     assert main(arguments(bundle, corpus, output)) == 2
@@ -80,12 +175,7 @@ def test_an_unfinished_run_with_other_settings_is_refused(bundle, corpus, tmp_pa
     assert not output.exists()
     assert main(arguments(bundle, corpus, output, "--long-texts", "chunk")) == 2
     assert "long_texts was 'truncate' and is 'chunk'" in capsys.readouterr().err
-
-
-def test_a_second_writer_of_an_output_is_refused(bundle, corpus, tmp_path, capsys):
-    folder = tmp_path / "out.npy.partial"
-    folder.mkdir()
-    with (folder / "lock").open("w") as lock:
+    with (tmp_path / "out.npy.partial" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
     assert "another process is writing" in capsys.readouterr().err
@@ -107,11 +197,13 @@ def test_bad_rows_stop_the_run_or_get_zero_vectors(bundle, tmp_path, capsys):
         ("bundle", "absent.txt", "out.npy", "does not exist"),
         ("bundle", "in.txt", "out.csv", "output must end in .npy or .parquet"),
         ("bundle", "in.txt", "no/such/out.npy", "directory does not exist"),
+        ("bundle", "in.txt", "folder.npy", "is a directory"),
         (".", "in.txt", "out.npy", "is not a bundle"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(bundle, tmp_path, capsys, folder, source, output, message):
     (tmp_path / "in.txt").write_text("a\n")
+    (tmp_path / "folder.npy").mkdir()
     (tmp_path / "bundle").symlink_to(bundle)
     assert main(arguments(tmp_path / folder, tmp_path / source, tmp_path / output)) == 2
     error = capsys.readouterr().err

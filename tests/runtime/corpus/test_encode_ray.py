@@ -1,10 +1,10 @@
 """A corpus on Ray workers gets the vectors of one encoder, and a resumed run encodes the missing shards only."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,44 +95,30 @@ def test_a_resumed_run_encodes_the_missing_shards_and_only_with_the_same_setting
         encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS)
 
 
-LOOPBACK_ONLY = """
+ON_LOOPBACK = """
 import fcntl, socket, struct, sys
-import pytest
+from pathlib import Path
+from mirror_runtime.corpus.encode_ray import encode_with_ray
+from mirror_runtime.corpus.files import CorpusFile
+
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:  # SIOCSIFFLAGS: IFF_UP
     fcntl.ioctl(device, 0x8914, struct.pack("16sh14x", b"lo", 1))
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]]))
+bundle, corpus, output = map(Path, sys.argv[1:])
+options = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
+assert encode_with_ray(bundle, CorpusFile(path=corpus), output, **options).texts == 1000
 """
 
 
-@pytest.fixture
-def loopback_only(request: pytest.FixtureRequest) -> bool:
-    """Run the test in a network namespace with a loopback device only, because Ray listens on the machine's address.
-
-    Returns False outside of it, where the test has been run inside already and has nothing left to do.
-    """
-    if "MIRROR_TESTS_LOOPBACK_ONLY" in os.environ:
-        return True
+@pytest.mark.slow  # starts Ray
+def test_two_real_workers_encode_a_corpus(bundle, corpus, tmp_path):
+    """In a network namespace with a loopback device only, because Ray listens on the machine's address."""
+    if find_spec("ray") is None:
+        pytest.skip("the extra `ray` is not installed")
     namespace = ("unshare", "--user", "--map-root-user", "--net")
     if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0:
         pytest.skip("no network namespace can be made here, and Ray would listen on the machine's own address")
-    test = f"{Path(__file__)}::{request.node.name}"
-    done = subprocess.run(
-        [*namespace, sys.executable, "-c", LOOPBACK_ONLY, test],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"MIRROR_TESTS_LOOPBACK_ONLY": "1"},
-    )
+    command = [*namespace, sys.executable, "-c", ON_LOOPBACK, bundle, corpus, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
-    return False
-
-
-@pytest.mark.slow  # starts Ray: 15 s
-@pytest.mark.filterwarnings("ignore")  # Ray's own deprecations and unclosed sockets
-def test_two_real_workers_encode_a_corpus(loopback_only, bundle, corpus, tmp_path):
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    if loopback_only:
-        done = encode_with_ray(bundle, CorpusFile(path=corpus), tmp_path / "out", **OPTIONS)
-        assert done.texts == 1000
-        assert len(list((tmp_path / "out").iterdir())) == 4
-        np.testing.assert_array_equal(vectors(tmp_path / "out"), expected(bundle, corpus))
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    np.testing.assert_array_equal(vectors(tmp_path / "out"), expected(bundle, corpus))

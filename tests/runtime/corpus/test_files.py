@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -6,6 +7,14 @@ import pytest
 
 from mirror_runtime.corpus.files import CorpusFile
 from mirror_runtime.errors import InputError
+
+
+def write(path: Path, content: pa.Table | bytes | str | None) -> Path:
+    if isinstance(content, pa.Table):
+        parquet.write_table(content, path, row_group_size=4)
+    elif content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
 
 
 def texts(source: CorpusFile, skip: int = 0) -> list[object]:
@@ -21,12 +30,7 @@ def texts(source: CorpusFile, skip: int = 0) -> list[object]:
     ],
 )
 def test_texts_are_read_unchanged_and_positions_reach_the_size(tmp_path, name, content, expected):
-    path = tmp_path / name
-    if isinstance(content, str):
-        path.write_bytes(content.encode())
-    else:
-        parquet.write_table(content, path)
-    source = CorpusFile(path=path, column="body")
+    source = CorpusFile(path=write(tmp_path / name, content), column="body")
     assert texts(source) == expected
     assert texts(source, skip=1) == expected[1:]
     assert [row.position for row in source.rows()][-1] == source.size
@@ -35,12 +39,9 @@ def test_texts_are_read_unchanged_and_positions_reach_the_size(tmp_path, name, c
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_shards_cover_every_row_once_and_in_order(tmp_path, kind):
     expected = [f"text {i}" for i in range(25)]
-    path = tmp_path / f"in.{kind}"
-    if kind == "parquet":
-        parquet.write_table(pa.table({"text": expected}), path, row_group_size=4)
-    else:
-        path.write_text("".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in expected))
-    source = CorpusFile(path=path)
+    lines = "".join((json.dumps({"text": t}) if kind == "jsonl" else t) + "\n" for t in expected)
+    content = pa.table({"text": expected}) if kind == "parquet" else lines
+    source = CorpusFile(path=write(tmp_path / f"in.{kind}", content))
     shards = list(source.shards(10))
     assert [shard.number for shard in shards] == list(range(len(shards)))
     assert [text for shard in shards for text in source.texts(shard)] == expected
@@ -56,20 +57,11 @@ def test_shards_cover_every_row_once_and_in_order(tmp_path, kind):
         ("in.jsonl", b'"fine"\n{"text": \n', "line 2: not JSON"),
         ("in.jsonl", json.dumps({"body": "a"}).encode(), "no field 'text', only 'body'"),
         ("in.parquet", b"PAR1 no", "is not a Parquet file"),
+        ("in.parquet", pa.table({"body": ["a"]}), "no column 'text'; it has body"),
         ("in.csv", b"a", r"must end in \.txt, \.jsonl, \.parquet"),
         ("absent.txt", None, "does not exist"),
     ],
 )
 def test_an_error_names_the_file_and_the_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
     with pytest.raises(InputError, match=message):
-        texts(CorpusFile(path=path))
-
-
-def test_a_missing_column_is_named(tmp_path):
-    path = tmp_path / "in.parquet"
-    parquet.write_table(pa.table({"body": ["a"]}), path)
-    with pytest.raises(InputError, match="no column 'text'; it has body"):
-        texts(CorpusFile(path=path))
+        texts(CorpusFile(path=write(tmp_path / name, content)))

@@ -1,28 +1,21 @@
 """ONNX Runtime's GPU engine: its options, its errors, and its array binding, run with the CPU provider."""
 
-from __future__ import annotations
-
 import types
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
-from encoders.reference import Reference
-from encoders.source import resolve
-from export.graph.trace import export_graph
-from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Pooling, Precision
+from mirror_runtime.bundle import EncoderSpec, EngineName, Precision, read_manifest
 from mirror_runtime.engines import installed, load_engine, onnxruntime_gpu
 from mirror_runtime.engines.onnxruntime_gpu import PROVIDERS, OnnxRuntimeGpuEngine, tensorrt_options
 from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
-from tests.support.trace_cache import cached_traces
-
-pytestmark = pytest.mark.trace
+from tests.support.graphs import graph_of
 
 CUDA, TENSORRT = EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT
 DOCUMENTED = {
@@ -35,25 +28,15 @@ DOCUMENTED = {
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EncoderSpec]:
-    source = resolve(str(tiny_bert), pooling=Pooling.MEAN)
-    path = tmp_path_factory.mktemp("onnx") / "model_packed.onnx"
-    with cached_traces():
-        export_graph(Reference.load(source), Layout.PACKED, path)
-    return path, source.spec
+def packed(tiny_bundle: Path) -> tuple[Path, EncoderSpec]:
+    return graph_of(tiny_bundle).path, read_manifest(tiny_bundle).encoder
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the same code with the CPU provider instead of the GPU ones."""
-
-    def nothing(*_: Any) -> Mapping[str, str]:
-        return {}
-
-    changed = {
-        name: replace(provider, name="CPUExecutionProvider", device="cpu", options=nothing)
-        for name, provider in PROVIDERS.items()
-    }
+    cpu: dict[str, Any] = {"name": "CPUExecutionProvider", "device": "cpu", "options": lambda *_: {}}
+    changed = {name: replace(provider, **cpu) for name, provider in PROVIDERS.items()}
     monkeypatch.setattr(onnxruntime_gpu, "PROVIDERS", changed)
 
 
@@ -79,9 +62,7 @@ def compare(packed: tuple[Path, EncoderSpec], name: EngineName, atol: float) -> 
 
 
 @pytest.mark.parametrize("name", [CUDA, TENSORRT])
-def test_bound_arrays_give_the_vectors_of_the_plain_session(
-    on_the_cpu: None, packed: tuple[Path, EncoderSpec], name: EngineName
-):
+def test_bound_arrays_give_the_vectors_of_the_plain_session(on_the_cpu, packed, name):
     compare(packed, name, atol=1e-6)
 
 
@@ -93,12 +74,12 @@ def test_a_provider_that_is_not_in_the_package_is_refused_with_the_cure(packed: 
         load_engine(CUDA, Precision.FP32, graph, spec=spec)
     with pytest.raises(EngineError, match=r"no TensorrtExecutionProvider .*TensorRT 10 .*engine tensorrt"):
         load_engine(TENSORRT, Precision.FP16, graph, spec=spec)
+    with pytest.raises(EngineError, match="choose engine tensorrt"):
+        OnnxRuntimeGpuEngine(CUDA, graph, Precision.FP8, None, None)
     assert not installed(CUDA)
 
 
-def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(
-    monkeypatch: pytest.MonkeyPatch, packed: tuple[Path, EncoderSpec]
-):
+def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(monkeypatch, packed):
     """Without libnvinfer.so.10, ONNX Runtime warns and opens a session on another provider."""
 
     class Dropped(onnxruntime.InferenceSession):  # type: ignore[misc]
@@ -119,11 +100,6 @@ def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(
         engine.run(batches()[0])
 
 
-def test_fp8_is_refused(packed: tuple[Path, EncoderSpec]):
-    with pytest.raises(EngineError, match="choose engine tensorrt"):
-        OnnxRuntimeGpuEngine(CUDA, packed[0], Precision.FP8, None, None)
-
-
 @pytest.mark.parametrize(
     ("precision", "flag"),
     [
@@ -141,20 +117,13 @@ def test_the_tensorrt_provider_gets_one_static_profile_and_its_cache(precision: 
     assert options["trt_engine_cache_prefix"] == "model_packed-4x64"
     assert options["trt_engine_cache_path"] == str(Path("cache/onnxruntime-tensorrt"))
     assert options["trt_cuda_graph_enable"] == "1"
-    assert {key for key in options if key in DOCUMENTED and key.split("_")[1] in ("fp16", "bf16", "int8")} == (
-        {flag} if flag else set()
-    )
-
-
-def test_without_a_cache_folder_the_tensorrt_provider_keeps_nothing():
-    options = tensorrt_options((1, 16), Precision.FP16, Path("model_packed.onnx"), None)
-    assert not [key for key in options if "cache" in key]
+    assert {key for key in options if key.split("_")[1] in ("fp16", "bf16", "int8")} == ({flag} if flag else set())
+    without_cache = tensorrt_options((1, 16), precision, Path("model_packed.onnx"), None)
+    assert not [key for key in without_cache if "cache" in key]
 
 
 def test_a_static_session_computes_nothing_about_shapes(packed: tuple[Path, EncoderSpec], tmp_path: Path):
     """Shape arithmetic runs on the CPU and cannot be captured in a CUDA graph. With both sizes fixed, none is left."""
-    import onnx
-
     graph, _ = packed
     options = onnxruntime.SessionOptions()
     options.add_free_dimension_override_by_name("rows", 4)

@@ -1,7 +1,10 @@
-"""A shape is only used if its vectors are right on all streams."""
+"""OpenVINO: a shape is only used if its vectors are right on all streams, and a cached graph changes speed only."""
 
 import logging
+import os
+import shutil
 import time
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
 
@@ -11,8 +14,9 @@ import pytest
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.graph.trace import export_graph
-from mirror_runtime import Encoder, EngineError
+from mirror_runtime import BundleError, Encoder, EngineError
 from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision
+from mirror_runtime.cache import cache_folder
 from mirror_runtime.engines import load_engine, openvino_engine
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
@@ -109,15 +113,14 @@ def test_what_openvino_cannot_run_is_an_engine_error():
 )
 def test_streams_are_compared_until_all_have_run(seconds, rounds):
     output = np.ones((2, 4, 8), np.float32)
-    requests = [_Request(each) for each in seconds]
-    slots = [openvino_engine._Slot(cast(Any, request), {}, output) for request in requests]
+    requests: list[Any] = [_Request(each) for each in seconds]
+    slots = [openvino_engine._Slot(request, {}, output) for request in requests]
     ids = np.ones((2, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
     assert openvino_engine._agree(slots, rows)
     assert [request.rounds for request in requests] == [rounds, rounds]
-    other = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + 1)
-    again = openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output)
-    assert not openvino_engine._agree([again, other], rows)
+    others = [openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + i) for i in range(2)]
+    assert not openvino_engine._agree(others, rows)
 
 
 def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
@@ -129,13 +132,8 @@ def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
 @pytest.mark.trace
 @pytest.mark.skipif(not has_bf16(), reason="the CPU has no bf16")
 def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
-    plain = tmp_path / "plain"  # without the head of its own
-    plain.mkdir()
-    for path in (
-        *minilm.glob("*token*"),
-        *(minilm / name for name in ("config.json", "model.safetensors", "vocab.txt")),
-    ):
-        (plain / path.name).symlink_to(path)
+    ignored = shutil.ignore_patterns("modules.json", "[0-9]_*", "sentence_bert*", "*.onnx")  # its own head
+    plain = shutil.copytree(minilm, tmp_path / "plain", ignore=ignored, copy_function=os.symlink)
     source, graph = resolve(str(plain), pooling=Pooling.CLS), tmp_path / "model_packed.onnx"
     with cached_traces():
         export_graph(Reference.load(source), Layout.PACKED, graph)
@@ -149,3 +147,82 @@ def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
         pairs.append([one.run(batch.rows)[0, 0] for one in (exact, engine)])
     found, expected = np.array(pairs).swapaxes(0, 1)
     assert cosines(found, expected).min() > 0.9995
+
+
+SOME = ["the cat sat on the mat", "a dog", "", *("word " * n for n in range(1, 70, 7))]
+
+
+def vectors(bundle: Path, cache: Path | None) -> np.ndarray:
+    with Encoder.load(bundle, engine="openvino", precision="fp32", cache_dir=cache) as encoder:
+        return encoder.encode(SOME)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Path) -> np.ndarray:
+    return vectors(tiny_bundle, None)
+
+
+def test_the_first_load_fills_it_and_the_second_reads_it_with_the_same_bits(tiny_bundle, tmp_path, expected):
+    assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
+    (weights,) = tmp_path.rglob("graph.bin")
+    before = weights.stat().st_mtime_ns
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    (bundle / "onnx/model_packed.onnx").write_bytes(b"not read any more")
+    assert vectors(bundle, tmp_path).tobytes() == expected.tobytes()
+    assert weights.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("graph.xml", lambda whole: whole[: len(whole) // 2]),
+        ("graph.bin", lambda whole: whole[: len(whole) // 2]),
+        ("graph.bin", lambda whole: whole + bytes(64)),  # OpenVINO itself would accept this one
+        ("graph.bin", lambda whole: whole[:5000] + bytes(2000) + whole[7000:]),
+        ("sha256.json", lambda whole: whole[: len(whole) // 2]),
+    ],
+)
+def test_a_damaged_one_is_made_again(tiny_bundle, tmp_path, expected, caplog, name, damage):
+    vectors(tiny_bundle, tmp_path)
+    (file,) = tmp_path.rglob(name)
+    file.write_bytes(damage(file.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
+    assert "is damaged" in caplog.text
+    caplog.clear()
+    assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
+    assert "is damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["onnx/model_packed.onnx", "tokenizer.json"])
+def test_a_damaged_bundle_does_not_load_and_is_not_cached(tiny_bundle, tmp_path, engine, name):
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    whole = (bundle / name).read_bytes()
+    (bundle / name).write_bytes(whole[:5000] + bytes(2000) + whole[7000:])
+    with pytest.raises(BundleError, match=f"corrupted: {name} differ"):
+        Encoder.load(bundle, engine=engine, precision="fp32", cache_dir=tmp_path / "cache")
+    assert not list(tmp_path.rglob("graph.bin"))
+
+
+def test_another_release_has_its_own_and_one_that_cannot_be_written_is_done_without(tiny_bundle, tmp_path, expected):
+    vectors(tiny_bundle, tmp_path)
+    (file,) = tmp_path.rglob("graph.xml")
+    file.parent.rename(file.parent.with_name("openvino-1.0"))
+    assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
+    assert len(list(tmp_path.rglob("graph.xml"))) == 2
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    assert vectors(tiny_bundle, blocked).tobytes() == expected.tobytes()
+
+
+def test_the_users_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("auto") == tmp_path / "mirror-runtime"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder("auto") == tmp_path / "home" / ".cache" / "mirror-runtime"
+    assert cache_folder("elsewhere") == Path("elsewhere")
+    assert cache_folder(None) is None
+    monkeypatch.setattr(Path, "home", staticmethod(lambda: (_ for _ in ()).throw(RuntimeError)))
+    assert cache_folder("auto") is None, "a container's user may have none; auto does without"

@@ -1,7 +1,5 @@
 """The TensorRT engine with fakes of TensorRT and CUDA that follow the real bindings and compute what they are told."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -99,24 +97,15 @@ def test_a_context_is_set_up_before_it_runs_and_runs_before_it_is_captured(gpu: 
     engine.run(batches(1)[0])
     contexts = [name.split(".")[1] for name in gpu.trt.names() if name.startswith("IExecutionContext.")]
     assert list(dict.fromkeys(contexts)) == [
-        "set_device_memory",
-        "set_optimization_profile_async",
-        "set_input_shape",
-        "get_tensor_shape",
-        "set_tensor_address",
-        "execute_async_v3",
+        *("set_device_memory", "set_optimization_profile_async", "set_input_shape", "get_tensor_shape"),
+        *("set_tensor_address", "execute_async_v3"),
     ]
     called = gpu.cuda.names()
     capture = called.index("cudaStreamBeginCapture")
     assert called[capture - 1] == "cudaStreamSynchronize"
     assert called[capture:] == [
-        "cudaStreamBeginCapture",
-        *["cudaMemcpyAsync"] * 4,
-        "cudaStreamEndCapture",
-        "cudaGraphInstantiate",
-        "cudaGraphDestroy",
-        "cudaGraphLaunch",
-        "cudaStreamSynchronize",
+        *("cudaStreamBeginCapture", *["cudaMemcpyAsync"] * 4, "cudaStreamEndCapture"),
+        *("cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch", "cudaStreamSynchronize"),
     ]
     copies = [args for name, args in gpu.cuda.calls if name == "cudaMemcpyAsync"][-4:]
     bound = [args[1] for name, args in gpu.trt.calls if name == "IExecutionContext.set_tensor_address"]
@@ -150,17 +139,14 @@ def test_rows_without_a_profile_are_an_error_that_lists_the_profiles(engine: Eng
         engine.run(PackedRows(input_ids=arrays, position_ids=arrays, segment_ids=arrays))
 
 
-@pytest.mark.parametrize(
-    ("answer", "message"),
-    [
-        ({"Runtime.deserialize_cuda_engine": None}, "truncated"),
-        ({"ICudaEngine.create_execution_context": None}, "memory may be full"),
-    ],
-)
-def test_what_tensorrt_cannot_do_is_one_clear_error(gpu: Gpu, tmp_path: Path, answer: dict[str, Any], message: str):
-    gpu.trt.answers |= answer
-    with pytest.raises(EngineError, match=message):
-        load(write_plan(tmp_path, gpu.trt.__version__)).run(batches(1)[0])
+def test_what_tensorrt_cannot_do_is_one_clear_error(gpu, tmp_path):
+    for answer, message in (
+        ("ICudaEngine.create_execution_context", "memory may be full"),
+        ("Runtime.deserialize_cuda_engine", "truncated"),
+    ):
+        gpu.trt.answers[answer] = None
+        with pytest.raises(EngineError, match=message):
+            load(write_plan(tmp_path, gpu.trt.__version__)).run(batches(1)[0])
 
 
 def test_a_version_compatible_plan_may_bring_its_loader(gpu: Gpu, tmp_path: Path):
@@ -169,19 +155,13 @@ def test_a_version_compatible_plan_may_bring_its_loader(gpu: Gpu, tmp_path: Path
     assert ("Runtime.engine_host_code_allowed=", (True,)) in gpu.trt.calls
 
 
-@pytest.mark.parametrize(
-    ("card", "message"),
-    [
+def test_a_plan_of_another_precision_or_layout_or_without_a_card_is_refused(tmp_path):
+    for card, message in (
         ({"precision": Precision.FP32}, "computes in fp32, not in fp16"),
         ({"layout": Layout.PADDED}, "packed rows need a packed plan"),
-    ],
-)
-def test_a_plan_of_another_precision_or_layout_is_refused(tmp_path: Path, card: dict[str, Any], message: str):
-    with pytest.raises(EngineError, match=message):
-        load(write_plan(tmp_path, VERSIONS[1], **card))
-
-
-def test_a_plan_without_a_card_is_refused(tmp_path: Path):
+    ):
+        with pytest.raises(EngineError, match=message):
+            load(write_plan(tmp_path, VERSIONS[1], **card))
     plan = write_plan(tmp_path, VERSIONS[1])
     card_path(plan).unlink()
     with pytest.raises(EngineError, match=r"no readable card model_packed_fp16\.plan\.json"):

@@ -5,6 +5,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import openai
@@ -14,8 +15,8 @@ from mirror_runtime.errors import DeadlineExceededError, EngineError, Overloaded
 from mirror_runtime.gateway import service
 from mirror_runtime.gateway.errors import refusal_of
 from mirror_runtime.retry_after import RetryEstimator
-from tests.support.fake_bundles import EngineGate
-from tests.support.gateways import FINGERPRINT, MODEL, running, vectors
+from tests.support.fake_bundles import FINGERPRINT, EngineGate
+from tests.support.gateways import MODEL, running, vectors
 from tests.support.mirror_serve import wait_until
 
 
@@ -40,14 +41,21 @@ def gated(shared_gateway):
 @pytest.fixture
 def clock(monkeypatch):
     """The time that the service sees, in seconds."""
-    clock = SimpleNamespace(now=100.0)
-    clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(service, "time", clock)
-    return clock
+    seen: Any = SimpleNamespace(now=100.0, monotonic=lambda: seen.now)
+    monkeypatch.setattr(service, "time", seen)
+    return seen
 
 
 def in_flight(gateway) -> float:
     return gateway.metric("mirror_gateway_texts_in_flight")
+
+
+def fill(gateway, gate, pool):
+    """Close the gate, and send as many texts as the gateway takes."""
+    gate.close()
+    accepted = pool.submit(gateway.embed, ["text"] * 8)
+    wait_until(lambda: in_flight(gateway) == 8)
+    return accepted
 
 
 def refusals(gateway) -> float:
@@ -85,9 +93,7 @@ def test_requests_over_the_limit_are_refused_immediately_with_a_measured_retry_a
 def test_the_openai_client_waits_as_told_and_succeeds(gated):
     gateway, gate, pool = gated
     before = refusals(gateway)
-    gate.close()
-    accepted = pool.submit(gateway.embed, ["text"] * 8)
-    wait_until(lambda: in_flight(gateway) == 8)
+    accepted = fill(gateway, gate, pool)
     with gateway.client() as impatient:
         with pytest.raises(openai.RateLimitError):
             impatient.embeddings.create(model=MODEL, input="a")
@@ -101,9 +107,7 @@ def test_the_openai_client_waits_as_told_and_succeeds(gated):
 def test_an_overloaded_gateway_is_healthy(gated, clock):
     gateway, gate, pool = gated
     assert gateway.send("GET", "/health").json == {"status": "ok", "fingerprint": FINGERPRINT}
-    gate.close()
-    accepted = pool.submit(gateway.embed, ["text"] * 8)
-    wait_until(lambda: in_flight(gateway) == 8)
+    accepted = fill(gateway, gate, pool)
     clock.now += service.FRESH_S  # the last success no longer counts
     probe = pool.submit(gateway.send, "GET", "/health")
     time.sleep(0.05)
@@ -144,9 +148,8 @@ def test_an_engine_failure_is_logged_under_the_request_id_and_not_sent(gated, ca
 
 def test_vectors_that_are_not_finite_are_not_sent(gated, monkeypatch):
     gateway, gate, _ = gated
-    monkeypatch.setattr(
-        gate, "run_engine", lambda rows: np.full((rows.shape[0], rows.shape[1] // 4, 8), np.nan, np.float32)
-    )
+    run = gate.run_engine
+    monkeypatch.setattr(gate, "run_engine", lambda rows: run(rows) * np.float32("nan"))
     assert gateway.embed("a").status == 500
     assert gateway.send("GET", "/health").status == 503
 

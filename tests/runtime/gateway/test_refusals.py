@@ -1,6 +1,13 @@
-"""Bad requests get a status and a reason that names the field, and leave the gateway healthy."""
+"""Bad requests, written and generated, get a status and a reason that names the field; the gateway stays healthy."""
 
+from typing import Any
+
+import hypothesis
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
 
 from tests.support.gateways import MODEL, running
 
@@ -94,3 +101,54 @@ def test_a_body_over_the_limit_gets_a_response(gateway, body):
     assert reply.status == 413
     assert "more than 10000 bytes" in reply.error["message"]
     assert gateway.embed("still healthy").status == 200
+
+
+CHECKS = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    schemathesis.checks.not_a_server_error,
+]
+
+
+OPTIONS: dict[str, Any] = {"max_examples": 25, "derandomize": True, "deadline": None, "database": None}
+SETTINGS = hypothesis.settings(phases=[Phase.generate], suppress_health_check=list(HealthCheck), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def generated_gateway(gateway_bundle):
+    with running(gateway_bundle, dimensions=(4,)) as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def schema(generated_gateway):
+    return schemathesis.openapi.from_dict(generated_gateway.send("GET", "/openapi.json").json)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("route", ["POST /v1/embeddings", "POST /embed"])
+def test_generated_requests(generated_gateway, schema, mode, route):
+    method, path = route.split()
+    statuses = set()
+
+    @SETTINGS
+    @hypothesis.given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def check(case):
+        if mode is GenerationMode.POSITIVE and "model" in case.body:
+            case.body["model"] = MODEL
+        response = case.call(base_url=generated_gateway.url)
+        case.validate_response(response, checks=CHECKS)
+        statuses.add(response.status_code)
+
+    check()
+    assert statuses & ({400, 422} if mode is GenerationMode.NEGATIVE else {200})
+    assert generated_gateway.send("GET", "/health").status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/info", "/health", "/metrics"])
+def test_routes_without_a_body(generated_gateway, schema, path):
+    case = schema[path]["GET"].Case()
+    case.validate_response(case.call(base_url=generated_gateway.url), checks=CHECKS[:4])

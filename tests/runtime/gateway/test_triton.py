@@ -17,13 +17,8 @@ from mirror_runtime.gateway.settings import GatewaySettings
 from tests.support.echo import AsyncEcho, Echo
 
 PARAMETERS = {
-    "base_model": "some/encoder",
-    "fingerprint": "first",
-    "max_tokens": "64",
-    "normalize": "true",
-    "long_texts": "truncate",
-    "engine": "openvino",
-    "precision": "bf16",
+    **{"base_model": "some/encoder", "fingerprint": "first", "max_tokens": "64", "normalize": "true"},
+    **{"long_texts": "truncate", "engine": "openvino", "precision": "bf16"},
 }
 OPTIONS = ClientOptions(url="127.0.0.1:8001", timeout_s=10)
 
@@ -52,14 +47,12 @@ def server(monkeypatch):
     return server
 
 
-def test_the_card_is_read_from_the_configuration(server):
+def test_the_card_is_read_from_the_configuration_once_the_server_is_up(server, monkeypatch):
     card = fetch_card(OPTIONS)
     assert (card.model, card.fingerprint, card.dim, card.max_tokens) == ("some/encoder", "first", 4, 64)
     assert (card.normalized, card.engine, card.precision) == (True, "openvino", "bf16")
-
-
-def test_fetching_waits_for_a_server_to_come_up(server, monkeypatch):
     monkeypatch.setattr(backends, "_POLL_S", 0.01)
+    server.calls = 0
     server.refusals = [UnavailableError("away")] * 3
     assert fetch_card(OPTIONS, wait_s=5).dim == 4
     assert server.calls == 4
@@ -68,18 +61,15 @@ def test_fetching_waits_for_a_server_to_come_up(server, monkeypatch):
         fetch_card(OPTIONS)
 
 
-@pytest.mark.parametrize("missing", ["base_model", "max_tokens", "normalize", "fingerprint"])
-def test_an_old_repository_is_refused_with_the_cure(server, missing):
-    del server.parameters[missing]
-    with pytest.raises(ServerError, match=rf"has no {missing}: write its repository again"):
-        fetch_card(OPTIONS)
-
-
-@pytest.mark.parametrize("data_type", ["TYPE_INT8", "TYPE_UINT8"])
-def test_vectors_that_are_not_floats_are_refused(server, data_type):
-    server.data_type = data_type
-    with pytest.raises(InputError, match="responses cannot hold"):
-        fetch_card(OPTIONS)
+def test_an_old_repository_and_vectors_that_are_not_floats_are_refused(server):
+    for missing in ("base_model", "max_tokens", "normalize", "fingerprint"):
+        server.parameters = {name: value for name, value in PARAMETERS.items() if name != missing}
+        with pytest.raises(ServerError, match=rf"has no {missing}: write its repository again"):
+            fetch_card(OPTIONS)
+    server.parameters = PARAMETERS
+    for server.data_type in ("TYPE_INT8", "TYPE_UINT8"):
+        with pytest.raises(InputError, match="responses cannot hold"):
+            fetch_card(OPTIONS)
 
 
 def test_an_overloaded_server_is_an_immediate_error_and_a_short_absence_is_retried(server):

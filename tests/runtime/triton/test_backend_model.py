@@ -103,10 +103,6 @@ def test_tensorrt_has_every_profile_and_a_cuda_graph_for_every_shape(manifest):
     assert {tuple(spec.input["input_ids"].dim) for spec in specs} == set(SHAPES)
     assert all(spec.batch_size == 0 and set(spec.input) == set(NAMES) for spec in specs)
     assert not config.parameters
-
-
-def test_a_plan_without_a_profile_for_a_packed_shape_is_rejected(manifest):
-    bundle, read = manifest(EngineName.TENSORRT, Precision.FP16)
     write_card(bundle, SHAPES[:-1])
     with pytest.raises(EngineError, match=r"no static profile for rows \(16, 64\)"):
         rendered(bundle, read, backend=Backend.TENSORRT)

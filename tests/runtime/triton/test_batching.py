@@ -1,16 +1,19 @@
-"""A batch of requests answered with one call of the encoder, and how instances share the cores."""
+"""A batch of requests answered with one call of the encoder, how instances share the cores, and the limit of tokens."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mirror_runtime import Encoder
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, OverloadedError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind, embed
 from mirror_runtime.triton.model.instances import core_share
 from mirror_runtime.triton.model.request_options import RequestOptions
+from mirror_runtime.triton.model.scheduler import TokenBudget
 from tests.support.fake_triton import tensor
 
 TRUNCATE = LongTexts.TRUNCATE
@@ -50,6 +53,10 @@ def test_all_requests_share_one_call_and_get_their_own_vectors(encoder):
     assert [o.tokens.shape for o in outcomes] == [(1, 1), (2, 1), (1, 1)]
     assert outcomes[1].tokens.dtype == np.int32
     assert outcomes[1].truncated.dtype == np.bool_
+    calls = encoder.calls
+    invalid = embed(encoder, [request_of(b"\xff"), request_of(b"\xfe")], TRUNCATE)
+    assert [isinstance(o, Failure) and o.kind for o in invalid] == [FailureKind.INVALID_ARG] * 2
+    assert encoder.calls == calls, "without a valid request there is no call"
 
 
 @pytest.mark.parametrize(
@@ -100,12 +107,6 @@ def test_each_request_has_its_own_dimensions_and_prompt(encoder):
     assert prompted.tokens[0, 0] == plain.tokens[0, 0] + 2
 
 
-def test_a_batch_without_a_valid_request_does_not_call_the_engine(encoder):
-    outcomes = embed(encoder, [request_of(b"\xff"), request_of(b"\xfe")], TRUNCATE)
-    assert [isinstance(o, Failure) and o.kind for o in outcomes] == [FailureKind.INVALID_ARG] * 2
-    assert encoder.calls == 0
-
-
 def test_the_estimate_counts_tokens_to_run_and_bytes_to_tokenise():
     assert request_of(b"a" * 40, b"").estimated_tokens(64) == 12 + 2
     assert request_of(b"a" * 128_000).estimated_tokens(64) == 64 + 1000
@@ -118,8 +119,63 @@ def test_the_estimate_counts_tokens_to_run_and_bytes_to_tokenise():
 )
 def test_instances_share_the_cores_without_overlap(cores, count, shares):
     assert [core_share(cores, number, count) for number in range(count)] == shares
-
-
-def test_more_instances_than_cores_are_rejected():
     with pytest.raises(InputError, match="3 instances on 2 cores"):
         core_share([0, 1], 0, 3)
+
+
+def refused(budget: TokenBudget, tokens: int) -> OverloadedError:
+    with pytest.raises(OverloadedError) as caught:
+        budget.acquire(tokens)
+    return caught.value
+
+
+def test_requests_that_fit_and_a_lone_one_of_any_size_are_accepted_and_others_rejected():
+    budget = TokenBudget(100)
+    budget.acquire(60)
+    budget.acquire(40)
+    assert "100 tokens are in flight and 1 more would exceed 100; retry after" in str(refused(budget, 1))
+    assert budget.in_flight == 100, "a rejected request occupies nothing"
+    budget.release(60)
+    budget.acquire(60)
+    budget = TokenBudget(10)
+    budget.acquire(1_000_000)
+    refused(budget, 1)
+    budget.release(1_000_000)
+    budget.acquire(1_000_000)
+
+
+def test_retry_after_is_the_time_until_half_is_done():
+    clock = SimpleNamespace(now=100.0)
+    budget = TokenBudget(1000, lambda: clock.now)
+    for _ in range(20):  # 100 tokens in 0.05 s: 2000 a second
+        budget.acquire(100)
+        clock.now += 0.05
+        budget.release(100)
+        clock.now += 10.0  # idle time does not count
+    budget.acquire(1000)
+    assert refused(budget, 1).retry_after_s == pytest.approx(0.25)
+    assert "retry after 250 ms" in str(refused(budget, 1))
+
+
+@pytest.mark.parametrize(("seconds", "retry_after_s"), [(1e-6, 0.01), (1e6, 10.0), (None, 0.5)])
+def test_retry_after_has_bounds_and_a_default_before_anything_is_measured(seconds, retry_after_s):
+    clock = SimpleNamespace(now=100.0)
+    budget = TokenBudget(100, lambda: clock.now)
+    budget.acquire(100)
+    if seconds is not None:
+        clock.now += seconds
+        budget.release(50)
+    assert refused(budget, 100).retry_after_s == retry_after_s
+
+
+def test_many_threads_lose_no_token():
+    budget = TokenBudget(1 << 40)
+
+    def work(_: int) -> None:
+        for tokens in range(1, 2000):
+            budget.acquire(tokens)
+            budget.release(tokens)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [None] * 4
+    assert budget.in_flight == 0

@@ -27,22 +27,22 @@ def test_a_server_is_found_while_its_process_lives(tmp_path):
         assert find_server(tmp_path) == Access(address="127.0.0.1:1", key="k", pid=3)
         assert (tmp_path / ACCESS_FILE).stat().st_mode & 0o777 == 0o600
     assert find_server(tmp_path) is None
-
-
-def test_the_file_of_a_killed_server_is_ignored(tmp_path):
-    (tmp_path / ACCESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "key": "old", "pid": 1}))
+    (tmp_path / ACCESS_FILE).write_text(json.dumps({"address": "127.0.0.1:1", "key": "of a killed one", "pid": 1}))
     assert find_server(tmp_path) is None
     with ServerFile(tmp_path) as server_file:
         server_file.write(ACCESS)
         assert find_server(tmp_path) == ACCESS
 
 
-def test_a_second_server_or_deployment_is_rejected(tmp_path):
+def test_a_second_server_or_deployment_and_a_file_as_a_repository_are_rejected(tmp_path):
     with ServerFile(tmp_path), pytest.raises(InputError, match="another mirror serve runs on"):
         ServerFile(tmp_path)
     with deploying(tmp_path), pytest.raises(InputError, match="another process deploys into"), deploying(tmp_path):
         pass
     with deploying(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), deploying(tmp_path / "file"):
         pass
 
 
@@ -60,26 +60,16 @@ def test_a_model_of_another_project_is_not_replaced(tmp_path, config):
         present_options(tmp_path)
 
 
-def test_an_unprovable_bundle_changes_nothing(make_bundle, tmp_path):
-    repository = tmp_path / "models"
+def test_an_unprovable_bundle_changes_nothing_and_options_are_for_bundles_only(make_bundle, tmp_path):
+    repository, bundle = tmp_path / "models", make_bundle()
     with pytest.raises(BundleError):  # its fingerprint is made up
-        deploy(make_bundle(), repository)
+        deploy(bundle, repository)
     with pytest.raises(BundleError, match="no-such"):
         deploy(tmp_path / "no-such", repository)
     assert not repository.exists()
-
-
-def test_options_are_for_bundles_only(make_bundle, tmp_path):
-    repository = tmp_path / "models"
     repository.mkdir()
-    write_temporary_repository(make_bundle(), repository, ServingOptions(engine="fake"))
+    write_temporary_repository(bundle, repository, ServingOptions(engine="fake"))
     with pytest.raises(InputError, match="with its own options in"):
         serve(repository, options=ServingOptions(engine="fake"))
     with pytest.raises(BundleError):
         serve(tmp_path / "nothing")
-
-
-def test_a_repository_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"), deploying(tmp_path / "file"):
-        pass

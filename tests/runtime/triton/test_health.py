@@ -16,16 +16,15 @@ POLICY = HealthPolicy(check_s=0.25, probe_s=1.0, silent_s=8.0, computing_s=24.0)
 class Served:
     """A server that behaves as set, its clients, and its clock."""
 
+    now = 100.0
+    error: Exception | None = None
+    hangs = answers_others = False
+    answered = adopted = 0
+    cores = 0.0
+    dead = ""
+
     def __init__(self, repository: Path) -> None:
         self.repository = repository
-        self.now = 100.0
-        self.error: Exception | None = None
-        self.hangs = False
-        self.answered = 0
-        self.answers_others = False
-        self.cores = 0.0
-        self.dead = ""
-        self.adopted = 0
 
     def client(self, *, timeout_s: float) -> "Served":
         return self
@@ -111,13 +110,9 @@ def test_a_server_that_answers_nothing_is_broken_after_a_while(served, state, pa
     assert earliest_s <= seconds < earliest_s + 2
 
 
-@pytest.mark.parametrize("process", ["server", "worker"])
-def test_a_dead_process_is_noticed_immediately(served, process):
-    served.dead = process
-    assert watch(served, 60) == (f"{process} died", POLICY.check_s)
-
-
-def test_a_worker_that_ends_during_a_deployment_was_replaced(served):
+def test_a_dead_process_is_noticed_immediately_but_a_worker_is_replaced_by_a_deployment(served):
+    for served.dead in ("server", "worker"):
+        assert watch(served, 60) == (f"{served.dead} died", POLICY.check_s)
     with deploying(served.repository):
         served.dead = "worker"
         assert watch(served, 2)[0] == ""

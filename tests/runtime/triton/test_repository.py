@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from google.protobuf import text_format
 from export import to_triton
 from mirror_runtime.bundle import FORMAT_VERSION, EngineName, Manifest, Precision, check_files, read_manifest
 from mirror_runtime.errors import BundleError, EngineError, InputError
-from mirror_runtime.plan import Goal, HostIdentity, HostPlan, Setting, Trial, write_plan
+from mirror_runtime.plan import Setting, Trial, write_plan
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -26,7 +27,7 @@ from mirror_runtime.triton.repository.render import (
     write_repository,
     write_temporary_repository,
 )
-from tests.support.fake_bundles import encoder_spec
+from tests.support.fake_bundles import encoder_spec, host_plan
 from tests.support.paths import ROOT
 
 COMMITTED = ROOT / "triton_models" / "embed"
@@ -99,13 +100,10 @@ def test_the_configuration_of_the_model():
     assert ServingOptions.of_parameters(parameters, config.max_batch_size) == options
 
 
-@pytest.mark.parametrize("path", ['a "quoted" name', "back\\slash", "ünïcode", "new\nline"])
-def test_any_path_survives_the_configuration(path):
-    config = parsed(render_config(MINILM, ServingOptions(), bundle=path))
-    assert config.parameters["bundle"].string_value == path
-
-
-def test_warmup_holds_length_prefixed_text_that_fits_the_encoder():
+def test_any_path_survives_the_configuration_and_warmup_is_length_prefixed_text_that_fits():
+    for path in ('a "quoted" name', "back\\slash", "ünïcode", "new\nline"):
+        config = parsed(render_config(MINILM, ServingOptions(), bundle=path))
+        assert config.parameters["bundle"].string_value == path
     for name, content in render_warmup(MINILM).items():
         (length,) = struct.unpack("<I", content[:4])
         assert length == len(content) - 4, name
@@ -128,20 +126,8 @@ def test_options_are_validated(options, message):
 
 SETTING = Setting(engine=EngineName.OPENVINO, precision=Precision.BF16, streams=4, row_tokens=32, batch_tokens=2048)
 
-PLAN = HostPlan(
-    format_version=1,
-    goal=Goal.THROUGHPUT,
-    floor=0.999,
-    fingerprint="0123456789abcdef",
-    host=HostIdentity(cpu="a CPU", features="0", cores=8),
-    versions={},
-    texts=100,
-    rounds=3,
-    chosen=SETTING,
-    measured=(
-        Trial(setting=SETTING, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True),
-    ),
-)
+TRIAL = Trial(setting=SETTING, texts_per_s=1000.0, p50_ms=2.0, min_cosine=1.0, certified_cosine=1.0, accepted=True)
+PLAN = host_plan(chosen=SETTING, measured=(TRIAL,))
 
 
 def test_a_plan_fills_open_options():
@@ -166,13 +152,11 @@ def test_the_repository_holds_its_own_bundle(write, tmp_path, link):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"], "no other file may remain"
 
 
-def test_links_become_copies_if_the_file_system_has_none(write, monkeypatch):
+def test_links_become_copies_if_there_are_none_and_a_changed_bundle_is_rejected(write, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", Mock(side_effect=OSError(18, "Invalid cross-device link")))
     copy = write(link=True) / "1" / "bundle"
     check_files(copy, read_manifest(copy))
-
-
-def test_a_changed_bundle_is_rejected_and_nothing_is_written(write, tmp_path):
+    shutil.rmtree(tmp_path / "repo")
     with (tmp_path / "bundle" / "tokenizer.json").open("a") as file:
         file.write(" ")
     with pytest.raises(BundleError, match=r"tokenizer\.json differ"):
@@ -180,18 +164,16 @@ def test_a_changed_bundle_is_rejected_and_nothing_is_written(write, tmp_path):
     assert not (tmp_path / "repo").exists()
 
 
-def test_a_failure_half_way_leaves_the_old_repository(write, tmp_path, monkeypatch):
-    before = (write() / "config.pbtxt").read_bytes()
-    monkeypatch.setattr("shutil.copy2", Mock(side_effect=OSError(28, "No space left on device")))
-    with pytest.raises(InputError, match="No space left"):
-        write(max_batch_size=1, overwrite=True)
-    assert (tmp_path / "repo" / "embed" / "config.pbtxt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"]
-
-
-def test_an_existing_model_is_replaced_only_with_overwrite(write):
+def test_a_model_is_replaced_only_with_overwrite_and_a_failure_leaves_the_old_one(write, tmp_path, monkeypatch):
     old = write() / "old"
     old.touch()
+    before = (tmp_path / "repo" / "embed" / "config.pbtxt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copy2", Mock(side_effect=OSError(28, "No space left on device")))
+        with pytest.raises(InputError, match="No space left"):
+            write(max_batch_size=1, overwrite=True)
+    assert (tmp_path / "repo" / "embed" / "config.pbtxt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "repo"]
     with pytest.raises(InputError, match="--overwrite"):
         write()
     assert old.exists()
@@ -213,13 +195,15 @@ def test_an_artifact_that_the_bundle_lacks_cannot_be_served(make_bundle, make_ar
     write_repository(bundle, tmp_path / "repo", ServingOptions())
 
 
-def test_a_temporary_repository_refers_to_the_bundle(make_bundle, tmp_path):
+def test_a_temporary_repository_refers_to_the_bundle_and_has_no_backend(make_bundle, tmp_path):
     bundle = make_bundle()
     (tmp_path / "repo").mkdir()
     write_temporary_repository(bundle, tmp_path / "repo", ServingOptions(engine="fake"))
     config = config_of(tmp_path / "repo")
     assert config.parameters["bundle"].string_value == str(bundle)
     assert not (tmp_path / "repo" / "embed" / "1" / "bundle").exists()
+    with pytest.raises(InputError, match="only in NVIDIA's container"):
+        write_temporary_repository(bundle, tmp_path, ServingOptions(backend=Backend.OPENVINO))
 
 
 def test_the_container_command_is_one_shell_command_on_loopback():
@@ -277,11 +261,6 @@ def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, t
     assert "--overwrite" in capsys.readouterr().err
     assert to_triton.main([str(bundle), "--output", str(repository), "--engine", "fake", "--overwrite"]) == 0
     assert [path.name for path in repository.iterdir()] == ["embed"], "the unused encoder is removed"
-
-
-def test_a_backend_is_not_served_by_the_wheel(make_bundle, tmp_path):
-    with pytest.raises(InputError, match="only in NVIDIA's container"):
-        write_temporary_repository(make_bundle(), tmp_path, ServingOptions(backend=Backend.OPENVINO))
 
 
 def test_to_triton_reports_errors_without_a_traceback(tmp_path, capsys):
