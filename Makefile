@@ -39,6 +39,8 @@ $(VENV)/tensorrt-%: | $(STAMP)
 # One OpenMP thread a worker: two workers with two threads each are slower on two cores.
 test test-fast: export OMP_NUM_THREADS ?= 1
 test test-fast: export MKL_NUM_THREADS ?= 1
+# Where an image forbids it, each of the tests' processes compiles all modules anew: half a second each.
+test test-fast: export PYTHONDONTWRITEBYTECODE :=
 
 test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run (ROOM=export: one room; PYTEST='-k packing' passes options)
 	$(RUN_TESTS) --durations=20 $(TESTED) $(PYTEST)

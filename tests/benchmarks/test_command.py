@@ -22,6 +22,7 @@ from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision
 from mirror_runtime.host import usable_cores
 from mirror_runtime.vectors import cosines
+from tests.support.trace_cache import cached_traces
 
 
 def last_json(out: str) -> dict[str, Any]:
@@ -260,7 +261,11 @@ def test_training_runs_for_real(run, tiny_bert, tuning_files):
 def test_a_wrong_pooling_is_caught_by_quality_and_compare(run, tiny_bert, tiny_bundle, tmp_path, capsys):
     wrong = tmp_path / "wrongly-pooled"  # with the first token's vector in place of the mean
     texts = ("", "the cat sat on the mat.", "a man is playing a guitar", *"abcdefgh")
-    build(Request(encoder=str(tiny_bert), output=wrong, pooling=Pooling.CLS, texts=texts, precisions=(Precision.FP32,)))
+    request = Request(
+        encoder=str(tiny_bert), output=wrong, pooling=Pooling.CLS, texts=texts, precisions=(Precision.FP32,)
+    )
+    with cached_traces():
+        build(request)
     # People who agree with the right pooling.
     words = ["cat", "dog", "man", "guitar", "river", "mat"]
     pairs = [(f"the {a} sat on a {b}", f"a {c} is playing the {a}") for a in words for b in words for c in words[:3]]
