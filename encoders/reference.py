@@ -57,7 +57,8 @@ class Reference:
                 f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
                 "both count from 0"
             )
-        rows = self.model.get_input_embeddings().num_embeddings
+        table: Any = self.model.get_input_embeddings()
+        rows = table.num_embeddings
         token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         if largest >= rows:
             raise BundleError(
