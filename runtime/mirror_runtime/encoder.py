@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from mirror_runtime.bundle import (
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
+from mirror_runtime.engines.base import Lifetime
 from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
@@ -103,7 +103,7 @@ class Encoder:
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
-        self._process, self._closed = os.getpid(), False
+        self._lifetime = Lifetime()
 
     @classmethod
     def load(
@@ -328,7 +328,7 @@ class Encoder:
         Raises:
             EngineError: `direct`, and the engine failed.
         """
-        self._check_usable()
+        self._lifetime.check()
         began = time.perf_counter()
         tokenized = self._tokenizer(texts, long_texts)
         tokenized_at = time.perf_counter()
@@ -388,7 +388,7 @@ class Encoder:
         Raises:
             EngineError: the engine failed, or its vectors are not finite.
         """
-        self._check_usable()
+        self._lifetime.check()
 
         def run(shape: tuple[int, int]) -> None:
             # Every row holds a text, because an engine may compare its streams' vectors. Every encoder has token 0 and
@@ -434,9 +434,8 @@ class Encoder:
 
     def close(self) -> None:
         """Release the engine. The encoder cannot be used afterwards. Closing twice is allowed."""
-        if self._closed or os.getpid() != self._process:
-            return  # the engine's threads, which closing waits for, exist in the process that loaded it
-        self._closed = True
+        if not self._lifetime.end():
+            return
         self._pool.shutdown(cancel_futures=True)
         self.engine.close()
 
@@ -445,16 +444,6 @@ class Encoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_usable(self) -> None:
-        """Raise instead of hanging: a forked process has a copy of the engine without its threads."""
-        if self._closed:
-            raise EngineError("this encoder is closed: load it again")
-        if os.getpid() != self._process:
-            raise EngineError(
-                "this encoder was loaded before the process forked, which leaves the engine's threads behind: load it "
-                "in the child, or start processes with spawn"
-            )
 
     def _stream(self, texts: Iterator[object], window: int) -> Iterator[Encoded]:
         running: deque[PendingWindow] = deque()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows
 from mirror_runtime.vectors import Vectors
 
@@ -43,3 +45,29 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the library's resources. The engine cannot run afterwards."""
+
+
+class Lifetime:
+    """Where and until when an engine can be used: in the process that loaded it, until it is closed.
+
+    A forked child has a copy of the engine without its threads, and a call there would wait for them for ever.
+    """
+
+    def __init__(self) -> None:
+        self._process, self._closed = os.getpid(), False
+
+    def check(self) -> None:
+        """Raise an `EngineError` where the engine cannot be used."""
+        if self._closed:
+            raise EngineError("this encoder is closed: load it again")
+        if os.getpid() != self._process:
+            raise EngineError(
+                "this encoder was loaded before the process forked, which leaves the engine's threads behind: load it "
+                "in the child, or start processes with spawn"
+            )
+
+    def end(self) -> bool:
+        """Note the end; return whether there is something to release, for the first time and in the right process."""
+        first = not self._closed and os.getpid() == self._process
+        self._closed = True
+        return first
