@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.client.exchange import Served
-from mirror_runtime.errors import EngineError
+from mirror_runtime.errors import EngineError, NotFiniteError
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import Refusal, overloaded, refusal_of, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
@@ -191,5 +191,8 @@ class GatewayService:
 
 def _check_finite(served: Served) -> None:
     """Check that vectors are finite: JSON would turn a NaN into null."""
+    for error in served.errors.values():
+        if isinstance(error, NotFiniteError):
+            raise error
     if not np.isfinite(served.vectors).all():
         raise EngineError("the engine returned vectors that are not finite")

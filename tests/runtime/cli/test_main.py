@@ -7,7 +7,7 @@ import pytest
 
 import mirror_runtime
 from mirror_runtime.cli.main import app, main
-from mirror_runtime.cli.run import repeat_list_options
+from mirror_runtime.cli.run import application, repeat_list_options, run_command
 
 COMMANDS = ["encode", "verify", "doctor", "plan", "serve", "gateway", "deploy"]
 
@@ -72,3 +72,41 @@ def test_the_command_names_the_extra_that_it_misses(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main() == 2
     assert capsys.readouterr().err == "error: typer is not installed: pip install 'mirror-runtime[cli]'\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "/a/b"), "error: /a/b: No space left on device (free some space"),
+        (PermissionError(13, "Permission denied", "/a/b"), "error: /a/b: Permission denied (check its permissions)"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x"),
+            "error: x: No such file or directory (check the path)",
+        ),
+        (OSError("the Parquet file is torn"), "error: the Parquet file is torn"),
+    ],
+)
+def test_an_error_of_the_operating_system_is_one_line(capsys, error, message):
+    def fail() -> None:
+        raise error
+
+    assert run_command(application(fail), [], "mirror") == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith(message)
+    assert captured.count("\n") == 1
+
+
+@pytest.mark.process
+def test_a_reader_that_has_seen_enough_is_not_an_error():
+    script = (
+        "import sys; from mirror_runtime.cli.run import application, run_command\n"
+        "def many():\n    for i in range(100_000): print(i)\n"
+        "sys.exit(run_command(application(many), [], 'mirror'))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 141

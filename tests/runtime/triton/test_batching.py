@@ -59,6 +59,23 @@ def test_all_requests_share_one_call_and_get_their_own_vectors(encoder):
     assert encoder.calls == calls, "without a valid request there is no call"
 
 
+def test_a_vector_that_is_not_finite_fails_its_own_request_as_the_servers_fault(encoder, monkeypatch):
+    run, spoilt = encoder.engine.run, encoder.encode(["b"])[0]
+
+    def broken(rows):
+        vectors = run(rows)
+        vectors[(vectors == spoilt).all(axis=-1)] = np.nan
+        return vectors
+
+    monkeypatch.setattr(encoder.engine, "run", broken)
+    good, failed = embed(encoder, [request_of(b"a"), request_of(b"c", b"b")], TRUNCATE)
+    assert isinstance(good, EmbedResult)
+    assert (failed.kind, failed.message) == (
+        FailureKind.INTERNAL,
+        "text 1 has a vector with NaN or infinity: run mirror verify",
+    )
+
+
 @pytest.mark.parametrize(
     ("raw", "policy", "reason"),
     [
