@@ -108,6 +108,6 @@ class WorkerProcess:
 
 
 def peak_bytes(process: int | str) -> int:
-    """Return a process's peak resident memory. getrusage's figure would include the process that started it."""
+    """Return a process's peak resident memory, 0 once it has ended. getrusage's includes that of its parent."""
     lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

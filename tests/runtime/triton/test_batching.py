@@ -70,6 +70,7 @@ def test_a_vector_that_is_not_finite_fails_its_own_request_as_the_servers_fault(
     monkeypatch.setattr(encoder.engine, "run", broken)
     good, failed = embed(encoder, [request_of(b"a"), request_of(b"c", b"b")], TRUNCATE)
     assert isinstance(good, EmbedResult)
+    assert isinstance(failed, Failure)
     assert (failed.kind, failed.message) == (
         FailureKind.INTERNAL,
         "text 1 has a vector with NaN or infinity: run mirror verify",
