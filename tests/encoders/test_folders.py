@@ -312,6 +312,7 @@ def test_the_matrix_is_large() -> None:
     assert len(FOLDERS) >= 70
 
 
+@pytest.mark.slow  # a hundred folders, each loaded twice
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_vectors_are_those_of_sentence_transformers_or_the_folder_is_refused(folder: Path, name: str) -> None:
     FOLDERS[name](folder)

@@ -130,7 +130,7 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
             assert shared.stats.waiting == 1
             gate.open()
             found = await asyncio.gather(behind, other)
-            assert shared._load.in_flight == 0, "dropped texts count as work in flight"
+            await until(lambda: shared._load.in_flight == 0)  # "started" may end last; a dropped text would stay
             return found, shared.stats
 
     (_, ours), stats = asyncio.run(main())
