@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mirror_runtime.bundle import EngineName, Pooling, Precision
 from mirror_runtime.host import usable_cores
 from mirror_runtime.vectors import cosines
 from tests.support.trace_cache import cached_traces
+from training import evaluate
 
 
 def last_json(out: str) -> dict[str, Any]:
@@ -248,8 +250,16 @@ def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch,
     assert one(report, "training", "texts").median == 200
 
 
-@pytest.mark.slow  # two tuning runs and two evaluations, a process each
-def test_training_runs_for_real(run, tiny_bert, tuning_files):
+@pytest.mark.slow  # two tuning runs, a process each
+def test_training_runs_for_real(run, tiny_bert, tuning_files, monkeypatch):
+    def run_command(command: Sequence[str], name: str) -> str:
+        """Evaluate in this process: another one would import PyTorch for five seconds, twice."""
+        if name != "evaluate.py":
+            return scaling.run_to_end(command, name)
+        assert evaluate.main(command[2:]) == 0
+        return ""
+
+    monkeypatch.setattr(training, "run_to_end", run_command)
     status, output = run("--suite", "training", "--quick", "--base", str(tiny_bert), *tuning_files)
     report = read_report(output)
     assert (status, report.failures) == (0, ())
