@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging as transformers_logging
 
 from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
-from encoders.sentence_transformers import read_json
+from encoders.sentence_transformers import read_json, readable
 from encoders.source import ResolvedEncoder
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
@@ -73,6 +73,12 @@ class Reference:
             )
         if spec.dim > (spec.dense[-1].out_features if spec.dense else width):
             raise BundleError(f"{name} has vectors of {width} components, fewer than {spec.dim}")
+        taken = len(self.tokenizer((spec.template or "").replace("{text}", ""))["input_ids"])
+        if spec.template is not None and taken >= spec.max_tokens:
+            raise BundleError(
+                f"{name}: the prompt takes {taken} of {spec.max_tokens} tokens with the special ones, and leaves no "
+                "room for a text: shorten the prompt or raise the limit"
+            )
         if spec.pooling is Pooling.MASK and (spec.template or "").count(self.tokenizer.mask_token or "\0") != 1:
             raise BundleError(
                 f"pooling mask needs {self.tokenizer.mask_token or 'a mask token'} once in the template, "
@@ -86,14 +92,18 @@ class Reference:
         Raises:
             BundleError: the forward pass needs a weight or a special token that is missing.
         """
-        return cls(
-            model=load_model(source),
-            tokenizer=load_tokenizer(source),
-            spec=source.spec,
-            dense=tuple(
-                load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
-            ),
-        )
+        with readable(source.folder):
+            reference = cls(
+                model=load_model(source),
+                tokenizer=load_tokenizer(source),
+                spec=source.spec,
+                dense=tuple(
+                    load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
+                ),
+            )
+            if not np.isfinite(reference.encode(["one text"])).all():  # a config may only fail when it computes
+                raise BundleError(f"{source.folder} computes NaN or infinity for the text 'one text'")
+        return reference
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts.
@@ -288,7 +298,8 @@ def check_settings(folder: Path, file: Tokenizer, known: PreTrainedTokenizerBase
     for key in ("extra_special_tokens", "additional_special_tokens"):
         extra = config.get(key) or ()
         named |= set(map(str, extra.values() if isinstance(extra, dict) else extra))
-    if unknown := sorted(named - file.get_vocab().keys()):
+    added = {token.content for token in file.get_added_tokens_decoder().values()}
+    if unknown := sorted(named - added):
         problem = f"{TOKENIZER_FILE} does not have the added tokens {', '.join(map(repr, unknown[:3]))}"
     if known.truncation_side != "right":
         problem = f"truncation_side is {known.truncation_side!r}, and only the end of long texts can be cut"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import TOKENIZER_FILE, Activation, Dense, Pooling
-from mirror_runtime.errors import BundleError
+from mirror_runtime.errors import BundleError, MirrorError
 
 POOLING_MODES = {
     "mean": Pooling.MEAN,
@@ -46,7 +48,7 @@ TRANSFORMER_FILES = tuple(
 """Where sentence-transformers 6 looks for the Transformer module's settings; the first that is not empty counts."""
 
 NO_EFFECT = {
-    "model": {"attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage"},
+    "model": {"attn_implementation", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage"},
     "processor": {"use_fast", "padding_side", "clean_up_tokenization_spaces"},
     "config": set[str](),
 }
@@ -146,8 +148,9 @@ def _read_dense(path: Path) -> Dense:
     if activation is None:
         known = ", ".join(kind.value for kind in Activation)
         raise BundleError(f"{path} has the activation {name}: it must be one of {known}")
-    slots = {config.get(key) or "sentence_embedding" for key in ("module_input_name", "module_output_name")}
-    if slots != {"sentence_embedding"} or config.get("use_residual"):
+    reads = config.get("module_input_name", "sentence_embedding")
+    writes = config.get("module_output_name")  # None: what it reads
+    if (reads, writes or reads) != ("sentence_embedding",) * 2 or writes == "" or config.get("use_residual"):
         raise BundleError(f"{path} reads or writes something other than the text's vector, which is not supported")
     sizes = config.get("in_features"), config.get("out_features")
     if not all(isinstance(size, int) for size in sizes):
@@ -174,6 +177,9 @@ def _read_transformer(folder: Path) -> int | None:
         arguments[kind] = dict(config.get(old) or config.get(f"{kind}_kwargs") or {})
     limit = arguments["processor"].pop("model_max_length", config.get("max_seq_length"))
     lower_case = arguments["processor"].pop("do_lower_case", None)
+    for name in ("dtype", "torch_dtype"):  # half the bits are other vectors
+        if str(arguments["model"].get(name)).removeprefix("torch.") in ("None", "auto", "float32"):
+            arguments["model"].pop(name, None)
     if arguments["processor"].get("truncation_side") == "right":
         del arguments["processor"]["truncation_side"]
     refused = [
@@ -239,6 +245,21 @@ def _read_prompt(config: dict[str, Any], path: Path, takes_prompt: bool) -> str 
             "supported: set default_prompt_name to null"
         )
     return f"{prompt}{{text}}"
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turn whatever the readers of three libraries raise about a malformed folder into a `BundleError` of one line."""
+    try:
+        yield
+    except MirrorError:
+        raise
+    except BaseException as error:
+        # tokenizers panics, which is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise BundleError(f"{folder} cannot be read as an encoder: {type(error).__name__}: {reason}") from error
 
 
 def read_json(path: Path, kind: type) -> Any:

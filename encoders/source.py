@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.families import FAMILIES
-from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules
+from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules, readable
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError
 
@@ -60,10 +60,23 @@ def resolve(
         BundleError: no loadable encoder is there, or it contradicts the arguments. The message names the cure.
     """
     root, commit = _locate(name_or_path, revision)
-    published = root
-    base_model = name_or_path if commit is not None else root.resolve().name
     requested = head or HeadSpec()
     requested = dataclasses.replace(requested, pooling=pooling or requested.pooling)
+    with readable(root):
+        return _read(name_or_path, root, commit, requested, max_tokens, normalize)
+
+
+def _read(
+    name_or_path: str,
+    root: Path,
+    commit: str | None,
+    requested: HeadSpec,
+    max_tokens: int | None,
+    normalize: bool | None,
+) -> ResolvedEncoder:
+    """Read the folder of an encoder; see `resolve`."""
+    published = root
+    base_model = name_or_path if commit is not None else root.resolve().name
     dense: tuple[Path, ...] = ()
     if (root / ENCODER_FILE).is_file():
         spec = read_encoder(root)

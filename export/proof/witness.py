@@ -17,7 +17,6 @@ import numpy as np
 
 from encoders.reference import Reference
 from export.proof.proof_texts import CANARIES, EDGE_CASES, parity_texts
-from mirror_runtime.errors import BundleError
 from mirror_runtime.vectors import cosines
 
 PACKAGE = "sentence_transformers"
@@ -50,27 +49,25 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         folder: with `modules.json`, as its owner published it.
         reference: our own reading of it, without any override of what the folder records.
         texts: to compare; by default four dozen ragged ones and the edge cases.
-
-    Raises:
-        BundleError: sentence-transformers cannot load the folder.
     """
     # Imported only here: it takes two seconds, and exports of other folders do not need it.
     from sentence_transformers import SentenceTransformer
 
     texts = tuple(texts) or (*CANARIES, *EDGE_CASES, *parity_texts(24, 8, 2))
+    version = metadata.version("sentence-transformers")
+    ours = reference.encode(texts)
     try:
         peer: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
+        theirs = np.asarray(peer.encode(list(texts), batch_size=1, show_progress_bar=False), np.float32)
     except Exception as error:  # whatever it raises about a folder is its opinion of the folder
-        raise BundleError(f"sentence-transformers cannot load {folder}: {type(error).__name__}: {error}") from error
-    # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
-    theirs = np.asarray(peer.encode(list(texts), batch_size=1, show_progress_bar=False), np.float32)
-    ours = reference.encode(texts)
-    version = metadata.version("sentence-transformers")
+        problem = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
     if theirs.shape != ours.shape:
         problem = f"its vectors have {theirs.shape[1]} components and ours {ours.shape[1]}"
         return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
-    similar = cosines(ours, theirs)
     lengths = [np.linalg.norm(vectors, axis=1) for vectors in (ours, theirs)]
+    similar = np.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, cosines(ours, theirs))
     far = np.abs(lengths[0] - lengths[1]) > CLOSE * np.maximum(*lengths)
     worst = int(similar.argmin())
     problem = ""

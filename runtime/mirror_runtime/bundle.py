@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -345,9 +345,12 @@ def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Compare files of a bundle with the manifest's sha256, by default all; a `BundleError` names those that differ."""
-    expected = {name: manifest.files[name] for name in (manifest.files if names is None else names)}
+def check_files(bundle: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:
+    """Compare files of a bundle with the manifest's sha256; a `BundleError` names those that differ.
+
+    By default all files, else those of the names that the manifest lists.
+    """
+    expected = {name: digest for name, digest in manifest.files.items() if names is None or name in names}
     missing = [name for name in expected if not (bundle / name).is_file()]
     if missing:
         raise BundleError(f"{bundle} lacks {', '.join(missing)}: copy or export it again")

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -33,8 +34,8 @@ from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
-from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer
-from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, unit_rows, width_of
+from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer, iterate
+from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, rows_not_finite, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
 
@@ -189,11 +190,7 @@ class Encoder:
         path: str = "",
     ) -> Encoder:
         spec = manifest.encoder
-
-        def check(*names: str) -> None:
-            check_files(folder, manifest, [name for name in names if name in manifest.files])
-
-        check(TOKENIZER_FILE, SPECIAL_TOKENS_FILE)
+        check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
         tokenizer = Tokenizer.of(folder, spec, long_texts)
         artifact = decision.artifact
         kept = None
@@ -202,10 +199,10 @@ class Encoder:
             if cache is not None and path in manifest.files:
                 # The fingerprint identifies weights stored beside the graph, the hash identifies the graph.
                 kept = cache / "graphs" / f"{manifest.fingerprint}-{manifest.files[path][:16]}"
+        graph_files = (path, f"{path}_data", path.removesuffix(".xml") + ".bin")  # weights may lie beside it
         engine = load_engine(
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept,
-            # Weights may lie beside the graph.
-            before_reading=lambda: check(path, f"{path}_data", path.removesuffix(".xml") + ".bin"),
+            before_reading=lambda: check_files(folder, manifest, graph_files),
         )  # fmt: skip
         shape_set = ShapeSet.up_to(
             spec.pad_to or spec.max_tokens,
@@ -300,13 +297,10 @@ class Encoder:
             InputError: `texts` is one string, or `window` is not positive.
             EngineError: the engine failed.
         """
-        if isinstance(texts, (str, bytes)):
-            raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
-        if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # iterating would encode the names of its columns
-            raise InputError(f"texts is a {type(texts).__name__}: pass one column, such as list(texts['text'])")
         if window < 1:
             raise InputError(f"window is {window}: it must be at least 1")
-        return self._stream(iter(texts), window)
+        self._lifetime.check()
+        return self._stream(iterate(texts), window)
 
     def begin(
         self,
@@ -357,7 +351,8 @@ class Encoder:
             done: Future[Vectors] = Future()
             done.set_result(self._run(batches[0]))
             return PendingWindow(tokenized=tokenized, batches=batches, outputs=[done])
-        outputs = [self._pool.submit(self._run, batch) for batch in batches]
+        with self._lifetime.until_closed():
+            outputs = [self._pool.submit(self._run, batch) for batch in batches]
         return PendingWindow(tokenized=tokenized, batches=batches, outputs=outputs)
 
     def finish(self, window: PendingWindow) -> Encoded:
@@ -366,19 +361,19 @@ class Encoder:
         Raises:
             EngineError: the engine failed.
         """
+        self._lifetime.check_process()
         tokenized = window.tokenized
-        outputs = [output.result() for output in window.outputs]
+        with self._lifetime.until_closed():
+            outputs = [output.result() for output in window.outputs]
         began = time.perf_counter()
         pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
         for batch, output in zip(window.batches, outputs, strict=True):
             pieces[batch.pieces] = output
         vectors = self._join(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens))
         errors = dict(tokenized.errors)
-        # A sum of integers is finite, and one of floats is exactly where all of them are: a fraction of the full check.
-        if not np.isfinite(vectors.sum(dtype=np.float64)):
-            for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
-                errors[at] = NotFiniteError(at)
-                vectors[at] = 0
+        for at in rows_not_finite(vectors):
+            errors[at] = NotFiniteError(at)
+            vectors[at] = 0
         self._counters.add(unpack_s=time.perf_counter() - began, failed=len(errors) - len(tokenized.errors))
         return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors)
 
@@ -416,6 +411,7 @@ class Encoder:
         Raises:
             EngineError: the engine failed.
         """
+        self._lifetime.check()
         tokenized = self._tokenizer(texts)
         part_text, part_piece = tokenized.part_text, tokenized.part_piece
         whole = np.bincount(part_text, minlength=len(texts))[part_text] == 1
@@ -437,7 +433,10 @@ class Encoder:
         if not self._lifetime.end():
             return
         self._pool.shutdown(cancel_futures=True)
-        self.engine.close()
+        with ExitStack() as turns:  # wait for batches that run in their callers' threads
+            for _ in range(self.engine.streams):
+                turns.enter_context(self._turns)
+            self.engine.close()
 
     def __enter__(self) -> Encoder:
         return self
@@ -472,6 +471,7 @@ class Encoder:
     def _run(self, batch: PackedBatch) -> Vectors:
         """Run one batch and return the vectors [m, width] of its pieces."""
         with self._turns:
+            self._lifetime.check()
             began = time.perf_counter()
             out = self.engine.run(batch.rows)
         self._counters.add(infer_s=time.perf_counter() - began)

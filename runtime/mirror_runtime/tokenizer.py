@@ -8,7 +8,7 @@ text; those of the template stay.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
-from mirror_runtime.errors import BundleError, TextError
+from mirror_runtime.errors import BundleError, InputError, TextError
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
@@ -165,6 +165,23 @@ class Tokenizer:
         encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
         first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
         return ids[:first], ids[first:last], ids[last:]
+
+
+def iterate(texts: Iterable[object]) -> Iterator[object]:
+    """Iterate over texts, but not over what is one text, a table, or nothing to iterate over.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    kind = type(texts).__name__
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # iterating would yield the names of its columns
+        raise InputError(f"texts is a {kind}: pass one column, such as list(texts['text'])")
+    try:
+        if not isinstance(texts, (str, bytes)):
+            return iter(texts)
+    except TypeError:
+        pass
+    raise InputError(f"texts is one {kind}: pass a list, such as [text]")
 
 
 def validate_text(index: int, text: object) -> TextError | None:

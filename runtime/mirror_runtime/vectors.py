@@ -167,3 +167,12 @@ def quoted(text: str, limit: int = 60) -> str:
     """Quote a text for a message, shortened to about `limit` characters."""
     shown = repr(text)
     return shown if len(shown) <= limit else f"{shown[:limit]}…' ({len(text)} characters)"
+
+
+def rows_not_finite(vectors: Vectors) -> list[int]:
+    """List the rows that hold NaN or infinity."""
+    # A sum of integers is finite, and one of floats is exactly where all of them are: a fraction of the full check.
+    if np.isfinite(vectors.sum(dtype=np.float64)):
+        return []
+    rows: list[int] = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
+    return rows

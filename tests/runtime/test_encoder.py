@@ -4,7 +4,9 @@ import random
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 from mirror_runtime import Encoder, EngineError, InputError, TextError
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.encoder import Encoded, PendingWindow
 from mirror_runtime.engines.fake import FakeEngine
 
 
@@ -98,11 +101,19 @@ def test_a_closed_encoder_says_so(make_bundle):
             use()
 
 
-def use_in_child(encoder: Encoder, answers: multiprocessing.SimpleQueue) -> None:
-    try:
-        encoder.encode(["the cat sat on the mat."])
-    except EngineError as error:
-        answers.put(str(error))
+def use_in_child(encoder: Encoder, begun: PendingWindow, stream: Iterator[Encoded], answers: Any) -> None:
+    uses = (
+        lambda: encoder.encode(["the cat sat on the mat."]),
+        lambda: encoder.finish(begun),
+        lambda: list(stream),
+        lambda: list(encoder.encode_shapes(["the cat"])),
+        encoder.warm_up,
+    )
+    for use in uses:
+        try:
+            use()
+        except EngineError as error:
+            answers.put(str(error))
     encoder.close()
 
 
@@ -114,13 +125,18 @@ def test_an_encoder_in_a_forked_child_raises_and_never_hangs(tiny_bundle, make_b
     with Encoder.load(bundle, engine=engine, precision="fp32") as encoder:
         expected = encoder.encode(["the cat sat on the mat."])
         answers = context.SimpleQueue()
-        child = context.Process(target=use_in_child, args=(encoder, answers))
+        stream = encoder.encode_stream(["the cat sat on the mat."] * 5000, 500)
+        next(stream)
+        begun = encoder.begin(["a dog"])
+        child = context.Process(target=use_in_child, args=(encoder, begun, stream, answers))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
             child.start()
         child.join(30)
         assert child.exitcode == 0
-        assert "before the process forked" in answers.get()
+        for _ in range(5):
+            assert "before the process forked" in answers.get()
+        assert sum(len(part.vectors) for part in stream) == 4500
         np.testing.assert_array_equal(encoder.encode(["the cat sat on the mat."]), expected)
 
 
@@ -266,3 +282,37 @@ def test_unknown_choices_are_refused_with_the_known_ones(make_bundle, make_artif
     folder = make_bundle(artifacts=(make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
     with pytest.raises(error, match=message):
         Encoder.load(folder, **options)
+
+
+@pytest.mark.parametrize("engine", ["fake", "onnxruntime", "openvino"])
+def test_closing_while_others_encode_ends_each_call_in_vectors_or_one_clear_error(tiny_bundle, make_bundle, engine):
+    encoder = Encoder.load(make_bundle() if engine == "fake" else tiny_bundle, engine=engine, precision="fp32")
+    texts = ["the cat sat on the mat."] * 3 + [f"{'a' * (i % 9)} {'river ' * (i % 30)}" for i in range(300)]
+    encoder.encode(texts)
+    ends: list[str] = []
+
+    def call() -> None:
+        try:
+            while True:
+                encoder.encode(texts)
+                encoder.encode(texts[:1])
+        except EngineError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    encoder.close()
+    for thread in threads:
+        thread.join(30)
+    assert ends == ["this encoder is closed: load it again"] * 4
+    for use in (lambda: encoder.encode([]), lambda: next(encoder.encode_shapes(["a"]))):
+        with pytest.raises(EngineError, match="closed"):
+            use()
+
+
+@pytest.mark.parametrize("texts", [None, 5, np.array("abc")])
+def test_what_is_not_a_list_of_texts_is_named(encoder, texts):
+    with pytest.raises(InputError, match="pass a list"):
+        encoder.encode(texts)

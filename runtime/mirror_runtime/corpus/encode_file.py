@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,16 +38,14 @@ _HEADER = 128  # bytes reserved for the .npy header, whose row count is only kno
 _ROW_GROUP = 8192
 
 _RECORD = np.dtype(
-    [
-        ("rows", "<u8"),
-        ("truncated", "<u8"),
-        ("failed", "<u8"),
-        ("position", "<u8"),
-        ("texts", "<u4"),
-        ("written", "<u4"),
-    ]
+    [(name, "<u8") for name in ("rows", "truncated", "failed", "position", "texts", "written", "record")]
 )
-"""A window's record: its counts, how far the input was read, and the CRC-32 of its texts and of what was written."""
+"""A window's record: its counts, how far the input was read, and the CRC-32 of its texts, of what was written, and of
+the record itself with 0 in that place."""
+
+_DATA = ("vectors", "tokens", "truncated", "windows", "table")
+_FILES = (*_DATA, "lock", ".state.json.partial", "state.json")
+"""What a run keeps in its folder."""
 
 Append: TypeAlias = Callable[[Vectors, NDArray[np.int64], NDArray[np.bool_]], None]
 """Appends a row group: vectors [n, width], the texts' token counts [n], and whether each was truncated [n]."""
@@ -103,7 +100,10 @@ def encode_file(
     if finish is None:
         raise InputError(f"output must end in .npy or .parquet: {output}")
     if output.is_symlink():
-        output = output.resolve()  # the link stays, and its target is replaced
+        try:
+            output = output.resolve()  # the link stays, and its target is replaced
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{output} is a link that leads nowhere: choose another output") from error
     if not output.parent.is_dir():
         raise InputError(f"directory does not exist: {output.parent}")
     if output.is_dir():
@@ -130,7 +130,10 @@ def encode_file(
         _start_or_resume(folder, run)
         done = _encode(encoder, source, folder, zero_bad, on_progress)
         finish(folder, done.texts, encoder.spec, output)
-        shutil.rmtree(folder)
+        for name in _FILES:  # the state last: without it a later run takes nothing else over
+            (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's file is in it
+        folder.rmdir()
     return done
 
 
@@ -163,20 +166,23 @@ def _encode(
                     f"{source.path} has changed since the unfinished run in {folder.name}: delete that to start again"
                 )
             done = _add(done, record)
+        if done.failed and not zero_bad:
+            raise InputError(
+                f"{folder.name} holds zero vectors of {done.failed} bad rows: go on with --bad-texts zero, or delete it"
+            )
         for file in (*files, log):
             file.truncate()  # a killed run may have written more than it recorded
         on_progress(done)
         for window in encoder.encode_stream(texts(), WINDOW):
-            if window.errors and not zero_bad:
-                first = min(window.errors)
-                raise source.row_error(done.texts + first + 1, window.errors[first].reason)
+            source.check_errors(window.errors, done.texts, zero_bad=zero_bad)
             taken = [read.popleft() for _ in range(len(window.tokens))]
             parts = [array.tobytes() for array in (window.vectors, window.tokens, window.truncated)]
             for file, part in zip(files, parts, strict=True):
                 _write(file, part)
             counts = len(taken), int(window.truncated.sum()), len(window.errors), taken[-1].position
             checksums = _checksum([row.text for row in taken]), crc32(b"".join(parts))
-            record = np.array([(*counts, *checksums)], _RECORD)
+            record = np.array([(*counts, *checksums, 0)], _RECORD)
+            record["record"] = crc32(record.tobytes())
             _write(log, record.tobytes())
             done = _add(done, record[0])
             on_progress(done)
@@ -187,6 +193,10 @@ def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:
     """Record the input and the settings, or check that an earlier run's are the same."""
     path = folder / "state.json"
     if not path.exists():
+        if foreign := sorted({entry.name for entry in folder.iterdir()} - set(_FILES)):
+            raise InputError(f"{folder} holds {foreign[0]}, which is not of a run: move it, or choose another output")
+        for name in _DATA:  # of another run, whose state is lost
+            (folder / name).unlink(missing_ok=True)
         with replace_file(path) as beside:
             beside.write_text(json.dumps(run), encoding="utf-8")
         return
@@ -205,10 +215,13 @@ def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:
 def _whole_windows(log: BinaryIO, files: Sequence[BinaryIO], row_bytes: Sequence[int], folder: Path) -> Iterator[Any]:
     """Yield the records of the windows whose files hold what was recorded, and leave all files behind the last one."""
     while len(data := log.read(_RECORD.itemsize)) == _RECORD.itemsize:
-        (record,) = np.frombuffer(data, _RECORD)
+        record = np.frombuffer(data, _RECORD).copy()[0]
+        stated, record["record"] = int(record["record"]), 0
+        whole = crc32(record.tobytes()) == stated and record["rows"] <= WINDOW
         begins = [file.tell() for file in files]
-        parts = [file.read(int(record["rows"]) * size) for file, size in zip(files, row_bytes, strict=True)]
-        if crc32(b"".join(parts)) != record["written"]:
+        rows = int(record["rows"]) if whole else 0
+        parts = [file.read(rows * size) for file, size in zip(files, row_bytes, strict=True)]
+        if not whole or crc32(b"".join(parts)) != record["written"]:
             _log.warning("%s is damaged: the run goes on before the damage", folder)
             for file, begin in zip(files, begins, strict=True):
                 file.seek(begin)

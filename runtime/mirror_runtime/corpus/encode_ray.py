@@ -68,9 +68,7 @@ class ShardWorker:
             vector_table(beside, self._encoder.spec) as append,
         ):
             for window in self._encoder.encode_stream(job.source.texts(shard)):
-                if window.errors and not job.zero_bad:
-                    first = min(window.errors)
-                    raise job.source.row_error(row + first + 1, window.errors[first].reason)
+                job.source.check_errors(window.errors, row, zero_bad=job.zero_bad)
                 append(window.vectors, window.tokens, window.truncated)
                 row += len(window.tokens)
                 truncated += int(window.truncated.sum())

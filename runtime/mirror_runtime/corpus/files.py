@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
 from mirror_runtime.extras import require
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -68,7 +68,7 @@ class CorpusFile:
         """Stream the rows after the first `skip`, with at most a few thousand in memory."""
         if self._tabular:
             for position, value in enumerate(islice(self._values(), skip, None), skip + 1):
-                yield Row(text=value.as_py(), position=position)
+                yield Row(text=_python_value(value), position=position)
             return
         position = 0
         with self.path.open("rb") as stream:
@@ -96,18 +96,26 @@ class CorpusFile:
         """Stream the texts of a shard."""
         if self._tabular:
             groups = list(range(shard.begin, shard.end))
-            yield from (value.as_py() for value in self._values(row_groups=groups))
+            yield from map(_python_value, self._values(row_groups=groups))
             return
         with self.path.open("rb") as stream:
             stream.seek(shard.begin)
             for number, line in enumerate(islice(stream, shard.rows), shard.first + 1):
                 yield self._text(line, number)
 
-    def row_error(self, number: int, reason: str) -> InputError:
-        """Build the error for a row, counted from 1, that cannot be encoded."""
-        return InputError(
-            f"{self.path}, row {number}: {reason}. Fix it, or write zero vectors for such rows with --bad-texts zero"
-        )
+    def check_errors(self, errors: Mapping[int, TextError], before: int, *, zero_bad: bool) -> None:
+        """Raise for the first of a window's errors, which has `before` rows before it.
+
+        An `InputError` unless bad rows become zero vectors, and always an `EngineError` where the engine is to blame.
+        """
+        for at, error in sorted(errors.items()):
+            if isinstance(error, NotFiniteError):
+                raise EngineError(f"{self.path}, row {before + at + 1} {error.reason}")
+            if not zero_bad:
+                raise InputError(
+                    f"{self.path}, row {before + at + 1}: {error.reason}. Fix it, or write zero vectors for such rows "
+                    "with --bad-texts zero"
+                )
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         """Yield the rows and the length of each part that shards cannot divide: a line, or a row group."""
@@ -129,8 +137,9 @@ class CorpusFile:
     def _field(self, line: str, number: int) -> object:
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{self.path}, line {number}: not JSON ({error.msg}): write one object a line") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error).partition(": line")[0]
+            raise InputError(f"{self.path}, line {number}: not JSON ({reason}): write one object a line") from None
         if not isinstance(value, dict):
             return value
         if self.column not in value:
@@ -142,8 +151,12 @@ class CorpusFile:
 
     def _values(self, **section: Any) -> Iterator[Any]:
         """Stream the column of a Parquet file, or of a section of it, as Arrow's scalars."""
-        for batch in self._open_table().iter_batches(4096, columns=[self.column], **section):
-            yield from batch.column(0)
+        pyarrow = require("pyarrow", "cli")
+        try:
+            for batch in self._open_table().iter_batches(4096, columns=[self.column], **section):
+                yield from batch.column(0)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
 
     def _open_table(self) -> Any:
         """Open a Parquet file and check that it has the column."""
@@ -158,3 +171,12 @@ class CorpusFile:
                 "Name the right one with --text-column"
             )
         return file
+
+
+def _python_value(value: Any) -> object:
+    """Convert an Arrow scalar; what Python cannot hold, such as a string that is not UTF-8, is a bad row's value."""
+    try:
+        result: object = value.as_py()
+    except (ValueError, OverflowError, KeyError) as error:
+        return error
+    return result

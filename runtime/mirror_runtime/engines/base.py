@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Protocol
 
 from mirror_runtime.bundle import EngineName, Precision
@@ -58,13 +61,26 @@ class Lifetime:
 
     def check(self) -> None:
         """Raise an `EngineError` where the engine cannot be used."""
+        self.check_process()
         if self._closed:
             raise EngineError("this encoder is closed: load it again")
+
+    def check_process(self) -> None:
+        """Raise an `EngineError` in a forked child."""
         if os.getpid() != self._process:
             raise EngineError(
                 "this encoder was loaded before the process forked, which leaves the engine's threads behind: load it "
                 "in the child, or start processes with spawn"
             )
+
+    @contextmanager
+    def until_closed(self) -> Iterator[None]:
+        """Raise an `EngineError` where another thread's closing interrupts the block."""
+        try:
+            yield
+        except (RuntimeError, CancelledError):  # the pool takes no more work, or has dropped some
+            self.check()
+            raise
 
     def end(self) -> bool:
         """Note the end; return whether there is something to release, for the first time and in the right process."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def read_graph(graph: Path, cache: Path | None, before_reading: Callable[[], Non
         return kept
     before_reading()
     model = core.read_model(graph)
+    if not (folder / _HASHES).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # the remains of a cached graph
     try:
         with whole_folder(folder, overwrite=True, marker=_HASHES) as partial:
             openvino.save_model(model, partial / _GRAPH, compress_to_fp16=False)

@@ -16,6 +16,7 @@ import pytest
 from mirror_runtime import Encoder
 from mirror_runtime.cli.main import main
 from mirror_runtime.corpus import encode_file
+from mirror_runtime.engines.fake import FakeEngine
 from tests.runtime.corpus.conftest import ROWS
 
 
@@ -100,14 +101,51 @@ def unfinished(bundle, corpus, tmp_path, capsys, monkeypatch) -> Path:
         ("windows", lambda whole: whole[:-3]),
         ("windows", lambda whole: b""),
         ("windows", lambda whole: whole + b"torn"),
+        ("windows", lambda whole: b"\xff" * 8 + whole[8:]),  # more rows than memory
+        ("windows", lambda whole: whole[:8] + b"\x07" + whole[9:]),  # another count of truncated texts
+        ("windows", lambda whole: whole + bytes(56)),
+        ("state.json", None),  # lost: nothing else is taken over
     ],
 )
 def test_what_was_damaged_since_is_computed_again(bundle, corpus, tmp_path, capsys, unfinished, name, damage):
     file = tmp_path / "out.npy.partial" / name
-    file.write_bytes(damage(file.read_bytes()))
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
     assert main(arguments(bundle, corpus, unfinished)) == 0
     assert unfinished.read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert last_json(capsys)["resumed_after"] in (0, 500, 1000, 1500)
+
+
+def test_rows_that_became_zeros_are_not_taken_over_silently(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode_file, "WINDOW", 50)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.npy"
+    source.write_text('{"text": "a"}\n{"text": null}\n' + '{"text": "b"}\n' * 400 + "torn\n")
+    assert main(arguments(bundle, source, output, "--bad-texts", "zero")) == 2
+    assert "line 403: not JSON" in capsys.readouterr().err
+    assert main(arguments(bundle, source, output)) == 2
+    assert "holds zero vectors of 1 bad rows: go on with --bad-texts zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("policy", ["stop", "zero"])
+def test_vectors_that_are_not_finite_stop_the_run_whatever_the_policy(bundle, tmp_path, capsys, monkeypatch, policy):
+    source = tmp_path / "in.txt"
+    source.write_text("a\nb\n")
+    broken = lambda self, rows: np.full((rows.shape[0], rows.shape[1] // 4, 8), np.nan, np.float32)  # noqa: E731
+    monkeypatch.setattr(FakeEngine, "run", broken)
+    assert main(arguments(bundle, source, tmp_path / "out.npy", "--bad-texts", policy)) == 2
+    assert "row 1 has a vector with NaN or infinity: run mirror verify" in capsys.readouterr().err
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(bundle, corpus, tmp_path, capsys):
+    folder = tmp_path / "out.npy.partial"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("mine")
+    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+    assert "holds precious.txt, which is not of a run" in capsys.readouterr().err
+    assert (folder / "precious.txt").read_text() == "mine"
 
 
 def test_an_input_that_changed_behind_the_same_size_and_time_is_refused(bundle, corpus, capsys, unfinished):

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
@@ -65,3 +66,26 @@ def test_shards_cover_every_row_once_and_in_order(tmp_path, kind):
 def test_an_error_names_the_file_and_the_line(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         texts(CorpusFile(path=write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize("line", ["9" * 5000, "[" * 100_000, '{"text": "a"', "nothing"])
+def test_what_is_not_json_is_named_with_its_line(tmp_path, line):
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(InputError, match=r"in\.jsonl, line 2: not JSON"):
+        list(CorpusFile(path=path).rows())
+
+
+def test_values_that_python_cannot_hold_are_bad_rows_and_a_torn_file_is_named(tmp_path):
+    path = tmp_path / "in.parquet"
+    strings = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"a\xff")]
+    )
+    parquet.write_table(pa.table({"text": strings}), path)
+    first, second = (row.text for row in CorpusFile(path=path).rows())
+    assert first == "a"
+    assert isinstance(second, UnicodeDecodeError)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + bytes(30) + whole[34:])
+    with pytest.raises(InputError, match=r"in\.parquet (cannot be read|is not a Parquet file)"):
+        list(CorpusFile(path=path).rows())
