@@ -169,6 +169,7 @@ FOLDERS: dict[str, Change] = {
     "processor_kwargs without special tokens": put(BERT_FILE, {"processor_kwargs": {"add_special_tokens": False}}),
     "processor_kwargs of another kind": put(BERT_FILE, {"processor_kwargs": {"strip_accents": True}}),
     "model_args dtype": put(BERT_FILE, {"model_args": {"torch_dtype": "float32"}}),
+    "model_args half precision": put(BERT_FILE, {"model_args": {"torch_dtype": "float16"}}),
     "model_kwargs attention": put(BERT_FILE, {"model_kwargs": {"attn_implementation": "eager"}}),
     "model_kwargs of another kind": put(BERT_FILE, {"model_kwargs": {"num_hidden_layers": 1}}),
     "config_kwargs fewer layers": put(BERT_FILE, {"config_kwargs": {"num_hidden_layers": 1}}),
@@ -208,6 +209,7 @@ FOLDERS: dict[str, Change] = {
     "tokenizer_config: padding side": merge("tokenizer_config.json", padding_side="left"),
     "tokenizer_config: an added token": merge("tokenizer_config.json", added_tokens_decoder={"74": ADDED}),
     "tokenizer_config: extra special tokens": merge("tokenizer_config.json", extra_special_tokens=["newword"]),
+    "tokenizer_config: a word as a special token": merge("tokenizer_config.json", additional_special_tokens=["cat"]),
     "tokenizer_config: absent": lambda folder: (folder / "tokenizer_config.json").unlink(),
     "tokenizer.json: truncation and padding": tokenizer(
         truncation={"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0},
@@ -232,6 +234,7 @@ FOLDERS: dict[str, Change] = {
     "default prompt": put(CONFIG, {"prompts": PROMPTS, "default_prompt_name": "own"}),
     "default prompt without a text": put(CONFIG, {"prompts": {}, "default_prompt_name": "query"}),
     "default prompt that is not there": put(CONFIG, {"prompts": PROMPTS, "default_prompt_name": "typo"}),
+    "default prompt beyond the limit": put(CONFIG, {"prompts": {"own": "dog " * 99}, "default_prompt_name": "own"}),
     "prompts without a default": put(CONFIG, {"prompts": PROMPTS, "default_prompt_name": None}),
     "default prompt outside the pooling": all_of(
         put(CONFIG, {"prompts": PROMPTS, "default_prompt_name": "own"}),
@@ -261,6 +264,7 @@ FOLDERS: dict[str, Change] = {
     "modules: the transformer in its own folder": move_transformer,
     **{f"dense {kind.value}": dense(ACTIVATION_CLASSES[kind]) for kind in Activation},
     "dense without bias": dense(ACTIVATION_CLASSES[Activation.IDENTITY], bias=False),
+    "dense that writes elsewhere": dense(ACTIVATION_CLASSES[Activation.IDENTITY], module_output_name=""),
     "dense with a residual": dense(ACTIVATION_CLASSES[Activation.IDENTITY], use_residual=True),
     "dense, another activation": dense("torch.nn.modules.activation.SiLU"),
     "adapter beside the weights": put("adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x"}),

@@ -57,6 +57,13 @@ def test_every_wrong_reading_is_found(published, misread, problem):
     assert witness.question(published, wrong, TEXTS).problem.startswith(problem)
 
 
+def test_a_folder_that_it_cannot_read_is_a_difference_too(published):
+    config = {"prompts": {"own": 5}, "default_prompt_name": "own"}
+    (published / "config_sentence_transformers.json").write_text(json.dumps(config))
+    reference = Reference.load(resolve(str(published)))
+    assert witness.question(published, reference, TEXTS).problem.startswith("it fails with TypeError")
+
+
 def test_an_encoder_that_the_folder_does_not_record_has_no_witness(published, tiny_bert):
     assert resolve(str(tiny_bert), pooling=Pooling.MEAN).published is None
     for changed in (resolve(str(published), max_tokens=20), resolve(str(published), normalize=True)):
