@@ -57,14 +57,6 @@ class Reference:
                 f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "
                 "both count from 0"
             )
-        table: Any = self.model.get_input_embeddings()
-        rows = table.num_embeddings
-        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
-        if largest >= rows:
-            raise BundleError(
-                f"{name}: tokenizer.json has the token {token!r} with id {largest}, and the embedding table has {rows} "
-                "rows: resize it (resize_token_embeddings) or save the right tokenizer"
-            )
         if len(self.dense) != len(spec.dense):
             raise BundleError(f"{name} has {len(self.dense)} dense layers where {len(spec.dense)} are recorded")
         if spec.dense and spec.dense[0].in_features != width:
@@ -101,9 +93,21 @@ class Reference:
                     load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
                 ),
             )
+            reference._check_vocabulary()
             if not np.isfinite(reference.encode(["one text"])).all():  # a config may only fail when it computes
                 raise BundleError(f"{source.folder} computes NaN or infinity for the text 'one text'")
         return reference
+
+    def _check_vocabulary(self) -> None:
+        """Check that the embedding table has a row for every token: once a load, as a vocabulary takes long to list."""
+        table: Any = self.model.get_input_embeddings()
+        rows = table.num_embeddings
+        token, largest = max(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= rows:
+            raise BundleError(
+                f"{self.spec.base_model}: tokenizer.json has the token {token!r} with id {largest}, and the embedding "
+                f"table has {rows} rows: resize it (resize_token_embeddings) or save the right tokenizer"
+            )
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Encode texts.

@@ -195,17 +195,24 @@ def _read_transformer(folder: Path) -> int | None:
         refused += [] if value in wanted else [f"{name} {value!r}"]
     if refused:
         raise BundleError(f"{path} has {', '.join(sorted(refused))}, which changes vectors and is not supported")
-    lowers = lower_cases(read_json(folder / TOKENIZER_FILE, dict).get("normalizer"))
-    if (config.get("do_lower_case") or lower_case) and not lowers:
+    if config.get("do_lower_case") or lower_case is not None:
+        lower = bool(config.get("do_lower_case") or lower_case)
+        _check_case(path, folder / TOKENIZER_FILE, lower=lower, stated=lower_case)
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise BundleError(f"{path} has the limit {limit!r}: it must be a number of tokens")
+    return limit
+
+
+def _check_case(path: Path, tokenizer: Path, *, lower: bool, stated: object) -> None:
+    """Check that a tokenizer treats case as stated. Its file, which is megabytes, is read only for this."""
+    lowers = lower_cases(read_json(tokenizer, dict).get("normalizer"))
+    if lower and not lowers:
         raise BundleError(
             f"{path} lower-cases texts before a cased tokenizer: move the lower-casing into {TOKENIZER_FILE} (a "
             "Lowercase normalizer)"
         )
-    if lower_case is False and lowers:
+    if stated is False and lowers:
         raise BundleError(f"{path} keeps the case of texts and {TOKENIZER_FILE} lower-cases: make them agree")
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise BundleError(f"{path} has the limit {limit!r}: it must be a number of tokens")
-    return limit
 
 
 def lower_cases(normalizer: Any) -> bool:
@@ -225,7 +232,7 @@ def _read_dim(dim: object, path: Path, *, normalize: bool) -> int | None:
     if normalize:
         raise BundleError(
             f"{path} has truncate_dim {dim} and modules.json normalises before that cut, so vectors have no unit "
-            "length: set truncate_dim to null and pass --dimensions, which normalises after the cut"
+            "length: set truncate_dim to null and pass --dim, which normalises after the cut"
         )
     return dim
 

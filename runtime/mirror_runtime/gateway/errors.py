@@ -91,9 +91,14 @@ def refusal_of(error: Exception) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, TextError) and not isinstance(error, NotFiniteError):
+    failed = Refusal(
+        500, "internal_error", "encoding failed; the gateway's log has the reason, under this request's id"
+    )
+    if isinstance(error, NotFiniteError):  # a TextError, and not the text's fault
+        return failed
+    if isinstance(error, TextError):
         return Refusal(400, "invalid_text", str(error), param="input")
-    if isinstance(error, (InputError, Rejected)) and not isinstance(error, NotFiniteError):
+    if isinstance(error, (InputError, Rejected)):
         return Refusal(400, "invalid_input", str(error), param="input")
     if isinstance(error, OverloadedError):
         return overloaded("the encoder's queue is full: try again later", error.retry_after_s)
@@ -101,7 +106,7 @@ def refusal_of(error: Exception) -> Refusal:
         return unavailable("deadline_exceeded", "the model server did not answer in time: try again later")
     if isinstance(error, UnavailableError):
         return unavailable("backend_unavailable", "the model server cannot be reached: try again later")
-    return Refusal(500, "internal_error", "encoding failed; the gateway's log has the reason, under this request's id")
+    return failed
 
 
 def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
