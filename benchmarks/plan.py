@@ -34,7 +34,6 @@ class Suite(str, Enum):
     SERVING = "serving"  # how does it behave behind Triton and the gateway, under load?
     QUALITY = "quality"  # what are the vectors worth, by people's scores?
     STARTUP = "startup"  # how long from process start to the first vector?
-    SCALING = "scaling"  # what do more texts, cores and callers cost?
     PEERS = "peers"  # how does that compare with other libraries, in the same run?
     TRAINING = "training"  # how long does tuning take and how good is it, beside the published recipe?
 
@@ -150,18 +149,18 @@ def select_variants(
     return chosen
 
 
-def auto_variants(plan: Plan, suite: Suite, variants: Sequence[Variant], recorder: Recorder) -> tuple[Variant, ...]:
+def auto_variants(plan: Plan, variants: Sequence[Variant], recorder: Recorder) -> Sequence[Variant]:
     """Return the one of the variants that "auto" selects in a quick run, else all; the others become failures."""
     if not plan.quick or len(variants) < 2:
-        return tuple(variants)
+        return variants
     selected: tuple[EngineName, Precision] | None = None
     with suppress(EngineError):  # no engine of the bundle is among those that "auto" means
         selected = choose(plan.manifest, AUTO, AUTO)[:2]
     chosen = next((one for one in variants if (one.engine, one.precision) == selected), variants[0])
     for variant in variants:
         if variant is not chosen:
-            recorder.fail(suite.value, variant.name, f"a quick run measures one artifact, {chosen.name}")
-    return (chosen,)
+            recorder.fail(Suite.SERVING.value, variant.name, f"a quick run measures one artifact, {chosen.name}")
+    return [chosen]
 
 
 BERT_SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}

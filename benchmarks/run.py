@@ -44,7 +44,6 @@ from benchmarks.report.storage import REPORT_FILE, Report, read_report, write_re
 from benchmarks.suites.latency import run_latency
 from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.suites.quality import read_evaluation_sets, run_quality
-from benchmarks.suites.scaling import run_scaling
 from benchmarks.suites.serving import run_serving
 from benchmarks.suites.startup import run_startup
 from benchmarks.suites.throughput import run_throughput
@@ -58,7 +57,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.STARTUP: run_startup,
-    Suite.SCALING: run_scaling,
     Suite.LATENCY: run_latency,
     Suite.THROUGHPUT: run_throughput,
     Suite.QUALITY: run_quality,

@@ -1,17 +1,18 @@
-"""A child process that answers line-JSON requests one at a time: another library, or the load generator."""
+"""Child processes: one that answers line-JSON requests (another library, the load generator), one that runs to its end."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mirror_runtime.errors import PeerError
+from mirror_runtime.errors import EngineError, PeerError
 
 EXIT_S = 5.0
 """Time for a worker to end after its input is closed; then it is killed."""
@@ -105,6 +106,19 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def run_to_end(command: Sequence[str], name: str) -> None:
+    """Run a command in an empty folder.
+
+    Raises:
+        EngineError: it failed; the message is its last line.
+    """
+    with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=neutral, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise EngineError(f"{name} ended with status {done.returncode}: {last[0]}")
 
 
 def peak_bytes(process: int | str) -> int:

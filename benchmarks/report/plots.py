@@ -40,7 +40,6 @@ class Values:
     _: KW_ONLY
     label: str
     where: Mapping[str, Condition] = field(default_factory=dict)
-    scale: float = 1.0
     log: int = 0
 
     def of(self, report: Report) -> list[Measurement]:
@@ -50,7 +49,7 @@ class Values:
 
     def number(self, measurement: Measurement, figure: str = "") -> float:
         """Return the number of one of them."""
-        return self.scale * measurement.figure(figure or self.figure)
+        return measurement.figure(figure or self.figure)
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,6 @@ def _samples(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
 
 _RATE = Values("texts per second", RATES, label="texts per second")
 _TOKENS = Values("tokens", label="tokens of each text", log=2)
-_TEXTS = Values("texts", label="texts", log=10)
 _BETTER = "(right is better; squares: peers)"
 _MEAN, _OPEN = {"set": "mean"}, {"loop": "open"}
 
@@ -225,18 +223,6 @@ PLOTS: Mapping[str, Plot] = {
         Values("time per request", "serving", "p99", label="milliseconds from when it was due", where=_OPEN, log=10),
         Values("offered per second", "serving", label="texts offered per second"),
         dashed="p50",
-    ),
-    "scaling": Plot(
-        _lines,
-        "Time per text against the number of texts",
-        Values("time per text", "scaling", label="microseconds per text"),
-        _TEXTS,
-    ),
-    "scaling_memory": Plot(
-        _lines,
-        "Peak memory against the number of texts",
-        Values("peak memory", "scaling", label="peak memory in MB", scale=1e-6),
-        _TEXTS,
     ),
     "training": Plot(
         _samples,

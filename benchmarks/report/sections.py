@@ -16,7 +16,6 @@ PLOTS_OF: Mapping[str, tuple[str, ...]] = {
     "latency": ("latency", "latency_cdf"),
     "quality": ("pareto",),
     "serving": ("serving",),
-    "scaling": ("scaling", "scaling_memory"),
     "training": ("training",),
 }
 """Names of `plots.PLOTS` below a suite's tables."""
@@ -186,50 +185,6 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             peer converts a model, the conversion was saved before and is not counted. Memory is the process's peak
             resident set, shared files included: at the first vector, and after that many texts of the workload;
             medians. Installed are the packages that the party needs, without Python itself and pip.""",
-        ),
-    ),
-    "scaling": (
-        _table(
-            ("party", "texts"),
-            Column("µs per text", "time per text", form=",.1f"),
-            Column("tokens per text", "tokens per text", form=".2f"),
-            *_each(",.0f", "MB at the first window: memory at the first window", "MB at most: peak memory", scale=1e-6),
-            Column("processes", "time per text", "count"),
-            EXPORT_COSINE,
-            text="""The workload's texts repeated, each time with another number of seven digits at the end, so that no
-            text comes twice, from a generator through `encode_stream`; loading left out. Memory is the process's peak
-            resident set.""",
-        ),
-        _table(
-            ("party", "cores"),
-            Column("streams", "streams"),
-            RATE[0],
-            Column("CPU seconds per second", "CPU seconds per second", "max", ".2f"),
-            ROUNDS,
-            text="""The whole workload in one `encode` call, in a process that may run on so many cores. Streams are
-            those that the engine chose. CPU seconds per second are the most of any round, over all threads.""",
-        ),
-        _table(
-            ("party", "callers"),
-            *_each(
-                ",.0f",
-                "texts/s of one encode: texts per second of one encode",
-                "texts/s of the callers: texts per second",
-            ),
-            Column("share", "share of one encode", form="percent"),
-            ROUNDS,
-            text="""Concurrent asyncio callers of single texts through `AsyncEncoder`, interleaved with one `encode`
-            call of the same texts.""",
-        ),
-        _table(
-            ("party", "full queue"),
-            Column("calls", "calls"),
-            Column("refused", "time until refused", "count"),
-            *_of("time until refused", ".2f", "p50", "max"),
-            *_each(",.0f", "accepted", "answered"),
-            Column("worst cosine to one encode", "worst cosine to one encode", form=".6f"),
-            text="""Waves of the same callers meet a queue that so many texts fill; a refusal's time counts from the
-            moment a call was due. Fewer answered than accepted calls mean that some were lost.""",
         ),
     ),
     "peers": (

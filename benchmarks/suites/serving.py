@@ -119,7 +119,7 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
             partial(progress.console.print, style="dim", markup=False),
         )
     with loaded(plan, recorder, Suite.SERVING) as runners:
-        variants = auto_variants(plan, Suite.SERVING, [runner.variant for runner in runners], recorder)
+        variants = auto_variants(plan, [runner.variant for runner in runners], recorder)
         rounds = sum(1 + plan.rounds * (1 + len(loops)) for loops in LOOPS.values())
         once = 1 + len(pace.shares) + len(LOOPS[GRPC]) * (analyzer is not None)
         with steps(progress, "serving", len(variants) * (rounds + once)) as on_step:

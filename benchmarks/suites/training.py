@@ -19,7 +19,7 @@ from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
 from benchmarks.suites.quality import MEAN, read_evaluation_sets
-from benchmarks.suites.scaling import run_to_end
+from benchmarks.workers import run_to_end
 from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import InputError
 

@@ -97,9 +97,6 @@ def measurements() -> tuple[Measurement, ...]:
         fact("serving", VARIANT, "offered per second", offered, unit="1/s", conditions=arrivals)
         fact("serving", VARIANT, "time per request", offered, 2 * offered, unit="ms", conditions=arrivals)
         fact("serving", VARIANT, "kept up", kept, conditions=arrivals)
-    for texts, us in ((1000, 400.0), (16_000, 375.0)):
-        lower("scaling", VARIANT, "time per text", us, us, unit="us", conditions={"texts": texts})
-        fact("scaling", VARIANT, "peak memory", 310e6, unit="B", conditions={"texts": texts})
     recipe = "mirror-runtime, recipe sentence"
     lower("training", recipe, "time to the saved folder", 30.0, 34.0, unit="s")
     fact("training", recipe, "Spearman x 100", 71.0, 72.5, unit="points", conditions={"set": "mean"})

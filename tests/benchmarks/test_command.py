@@ -15,13 +15,13 @@ from benchmarks.peers.protocol import time_calls
 from benchmarks.report.record import Measurement
 from benchmarks.report.storage import Report, read_report
 from benchmarks.run import main
-from benchmarks.suites import latency, scaling, startup, training
+from benchmarks.suites import latency, startup, training
 from benchmarks.suites.throughput import Rounds
 from benchmarks.suites.training import REFERENCE_PARTY, Trainer
+from benchmarks.workers import run_to_end
 from export.bundle.build import Request, build
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision
-from mirror_runtime.host import usable_cores
 from mirror_runtime.vectors import cosines
 from tests.support.trace_cache import cached_traces
 from training import evaluate
@@ -92,26 +92,13 @@ def test_every_round_of_a_real_engine_has_its_reference(run, tiny_bundle):
 
 
 @pytest.mark.process
-def test_startup_and_scaling_are_measured_in_fresh_processes(run, monkeypatch):
-    monkeypatch.setattr(scaling, "QUICK_SIZES", (20, 60))
-    status, output = run("--suite", "startup", "scaling", "--quick", "--rounds", "2")
+def test_startup_is_measured_in_fresh_processes(run):
+    status, output = run("--suite", "startup", "--quick", "--rounds", "2")
     report = read_report(output)
     assert status == 0
     assert not report.failures
     assert one(report, "startup", "time to the first vector").total == startup.QUICK_ROUNDS
     assert one(report, "startup", "peak memory").median >= one(report, "startup", "memory at the first vector").median
-    assert [report.select("scaling", "time per text", texts=size)[0].total for size in (20, 60)] == [1, 1]
-    assert one(report, "scaling", "peak memory").median > 10_000_000
-    used = report.select("scaling", "CPU seconds per second")
-    assert [one.conditions["cores"] for one in used] == scaling.cores_to_try(usable_cores())
-    assert all(one.figure("max") <= float(one.conditions["cores"]) + 0.2 for one in used)
-    assert one(report, "scaling", "share of one encode", callers=100).median > 0
-    queue = {one.metric: one for one in report.select("scaling") if "full queue" in one.conditions}
-    sent, accepted = queue["calls"].median, queue["accepted"].median
-    assert sent == float(queue["calls"].conditions["full queue"]) + 20 * 100
-    assert queue["answered"].median == accepted == sent - queue["time until refused"].total
-    assert queue["worst cosine to one encode"].median > 0.999999
-    assert 0 < queue["time until refused"].median <= queue["time until refused"].figure("max")
 
 
 @pytest.fixture
@@ -252,12 +239,12 @@ def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch,
 
 @pytest.mark.slow  # two tuning runs, a process each
 def test_training_runs_for_real(run, tiny_bert, tuning_files, monkeypatch):
-    def run_command(command: Sequence[str], name: str) -> str:
+    def run_command(command: Sequence[str], name: str) -> None:
         """Evaluate in this process: another one would import PyTorch for five seconds, twice."""
         if name != "evaluate.py":
-            return scaling.run_to_end(command, name)
-        assert evaluate.main(command[2:]) == 0
-        return ""
+            run_to_end(command, name)
+        else:
+            assert evaluate.main(command[2:]) == 0
 
     monkeypatch.setattr(training, "run_to_end", run_command)
     status, output = run("--suite", "training", "--quick", "--base", str(tiny_bert), *tuning_files)
