@@ -21,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from benchmarks.report.document import PARTIAL, Image, build_document
-from benchmarks.report.plots import DARK, LIGHT, Theme, draw
+from benchmarks.report.plots import draw
 from benchmarks.report.storage import Report, read_report
 from benchmarks.report.tables import Grid
 from mirror_runtime.cli.run import application, run_command
@@ -37,18 +37,17 @@ def render_page(report: Report) -> str:
     environment.filters |= {"inline": _inline, "anchor": lambda title: re.sub(r"\W+", "-", title.lower())}
     environment.tests |= {"grid": lambda block: isinstance(block, Grid), "image": lambda b: isinstance(b, Image)}
 
-    def picture(name: str, theme: Theme) -> str:
+    def picture(name: str) -> str:
         target = io.BytesIO()
         # The same bytes for the same figure; its text is outlines, for pages where the font is missing.
-        draw(name, report, theme).savefig(target, format="svg", metadata={"Date": None, "Creator": None})
+        draw(name, report).savefig(target, format="svg", metadata={"Date": None, "Creator": None})
         return f"data:image/svg+xml;base64,{base64.b64encode(target.getvalue()).decode()}"
 
     return environment.get_template(TEMPLATE_FILE).render(
         name=report.facts.subject.name,
         status=PARTIAL if report.facts.partial else "",
         parts=build_document(report),
-        light=lambda name: picture(name, LIGHT),
-        dark=lambda name: picture(name, DARK),
+        picture=picture,
     )
 
 

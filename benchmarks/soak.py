@@ -27,8 +27,7 @@ from benchmarks.load.generator import End, Load, load_process
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.load.servers import ALL, ServedBundle, served_bundle
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
-from benchmarks.report.statistics import percentile
-from benchmarks.soak_report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, Settings, judge, write_files
+from benchmarks.soak_report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, judge, write_files
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
@@ -36,9 +35,14 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.folders import whole_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+SEED = 0
+"""Of texts, kinds of requests and arrivals."""
 
 TIMEOUT_S = 10.0
 """Limit of one request. At a share of the server's capacity nothing takes nearly as long."""
+
+SHARE = 0.5
+"""Of the capacity, which is offered: the server is half idle."""
 
 CLOSED_CALLERS = 16
 """Enough to keep the server busy while the generator checks an answer."""
@@ -52,56 +56,40 @@ _TICK_S = 0.5
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     minutes: Annotated[float, typer.Option(min=0.05, help="Of load, without start and end of the server.")] = 30.0,
-    output: Annotated[Path, typer.Option(help="Folder of the report; an older one there is replaced.")] = Path(
-        "reports/soak"
-    ),
-    share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of the rate measured first: 0.5 leaves the server half idle.")
-    ] = 0.5,
+    output: Annotated[Path, typer.Option(help="Folder; an older report there is replaced.")] = Path("reports/soak"),
     engine: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the bundle, or auto.")] = "auto",
-    texts: Annotated[
-        Path | None, typer.Option(help="Texts, one per line. Default: docstrings of the standard library.")
-    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="Texts, one per line. Default: Python's docstrings.")] = None,
     window: Annotated[float, typer.Option(min=0.5, metavar="SECONDS", help="How often figures are taken.")] = 10.0,
-    max_growth: Annotated[
-        float, typer.Option(metavar="MB", help="Per hour, of resident memory, over the second half of the run.")
-    ] = 30.0,
-    max_drift: Annotated[
-        float, typer.Option(min=0, help="p99 of the last third over the first third's: 1.5 allows half as much again.")
-    ] = 1.5,
-    max_unexpected: Annotated[int, typer.Option(min=0, help="Requests that may end as none should.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of texts, kinds of requests and arrivals.")] = 0,
+    max_growth: Annotated[float, typer.Option(metavar="MB", help="Per hour, of memory, in the second half.")] = 30.0,
+    max_drift: Annotated[float, typer.Option(min=0, help="p99 of the last third over the first third's.")] = 1.5,
 ) -> None:
     """Serve BUNDLE, put load on it for some minutes, and judge the result."""
-    settings = Settings(
-        engine=engine, precision=precision, minutes=minutes, share=share, window_s=window, max_growth=max_growth,
-        max_drift=max_drift, max_unexpected=max_unexpected, seed=seed,
-    )  # fmt: skip
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    versions = installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient"))
     host, source = describe_host(), describe_source(ROOT)
     console, observed = Console(stderr=True, soft_wrap=True, highlight=False), Observed()
     # Entered first: a folder that cannot be written is reported before the run, not after it.
     with whole_folder(output, overwrite=True, marker=SOAK_FILE) as folder, truncations_counted_elsewhere():
-        manifest = read_manifest(bundle)
-        tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
-        workload = load_workload(texts, tokenizer, quick=True, seed=seed)
+        tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, read_manifest(bundle).encoder.max_tokens)
+        workload = load_workload(texts, tokenizer, quick=True, seed=SEED)
         columns = (*Progress.get_default_columns(), TextColumn("[dim]{task.fields[doing]}"))
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("soak", total=60 * minutes, doing="vectors in process")
             with Encoder.load(bundle, engine=engine, precision=precision) as encoder:
-                expected = ExpectedVectors.compute(encoder, bundle, workload.texts, seed)
+                expected = ExpectedVectors.compute(encoder, bundle, workload.texts, SEED)
                 party = f"{encoder.engine.name.value} {encoder.engine.precision.value}"
             progress.update(task, doing="start, then the rate")
-            soak(bundle, expected, settings, observed, partial(progress.update, task))
+            options = ("--engine", engine, "--precision", precision)
+            soak(bundle, options, expected, 60 * minutes, window, observed, partial(progress.update, task))
         facts = dict(
-            started=started, host=host, source=source, versions=versions, workload=workload.facts,
-            bundle=bundle.resolve().name, fingerprint=expected.fingerprint, floor=expected.floor,
-            canaries=expected.canaries,
+            started=started, host=host, source=source, workload=workload.facts,
+            versions=installed_versions((*MEASURED_WITH, "nvidia-pytriton", "tritonclient")),
+            bundle=bundle.resolve().name, fingerprint=expected.fingerprint, floor=expected.floor, minutes=minutes,
+            share=SHARE, window_s=window, max_growth=max_growth, max_drift=max_drift,
         )  # fmt: skip
-        headline = write_files(folder, party, settings, facts, observed)
-    for verdict in judge(observed, settings):
+        verdicts = judge(observed, max_growth, max_drift)
+        headline = write_files(folder, party, facts, observed, verdicts)
+    for verdict in verdicts:
         console.print(f"{WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
     word = "interrupted: partial report" if observed.partial else "report"
     console.print(f"{word} in {output / MARKDOWN_FILE}", markup=False)
@@ -120,7 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def soak(
-    bundle: Path, expected: ExpectedVectors, settings: Settings, observed: Observed, on_progress: Callable[..., None]
+    bundle: Path,
+    options: Sequence[str],
+    expected: ExpectedVectors,
+    seconds: float,
+    window_s: float,
+    observed: Observed,
+    on_progress: Callable[..., None],
 ) -> None:
     """Serve a bundle, put load on it, and end it. Ctrl-C ends it early and marks `observed` as partial.
 
@@ -129,10 +123,10 @@ def soak(
         PeerError: the load generator failed.
     """
     try:
-        with served_bundle(bundle, "--engine", settings.engine, "--precision", settings.precision) as server:
+        with served_bundle(bundle, *options) as server:
             try:
                 with load_process(server.addresses, expected.texts, timeout_s=TIMEOUT_S, expected=expected) as load:
-                    _put_load(load, server, settings, observed, on_progress)
+                    _put_load(load, server, seconds, window_s, observed, on_progress)
             finally:
                 observed.ending, observed.log, observed.restarts = server.end(), server.log, server.restarts
     except KeyboardInterrupt:  # the server has ended by now; it was killed if that happened while it started or ended
@@ -140,41 +134,41 @@ def soak(
 
 
 def _put_load(
-    load: Load, server: ServedBundle, settings: Settings, observed: Observed, on_progress: Callable[..., None]
+    load: Load,
+    server: ServedBundle,
+    seconds: float,
+    window_s: float,
+    observed: Observed,
+    on_progress: Callable[..., None],
 ) -> None:
     """Measure the capacity, then offer a share of it until the time is over or the server has ended."""
-    seconds = 60 * settings.minutes
-    observed.before = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=settings.seed)
-    if not observed.before.rate:
+    before = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=SEED)
+    observed.capacity = before.rate
+    observed.count(before)
+    if not before.rate:
         return  # there is no rate to take a share of; the verdict on errors fails
-    load.begin(rate=settings.share * observed.before.rate, seconds=seconds, seed=settings.seed)
-    began = time.monotonic()
+    load.begin(rate=SHARE * before.rate, seconds=seconds, seed=SEED)
+    began, due = time.monotonic(), 0.0
 
     def clock() -> float:
         return min(time.monotonic() - began, seconds)
 
-    def add(end: End = "") -> None:
-        if (window := load.take(end)).requests:
-            observed.windows.append(window)
-
     try:
-        observed.memory.append((clock(), server.memory()))
-        due = settings.window_s
         while clock() < seconds and server.running:
-            time.sleep(max(0.0, min(_TICK_S, due - clock(), seconds - clock())))
             if clock() >= due:
-                add()
+                observed.add(load.take())
                 observed.memory.append((clock(), server.memory()))
-                due += settings.window_s
+                due += window_s
             on_progress(completed=clock(), doing=_summary(observed))
+            time.sleep(max(0.0, min(_TICK_S, due - clock(), seconds - clock())))
     finally:
         observed.load_s = clock()
-        add("wait" if observed.load_s >= seconds and server.running else "stop")
+        end: End = "wait" if observed.load_s >= seconds and server.running else "stop"
+        observed.add(load.take(end))
 
 
 def _summary(observed: Observed) -> str:
-    times = observed.windows[-1].times_ms if observed.windows else ()
-    p99 = f"p99 {percentile(times, 99):.0f} ms, " if times else ""
+    p99 = f"p99 {observed.windows[-1].p99_ms:.0f} ms, " if observed.windows else ""
     return f"{p99}{observed.memory[-1][1].get(ALL, 0.0):.0f} MB, {observed.unexpected} unexpected"
 
 

@@ -1,4 +1,4 @@
-"""Child processes: one that answers line-JSON requests (another library, the load generator), one that runs to its end."""
+"""Child processes: one answers line-JSON requests (another library, the load generator), one runs to its end."""
 
 from __future__ import annotations
 

@@ -22,9 +22,8 @@ GRPC, HTTP, GATEWAY = "grpc", "http", "gateway"
 TEXTS_PER_REQUEST = {1: 0.80, 8: 0.15, 32: 0.05}
 """Sizes of the mix's requests, and how often each is drawn."""
 
-LONG_TEXTS = 100
-LONG_SHARE = 0.05
-"""Of the texts of a request."""
+TEXTS_A_LONG_ONE = 20
+"""Of the workload, for each long text: so one in twenty of the mix's texts is long."""
 
 FAKE_FLOOR = 0.99999
 """Cosine floor of the fake engine, which has no certificate: its vectors are a fixed function of the text."""
@@ -65,8 +64,6 @@ class ExpectedVectors:
         components: float32 [texts, dim], components of the right vectors.
         floor: cosine below which a vector is wrong.
         fingerprint: vector space that answers must name.
-        canaries: number of canaries among the texts.
-        long_from: position of the first long text.
     """
 
     texts: tuple[str, ...]
@@ -74,8 +71,6 @@ class ExpectedVectors:
     floor: float
     spec: EncoderSpec
     fingerprint: str
-    canaries: int
-    long_from: int
 
     def problem(self, chosen: Sequence[int], vectors: Vectors) -> str:
         """Describe what is wrong with an answer, see `distance_problem`; "" if it is right."""
@@ -105,8 +100,6 @@ class ExpectedVectors:
             floor=FAKE_FLOOR if encoder.artifact is None else encoder.artifact.parity.floor,
             spec=encoder.spec,
             fingerprint=encoder.fingerprint,
-            canaries=len(canaries),
-            long_from=len(canaries) + len(texts),
         )
 
 
@@ -120,25 +113,20 @@ def in_turn(target: str, size: int, texts: int, start: float = 0.0) -> Iterator[
 
 def mix(expected: ExpectedVectors, seed: int, kinds: Mapping[Kind, float]) -> Iterator[Request]:
     """Draw requests over both of Triton's protocols, their kinds in these shares. The same seed draws the same ones."""
-    draw, first_long = random.Random(seed), expected.long_from
-
-    def text() -> int:
-        is_long = draw.random() < LONG_SHARE
-        return draw.randrange(first_long, len(expected.texts)) if is_long else draw.randrange(first_long)
-
+    draw = random.Random(seed)
     while True:
         (kind,) = draw.choices(tuple(kinds), tuple(kinds.values()))
         (size,) = draw.choices(tuple(TEXTS_PER_REQUEST), tuple(TEXTS_PER_REQUEST.values()))
         size = {Kind.CANCELLED: max(TEXTS_PER_REQUEST), Kind.EMPTY: 0}.get(kind, size)
         target = draw.choice((GRPC, HTTP))
-        yield Request(kind=kind, target=target, chosen=tuple(text() for _ in range(size)))
+        yield Request(kind=kind, target=target, chosen=tuple(draw.choices(range(len(expected.texts)), k=size)))
 
 
 def long_texts(texts: Sequence[str], max_tokens: int, seed: int) -> list[str]:
     """Join texts into long ones of a quarter of the encoder's limit up to somewhat more than the limit."""
     draw = random.Random(seed)
     joined = []
-    for _ in range(LONG_TEXTS):
+    for _ in range(1 + len(texts) // TEXTS_A_LONG_ONE):
         characters = _CHARACTERS_PER_TOKEN * draw.uniform(max_tokens / 4, max_tokens)
         parts: list[str] = []
         while sum(map(len, parts)) < characters:

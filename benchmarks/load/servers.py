@@ -177,8 +177,6 @@ class ServedBundle:
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, addresses: dict[str, str]) -> None:
         self._process, self._folder, self.addresses = process, folder, addresses
         self._last: dict[int, str] = {}  # those that ran when a tritonserver was last seen
-        self._server: int | None = None
-        self.restarts = 0
 
     @property
     def log(self) -> list[str]:
@@ -190,6 +188,11 @@ class ServedBundle:
         """Whether `mirror serve` has not ended."""
         return self._process.poll() is None
 
+    @property
+    def restarts(self) -> int:
+        """How often it has reported that it serves again after its tritonserver had ended."""
+        return sum("serving again" in line for line in self.log)
+
     def processes(self) -> dict[int, str]:
         """Name the server's living processes: "mirror serve", "tritonserver", "model" for what runs it, or "other"."""
         named = {self._process.pid: "mirror serve"}
@@ -198,9 +201,7 @@ class ServedBundle:
             named |= dict.fromkeys(group_members(server), "other")
             named |= dict.fromkeys(runners(server, MODEL_NAME), "model")
             named[server] = "tritonserver"
-        if servers:
-            self.restarts += self._server not in (None, servers[-1])
-            self._server, self._last = servers[-1], named
+        self._last = named if servers else self._last
         return named
 
     def memory(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.plan import Suite
-from benchmarks.report.plots import LIGHT, PLOTS, draw, drawable
+from benchmarks.report.plots import PLOTS, draw, drawable
 from benchmarks.report.record import PEOPLE, SCHEMA_VERSION
 from benchmarks.report.sections import PLOTS_OF, TABLES, TITLES
 from benchmarks.report.storage import REPORT_FILE, Report, write_report
@@ -58,7 +58,7 @@ def write_folder(report: Report, folder: Path) -> None:
     """Write report.json, report.md and plots; an older report there is replaced when the new one is complete."""
     with whole_folder(folder, overwrite=True, marker=REPORT_FILE) as partial:
         for name in drawable(report):
-            draw(name, report, LIGHT).savefig(partial / f"{name}.png", dpi=DPI)
+            draw(name, report).savefig(partial / f"{name}.png", dpi=DPI)
         (partial / MARKDOWN_FILE).write_text(render_markdown(report), encoding="utf-8")
         write_report(report, partial / REPORT_FILE)
 

@@ -12,19 +12,8 @@ from matplotlib.figure import Figure
 from benchmarks.report.record import Condition, Measurement
 from benchmarks.report.storage import Report
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours for a light or a dark page."""
-
-    ink: str
-    paper: str
-    muted: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme("#1a1a1a", "#ffffff", "#9a9a9a", ("#0b62a4", "#c04f00", "#2a7a2a", "#8b2f8b", "#7a5c00", "#006d77"))
-DARK = Theme("#e6e6e6", "#15181c", "#7d8590", ("#6cb6ff", "#ff9e64", "#7ee787", "#d2a8ff", "#e3b341", "#56d4dd"))
+INK, PAPER, MUTED = "#1a1a1a", "#ffffff", "#9a9a9a"
+SERIES = ("#0b62a4", "#c04f00", "#2a7a2a", "#8b2f8b", "#7a5c00", "#006d77")
 
 RATES = "rates"
 """In place of a suite: "peers" where it was measured, whose rounds interleave ours and theirs, else "throughput"."""
@@ -56,48 +45,43 @@ class Values:
 class Plot:
     """What to draw with one of the functions below; `dashed` is the figure of a second line.
 
-    On the x axis is a condition of the measurements of `y`, or another metric of the same party. If the plot must be
-    `complete`, every party needs both.
+    On the x axis is a condition of the measurements of `y`, or another metric of the same party.
     """
 
-    draw: Callable[[Report, Plot, Theme, Any], None]
+    draw: Callable[[Report, Plot, Any], None]
     caption: str
     y: Values
     x: Values
     _: KW_ONLY
     dashed: str = ""
-    complete: bool = False
 
 
 def drawable(report: Report) -> list[str]:
     """Name the plots that the report has figures for: two points to scatter, else one."""
-    found = {name: points(report, plot) for name, plot in PLOTS.items()}
-    lacking = [name for name, plot in PLOTS.items() if plot.complete and len(found[name]) < len(plot.y.of(report))]
-    return [name for name in found if len(found[name]) > (PLOTS[name].draw is _scatter) and name not in lacking]
+    return [name for name, plot in PLOTS.items() if len(points(report, plot)) > (plot.draw is _scatter)]
 
 
-def draw(name: str, report: Report, theme: Theme) -> Figure:
+def draw(name: str, report: Report) -> Figure:
     """Draw one of `drawable`."""
     plot = PLOTS[name]
-    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor=theme.paper)
+    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor=PAPER)
     axes: Any = figure.subplots()
-    axes.set(facecolor=theme.paper, axisbelow=True)
-    axes.set_prop_cycle(color=theme.series)
-    axes.tick_params(colors=theme.ink, which="both")
+    axes.set(facecolor=PAPER, axisbelow=True)
+    axes.set_prop_cycle(color=SERIES)
+    axes.tick_params(colors=INK, which="both")
     for spine in axes.spines.values():
-        spine.set_color(theme.muted)
+        spine.set_color(MUTED)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(plot.x.label, color=theme.ink)
-    axes.set_ylabel(plot.y.label, color=theme.ink)
-    axes.grid(alpha=0.25, color=theme.muted)
-    axes.set_title(plot.caption, loc="left", color=theme.ink)
-    plot.draw(report, plot, theme, axes)
+    axes.set_xlabel(plot.x.label, color=INK)
+    axes.set_ylabel(plot.y.label, color=INK)
+    axes.grid(alpha=0.25, color=MUTED)
+    axes.set_title(plot.caption, loc="left", color=INK)
+    plot.draw(report, plot, axes)
     if plot.x.log:
         axes.set_xscale("log", base=plot.x.log)
-        if plot.x.log == 2:  # few ticks, all of them numbers that people know
-            axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_major_formatter("{x:g}")  # few ticks, all of them numbers that people know
     if plot.draw not in (_bars, _scatter):
-        axes.legend(frameon=False, labelcolor=theme.ink)
+        axes.legend(frameon=False, labelcolor=INK)
     return figure
 
 
@@ -112,7 +96,7 @@ def points(report: Report, plot: Plot) -> list[tuple[float, Measurement]]:
     return [(across.get((one.party, one.key[-1]), across[one.party]), one) for one in found if one.party in across]
 
 
-def _lines(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
+def _lines(report: Report, plot: Plot, axes: Any) -> None:
     """Draw a line for each party."""
     found = points(report, plot)
     for at, party in enumerate(dict.fromkeys(one.party for _, one in found)):
@@ -121,56 +105,38 @@ def _lines(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
             if figure:
                 across, up = zip(*((x, plot.y.number(one, figure)) for x, one in mine), strict=True)
                 label = f"{party}, {figure}" if plot.dashed else party
-                axes.plot(across, up, style, color=theme.series[at % len(theme.series)], label=label)
+                axes.plot(across, up, style, color=SERIES[at % len(SERIES)], label=label)
     if plot.y.log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
 
 
-def _distribution(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
-    """Draw each party's samples at its shortest text, where the runtime's own share of the time is largest."""
-    found = plot.y.of(report)
-    shortest = min(int(one.conditions["tokens"]) for one in found)
-    axes.set_title(f"Texts of {shortest} tokens", loc="left", color=theme.ink)
-    for one in found:
-        if one.conditions["tokens"] == shortest:
-            axes.ecdf(one.samples, label=one.party)
-    axes.set_ylim(0, 1.01)
-
-
-def _bars(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
+def _bars(report: Report, plot: Plot, axes: Any) -> None:
     """Draw medians as bars, with whiskers from the slowest to the fastest round."""
     found, work = sorted(plot.y.of(report), key=plot.y.number), report.facts.workload
     axes.figure.set_figheight(1.4 + 0.45 * len(found))
-    axes.set_title(f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average", loc="left", color=theme.ink)
+    axes.set_title(f"{work.texts} texts, {work.tokens_mean:.1f} tokens on average", loc="left", color=INK)
     rates, low, high = (np.array([one.figure(name) for one in found]) for name in ("p50", "min", "max"))
-    colours = [theme.muted if report.library(one.party) else theme.series[0] for one in found]
+    colours = [MUTED if report.library(one.party) else SERIES[0] for one in found]
     names = [one.party for one in found]
-    drawn = axes.barh(names, rates, xerr=[rates - low, high - rates], color=colours, capsize=3, ecolor=theme.ink)
-    axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=theme.ink)
+    drawn = axes.barh(names, rates, xerr=[rates - low, high - rates], color=colours, capsize=3, ecolor=INK)
+    axes.bar_label(drawn, labels=[f"{rate:,.0f}" for rate in rates], padding=6, color=INK)
     axes.margins(x=0.15)
 
 
-def _scatter(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
+def _scatter(report: Report, plot: Plot, axes: Any) -> None:
     """Draw numbered marks with their names below: names beside a dozen marks would cover each other."""
     marks = sorted(points(report, plot), key=lambda mark: -plot.y.number(mark[1]))
     axes.figure.set_figheight(4.4 + 0.11 * len(marks))
     for number, (x, one) in enumerate(marks, 1):
         y = plot.y.number(one)
-        colour, shape = (theme.muted, "s") if report.library(one.party) else (theme.series[0], "o")
+        colour, shape = (MUTED, "s") if report.library(one.party) else (SERIES[0], "o")
         axes.plot(x, y, shape, color=colour, markersize=9, label=f"{number}  {one.party}")
-        axes.annotate(str(number), (x, y), xytext=(7, 4), textcoords="offset points", color=theme.ink, fontsize=9)
+        axes.annotate(str(number), (x, y), xytext=(7, 4), textcoords="offset points", color=INK, fontsize=9)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.1)
-    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=theme.ink, fontsize=8)
-
-
-def _samples(report: Report, plot: Plot, theme: Theme, axes: Any) -> None:
-    """Draw each party's samples of `y` against those of `x`."""
-    across = {one.party: one.samples for one in plot.x.of(report)}
-    for _, one in points(report, plot):
-        axes.plot(across[one.party], one.samples, "o", label=f"{one.party}: {one.median:.1f}")
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
 
 
 _RATE = Values("texts per second", RATES, label="texts per second")
@@ -186,24 +152,11 @@ PLOTS: Mapping[str, Plot] = {
         _TOKENS,
         dashed="p99",
     ),
-    "latency_cdf": Plot(
-        _distribution,
-        "Distribution of latencies",
-        Values("time per text", "latency", label="share of texts done within"),
-        Values("tokens", label="milliseconds", log=10),
-    ),
     "throughput": Plot(
         _bars,
         "Texts per second",
         Values("texts per second", RATES, label=""),
         Values("texts per second", RATES, label="median\nwhiskers: slowest and fastest round; grey: peers"),
-    ),
-    "agreement": Plot(
-        _scatter,
-        "Speed against the worst cosine to the bundle's own fp32 vectors",
-        _RATE,
-        Values("worst cosine to fp32", RATES, "min", label=f"worst text's cosine to the bundle's fp32 {_BETTER}"),
-        complete=True,
     ),
     "lengths": Plot(
         _lines,
@@ -223,11 +176,5 @@ PLOTS: Mapping[str, Plot] = {
         Values("time per request", "serving", "p99", label="milliseconds from when it was due", where=_OPEN, log=10),
         Values("offered per second", "serving", label="texts offered per second"),
         dashed="p50",
-    ),
-    "training": Plot(
-        _samples,
-        "Seconds of tuning against the mean score",
-        Values("Spearman x 100", "training", label="mean Spearman x 100", where=_MEAN),
-        Values("time to the saved folder", "training", label="seconds from process start to the saved folder", log=10),
     ),
 }

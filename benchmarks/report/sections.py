@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.report.record import Condition
 from benchmarks.report.tables import Column, Table
+
+CAPTIONS_FILE = Path(__file__).resolve().with_name("captions.md")
 
 TITLES = {"latency": "Latency of one text"}
 """Of the sections that have other titles than their suites."""
 
 PLOTS_OF: Mapping[str, tuple[str, ...]] = {
-    "throughput": ("throughput", "agreement", "lengths"),
-    "latency": ("latency", "latency_cdf"),
+    "throughput": ("throughput", "lengths"),
+    "latency": ("latency",),
     "quality": ("pareto",),
     "serving": ("serving",),
-    "training": ("training",),
 }
 """Names of `plots.PLOTS` below a suite's tables."""
 
-PARITY_NOTE = """Worst cosine of export is the worst text's similarity to the PyTorch reference when the artifact was
-exported; worst cosine to fp32 is the worst text's similarity to the bundle's own fp32 vectors, over this workload."""
+
+CAPTIONS = {
+    title: " ".join(text.split())
+    for title, text in re.findall(r"^## (.+)\n\n((?:.+\n)+)", CAPTIONS_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+}
+"""What stands below a table, by the heading in captions.md."""
 
 
 def _table(
-    rows: tuple[str, ...], *columns: Column, text: str = "", where: Mapping[str, Condition] | None = None
+    rows: tuple[str, ...], *columns: Column, caption: str = "", where: Mapping[str, Condition] | None = None
 ) -> Table:
-    return Table(rows, columns, " ".join(text.split()), where or {})
+    return Table(rows, columns, CAPTIONS[caption] if caption else "", where or {})
 
 
 def _of(metric: str, form: str, *figures: str) -> tuple[Column, ...]:
@@ -59,16 +66,12 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
         _table(
             ("party", "threads", "best shape", "MFLOP per token"),
             Column("GFLOP/s", "matrix products", "max"),
-            text="""Bare chained matrix products in the engine's own library on all usable cores: no encoder on this
-            library can be faster. The rate is that of the fastest repetition. A token's cost counts the layers' matrix
-            products only: attention scores, embeddings, norms and activations are left out. **A share of the ceiling
-            above 100 % means that other work slowed the machine while the ceiling was measured.**""",
+            caption="ceilings: matrix products",
         ),
         _table(
             ("threads", "array MiB", "last cache MiB"),
             *_each(".1f", "GB/s read: memory read", "GB/s copied: memory copied", figure="max"),
-            text="""Memory, all usable cores at once, each on its own part of an array. Copied counts read and written
-            bytes together. The rate is that of the fastest repetition.""",
+            caption="ceilings: memory",
         ),
     ),
     "throughput": (
@@ -84,14 +87,12 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             ROUNDS,
             EXPORT_COSINE,
             FP32_COSINE,
-            text=f"""The whole workload in one `encode` call, tokenising included; medians over interleaved rounds.
-            Tokens and the share of the ceiling count useful tokens, not padding. The stages' shares are of wall time:
-            they overlap, and infer is summed over the streams. {PARITY_NOTE}""",
+            caption="throughput: workload",
         ),
         _table(
             ("tokens", "texts"),
             Column("{value}, tokens/s", "tokens per second", spread="party"),
-            text="Different texts of exactly one length in one call; medians over interleaved rounds.",
+            caption="throughput: lengths",
         ),
     ),
     "latency": (
@@ -102,11 +103,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("of floor", "floor", form="percent", over="time per text"),
             Column("n", "time per text", "count"),
             EXPORT_COSINE,
-            text="""One text a call, in process, warm, tokenising included, no server and no other load. The floor is
-            what the text's matrix products take at the ceiling's rate on all cores, or what reading their weights takes
-            from memory, as far as they exceed the last cache: the longer of the two. A text's share of it is floor over
-            p50: 100 % is out of reach, and a short text has too few rows to fill the cores. With fewer than 1,000
-            samples p99 rests on a few of them, and p99.9 on one.""",
+            caption="latency: texts",
         ),
     ),
     "quality": (
@@ -116,11 +113,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("difference to fp32", "Spearman x 100, difference to fp32", "signed interval", ".2f", where=MEAN),
             Column("top-10 overlap", "top-10 overlap with fp32", form="percent"),
             Column("texts searched", "texts searched"),
-            text="""Spearman x 100 of the vectors' cosines with people's scores, all pairs of a set together, with 95 %
-            bootstrap intervals over pairs; the mean gives each set the same weight. The difference is that of the mean
-            to the bundle's own fp32, over the same resampled pairs. The overlap is the share of a text's ten nearest
-            texts that are its ten nearest in fp32, too. Sentence and word similarity only: no retrieval set with
-            people's judgements.""",
+            caption="quality: scores",
         ),
     ),
     "serving": (
@@ -131,12 +124,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             *REQUESTS,
             Column("perf_analyzer texts/s", "texts per second", where=ANALYZER),
             *(Column(f"{one} ms", f"{one} of requests", form=".1f", where=ANALYZER) for one in ("p50", "p99")),
-            text="""Server, callers and this program share the machine's cores, over loopback: no network and no second
-            machine. A closed loop's callers send their next request when the last one is answered; its rates are
-            medians over rounds interleaved with passes in process. Queue and compute are means per request of Triton's
-            own statistics; of a model that passes requests on to its own threads they cover the hand-over only. Our
-            callers are Python and take more of the cores than perf_analyzer's: where the two differ, its rates are
-            nearer to what callers on other machines would get. p99.9 rests on one request in a thousand.""",
+            caption="serving: closed",
             where={"loop": "closed"},
         ),
         _table(
@@ -145,9 +133,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             *REQUESTS,
             Column("unsent", "unsent requests"),
             Column("kept up", "kept up", "yes"),
-            text="""Single texts that arrive at random (Poisson), at a share of the rate of the closed loop with 32
-            callers. A time counts from the moment a request was due, so that waiting behind a slow one counts. The last
-            rate is the first that was too much, or the highest tried.""",
+            caption="serving: open",
             where={"loop": "open"},
         ),
         _table(
@@ -164,10 +150,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("sent late p99 ms", "sending lag", "p99", ".1f"),
             *_each(",.0f", "MiB before: memory before", "MiB after: memory after", scale=2**-20),
             Column("recovered after s", "recovery", form=".2f"),
-            text="""Overload: requests arrive at random at twice the maximum, which a closed loop of the same requests
-            had just reached. The server accepts `tokens` tokens at once and refuses more; no request is retried. It has
-            recovered when a fresh request is answered within the p99 of such requests one after another. Memory is that
-            of all of the server's processes.""",
+            caption="serving: overload",
             where={"loop": "overload"},
         ),
     ),
@@ -181,10 +164,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("texts", "texts for the peak"),
             Column("MB installed", "installed packages", scale=1e-6),
             EXPORT_COSINE,
-            text="""From process start to the first vector, each in a fresh process, files in the page cache. Where a
-            peer converts a model, the conversion was saved before and is not counted. Memory is the process's peak
-            resident set, shared files included: at the first vector, and after that many texts of the workload;
-            medians. Installed are the packages that the party needs, without Python itself and pip.""",
+            caption="startup: starts",
         ),
     ),
     "peers": (
@@ -195,24 +175,19 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             ROUNDS,
             EXPORT_COSINE,
             replace(FP32_COSINE, suite="peers"),
-            text=f"""The same weights and texts in the same run, ours and theirs interleaved. Each peer runs in its own
-            environment and process at its defaults but for the batch size, which is the best of a sweep beforehand.
-            {PARITY_NOTE}""",
+            caption="peers: rates",
         ),
         _table(
             ("party", "tokens"),
             *_of("time per text", ".2f", "p50", "p90", "p99"),
             Column("n", "time per text", "count"),
-            text="""One text a call, warm, tokenising included, each party's own process timing its own calls,
-            interleaved. Ours run with the streams that throughput needs; `mirror plan --for latency` finds what a
-            single text needs.""",
+            caption="peers: single texts",
         ),
         _table(
             ("party",),
             Column("{value}, times as fast", "our rate over its rate", "interval", ".2f", spread="ours"),
             Column("worst cosine to {value}", "cosine to ours", "min", ".6f", spread="ours"),
-            text="""How many times as many texts per second ours encodes: ratios of median rates, with 95 % bootstrap
-            intervals over the rounds. They show how rounds scattered, not what all of them had in common.""",
+            caption="peers: ratios",
         ),
     ),
     "training": (
@@ -224,8 +199,7 @@ TABLES: Mapping[str, tuple[Table, ...]] = {
             Column("mean, lowest to highest", "Spearman x 100", "range", ".2f", where=MEAN),
             Column("seeds", "seed", "count"),
             Column("texts", "texts"),
-            text="""Seconds are from process start to the saved folder. Scores are Spearman x 100, medians over the
-            seeds, all pairs of a set together.""",
+            caption="training: recipes",
         ),
     ),
 }

@@ -12,7 +12,7 @@ from benchmarks.page import main as page_main
 from benchmarks.page import render_page
 from benchmarks.report import plots
 from benchmarks.report.document import build_document, headline, render_markdown, unsteady_parties, write_folder
-from benchmarks.report.plots import LIGHT, draw, drawable
+from benchmarks.report.plots import draw, drawable
 from benchmarks.report.record import Better, Measurement
 from benchmarks.report.storage import MOST_KEPT, read_report, thin
 from mirror_runtime.errors import InputError
@@ -25,7 +25,7 @@ REPORTS = sorted((ROOT / "benchmarks" / "reports").iterdir())
 @pytest.fixture
 def two_plots(monkeypatch):
     """Draw two of the plots only: each takes a second."""
-    monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("agreement", "lengths")})
+    monkeypatch.setattr(plots, "PLOTS", {name: plots.PLOTS[name] for name in ("pareto", "lengths")})
 
 
 def with_facts(report, **facts):
@@ -36,7 +36,7 @@ def test_a_report_survives_the_way_through_its_folder(report, tmp_path, two_plot
     write_folder(report, tmp_path / "out")
     assert read_report(tmp_path / "out") == report
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"report.json", "report.md", "agreement.png", "lengths.png"}
+    assert files == {"report.json", "report.md", "pareto.png", "lengths.png"}
     assert '"samples": [0.0, 1.0, 2.0, 3.0]' in (tmp_path / "out" / "report.json").read_text()
     assert page_main([str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.html").is_file()
@@ -162,29 +162,19 @@ def plotted(figure) -> dict[str, list[tuple[float, float]]]:
 @pytest.mark.parametrize(
     ("name", "points"),
     [
-        ("agreement", {VARIANT: [(0.9997, 200.0)], PEER: [(0.9999, 95.0)]}),
         ("pareto", {VARIANT: [(78.0, 200.0)], PEER: [(78.25, 95.0)]}),
         ("latency", {f"{VARIANT}, p50": [(8.0, 1.5)], f"{VARIANT}, p99": [(8.0, 1.99)]}),
         ("lengths", {VARIANT: [(8.0, 4096.0), (64.0, 8192.0)]}),
         ("serving", {f"{VARIANT}, p99": [(150.0, 298.5), (350.0, 696.5)], f"{VARIANT}, p50": [(150, 225), (350, 525)]}),
-        ("training", {"mirror-runtime, recipe sentence: 71.8": [(30.0, 71.0), (34.0, 72.5)]}),
-        ("latency_cdf", {VARIANT: [(1.0, 0.0), (1.0, 0.5), (2.0, 1.0)]}),
     ],
 )
 def test_plots_show_the_figures_of_the_record(report, name, points):
-    assert plotted(draw(name, report, LIGHT)) == points
+    assert plotted(draw(name, report)) == points
 
 
 def test_bars_have_the_medians_of_the_rounds_beside_peers(report):
-    (axes,) = draw("throughput", report, LIGHT).axes
+    (axes,) = draw("throughput", report).axes
     assert [bar.get_bbox().x1 for bar in axes.patches if isinstance(bar, Rectangle)] == [95.0, 200.0]
-
-
-def test_agreement_is_plotted_only_with_one_reference_for_all_parties(report, change):
-    assert "agreement" in drawable(report)
-    without = change(report, "worst cosine to fp32", lambda one: None if one.party == PEER else one)
-    assert "agreement" not in drawable(without)
-    assert "pareto" in drawable(without)
 
 
 def test_the_page_has_every_section_needs_no_network_and_shows_hostile_text_as_text(report, two_plots):
