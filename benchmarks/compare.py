@@ -15,17 +15,17 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
 
 if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import typer
+from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from benchmarks.report.record import PEOPLE, Better, Measurement
@@ -58,6 +58,9 @@ RESAMPLES = 1000
 JITTER = 1e-5
 """Of a worst cosine between two runs of the same artifact."""
 
+_TEMPLATE = Environment(trim_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+    (Path(__file__).resolve().parent / "report" / "comparison.jinja").read_text(encoding="utf-8")
+)
 EXPORT_COSINE = "worst cosine of export"
 NAN = float("nan")
 
@@ -77,12 +80,7 @@ class Verdict(str, Enum):
     NEW = "new"
 
 
-Judged: TypeAlias = tuple[str, float | None, float | None, float, float, float, Verdict]
-"""All of a `Change` but its name."""
-
-
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One metric in both reports: medians over all runs, and the ratio of HEAD's time to BASE's: above 1 is worse.
 
     For scores, it is BASE over HEAD.
@@ -115,16 +113,16 @@ def compare(base: Sequence[Report], head: Sequence[Report], *, threshold: float,
         one = was[0]
         if (scores := people.get((one.suite, one.key[-1]))) is not None:
             # The first runs: the cosines of a side's runs are equal up to rounding.
-            judged = _compare_scores(was[0].samples, now[0].samples, scores, seed)
+            change = _compare_scores(_name(one), was[0].samples, now[0].samples, scores, seed)
         elif one.metric == EXPORT_COSINE:
-            judged = _compare_cosines(was[-1].median, now[-1].median)
+            change = _compare_cosines(_name(one), was[-1].median, now[-1].median)
         else:
-            judged = _compare_times(was, now, threshold, seed)
+            change = _compare_times(was, now, threshold, seed)
         if not after:
-            judged = judged[0], judged[1], None, NAN, NAN, NAN, Verdict.LOST
+            change = change._replace(head=None, ratio=NAN, low=NAN, high=NAN, verdict=Verdict.LOST)
         elif not before:
-            judged = judged[0], None, judged[2], NAN, NAN, NAN, Verdict.NEW
-        changes.append(Change(_name(one), *judged))
+            change = change._replace(base=None, ratio=NAN, low=NAN, high=NAN, verdict=Verdict.NEW)
+        changes.append(change)
     return changes
 
 
@@ -148,7 +146,7 @@ def _name(one: Measurement) -> str:
     return ", ".join((one.suite, one.party, *conditions, one.metric))
 
 
-def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Judged:
+def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], threshold: float, seed: int) -> Change:
     scaled = all(m.reference for m in (*before, *after))
     base, head = ([_times(m, scaled=scaled) for m in side] for side in (before, after))
     tail = (100 - INTERVAL) / 2
@@ -162,7 +160,8 @@ def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], 
     )
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
-    return before[0].unit, _median(before), _median(after), ratio, low, high, verdict
+    medians = (_typical([one.samples for one in side]) for side in (before, after))
+    return Change(_name(before[0]), before[0].unit, *medians, ratio, low, high, verdict)
 
 
 def _times(one: Measurement, *, scaled: bool) -> list[float]:
@@ -184,10 +183,6 @@ def _typical(runs: Runs) -> float:
     return float(np.median([np.median(run) for run in runs]))
 
 
-def _median(side: Sequence[Measurement]) -> float:
-    return _typical([one.samples for one in side])
-
-
 def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     """Draw medians over runs of medians within runs: float64 [BOOTSTRAP_DRAWS]."""
     random = np.random.default_rng(seed)
@@ -197,15 +192,17 @@ def _bootstrap(runs: Runs, seed: int) -> NDArray[np.float64]:
     return draws
 
 
-def _compare_cosines(base: float, head: float) -> Judged:
+def _compare_cosines(metric: str, base: float, head: float) -> Change:
     """Judge a worst cosine: a step away from 1 beyond a rerun's jitter is a change of the vectors."""
     ratio = (1 - head + 1e-9) / (1 - base + 1e-9)
     same = abs(head - base) <= JITTER or 0.5 <= ratio <= 2
     verdict = _verdict(worse=ratio > 1 and not same, better=ratio < 1 and not same, same=same)
-    return "cosine", base, head, ratio, NAN, NAN, verdict
+    return Change(metric, "cosine", base, head, ratio, NAN, NAN, verdict)
 
 
-def _compare_scores(before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int) -> Judged:
+def _compare_scores(
+    metric: str, before: Sequence[float], after: Sequence[float], scores: Sequence[float], seed: int
+) -> Change:
     """Compare rank correlations over the same resampled pairs."""
     base, head = (100 * spearman(samples, scores) for samples in (before, after))
     old, new = (
@@ -217,7 +214,7 @@ def _compare_scores(before: Sequence[float], after: Sequence[float], scores: Seq
     verdict = _verdict(worse=gain < -POINTS and high < 0, better=gain > POINTS and low > 0, same=abs(gain) <= POINTS)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample of a handful of pairs may correlate with nothing
         ratio_low, ratio_high = map(float, np.nanpercentile(old / new, percentiles))
-    return "Spearman x 100", base, head, base / head, ratio_low, ratio_high, verdict
+    return Change(metric, "Spearman x 100", base, head, base / head, ratio_low, ratio_high, verdict)
 
 
 def _verdict(*, worse: bool, better: bool, same: bool) -> Verdict:
@@ -258,19 +255,12 @@ def render(changes: Sequence[Change], notes: Sequence[str], *, runs: tuple[int, 
     for one in sorted(changes, key=lambda change: order.index(change.verdict)):
         base, head, ratio, low, high = map(_figure, (one.base, one.head, one.ratio, one.low, one.high))
         rows.append((one.metric, base, head, one.unit, ratio, f"{low} to {high}", one.verdict.value))
-    worse = [change for change in changes if change.verdict in (Verdict.WORSE, Verdict.LOST)]
-    result = f"**{len(worse)} of {len(changes)} metrics got worse.**" if worse else "**Nothing got worse.**"
-    table = table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows)
-    explanation = (
-        f"{runs[0]} base and {runs[1]} head runs. A ratio above 1 is worse; rates are compared as times. Latency and "
-        "throughput are compared in units of reference work, bare matrix products timed beside them, where every run "
-        f"has it. A verdict needs a change of more than {100 * threshold:.0f} %, and of more than the average distance "
-        f"between the runs of a side (a single run counts {100 * ALONE:.0f} %), whose {INTERVAL:.0f} % interval "
-        f"excludes 1; for quality, of more than {POINTS} points of Spearman whose paired {CONFIDENCE:.0f} % interval "
-        "excludes 0."
-    )
-    quoted = [f"> {note}" for note in notes]
-    return "\n\n".join(("## Benchmark comparison", result, *quoted, table, explanation)) + "\n"
+    return _TEMPLATE.render(
+        worse=sum(change.verdict in (Verdict.WORSE, Verdict.LOST) for change in changes), changes=len(changes),
+        notes=notes, table=table_lines(("metric", "base", "head", "unit", "ratio", "interval", "verdict"), rows),
+        runs=runs, threshold=f"{100 * threshold:.0f}", alone=f"{100 * ALONE:.0f}", interval=f"{INTERVAL:.0f}",
+        confidence=f"{CONFIDENCE:.0f}", points=POINTS,
+    )  # fmt: skip
 
 
 def _figure(value: float | None) -> str:

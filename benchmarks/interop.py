@@ -16,8 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.peers.environments import find_environment, parse_environments
-from benchmarks.peers.specs import FOLDER, worker_command
+from benchmarks.peers.specs import CONSUMERS, FOLDER, Consumer, worker_command
 from benchmarks.workers import WorkerProcess
 from mirror_runtime.bundle import Layout, Manifest, Pooling, check_files, read_canaries, read_manifest
 from mirror_runtime.canaries import CanaryVerdict, compare_canaries
@@ -53,49 +52,13 @@ TIMEOUT_S = 900.0
 
 
 class Verdict(str, Enum):
-    """How a cell ended."""
+    """How a cell ended: of what is not installed nothing is known, for what is not offered the bundle has no file."""
 
     AGREES = "agrees"
     DIFFERS = "differs"
-    """It loaded the bundle and its vectors are different."""
     FAILED = "failed"
-    """It could not load the bundle, or not encode."""
     NOT_INSTALLED = "not installed"
-    """Its environment could not be made, so nothing is known about it."""
     NOT_OFFERED = "not offered"
-    """The bundle has no file for it, or it cannot express this encoder's head."""
-
-
-class Consumer(NamedTuple):
-    """A library as data: a new one needs a function in `peers/libraries.py` and an entry here.
-
-    Attributes:
-        title: as its makers write it.
-        library: of `peers.libraries.LIBRARIES`.
-        backend: of the library.
-        environment: names its requirements file and its folder among the environments.
-        suffixes: of the padded graphs that it loads; empty if it reads the weights.
-    """
-
-    title: str
-    library: str
-    backend: str
-    environment: str
-    suffixes: tuple[str, ...] = ()
-
-
-_ST, _ST5, _FASTEMBED = "sentence_transformers", "sentence_transformers_5", "fastembed"
-
-CONSUMERS = (
-    Consumer("sentence-transformers 5, PyTorch", _ST, "torch", _ST5),
-    Consumer("sentence-transformers 5, ONNX", _ST, "onnx", _ST5, (".onnx",)),
-    Consumer("sentence-transformers 5, OpenVINO", _ST, "openvino", _ST5, (".xml",)),
-    Consumer("sentence-transformers 6, PyTorch", _ST, "torch", "sentence_transformers_6"),
-    Consumer("optimum-onnx", "optimum_onnx", "onnx", _ST5, (".onnx",)),
-    Consumer("fastembed", "fastembed", "onnx", _FASTEMBED, (".onnx",)),
-    Consumer("onnxruntime", "engine_loops", "onnxruntime", _FASTEMBED, (".onnx",)),
-    Consumer("openvino", "engine_loops", "openvino", _FASTEMBED, (".onnx", ".xml")),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,12 +84,7 @@ class Cell:
 
 
 def run_consumers(
-    bundle: Path,
-    environments: Path,
-    *,
-    only: Sequence[str] = (),
-    given: Mapping[str, Path] = MappingProxyType({}),
-    on_progress: Callable[[str], None] = lambda _: None,
+    bundle: Path, environments: Path, only: Sequence[str], given: Mapping[str, Path], say: Callable[[str], None]
 ) -> list[Cell]:
     """Load a bundle unchanged in every consumer and compare the canaries' vectors, a cell for each file.
 
@@ -139,38 +97,40 @@ def run_consumers(
     """
     manifest = read_manifest(bundle)
     check_files(bundle, manifest)
-    chosen = [c for c in CONSUMERS if not only or any(c.title.lower().startswith(name.lower()) for name in only)]
+    chosen = [c for c in CONSUMERS if not only or c.title.lower().startswith(tuple(name.lower() for name in only))]
     if not chosen:
         titles = "; ".join(consumer.title for consumer in CONSUMERS)
         raise InputError(f"no library is named {', '.join(only)}: known are {titles}")
     cells = []
     pythons: dict[str, Path | str] = {}  # interpreters, or why there is none
     for consumer in chosen:
-        name, suffixes, floors = consumer.environment, consumer.suffixes, floors_of(consumer, manifest)
-        cell = Cell(consumer=consumer.title, file="/".join(suffixes) or WEIGHTS, verdict=Verdict.NOT_OFFERED)
-        reason = not_offered(consumer, manifest, bundle)
-        if not floors and not reason:
-            cure = "run export/to_openvino.py" if suffixes == (".xml",) else "export it again"
-            reason = f"the bundle has no padded {' or '.join(suffixes)} file: {cure}"
-        if reason:
-            cells.append(replace(cell, reason=reason))
+        name, floors, reason = (
+            consumer.environment,
+            floors_of(consumer, manifest),
+            not_offered(consumer, manifest, bundle),
+        )
+        file = "/".join(consumer.suffixes) or WEIGHTS
+        if not floors or reason:
+            cure = "run export/to_openvino.py" if file == ".xml" else "export it again"
+            reason = reason or f"the bundle has no padded {file} file: {cure}"
+            cells.append(Cell(consumer=consumer.title, file=file, verdict=Verdict.NOT_OFFERED, reason=reason))
             continue
         if name not in pythons:
             try:
-                pythons[name] = find_environment(name, REQUIREMENTS, given, environments, on_progress)
+                pythons[name] = find_environment(name, REQUIREMENTS, given, environments, say)
             except (PeerError, OSError) as error:
                 pythons[name] = str(error)
         for file, floor in floors.items():
-            python = pythons[name]
+            say(f"{consumer.title}: {file}")
+            python, cell = pythons[name], Cell(consumer=consumer.title, file=file, verdict=Verdict.FAILED, floor=floor)
             if isinstance(python, str):
-                cells.append(replace(cell, file=file, verdict=Verdict.NOT_INSTALLED, reason=python))
-                continue
-            on_progress(f"{consumer.title}: {file}")
-            cell = replace(cell, file=file, verdict=Verdict.FAILED, floor=floor)
-            try:
-                cells.append(_measure(cell, floor, consumer, python, bundle.resolve(), manifest))
-            except (PeerError, OSError) as error:
-                cells.append(replace(cell, reason=str(error)))
+                cell = replace(cell, verdict=Verdict.NOT_INSTALLED, reason=python)
+            else:
+                try:
+                    cell = _measure(cell, floor, consumer, python, bundle.resolve(), manifest)
+                except (PeerError, OSError) as error:
+                    cell = replace(cell, reason=str(error))
+            cells.append(cell)
     return cells
 
 
@@ -191,7 +151,9 @@ def not_offered(consumer: Consumer, manifest: Manifest, bundle: Path) -> str:
     spec = manifest.encoder
     if not (spec.template or "{text}").endswith("{text}"):
         return f"the template {spec.template!r} has words after the text, where other libraries truncate long texts"
-    if consumer.library in (_ST, "fastembed") and not (bundle / "modules.json").is_file():  # they pool by themselves
+    if (
+        consumer.library in ("sentence_transformers", "fastembed") and not (bundle / "modules.json").is_file()
+    ):  # they pool by themselves
         return "the bundle has no modules.json, as sentence-transformers cannot express its head"
     if consumer.library == "fastembed" and (spec.pooling not in (Pooling.MEAN, Pooling.CLS) or spec.dense):
         return "fastembed supports only mean and cls pooling"
@@ -216,32 +178,18 @@ def _measure(cell: Cell, floor: float, consumer: Consumer, python: Path, bundle:
     # A library that pools by itself returns floats, whatever type the graphs return.
     typed = round_vectors(vectors, spec) if np.issubdtype(vectors.dtype, np.floating) else vectors
     found = compare_canaries(components(typed, spec), canaries, floor)
-    return replace(
-        cell,
-        verdict=Verdict.AGREES if found.verdict is CanaryVerdict.AGREES else Verdict.DIFFERS,
-        reason=found.problem,
-        min_cosine=found.min_cosine,
-        max_abs_diff=found.max_abs_diff,
-        versions=versions,
-    )
+    verdict = Verdict.AGREES if found.verdict is CanaryVerdict.AGREES else Verdict.DIFFERS
+    cell = replace(cell, verdict=verdict, reason=found.problem, versions=versions)
+    return replace(cell, min_cosine=found.min_cosine, max_abs_diff=found.max_abs_diff)
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
-    library: Annotated[
-        list[str] | None, typer.Option(help="Only this library, such as 'fastembed'; may be repeated.")
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="Use this virtual environment; may be repeated.")
-    ] = None,
+    library: Annotated[list[str] | None, typer.Option(help="Only this one, such as 'fastembed'; repeatable.")] = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Your own environment; repeatable.")] = None,
     env_dir: Annotated[
         Path | None,
-        typer.Option(
-            envvar="MIRROR_ENVIRONMENTS",
-            help="Where the other environments are kept, made by pip when missing (3 GB in all). "
-            "Default: mirror-runtime/environments in the user's cache folder.",
-            show_default=False,
-        ),
+        typer.Option(envvar="MIRROR_ENVIRONMENTS", help="Where the others are made (3 GB). Default: the user's cache."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")] = False,
 ) -> None:
@@ -249,11 +197,9 @@ def run(
     given = parse_environments(env or (), "--env", {consumer.environment for consumer in CONSUMERS})
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     console = Console(stderr=True, highlight=False)
+    folder = env_dir or cache / "mirror-runtime" / "environments"
     with console.status("") as status:
-        cells = run_consumers(
-            bundle, env_dir or cache / "mirror-runtime" / "environments", only=library or (), given=given,
-            on_progress=lambda line: status.update(line[:100]),
-        )  # fmt: skip
+        cells = run_consumers(bundle, folder, library or (), given, lambda line: status.update(line[:100]))
     table = Table("library", "loads", "cosine", "floor", "verdict", padding=(0, 0))
     for cell in cells:
         cosine = "" if cell.min_cosine is None else f"{cell.min_cosine:.6f}"
@@ -264,22 +210,15 @@ def run(
         if cell.reason:
             console.print(f"{cell.consumer}, {cell.file}: {cell.reason}", soft_wrap=True, markup=False)
     if as_json:
-        line = {
-            "bundle": str(bundle),
-            "fingerprint": read_manifest(bundle).fingerprint,
-            "consumers": [asdict(cell) for cell in cells],
-        }
+        fingerprint, consumers = read_manifest(bundle).fingerprint, [asdict(cell) for cell in cells]
+        line = {"bundle": str(bundle), "fingerprint": fingerprint, "consumers": consumers}
         sys.stdout.write(json.dumps(line) + "\n")
     if any(cell.failed for cell in cells):
         raise typer.Exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 when every library that the bundle serves agrees, 1 when one does not, 2 on a user's mistake.
-    """
+    """Run the command line, and return its exit status."""
     lists = {"--library": None, "--env": None}
     return run_command(application(run), argv, "benchmarks/interop.py", lists=lists)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -17,8 +17,7 @@ from benchmarks.workload import Workload
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Layout, Manifest, Parity, Precision
-from mirror_runtime.errors import EngineError, InputError, MirrorError
-from mirror_runtime.selection import AUTO, choose
+from mirror_runtime.errors import InputError, MirrorError
 
 if TYPE_CHECKING:
     from benchmarks.peers.specs import PeerBackend
@@ -147,20 +146,6 @@ def select_variants(
         has = ", ".join(variant.name for variant in packed) or "no packed artifact"
         raise InputError(f"the bundle has {has}: nothing matches --engine and --precision")
     return chosen
-
-
-def auto_variants(plan: Plan, variants: Sequence[Variant], recorder: Recorder) -> Sequence[Variant]:
-    """Return the one of the variants that "auto" selects in a quick run, else all; the others become failures."""
-    if not plan.quick or len(variants) < 2:
-        return variants
-    selected: tuple[EngineName, Precision] | None = None
-    with suppress(EngineError):  # no engine of the bundle is among those that "auto" means
-        selected = choose(plan.manifest, AUTO, AUTO)[:2]
-    chosen = next((one for one in variants if (one.engine, one.precision) == selected), variants[0])
-    for variant in variants:
-        if variant is not chosen:
-            recorder.fail(Suite.SERVING.value, variant.name, f"a quick run measures one artifact, {chosen.name}")
-    return [chosen]
 
 
 BERT_SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}

@@ -121,16 +121,10 @@ def run(
         if base is None or corpus is None:
             raise InputError("suite training needs --base and --corpus")
         tuning = TrainingPlan(
-            base=base,
-            corpus=corpus,
-            sts=tuple(sts or ()),
-            words=tuple(words or ()),
-            pooling=pooling,
-            recipes=tuple(recipe or ("sentence",)),
-            seeds=training_seeds or (1 if quick else 3),
+            base=base, corpus=corpus, sts=tuple(sts or ()), words=tuple(words or ()), pooling=pooling, quick=quick,
+            recipes=tuple(recipe or ("sentence",)), seeds=training_seeds or (1 if quick else 3),
             reference_seeds=reference_seeds,
-            quick=quick,
-        )
+        )  # fmt: skip
     peers = _chosen_peers(peer or [], quick=quick) if Suite.PEERS in suites else ()
     known = {PERF_ANALYZER, *(spec.name for spec in PEERS)}
     environments = Environments(given=parse_environments(peer_env or [], "--peer-env", known), folder=env_dir)
@@ -139,21 +133,11 @@ def run(
     sets = read_evaluation_sets(sts or (), words or (), quick=quick) if Suite.QUALITY in suites else ()
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:
         plan = Plan(
-            bundle=bundle,
-            manifest=manifest,
-            variants=select_variants(manifest, engine or (), precision or ()),
-            workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape),
-            suites=suites,
-            rounds=rounds or (2 if quick else 5),
-            seed=seed,
-            quick=quick,
-            sets=sets,
-            peers=peers,
-            training=tuning,
-            shape=read_shape(bundle),
-            environments=environments,
-            scratch=Path(scratch),
-        )
+            bundle=bundle, manifest=manifest, variants=select_variants(manifest, engine or (), precision or ()),
+            workload=load_workload(texts, tokenizer, quick=quick, seed=seed, shape=shape), suites=suites,
+            rounds=rounds or (2 if quick else 5), seed=seed, quick=quick, sets=sets, peers=peers, training=tuning,
+            shape=read_shape(bundle), environments=environments, scratch=Path(scratch),
+        )  # fmt: skip
         execute(plan, output, resume=resume, page=page)
 
 
@@ -237,35 +221,23 @@ def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progre
 def describe(plan: Plan) -> Facts:
     """Return the facts of a run that begins now."""
     spec = plan.manifest.encoder
+    subject = Subject(
+        name=plan.bundle.resolve().name, fingerprint=plan.manifest.fingerprint, base_model=spec.base_model,
+        max_tokens=spec.max_tokens, dim=spec.dim,
+        artifacts=tuple(variant.name for variant in packed_variants(plan.manifest)),
+        flop_per_token=None if plan.shape is None else plan.shape.flop_per_token,
+    )  # fmt: skip
+    settings = Settings(
+        suites=tuple(suite.value for suite in plan.suites), variants=tuple(variant.name for variant in plan.variants),
+        peers=plan.peers, sets_sha256=tuple(one.sha256 for one in plan.sets),
+        training=None if plan.training is None else plan.training.describe(),
+        quick=plan.quick, rounds=plan.rounds, seed=plan.seed,
+    )  # fmt: skip
     return Facts(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        partial=True,
-        resumed=(),
-        wall_s=0.0,
-        host=describe_host(),
-        versions=installed_versions(),
-        source=describe_source(ROOT),
-        subject=Subject(
-            name=plan.bundle.resolve().name,
-            fingerprint=plan.manifest.fingerprint,
-            base_model=spec.base_model,
-            max_tokens=spec.max_tokens,
-            dim=spec.dim,
-            artifacts=tuple(variant.name for variant in packed_variants(plan.manifest)),
-            flop_per_token=None if plan.shape is None else plan.shape.flop_per_token,
-        ),
-        workload=plan.workload.facts,
-        settings=Settings(
-            suites=tuple(suite.value for suite in plan.suites),
-            variants=tuple(variant.name for variant in plan.variants),
-            peers=plan.peers,
-            sets_sha256=tuple(one.sha256 for one in plan.sets),
-            training=None if plan.training is None else plan.training.describe(),
-            quick=plan.quick,
-            rounds=plan.rounds,
-            seed=plan.seed,
-        ),
-    )
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"), partial=True, resumed=(), wall_s=0.0,
+        host=describe_host(), versions=installed_versions(), source=describe_source(ROOT), subject=subject,
+        workload=plan.workload.facts, settings=settings,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py BUNDLE --minutes 30 --output reports/soak
 
-Writes soak.json, soak.md and soak.png. The last line of standard output is one JSON object with the figures.
+Writes soak.json. The last line of standard output is one JSON object with the figures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.load.generator import End, Load, load_process
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.load.servers import ALL, ServedBundle, served_bundle
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
-from benchmarks.soak_report import MARKDOWN_FILE, SOAK_FILE, WORDS, Observed, judge, write_files
+from benchmarks.soak_report import SOAK_FILE, WORDS, Observed, judge, write_report
 from benchmarks.workload import bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
@@ -88,34 +88,25 @@ def run(
             share=SHARE, window_s=window, max_growth=max_growth, max_drift=max_drift,
         )  # fmt: skip
         verdicts = judge(observed, max_growth, max_drift)
-        headline = write_files(folder, party, facts, observed, verdicts)
+        headline = write_report(folder, party, facts, observed, verdicts)
     for verdict in verdicts:
         console.print(f"{WORDS[verdict.passed]:10} {verdict.name}: {verdict.finding}", markup=False)
     word = "interrupted: partial report" if observed.partial else "report"
-    console.print(f"{word} in {output / MARKDOWN_FILE}", markup=False)
+    console.print(f"{word} in {output / SOAK_FILE}", markup=False)
     sys.stdout.write(json.dumps({"report": str(output / SOAK_FILE), **headline}, allow_nan=False) + "\n")
     if observed.partial or not headline["passed"]:
         raise typer.Exit(130 if observed.partial else 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0 within the thresholds, 1 beyond one, 2 on a user's mistake, 130 when interrupted.
-    """
+    """Run the command line: 0 within the thresholds, 1 beyond one, 2 on a user's mistake, 130 when interrupted."""
     return run_command(application(run), argv, "benchmarks/soak.py")
 
 
 def soak(
-    bundle: Path,
-    options: Sequence[str],
-    expected: ExpectedVectors,
-    seconds: float,
-    window_s: float,
-    observed: Observed,
-    on_progress: Callable[..., None],
-) -> None:
+    bundle: Path, options: Sequence[str], expected: ExpectedVectors, seconds: float, window_s: float,
+    observed: Observed, on_progress: Callable[..., None],
+) -> None:  # fmt: skip
     """Serve a bundle, put load on it, and end it. Ctrl-C ends it early and marks `observed` as partial.
 
     Raises:
@@ -134,13 +125,9 @@ def soak(
 
 
 def _put_load(
-    load: Load,
-    server: ServedBundle,
-    seconds: float,
-    window_s: float,
-    observed: Observed,
+    load: Load, server: ServedBundle, seconds: float, window_s: float, observed: Observed,
     on_progress: Callable[..., None],
-) -> None:
+) -> None:  # fmt: skip
     """Measure the capacity, then offer a share of it until the time is over or the server has ended."""
     before = load.closed(callers=CLOSED_CALLERS, seconds=min(CAPACITY_S, seconds / 10), seed=SEED)
     observed.capacity = before.rate

@@ -1,4 +1,4 @@
-"""What a soak has observed, its verdicts, and its report: soak.json, soak.md for people, and soak.png over time."""
+"""What a soak has observed, its verdicts, and its report, soak.json."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from benchmarks.load.generator import Window
 from benchmarks.load.servers import ALL, Ending
-from benchmarks.load.targets import EXPECTED, Outcome
-from benchmarks.recorder import Recorder
-from benchmarks.report.record import Measurement
 from benchmarks.report.statistics import median, percentile
-from benchmarks.report.storage import measured_json, write_object
-from benchmarks.report.tables import table_lines
+from benchmarks.report.storage import write_object
 from mirror_runtime.strict_json import to_json
 
 SCHEMA_VERSION = 5
-SOAK_FILE, MARKDOWN_FILE, PLOT_FILE = "soak.json", "soak.md", "soak.png"
+SOAK_FILE = "soak.json"
 
 LEAST_HALF_S = 240.0
 """A slope over less time means nothing per hour: one more page cache or arena is hundreds of MB/hour then."""
@@ -161,35 +155,11 @@ def drift(windows: Sequence[Figures]) -> float | None:
     return median(p99s[-third:]) / median(p99s[:third]) if third >= LEAST_WINDOWS else None
 
 
-def measure(observed: Observed, party: str) -> tuple[Measurement, ...]:
-    """Return everything as measurements of suite "soak"."""
-    memory, recorder = observed.memory, Recorder()
-    names = dict.fromkeys(name for _, mb in memory for name in mb)
-    rows: list[tuple[str, str, Sequence[float], dict[str, str]]] = [
-        ("capacity", "1/s", [observed.capacity], {}),
-        *(
-            ("requests", "", [count], {"outcome": end, "expected": "yes" if Outcome(end) in EXPECTED else "no"})
-            for end, count in observed.outcomes.items()
-        ),
-        ("end of a window", "s", [window.at_s for window in observed.windows], {}),
-        ("p50 of a window", "ms", [window.p50_ms for window in observed.windows], {}),
-        ("p99 of a window", "ms", [window.p99_ms for window in observed.windows], {}),
-        ("sending lag p99", "ms", [window.lag_p99_ms for window in observed.windows], {}),
-        ("time of a memory sample", "s", [at_s for at_s, _ in memory], {}),
-        *(("resident memory", "MB", [mb.get(name, 0.0) for _, mb in memory], {"process": name}) for name in names),
-        *(("growth of memory", "MB/h", [slope], {"process": name}) for name, slope in growth(memory).items()),
-    ]
-    for metric, unit, samples, conditions in rows:
-        if samples:
-            recorder.record("soak", party, metric, *samples, unit=unit, conditions=conditions)
-    return recorder.measurements
-
-
-def write_files(
+def write_report(
     folder: Path, party: str, facts: Mapping[str, object], observed: Observed, verdicts: Sequence[Verdict]
 ) -> dict[str, Any]:
-    """Write the report's three files into a folder, and return the headline."""
-    measured, p99s = measure(observed, party), [window.p99_ms for window in observed.windows]
+    """Write the report into a folder, and return its headline."""
+    p99s, slopes = [window.p99_ms for window in observed.windows], growth(observed.memory)
     headline = {
         "schema_version": SCHEMA_VERSION,
         "partial": observed.partial,
@@ -199,56 +169,23 @@ def write_files(
         "unexpected": observed.unexpected,
         "p99_ms": median(p99s) if p99s else None,
         "p99_drift": drift(observed.windows),
-        "growth_mb_per_hour": growth(observed.memory).get(ALL),
+        "growth_mb_per_hour": slopes.get(ALL),
     }
-    problems = [(end, observed.outcomes[end], at_s, reason) for end, (at_s, reason) in observed.problems.items()]
-    head = ("outcome", "count", "first_at_s", "first_reason")
     report = {
         **headline,
         "facts": to_json({"party": party, **facts}),
         "verdicts": [verdict._asdict() for verdict in verdicts],
-        "problems": [dict(zip(head, problem, strict=True)) for problem in problems],
+        "problems": [
+            {"outcome": end, "count": observed.outcomes[end], "first_at_s": at_s, "first_reason": reason}
+            for end, (at_s, reason) in observed.problems.items()
+        ],
         "ending": observed.ending and observed.ending._asdict(),
+        "capacity_per_s": observed.capacity,
+        "outcomes": observed.outcomes,
+        "growth_by_process": slopes,
+        "windows": [window._asdict() for window in observed.windows],
+        "memory_mb": [{"at_s": at_s, **mb} for at_s, mb in observed.memory],
         "server_log": list(observed.log),
     }
-    parts = [
-        f"# Soak of {facts['bundle']}: {'within' if headline['passed'] else 'beyond'} its thresholds",
-        "**Partial: the run was interrupted.** It covers less time than requested." * observed.partial,
-        _table(
-            ("what", "verdict", "found (threshold)"), [(name, WORDS[passed], found) for name, passed, found in verdicts]
-        ),
-        _table(("unexpected", "requests", "first at s", "first error"), problems),
-        f"![Memory and p99 over time]({PLOT_FILE})",
-        "Times count from the moment a request was due: a window with a sending lag includes the generator's own. "
-        "Generator and server share the machine's cores.",
-    ]
-    write_object(folder / SOAK_FILE, {**report, **measured_json(measured, ())})
-    (folder / MARKDOWN_FILE).write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    draw(observed).savefig(folder / PLOT_FILE, dpi=120)
+    write_object(folder / SOAK_FILE, report)
     return headline
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    return table_lines(head, [[" ".join(str(cell).split()) for cell in row] for row in rows]) if rows else ""
-
-
-def draw(observed: Observed) -> Figure:
-    """Draw memory by process, with the half that the slope is fitted to, above p50 and p99 of each window."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    above.set(ylabel="resident memory, MB", title="Shaded: the half that the slope is fitted to")
-    below.set(ylabel="milliseconds to a right answer", xlabel="minutes of load")
-    if memory := observed.memory:
-        for name in memory[-1][1]:
-            above.plot([at_s / 60 for at_s, _ in memory], [mb.get(name, 0.0) for _, mb in memory], label=name)
-        half = second_half(memory)
-        above.axvspan(half[0][0] / 60, half[-1][0] / 60, color="gray", alpha=0.12)
-    for label in ("p99", "p50"):
-        times = [getattr(window, f"{label}_ms") for window in observed.windows]
-        below.plot([window.at_s / 60 for window in observed.windows], times, label=label)
-    for axes in (above, below):
-        axes.grid(alpha=0.25)
-        axes.set_ylim(bottom=0)
-        if axes.get_lines():
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mirror_runtime.errors import EngineError, PeerError
+from mirror_runtime.errors import PeerError
 
 EXIT_S = 5.0
 """Time for a worker to end after its input is closed; then it is killed."""
@@ -90,8 +90,9 @@ class WorkerProcess:
         return answer
 
     def peak_bytes(self) -> int:
-        """Return the process's peak resident memory so far."""
-        return peak_bytes(self._process.pid)
+        """Return the process's peak resident memory, 0 once it has ended. getrusage's includes that of its parent."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii").splitlines()
+        return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
     def __enter__(self) -> WorkerProcess:
         return self
@@ -112,16 +113,10 @@ def run_to_end(command: Sequence[str], name: str) -> None:
     """Run a command in an empty folder.
 
     Raises:
-        EngineError: it failed; the message is its last line.
+        PeerError: it failed; the message is its last line.
     """
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as neutral:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=neutral, check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise EngineError(f"{name} ended with status {done.returncode}: {last[0]}")
-
-
-def peak_bytes(process: int | str) -> int:
-    """Return a process's peak resident memory, 0 once it has ended. getrusage's includes that of its parent."""
-    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+        raise PeerError(f"{name} ended with status {done.returncode}: {last[0]}")

@@ -158,16 +158,11 @@ def _describe(texts: Sequence[str], source: str, tokenizer: Tokenizer) -> Worklo
         raise InputError(f"the workload ({source}) has an invalid text: {next(iter(tokenized.errors.values()))}")
     lengths = [float(length) for length in tokenized.lengths[tokenized.part_piece]]  # truncated: a text is one part
     return WorkloadFacts(
-        source=source,
-        texts=len(texts),
-        distinct=tokenized.lengths.size,
-        texts_sha256=sha256_texts(texts),
-        tokens_mean=sum(lengths) / len(lengths),
-        tokens_p50=float(np.percentile(lengths, 50)),
-        tokens_p90=float(np.percentile(lengths, 90)),
-        tokens_max=int(max(lengths)),
+        source=source, texts=len(texts), distinct=tokenized.lengths.size, texts_sha256=sha256_texts(texts),
+        tokens_mean=sum(lengths) / len(lengths), tokens_p50=float(np.percentile(lengths, 50)),
+        tokens_p90=float(np.percentile(lengths, 90)), tokens_max=int(max(lengths)),
         truncated=int(tokenized.truncated.sum()),
-    )
+    )  # fmt: skip
 
 
 def bundle_tokenizer(path: Path, max_tokens: int) -> Tokenizer:

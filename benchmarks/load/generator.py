@@ -62,7 +62,7 @@ class Window:
     Attributes:
         at_s: its end, in seconds since the loop began.
         seconds: its length.
-        answered_ms: times of right answers by target and texts, such as "grpc 8".
+        times_ms: of right answers.
         refused_ms: times until an overloaded server refused.
         lag_ms: how long after it was due each request was sent: the generator's own share of the times.
         outcomes: requests by `Outcome`.
@@ -73,7 +73,7 @@ class Window:
 
     at_s: float = 0.0
     seconds: float = 0.0
-    answered_ms: dict[str, list[float]] = field(default_factory=dict)
+    times_ms: list[float] = field(default_factory=list)
     refused_ms: list[float] = field(default_factory=list)
     lag_ms: list[float] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -91,11 +91,6 @@ class Window:
         self.outcomes[outcome.value] += 1
         if outcome not in EXPECTED:
             self.first.setdefault(outcome.value, (at_s, reason))
-
-    @property
-    def times_ms(self) -> tuple[float, ...]:
-        """Times of all right answers."""
-        return tuple(time for times in self.answered_ms.values() for time in times)
 
     @property
     def rate(self) -> float:
@@ -195,7 +190,7 @@ class Loop:
                 outcome = await self._request(next(stream), due, 0.0)
                 if outcome is Outcome.OVERLOADED:  # long texts: the callers alone have more than the server accepts
                     await asyncio.sleep(REFUSED_PAUSE_S)
-                elif not self._window.answered_ms:
+                elif not self._window.times_ms:
                     return
 
         await asyncio.gather(*map(call, streams))
@@ -249,7 +244,7 @@ class Loop:
         now, label, window = self._clock(), f"{request.target} {len(request.chosen)}", self._window
         window.end(outcome, now, f"{label}: {reason}")
         if outcome is Outcome.ANSWERED:
-            window.answered_ms.setdefault(label, []).append(1e3 * (now - due))
+            window.times_ms.append(1e3 * (now - due))
             self._last_answer_s = now
         elif outcome is Outcome.OVERLOADED:
             window.refused_ms.append(1e3 * (now - due))

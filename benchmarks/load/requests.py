@@ -36,19 +36,18 @@ class Kind(str, Enum):
     """Why a request is sent."""
 
     GOOD = "good"
-    BAD_UTF8 = "bad UTF-8"
-    UNKNOWN_PARAMETER = "unknown parameter"
-    EMPTY = "empty request"
+    BAD = "bad"
+    """Its last text is not UTF-8."""
     CANCELLED = "cancelled"
     """A good request of the largest size that its caller cancels."""
 
 
-KINDS = {Kind.GOOD: 0.95, Kind.BAD_UTF8: 0.01, Kind.UNKNOWN_PARAMETER: 0.01, Kind.EMPTY: 0.01, Kind.CANCELLED: 0.02}
+KINDS = {Kind.GOOD: 0.95, Kind.BAD: 0.03, Kind.CANCELLED: 0.02}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request to a target by its name, with the positions of its texts; none for an empty request."""
+    """One request to a target by its name, with the positions of its texts."""
 
     kind: Kind = Kind.GOOD
     target: str
@@ -117,7 +116,7 @@ def mix(expected: ExpectedVectors, seed: int, kinds: Mapping[Kind, float]) -> It
     while True:
         (kind,) = draw.choices(tuple(kinds), tuple(kinds.values()))
         (size,) = draw.choices(tuple(TEXTS_PER_REQUEST), tuple(TEXTS_PER_REQUEST.values()))
-        size = {Kind.CANCELLED: max(TEXTS_PER_REQUEST), Kind.EMPTY: 0}.get(kind, size)
+        size = max(TEXTS_PER_REQUEST) if kind is Kind.CANCELLED else size
         target = draw.choice((GRPC, HTTP))
         yield Request(kind=kind, target=target, chosen=tuple(draw.choices(range(len(expected.texts)), k=size)))
 

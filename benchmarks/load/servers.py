@@ -17,11 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
+
 from benchmarks.plan import Variant
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
-from mirror_runtime.triton.server.processes import alive, group_members, kill_group, resident_bytes, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY, Server, launcher
 
 T = TypeVar("T")
@@ -176,7 +177,7 @@ class ServedBundle:
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, addresses: dict[str, str]) -> None:
         self._process, self._folder, self.addresses = process, folder, addresses
-        self._last: dict[int, str] = {}  # those that ran when a tritonserver was last seen
+        self._last: dict[psutil.Process, str] = {}  # those that ran when a tritonserver was last seen
 
     @property
     def log(self) -> list[str]:
@@ -193,22 +194,23 @@ class ServedBundle:
         """How often it has reported that it serves again after its tritonserver had ended."""
         return sum("serving again" in line for line in self.log)
 
-    def processes(self) -> dict[int, str]:
-        """Name the server's living processes: "mirror serve", "tritonserver", "model" for what runs it, or "other"."""
-        named = {self._process.pid: "mirror serve"}
-        servers = _children(self._process.pid)
-        for server in servers:
-            named |= dict.fromkeys(group_members(server), "other")
-            named |= dict.fromkeys(runners(server, MODEL_NAME), "model")
-            named[server] = "tritonserver"
-        self._last = named if servers else self._last
+    def processes(self) -> dict[psutil.Process, str]:
+        """Name its living processes: "mirror serve", and those below it by the system's names."""
+        named: dict[psutil.Process, str] = {}
+        with suppress(psutil.NoSuchProcess):
+            named[root := psutil.Process(self._process.pid)] = "mirror serve"
+            for process in root.children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    named[process] = process.name()
+        self._last = named if len(named) > 1 else self._last
         return named
 
     def memory(self) -> dict[str, float]:
         """Measure the resident memory of the processes of each name and of `ALL`, in MB; shared pages count in each."""
         sizes: Counter[str] = Counter()
-        for pid, name in self.processes().items():
-            sizes.update(dict.fromkeys((name, ALL), resident_bytes([pid])))
+        for process, name in self.processes().items():
+            with suppress(psutil.NoSuchProcess):
+                sizes.update(dict.fromkeys((name, ALL), process.memory_info().rss))
         return {name: size / 1e6 for name, size in sizes.items() if size}
 
     def end(self) -> Ending:
@@ -220,7 +222,7 @@ class ServedBundle:
             status = self._process.wait(END_S)
         seconds = time.monotonic() - began
         leftovers = (
-            *(f"process {pid} ({name})" for pid, name in self._last.items() if alive(pid)),
+            *(f"process {process.pid} ({name})" for process, name in self._last.items() if process.is_running()),
             *(f"shared memory {region.name}" for region in self._shared_memory()),
             *(f"temporary file {path.name}" for path in sorted((self._folder / "tmp").iterdir())),
         )
@@ -229,10 +231,10 @@ class ServedBundle:
     def clear(self) -> None:
         """Kill what still runs and remove what it left."""
         self.processes()
-        self._process.kill()
-        self._process.wait()
-        for server in (pid for pid, name in self._last.items() if name == "tritonserver"):
-            kill_group(server)
+        for process in self._last:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(list(self._last), STOP_S)
         for region in self._shared_memory():
             region.unlink(missing_ok=True)
 
@@ -262,17 +264,6 @@ def _addresses(printed: str) -> dict[str, str] | None:
     if not {"gRPC", "HTTP", "metrics"} <= words.keys():
         return None
     return {"grpc": words["gRPC"].strip(), "http": words["HTTP"].split("/")[2]}
-
-
-def _children(parent: int) -> list[int]:
-    """List the living child processes of a process."""
-    children = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
-            text = (folder / "stat").read_text(encoding="utf-8", errors="replace")
-            if int(text.rpartition(")")[2].split()[1]) == parent and alive(int(folder.name)):
-                children.append(int(folder.name))
-    return children
 
 
 def _read_json(url: str) -> Any:

@@ -14,7 +14,7 @@ from benchmarks.load.requests import GRPC, ExpectedVectors, Kind, Request
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.grpc_transport import AsyncGrpcTransport
 from mirror_runtime.client.http_transport import AsyncHttpTransport
-from mirror_runtime.client.protocol import MODEL_NAME, Parameters, Rejected
+from mirror_runtime.client.protocol import MODEL_NAME, Rejected
 from mirror_runtime.errors import DeadlineExceededError, InputError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.vectors import Vectors
 
@@ -46,8 +46,8 @@ class Outcome(str, Enum):
 EXPECTED = frozenset({Outcome.ANSWERED, Outcome.REFUSED, Outcome.CANCELLED})
 """How requests may end on a server that is not overloaded."""
 
-REFUSALS = {Kind.BAD_UTF8: "not valid UTF-8", Kind.UNKNOWN_PARAMETER: "known are dimensions", Kind.EMPTY: ""}
-"""Words that the refusal of a bad request must contain. Triton itself refuses the empty one."""
+REFUSAL = "not valid UTF-8"
+"""Words that the refusal of a bad request must contain."""
 
 _FAILURES = (
     (OverloadedError, Outcome.OVERLOADED),
@@ -75,9 +75,9 @@ class TritonTarget:
         """Send texts in one request and return their vectors."""
         return await self._client.encode(texts, len(texts))
 
-    async def submit(self, texts: Sequence[bytes], parameters: Parameters) -> None:
-        """Send bytes and parameters as they are."""
-        await self._transport.submit(np.array(texts, np.object_).reshape(-1, 1), parameters, self._timeout_s)
+    async def submit(self, texts: Sequence[bytes]) -> None:
+        """Send bytes as they are."""
+        await self._transport.submit(np.array(texts, np.object_).reshape(-1, 1), {}, self._timeout_s)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -132,12 +132,10 @@ class Sender:
         kind, target = request.kind, self._targets[request.target]
         texts = [self._texts[at] for at in request.chosen]
         try:
-            if kind in REFUSALS:
+            if kind is Kind.BAD:
                 assert isinstance(target, TritonTarget)  # the gateway gets good requests alone
-                raw = [text.encode() for text in texts]
-                if kind is Kind.BAD_UTF8:
-                    raw[-1] += b" \xff"
-                await target.submit(raw, {"normalise": True} if kind is Kind.UNKNOWN_PARAMETER else {})
+                *good, last = (text.encode() for text in texts)
+                await target.submit([*good, last + b" \xff"])
                 return Outcome.NOT_REFUSED, kind.value
             vectors = await asyncio.wait_for(target.encode(texts), cancel_after_s if kind is Kind.CANCELLED else None)
             problem = "" if self._expected is None else self._expected.problem(request.chosen, vectors)
@@ -150,6 +148,6 @@ class Sender:
 def _outcome(kind: Kind, error: Exception) -> Outcome:
     if kind is Kind.CANCELLED and isinstance(error, asyncio.TimeoutError):
         return Outcome.CANCELLED
-    if kind in REFUSALS and isinstance(error, Rejected):
-        return Outcome.REFUSED if REFUSALS[kind] in error.reason else Outcome.OTHER_REFUSAL
+    if kind is Kind.BAD and isinstance(error, Rejected):
+        return Outcome.REFUSED if REFUSAL in error.reason else Outcome.OTHER_REFUSAL
     return next(outcome for kinds, outcome in _FAILURES if isinstance(error, kinds))

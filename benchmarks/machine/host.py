@@ -27,25 +27,18 @@ def describe_host() -> Host:
     """Describe this machine as this process sees it."""
     flags = cpu_flags()
     return Host(
-        cpu_model=cpu_model(),
-        cores_online=os.cpu_count() or 1,
-        cores_usable=usable_cores(),
+        cpu_model=cpu_model(), cores_online=os.cpu_count() or 1, cores_usable=usable_cores(),
         affinity=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else (),
-        cpu_quota_cores=cpu_quota_cores(),
-        memory_limit_bytes=memory_limit_bytes(),
-        cpu_flags=tuple(flag for flag in SPEED_FLAGS if flag in flags),
-        clocks_mhz=clocks_mhz(),
-        governor=governor(),
+        cpu_quota_cores=cpu_quota_cores(), memory_limit_bytes=memory_limit_bytes(),
+        cpu_flags=tuple(flag for flag in SPEED_FLAGS if flag in flags), clocks_mhz=clocks_mhz(), governor=governor(),
         thread_environment={
             name: value
             for name, value in sorted(os.environ.items())
             if name.startswith(THREAD_PREFIXES) or name in THREAD_VARIABLES
         },
-        memory_bytes=memory_bytes(),
-        os=platform.platform(),
-        python=platform.python_version(),
+        memory_bytes=memory_bytes(), os=platform.platform(), python=platform.python_version(),
         load_1min_start=os.getloadavg()[0],
-    )
+    )  # fmt: skip
 
 
 def clocks_mhz(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[float, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.workers import run_to_end
 from mirror_runtime.errors import InputError, PeerError
 
 STAMP = ".requirements-sha256"
@@ -48,10 +48,10 @@ def make_environment(requirements: Path, folder: Path, on_progress: Callable[[st
     folder.mkdir(parents=True)
     stamp.write_text(INCOMPLETE, encoding="ascii")
     on_progress(f"making {folder.name}")
-    _run([sys.executable, "-m", "venv", str(folder)], on_progress)
+    run_to_end([sys.executable, "-m", "venv", str(folder)], "venv")
     python = existing_environment(folder)
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    _run([*pip, "-r", str(requirements)], on_progress)
+    run_to_end([*pip, "-r", str(requirements.resolve())], "pip")
     stamp.write_text(digest, encoding="ascii")
     return python
 
@@ -78,17 +78,3 @@ def parse_environments(pairs: Sequence[str], option: str, known: Collection[str]
             raise InputError(f"{option} {pair!r}: write NAME=DIR, where NAME is one of {', '.join(sorted(known))}")
         parsed[name] = Path(folder)
     return parsed
-
-
-def _run(command: list[str], on_progress: Callable[[str], None]) -> None:
-    """Run a command and pass its lines on as progress."""
-    last = ""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    with process:
-        assert process.stdout is not None  # PIPE
-        for line in process.stdout:
-            if line.strip():
-                last = line.strip()
-                on_progress(last)
-    if process.returncode != 0:
-        raise PeerError(f"the environment cannot be made (status {process.returncode}): {last}")

@@ -1,10 +1,10 @@
-"""The peers as data: libraries, their backends, and the commands that start them."""
+"""The libraries as data, in libraries.json: peers with their backends, consumers of a bundle, and their commands."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 FOLDER = Path(__file__).resolve().parent
@@ -12,7 +12,7 @@ SCRIPT = FOLDER / "libraries.py"
 
 
 class PeerSpec(NamedTuple):
-    """A peer: a new one needs a requirements file, a function in `libraries.py`, and an entry here.
+    """A peer: a new one needs a requirements file, a function in `libraries.py`, and an entry in libraries.json.
 
     Attributes:
         name: of its environment, its requirements file and its entry in `LIBRARIES`.
@@ -25,7 +25,7 @@ class PeerSpec(NamedTuple):
     name: str
     title: str
     backends: Mapping[str, str]
-    exports: Mapping[str, str] = MappingProxyType({})
+    exports: Mapping[str, str]
     slow: bool = False
 
     @property
@@ -34,32 +34,22 @@ class PeerSpec(NamedTuple):
         return not self.exports and not self.slow
 
 
-PEERS = (
-    PeerSpec(
-        "sentence_transformers",
-        "sentence-transformers",
-        dict.fromkeys(("torch", "onnx", "openvino", "onnx-int8", "openvino-int8"), "sentence-transformers"),
-        exports={
-            "onnx": "onnx/model.onnx",
-            "openvino": "openvino/openvino_model.xml",
-            "onnx-int8": "onnx/model_peer_int8.onnx",
-            "openvino-int8": "openvino/openvino_model_peer_int8.xml",
-        },
-    ),
-    PeerSpec("fastembed", "fastembed", {"onnx": "fastembed"}),
-    PeerSpec(
-        "ctranslate2",
-        "CTranslate2",
-        dict.fromkeys(("float32", "int8"), "ctranslate2"),
-        exports=dict.fromkeys(("float32", "int8"), "model.bin"),
-    ),
-    PeerSpec(
-        "engine_loops",
-        "plain-loop",
-        {"onnxruntime": "onnxruntime", "openvino": "openvino", "openvino-async": "openvino"},
-    ),
-    PeerSpec("infinity", "infinity", {"torch": "infinity-emb"}, slow=True),
-)
+class Consumer(NamedTuple):
+    """A library that loads a bundle unchanged: a new one needs a function in `libraries.py` and an entry likewise.
+
+    Attributes:
+        title: as its makers write it.
+        library: of `libraries.LIBRARIES`.
+        backend: of the library.
+        environment: names its requirements file and its folder among the environments.
+        suffixes: of the padded graphs that it loads; empty if it reads the weights.
+    """
+
+    title: str
+    library: str
+    backend: str
+    environment: str
+    suffixes: tuple[str, ...]
 
 
 class PeerBackend(NamedTuple):
@@ -78,3 +68,8 @@ class PeerBackend(NamedTuple):
 def worker_command(python: Path, library: str) -> tuple[str, ...]:
     """Return the command of a library's worker. Isolated mode keeps our folder and the user's packages out of it."""
     return str(python), "-I", str(SCRIPT), library
+
+
+_DATA = json.loads((FOLDER / "libraries.json").read_text(encoding="utf-8"))
+PEERS = tuple(PeerSpec(**peer) for peer in _DATA["peers"])
+CONSUMERS = tuple(Consumer(*names, tuple(suffixes)) for *names, suffixes in _DATA["consumers"])

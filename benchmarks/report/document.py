@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from jinja2 import Environment, StrictUndefined
+
 from benchmarks.plan import Suite
 from benchmarks.report.plots import PLOTS, draw, drawable
 from benchmarks.report.record import PEOPLE, SCHEMA_VERSION
@@ -29,6 +31,11 @@ PARTIAL = (
     "is missing was not."
 )
 """Must be read before any figure."""
+
+
+_CONDITIONS = Environment(trim_blocks=True, undefined=StrictUndefined).from_string(
+    Path(__file__).with_name("conditions.jinja").read_text(encoding="utf-8")
+)
 
 
 @dataclass(frozen=True)
@@ -116,53 +123,13 @@ def unsteady_parties(report: Report) -> list[str]:
 
 
 def _conditions(report: Report) -> Part:
-    facts = report.facts
-    host, work, subject, source, settings = facts.host, facts.workload, facts.subject, facts.source, facts.settings
-    variables = ", ".join(f"`{name}={value}`" for name, value in host.thread_environment.items())
-    clocks = "not stated by the system"
-    if host.clocks_mhz:
-        spread = dict.fromkeys(f"{one(host.clocks_mhz):,.0f}" for one in (min, max))
-        clocks = f"{' to '.join(spread)} MHz before the first measurement"
-    cores = ", ".join(map(str, host.affinity)) or "any"
-    quota = "no CPU quota" if host.cpu_quota_cores is None else f"CPU quota of {host.cpu_quota_cores:g} cores"
-    limit = host.memory_limit_bytes
-    memory = "no memory limit" if limit is None else f"memory limit of {limit / 2**30:.1f} GiB"
-    rows = {
-        "Machine": f"{host.cpu_model}, {host.cores_usable} of {host.cores_online} logical cores usable",
-        "CPU features": ", ".join(host.cpu_flags),
-        "Clocks": f"{clocks}; governor: {host.governor or 'not stated by the system'}",
-        "Memory": f"{host.memory_bytes / 2**30:.1f} GiB",
-        "Limits of the process": f"logical cores {cores}; {quota}; {memory}",
-        "Variables that change threads": variables or "none set",
-        "System": f"{host.os}, Python {host.python}",
-        "Load average before": f"{host.load_1min_start:.2f} (1 min)",
-        "Versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items()),
-        "Commit": source.commit and source.commit[:12] + " with local changes" * bool(source.dirty),
-        "Bundle": f"{subject.name}, fingerprint `{subject.fingerprint}`, from {subject.base_model}, "
-        f"{subject.dim} dimensions, up to {subject.max_tokens} tokens",
-        "Workload": f"{work.texts} texts ({work.source}), {work.distinct} of them distinct; tokens: mean "
-        f"{work.tokens_mean:.1f}, p50 {work.tokens_p50:.0f}, p90 {work.tokens_p90:.0f}, max {work.tokens_max}; "
-        f"{work.truncated} truncated; sha256 `{work.texts_sha256[:16]}`",
-        "Tuning": settings.training,
-        "Run": f"{facts.started}, {facts.wall_s:.0f} s, suites {', '.join(settings.suites)}, {settings.rounds} rounds, "
-        f"seed {settings.seed}{', quick' * settings.quick}"
-        + "".join(f"; interrupted, continued {moment}" for moment in facts.resumed),
-    }
-    text = "Every party runs with its default threads, which may use all usable cores."
-    if host.load_1min_start > 0.5:
-        text += (
-            f" **The machine was busy before the first measurement (load average {host.load_1min_start:.2f}): compare "
-            "parties within this report, and trust no absolute figure.**"
-        )
-    if unsteady := unsteady_parties(report):
-        text += (
-            f" **The machine was not steady: the slowest and fastest rounds of {', '.join(unsteady)} are more than "
-            f"{100 * STEADY:.0f} % apart. Medians and intervals include that; measure again on a quiet machine before "
-            "small differences count.**"
-        )
-    if settings.quick:
-        text += " A quick run has few samples: use it to check that everything works, not to decide."
-    return "Conditions", [Grid((), [(name, value) for name, value in rows.items() if value]), text]
+    """Fill conditions.jinja: a line "name: value" for each row of the table, then what is to be said below it."""
+    rendered = _CONDITIONS.render(
+        facts=report.facts, unsteady=unsteady_parties(report), steady=STEADY, **vars(report.facts)
+    )  # fmt: skip
+    lines, _, text = rendered.partition("\n\n")
+    pairs = (line.split(": ", 1) for line in lines.splitlines())
+    return "Conditions", [Grid((), [(name, value) for name, value in pairs if value]), " ".join(text.split())]
 
 
 def _limits(report: Report) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -140,41 +140,22 @@ def _scatter(report: Report, plot: Plot, axes: Any) -> None:
 
 
 _RATE = Values("texts per second", RATES, label="texts per second")
+_MEDIAN = Values("texts per second", RATES, label="median\nwhiskers: slowest and fastest round; grey: peers")
 _TOKENS = Values("tokens", label="tokens of each text", log=2)
-_BETTER = "(right is better; squares: peers)"
-_MEAN, _OPEN = {"set": "mean"}, {"loop": "open"}
+_TIME = Values("time per text", "latency", label="milliseconds")
+_LENGTHS = Values("tokens per second", "throughput", label="tokens per second")
+_SCORE = Values(
+    "Spearman x 100", "quality", label="mean Spearman x 100 (right is better; squares: peers)", where={"set": "mean"}
+)
+_DUE = Values(
+    "time per request", "serving", "p99", label="milliseconds from when it was due", where={"loop": "open"}, log=10
+)
+_OFFERED = Values("offered per second", "serving", label="texts offered per second")
 
 PLOTS: Mapping[str, Plot] = {
-    "latency": Plot(
-        _lines,
-        "Latency of one text against its length",
-        Values("time per text", "latency", label="milliseconds"),
-        _TOKENS,
-        dashed="p99",
-    ),
-    "throughput": Plot(
-        _bars,
-        "Texts per second",
-        Values("texts per second", RATES, label=""),
-        Values("texts per second", RATES, label="median\nwhiskers: slowest and fastest round; grey: peers"),
-    ),
-    "lengths": Plot(
-        _lines,
-        "Throughput against length",
-        Values("tokens per second", "throughput", label="tokens per second"),
-        _TOKENS,
-    ),
-    "pareto": Plot(
-        _scatter,
-        "Speed against quality",
-        _RATE,
-        Values("Spearman x 100", "quality", label=f"mean Spearman x 100 {_BETTER}", where=_MEAN),
-    ),
-    "serving": Plot(
-        _lines,
-        "Load against latency",
-        Values("time per request", "serving", "p99", label="milliseconds from when it was due", where=_OPEN, log=10),
-        Values("offered per second", "serving", label="texts offered per second"),
-        dashed="p50",
-    ),
+    "latency": Plot(_lines, "Latency of one text against its length", _TIME, _TOKENS, dashed="p99"),
+    "throughput": Plot(_bars, "Texts per second", replace(_RATE, label=""), _MEDIAN),
+    "lengths": Plot(_lines, "Throughput against length", _LENGTHS, _TOKENS),
+    "pareto": Plot(_scatter, "Speed against quality", _RATE, _SCORE),
+    "serving": Plot(_lines, "Load against latency", _DUE, _OFFERED, dashed="p50"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,13 @@ def read_report(folder: Path) -> Report:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Write `report.json`, whole or not at all."""
-    measured = measured_json(report.measurements, report.failures)
+    """Write `report.json`, whole or not at all, with measurements of many samples thinned."""
+    kept = (to_json(thin(one)) for one in report.measurements)
+    measured = [{key: value for key, value in one.items() if DEFAULTS.get(key) != value} for one in kept]
+    failures = [to_json(failure) for failure in report.failures]
     with replace_file(path) as beside:
-        write_object(beside, {"schema_version": SCHEMA_VERSION, "facts": to_json(report.facts), **measured})
-
-
-def measured_json(measurements: Iterable[Measurement], failures: Iterable[Failure]) -> dict[str, Any]:
-    """Turn measurements, thinned where they are many, and failures into what `json.dumps` takes."""
-    kept = (to_json(thin(one)) for one in measurements)
-    compact = [{key: value for key, value in one.items() if DEFAULTS.get(key) != value} for one in kept]
-    return {"measurements": compact, "failures": [to_json(failure) for failure in failures]}
+        facts = {"schema_version": SCHEMA_VERSION, "facts": to_json(report.facts)}
+        write_object(beside, {**facts, "measurements": measured, "failures": failures})
 
 
 def write_object(path: Path, data: Mapping[str, Any]) -> None:

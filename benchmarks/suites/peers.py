@@ -134,13 +134,8 @@ def _ours(plan: Plan, runner: Runner, recorder: Recorder) -> Party:
         rounds.run()
         rounds.record(recorder, SUITE, plan)
 
-    return Party(
-        name=runner.variant.name,
-        samples_s=rounds.samples_s,
-        run=run,
-        vectors=partial(encode_components, plan, runner),
-        single=partial(time_calls, runner.encoder.encode),
-    )
+    vectors, single = partial(encode_components, plan, runner), partial(time_calls, runner.encoder.encode)
+    return Party(name=runner.variant.name, samples_s=rounds.samples_s, run=run, vectors=vectors, single=single)
 
 
 def _load(
@@ -173,10 +168,8 @@ def _load(
         fact(
             "texts per second", *(len(texts) / seconds for seconds in samples_s), unit="1/s", better=Better.HIGHER,
             conditions={
-                "version": versions.get(backend.package, "unknown"),
-                "computes in": answer["precision"],
-                "batch size": best,
-                "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
+                "version": versions.get(backend.package, "unknown"), "computes in": answer["precision"],
+                "batch size": best, "packages": ", ".join(f"{name} {version}" for name, version in versions.items()),
             },
         )  # fmt: skip
 
@@ -231,13 +224,9 @@ def _time_single_texts(plan: Plan, parties: Sequence[Party], recorder: Recorder,
 
 
 def _interleave(
-    plan: Plan,
-    parties: Sequence[Party],
-    run: Callable[[Party], None],
-    recorder: Recorder,
-    progress: Progress,
+    plan: Plan, parties: Sequence[Party], run: Callable[[Party], None], recorder: Recorder, progress: Progress,
     what: str,
-) -> None:
+) -> None:  # fmt: skip
     """Interleave the parties' rounds, with a pause before each."""
 
     def turn(party: Party, _round: int) -> None:

@@ -26,7 +26,7 @@ from benchmarks.load.perf_analyzer import find_perf_analyzer, run_perf_analyzer
 from benchmarks.load.requests import GATEWAY, GRPC
 from benchmarks.load.servers import Row, Statistics, running_gateway, triton_statistics
 from benchmarks.load.targets import Outcome
-from benchmarks.plan import Plan, Runner, Suite, auto_variants, loaded, steps
+from benchmarks.plan import Plan, Runner, Suite, loaded, steps
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better, Condition
 from benchmarks.report.statistics import median, percentile
@@ -110,7 +110,7 @@ class Party:
 
 
 def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
-    """Serve every variant in turn, or with `quick` the one that "auto" means; record what cannot be served."""
+    """Serve every variant in turn, or with `quick` the first; record what cannot be served."""
     pace, analyzer = QUICK if plan.quick else FULL, None
     with recorder.failing(SUITE, PERF_ANALYZER, OSError):
         analyzer = find_perf_analyzer(
@@ -119,11 +119,13 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
             partial(progress.console.print, style="dim", markup=False),
         )
     with loaded(plan, recorder, Suite.SERVING) as runners:
-        variants = auto_variants(plan, [runner.variant for runner in runners], recorder)
+        for runner in runners[1:] if plan.quick else ():
+            recorder.fail(SUITE, runner.variant.name, "a quick run measures one artifact")
+        served = runners[:1] if plan.quick else runners
         rounds = sum(1 + plan.rounds * (1 + len(loops)) for loops in LOOPS.values())
         once = 1 + len(pace.shares) + len(LOOPS[GRPC]) * (analyzer is not None)
-        with steps(progress, "serving", len(variants) * (rounds + once)) as on_step:
-            for runner in (runner for runner in runners if runner.variant in variants):
+        with steps(progress, "serving", len(served) * (rounds + once)) as on_step:
+            for runner in served:
                 texts = plan.workload.texts[:MOST_TEXTS]
                 party = Party(runner=runner, texts=texts, pace=pace, seed=plan.seed, recorder=recorder, on_step=on_step)
                 with recorder.failing(SUITE, f"{party.name}, triton"):

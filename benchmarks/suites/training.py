@@ -7,8 +7,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from rich.progress import Progress
 from benchmarks.plan import Plan, Suite, steps, take_turns
 from benchmarks.recorder import Recorder
 from benchmarks.report.record import Better
-from benchmarks.suites.quality import MEAN, read_evaluation_sets
+from benchmarks.suites.quality import MEAN
 from benchmarks.workers import run_to_end
 from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import InputError
@@ -42,7 +42,7 @@ class TrainingPlan:
         pooling: mean or cls.
         recipes: of training/tune.py, each run with so many seeds.
         reference_seeds: of the published recipe, which takes many times as long; 0 leaves it out.
-        quick: tune on the first `QUICK_TEXTS` texts only, and judge by a sample of each set of sentences.
+        quick: tune on the first `QUICK_TEXTS` texts only.
     """
 
     base: Path
@@ -90,8 +90,6 @@ def run_training(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     if tuning is None:
         return
     corpus, texts = _corpus(tuning, plan.scratch.resolve())
-    if tuning.quick and tuning.sts:
-        tuning = replace(tuning, sts=_sampled(tuning.sts, plan.scratch.resolve()))
 
     def turns(trainer: Trainer) -> Callable[[int], None]:
         fact = partial(recorder.record, SUITE, trainer.party)
@@ -131,17 +129,6 @@ def _corpus(plan: TrainingPlan, scratch: Path) -> tuple[Path, int]:
     short = scratch / plan.corpus.name
     short.write_text("\n".join(texts[:QUICK_TEXTS]) + "\n", encoding="utf-8")
     return short, min(len(texts), QUICK_TEXTS)
-
-
-def _sampled(sts: Sequence[Path], scratch: Path) -> tuple[Path, ...]:
-    """Write the pairs that a quick run judges by, in a layout that training/evaluate.py reads."""
-    files = []
-    for one in read_evaluation_sets(sts, (), quick=True):
-        files.append(scratch / f"{one.name}.tsv")
-        pairs = zip(one.scores, one.first, one.second, strict=True)
-        rows = "".join(f"{score}\t{first}\t{second}\n" for score, first, second in pairs)
-        files[-1].write_text(f"score\tsentence1\tsentence2\n{rows}", encoding="utf-8")
-    return tuple(files)
 
 
 def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:

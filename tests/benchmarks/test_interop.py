@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import interop
-from benchmarks.interop import CONSUMERS, REQUIREMENTS, Cell, Verdict, main, run_consumers
+from benchmarks.interop import REQUIREMENTS, Cell, Verdict, main, run_consumers
 from benchmarks.peers.libraries import LIBRARIES
+from benchmarks.peers.specs import CONSUMERS
 from mirror_runtime.bundle import (
     CANARIES_FILE,
     MANIFEST_FILE,
@@ -36,7 +37,7 @@ def environments(tmp_path) -> Path:
 
 
 def run(bundle: Path, environments: Path, *only: str) -> dict[str, Cell]:
-    return {cell.consumer: cell for cell in run_consumers(bundle, environments, only=only)}
+    return {cell.consumer: cell for cell in run_consumers(bundle, environments, only, {}, str)}
 
 
 def test_libraries_read_the_bundle_unchanged_and_compute_the_same_vectors(tiny_bundle, environments):
@@ -124,4 +125,4 @@ def test_heads_that_a_library_lacks_are_not_offered_to_it(tiny_bundle, tmp_path)
     assert offered(tiny_bundle, template="[{text}]") == set()
     bare = shutil.copytree(tiny_bundle, tmp_path / "bare")
     (bare / "modules.json").unlink()
-    assert offered(bare) == {"optimum-onnx", "onnxruntime", "openvino"}
+    assert offered(bare) == {"onnxruntime", "openvino"}

@@ -19,7 +19,7 @@ from mirror_runtime.errors import PeerError, ServerError
 def window(*times_ms, seconds=1.0, refused=0, recovery_s=None, **outcomes):
     ends = Counter({"answered": len(times_ms), "overloaded": refused, **outcomes})
     return Window(
-        at_s=seconds, seconds=seconds, answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
+        at_s=seconds, seconds=seconds, times_ms=list(times_ms),
         refused_ms=[2.0] * refused, lag_ms=[0.5] * len(times_ms), outcomes=ends,
         first={"server error": (1.0, "broken")}, recovery_s=recovery_s,
     )  # fmt: skip

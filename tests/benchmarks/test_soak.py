@@ -15,12 +15,13 @@ from benchmarks.load.generator import Window
 from benchmarks.load.requests import ExpectedVectors
 from benchmarks.load.servers import ALL, Ending, served_bundle
 from benchmarks.soak import main
-from benchmarks.soak_report import Observed, drift, growth, judge, write_files
+from benchmarks.soak_report import Observed, drift, growth, judge, write_report
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.server.processes import alive
 from mirror_runtime.triton.server.server import SHARED_MEMORY
 from tests.support.mirror_serve import wait_until
 
+MODEL = "triton_python_backend_stub"
 CLEAN_END = Ending(by_itself=False, status=0, seconds=1.0, leftovers=())
 
 
@@ -32,7 +33,7 @@ def window(*times_ms: float, at_s: float = 10.0, **ends: int) -> Window:
     return Window(
         at_s=at_s,
         seconds=10.0,
-        answered_ms={"grpc 1": list(times_ms)} if times_ms else {},
+        times_ms=list(times_ms),
         lag_ms=[0.5],
         outcomes=Counter({"answered": len(times_ms), **ends}),
         first={end: (at_s, f"{end} | at\n{at_s}") for end in ends if end != "cancelled"},
@@ -105,12 +106,12 @@ def test_a_run_within_its_thresholds_passes_and_each_fails_alone(name, passed, f
     assert all(v.passed or (v.name == "p99 drift" and not found.windows) for v in others)
 
 
-def test_the_files_have_the_whole_report(report, tmp_path):
+def test_the_file_has_the_whole_report(report, tmp_path):
     failed = window(13.0, 11.0, at_s=20.0, **{"server error": 2, "cancelled": 1})
     found = observed(window(12.0, **{"server error": 1}), failed, log=["broken", "starting again"])
     facts = {"bundle": "mine", "host": report.facts.host, "workload": report.facts.workload}
-    headline = write_files(tmp_path, "fake fp32", facts, found, judge(found, 30.0, 1.5))
-    written, samples = read(tmp_path)
+    headline = write_report(tmp_path, "fake fp32", facts, found, judge(found, 30.0, 1.5))
+    written = read(tmp_path)
     assert (written["passed"], written["unexpected"], written["requests"], written["partial"]) == (False, 3, 8, False)
     assert headline.items() <= written.items()
     assert written["server_log"] == ["broken", "starting again"]
@@ -118,26 +119,22 @@ def test_the_files_have_the_whole_report(report, tmp_path):
     assert written["problems"] == [
         {"outcome": "server error", "count": 3, "first_at_s": 10.0, "first_reason": "server error | at\n10.0"}
     ]
-    assert samples["capacity",] == [200.0]
-    assert samples["p99 of a window",] == pytest.approx([12.0, 12.98])
-    assert samples["requests", "server error", "no"] == [3.0]
-    assert samples["requests", "cancelled", "yes"] == [1.0]
-    assert samples["end of a window",] == [10.0, 20.0]
-    assert samples["resident memory", "model"][:2] == [200.0, 200.0 + 1 / 12]
-    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "soak.md").read_text()
-    for words in (
-        "# Soak of mine: beyond its thresholds",
-        "| errors | FAILED | 3 of 8 requests",
-        "| server error | 3 | 10.0 | server error \\| at 10.0 |",
-    ):
-        assert words in text
+    assert written["capacity_per_s"] == 200.0
+    assert written["outcomes"] == {"answered": 4, "server error": 3, "cancelled": 1}
+    assert [(one["at_s"], one["p99_ms"]) for one in written["windows"]] == [(10.0, 12.0), (20.0, pytest.approx(12.98))]
+    assert written["memory_mb"][1] == {
+        "at_s": 60.0,
+        "tritonserver": 100.0,
+        "model": 200.0 + 1 / 12,
+        ALL: 300.0 + 1 / 12,
+    }
 
 
 def test_an_interrupted_run_that_saw_nothing_has_a_report(tmp_path):
     nothing = Observed(partial=True)
-    write_files(tmp_path, "fake fp32", {"bundle": "mine"}, nothing, judge(nothing, 30.0, 1.5))
-    assert "**Partial" in (tmp_path / "soak.md").read_text()
+    write_report(tmp_path, "fake fp32", {"bundle": "mine"}, nothing, judge(nothing, 30.0, 1.5))
+    written = read(tmp_path)
+    assert (written["partial"], written["requests"], written["growth_mb_per_hour"]) == (True, 0, None)
 
 
 def command(bundle: Path, output: Path, minutes: float) -> list[str]:
@@ -147,10 +144,9 @@ def command(bundle: Path, output: Path, minutes: float) -> list[str]:
     return [str(bundle), *options, "--output", str(output)]
 
 
-def read(output: Path) -> tuple[dict, dict]:
-    """The report, and its samples by metric and conditions."""
-    report = json.loads((output / "soak.json").read_text())
-    return report, {(m["metric"], *m.get("conditions", {}).values()): m["samples"] for m in report["measurements"]}
+def read(output: Path) -> dict:
+    report: dict = json.loads((output / "soak.json").read_text())
+    return report
 
 
 @pytest.mark.serving
@@ -160,17 +156,16 @@ def test_a_clean_run_is_within_its_thresholds(gateway_bundle, tmp_path, capsys):
     assert main(command(gateway_bundle, output, 0.1)) == 0, capsys.readouterr().err
     headline = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert headline["passed"] is True
-    report, found = read(output)
+    report = read(output)
     assert (report["partial"], report["problems"]) == (False, [])
-    outcomes = {key[1] for key in found if key[0] == "requests"}
-    assert {"answered", "bad request refused"} <= outcomes <= {"answered", "bad request refused", "cancelled"}
-    assert len(found[("end of a window",)]) >= 5
-    (capacity,), requests = found["capacity",], headline["requests"]
-    assert requests == pytest.approx((0.6 + 0.5 * 6) * capacity, rel=0.25)
-    for name in ("mirror serve", "tritonserver", "model", "all"):
-        assert min(found["resident memory", name]) > 1
+    ends = {"answered", "bad request refused"}
+    assert ends <= report["outcomes"].keys() <= {*ends, "cancelled"}
+    assert len(report["windows"]) >= 5
+    assert headline["requests"] == pytest.approx((0.6 + 0.5 * 6) * report["capacity_per_s"], rel=0.25)
+    for name in ("mirror serve", "tritonserver", MODEL, "all"):
+        assert min(sample[name] for sample in report["memory_mb"]) > 1
     assert (report["ending"]["status"], report["ending"]["leftovers"]) == (0, [])
-    assert {path.name for path in output.iterdir()} == {"soak.json", "soak.md", "soak.png"}
+    assert {path.name for path in output.iterdir()} == {"soak.json"}
 
 
 @pytest.mark.serving
@@ -197,7 +192,7 @@ def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(gateway_bund
         assert main(command(gateway_bundle, output, 1.0)) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    report, _ = read(output)
+    report = read(output)
     assert report["partial"] is True
     assert report["load_s"] < 30
     (problem,) = report["problems"]
@@ -212,10 +207,10 @@ def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(gateway_bund
 def test_a_restart_and_leftovers_are_found(gateway_bundle):
     with served_bundle(gateway_bundle, "--engine", "fake") as server:
         server.memory()
-        pids = {name: pid for pid, name in server.processes().items()}
-        os.kill(pids["model"], signal.SIGKILL)
+        pids = {name: process.pid for process, name in server.processes().items()}
+        os.kill(pids[MODEL], signal.SIGKILL)
         wait_until(lambda: any("serving again" in line for line in server.log))
-        assert server.memory().keys() >= {"mirror serve", "tritonserver", "model"}
+        assert server.memory().keys() >= {"mirror serve", "tritonserver", MODEL}
         assert server.restarts == 1
         region = SHARED_MEMORY / f"mirror_{pids['mirror serve']}_left"
         region.touch()
@@ -228,7 +223,7 @@ def test_a_restart_and_leftovers_are_found(gateway_bundle):
 @pytest.mark.serving
 def test_a_server_that_is_killed_has_ended_by_itself_and_leaves_no_process(gateway_bundle, tmp_path):
     with served_bundle(gateway_bundle, "--engine", "fake") as server:
-        pids = list(server.processes())
+        pids = [process.pid for process in server.processes()]
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: not server.running)
         assert server.end()[:2] == (True, -signal.SIGKILL)
