@@ -160,8 +160,8 @@ def _compare_times(before: Sequence[Measurement], after: Sequence[Measurement], 
     )
     if verdict is not Verdict.SAME and min(sum(map(len, base)), sum(map(len, head))) < 2:
         verdict = Verdict.NOISY  # one sample shows nothing of how samples scatter
-    medians = (_typical([one.samples for one in side]) for side in (before, after))
-    return Change(_name(before[0]), before[0].unit, *medians, ratio, low, high, verdict)
+    was, now = (_typical([one.samples for one in side]) for side in (before, after))
+    return Change(_name(before[0]), before[0].unit, was, now, ratio, low, high, verdict)
 
 
 def _times(one: Measurement, *, scaled: bool) -> list[float]:

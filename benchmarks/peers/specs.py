@@ -72,4 +72,4 @@ def worker_command(python: Path, library: str) -> tuple[str, ...]:
 
 _DATA = json.loads((FOLDER / "libraries.json").read_text(encoding="utf-8"))
 PEERS = tuple(PeerSpec(**peer) for peer in _DATA["peers"])
-CONSUMERS = tuple(Consumer(*names, tuple(suffixes)) for *names, suffixes in _DATA["consumers"])
+CONSUMERS = tuple(Consumer._make([*names, tuple(suffixes)]) for *names, suffixes in _DATA["consumers"])

@@ -37,7 +37,7 @@ def environments(tmp_path) -> Path:
 
 
 def run(bundle: Path, environments: Path, *only: str) -> dict[str, Cell]:
-    return {cell.consumer: cell for cell in run_consumers(bundle, environments, only, {}, str)}
+    return {cell.consumer: cell for cell in run_consumers(bundle, environments, only, {}, print)}
 
 
 def test_libraries_read_the_bundle_unchanged_and_compute_the_same_vectors(tiny_bundle, environments):

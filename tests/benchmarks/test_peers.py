@@ -20,7 +20,7 @@ from benchmarks.run import _chosen_peers
 from benchmarks.suites import peers
 from benchmarks.suites.latency import calls_a_round
 from benchmarks.suites.peers import prepare_peers, run_peers
-from benchmarks.workers import WorkerProcess
+from benchmarks.workers import WorkerProcess, run_to_end
 from evaluation.sets import EvaluationSet
 from mirror_runtime import Encoder
 from mirror_runtime.errors import InputError, PeerError
@@ -179,7 +179,7 @@ def test_what_fails_of_a_peer_is_named_and_the_others_go_on(peers_plan, script, 
 
 @pytest.mark.process
 def test_an_environment_is_made_once_and_anew_and_the_users_own_are_left_alone(tmp_path, monkeypatch):
-    requirements, folder, run = tmp_path / "r.txt", tmp_path / "env", environments.run_to_end
+    requirements, folder, run = tmp_path / "r.txt", tmp_path / "env", run_to_end
     said: list[str] = []
     commands: list[list[str]] = []
 
