@@ -254,7 +254,7 @@ def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
 @pytest.mark.gpu
 def test_a_real_gpu_builds_proves_and_serves_a_plan(bundle: Path, texts: Path, capsys: Any):
     if find_spec("tensorrt") is None or shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU and pip install 'mirror-runtime[tensorrt]'")
+        pytest.skip("needs an NVIDIA GPU and the extra tensorrt")
     assert run(bundle, "--precision", "fp32", "--parity-texts", texts, "--level", 1) == 0, capsys.readouterr().err
     with (
         Encoder.load(bundle, engine="tensorrt", precision="fp32") as encoder,
