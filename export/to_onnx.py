@@ -18,9 +18,7 @@ from rich.table import Table
 from encoders.families import FAMILIES
 from encoders.source import HeadSpec
 from evaluation.sets import read_sets
-from export.bundle.build import Request, build
 from export.bundle.card import short_name, summary
-from export.bundle.head_options import HeadOptions, parse_ditto, parse_layers
 from export.bundle.hub import check_hub, push
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
@@ -146,6 +144,9 @@ def run(
     was written. MiniLM (22 million parameters) takes about 50 seconds on 2 cores; its bundle is 270 MB: the weights,
     the padded and the packed graph.
     """
+    from export.bundle.build import Request, build  # imports torch, which --help does not wait for
+    from export.bundle.head_options import HeadOptions, parse_ditto, parse_layers
+
     console = Console(stderr=True, highlight=False)
     if push_to_hub is not None:
         check_hub(push_to_hub)

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from evaluation.sets import read_sets
 from export.bundle.card import summary
-from export.bundle.openvino_ir import FILES, add_ir
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Precision
 from mirror_runtime.cli.options import BundleArgument, ProofSetsOption, ProofTextsOption
@@ -39,6 +38,8 @@ def run(
     The padded graphs have the names that sentence-transformers loads; the packed graphs are used for serving from then
     on. The bundle does not change if anything fails.
     """
+    from export.bundle.openvino_ir import add_ir  # imports torch, which --help does not wait for
+
     artifacts = add_ir(
         bundle,
         tuple(precision) if precision else None,
@@ -51,7 +52,7 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 on success, 2 on an error that the message explains."""
-    lists = {"--precision": {precision.value for precision in FILES}, "--sts": None}
+    lists = {"--precision": {precision.value for precision in Precision}, "--sts": None}
     return run_command(application(run), argv, "to_openvino.py", lists=lists)
 
 

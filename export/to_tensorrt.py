@@ -17,7 +17,6 @@ from rich.console import Console
 
 from export.bundle.card import summary
 from export.proof.proof_texts import read_texts
-from export.tensorrt.artifact import SCRIPT_FILE, Options, build_plan, check_bundle, prove_provider, write_script
 from export.tensorrt.builder import HARDWARE, trtexec_line
 from mirror_runtime.bundle import EngineName, Layout, Precision
 from mirror_runtime.cli.options import BundleArgument, ProofTextsOption
@@ -93,6 +92,8 @@ def run(
     if check:
         _check(bundle, layout)
         return
+    from export.tensorrt.artifact import SCRIPT_FILE, Options, build_plan, prove_provider, write_script
+
     options = Options(
         precision=precision,
         layout=layout,
@@ -126,6 +127,8 @@ def run(
 
 def _check(bundle: Path, layout: Layout) -> None:
     """Print a report of every graph; raise if no graph of the layout is suitable in one of its precisions."""
+    from export.tensorrt.artifact import check_bundle  # imports torch, which --help does not wait for
+
     reports = check_bundle(bundle)
     print_json({"bundle": str(bundle), "graphs": reports})
     relevant = [entry for entry in reports if entry["layout"] == layout.value]

@@ -44,7 +44,7 @@ class MissingExtra(EngineError):
     """
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install 'mirror-runtime[{extra}]'")
+        super().__init__(f"{package} is not installed: {install_command(extra)}")
         self.package = package
         self.extra = extra
 
@@ -101,3 +101,22 @@ class DeadlineExceededError(ServerError):
 
 class PeerError(MirrorError):
     """Another library could not be installed into its environment, rejected a request, or ended without an answer."""
+
+
+def install_command(extra: str) -> str:
+    """Return the `pip install` command that adds an extra to this installation, from where it came from.
+
+    The package is not on an index, so a bare name would not install it, or somebody else's package of that name.
+    """
+    import json  # both are imported for a message alone
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        origin = json.loads(distribution("mirror-runtime").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # sources on PYTHONPATH
+        origin = {}
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f"pip install 'mirror-runtime[{extra}] @ {origin['vcs_info']['vcs']}+{url}'"
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+    return f"pip install {editable}'{url.removeprefix('file://') or 'mirror-runtime'}[{extra}]'"

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision
 from mirror_runtime.engines import installed
-from mirror_runtime.errors import EngineError
+from mirror_runtime.errors import EngineError, install_command
 from mirror_runtime.host import has_bf16
 
 AUTO = "auto"
@@ -63,8 +63,7 @@ def choose(
         if (named_engine is key[0] or installed(key[0])) and (key[1] is not Precision.BF16 or has_bf16()):
             return (*key, packed[key])
     raise EngineError(
-        f"nothing in the bundle runs here: it has {proven}; "
-        "pip install 'mirror-runtime[openvino]' or 'mirror-runtime[cpu]'"
+        f"nothing in the bundle runs here: it has {proven}; {install_command('openvino')} (or the extra cpu)"
     )
 
 

@@ -33,7 +33,7 @@ from training.run_folder import draw_curve
 from training.tune import main
 
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
-EXTRA = r"is not installed: pip install 'mirror-runtime\[train\]'"
+EXTRA = r"is not installed: pip install .*\[train\]'"
 DISK = r"needs about \d+ MiB, and its disk has 1 MiB left"
 ONE_MIB = SimpleNamespace(free=2**20)
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -13,15 +13,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.cli.run import print_json
-from mirror_runtime.errors import InputError, ServerError
+from mirror_runtime.errors import InputError, ServerError, install_command
 from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
 from mirror_runtime.plan import read_plan, staleness
 from mirror_runtime.triton.server.distribution import check_platform
 
 PACKAGES = (
+    "mirror-runtime",
     "numpy",
     "tokenizers",
     "onnxruntime",
@@ -60,7 +62,7 @@ def doctor(
 
 
 def _print_tables(diagnosis: Diagnosis) -> None:
-    console = Console()
+    console = Console(markup=False, highlight=False)  # an extra in brackets is not a style
     for title, facts in (
         ("machine", diagnosis.machine),
         ("packages", {name: found or "not installed" for name, found in diagnosis.packages.items()}),
@@ -68,10 +70,10 @@ def _print_tables(diagnosis: Diagnosis) -> None:
     ):
         table = Table(title=title, show_header=False, title_justify="left", box=None)
         for name, value in facts.items():
-            table.add_row(f"  {name}", value)
+            table.add_row(f"  {name}", Text(value))
         console.print(table)
     for problem in diagnosis.problems:
-        console.print(f"[red]problem:[/] {problem}")
+        console.print("problem:", problem, soft_wrap=True)
     if not diagnosis.problems:
         console.print("no problems found")
 
@@ -103,6 +105,7 @@ def diagnose() -> Diagnosis:
             "openvino bf16": _needs(packages, "openvino", "openvino")
             if bf16
             else "no: the CPU lacks bf16 instructions",
+            "openvino int8": _needs(packages, "openvino", "openvino"),
             "tensorrt": _tensorrt(packages) if gpu else _NO_GPU,
             "onnxruntime cuda": _needs(packages, "onnxruntime-gpu", "gpu") if gpu else _NO_GPU,
             "onnxruntime tensorrt": _provider(packages) if gpu else _NO_GPU,
@@ -142,18 +145,17 @@ def _problems(packages: Mapping[str, str | None]) -> list[str]:
     if packages["nvidia-pytriton"] and not numpy.startswith("1."):
         problems.append(f"nvidia-pytriton needs numpy below 2, and {numpy} is installed: pip install 'numpy<2'")
     if not any(packages[name] for name in ("onnxruntime", "onnxruntime-gpu", "openvino")):
-        problems.append("no engine is installed: pip install 'mirror-runtime[openvino]' or 'mirror-runtime[cpu]'")
+        problems.append(f"no engine is installed: {install_command('openvino')} (or the extra cpu)")
     if _SHM.is_dir():
         free = shutil.disk_usage(_SHM).free
         if free < 64 * 2**20:
             problems.append(
-                f"/dev/shm has {free >> 20} MiB free, and Triton needs 64: enlarge it (docker: --shm-size=1g)"
+                f"{_SHM} has {free >> 20} MiB free, and Triton needs 64: enlarge it (docker: --shm-size=1g)"
             )
-        left = sorted(p.name for p in _SHM.glob("mirror_*"))
+        # The name holds the process id of the region's server.
+        left = sorted(p.name for p in _SHM.glob("mirror_*_*") if not Path("/proc", p.name.split("_")[1]).exists())
         if left:
-            problems.append(
-                f"/dev/shm holds {len(left)} regions of a Mirror server ({left[0]} …): remove them if no server runs"
-            )
+            problems.append(f"a killed server left {len(left)} regions: rm {_SHM}/{left[0]} and the like")
     return problems
 
 
@@ -189,4 +191,4 @@ def _local_server(packages: Mapping[str, str | None]) -> str:
 def _needs(packages: Mapping[str, str | None], package: str, extra: str, also: str | None = None) -> str:
     if packages[package] or (also and packages[also]):
         return "yes"
-    return f"no: pip install 'mirror-runtime[{extra}]'"
+    return f"no: {install_command(extra)}"

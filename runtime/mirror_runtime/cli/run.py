@@ -8,12 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.folders import os_error_message
+
+APPEARANCE: Mapping[str, Any] = MappingProxyType(
+    {
+        "pretty_exceptions_enable": False,
+        "rich_markup_mode": "markdown",  # joins the lines of a paragraph; other modes keep the source's line ends
+        "context_settings": {"help_option_names": ["-h", "--help"]},
+    }
+)
+"""Arguments of every typer application of the project."""
 
 
 def run_command(
@@ -84,7 +95,7 @@ def truncations_counted_elsewhere() -> Iterator[None]:
 
 def application(function: typer.models.CommandFunctionType) -> typer.Typer:
     """Build an application of one command, with plain tracebacks."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, **APPEARANCE)
     app.command()(function)
     return app
 

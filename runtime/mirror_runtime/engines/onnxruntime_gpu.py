@@ -86,7 +86,7 @@ PROVIDERS = {
         device="cuda",
         options=cuda_options,
         static=True,
-        cure="pip uninstall -y onnxruntime && pip install 'mirror-runtime[gpu]', CUDA and cuDNN on the library path",
+        cure="pip uninstall -y onnxruntime, then install the extra gpu, with CUDA and cuDNN on the library path",
     ),
     EngineName.ONNXRUNTIME_TENSORRT: Provider(
         name="TensorrtExecutionProvider",

@@ -114,7 +114,7 @@ def test_a_plan_that_misses_the_floor_leaves_the_bundle_as_it_was(monkeypatch, b
 def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(monkeypatch, bundle, capsys):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert run(bundle, "--precision", "fp32") == 2
-    assert "mirror-runtime[tensorrt]" in capsys.readouterr().err
+    assert "[tensorrt]" in capsys.readouterr().err
     with_gpu(monkeypatch, bundle)
 
     absent = builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
@@ -254,7 +254,7 @@ def test_a_damaged_bundle_is_refused(bundle: Path, capsys: Any):
 @pytest.mark.gpu
 def test_a_real_gpu_builds_proves_and_serves_a_plan(bundle: Path, texts: Path, capsys: Any):
     if find_spec("tensorrt") is None or shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU and pip install 'mirror-runtime[tensorrt]'")
+        pytest.skip("needs an NVIDIA GPU and the extra tensorrt")
     assert run(bundle, "--precision", "fp32", "--parity-texts", texts, "--level", 1) == 0, capsys.readouterr().err
     with (
         Encoder.load(bundle, engine="tensorrt", precision="fp32") as encoder,

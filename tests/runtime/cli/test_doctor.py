@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -24,16 +25,29 @@ def test_this_machine_can_run_the_engines_of_the_setup(monkeypatch, capsys):
 )
 def test_known_traps_are_named_with_their_cure(monkeypatch, capsys, installed, problem):
     monkeypatch.setattr(doctor, "_version", installed.get)
+    monkeypatch.setattr(doctor, "install_command", lambda extra: f"pip install '.[{extra}]'")
     assert main(["doctor"]) == 1
     assert any(problem in found for found in doctor.diagnose().problems)
-    assert "problem:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "problem:" in shown
+    assert installed or "pip install '.[openvino]'" in shown  # brackets are not taken for a style
+
+
+def test_only_the_regions_of_dead_servers_are_a_problem(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_SHM", tmp_path)
+    (tmp_path / f"mirror_{os.getpid()}_ab_1").touch()
+    before = doctor.diagnose().problems
+    (tmp_path / "mirror_999999999_ab_1").touch()
+    assert [problem for problem in doctor.diagnose().problems if problem not in before] == [
+        f"a killed server left 1 regions: rm {tmp_path}/mirror_999999999_ab_1 and the like"
+    ]
 
 
 @pytest.mark.parametrize(
     ("installed", "abilities"),
     [
-        ({}, {"tensorrt": "mirror-runtime[tensorrt]", "onnxruntime cuda": "mirror-runtime[gpu]"}),
-        ({"tensorrt": "11.4.0.106"}, {"tensorrt": "mirror-runtime[tensorrt]"}),
+        ({}, {"tensorrt": "[tensorrt]", "onnxruntime cuda": "[gpu]"}),
+        ({"tensorrt": "11.4.0.106"}, {"tensorrt": "[tensorrt]"}),
         ({"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0"}, {"tensorrt": "yes"}),
         (
             {"tensorrt": "11.4.0.106", "onnxruntime-gpu": "1.31.1"},

@@ -1,5 +1,6 @@
 """The command as a whole, and what importing it and the package loads."""
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import mirror_runtime
 from mirror_runtime.cli.main import app, main
 from mirror_runtime.cli.run import application, repeat_list_options, run_command
+from mirror_runtime.errors import install_command
 
 COMMANDS = ["encode", "verify", "doctor", "plan", "serve", "gateway", "deploy"]
 
@@ -22,11 +24,30 @@ def test_the_process_lists_its_commands_and_imports_no_engine_or_server():
     assert not heavy & set(done.stdout.split())
 
 
+@pytest.mark.process
+def test_help_waits_for_no_framework():
+    code = (
+        "import sys\n"
+        "from export import certificates, to_onnx, to_openvino, to_tensorrt, to_triton\n"
+        "status = [one.main(['-h']) for one in (certificates, to_onnx, to_openvino, to_tensorrt, to_triton)]\n"
+        "sys.exit(any(status) or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mirror {mirror_runtime.__version__}\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_and_refuses_unknown_options(command, capsys):
     assert [getattr(registered.callback, "__name__", "") for registered in app.registered_commands] == COMMANDS
     assert main([command, "--help"]) == 0
-    assert "Usage: mirror" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Usage: mirror" in shown
+    assert main([command, "-h"]) == 0
+    assert capsys.readouterr().out == shown
     assert main([command, "--no-such-option"]) == 2
 
 
@@ -72,7 +93,29 @@ def test_the_command_names_the_extra_that_it_misses(monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "typer", None)
     assert main() == 2
-    assert capsys.readouterr().err == "error: typer is not installed: pip install 'mirror-runtime[cli]'\n"
+    assert capsys.readouterr().err == f"error: typer is not installed: {install_command('cli')}\n"
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        ({"url": "file:///src/clone", "dir_info": {"editable": True}}, "pip install -e '/src/clone[cpu]'"),
+        ({"url": "file:///x/mirror.whl", "archive_info": {}}, "pip install '/x/mirror.whl[cpu]'"),
+        (
+            {"url": "https://example.com/a.git", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+            "pip install 'mirror-runtime[cpu] @ git+https://example.com/a.git'",
+        ),
+        (None, "pip install 'mirror-runtime[cpu]'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_came_from(monkeypatch, origin, command):
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return origin and json.dumps(origin)
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed())
+    assert install_command("cpu") == command
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_provider_that_is_not_in_the_package_is_refused_with_the_cure(packed: 
     if PROVIDERS[CUDA].name in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed here: its providers are in the package")
     graph, spec = packed
-    with pytest.raises(EngineError, match=r"no CUDAExecutionProvider .*mirror-runtime\[gpu\]"):
+    with pytest.raises(EngineError, match=r"no CUDAExecutionProvider .*the extra gpu"):
         load_engine(CUDA, Precision.FP32, graph, spec=spec)
     with pytest.raises(EngineError, match=r"no TensorrtExecutionProvider .*TensorRT 10 .*engine tensorrt"):
         load_engine(TENSORRT, Precision.FP16, graph, spec=spec)

@@ -213,7 +213,22 @@ def test_the_container_command_is_one_shell_command_on_loopback():
     assert "/src/clone:/src:ro" in words
     assert [word for word in words if ":8000" in word] == ["127.0.0.1:8000:8000"]
     assert words[-3:-1] == ["sh", "-c"]
-    assert "pip install --quiet '/tmp/mirror[openvino]'" in words[-1]
+    assert "pip install --quiet '/tmp/mirror[openvino]' &&" in words[-1]
+    assert "--gpus=all" not in words
+
+
+@pytest.mark.parametrize(
+    ("engine", "packages"),
+    [
+        ("onnxruntime-cuda", "'/tmp/mirror[gpu]'"),
+        ("onnxruntime-tensorrt", "'/tmp/mirror[gpu]' 'tensorrt<11'"),
+        ("tensorrt", "'/tmp/mirror[tensorrt]'"),
+    ],
+)
+def test_the_container_of_a_gpu_engine_has_the_gpus_and_its_packages(engine, packages):
+    words = shlex.split(container_command("/models", "/src/clone", engine=engine))
+    assert "--gpus=all" in words
+    assert f"pip install --quiet {packages} &&" in words[-1]
 
 
 def test_to_triton_writes_a_repository_and_ends_in_one_json_line(make_bundle, tmp_path, capsys):
