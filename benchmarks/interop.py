@@ -84,7 +84,11 @@ class Cell:
 
 
 def run_consumers(
-    bundle: Path, environments: Path, only: Sequence[str], given: Mapping[str, Path], say: Callable[[str], None]
+    bundle: Path,
+    environments: Path,
+    only: Sequence[str],
+    given: Mapping[str, Path],
+    on_progress: Callable[[str], None],
 ) -> list[Cell]:
     """Load a bundle unchanged in every consumer and compare the canaries' vectors, a cell for each file.
 
@@ -117,11 +121,11 @@ def run_consumers(
             continue
         if name not in pythons:
             try:
-                pythons[name] = find_environment(name, REQUIREMENTS, given, environments, say)
+                pythons[name] = find_environment(name, REQUIREMENTS, given, environments, on_progress)
             except (PeerError, OSError) as error:
                 pythons[name] = str(error)
         for file, floor in floors.items():
-            say(f"{consumer.title}: {file}")
+            on_progress(f"{consumer.title}: {file}")
             python, cell = pythons[name], Cell(consumer=consumer.title, file=file, verdict=Verdict.FAILED, floor=floor)
             if isinstance(python, str):
                 cell = replace(cell, verdict=Verdict.NOT_INSTALLED, reason=python)

@@ -155,6 +155,25 @@ def infinity(folder: str, _backend: str, _file: str) -> Model:
     return Model(encode, threads=int(sys.modules["torch"].get_num_threads()))
 
 
+def optimum_onnx(folder: str, _backend: str, file: str) -> Model:
+    """Load one graph as optimum-onnx's model of arbitrary outputs, with transformers' tokenizer."""
+    runtime, transformers = import_module("optimum.onnxruntime"), import_module("transformers")
+    model = runtime.ORTModelForCustomTasks.from_pretrained(
+        folder, subfolder=str(Path(file).parent), file_name=Path(file).name, local_files_only=True
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    templated = _template(folder)
+
+    def encode(texts: Sequence[str], batch_size: int) -> Any:
+        prepared, vectors = templated(texts), []
+        for at in range(0, len(prepared), batch_size):
+            feed = tokenizer(prepared[at : at + batch_size], padding=True, truncation=True, return_tensors="np")
+            vectors += list(model(**{name: feed[name] for name in model.input_names if name in feed})[OUTPUT])
+        return vectors
+
+    return Model(encode)
+
+
 def engine_loops(folder: str, backend: str, file: str) -> Model:
     """Run the bundle's padded graph, whose output is the vector, in the loop that one writes without a framework.
 
@@ -263,6 +282,7 @@ LIBRARIES: dict[str, Open] = {
     "ctranslate2": ctranslate2,
     "engine_loops": engine_loops,
     "infinity": infinity,
+    "optimum_onnx": optimum_onnx,
 }
 EXPORTS: dict[str, Export] = {
     "sentence_transformers": export_sentence_transformers,

@@ -125,4 +125,4 @@ def test_heads_that_a_library_lacks_are_not_offered_to_it(tiny_bundle, tmp_path)
     assert offered(tiny_bundle, template="[{text}]") == set()
     bare = shutil.copytree(tiny_bundle, tmp_path / "bare")
     (bare / "modules.json").unlink()
-    assert offered(bare) == {"onnxruntime", "openvino"}
+    assert offered(bare) == {"optimum-onnx", "onnxruntime", "openvino"}
