@@ -1,6 +1,8 @@
 """`python training/evaluate.py` as a user runs it."""
 
 import json
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -30,14 +32,17 @@ def words(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.process
-def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_path):
+def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     second = shutil.copytree(tiny_bert, tmp_path / "second")
     options = ["--sts", sts, "--words", words, words, "--pooling", "cls", "--output", "r/report.json"]
-    command = [sys.executable, SCRIPT, tiny_bert, second, *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # the script replaces the first
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (tiny_bert, second, *options))])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 0
+    written, shown = capsys.readouterr()
+    report = json.loads(written)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == report
     first, other = report["encoders"]
     assert (first["encoder"], first["pooling"]) == (str(tiny_bert), "cls")
@@ -50,8 +55,17 @@ def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_pa
     (change,) = report["differences"]
     assert (change["encoder"], change["over"]) == (str(second), str(tiny_bert))
     assert change["means"]["sts"] == {"mean": 0, "mean_low": 0, "mean_high": 0}
-    for shown in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "anisotropy"):
-        assert shown in done.stderr
+    for part in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "anisotropy"):
+        assert part in shown
+
+
+@pytest.mark.process
+def test_the_script_runs_by_path_from_any_folder(tmp_path):
+    """Without PyTorch, whose import takes seconds: what is checked is that the script finds its packages."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('the script found its packages')")
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "the script found its packages" in done.stderr
 
 
 @pytest.mark.parametrize(

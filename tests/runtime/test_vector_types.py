@@ -116,7 +116,7 @@ def test_files_hold_the_vector_type(typed, tmp_path, capsys, kind, dtype, width,
 
 
 @EACH
-def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
+def test_triton_is_told_the_type_and_the_client_returns_it(typed, monkeypatch, kind, dtype, width, triton):
     bundle = typed(kind)
     text = render_config(read_manifest(bundle), ServingOptions(engine="fake"))
     embedding = text_format.Parse(text, triton_proto.ModelConfig()).output[0]
@@ -125,7 +125,13 @@ def test_triton_is_told_the_type(typed, kind, dtype, width, triton):
     with Encoder.load(bundle, engine="fake") as encoder:
         (given,) = embed(encoder, [EmbedRequest(texts=np.array([[b"a cat"]], np.object_))], LongTexts.TRUNCATE)
     assert isinstance(given, EmbedResult)
-    assert (given.vectors.dtype, given.vectors.shape) == (dtype, (1, width))
+    server = Echo(data_type=triton, dtype=dtype, dim=width)
+    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: server)
+    for vectors in (given.vectors, Client().encode(["a cat"])):
+        assert (vectors.dtype, vectors.shape) == (dtype, (1, width))
+    server.data_type = "TYPE_STRING"
+    with pytest.raises(ServerError, match="has no output EMBEDDING"):
+        Client().encode(["a cat"])
 
 
 @pytest.mark.parametrize("kind", VectorType)
@@ -140,17 +146,6 @@ def test_fewer_dimensions_are_the_leading_components(typed, kind):
     assert cosines(leading, kept).min() > 0.99999
     if kind in (VectorType.FLOAT32, VectorType.FLOAT16):
         np.testing.assert_allclose(np.linalg.norm(kept, axis=1), 1, atol=2e-3)
-
-
-@EACH
-def test_the_client_gives_the_servers_type(monkeypatch, kind, dtype, width, triton):
-    server = Echo(data_type=triton, dtype=dtype, dim=width)
-    monkeypatch.setattr("mirror_runtime.client.client.GrpcTransport", lambda *_: server)
-    vectors = Client().encode(["a cat"])
-    assert (vectors.dtype, vectors.shape) == (dtype, (1, width))
-    server.data_type = "TYPE_STRING"
-    with pytest.raises(ServerError, match="has no output EMBEDDING"):
-        Client().encode(["a cat"])
 
 
 @pytest.mark.parametrize(

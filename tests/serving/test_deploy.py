@@ -114,7 +114,7 @@ def test_an_invalid_bundle_is_rejected_and_the_old_one_continues_to_serve(old_se
     bad = shutil.copytree(new, tmp_path / "bad")
     harm(bad)
     before = tree(repository)
-    with Client(old_server.grpc) as client, Load([lambda: client.encode(TEXTS[:4])]) as load:
+    with Client(old_server.grpc) as client, Load([lambda: client.encode(TEXTS[:4])], pause_s=0.02) as load:
         wait_until(lambda: load.outcomes)
         with pytest.raises(MirrorError, match=message):
             deploy(bad, repository)
@@ -161,7 +161,7 @@ def test_a_model_is_replaced_under_load(old_server: MirrorServe, old: Path, new:
         lambda: clients[1].encode_detailed(TEXTS, 5),
         lambda: clients[2].encode_detailed(TEXTS * 10, 1),  # spans the switch, and must not mix both models
     ]
-    with Load(callers) as load:
+    with Load(callers, pause_s=0.02) as load:
         wait_until(lambda: len(load.outcomes) > 10)
         command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

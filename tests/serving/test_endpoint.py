@@ -120,25 +120,6 @@ def test_requests_of_sixteen_lengths_share_executions(server, raw):
     assert full < settled(lambda: metric(server, "mirror_batches_total")) - batches <= full + 8
 
 
-def test_invalid_utf8_fails_its_own_request_only(raw, fake_bundle):
-    good = [f"neighbour number {i}" for i in range(8)]
-    burst = Burst(raw)
-    for texts in (busy_texts(), *([text.encode()] for text in good[:4]), [b"fine", b"bad \xff"]):
-        burst.send(texts)
-    for text in good[4:]:
-        burst.send([text.encode()])
-    answers = burst.answers()
-    assert [answer.number for answer in answers if answer.error] == [5]
-    error = answers[5].error
-    assert error is not None
-    assert error.status() == "StatusCode.INVALID_ARGUMENT"
-    assert "text 1: not valid UTF-8 (byte 0xff at offset 4)" in error.message()
-    with Encoder.load(fake_bundle, engine="fake") as encoder:
-        expected = encoder.encode(good)
-    served = [answer.result.as_numpy("EMBEDDING")[0] for answer in answers[1:] if answer.result]
-    np.testing.assert_array_equal(np.stack(served), expected)
-
-
 @contextlib.contextmanager
 def hung(server: Server) -> Iterator[None]:
     """Stop the model's process meanwhile."""

@@ -8,13 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import openai
 import pytest
 
 from mirror_runtime import Encoder
@@ -64,11 +62,13 @@ def stop(running: SimpleNamespace, number: signal.Signals) -> str:
 def test_vectors_through_triton_equal_the_encoders(server, fake_bundle, protocol, number):
     port = {"grpc": server.grpc_port, "http": server.http_port}[protocol]
     arguments = ("--triton", f"127.0.0.1:{port}", "--triton-protocol", protocol, "--dimensions", "8")
+    from openai import BadRequestError, OpenAI
+
     with Encoder.load(fake_bundle, engine="fake") as encoder, gateway(*arguments) as running:
-        with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
             answer = client.embeddings.with_raw_response.create(model="fake", input=TEXTS)
             short = client.embeddings.create(model="fake", input=TEXTS, dimensions=8)
-            with pytest.raises(openai.BadRequestError, match="may have 8, 16"):
+            with pytest.raises(BadRequestError, match="may have 8, 16"):
                 client.embeddings.create(model="fake", input="a", dimensions=4)
         expected = encoder.encode_detailed(TEXTS)
         found = answer.parse()
@@ -133,14 +133,13 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path) -> None:
         clients = [threading.Thread(target=client, args=(running.port,)) for _ in range(16)]
         for thread in clients:
             thread.start()
-        time.sleep(1.5)
+        wait_until(lambda: len(answered) > 50)
         output = stop(running, signal.SIGTERM)
         for thread in clients:
             thread.join(10)
     assert set(answered) == {200}
     assert f"stopped; {len(answered)} requests answered" in output, "an answer never arrived"
     assert not broken, "a request was accepted and not answered"
-    assert len(answered) > 50
 
 
 def test_the_lines_of_the_documentation_work_as_printed(fake_bundle: Path) -> None:

@@ -50,24 +50,25 @@ def test_a_moved_repository_serves_and_an_idle_connection_delays_the_stop_only_b
     assert not regions(own)
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
-def test_clients_wait_for_a_server_that_restarts(server: Server, protocol: str) -> None:
+def test_clients_wait_for_a_server_that_restarts(server: Server) -> None:
     own = Server(server.repository)
 
     async def run() -> None:
-        url = f"127.0.0.1:{getattr(own, f'{protocol}_port')}"
-        # Both clients hold a connection to the first server, which the second one closes.
-        async with AsyncClient(url, protocol=protocol) as client:
-            with own.client(protocol) as blocking:
-                expected = await client.encode(["hello"])
-                np.testing.assert_array_equal(blocking.encode(["hello"]), expected)
-                own.stop(grace_s=0)
-                waiting = asyncio.ensure_future(client.encode(["hello"]))
-                await asyncio.sleep(0.3)
-                assert not waiting.done()
-                own.start()
-                np.testing.assert_array_equal(await waiting, expected)
-                np.testing.assert_array_equal(blocking.encode(["hello"]), expected)
+        # All four hold a connection to the first server, which the second one closes.
+        with own.client("grpc") as one, own.client("http") as two:
+            urls = {"grpc": f"127.0.0.1:{own.grpc_port}", "http": f"127.0.0.1:{own.http_port}"}
+            clients = [AsyncClient(url, protocol=protocol) for protocol, url in urls.items()]
+            expected = one.encode(["hello"])
+            found = [two.encode(["hello"]), *[await client.encode(["hello"]) for client in clients]]
+            own.stop(grace_s=0)
+            waiting = [asyncio.ensure_future(client.encode(["hello"])) for client in clients]
+            await asyncio.sleep(0.3)
+            assert not any(call.done() for call in waiting)
+            own.start()
+            found += [*await asyncio.gather(*waiting), one.encode(["hello"]), two.encode(["hello"])]
+            for client in clients:
+                await client.close()
+            np.testing.assert_array_equal(np.concatenate(found), np.repeat(expected, 7, axis=0))
 
     try:
         own.start()

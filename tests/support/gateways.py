@@ -8,10 +8,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openai
 from numpy.typing import NDArray
 
 from mirror_runtime import Encoder
@@ -21,6 +20,9 @@ from mirror_runtime.gateway.server import GatewayServer, listen
 from mirror_runtime.gateway.service import GatewayService
 from mirror_runtime.gateway.settings import GatewaySettings
 from tests.support.mirror_serve import wait_until
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 MODEL = "mini"
 
@@ -72,9 +74,11 @@ class Gateway:
     def send(self, *arguments: Any, **options: Any) -> HttpReply:
         return send(self.port, *arguments, **options)
 
-    def client(self, key: str = "none") -> openai.OpenAI:
+    def client(self, key: str = "none") -> "OpenAI":
         """Return the `openai` client, which never retries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        from openai import OpenAI
+
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
     def embed(self, texts: object, **fields: object) -> HttpReply:
         return self.send("POST", "/v1/embeddings", {"model": MODEL, "input": texts, **fields})

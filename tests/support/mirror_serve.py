@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
+from mirror_runtime.triton.server.health import HealthPolicy
 from mirror_runtime.triton.server.processes import kill_group, runners
 from mirror_runtime.triton.server.server import SHARED_MEMORY
 from tests.support.paths import ROOT
@@ -20,7 +22,7 @@ class MirrorServe:
     """`mirror serve`: ready on entry, killed on exit if it still runs."""
 
     def __init__(self, source: Path, *options: str, impatient: bool = False) -> None:
-        run = ["tests.support.impatient_serve"] if impatient else ["mirror_runtime.cli", "serve"]
+        run = [__name__] if impatient else ["mirror_runtime.cli", "serve"]
         ports = [] if impatient else ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         self.source = source
         self._command = [sys.executable, "-m", *run, str(source), *options, *ports]
@@ -139,3 +141,16 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 20.0) -> None
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.05)
+
+
+if __name__ == "__main__":  # `mirror serve` with a watchdog that waits a short time
+    serve(
+        Path(sys.argv[1]),
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        options=ServingOptions(engine="fake"),
+        service=ServiceOptions(health=HealthPolicy(probe_s=0.2, silent_s=1.5)),
+        on_ready=lambda server: print(f"gRPC     127.0.0.1:{server.grpc_port}\nmetrics", flush=True),  # noqa: T201
+        on_progress=lambda line: print(line, flush=True),  # noqa: T201
+    )

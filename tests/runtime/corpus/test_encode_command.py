@@ -1,7 +1,10 @@
+import contextlib
 import fcntl
+import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,9 @@ from mirror_runtime import Encoder
 from mirror_runtime.cli.main import main
 from mirror_runtime.corpus import encode_file
 from mirror_runtime.engines.fake import FakeEngine
-from tests.runtime.corpus.conftest import ROWS
+
+ROWS = 9000
+"""More than two windows of the encoder, so that a run can be killed between them."""
 
 
 def arguments(bundle: Path, source: Path, output: Path, *more: str) -> list[str]:
@@ -48,7 +53,9 @@ def test_parquet_holds_vectors_token_counts_and_truncation_and_an_empty_file_no_
 
 
 @pytest.mark.process
-def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bundle, corpus, tmp_path, capsys):
+def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bundle, tmp_path, capsys):
+    corpus = tmp_path / "in.txt"
+    corpus.write_text("".join(f"row {i} {'word ' * (i % 17)}\n" for i in range(ROWS)))
     assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
     assert last_json(capsys)["texts"] == ROWS
     with Encoder.load(bundle, engine="fake") as encoder:
@@ -73,22 +80,34 @@ def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bun
     assert output.read_bytes() == (tmp_path / "whole.npy").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def stopped(bundle, tmp_path_factory) -> Path:
+    """A folder with `in.txt`, its vectors `whole.npy`, and a run that stopped in the middle, at a line bad by then."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    folder.mkdir()
+    source = folder / "in.txt"
+    lines = [f"row {i} {'word ' * (i % 17)}\n".encode() for i in range(1500)]
+    source.write_bytes(b"".join(lines))
+    times = source.stat().st_atime_ns, source.stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as errors:
+        patch.setattr(encode_file, "WINDOW", 100)
+        assert main(arguments(bundle, source, folder / "whole.npy")) == 0
+        source.write_bytes(b"".join([*lines[:750], b"\xff" + lines[750][1:], *lines[751:]]))
+        os.utime(source, ns=times)
+        assert main(arguments(bundle, source, folder / "out.npy")) == 2
+    assert "line 751: not UTF-8" in errors.getvalue()
+    source.write_bytes(b"".join(lines))
+    os.utime(source, ns=times)
+    return Path(shutil.copytree(folder, folder.with_name("kept")))
+
+
 @pytest.fixture
-def unfinished(bundle, corpus, tmp_path, capsys, monkeypatch) -> Path:
-    """A run that stopped after some windows of 100, two before a bad line; the output that it has not written yet."""
+def unfinished(stopped, monkeypatch) -> Path:
+    """The stopped run where it ran, as it was then: its folder."""
     monkeypatch.setattr(encode_file, "WINDOW", 100)
-    lines = corpus.read_bytes().splitlines(keepends=True)[:1500]
-    whole = b"".join(lines)
-    corpus.write_bytes(whole)
-    assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
-    times = corpus.stat()
-    corpus.write_bytes(b"".join([*lines[:750], b"\xff" + lines[750][1:], *lines[751:]]))
-    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
-    assert "line 751: not UTF-8" in capsys.readouterr().err
-    corpus.write_bytes(whole)
-    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return tmp_path / "out.npy"
+    folder = stopped.with_name("run")
+    shutil.rmtree(folder)
+    return Path(shutil.copytree(stopped, folder))
 
 
 @pytest.mark.parametrize(
@@ -108,14 +127,14 @@ def unfinished(bundle, corpus, tmp_path, capsys, monkeypatch) -> Path:
         ("state.json", None),  # lost: nothing else is taken over
     ],
 )
-def test_what_was_damaged_since_is_computed_again(bundle, corpus, tmp_path, capsys, unfinished, name, damage):
-    file = tmp_path / "out.npy.partial" / name
+def test_what_was_damaged_since_is_computed_again(bundle, capsys, unfinished, name, damage):
+    file = unfinished / "out.npy.partial" / name
     if damage is None:
         file.unlink()
     else:
         file.write_bytes(damage(file.read_bytes()))
-    assert main(arguments(bundle, corpus, unfinished)) == 0
-    assert unfinished.read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert main(arguments(bundle, unfinished / "in.txt", unfinished / "out.npy")) == 0
+    assert (unfinished / "out.npy").read_bytes() == (unfinished / "whole.npy").read_bytes()
     assert last_json(capsys)["resumed_after"] in range(0, 600, 100)
 
 
@@ -140,46 +159,56 @@ def test_vectors_that_are_not_finite_stop_the_run_whatever_the_policy(bundle, tm
     assert not (tmp_path / "out.npy").exists()
 
 
-def test_a_folder_of_somebody_else_is_left_alone(bundle, corpus, tmp_path, capsys):
+def test_a_folder_of_somebody_else_is_left_alone(bundle, tmp_path, capsys):
     folder = tmp_path / "out.npy.partial"
     folder.mkdir()
+    (tmp_path / "in.txt").write_text("a\n")
     (folder / "precious.txt").write_text("mine")
-    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+    assert main(arguments(bundle, tmp_path / "in.txt", tmp_path / "out.npy")) == 2
     assert "holds precious.txt, which is not of a run" in capsys.readouterr().err
     assert (folder / "precious.txt").read_text() == "mine"
 
 
-def test_an_input_that_changed_behind_the_same_size_and_time_is_refused(bundle, corpus, capsys, unfinished):
-    times = corpus.stat()
-    corpus.write_bytes(b"X" + corpus.read_bytes()[1:])
-    os.utime(corpus, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert main(arguments(bundle, corpus, unfinished)) == 2
+def test_an_unfinished_run_with_another_input_or_other_settings_and_a_second_writer_are_refused(
+    bundle, capsys, unfinished
+):
+    source, output = unfinished / "in.txt", unfinished / "out.npy"
+    assert main(arguments(bundle, source, output, "--long-texts", "chunk")) == 2
+    assert "long_texts was 'truncate' and is 'chunk'" in capsys.readouterr().err
+    with (unfinished / "out.npy.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(arguments(bundle, source, output)) == 2
+    assert "another process is writing" in capsys.readouterr().err
+    times = source.stat()
+    source.write_bytes(b"X" + source.read_bytes()[1:])
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert main(arguments(bundle, source, output)) == 2
     assert "has changed since the unfinished run in out.npy.partial: delete that" in capsys.readouterr().err
-    assert not unfinished.exists()
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"{}", b"{"])
-def test_a_state_that_is_not_one_is_named(bundle, corpus, tmp_path, capsys, unfinished, content):
-    (tmp_path / "out.npy.partial" / "state.json").write_bytes(content)
-    assert main(arguments(bundle, corpus, unfinished)) == 2
+def test_a_state_that_is_not_one_is_named(bundle, capsys, unfinished, content):
+    (unfinished / "out.npy.partial" / "state.json").write_bytes(content)
+    assert main(arguments(bundle, unfinished / "in.txt", unfinished / "out.npy")) == 2
     assert "state.json is unreadable" in capsys.readouterr().err
 
 
-def test_a_file_that_may_not_grow_ends_in_one_message_and_the_next_run_resumes(bundle, corpus, tmp_path, capsys):
+def test_a_file_that_may_not_grow_ends_in_one_message_and_the_next_run_resumes(bundle, tmp_path, capsys, unfinished):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = arguments(bundle, unfinished / "in.txt", tmp_path / "out.npy")
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        assert main(run) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err
     assert "out.npy.partial: File too large (raise the limit on file sizes (ulimit -f)" in error
     assert "Traceback" not in error
     assert not (tmp_path / "out.npy").exists()
-    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 0
+    assert main(run) == 0
     assert int(str(last_json(capsys)["resumed_after"])) > 0
-    assert main(arguments(bundle, corpus, tmp_path / "whole.npy")) == 0
-    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert (tmp_path / "out.npy").read_bytes() == (unfinished / "whole.npy").read_bytes()
 
 
 @pytest.mark.parametrize("link", ["same", "symlink", "hard link", "other spelling"])
@@ -198,26 +227,13 @@ def test_the_input_is_never_replaced_by_its_vectors(bundle, tmp_path, capsys, li
     assert source.read_bytes() == before
 
 
-def test_an_output_that_is_a_link_is_written_through(bundle, corpus, tmp_path):
+def test_an_output_that_is_a_link_is_written_through(bundle, tmp_path):
+    (tmp_path / "in.txt").write_text("a\nb\n")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.npy").symlink_to(tmp_path / "elsewhere" / "real.npy")
-    assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 0
+    assert main(arguments(bundle, tmp_path / "in.txt", tmp_path / "out.npy")) == 0
     assert (tmp_path / "out.npy").is_symlink()
-    assert np.load(tmp_path / "elsewhere" / "real.npy").shape == (ROWS, 8)
-
-
-def test_an_unfinished_run_with_other_settings_and_a_second_writer_are_refused(bundle, corpus, tmp_path, capsys):
-    output = tmp_path / "out.npy"
-    corpus.write_bytes(corpus.read_bytes() + b"\xff\n")
-    assert main(arguments(bundle, corpus, output)) == 2
-    assert f"line {ROWS + 1}: not UTF-8" in capsys.readouterr().err
-    assert not output.exists()
-    assert main(arguments(bundle, corpus, output, "--long-texts", "chunk")) == 2
-    assert "long_texts was 'truncate' and is 'chunk'" in capsys.readouterr().err
-    with (tmp_path / "out.npy.partial" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert main(arguments(bundle, corpus, tmp_path / "out.npy")) == 2
-    assert "another process is writing" in capsys.readouterr().err
+    assert np.load(tmp_path / "elsewhere" / "real.npy").shape == (2, 8)
 
 
 def test_bad_rows_stop_the_run_or_get_zero_vectors(bundle, tmp_path, capsys):

@@ -24,10 +24,10 @@ OPTIONS: dict[str, Any] = {"workers": 2, "load_options": {"engine": "fake"}, "sh
 
 
 @pytest.fixture
-def corpus(corpus: Path) -> Path:
-    """The first 1000 rows."""
-    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:1000]))
-    return corpus
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text("".join(f"row {i} {'word ' * (i % 17)}\n" for i in range(1000)))
+    return path
 
 
 class Rows(list):

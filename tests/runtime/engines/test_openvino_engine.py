@@ -1,5 +1,6 @@
 """OpenVINO: a shape is only used if its vectors are right on all streams, and a cached graph changes speed only."""
 
+import json
 import logging
 import os
 import shutil
@@ -82,17 +83,9 @@ def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, 
         encoder.encode(TEXTS)
 
 
-class _Request:
+def taking(seconds):
     """A request that takes these seconds, round by round."""
-
-    def __init__(self, seconds):
-        self._seconds, self.rounds = iter(seconds), 0
-
-    def start_async(self):
-        self.rounds += 1
-
-    def wait(self):
-        time.sleep(next(self._seconds))
+    return Mock(wait=Mock(side_effect=map(time.sleep, seconds)))
 
 
 def test_what_openvino_cannot_run_is_an_engine_error():
@@ -113,13 +106,13 @@ def test_what_openvino_cannot_run_is_an_engine_error():
 )
 def test_streams_are_compared_until_all_have_run(seconds, rounds):
     output = np.ones((2, 4, 8), np.float32)
-    requests: list[Any] = [_Request(each) for each in seconds]
+    requests = [taking(each) for each in seconds]
     slots = [openvino_engine._Slot(request, {}, output) for request in requests]
     ids = np.ones((2, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
     assert openvino_engine._agree(slots, rows)
-    assert [request.rounds for request in requests] == [rounds, rounds]
-    others = [openvino_engine._Slot(cast(Any, _Request([0.05])), {}, output + i) for i in range(2)]
+    assert [request.start_async.call_count for request in requests] == [rounds, rounds]
+    others = [openvino_engine._Slot(taking([0.05]), {}, output + i) for i in range(2)]
     assert not openvino_engine._agree(others, rows)
 
 
@@ -134,6 +127,9 @@ def test_a_signal_after_two_encoders_are_closed_is_only_a_signal(tiny_bundle):
 def test_cls_of_every_row_length_is_right_in_bf16(minilm, tmp_path):
     ignored = shutil.ignore_patterns("modules.json", "[0-9]_*", "sentence_bert*", "*.onnx")  # its own head
     plain = shutil.copytree(minilm, tmp_path / "plain", ignore=ignored, copy_function=os.symlink)
+    config = json.loads((minilm / "config.json").read_text())
+    (plain / "config.json").unlink()
+    (plain / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))  # tracing six takes long
     source, graph = resolve(str(plain), pooling=Pooling.CLS), tmp_path / "model_packed.onnx"
     with cached_traces():
         export_graph(Reference.load(source), Layout.PACKED, graph)

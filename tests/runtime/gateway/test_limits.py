@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 
 from mirror_runtime.errors import DeadlineExceededError, EngineError, OverloadedError, ServerError, UnavailableError
@@ -91,11 +90,13 @@ def test_requests_over_the_limit_are_refused_immediately_with_a_measured_retry_a
 
 
 def test_the_openai_client_waits_as_told_and_succeeds(gated):
+    from openai import RateLimitError
+
     gateway, gate, pool = gated
     before = refusals(gateway)
     accepted = fill(gateway, gate, pool)
     with gateway.client() as impatient:
-        with pytest.raises(openai.RateLimitError):
+        with pytest.raises(RateLimitError):
             impatient.embeddings.create(model=MODEL, input="a")
         patient = pool.submit(impatient.with_options(max_retries=3).embeddings.create, model=MODEL, input="a")
         wait_until(lambda: refusals(gateway) == before + 2)

@@ -240,6 +240,12 @@ def test_to_triton_writes_a_repository_and_ends_in_one_json_line(make_bundle, tm
     assert report["container"].startswith("docker run")
     config = config_of(tmp_path / "repo")
     assert config.parameters["long_texts"].string_value == LongTexts.CHUNK.value
+    assert to_triton.main([str(tmp_path / "absent"), "--output", str(tmp_path / "other")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "is not a bundle" in captured.err
+    assert "Traceback" not in captured.err
+    assert to_triton.main(["--no-such-flag"]) == 2
 
 
 def test_to_triton_follows_a_plan(make_bundle, make_artifact, tmp_path, capsys):
@@ -276,12 +282,3 @@ def test_to_triton_writes_both_models_of_a_backend(make_bundle, make_artifact, t
     assert "--overwrite" in capsys.readouterr().err
     assert to_triton.main([str(bundle), "--output", str(repository), "--engine", "fake", "--overwrite"]) == 0
     assert [path.name for path in repository.iterdir()] == ["embed"], "the unused encoder is removed"
-
-
-def test_to_triton_reports_errors_without_a_traceback(tmp_path, capsys):
-    assert to_triton.main([str(tmp_path / "absent"), "--output", str(tmp_path / "repo")]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert "is not a bundle" in captured.err
-    assert "Traceback" not in captured.err
-    assert to_triton.main(["--no-such-flag"]) == 2
