@@ -234,7 +234,7 @@ FOLDERS: dict[str, Change] = {
         for old in LEGACY_POOLING_KEYS
         if old != "pooling_mode_mean_tokens"
     },
-    "old pooling pooling_mode_max_tokens and mean": pooling(pooling_mode_max_tokens=True),
+    "old pooling: two modes": pooling(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True),
     "old pooling: nothing is true": pooling(pooling_mode_mean_tokens=False),
     "pooling: nothing stated": pooling(),
     "pooling: two modes": pooling(pooling_mode=["mean", "max"]),
@@ -295,7 +295,7 @@ REFUSALS_NAME = {
     "modules: Dense after Normalize": "Normalize, Dense: the order must be",
     "modules: LSTM": "sentence_transformers.models.LSTM",
     "pooling: two modes": "pooling mean + max",
-    "old pooling pooling_mode_max_tokens and mean": "pooling mean + max",
+    "old pooling: two modes": "pooling max + mean",
     "dense of tokens": "something other than the text's vector",
     "dense with a residual": "something other than the text's vector",
     "dense without a width": "no integers in_features",
