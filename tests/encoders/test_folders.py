@@ -118,8 +118,8 @@ def move_transformer(folder: Path) -> None:
     put("modules.json", listed)(folder)
 
 
-FLAGS = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
-CASED = {"type": "BertNormalizer", **FLAGS}
+FLAGS: dict[str, object] = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}
+CASED: dict[str, object] = {"type": "BertNormalizer", **FLAGS}
 LOWER = {"type": "Lowercase"}
 ADDED = {"content": "newword"} | dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
 BERT_FILE, CONFIG = TRANSFORMER_FILES[0], "config_sentence_transformers.json"
