@@ -336,7 +336,13 @@ def test_the_vectors_are_those_of_sentence_transformers_or_the_folder_is_refused
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json")
+FILES: tuple[str, ...] = (
+    "config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "modules.json",
+    "1_Pooling/config.json",
+)
 FILES += (BERT_FILE, CONFIG)
 SETTINGS = {"max_seq_length": 9, "tokenizer_args": {}, "model_args": {}, "modality_config": {}, "do_lower_case": False}
 VALUES: tuple[object, ...] = (None, 5, -1, True, "abc", [], [1], [None], {}, {"text": "x"}, 10**30, float("nan"), 1e308)
