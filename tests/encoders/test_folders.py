@@ -336,14 +336,10 @@ def test_the_vectors_are_those_of_sentence_transformers_or_the_folder_is_refused
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-FILES: tuple[str, ...] = (
-    "config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "modules.json",
-    "1_Pooling/config.json",
+FILES = (
+    *("config.json", "tokenizer_config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"),
+    *(BERT_FILE, CONFIG),
 )
-FILES += (BERT_FILE, CONFIG)
 SETTINGS = {"max_seq_length": 9, "tokenizer_args": {}, "model_args": {}, "modality_config": {}, "do_lower_case": False}
 VALUES: tuple[object, ...] = (None, 5, -1, True, "abc", [], [1], [None], {}, {"text": "x"}, 10**30, float("nan"), 1e308)
 
