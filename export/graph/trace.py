@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -265,7 +266,7 @@ def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
     # No dimension of size 0 or 1: the exporter would take that size for a constant.
     # A separate tensor for each input: the exporter merges inputs that are the same object.
     examples = tuple(torch.ones(3, 64, dtype=torch.int64) for _ in contract.inputs)
-    with _quiet_exporter():
+    with _quiet_exporter(), _no_cycle_search():
         try:
             program = torch.onnx.export(
                 wrapper,
@@ -299,6 +300,18 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         registry.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_cycle_search() -> Iterator[None]:
+    """Pause Python's search for reference cycles, a fifth of a trace's time (2026-11-30): nearly all objects stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:

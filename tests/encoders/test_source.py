@@ -155,34 +155,6 @@ def test_missing_parts_are_named(copy: Path) -> None:
     check(r"no config\.json")
 
 
-def add_module(folder: Path, kind: str) -> None:
-    module = {"path": "3_X", "type": f"sentence_transformers.models.{kind}"}
-    edit(folder / "modules.json", lambda modules: modules.append(module))
-
-
-CLS_MAX = r"pooling cls \+ max"
-SWISH = r"activation own\.Swish: it must be one of identity, tanh, relu, gelu"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: add_module(folder, "Dense"), "Normalize, Dense: the order must be"),
-        (lambda folder: add_module(folder, "LSTM"), r"sentence_transformers\.models\.LSTM"),
-        (lambda f: edit(f / "1_Pooling/config.json", lambda c: c.update(pooling_mode_max_tokens=True)), CLS_MAX),
-        (lambda f: add_dense(f, activation_function="own.Swish"), SWISH),
-        (lambda folder: add_dense(folder, use_residual=True), "something other than the text's vector"),
-        (lambda folder: add_dense(folder, module_input_name="token_embeddings"), "something other than the text's"),
-        (lambda folder: add_dense(folder, in_features=None), "no integers in_features"),
-    ],
-)
-def test_unsupported_heads_are_refused_by_name(copy: Path, spoil: Edit, message: str) -> None:
-    make_old(copy)
-    spoil(copy)
-    with pytest.raises(BundleError, match=message):
-        resolve(str(copy))
-
-
 def test_dense_weights_are_never_unpickled(copy: Path) -> None:
     make_old(copy)
     add_dense(copy)
@@ -222,18 +194,9 @@ def test_heads_that_the_encoder_lacks_are_refused(tiny_bert: Path, head: HeadSpe
         Reference.load(resolve(str(tiny_bert), head=head))
 
 
-def lose_a_tensor(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(path)
-    del weights["encoder.layer.1.output.dense.weight"]
-    save_file(weights, path, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lose_a_tensor, r"lacks weights.*encoder\.layer\.1\.output\.dense\.weight"),
         (lambda path: os.truncate(path, 5000), "cannot be loaded"),
         (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "cannot be loaded"),
         (
@@ -241,7 +204,7 @@ def lose_a_tensor(path: Path) -> None:
             "cannot be loaded|lacks weights",
         ),
     ],
-    ids=["incomplete", "truncated", "corrupted", "shapes"],
+    ids=["truncated", "corrupted", "shapes"],
 )
 def test_unusable_weights_are_one_clear_error(copy: Path, spoil: Edit, message: str) -> None:
     spoil(copy / "model.safetensors")

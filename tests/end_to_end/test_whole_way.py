@@ -8,19 +8,21 @@ from mirror_runtime import Encoder
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.cli import main as mirror
 from mirror_runtime.triton import Server
+from tests.support.tiny_encoders import write_tiny_bert
 from tests.support.trace_cache import cached_traces
 from training import tune
 
 
 @pytest.mark.serving
 @pytest.mark.slow  # tuning, two traced graphs with their proof, and a tritonserver
-def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(tiny_bert, tmp_path, capsys):
+def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(tmp_path, capsys):
+    write_tiny_bert(base := tmp_path / "base", layers=1)
     corpus, run, bundle, models = (tmp_path / name for name in ("corpus.txt", "run", "bundle", "models"))
     lines = [f"the {noun} sat on a {place}" for noun in ("cat", "dog", "man") for place in ("mat", "river", "guitar")]
     corpus.write_text("\n".join(lines), encoding="utf-8")
 
     options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16"]
-    assert tune.main(["--base", str(tiny_bert), "--corpus", str(corpus), "--output", str(run), *options]) == 0
+    assert tune.main(["--base", str(base), "--corpus", str(corpus), "--output", str(run), *options]) == 0
     fp32 = ["--precision", "fp32", "--parity-texts", str(corpus)]
     with cached_traces():
         assert to_onnx.main([str(run), "--output", str(bundle), *fp32]) == 0

@@ -41,41 +41,43 @@ def export(tiny_bert, tmp_path, capsys):
 
 
 @pytest.mark.trace
-def test_the_last_line_is_the_report_and_the_requested_head_is_served(tiny_bert, export, tmp_path):
-    export("--pooling mean_padded")
-    head = HeadSpec(pooling=Pooling.MEAN_PADDED)
-    expected = Reference.load(resolve(str(tiny_bert), max_tokens=32, head=head)).encode(TEXTS)
-    for engine in ("onnxruntime", "openvino"):
-        with Encoder.load(tmp_path / "bundle", engine=engine, precision="fp32") as encoder:
-            np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-4)
-
-
-@pytest.mark.trace
-def test_ditto_whitening_a_cut_and_int8_in_one_command(export, tmp_path):
+def test_padding_layers_whitening_a_cut_and_int8_in_one_command(export, tmp_path):
+    """The heads: see the tests of the graph."""
     output = tmp_path / "bundle"
-    manifest = export("--ditto 1:0 --layers 0,-1 --whiten LINES --whiten-dim 16 --dim 8 --vector-type int8")
+    manifest = export("--pooling mean_padded --layers 0,-1 --whiten LINES --whiten-dim 16 --dim 8 --vector-type int8")
     spec = manifest.encoder
-    assert (spec.ditto, spec.layers) == (Ditto(layer=1, head=0), (0, -1))
+    assert (spec.pooling, spec.pad_to, spec.layers) == (Pooling.MEAN_PADDED, 32, (0, -1))
     assert (spec.dim, spec.vector_type, spec.dense[0].out_features) == (8, VectorType.INT8, 16)
     fitted = json.loads((output / "whitening.json").read_text())
     assert (fitted["texts"], fitted["dim"]) == (sum(bool(text) for text in TEXTS), 16)
     assert {"whitening.json", "2_Dense/model.safetensors"} <= manifest.files.keys()
     # The bundle alone is as good as the encoder it was exported from.
     expected = Reference.load(resolve(str(output))).encode(TEXTS)
-    with Encoder.load(output, engine="onnxruntime", precision="fp32") as encoder:
-        found = encoder.encode(TEXTS)
-    assert found.dtype == np.int8
-    np.testing.assert_allclose(components(found, spec), expected, atol=1.01 * (spec.int8_scale or 0))
-    assert (components(found, spec) == expected).mean() > 0.99
+    for engine in ("onnxruntime", "openvino"):
+        with Encoder.load(output, engine=engine, precision="fp32") as encoder:
+            found = encoder.encode(TEXTS)
+        assert found.dtype == np.int8
+        np.testing.assert_allclose(components(found, spec), expected, atol=1.01 * (spec.int8_scale or 0))
+        assert (components(found, spec) == expected).mean() > 0.99
 
 
-def test_a_head_with_a_template_reaches_the_build(tiny_bert, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("options", "pooling", "head"),
+    [
+        (
+            ["--head", "mask", "--template", 'a "{text}" is [MASK] .'],
+            Pooling.MASK,
+            HeadSpec(template='a "{text}" is [MASK] .'),
+        ),
+        (["--ditto", "1:0", "--layers", "0,-1"], None, HeadSpec(ditto=Ditto(layer=1, head=0), layers=(0, -1))),
+    ],
+)
+def test_a_head_reaches_the_build(tiny_bert, tmp_path, monkeypatch, capsys, options, pooling, head):
     def build(request, *_):
-        assert (request.pooling, request.head) == (Pooling.MASK, HeadSpec(template='a "{text}" is [MASK] .'))
+        assert (request.pooling, request.head) == (pooling, head)
         raise InputError("it did")
 
     monkeypatch.setattr(to_onnx, "build", build)
-    options = ["--head", "mask", "--template", 'a "{text}" is [MASK] .']
     assert main([str(tiny_bert), "--output", str(tmp_path / "bundle"), *options]) == 2
     assert "it did" in capsys.readouterr().err
 

@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Prefix of the classes in transformers and the sizes, by `model_type`."""
 
 
-def write_tiny_encoder(family: str, folder: Path) -> None:
+def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
     """Write a plain Hugging Face folder: random weights (2 layers, 32 wide) and a tokenizer trained on some English.
 
     Like most repositories, it names the family's own tokenizer class. Weights are drawn ten times wider than usual, so
@@ -51,7 +51,7 @@ def write_tiny_encoder(family: str, folder: Path) -> None:
         max_position_embeddings=POSITIONS + first,
         initializer_range=0.2,
         pad_token_id=tokenizer.token_to_id(pad),
-        **sizes,
+        **sizes | {"n_layers" if family == "distilbert" else "num_hidden_layers": layers},
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -70,7 +70,7 @@ def save_tokenizer(tokenizer: Tokenizer, special: tuple[str, ...], folder: Path)
     return tokens[0]
 
 
-def write_tiny_bert(folder: Path) -> None:
+def write_tiny_bert(folder: Path, layers: int = 2) -> None:
     """Write a plain Hugging Face folder: a random BERT (2 layers, 32 wide), with a small hand-made vocabulary.
 
     Weights are drawn ten times wider than usual, so that attention and position change the vectors visibly.
@@ -85,7 +85,7 @@ def write_tiny_bert(folder: Path) -> None:
     texts = {"single": "[CLS] $A [SEP]", "pair": "[CLS] $A [SEP] $B:1 [SEP]:1"}
     tokenizer.post_processor = processors.TemplateProcessing(special_tokens=[("[CLS]", 2), ("[SEP]", 3)], **texts)
     save_tokenizer(tokenizer, BRACKETS, folder)
-    sizes = {"vocab_size": len(vocabulary), "max_position_embeddings": POSITIONS, **SIZES}
+    sizes = SIZES | {"vocab_size": len(vocabulary), "max_position_embeddings": POSITIONS, "num_hidden_layers": layers}
     config = transformers.BertConfig(initializer_range=0.2, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)

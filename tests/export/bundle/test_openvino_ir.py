@@ -1,7 +1,6 @@
 """OpenVINO IR in a bundle: the names that others load, the proofs, and a bundle that failures do not change."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -16,11 +15,6 @@ from mirror_runtime.errors import InputError, MissingExtra, ParityError
 from mirror_runtime.host import has_bf16
 
 TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
-
-
-@pytest.fixture
-def bundle(tiny_bundle, tmp_path):
-    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
 
 
 def content(bundle):

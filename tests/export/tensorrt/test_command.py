@@ -36,12 +36,6 @@ TEXTS = ("the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "r
 
 
 @pytest.fixture
-def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
-
-
-@pytest.fixture
 def texts(tmp_path: Path) -> Path:
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(TEXTS), encoding="utf-8")
