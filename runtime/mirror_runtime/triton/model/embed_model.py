@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,13 @@ from mirror_runtime.triton.model.backend_model import find_artifact, packed_shap
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
 from mirror_runtime.triton.model.instances import bind_to_share
+from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
-from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from mirror_runtime.triton.repository.options import DRAINING, Backend, ServingOptions
+
+_log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -44,6 +46,9 @@ class TritonPythonModel:
         """Load the bundle that `config.pbtxt` names. If it raises, Triton prints the message and does not start."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self._draining = DRAINING in parameters
+        if self._draining:
+            return
         try:
             options = ServingOptions.of_parameters(parameters, int(config["max_batch_size"]))
         except (InputError, KeyError, ValueError) as error:
@@ -68,7 +73,7 @@ class TritonPythonModel:
                 self.encoder.warm_up()
         except MirrorError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._fingerprint = self.encoder.fingerprint
+        self._fingerprint, self._trained = self.encoder.fingerprint, options.dimensions
         # Server 2.51 has no response parameters; the output FINGERPRINT works with every version.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
         self._budget = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
@@ -78,7 +83,8 @@ class TritonPythonModel:
             self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
-            workers=engine.streams + 1,
+            slice_tokens=self.encoder.decision.batch_tokens,
+            workers=engine.streams + 2,
         )
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
         self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)
@@ -92,6 +98,9 @@ class TritonPythonModel:
 
         Never raises: Triton would fail the whole batch and show clients the path of this file.
         """
+        if self._draining:  # clients send it elsewhere, or try again later
+            stopping = Failure(kind=FailureKind.UNAVAILABLE, message="the server is stopping: try again")
+            return [self._response(stopping, frozenset()) for _ in requests]
         read = [self._read(request) for request in requests]
         submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))
         outcomes = [next(submitted) if isinstance(job, Job) else job for job, _ in read]
@@ -102,6 +111,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Answer the accepted requests, and release the engine."""
+        if self._draining:
+            return
         self._scheduler.close()
         self._reporter.close()
         self.encoder.close()
@@ -110,7 +121,7 @@ class TritonPythonModel:
         """Read a request, and the names of the outputs that it requests."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
-            options = parse_options(request.parameters(), self.encoder.spec)
+            options = parse_options(request.parameters(), self.encoder.spec, self._trained)
             sender = request.get_response_sender()
             names = frozenset(request.requested_output_names())
 
@@ -160,21 +171,13 @@ class TritonPythonModel:
 
 def _failure(message: str) -> Failure:
     """Log the exception that is being handled, and build a failure that does not quote it."""
-    pb_utils.Logger.log_error(f"embed: {message}\n{traceback.format_exc()}")
+    _log.exception(message)
     return Failure(kind=FailureKind.INTERNAL, message=f"{message}; the server's log says why")
-
-
-class _TritonHandler(logging.Handler):
-    """Writes the log records of this package to Triton's log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        log = pb_utils.Logger.log_error if record.levelno >= logging.ERROR else pb_utils.Logger.log_warn
-        log(f"embed: {self.format(record)}")
 
 
 def _log_to_triton() -> None:
     package = logging.getLogger("mirror_runtime")
-    package.handlers = [_TritonHandler(logging.WARNING)]
+    package.handlers = [TritonHandler(pb_utils)]
     # It warns of truncated texts in each batch; here each response reports them.
     logging.getLogger("mirror_runtime.encoder").setLevel(logging.ERROR)
 
