@@ -22,7 +22,8 @@ from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
 from mirror_runtime.triton.server.processes import alive, group_members, kill_group, resident_bytes, runners
-from mirror_runtime.triton.server.server import SHARED_MEMORY, Server, launcher
+from mirror_runtime.triton.server.server import Server, launcher
+from mirror_runtime.triton.server.workspace import SHARED_MEMORY
 
 T = TypeVar("T")
 
