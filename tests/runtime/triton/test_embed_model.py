@@ -255,20 +255,6 @@ def test_large_requests_wait_only_so_long_for_small_ones_and_leave_them_their_bu
     assert large.response.error is None
 
 
-def test_a_draining_model_refuses_everything(pb_utils, make_bundle):
-    model = new_model()
-    draining = arguments(make_bundle(), ServingOptions(engine="fake"))
-    config = json.loads(draining["model_config"])
-    config["parameters"]["draining"] = {"string_value": "true"}
-    model.initialize({**draining, "model_config": json.dumps(config)})
-    (response,) = model.execute([FakeRequest(b"one")])
-    assert (response.error.code, str(response.error)) == (
-        FakeTritonError.UNAVAILABLE,
-        "the server is stopping: try again",
-    )
-    model.finalize()
-
-
 def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(start):
     model = start(dimensions=(4,))
     cut, whole, refused = serve(model, *(FakeRequest(b"one", dimensions=n) for n in (4, 8, 5)))

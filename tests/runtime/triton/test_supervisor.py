@@ -112,7 +112,8 @@ def killed_deployment(repository: Path, *, published: bool) -> None:
 def test_the_server_finishes_a_killed_deployment(monkeypatch, tmp_path, published, kept):
     repository = tmp_path / "models"
     killed_deployment(repository, published=published)
-    served, lines = Broken([], repository), []
+    served = Broken([], repository)
+    lines: list[str] = []
     served.check = lambda: ""  # type: ignore[method-assign]
     Control.asked = []
     monkeypatch.setattr(supervisor_module, "Watchdog", lambda *_: served)

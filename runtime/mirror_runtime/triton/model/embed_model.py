@@ -34,7 +34,7 @@ from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
-from mirror_runtime.triton.repository.options import DRAINING, Backend, ServingOptions
+from mirror_runtime.triton.repository.options import Backend, ServingOptions
 
 _log = logging.getLogger(__name__)
 
@@ -46,9 +46,6 @@ class TritonPythonModel:
         """Load the bundle that `config.pbtxt` names. If it raises, Triton prints the message and does not start."""
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-        self._draining = DRAINING in parameters
-        if self._draining:
-            return
         try:
             options = ServingOptions.of_parameters(parameters, int(config["max_batch_size"]))
         except (InputError, KeyError, ValueError) as error:
@@ -98,9 +95,6 @@ class TritonPythonModel:
 
         Never raises: Triton would fail the whole batch and show clients the path of this file.
         """
-        if self._draining:  # clients send it elsewhere, or try again later
-            stopping = Failure(kind=FailureKind.UNAVAILABLE, message="the server is stopping: try again")
-            return [self._response(stopping, frozenset()) for _ in requests]
         read = [self._read(request) for request in requests]
         submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))
         outcomes = [next(submitted) if isinstance(job, Job) else job for job, _ in read]
@@ -111,8 +105,6 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Answer the accepted requests, and release the engine."""
-        if self._draining:
-            return
         self._scheduler.close()
         self._reporter.close()
         self.encoder.close()

@@ -12,9 +12,6 @@ from mirror_runtime.plan import HostPlan, Setting
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
 
-DRAINING = "draining"
-"""Parameter of a model that rejects every request, because its server is about to stop."""
-
 
 class Backend(str, Enum):
     """Which Triton backend runs the graph."""

@@ -6,18 +6,17 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mirror_runtime.errors import ServerError
 from mirror_runtime.extras import require
-from mirror_runtime.triton.repository.options import DRAINING
 
 KEY_HEADER = "mirror-key"
 OWNERS_APIS = "model-repository,shared-memory,trace,logging"
 """APIs that require the key, because loading models or registering memory runs code in the server."""
 
 _CALL_S = 20.0
-_KEPT = ("name", "backend", "max_batch_size", "input", "output", "parameters")
-"""Parts of a configuration that a draining model keeps. It has no warm-up."""
+_DRAINING_MODEL = Path(__file__).parents[1] / "model" / "draining_model.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +50,23 @@ class ModelControl:
         with self._translate_errors(f"{model} cannot be unloaded"):
             self._client.unload_model(model, headers=self._headers, client_timeout=_CALL_S)
 
-    def drain(self, model: str) -> None:
-        """Reload a model so that it rejects every request. The old one answers the requests that it has accepted.
+    def drain(self, model: str, mark: str) -> None:
+        """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
 
-        Triton's own unload rejects requests too, but as NOT_FOUND, which clients do not retry.
+        Triton leaves a copy of the new model's file in /tmp; it contains `mark`. Triton's own unload rejects requests
+        too, but as NOT_FOUND, which other clients than ours do not retry.
         """
         with self._translate_errors(f"{model} cannot be drained"):
             config = self._client.get_model_config(model, as_json=True, client_timeout=_CALL_S)["config"]
-            config["parameters"][DRAINING] = {"string_value": "true"}
-            # Not by a file in the request: Triton would leave a copy of it in /tmp.
-            kept = {name: config[name] for name in _KEPT}
+            kept = {name: config[name] for name in ("name", "backend", "max_batch_size", "input", "output")}
             kept["instance_group"] = [{"kind": "KIND_CPU", "count": 1}]
-            self._client.load_model(model, headers=self._headers, config=json.dumps(kept), client_timeout=_CALL_S)
+            self._client.load_model(
+                model,
+                headers=self._headers,
+                config=json.dumps(kept),
+                files={"file:1/model.py": _DRAINING_MODEL.read_bytes() + f"# {mark}\n".encode()},
+                client_timeout=_CALL_S,
+            )
 
     def close(self) -> None:
         """Close the connection."""

@@ -214,7 +214,7 @@ class Server:
         deadline = time.monotonic() + timeout_s
         busy = runners(self.pid, MODEL_NAME)
         with ModelControl(self.access) as control:
-            control.drain(MODEL_NAME)
+            control.drain(MODEL_NAME, self.shared_memory_prefix)
             # The old model's process ends after its last reply.
             while any(map(alive, busy)):
                 if time.monotonic() > deadline or (cancelled and cancelled.is_set()):

@@ -15,7 +15,9 @@ from mirror_runtime.triton.server.processes import kill_all, tritons
 SHARED_MEMORY = Path("/dev/shm")
 
 _PREFIX = "mirror-serve-"
-_PYTHON_ENVIRONMENTS = "/tmp"  # Triton's Python backend makes an empty folder there, whatever TMPDIR says
+_TRITONS_FOLDERS = Path("/tmp")
+"""Here Triton makes folders whatever TMPDIR says: an empty one for its Python backend, and those of drained models."""
+
 _ENVIRONMENT = "python_env_*"
 
 
@@ -45,7 +47,7 @@ class Workspace:
         """
         new = _python_environments() - self._others
         if len(new) == 1 and not self._claimed:
-            path = Path(new.pop())
+            path = new.pop()
             (self.folder / path.name).symlink_to(path)
             self._claimed = True
 
@@ -58,7 +60,7 @@ class Workspace:
 def _clear_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         try:
-            if folder.lstat().st_uid != os.geteuid():
+            if not _ours(folder):
                 continue
             lock = _lock(folder)
         except OSError:  # its process lives, or another one has just removed it
@@ -85,15 +87,22 @@ def _remove(folder: Path) -> None:
     for link in folder.glob(_ENVIRONMENT):
         with contextlib.suppress(OSError):  # Triton has removed it, or somebody has filled it
             link.readlink().rmdir()
+    for model in _TRITONS_FOLDERS.glob("folder*/1/model.py"):
+        with contextlib.suppress(OSError):
+            if _ours(model) and f"mirror_{token}_" in model.read_text(encoding="utf-8", errors="replace"):
+                shutil.rmtree(model.parents[1])
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _python_environments() -> set[str]:
+def _python_environments() -> set[Path]:
     """Return this user's folders of Python backends."""
     found = set()
-    with os.scandir(_PYTHON_ENVIRONMENTS) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                if entry.name.startswith("python_env_") and entry.stat(follow_symlinks=False).st_uid == os.geteuid():
-                    found.add(entry.path)
+    for folder in _TRITONS_FOLDERS.glob(_ENVIRONMENT):
+        with contextlib.suppress(OSError):  # it has just gone
+            if _ours(folder):
+                found.add(folder)
     return found
+
+
+def _ours(path: Path) -> bool:
+    return path.lstat().st_uid == os.geteuid()
