@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import mirror_runtime
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
@@ -119,6 +120,8 @@ class Server:
                 self._process = subprocess.Popen(
                     [*launcher(), str(distribution.binary), *self._arguments(workspace)],
                     env=environment,
+                    # The stub ignores PYTHONPATH and imports from its working directory first: this code shall serve.
+                    cwd=Path(mirror_runtime.__file__).parents[1],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -277,7 +280,7 @@ class Server:
 
     def _arguments(self, workspace: Workspace) -> list[str]:
         return [
-            f"--model-repository={self.repository}",
+            f"--model-repository={self.repository.absolute()}",
             "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in self._models()),
             # Loading a model runs its code: only the holder of the key may.
