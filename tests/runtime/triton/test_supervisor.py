@@ -35,7 +35,7 @@ class Stopping:
 class Broken:
     """A server that breaks as soon as it serves, with starts that fail or succeed in turn; also its watchdog."""
 
-    access = SimpleNamespace()
+    access, pid = SimpleNamespace(), 5
 
     def __init__(self, starts: list[bool], repository: Path) -> None:
         self._starts, self.repository = iter(starts), repository
@@ -92,7 +92,6 @@ class Control:
 
     def unload(self, model: str) -> None:
         self.asked.append(f"unload {model}")
-        raise ServerError("it was not loaded")
 
 
 def killed_deployment(repository: Path, *, published: bool) -> None:
@@ -108,8 +107,8 @@ def killed_deployment(repository: Path, *, published: bool) -> None:
         (repository / "embed" / "new").touch()
 
 
-@pytest.mark.parametrize(("published", "kept"), [(False, "old"), (True, "new")])
-def test_the_server_finishes_a_killed_deployment(monkeypatch, tmp_path, published, kept):
+@pytest.mark.parametrize(("published", "kept", "candidate"), [(False, "old", [7]), (True, "new", [])])
+def test_the_server_finishes_a_killed_deployment(monkeypatch, tmp_path, published, kept, candidate):
     repository = tmp_path / "models"
     killed_deployment(repository, published=published)
     served = Broken([], repository)
@@ -118,8 +117,9 @@ def test_the_server_finishes_a_killed_deployment(monkeypatch, tmp_path, publishe
     Control.asked = []
     monkeypatch.setattr(supervisor_module, "Watchdog", lambda *_: served)
     monkeypatch.setattr(supervisor_module, "ModelControl", Control)
+    monkeypatch.setattr(supervisor_module, "runners", lambda server, model: candidate)
     assert Supervisor(served, ServiceOptions(), Stopping(3), None, lines.append).run()  # type: ignore[arg-type]
-    assert Control.asked == [f"unload {CANDIDATE_NAME}", "load embed"], "once"
+    assert Control.asked == [f"unload {CANDIDATE_NAME}"] * len(candidate) + ["load embed"], "once"
     assert lines == ["a deployment was killed: finishing it"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["models", "embed", LOCK_FILE, kept])
 

@@ -21,7 +21,7 @@ from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.control import ModelControl
 from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
-from mirror_runtime.triton.server.processes import set_stop_handler
+from mirror_runtime.triton.server.processes import runners, set_stop_handler
 from mirror_runtime.triton.server.server import STARTUP_S, Server
 from mirror_runtime.triton.server.workspace import Workspace
 
@@ -155,7 +155,7 @@ class Supervisor:
         self._on_progress("a deployment was killed: finishing it")
         try:
             with ModelControl(self._server.access) as control:
-                with contextlib.suppress(ServerError):  # it may not have been loaded
+                if runners(self._server.pid, CANDIDATE_NAME):
                     control.unload(CANDIDATE_NAME)
                 control.load(MODEL_NAME, STARTUP_S)  # does nothing if it serves already
         except ServerError as error:
