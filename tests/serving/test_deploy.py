@@ -147,7 +147,7 @@ def test_models_are_controlled_only_with_the_key(old_server: MirrorServe) -> Non
     assert (old_server.source / ".mirror-serve.json").stat().st_mode & 0o077 == 0
 
 
-def test_the_server_finishes_a_deployment_that_is_killed_while_it_switches(old_server, old, new):
+def test_a_deployment_that_is_killed_while_it_switches_disturbs_nobody(old_server, old, new):
     repository = old_server.source
     command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
     with Client(old_server.grpc) as client, Load([lambda: client.encode_detailed(TEXTS[:4])]) as load:
@@ -155,12 +155,11 @@ def test_the_server_finishes_a_deployment_that_is_killed_while_it_switches(old_s
             assert deployer.stderr is not None
             assert any("switching" in line for line in deployer.stderr)
             deployer.kill()
-        wait_until(lambda: "a deployment was killed" in old_server.output)
-        wait_until(lambda: client.encode(TEXTS[:1]).shape == (1, 24))
+        assert len(list(repository.parent.iterdir())) == 2, "else this test proves nothing"
+        assert deploy(old, repository).switched, "the next one clears what is left"
+        assert client.encode(TEXTS[:1]).shape == (1, 16)
     assert not load.failures()
-    assert sorted(path.name for path in repository.parent.iterdir()) == ["models"]
-    assert not (repository / "embed_candidate").exists()
-    assert deploy(old, repository).switched
+    assert [path.name for path in repository.parent.iterdir()] == ["models"]
     assert "restarting" not in old_server.output
 
 

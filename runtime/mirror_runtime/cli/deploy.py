@@ -48,7 +48,7 @@ def deploy(
     old model stays in service and the repository is as it was. The previous version is kept: `mirror deploy
     REPO/embed/1/bundle --to REPO` goes back to it.
     """
-    # They undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the server or the next one clears.
+    # They undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the next one clears.
     set_stop_handler(signal.default_int_handler)
     options: dict[str, Any] = {
         "engine": engine,

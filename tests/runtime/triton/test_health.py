@@ -1,5 +1,7 @@
 """When a server counts as broken: the watchdog's conclusions from probes, counters and CPU time."""
 
+import threading
+
 import pytest
 
 from mirror_runtime.client import Statistics
@@ -120,7 +122,11 @@ def test_a_dead_process_is_noticed_immediately(served):
     assert watch(served, 60) == ("worker died", POLICY.check_s)
 
 
-def test_the_thread_probes_until_it_is_stopped(served):
-    with Watchdog(served, HealthPolicy(probe_s=0.01)) as watchdog:
+def test_the_threads_probe_and_watch_until_they_are_stopped(served):
+    stopping = threading.Event()
+    with Watchdog(served, HealthPolicy(check_s=0.01, probe_s=0.01)) as watchdog:
         wait_until(lambda: watchdog.prober.answered_at)
-        assert watchdog.check() == ""
+        stopping.set()
+        assert watchdog.watch(stopping) == ""
+        served.dead = "worker"
+        assert watchdog.watch(threading.Event()) == "worker died"

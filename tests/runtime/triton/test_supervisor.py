@@ -3,7 +3,6 @@
 import resource
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ class Stopping:
 
     def wait(self, seconds: float) -> bool:
         self._waits -= 1
-        self.pauses += [] if seconds == ServiceOptions().health.check_s else [seconds]
+        self.pauses.append(seconds)
         return self._waits < 0
 
     def is_set(self) -> bool:
@@ -34,8 +33,6 @@ class Stopping:
 
 class Broken:
     """A server that breaks as soon as it serves, with starts that fail or succeed in turn; also its watchdog."""
-
-    access, pid = SimpleNamespace(), 5
 
     def __init__(self, starts: list[bool], repository: Path) -> None:
         self._starts, self.repository = iter(starts), repository
@@ -48,7 +45,7 @@ class Broken:
 
     def stop(self, grace_s: float) -> None: ...
 
-    def check(self) -> str:
+    def watch(self, stopping: object) -> str:
         return "it died"
 
     def __enter__(self) -> "Broken":
@@ -75,25 +72,6 @@ def test_pauses_grow_only_while_starts_fail(monkeypatch, tmp_path, starts, pause
     assert stopping.pauses == pauses
 
 
-class Control:
-    """Triton's model control; it notes what is asked of it."""
-
-    asked: list[str]
-
-    def __init__(self, access: object) -> None: ...
-
-    def __enter__(self) -> "Control":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def load(self, model: str, timeout_s: float) -> None:
-        self.asked.append(f"load {model}")
-
-    def unload(self, model: str) -> None:
-        self.asked.append(f"unload {model}")
-
-
 def killed_deployment(repository: Path, *, published: bool) -> None:
     """Leave what a deployment leaves that is killed before or after it has put the new model into place."""
     scratch = repository.with_name(f".{repository.name}.mirror-deploy")
@@ -107,20 +85,14 @@ def killed_deployment(repository: Path, *, published: bool) -> None:
         (repository / "embed" / "new").touch()
 
 
-@pytest.mark.parametrize(("published", "kept", "candidate"), [(False, "old", [7]), (True, "new", [])])
-def test_the_server_finishes_a_killed_deployment(monkeypatch, tmp_path, published, kept, candidate):
+@pytest.mark.parametrize(("published", "kept"), [(False, "old"), (True, "new")])
+def test_a_restart_finds_a_model_whenever_a_deployment_was_killed(monkeypatch, tmp_path, published, kept):
     repository = tmp_path / "models"
     killed_deployment(repository, published=published)
-    served = Broken([], repository)
-    lines: list[str] = []
-    served.check = lambda: ""  # type: ignore[method-assign]
-    Control.asked = []
-    monkeypatch.setattr(supervisor_module, "Watchdog", lambda *_: served)
-    monkeypatch.setattr(supervisor_module, "ModelControl", Control)
-    monkeypatch.setattr(supervisor_module, "runners", lambda server, model: candidate)
-    assert Supervisor(served, ServiceOptions(), Stopping(3), None, lines.append).run()  # type: ignore[arg-type]
-    assert Control.asked == [f"unload {CANDIDATE_NAME}"] * len(candidate) + ["load embed"], "once"
-    assert lines == ["a deployment was killed: finishing it"]
+    broken = Broken([True], repository)
+    monkeypatch.setattr(supervisor_module, "Watchdog", lambda *_: broken)
+    with pytest.raises(ServerError, match="gave up"):
+        Supervisor(broken, ServiceOptions(max_restarts=1), Stopping(), None, lambda line: None).run()  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["models", "embed", LOCK_FILE, kept])
 
 

@@ -50,6 +50,12 @@ class ModelControl:
         with self._translate_errors(f"{model} cannot be unloaded"):
             self._client.unload_model(model, headers=self._headers, client_timeout=_CALL_S)
 
+    def busy(self) -> bool:
+        """Return whether any model is being loaded or unloaded."""
+        with self._translate_errors("the models cannot be listed"):
+            index = self._client.get_model_repository_index(self._headers, as_json=True, client_timeout=_CALL_S)
+        return any(model.get("state") in ("LOADING", "UNLOADING") for model in index.get("models", []))
+
     def drain(self, model: str, mark: str) -> None:
         """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
 

@@ -65,8 +65,8 @@ def deploy(
 
     If `mirror serve` runs on the repository, its clients see the old model or the new one, never an error. For a while
     both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged. If this
-    process is killed, the server finishes a switch that has begun, and clears the rest. Without
-    `options`, those of the present version stay, except `dimensions`.
+    process is killed, the server serves one of both, and the next deployment clears the rest. Without `options`, those
+    of the present version stay, except `dimensions`.
 
     Raises:
         BundleError: `bundle` is not a bundle, is corrupted, or has no canaries to prove it with.
@@ -229,6 +229,10 @@ def _try_out(
     config.write_text(text, encoding="utf-8")
     place = repository / CANDIDATE_NAME
     with ModelControl(access) as control:
+        _wait(lambda: not control.busy())  # a killed deployment may have asked for what the server still does
+        if runners(access.pid, name):
+            control.unload(name)
+            _wait(lambda: not runners(access.pid, name))
         try:
             os.rename(folder, place)
             control.load(name, STARTUP_S)

@@ -48,6 +48,13 @@ class Watchdog:
         self._alive_at = self._checked_at = clock()
         self._computed_s = server.workers_cpu_seconds()
 
+    def watch(self, stopping: threading.Event) -> str:
+        """Wait until the server is broken and return the problem; empty if another thread has set `stopping`."""
+        while not stopping.wait(self._policy.check_s):
+            if problem := self.check():
+                return problem
+        return ""
+
     def check(self) -> str:
         """Check the processes, and how long the server has been silent; return the problem or an empty string."""
         try:

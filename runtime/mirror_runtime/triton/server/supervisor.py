@@ -18,11 +18,10 @@ from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.selection import choose
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
-from mirror_runtime.triton.server.control import ModelControl
-from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, ServerFile, clear_killed
+from mirror_runtime.triton.server.deploy_lock import ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
-from mirror_runtime.triton.server.processes import runners, set_stop_handler
-from mirror_runtime.triton.server.server import STARTUP_S, Server
+from mirror_runtime.triton.server.processes import set_stop_handler
+from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.workspace import Workspace
 
 _LONGEST_PAUSE_S = 30.0
@@ -134,11 +133,8 @@ class Supervisor:
     def run(self) -> bool:
         """Watch and restart the server until `stopping` is set; return whether it is serving then."""
         while True:
-            problem, health = "", self._options.health
-            with Watchdog(self._server, health) as watchdog:
-                while not problem and not self._stopping.wait(health.check_s):
-                    self._finish_deployment()
-                    problem = watchdog.check()
+            with Watchdog(self._server, self._options.health) as watchdog:
+                problem = watchdog.watch(self._stopping)
             if not problem:
                 return True
             broke_at = time.monotonic()
@@ -147,19 +143,6 @@ class Supervisor:
                 if self._stopping.is_set():
                     return False
             self._on_progress(f"serving again after {time.monotonic() - broke_at:.1f} s")
-
-    def _finish_deployment(self) -> None:
-        """Let the server serve what the repository contains, if a deployment was killed."""
-        if not clear_killed(self._server.repository):
-            return
-        self._on_progress("a deployment was killed: finishing it")
-        try:
-            with ModelControl(self._server.access) as control:
-                if runners(self._server.pid, CANDIDATE_NAME):
-                    control.unload(CANDIDATE_NAME)
-                control.load(MODEL_NAME, STARTUP_S)  # does nothing if it serves already
-        except ServerError as error:
-            self._on_progress(f"not finished, the model before serves: {error}")
 
     def _restart(self, problem: str) -> str:
         """Restart once; return the problem, or an empty string on success."""
