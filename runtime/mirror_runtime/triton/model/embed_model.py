@@ -80,8 +80,8 @@ class TritonPythonModel:
             self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
-            slice_tokens=self.encoder.decision.batch_tokens,
-            workers=engine.streams + 2,
+            slice_tokens=self.encoder.decision.batch_tokens // 2,
+            workers=engine.streams + 1,
         )
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
         self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)

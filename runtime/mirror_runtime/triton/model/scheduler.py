@@ -108,7 +108,7 @@ class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
     A worker stops filling a batch at `batch_tokens` estimated tokens. Requests of more than `slice_tokens` are large:
-    they are computed in slices of that size, which is one run of the engine, after the small ones, though never more
+    they are computed in slices of that size, a short run of the engine, after the small ones, though never more
     than `AGEING_S` for each of their tokens later. One worker takes no large ones. While one waits for the engine,
     another tokenises or replies.
     """
