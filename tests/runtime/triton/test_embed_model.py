@@ -205,7 +205,7 @@ def test_expired_and_cancelled_requests_are_not_computed(start, monkeypatch):
 
 
 def words(requests: int, each: int = 200) -> FakeRequest:
-    """Build a request of different texts of an estimated 62 tokens; 200 of them are some twenty slices."""
+    """Build a request of different texts of an estimated 62 tokens; 200 of them are a dozen slices."""
     return FakeRequest(*(f"{requests} {i} {'word ' * 48}".encode() for i in range(each)))
 
 

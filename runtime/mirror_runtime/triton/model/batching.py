@@ -69,13 +69,13 @@ class EmbedRequest:
 
     def estimated_tokens(self, max_tokens: int) -> int:
         """Estimate the work as a number of tokens to run; tokenising long texts counts too."""
-        return sum(_estimated_tokens(size, max_tokens) for size in self.sizes)
+        return sum(_tokens_to_run(size, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN for size in self.sizes)
 
     def slices(self, max_tokens: int, tokens: int) -> list[EmbedRequest]:
-        """Split the request into slices of at most `tokens` estimated tokens, or a single text."""
+        """Split the request into slices of at most `tokens` estimated tokens to run, or a single text."""
         cuts, held = [0], 0
         for position, size in enumerate(self.sizes):
-            more = _estimated_tokens(size, max_tokens)
+            more = _tokens_to_run(size, max_tokens)
             if held and held + more > tokens:
                 cuts.append(position)
                 held = 0
@@ -87,8 +87,8 @@ class EmbedRequest:
         ]
 
 
-def _estimated_tokens(size: int, max_tokens: int) -> int:
-    return min(2 + size // BYTES_PER_TOKEN, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN
+def _tokens_to_run(size: int, max_tokens: int) -> int:
+    return min(2 + size // BYTES_PER_TOKEN, max_tokens)
 
 
 def joined(results: Sequence[EmbedResult]) -> EmbedResult:

@@ -107,8 +107,8 @@ class TokenBudget:
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    A worker stops filling a batch at `batch_tokens` estimated tokens. Requests of more than twice `slice_tokens` are
-    large: they are computed in slices, each a short run of the engine, after the small ones, though never more than
+    A worker stops filling a batch at `batch_tokens` estimated tokens. Requests of more than `slice_tokens` are large:
+    they are computed in slices of that size, a full run of the engine, after the small ones, though never more than
     `AGEING_S` for each of their tokens later. One worker takes no large ones. While one waits for the engine, another
     tokenises or replies.
     """
@@ -176,7 +176,7 @@ class Scheduler:
         if size > LARGEST_REQUEST:
             message = f"the request has {size} bytes of text: send at most {LARGEST_REQUEST} in one"
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
-        large = tokens > 2 * self._slice_tokens
+        large = tokens > self._slice_tokens
         try:
             self._budget.acquire(tokens, large=large)
         except OverloadedError as error:
