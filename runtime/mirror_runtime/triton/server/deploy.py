@@ -229,7 +229,8 @@ def _try_out(
     config.write_text(text, encoding="utf-8")
     place = repository / CANDIDATE_NAME
     with ModelControl(access) as control:
-        _wait(lambda: not control.busy())  # a killed deployment may have asked for what the server still does
+        # A killed deployment may have asked for what the server still does: loading, or ending the replaced model.
+        _wait(lambda: not control.busy() and len(runners(access.pid, MODEL_NAME)) <= options.instances)
         if runners(access.pid, name):
             control.unload(name)
             _wait(lambda: not runners(access.pid, name))
