@@ -18,6 +18,7 @@ from rich.console import Console
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.cli.options import (
     BundleArgument,
+    DimensionsOption,
     EngineOption,
     InstancesOption,
     LinkOption,
@@ -51,6 +52,7 @@ def run(
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
     instances: InstancesOption = 1,
     max_tokens_in_flight: MaxTokensInFlightOption = 32768,
+    dimensions: DimensionsOption = None,
     plan: Annotated[
         Path | None,
         typer.Option(help="A plan of the serving machine: engine, precision, streams, rows.", metavar="F"),
@@ -80,6 +82,7 @@ def run(
         instances=instances,
         max_tokens_in_flight=max_tokens_in_flight,
         backend=backend,
+        dimensions=tuple(dimensions or ()),
     )
     if plan is not None:
         serving_plan = read_plan(plan)

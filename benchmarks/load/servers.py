@@ -23,7 +23,8 @@ from benchmarks.plan import Variant
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
-from mirror_runtime.triton.server.server import SHARED_MEMORY, Server, launcher
+from mirror_runtime.triton.server.server import Server, launcher
+from mirror_runtime.triton.server.workspace import SHARED_MEMORY
 
 T = TypeVar("T")
 

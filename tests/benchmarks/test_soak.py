@@ -18,7 +18,7 @@ from benchmarks.soak import main
 from benchmarks.soak_report import Observed, drift, growth, judge, write_report
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.server.processes import alive
-from mirror_runtime.triton.server.server import SHARED_MEMORY
+from mirror_runtime.triton.server.workspace import SHARED_MEMORY
 from tests.support.mirror_serve import wait_until
 
 MODEL = "triton_python_backend_stub"

@@ -147,6 +147,22 @@ def test_models_are_controlled_only_with_the_key(old_server: MirrorServe) -> Non
     assert (old_server.source / ".mirror-serve.json").stat().st_mode & 0o077 == 0
 
 
+def test_a_deployment_that_is_killed_while_it_switches_disturbs_nobody(old_server, old, new):
+    repository = old_server.source
+    command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
+    with Client(old_server.grpc) as client, Load([lambda: client.encode_detailed(TEXTS[:4])]) as load:
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as deployer:
+            assert deployer.stderr is not None
+            assert any("switching" in line for line in deployer.stderr)
+            deployer.kill()
+        assert len(list(repository.parent.iterdir())) == 2, "else this test proves nothing"
+        assert deploy(old, repository).switched, "the next one clears what is left"
+        assert client.encode(TEXTS[:1]).shape == (1, 16)
+    assert not load.failures()
+    assert [path.name for path in repository.parent.iterdir()] == ["models"]
+    assert "restarting" not in old_server.output
+
+
 @pytest.mark.slow  # a deployment starts Python twice and loads the model twice
 def test_a_model_is_replaced_under_load(old_server: MirrorServe, old: Path, new: Path) -> None:
     repository = old_server.source
@@ -170,7 +186,7 @@ def test_a_model_is_replaced_under_load(old_server: MirrorServe, old: Path, new:
         wait_until(lambda: len(load.outcomes) > count + 10)
     report = json.loads(done.stdout)
     assert report["switched"] is True
-    assert (report["version"], report["previous"], report["fingerprint"]) == (2, *fingerprints)
+    assert (report["previous"], report["fingerprint"]) == (fingerprints[0], fingerprints[1])
     assert not load.failures()
     results = [outcome.result for outcome in sorted(load.outcomes, key=lambda outcome: outcome.ended)]
     for result in results:
@@ -179,10 +195,12 @@ def test_a_model_is_replaced_under_load(old_server: MirrorServe, old: Path, new:
         np.testing.assert_array_equal(result.vectors, np.resize(vectors, (len(result.vectors), vectors.shape[1])))
     assert [results[0].fingerprint, results[-1].fingerprint] == fingerprints  # type: ignore[attr-defined]
 
+    version = report["version"]
+    kept = [str(version - 1), str(version)]
     # Back to the kept version, with the options of the first deployment.
-    assert sorted(entry.name for entry in (repository / "embed").iterdir()) == ["1", "2", "config.pbtxt", "warmup"]
-    assert deploy(repository / "embed" / "1" / "bundle", repository).fingerprint == fingerprints[0]
-    assert sorted(entry.name for entry in (repository / "embed").glob("[0-9]*")) == ["2", "3"]
+    assert sorted(entry.name for entry in (repository / "embed").iterdir()) == [*kept, "config.pbtxt", "warmup"]
+    assert deploy(repository / "embed" / kept[0] / "bundle", repository).fingerprint == fingerprints[0]
+    assert sorted(int(entry.name) for entry in (repository / "embed").glob("[0-9]*")) == [version, version + 1]
     assert clients[0].encode(TEXTS).shape == (40, 16)
     assert "max_batch_size: 64" in (repository / "embed" / "config.pbtxt").read_text()
     for client in clients:

@@ -4,6 +4,9 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,8 +18,9 @@ from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton import AsyncClient, Client, Server, ServingOptions
 from mirror_runtime.triton.repository.render import write_repository
 from mirror_runtime.triton.server.processes import group_members
-from mirror_runtime.triton.server.server import SHARED_MEMORY
+from mirror_runtime.triton.server.workspace import SHARED_MEMORY, Workspace
 from tests.support.mirror_serve import MirrorServe, wait_until
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.serving
 
@@ -120,16 +124,33 @@ def test_a_server_that_cannot_load_its_model_reports_why(server: Server, tmp_pat
     assert not regions(broken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_mirror_serve_leaves_nothing_behind(fake_bundle: Path, number: signal.Signals) -> None:
-    with MirrorServe(fake_bundle, "--engine", "fake") as served:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_mirror_serve_leaves_nothing_behind(fake_bundle, tmp_path, monkeypatch, number):
+    with MirrorServe(fake_bundle, "--engine", "fake", temporary=tmp_path) as served:
         with Client(served.grpc) as client:
             assert client.encode(["hello"]).shape == (1, 16)
         assert served.shared_memory()
+        server = served.tritonserver
         served.process.send_signal(number)
         assert served.process.wait(30) == (-number if number is signal.SIGKILL else 0), served.output
-        # After SIGKILL only Triton itself can clean up: the kernel sends it SIGTERM.
-        wait_until(lambda: not served.shared_memory())
-        with Client(served.grpc) as client:
-            assert not client.ready()
+        if number is signal.SIGKILL:
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+            assert len(list(tmp_path.iterdir())) == 2, "the repository and the server's files"
+            Workspace().close()  # the next process, which also ends the server
+        assert not group_members(server)
+        assert not served.shared_memory()
+        assert not list(tmp_path.iterdir())
     assert served.output.endswith("stopped\n") or number is signal.SIGKILL
+
+
+def test_a_signal_during_the_start_leaves_nothing_behind(fake_bundle: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "mirror_runtime.cli", "serve", str(fake_bundle), "--engine", "fake"]
+    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+    with subprocess.Popen([*command, *ports], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as starting:
+        wait_until(lambda: list(tmp_path.glob("mirror-serve-*/log")))
+        starting.send_signal(signal.SIGTERM)
+        output, _ = starting.communicate(timeout=30)
+    assert (starting.returncode, output) == (0, b"stopped\n")
+    assert not list(tmp_path.iterdir())
+    assert not list(SHARED_MEMORY.glob(f"mirror_{starting.pid}_*"))

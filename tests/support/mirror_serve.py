@@ -14,24 +14,25 @@ from typing import Any
 from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
 from mirror_runtime.triton.server.health import HealthPolicy
 from mirror_runtime.triton.server.processes import kill_group, runners
-from mirror_runtime.triton.server.server import SHARED_MEMORY
+from mirror_runtime.triton.server.workspace import SHARED_MEMORY
 from tests.support.paths import ROOT
 
 
 class MirrorServe:
     """`mirror serve`: ready on entry, killed on exit if it still runs."""
 
-    def __init__(self, source: Path, *options: str, impatient: bool = False) -> None:
+    def __init__(self, source: Path, *options: str, impatient: bool = False, temporary: Path | None = None) -> None:
         run = [__name__] if impatient else ["mirror_runtime.cli", "serve"]
         ports = [] if impatient else ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
         self.source = source
         self._command = [sys.executable, "-m", *run, str(source), *options, *ports]
+        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._environment |= {"TMPDIR": str(temporary)} if temporary else {}
         self.lines: list[str] = []
 
     def __enter__(self) -> "MirrorServe":
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=environment, **pipes)
+        self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=self._environment, **pipes)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -17,12 +17,14 @@ from mirror_runtime.cli.options import (
     ChangedMaxBatchSizeOption,
     ChangedPrecisionOption,
     ChangedStreamsOption,
+    DimensionsOption,
     LinkOption,
 )
 from mirror_runtime.cli.run import print_json, timestamped_lines
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.triton.server.deploy import deploy as deploy_bundle
 from mirror_runtime.triton.server.deploy import present_options
+from mirror_runtime.triton.server.processes import set_stop_handler
 
 
 def deploy(
@@ -36,23 +38,25 @@ def deploy(
     streams: ChangedStreamsOption = None,
     long_texts: ChangedLongTextsOption = None,
     max_batch_size: ChangedMaxBatchSizeOption = None,
+    dimensions: DimensionsOption = None,
     link: LinkOption = False,
 ) -> None:
     """Replace the model that a repository holds, and that `mirror serve REPO` serves, without an error for any client.
 
-    Options that are left out stay as they are in the repository. The bundle's canaries are checked through the server
-    before clients see the new model, and again after. If anything fails, the exit status is 2, the old model
-    stays in service and the repository is as it was. The previous version is kept: `mirror deploy
+    Options that are left out stay as they are in the repository, except --dimensions. The bundle's canaries are checked
+    through the server before clients see the new model, and again after. If anything fails, the exit status is 2, the
+    old model stays in service and the repository is as it was. The previous version is kept: `mirror deploy
     REPO/embed/1/bundle --to REPO` goes back to it.
     """
-    # SIGTERM undoes an unfinished deployment, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # They undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the next one clears.
+    set_stop_handler(signal.default_int_handler)
     options: dict[str, Any] = {
         "engine": engine,
         "precision": precision,
         "streams": streams,
         "long_texts": long_texts,
         "max_batch_size": max_batch_size,
+        "dimensions": tuple(dimensions) if dimensions else None,
     }
     changes = {name: value for name, value in options.items() if value is not None}
     done = deploy_bundle(

@@ -66,6 +66,13 @@ MaxTokensInFlightOption: TypeAlias = Annotated[
         "sentences.",
     ),
 ]
+DimensionsOption: TypeAlias = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="A shorter vector that requests may choose, such as 128 of 384; may be repeated. Only for encoders that "
+        "were tuned for it (Matryoshka). By default, requests for fewer dimensions are refused."
+    ),
+]
 InstancesOption: TypeAlias = Annotated[
     int,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mirror_runtime.cli.options import (
+    DimensionsOption,
     EngineOption,
     InstancesOption,
     LongTextsOption,
@@ -53,6 +54,7 @@ def serve(
     instances: InstancesOption = 1,
     max_batch_size: MaxBatchSizeOption = 256,
     max_tokens_in_flight: MaxTokensInFlightOption = 32768,
+    dimensions: DimensionsOption = None,
     max_restarts: Annotated[
         int,
         typer.Option(min=0, help="Maximum restarts of a broken server within 10 minutes before the command gives up."),
@@ -65,6 +67,8 @@ def serve(
     ] = 30.0,
 ) -> None:
     """Serve with a local tritonserver until Ctrl-C or SIGTERM, then answer accepted requests and end with status 0.
+
+    SIGHUP and SIGQUIT do the same.
 
     A real inference a second watches the server: when it dies, hangs or fails every request, it is restarted. Exit
     status 2 when it could not be started, or broke too often.
@@ -91,6 +95,7 @@ def serve(
             instances=instances,
             max_batch_size=max_batch_size,
             max_tokens_in_flight=max_tokens_in_flight,
+            dimensions=tuple(dimensions or ()),
         ),
         service=ServiceOptions(max_restarts=max_restarts, drain_s=drain_seconds),
         on_ready=print_endpoints,

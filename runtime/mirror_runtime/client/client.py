@@ -121,11 +121,11 @@ class Client:
             batch_size: maximum number of texts per request.
             deadline_s: seconds for the whole call; None limits each request alone.
             truncate: cut texts over the encoder's limit, or reject them; None leaves it to the server.
-            dimensions: leading components to keep; None keeps all.
+            dimensions: leading components to keep, one of those that the server allows; None keeps all.
             prompt: text to put in front of every text, such as "query: "; None for none.
 
         Raises:
-            InputError: `texts` is a single string, or `batch_size` is more than the server takes.
+            InputError: `texts` is a single string, `batch_size` is more than the server takes, or it rejects an option.
             OverloadedError: the server had too much to do for the whole time.
             UnavailableError: the server cannot be reached, or did not come back in time.
             DeadlineExceededError: a request or the whole call took too long.

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.async_encoder import estimate_tokens
-from mirror_runtime.client.protocol import ClientOptions, ModelFacts, Parameters, Rejected, Reply
+from mirror_runtime.client.protocol import ClientOptions, ModelFacts, NotServed, Parameters, Rejected, Reply
 from mirror_runtime.encoder import Encoded
 from mirror_runtime.errors import (
     DeadlineExceededError,
@@ -43,6 +43,7 @@ LONGEST_PAUSE_S = 2.0
 REPLACEMENTS = 3
 """How often a model may be replaced during one call before the call fails."""
 
+_PARAMETER = re.compile(r"\bparameter '")
 _TEXT_POSITION = re.compile(r"^.*?text \d+: ", re.DOTALL)
 
 
@@ -168,6 +169,8 @@ class Exchange:
     def failed(self, request: Request, error: MirrorError) -> None:
         """Decide what follows an error: the request again after a pause, its halves, one text's error, or raise it."""
         if isinstance(error, Rejected):
+            if _PARAMETER.search(error.reason):  # no text is at fault
+                raise InputError(error.reason)
             if len(request.texts) > 1:
                 self._again.extendleft(reversed(request.halves()))
             else:
@@ -176,7 +179,7 @@ class Exchange:
             return
         if isinstance(error, OverloadedError) and self._client.patient:
             pause_s = pause_before(request.tries, error.retry_after_s)
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, (UnavailableError, NotServed)):  # it was served: its configuration has been read
             pause_s = pause_before(request.tries, None)
         else:
             raise error

@@ -47,7 +47,7 @@ DEAD_RUNNER = "is not healthy"
 """Part of Triton's message while the process that runs a model is dead or stopped."""
 
 # Both match messages of `triton.model.scheduler`.
-_EXPIRED = "was over before work on it began"
+_EXPIRED = "was over before work on it"
 _RETRY_HINT = re.compile(r"retry (?:after|in) (\d+(?:\.\d+)?) ?(ms|s)\b")
 
 
@@ -57,6 +57,10 @@ class Rejected(ServerError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class NotServed(ServerError):
+    """The server has no such model. If it had a moment ago, it is stopping and has unloaded it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +146,15 @@ def read_fingerprint(config: Mapping[str, Any]) -> str:
 def server_error(url: str, code: str, message: str) -> MirrorError:
     """Convert a server's error, its `code` gRPC's status or "HTTP 400", to our exception.
 
-    `Rejected` for an invalid request, `OverloadedError` if the model has too much to do, `UnavailableError` if it takes
-    no requests at present, `DeadlineExceededError` if the request's time had passed; else `ServerError`.
+    `Rejected` for an invalid request, `NotServed` for an unknown model, `OverloadedError` if the model has too much to
+    do, `UnavailableError` if it takes no requests at present, `DeadlineExceededError` if the request's time had passed;
+    else `ServerError`.
     """
     reason = str(message)
     if code in ("INVALID_ARGUMENT", "HTTP 400"):
         return Rejected(reason)
+    if code in ("NOT_FOUND", "HTTP 404"):
+        return NotServed(f"{url} answered {code}: {reason}")
     if code == "DEADLINE_EXCEEDED" or _EXPIRED in reason:
         return DeadlineExceededError(f"{url} did not answer in time: {reason}")
     if DEAD_RUNNER in reason:  # Triton calls it INTERNAL. Nothing was computed, and mirror serve restarts it.

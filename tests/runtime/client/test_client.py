@@ -13,7 +13,7 @@ import pytest
 
 from mirror_runtime.client import AsyncClient, Client
 from mirror_runtime.client.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_before
-from mirror_runtime.client.protocol import Rejected, read_reply, server_error
+from mirror_runtime.client.protocol import NotServed, Rejected, read_reply, server_error
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -148,6 +148,22 @@ def test_the_fingerprint_comes_from_the_configuration_and_missing_counters_are_z
     assert client.fingerprint() == "0123456789abcdef"
 
 
+def test_an_option_that_the_server_rejects_is_no_texts_fault(make_client):
+    echo = Echo()
+    echo.refusals = [Rejected("parameter 'dimensions' is 3: this encoder's vectors may have 8")]
+    with pytest.raises(InputError, match="this encoder's vectors may have 8"):
+        make_client(echo, in_flight=1).encode_detailed(["a", "b", "c", "d"], dimensions=3)
+    assert len(echo.sent) == 1
+
+
+def test_a_model_that_was_never_served_fails_the_first_call(make_client, no_pauses):
+    echo = Echo()
+    echo.config = Mock(side_effect=NotServed("embed is not found"))  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match="is not found"):
+        make_client(echo).encode(["a"])
+    assert no_pauses == []
+
+
 def test_every_request_carries_the_options_of_the_call(make_client):
     echo = Echo()
     client = make_client(echo)
@@ -160,7 +176,8 @@ def test_every_request_carries_the_options_of_the_call(make_client):
 
 def test_refused_requests_are_repeated_and_failed_ones_are_not(make_client, no_pauses):
     echo = Echo()
-    echo.refusals = [OverloadedError("full", 0.25), UnavailableError("starting"), UnavailableError("starting")]
+    # A model that was served a moment ago is being unloaded.
+    echo.refusals = [OverloadedError("full", 0.25), UnavailableError("starting"), NotServed("embed is not found")]
     client = make_client(echo, in_flight=1)
     assert client.encode(["a", "bc"], 1)[:, 0].tolist() == [1, 2]
     assert [chunk[0] for chunk in echo.sent] == [b"a", b"a", b"a", b"a", b"bc"]
@@ -247,7 +264,8 @@ def test_an_impatient_client_raises_an_overload_immediately(monkeypatch, no_paus
         ("INTERNAL", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
         ("HTTP 500", "Stub process 'embed_0_0' is not healthy.", UnavailableError, None),
         ("INTERNAL", "encoding failed", ServerError, None),
-        ("NOT_FOUND", "unknown model", ServerError, None),
+        ("NOT_FOUND", "unknown model", NotServed, None),
+        ("HTTP 404", "unknown model", NotServed, None),
     ],
 )
 def test_a_servers_error_becomes_our_exception(code, message, kind, hint):

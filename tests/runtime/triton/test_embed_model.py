@@ -14,10 +14,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from mirror_runtime import EngineError
+from mirror_runtime import EngineError, InputError
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model import scheduler
+from mirror_runtime.triton.model.log import TritonHandler
+from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
 from tests.support.fake_bundles import EngineGate
@@ -135,7 +137,8 @@ def test_newer_servers_get_the_fingerprint_as_a_parameter_too_and_too_much_text_
     [
         ({"truncat": True}, r"unknown parameter 'truncat': known are dimensions, prompt, truncate"),
         ({"truncate": "no"}, "'truncate' is 'no': it must be true"),
-        ({"dimensions": 9}, "'dimensions' is 9: it must be a number from 1 to 8"),
+        ({"dimensions": 9}, "'dimensions' is 9: this encoder's vectors may have 8; name those that it was trained for"),
+        ({"dimensions": 4}, "'dimensions' is 4: this encoder's vectors may have 8; name those that it was trained for"),
         ({"prompt": "x" * 1001}, "'prompt' has 1001 characters: it may have 1000"),
         ({"x" * 500: 1}, "unknown parameter 'xxx"),
     ],
@@ -199,6 +202,80 @@ def test_expired_and_cancelled_requests_are_not_computed(start, monkeypatch):
     assert live.response.error is None
     assert gate.runs == 3
     assert model._budget.in_flight == 0
+
+
+def words(requests: int, each: int = 200) -> FakeRequest:
+    """Build a request of different texts of an estimated 62 tokens; 200 of them are a dozen slices."""
+    return FakeRequest(*(f"{requests} {i} {'word ' * 48}".encode() for i in range(each)))
+
+
+def test_small_requests_overtake_large_ones_and_a_large_one_is_answered_whole(start, monkeypatch):
+    monkeypatch.setattr(scheduler, "INLINE_TOKENS", 0)
+    model = start(streams=1)
+    order: list[str] = []
+    run = model.encoder.engine.run
+
+    def slow(rows):
+        time.sleep(0.01)
+        return run(rows)
+
+    monkeypatch.setattr(model.encoder.engine, "run", slow)
+    large = [words(number) for number in range(2)]
+    bad = FakeRequest(*([b"good " * 40] * 60), b"bad \xff", *([b"good " * 40] * 60))
+    small = [FakeRequest(b"small %d" % i) for i in range(8)]
+    for name, requests in (("large", [*large, bad]), ("small", small)):
+        for request in requests:
+            monkeypatch.setattr(
+                request, "send", lambda *a, send=request.send, name=name, **k: (order.append(name), send(*a, **k))
+            )
+            assert model.execute([request]) == [None]
+    assert all(request.answered.wait(20) for request in [*large, bad, *small])
+    assert order[:8] == ["small"] * 8
+    for number, request in enumerate(large):
+        texts = [raw.decode() for raw in words(number).tensors[0].array[:, 0]]
+        np.testing.assert_array_equal(request.response.output_tensors[0].array, model.encoder.encode(texts))
+        assert request.response.output_tensors[1].array.shape == (200, 1)
+    assert "text 60: not valid UTF-8" in str(bad.response.error)
+    assert model._budget.in_flight == 0
+
+
+def test_large_requests_wait_only_so_long_for_small_ones_and_leave_them_their_budget(start, monkeypatch):
+    monkeypatch.setattr(scheduler, "AGEING_S", 0.0)
+    model = start(streams=1, max_tokens_in_flight=3000)
+    gate = closed_gate(model, monkeypatch)
+    large, refused, small = words(1), words(2), FakeRequest(b"small")
+    assert model.execute([large]) == [None]
+    assert model.execute([refused])[0].error.code == FakeTritonError.UNAVAILABLE
+    while gate.runs < 1:
+        time.sleep(0.001)
+    assert model.execute([small]) == [None], "a small one is accepted"
+    gate.open()
+    assert small.answered.wait(10)
+    assert large.answered.wait(10)
+    assert large.response.error is None
+
+
+def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(start):
+    model = start(dimensions=(4,))
+    cut, whole, refused = serve(model, *(FakeRequest(b"one", dimensions=n) for n in (4, 8, 5)))
+    assert [r.output_tensors[0].array.shape for r in (cut, whole)] == [(1, 4), (1, 8)]
+    assert "this encoder's vectors may have 4, 8" in str(refused.error)
+    with pytest.raises(InputError, match="--dimensions 8: this encoder's vectors have 8; choose fewer"):
+        check_trained((4, 8), model.encoder.spec)
+
+
+def test_a_repeated_failure_is_logged_once_a_minute_with_its_count(pb_utils, monkeypatch):
+    clock = [0.0]
+    handler = TritonHandler(pb_utils, lambda: clock[0])
+    for second in (0, 1, 2, 61):
+        clock[0] = second
+        handler.emit(logging.makeLogRecord({"msg": "a batch of %d failed", "args": (second,), "levelno": 40}))
+        handler.emit(logging.makeLogRecord({"msg": "another", "levelno": 30})) if second == 1 else None
+    assert FakeLogger.lines == [
+        "embed: a batch of 0 failed",
+        "embed: another",
+        "embed: a batch of 61 failed\n(and 2 more like it before)",
+    ]
 
 
 def test_unloading_answers_the_accepted_requests(start, monkeypatch):

@@ -1,14 +1,14 @@
 """When a server counts as broken: the watchdog's conclusions from probes, counters and CPU time."""
 
 import threading
-from pathlib import Path
 
 import pytest
 
 from mirror_runtime.client import Statistics
+from mirror_runtime.client.protocol import NotServed
 from mirror_runtime.errors import DeadlineExceededError, OverloadedError, ServerError
-from mirror_runtime.triton.server.deploy_lock import DeployLock, deploying
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
+from tests.support.mirror_serve import wait_until
 
 POLICY = HealthPolicy(check_s=0.25, probe_s=1.0, silent_s=8.0, computing_s=24.0)
 
@@ -18,13 +18,10 @@ class Served:
 
     now = 100.0
     error: Exception | None = None
-    hangs = answers_others = False
-    answered = adopted = 0
+    hangs = answers_others = is_stopped = False
+    answered = 0
     cores = 0.0
     dead = ""
-
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
 
     def client(self, *, timeout_s: float) -> "Served":
         return self
@@ -39,13 +36,12 @@ class Served:
 
     def close(self) -> None: ...
 
-    def check(self, *, workers: bool = True) -> None:
-        if self.dead and (workers or self.dead == "server"):
+    def check(self) -> None:
+        if self.dead:
             raise ServerError(f"{self.dead} died")
 
-    def adopt_workers(self) -> None:
-        self.adopted += 1
-        self.dead = ""
+    def stopped(self) -> bool:
+        return self.is_stopped
 
     def workers_cpu_seconds(self) -> float:
         return self.now * self.cores
@@ -67,8 +63,8 @@ def watch(served: Served, seconds: float) -> tuple[str, float]:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Served:
-    return Served(tmp_path)
+def served() -> Served:
+    return Served()
 
 
 FULL, FAILED = OverloadedError("too much to do", 0.1), ServerError("encoding failed")
@@ -98,10 +94,21 @@ def test_an_unanswered_probe_is_no_alarm_while_other_requests_are_answered(serve
         # Triton counts the failed replies of other requests as answered.
         ({"error": FAILED, "answers_others": True, "cores": 0.9}, ["no inference has succeeded for"], 8),
         ({"error": DEAD, "cores": 0.9}, [], 2),
+        ({"error": NotServed("answered NOT_FOUND"), "cores": 0.9}, ["answered NOT_FOUND"], 2),
+        ({"hangs": True, "is_stopped": True, "answers_others": True}, [], 2),
         ({"hangs": True}, ["requests wait without an answer"], 8),
         ({"hangs": True, "cores": 0.9}, ["requests wait without an answer"], 24),
     ],
-    ids=["overloaded", "fails", "fails for all", "reported dead", "silent", "silent and computing"],
+    ids=[
+        "overloaded",
+        "fails",
+        "fails for all",
+        "reported dead",
+        "unloaded",
+        "stopped",
+        "silent",
+        "silent and computing",
+    ],
 )
 def test_a_server_that_answers_nothing_is_broken_after_a_while(served, state, parts, earliest_s):
     vars(served).update(state)
@@ -110,37 +117,16 @@ def test_a_server_that_answers_nothing_is_broken_after_a_while(served, state, pa
     assert earliest_s <= seconds < earliest_s + 2
 
 
-def test_a_dead_process_is_noticed_immediately_but_a_worker_is_replaced_by_a_deployment(served):
-    for served.dead in ("server", "worker"):
-        assert watch(served, 60) == (f"{served.dead} died", POLICY.check_s)
-    with deploying(served.repository):
-        served.dead = "worker"
-        assert watch(served, 2)[0] == ""
-        served.dead = "server"
-        assert watch(served, 2)[0] == "server died"
-    assert served.adopted
+def test_a_dead_process_is_noticed_immediately(served):
+    served.dead = "worker"
+    assert watch(served, 60) == ("worker died", POLICY.check_s)
 
 
 def test_the_threads_probe_and_watch_until_they_are_stopped(served):
-    policy = HealthPolicy(check_s=0.01, probe_s=0.01)
     stopping = threading.Event()
-    timer = threading.Timer(0.2, stopping.set)
-    timer.start()
-    with Watchdog(served, policy) as watchdog:
+    with Watchdog(served, HealthPolicy(check_s=0.01, probe_s=0.01)) as watchdog:
+        wait_until(lambda: watchdog.prober.answered_at)
+        stopping.set()
         assert watchdog.watch(stopping) == ""
-        assert watchdog.prober.answered_at
         served.dead = "worker"
         assert watchdog.watch(threading.Event()) == "worker died"
-    timer.join()
-
-
-def test_a_deployment_between_two_checks_is_seen_once(tmp_path):
-    assert not DeployLock(tmp_path).changed()
-    with deploying(tmp_path):
-        pass
-    lock = DeployLock(tmp_path)
-    for _ in range(2):
-        assert not lock.changed()
-        with deploying(tmp_path):
-            pass
-        assert lock.changed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -55,10 +55,11 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedRequest:
-    """One request of b texts."""
+    """One request of b texts, or a slice of one."""
 
     texts: NDArray[Any]  # UTF-8 bytes, an array of any shape with b elements
     options: RequestOptions = DEFAULTS
+    first: int = 0  # position of the first text in the whole request
 
     @property
     def sizes(self) -> list[int]:
@@ -68,9 +69,37 @@ class EmbedRequest:
 
     def estimated_tokens(self, max_tokens: int) -> int:
         """Estimate the work as a number of tokens to run; tokenising long texts counts too."""
-        return sum(
-            min(2 + size // BYTES_PER_TOKEN, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN for size in self.sizes
-        )
+        return sum(_tokens_to_run(size, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN for size in self.sizes)
+
+    def slices(self, max_tokens: int, tokens: int) -> list[EmbedRequest]:
+        """Split the request into slices of at most `tokens` estimated tokens to run, or a single text."""
+        cuts, held = [0], 0
+        for position, size in enumerate(self.sizes):
+            more = _tokens_to_run(size, max_tokens)
+            if held and held + more > tokens:
+                cuts.append(position)
+                held = 0
+            held += more
+        texts = self.texts.reshape(-1)
+        return [
+            replace(self, texts=texts[start:stop], first=start)
+            for start, stop in zip(cuts, [*cuts[1:], texts.size], strict=True)
+        ]
+
+
+def _tokens_to_run(size: int, max_tokens: int) -> int:
+    return min(2 + size // BYTES_PER_TOKEN, max_tokens)
+
+
+def joined(results: Sequence[EmbedResult]) -> EmbedResult:
+    """Join the results of a request's slices."""
+    if len(results) == 1:
+        return results[0]
+    return EmbedResult(
+        vectors=np.concatenate([result.vectors for result in results]),
+        tokens=np.concatenate([result.tokens for result in results]),
+        truncated=np.concatenate([result.truncated for result in results]),
+    )
 
 
 def embed(encoder: Encoder, requests: Sequence[EmbedRequest], long_texts: LongTexts) -> list[EmbedResult | Failure]:
@@ -94,17 +123,19 @@ def embed(encoder: Encoder, requests: Sequence[EmbedRequest], long_texts: LongTe
     if spans:
         encoded = encoder.finish(encoder.begin(texts, direct=True, long_texts=policies))
         for number, span in spans.items():
-            outcomes[number] = _select(encoded, span, requests[number].options, encoder.spec)
+            outcomes[number] = _select(encoded, span, requests[number], encoder.spec)
     return [outcomes[number] for number in range(len(requests))]
 
 
-def _select(encoded: Encoded, span: slice, options: RequestOptions, spec: EncoderSpec) -> EmbedResult | Failure:
+def _select(encoded: Encoded, span: slice, request: EmbedRequest, spec: EncoderSpec) -> EmbedResult | Failure:
     """Select one request's part of a batch."""
+    options = request.options
     failed = next((i for i in range(span.start, span.stop) if i in encoded.errors), None)
-    if failed is not None and isinstance(error := encoded.errors[failed], NotFiniteError):
-        return Failure(kind=FailureKind.INTERNAL, message=f"text {failed - span.start} {error.reason}")
     if failed is not None:
-        return _invalid(failed - span.start, encoded.errors[failed].reason)
+        position, error = failed - span.start + request.first, encoded.errors[failed]
+        if isinstance(error, NotFiniteError):
+            return Failure(kind=FailureKind.INTERNAL, message=f"text {position} {error.reason}")
+        return _invalid(position, error.reason)
     shorter = options.dimensions not in (None, spec.dim)
     return EmbedResult(
         vectors=cut(encoded.vectors[span], options.dimensions, normalize=spec.normalize and shorter),
@@ -115,7 +146,7 @@ def _select(encoded: Encoded, span: slice, options: RequestOptions, spec: Encode
 
 def _decode(request: EmbedRequest) -> list[str] | Failure:
     texts: list[str] = []
-    for position, raw in enumerate(request.texts.reshape(-1)):
+    for position, raw in enumerate(request.texts.reshape(-1), request.first):
         try:
             texts.append(request.options.prompt + bytes(raw).decode("utf-8"))
         except UnicodeDecodeError as error:

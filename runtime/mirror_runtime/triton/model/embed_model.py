@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +30,13 @@ from mirror_runtime.triton.model.backend_model import find_artifact, packed_shap
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
 from mirror_runtime.triton.model.instances import bind_to_share
+from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
+
+_log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
@@ -68,7 +70,7 @@ class TritonPythonModel:
                 self.encoder.warm_up()
         except MirrorError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._fingerprint = self.encoder.fingerprint
+        self._fingerprint, self._trained = self.encoder.fingerprint, options.dimensions
         # Server 2.51 has no response parameters; the output FINGERPRINT works with every version.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
         self._budget = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
@@ -78,6 +80,7 @@ class TritonPythonModel:
             self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
+            slice_tokens=self.encoder.decision.batch_tokens,
             workers=engine.streams + 1,
         )
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
@@ -110,7 +113,7 @@ class TritonPythonModel:
         """Read a request, and the names of the outputs that it requests."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
-            options = parse_options(request.parameters(), self.encoder.spec)
+            options = parse_options(request.parameters(), self.encoder.spec, self._trained)
             sender = request.get_response_sender()
             names = frozenset(request.requested_output_names())
 
@@ -160,21 +163,13 @@ class TritonPythonModel:
 
 def _failure(message: str) -> Failure:
     """Log the exception that is being handled, and build a failure that does not quote it."""
-    pb_utils.Logger.log_error(f"embed: {message}\n{traceback.format_exc()}")
+    _log.exception(message)
     return Failure(kind=FailureKind.INTERNAL, message=f"{message}; the server's log says why")
-
-
-class _TritonHandler(logging.Handler):
-    """Writes the log records of this package to Triton's log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        log = pb_utils.Logger.log_error if record.levelno >= logging.ERROR else pb_utils.Logger.log_warn
-        log(f"embed: {self.format(record)}")
 
 
 def _log_to_triton() -> None:
     package = logging.getLogger("mirror_runtime")
-    package.handlers = [_TritonHandler(logging.WARNING)]
+    package.handlers = [TritonHandler(pb_utils)]
     # It warns of truncated texts in each batch; here each response reports them.
     logging.getLogger("mirror_runtime.encoder").setLevel(logging.ERROR)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,11 @@ class RequestOptions:
 DEFAULTS = RequestOptions()
 
 
-def parse_options(text: str, spec: EncoderSpec) -> RequestOptions:
-    """Parse a request's JSON parameters, strictly. An `InputError` names the wrong one and the valid values."""
+def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = ()) -> RequestOptions:
+    """Parse a request's JSON parameters, strictly. An `InputError` names the wrong one and the valid values.
+
+    `trained` has the numbers of dimensions, fewer than all, for which the encoder was trained.
+    """
     try:
         parameters: dict[str, Any] = json.loads(text) if text else {}
     except ValueError:
@@ -42,7 +46,7 @@ def parse_options(text: str, spec: EncoderSpec) -> RequestOptions:
         raise InputError(f"unknown parameter {_quoted(unknown[0])}: known are {', '.join(KNOWN)}")
     return RequestOptions(
         long_texts=_long_texts(parameters["truncate"]) if "truncate" in parameters else None,
-        dimensions=_dimensions(parameters["dimensions"], spec) if "dimensions" in parameters else None,
+        dimensions=_dimensions(parameters["dimensions"], spec, trained) if "dimensions" in parameters else None,
         prompt=_prompt(parameters["prompt"], spec) if "prompt" in parameters else "",
     )
 
@@ -55,14 +59,22 @@ def _long_texts(value: object) -> LongTexts:
     return LongTexts.TRUNCATE if value else LongTexts.ERROR
 
 
-def _dimensions(value: object, spec: EncoderSpec) -> int:
-    bits = spec.vector_type is VectorType.BINARY
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= spec.dim or (bits and value % 8):
-        multiple = ", a multiple of 8" if bits else ""
+def _dimensions(value: object, spec: EncoderSpec, trained: Collection[int]) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (*trained, spec.dim):
         raise InputError(
-            f"parameter 'dimensions' is {_quoted(value)}: it must be a number from 1 to {spec.dim}{multiple}"
+            f"parameter 'dimensions' is {_quoted(value)}: this encoder's vectors may have "
+            f"{', '.join(map(str, (*trained, spec.dim)))}; name those that it was trained for with --dimensions"
         )
     return value
+
+
+def check_trained(trained: Collection[int], spec: EncoderSpec) -> None:
+    """Check that vectors can be cut to each of these dimensions; an `InputError` names the first wrong one."""
+    multiple = 8 if spec.vector_type is VectorType.BINARY else 1
+    for number in trained:
+        if not 0 < number < spec.dim or number % multiple:
+            what = ", a multiple of 8" if multiple > 1 else ""
+            raise InputError(f"--dimensions {number}: this encoder's vectors have {spec.dim}; choose fewer{what}")
 
 
 def _prompt(value: object, spec: EncoderSpec) -> str:

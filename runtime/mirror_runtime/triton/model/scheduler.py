@@ -1,4 +1,4 @@
-"""A queue of accepted requests, and workers that answer what waits in it together, whoever sent it.
+"""Queues of accepted requests, and workers that answer what waits in them together, whoever sent it.
 
 While there is little to do, the calling thread computes requests itself: replies that return with the call that brought
 the requests cost Triton half of what later replies cost. As soon as there is more, all requests go to the workers, so
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from mirror_runtime.encoder import Encoder
@@ -26,6 +26,7 @@ from mirror_runtime.triton.model.batching import (
     Failure,
     FailureKind,
     embed,
+    joined,
 )
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ Outcome: TypeAlias = "EmbedResult | Failure"
 INLINE_TOKENS = 512
 """Estimated tokens in flight, for each stream of the engine, up to which the calling thread computes requests itself.
 Meanwhile it rejects none: for some 30 ms, with a small encoder on one core."""
+
+AGEING_S = 0.0002
+"""For each token of a large request, how long small ones overtake it: 6.5 s for 32,768 tokens."""
 
 CHECK_CANCELLED_AFTER_S = 0.05
 """How long a request waits before its cancellation is checked; the check costs as much as a short text."""
@@ -50,63 +54,83 @@ class Job:
     timeout_s: float | None = None  # from its arrival, until the reply becomes useless; None for never
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Waiting:
+    """An accepted request, whose slices workers take one by one."""
+
     job: Job
     tokens: int
     since: float
+    slices: Sequence[EmbedRequest]
+    large: bool
+    taken: int = 0
+    results: dict[int, EmbedResult] = field(default_factory=dict)  # of slices, by number
+    settled: bool = False
 
 
 class TokenBudget:
     """Counts the tokens of accepted requests that are not answered yet. Safe to use from several threads.
 
-    With nothing in flight a request of any size is accepted, so that a large one is not rejected for ever.
+    Large requests have a budget of their own, so that they leave room for small ones. With none of its kind in flight a
+    request of any size is accepted, so that a large one is not rejected for ever.
     """
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._work = RetryEstimator(clock)
+        self._work = {large: RetryEstimator(clock) for large in (False, True)}
 
     @property
     def in_flight(self) -> int:
         """Tokens in flight now."""
-        return self._work.in_flight
+        return sum(work.in_flight for work in self._work.values())
 
-    def acquire(self, tokens: int) -> None:
+    def acquire(self, tokens: int, *, large: bool = False) -> None:
         """Accept a request, or raise an `OverloadedError` with the time when it might fit."""
         with self._lock:
-            in_flight = self._work.in_flight
-            if in_flight and in_flight + tokens > self.limit:
-                retry_after_s = self._work.retry_after_s()
+            work = self._work[large]
+            if work.in_flight and work.in_flight + tokens > self.limit:
+                retry_after_s = work.retry_after_s()
                 raise OverloadedError(
-                    f"overloaded: {in_flight} tokens are in flight and {tokens} more would exceed {self.limit}; "
+                    f"overloaded: {work.in_flight} tokens are in flight and {tokens} more would exceed {self.limit}; "
                     f"retry after {round(1000 * retry_after_s)} ms",
                     retry_after_s,
                 )
-            self._work.enter(tokens)
+            work.enter(tokens)
 
-    def release(self, tokens: int) -> None:
+    def release(self, tokens: int, *, large: bool = False) -> None:
         """Release the tokens of an answered request."""
         with self._lock:
-            self._work.finish(tokens)
+            self._work[large].finish(tokens)
 
 
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    A worker stops filling a batch at `batch_tokens` estimated tokens. While one worker waits for the engine, another
+    A worker stops filling a batch at `batch_tokens` estimated tokens. Requests of more than `slice_tokens` are large:
+    they are computed in slices of that size, a full run of the engine, after the small ones, though never more than
+    `AGEING_S` for each of their tokens later. One worker takes no large ones. While one waits for the engine, another
     tokenises or replies.
     """
 
     def __init__(
-        self, encoder: Encoder, budget: TokenBudget, *, long_texts: LongTexts, batch_tokens: int, workers: int
+        self,
+        encoder: Encoder,
+        budget: TokenBudget,
+        *,
+        long_texts: LongTexts,
+        batch_tokens: int,
+        slice_tokens: int,
+        workers: int,
     ) -> None:
         self._encoder = encoder
         self._budget = budget
         self._long_texts = long_texts
-        self._batch_tokens = batch_tokens
-        self._queue: deque[_Waiting] = deque()
+        self._batch_tokens, self._slice_tokens = batch_tokens, slice_tokens
+        self._small: deque[_Waiting] = deque()
+        self._large: deque[_Waiting] = deque()
+        self._on_large = 0  # workers
+        self._most_on_large = max(1, workers - 1)
         self._changed = threading.Condition()
         self._closed = False
         self._counts: Counter[str] = Counter()
@@ -128,14 +152,14 @@ class Scheduler:
         """
         now = time.monotonic()
         max_tokens = self._encoder.spec.max_tokens
-        waiting = [_Waiting(job=job, tokens=job.request.estimated_tokens(max_tokens), since=now) for job in jobs]
-        tokens = sum(each.tokens for each in waiting)
+        sizes = [job.request.estimated_tokens(max_tokens) for job in jobs]
+        tokens = sum(sizes)
         if self._budget.in_flight + tokens > min(INLINE_TOKENS * self._encoder.engine.streams, self._budget.limit):
-            return [self._enqueue(each) for each in waiting]
+            return [self._enqueue(job, size, now) for job, size in zip(jobs, sizes, strict=True)]
         self._budget.acquire(tokens)
         self._count("admitted", len(jobs))
         try:
-            return list(self._compute(waiting))
+            return list(self._compute([job.request for job in jobs]))
         finally:
             self._budget.release(tokens)
 
@@ -147,59 +171,85 @@ class Scheduler:
         for thread in self._threads:
             thread.join()
 
-    def _enqueue(self, waiting: _Waiting) -> Failure | None:
-        size = sum(waiting.job.request.sizes)
+    def _enqueue(self, job: Job, tokens: int, now: float) -> Failure | None:
+        size = sum(job.request.sizes)
         if size > LARGEST_REQUEST:
             message = f"the request has {size} bytes of text: send at most {LARGEST_REQUEST} in one"
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
+        large = tokens > self._slice_tokens
         try:
-            self._budget.acquire(waiting.tokens)
+            self._budget.acquire(tokens, large=large)
         except OverloadedError as error:
             self._count("refused")
             return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
+        max_tokens = self._encoder.spec.max_tokens
+        slices = job.request.slices(max_tokens, self._slice_tokens) if large else [job.request]
         with self._changed:
             self._counts["admitted"] += 1
-            self._queue.append(waiting)
+            queue = self._large if large else self._small
+            queue.append(_Waiting(job=job, tokens=tokens, since=now, slices=slices, large=large))
             self._changed.notify()
         return None
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            live = [waiting for waiting in batch if self._is_live(waiting)]
-            for waiting, outcome in zip(live, self._compute(live), strict=True):
-                self._settle(waiting, outcome)
+            live = [(waiting, number) for waiting, number in batch if self._is_live(waiting)]
+            outcomes = self._compute([waiting.slices[number] for waiting, number in live])
+            for (waiting, number), outcome in zip(live, outcomes, strict=True):
+                self._keep(waiting, number, outcome)
+            if batch[0][0].large:
+                with self._changed:
+                    self._on_large -= 1
+                    self._changed.notify()
 
-    def _next_batch(self) -> list[_Waiting]:
-        """Wait for requests and take a batch of them; empty after `close`."""
+    def _next_batch(self) -> list[tuple[_Waiting, int]]:
+        """Wait for requests and take a batch of small ones, or a slice of a large one; empty after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            batch: list[_Waiting] = []
+            self._changed.wait_for(lambda: self._small or self._large_is_free() or self._closed)
+            if self._large_is_free() and not (self._small and self._small[0].since < _due(self._large[0])):
+                waiting = self._large.popleft()
+                waiting.taken += 1
+                if waiting.taken < len(waiting.slices):
+                    self._large.append(waiting)  # the slices of several requests take turns
+                self._on_large += 1
+                self._changed.notify()  # there may be another slice
+                return [(waiting, waiting.taken - 1)]
+            batch: list[tuple[_Waiting, int]] = []
             tokens = 0
-            while self._queue and (not batch or tokens + self._queue[0].tokens <= self._batch_tokens):
-                batch.append(self._queue.popleft())
-                tokens += batch[-1].tokens
+            while self._small and (not batch or tokens + self._small[0].tokens <= self._batch_tokens):
+                waiting = self._small.popleft()
+                batch.append((waiting, 0))
+                tokens += waiting.tokens
             return batch
+
+    def _large_is_free(self) -> bool:
+        """Return whether a large request waits that this worker may take; forget those that have failed."""
+        while self._large and self._large[0].settled:
+            self._large.popleft()
+        return bool(self._large) and self._on_large < self._most_on_large
 
     def _is_live(self, waiting: _Waiting) -> bool:
         """Settle a request that has expired or was cancelled; return whether it is to be computed."""
         waited = time.monotonic() - waiting.since
         job = waiting.job
+        if waiting.settled:
+            return False
         if job.timeout_s is not None and waited > job.timeout_s:
-            message = f"the request's timeout of {round(1e6 * job.timeout_s)} µs was over before work on it began"
-            self._count("expired")
-            self._settle(waiting, Failure(kind=FailureKind.UNAVAILABLE, message=message))
+            point = "ended" if waiting.taken > 1 else "began"
+            message = f"the request's timeout of {round(1e6 * job.timeout_s)} µs was over before work on it {point}"
+            self._settle(waiting, Failure(kind=FailureKind.UNAVAILABLE, message=message), "expired")
             return False
         if waited > CHECK_CANCELLED_AFTER_S and job.is_cancelled():
-            self._count("cancelled")
-            self._settle(waiting, Failure(kind=FailureKind.CANCELLED, message="cancelled before work on it began"))
+            failure = Failure(kind=FailureKind.CANCELLED, message="cancelled before work on it ended")
+            self._settle(waiting, failure, "cancelled")
             return False
         return True
 
-    def _compute(self, batch: Sequence[_Waiting]) -> Sequence[Outcome]:
+    def _compute(self, batch: Sequence[EmbedRequest]) -> Sequence[Outcome]:
         if not batch:
             return []
         try:
-            return embed(self._encoder, [waiting.job.request for waiting in batch], self._long_texts)
+            return embed(self._encoder, batch, self._long_texts)
         except Exception:
             # The outermost call of a thread: whatever happened, each caller gets a reply and the log gets the reason.
             _log.exception("a batch of %d requests failed", len(batch))
@@ -207,9 +257,25 @@ class Scheduler:
             message = "encoding failed; the server's log says why"
             return [Failure(kind=FailureKind.INTERNAL, message=message)] * len(batch)
 
-    def _settle(self, waiting: _Waiting, outcome: Outcome) -> None:
+    def _keep(self, waiting: _Waiting, number: int, outcome: Outcome) -> None:
+        """Keep the outcome of a slice; a failure or the last one settles the request."""
+        if isinstance(outcome, Failure):
+            self._settle(waiting, outcome)
+            return
+        with self._changed:
+            waiting.results[number] = outcome
+            complete = len(waiting.results) == len(waiting.slices)
+        if complete:
+            self._settle(waiting, joined([waiting.results[n] for n in range(len(waiting.slices))]))
+
+    def _settle(self, waiting: _Waiting, outcome: Outcome, count: str = "") -> None:
+        with self._changed:
+            if waiting.settled:  # another slice has failed
+                return
+            waiting.settled = True
+            self._counts.update([count] if count else [])
         # Release first: a caller that has its reply may send the next request.
-        self._budget.release(waiting.tokens)
+        self._budget.release(waiting.tokens, large=waiting.large)
         try:
             waiting.job.reply(outcome)
         except Exception:
@@ -218,3 +284,7 @@ class Scheduler:
     def _count(self, outcome: str, times: int = 1) -> None:
         with self._changed:
             self._counts[outcome] += times
+
+
+def _due(waiting: _Waiting) -> float:
+    return waiting.since + AGEING_S * waiting.tokens

@@ -39,6 +39,8 @@ class ServingOptions:
         instances: processes that run the model, each on its own share of the cores.
         max_tokens_in_flight: most tokens of accepted, unanswered requests in all instances together; more are rejected.
         backend: runs the graph.
+        dimensions: shorter vectors that requests may choose, as numbers of leading components. Only for encoders that
+            were trained for them (Matryoshka), which nothing in a bundle tells.
     """
 
     engine: str = AUTO
@@ -51,6 +53,7 @@ class ServingOptions:
     instances: int = 1
     max_tokens_in_flight: int = 32768
     backend: Backend = Backend.PYTHON
+    dimensions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "streams", "row_tokens", "batch_tokens", "instances", "max_tokens_in_flight"):
@@ -102,11 +105,13 @@ class ServingOptions:
     def to_parameters(self) -> dict[str, str]:
         """Return the options that the model needs, as parameters of `config.pbtxt`."""
         values = {name: value for name, value in vars(self).items() if name != "max_batch_size"}
+        values["dimensions"] = ",".join(map(str, self.dimensions)) or None
         return {name: AUTO if value is None else str(getattr(value, "value", value)) for name, value in values.items()}
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
         """Parse what `to_parameters` wrote; a KeyError or ValueError means another version of this project wrote it."""
+        trained = parameters.get("dimensions", AUTO)  # repositories from before this option have no such parameter
         return cls(
             engine=parameters["engine"],
             precision=parameters["precision"],
@@ -118,6 +123,7 @@ class ServingOptions:
             instances=int(parameters["instances"]),
             max_tokens_in_flight=int(parameters["max_tokens_in_flight"]),
             backend=Backend(parameters["backend"]),
+            dimensions=() if trained == AUTO else tuple(map(int, trained.split(","))),
         )
 
 

@@ -18,6 +18,7 @@ from mirror_runtime.host import usable_cores
 from mirror_runtime.selection import choose
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
 from mirror_runtime.triton.model.backend_model import ENCODER_NAME, BackendModel, render_backend_config
+from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.vectors import width_of
 
@@ -77,6 +78,7 @@ model_warmup [
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
     """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`."""
+    check_trained(options.dimensions, manifest.encoder)
     parameters = {
         "bundle": bundle,
         **options.to_parameters(),

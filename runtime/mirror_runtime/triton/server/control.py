@@ -50,10 +50,17 @@ class ModelControl:
         with self._translate_errors(f"{model} cannot be unloaded"):
             self._client.unload_model(model, headers=self._headers, client_timeout=_CALL_S)
 
-    def drain(self, model: str) -> None:
+    def busy(self) -> bool:
+        """Return whether any model is being loaded or unloaded."""
+        with self._translate_errors("the models cannot be listed"):
+            index = self._client.get_model_repository_index(self._headers, as_json=True, client_timeout=_CALL_S)
+        return any(model.get("state") in ("LOADING", "UNLOADING") for model in index.get("models", []))
+
+    def drain(self, model: str, mark: str) -> None:
         """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
 
-        Triton's own unload rejects requests too, but as NOT_FOUND, which clients do not retry.
+        Triton leaves a copy of the new model's file in /tmp; it contains `mark`. Triton's own unload rejects requests
+        too, but as NOT_FOUND, which other clients than ours do not retry.
         """
         with self._translate_errors(f"{model} cannot be drained"):
             config = self._client.get_model_config(model, as_json=True, client_timeout=_CALL_S)["config"]
@@ -63,7 +70,7 @@ class ModelControl:
                 model,
                 headers=self._headers,
                 config=json.dumps(kept),
-                files={"file:1/model.py": _DRAINING_MODEL.read_bytes()},
+                files={"file:1/model.py": _DRAINING_MODEL.read_bytes() + f"# {mark}\n".encode()},
                 client_timeout=_CALL_S,
             )
 

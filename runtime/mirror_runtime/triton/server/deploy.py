@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +29,9 @@ from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import link_or_copy, write_model
 from mirror_runtime.triton.server.control import Access, ModelControl
-from mirror_runtime.triton.server.deploy_lock import deploying, find_server
-from mirror_runtime.triton.server.processes import runners
-from mirror_runtime.triton.server.server import CANDIDATE_NAME, STARTUP_S, Server
+from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, REPLACED, deploying, find_server
+from mirror_runtime.triton.server.processes import runners, set_stop_handler
+from mirror_runtime.triton.server.server import STARTUP_S, Server
 from mirror_runtime.vectors import components
 from mirror_runtime.verify import check_fingerprint
 
@@ -63,8 +64,9 @@ def deploy(
     """Replace the model of a repository by a bundle; keep the version before, and remove older ones.
 
     If `mirror serve` runs on the repository, its clients see the old model or the new one, never an error. For a while
-    both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged. Without
-    `options`, those of the present version stay.
+    both are in memory. Whatever fails, the old model continues to serve and the repository stays unchanged. If this
+    process is killed, the server serves one of both, and the next deployment clears the rest. Without `options`, those
+    of the present version stay, except `dimensions`.
 
     Raises:
         BundleError: `bundle` is not a bundle, is corrupted, or has no canaries to prove it with.
@@ -85,7 +87,7 @@ def deploy(
     except OSError as error:
         raise InputError(f"{repository} cannot be written: {error.strerror}") from error
     model = repository.resolve() / MODEL_NAME
-    with deploying(repository), _scratch(model.parent) as scratch:
+    with deploying(repository) as scratch:
         access = find_server(repository)
         options = options or present_options(model)
         if options.backend is not Backend.PYTHON:
@@ -106,7 +108,7 @@ def deploy(
         staged = fresh / str(version) / "bundle"
         on_progress("proving it through a server" if access is None else "proving it beside the model that serves")
         cosine, kept = _try_out(staged, scratch, model.parent, options, access, proof)
-        with _published(fresh, model, scratch) as undo:
+        with _uninterrupted(), _published(fresh, model, scratch) as undo:
             if access is not None:
                 on_progress("switching")
                 _switch(access, replace(proof, canaries=kept), undo)
@@ -121,7 +123,10 @@ def deploy(
 
 
 def present_options(model: Path) -> ServingOptions:
-    """Read the serving options of a model folder; return the defaults if it does not exist."""
+    """Read the serving options of a model folder; return the defaults if it does not exist.
+
+    Without `dimensions`: the next bundle need not be trained for those of the present one.
+    """
     path = model / _CONFIG_FILE
     if not path.exists():
         return ServingOptions()
@@ -131,7 +136,7 @@ def present_options(model: Path) -> ServingOptions:
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         parameters = {name: value.string_value for name, value in config.parameters.items()}
-        return ServingOptions.of_parameters(parameters, config.max_batch_size)
+        return replace(ServingOptions.of_parameters(parameters, config.max_batch_size), dimensions=())
     except (text_format.ParseError, KeyError, ValueError, OSError) as error:
         raise InputError(f"this project did not write {path} ({error}): deploy into another repository") from error
 
@@ -181,19 +186,6 @@ def _versions(model: Path) -> tuple[str | None, int]:
     return read_manifest(model / str(max(numbers)) / "bundle").fingerprint, max(numbers) + 1
 
 
-@contextlib.contextmanager
-def _scratch(repository: Path) -> Iterator[Path]:
-    """Create a folder beside the repository: a server that loads all models would load one inside it."""
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{repository.name}.deploy-", dir=repository.parent))
-    except OSError as error:
-        raise InputError(f"{repository.parent} cannot be written: {error.strerror}") from error
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _write(
     bundle: Path,
     manifest: Manifest,
@@ -236,8 +228,12 @@ def _try_out(
     text = config.read_text(encoding="utf-8").replace(f'name: "{MODEL_NAME}"', f'name: "{name}"', 1)
     config.write_text(text, encoding="utf-8")
     place = repository / CANDIDATE_NAME
-    shutil.rmtree(place, ignore_errors=True)  # a killed deployment may have left one
     with ModelControl(access) as control:
+        # A killed deployment may have asked for what the server still does: loading, or ending the replaced model.
+        _wait(lambda: not control.busy() and len(runners(access.pid, MODEL_NAME)) <= options.instances)
+        if runners(access.pid, name):
+            control.unload(name)
+            _wait(lambda: not runners(access.pid, name))
         try:
             os.rename(folder, place)
             control.load(name, STARTUP_S)
@@ -250,9 +246,23 @@ def _try_out(
 
 
 @contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore signals to stop: a switch takes a moment, and files must not move while the server loads them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = set_stop_handler(signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _published(fresh: Path, model: Path, scratch: Path) -> Iterator[Callable[[], None]]:
     """Move a model folder into its place; yield a function that undoes it, which also runs if the block fails."""
-    replaced, rejected = scratch / "replaced", scratch / "rejected"
+    replaced, rejected = scratch / REPLACED, scratch / "rejected"
 
     def undo() -> None:
         if model.exists() and not fresh.exists():

@@ -1,4 +1,4 @@
-"""One deployment at a time into a model repository, visible to the process that serves it."""
+"""One deployment at a time into a model repository, and the way to the server that serves it."""
 
 from __future__ import annotations
 
@@ -6,64 +6,87 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.triton.server.control import Access
 
 ACCESS_FILE = ".mirror-serve.json"
 LOCK_FILE = ".mirror-deploy.lock"
+REPLACED = "replaced"
+CANDIDATE_NAME = "embed_candidate"
+"""Name of a model that is tried before it serves. A folder of this name, left by a killed deployment, is not loaded."""
 
 _POLL_S = 0.02
 _TRIES = 25
 
 
 @contextlib.contextmanager
-def deploying(repository: Path) -> Iterator[None]:
-    """Lock a repository for one deployment. The lock ends with the process, even if it is killed."""
+def deploying(repository: Path) -> Iterator[Path]:
+    """Lock a repository for one deployment and yield its scratch folder, empty; a killed one's is cleared first.
+
+    The folder lies beside the repository: a server that loads all models would load one inside it. In its folder
+    `replaced` the deployment keeps the model that it replaces.
+    """
+    scratch = _scratch(repository)
+    with _locked(repository):
+        _clear(repository)
+        try:
+            scratch.mkdir(mode=0o700)
+        except OSError as error:
+            raise InputError(f"{scratch.parent} cannot be written: {error.strerror}") from error
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def clear_killed(repository: Path) -> bool:
+    """Clear what a killed deployment has left in and beside a repository; return whether there was anything.
+
+    Afterwards the repository contains the model from before, or the new one.
+    """
+    if not (_scratch(repository).exists() and (repository / LOCK_FILE).exists()):
+        return False
+    try:
+        with _locked(repository, tries=1):
+            _clear(repository)
+    except (InputError, OSError):  # the deployment is under way, or it cannot be cleared
+        return False
+    return not _scratch(repository).exists()
+
+
+def _clear(repository: Path) -> None:
+    model, replaced = repository / MODEL_NAME, _scratch(repository) / REPLACED
+    if replaced.exists() and not model.exists():
+        os.rename(replaced, model)
+    shutil.rmtree(repository / CANDIDATE_NAME, ignore_errors=True)
+    shutil.rmtree(_scratch(repository), ignore_errors=True)
+
+
+def _scratch(repository: Path) -> Path:
+    place = repository.resolve()
+    return place.with_name(f".{place.name}.mirror-deploy")
+
+
+@contextlib.contextmanager
+def _locked(repository: Path, tries: int = _TRIES) -> Iterator[None]:
+    """Hold the lock, which ends with the process, even if it is killed."""
     try:
         handle = os.open(repository / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise InputError(f"{repository} cannot be written: {error.strerror}") from error
     try:
-        if not _try_lock(handle, fcntl.LOCK_EX):
+        if not _try_lock(handle, fcntl.LOCK_EX, tries):
             raise InputError(f"another process deploys into {repository}: wait for it")
-        try:
-            yield
-        finally:
-            os.utime(handle)  # for the server's watchdog, in case it has not seen the lock itself
+        yield
     finally:
         os.close(handle)
-
-
-class DeployLock:
-    """Lets the server's watchdog see deployments, which replace models on purpose."""
-
-    def __init__(self, repository: Path) -> None:
-        self._lock = repository / LOCK_FILE
-        self._seen_ns = self._modified_ns()
-
-    def changed(self) -> bool:
-        """Return whether a deployment is under way, or has ended since the last call."""
-        try:
-            handle = os.open(self._lock, os.O_RDONLY)
-        except OSError:  # there has never been a deployment
-            return False
-        try:
-            under_way = not _try_lock(handle, fcntl.LOCK_SH)
-        finally:
-            os.close(handle)
-        before, self._seen_ns = self._seen_ns, self._modified_ns()
-        return under_way or self._seen_ns != before
-
-    def _modified_ns(self) -> int:
-        try:
-            return self._lock.stat().st_mtime_ns
-        except OSError:
-            return 0
 
 
 class ServerFile:
@@ -76,7 +99,7 @@ class ServerFile:
     def __init__(self, repository: Path) -> None:
         self._path = repository / ACCESS_FILE
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _try_lock(self._handle, fcntl.LOCK_EX):
+        if not _try_lock(self._handle, fcntl.LOCK_EX, _TRIES):
             os.close(self._handle)
             raise InputError(f"another mirror serve runs on {repository}: stop it first")
         os.ftruncate(self._handle, 0)
@@ -115,9 +138,9 @@ def find_server(repository: Path) -> Access | None:
     return Access(**json.loads(content))
 
 
-def _try_lock(handle: int, kind: int) -> bool:
-    """Try to lock a file, and retry an exclusive lock: checks hold a shared lock for a moment."""
-    for _ in range(_TRIES if kind == fcntl.LOCK_EX else 1):
+def _try_lock(handle: int, kind: int, tries: int = 1) -> bool:
+    """Try to lock a file, and try again where others hold the lock for a moment to check it."""
+    for _ in range(tries):
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:

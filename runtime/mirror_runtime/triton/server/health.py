@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mirror_runtime.client.client import Client
-from mirror_runtime.client.protocol import DEAD_RUNNER
+from mirror_runtime.client.protocol import DEAD_RUNNER, NotServed
 from mirror_runtime.errors import OverloadedError, ServerError
-from mirror_runtime.triton.server.deploy_lock import DeployLock
 from mirror_runtime.triton.server.server import Server
 
 _COUNTERS_S = 1.0
@@ -25,8 +24,8 @@ class HealthPolicy:
     Attributes:
         check_s: how often the processes are checked, in seconds.
         probe_s: pause between two probes, each a real inference of one short text.
-        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If Triton reports
-            that the model's process is dead or stopped, two probes are enough.
+        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If a process was
+            stopped by a signal, or Triton reports that the model's is dead or unloaded, two probes are enough.
         computing_s: how long while the model's process uses the CPU, as in one batch of 256 long texts.
     """
 
@@ -44,7 +43,6 @@ class Watchdog:
         self._server = server
         self._policy = policy
         self._clock = clock
-        self._deploy_lock = DeployLock(server.repository)
         self._counters = server.client(timeout_s=_COUNTERS_S)
         self._answered = 0
         self._alive_at = self._checked_at = clock()
@@ -59,14 +57,10 @@ class Watchdog:
 
     def check(self) -> str:
         """Check the processes, and how long the server has been silent; return the problem or an empty string."""
-        # A model that was replaced takes its process with it.
-        deployed = self._deploy_lock.changed()
         try:
-            self._server.check(workers=not deployed)
+            self._server.check()
         except ServerError as error:
             return str(error)
-        if deployed:
-            self._server.adopt_workers()
         problem = self._silence()
         return f"{problem}; the log ends:\n{self._server.log_tail()}" if problem else ""
 
@@ -88,13 +82,14 @@ class Watchdog:
             return ""
         self._checked_at = now
         # Triton counts a reply "encoding failed" as an inference, so a failed probe outweighs its counters.
-        failing = self.prober.failing
-        if not failing and self._others_are_answered():
+        failing, stopped = self.prober.failing, self._server.stopped()
+        if not failing and not stopped and self._others_are_answered():
             self._note_life(now)
             return ""
         reason = self.prober.failure or "requests wait without an answer"
         computing = not failing and self._server.workers_cpu_seconds() - self._computed_s > _COMPUTING * silent_s
-        if DEAD_RUNNER not in reason and silent_s < (self._policy.computing_s if computing else self._policy.silent_s):
+        patience_s = self._policy.computing_s if computing else self._policy.silent_s
+        if silent_s < patience_s and not (stopped or self.prober.dead):
             return ""
         return f"no inference has succeeded for {silent_s:.0f} s: {reason}"
 
@@ -118,7 +113,7 @@ class Prober:
     def __init__(self, client: Client, pause_s: float, clock: Callable[[], float]) -> None:
         self.answered_at = 0.0
         self.failure = ""
-        self.failing = False
+        self.failing = self.dead = False  # dead: the server reports that nothing runs the model
         self._client = client
         self._pause_s = pause_s
         self._clock = clock
@@ -142,8 +137,9 @@ class Prober:
         except (OverloadedError, ServerError) as error:  # an overloaded model answers others, or else it hangs
             self.failure = str(error)
             self.failing = type(error) is ServerError  # not a subclass, such as "unavailable" or "too late"
+            self.dead = isinstance(error, NotServed) or DEAD_RUNNER in self.failure
         else:
-            self.failure, self.failing = "", False
+            self.failure, self.failing, self.dead = "", False, False
             self.answered_at = self._clock()
 
     def _run(self) -> None:

@@ -6,8 +6,11 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -29,6 +32,11 @@ def alive(pid: int) -> bool:
     return bool(fields) and fields[0] not in ("Z", "X")
 
 
+def stopped(pid: int) -> bool:
+    """Return whether a signal has stopped a process; a debugger that holds it does not count."""
+    return _stat(pid)[:1] == ["T"]
+
+
 def cpu_seconds(pids: Iterable[int]) -> float:
     """Return the total CPU time of processes; ended ones count as zero."""
     return sum((int(fields[11]) + int(fields[12])) / _TICKS for fields in map(_stat, pids) if fields)
@@ -44,10 +52,32 @@ def runners(server: int, model: str) -> list[int]:
     return [pid for pid in group_members(server) if pid != server and f"/{model}/" in _command_line(pid)]
 
 
+def set_stop_handler(handler: Any) -> dict[int, Any]:
+    """Handle the signals to stop; return the handlers before. Ignored ones stay so, as `nohup` wants of SIGHUP."""
+    chosen = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in chosen}
+
+
+def tritons(token: str) -> list[int]:
+    """Return the living processes of Triton whose command line contains a text."""
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    commands = {pid: _command_line(pid) for pid in pids}
+    return [
+        pid
+        for pid, command in commands.items()
+        if token in command and Path(command.partition("\0")[0]).name.startswith("triton") and alive(pid)
+    ]
+
+
 def kill_group(leader: int) -> None:
     """Kill the remaining processes of a group and wait until they have ended."""
-    while members := group_members(leader):
-        for pid in members:
+    kill_all(lambda: group_members(leader))
+
+
+def kill_all(members: Callable[[], Iterable[int]]) -> None:
+    """Kill processes until there are none."""
+    while pids := list(members()):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import mirror_runtime
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.triton.server import launch
 from mirror_runtime.triton.server.control import KEY_HEADER, OWNERS_APIS, Access, ModelControl
+from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME
 from mirror_runtime.triton.server.distribution import Distribution, find_distribution, server_environment
-from mirror_runtime.triton.server.processes import alive, cpu_seconds, group_members, kill_group, runners
+from mirror_runtime.triton.server.processes import alive, cpu_seconds, group_members, kill_group, runners, stopped
+from mirror_runtime.triton.server.workspace import Workspace
 
-SHARED_MEMORY = Path("/dev/shm")
 STARTUP_S = 180.0
-CANDIDATE_NAME = "embed_candidate"
-"""Name of a model that is tried before it serves. A folder of this name, left by a killed deployment, is not loaded."""
 
 _CONFIG_FILE = "config.pbtxt"
+_DESCRIPTORS = 256
 _POLL_S = 0.1
 _PROBE_S = 10.0
 _EXIT_TIMEOUT_S = 5
@@ -54,7 +56,10 @@ class Server:
         http_port: the port in use after `start`; so are the others.
         grpc_port: see `http_port`.
         metrics_port: see `http_port`.
+        shared_memory_prefix: of the names of its shared memory in /dev/shm, since the last `start`.
     """
+
+    shared_memory_prefix = ""
 
     def __init__(
         self,
@@ -68,11 +73,9 @@ class Server:
         self.repository = repository
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
-        # Prefix of our regions in /dev/shm, to recognise those that a killed server leaves behind.
-        self.shared_memory_prefix = f"mirror_{os.getpid()}_{secrets.token_hex(4)}_"
         self._key = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._workspace: Workspace | None = None
         self._workers: frozenset[int] = frozenset()
 
     @property
@@ -99,26 +102,34 @@ class Server:
         """Start the process. It is ready when `wait_ready` returns.
 
         Raises:
-            ServerError: a port is in use, or this machine cannot run the server.
+            ServerError: a port is in use, this process may open too few files, or this machine cannot run the server.
             MissingExtra: the wheel is not installed.
         """
         if self._process is not None:
             raise ServerError("the server is already running: call stop() first")
+        _check_descriptors()
         distribution = find_distribution()
         environment = server_environment(distribution)
-        self._take_ports()
-        self._folder = tempfile.TemporaryDirectory(prefix="mirror-triton-")
-        folder = Path(self._folder.name)
-        _assemble_backends(distribution, folder / "backends")
-        with (folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [*launcher(), str(distribution.binary), *self._arguments(folder / "backends")],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches only us; we stop the server in order
-            )
+        self._workspace = workspace = Workspace()  # first: it ends a server that a killed process has left on the ports
+        self.shared_memory_prefix = f"mirror_{workspace.token}_"
+        environment["TMPDIR"] = str(workspace.folder)
+        try:
+            self._take_ports()
+            _assemble_backends(distribution, workspace.folder / "backends")
+            with (workspace.folder / "log").open("wb") as log:
+                self._process = subprocess.Popen(
+                    [*launcher(), str(distribution.binary), *self._arguments(workspace)],
+                    env=environment,
+                    # The stub ignores PYTHONPATH and imports from its working directory first: this code shall serve.
+                    cwd=Path(mirror_runtime.__file__).parents[1],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a terminal's Ctrl-C reaches only us; we stop the server in order
+                )
+        except BaseException:
+            self.stop()
+            raise
 
     def wait_ready(self, timeout_s: float = STARTUP_S, cancelled: threading.Event | None = None) -> None:
         """Wait until a real inference succeeds.
@@ -133,8 +144,10 @@ class Server:
         deadline = time.monotonic() + timeout_s
         while not (cancelled and cancelled.is_set()):
             self._check_process()
+            if self._workspace and len(group_members(self.pid)) > 1:
+                self._workspace.claim_python_environment()
             if self._answers():
-                self.adopt_workers()
+                self._adopt_workers()
                 return
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -142,30 +155,34 @@ class Server:
                 )
             time.sleep(_POLL_S)
 
-    def adopt_workers(self) -> None:
-        """Watch the processes that run models now, after a model was replaced."""
-        self._workers = frozenset(group_members(self.pid)) - {self.pid}
-
-    def check(self, *, workers: bool = True) -> None:
+    def check(self) -> None:
         """Check that the server and the processes that run models are alive. Triton's health does not cover the latter.
 
-        Args:
-            workers: whether to check the latter.
+        A model that was replaced takes its process with it, when the new one has a process already.
 
         Raises:
             ServerError: one of them has ended; the message quotes the end of the log.
         """
         self._check_process()
-        if workers and not all(map(alive, self._workers)):
-            # A dying server ends its workers, perhaps before itself; then the server's end is the cause to report.
-            if self._process is not None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_POLL_S)
-            self._check_process()
-            raise ServerError(
-                "the process that runs the model has died, and Triton does not restart it; "
-                f"the log ends:\n{self.log_tail()}"
-            )
+        if all(map(alive, self._workers)):
+            return
+        running = set(runners(self.pid, MODEL_NAME))
+        if running - self._workers:
+            self._adopt_workers(replaced=running & self._workers)
+            return
+        # A dying server ends its workers, perhaps before itself; then the server's end is the cause to report.
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_POLL_S)
+        self._check_process()
+        raise ServerError(
+            "the process that runs the model has died, and Triton does not restart it; "
+            f"the log ends:\n{self.log_tail()}"
+        )
+
+    def stopped(self) -> bool:
+        """Return whether a signal has stopped one of the processes (SIGSTOP)."""
+        return any(map(stopped, (self.pid, *self._workers)))
 
     def workers_cpu_seconds(self) -> float:
         """Return the CPU time of the processes that run models."""
@@ -178,9 +195,9 @@ class Server:
 
     def log_tail(self, lines: int = _LOG_LINES) -> str:
         """Return the last lines of the server's log, without the tables that Triton prints."""
-        if self._folder is None:
+        if self._workspace is None:
             return ""
-        text = (Path(self._folder.name) / "log").read_text(encoding="utf-8", errors="replace")
+        text = (self._workspace.folder / "log").read_text(encoding="utf-8", errors="replace")
         kept = [line for line in text.splitlines() if line and not line.startswith(("+", "|"))]
         return "\n".join(kept[-lines:])
 
@@ -200,7 +217,7 @@ class Server:
         deadline = time.monotonic() + timeout_s
         busy = runners(self.pid, MODEL_NAME)
         with ModelControl(self.access) as control:
-            control.drain(MODEL_NAME)
+            control.drain(MODEL_NAME, self.shared_memory_prefix)
             # The old model's process ends after its last reply.
             while any(map(alive, busy)):
                 if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
@@ -226,11 +243,9 @@ class Server:
                 kill_group(process.pid)
                 process.wait()
         finally:
-            for region in SHARED_MEMORY.glob(f"{self.shared_memory_prefix}*"):
-                region.unlink(missing_ok=True)
-            if self._folder is not None:
-                self._folder.cleanup()
-                self._folder = None
+            workspace, self._workspace = self._workspace, None
+            if workspace is not None:
+                workspace.close()
 
     def __enter__(self) -> Server:
         try:
@@ -263,16 +278,16 @@ class Server:
                     ) from error
                 setattr(self, flag, listener.getsockname()[1])
 
-    def _arguments(self, backends: Path) -> list[str]:
+    def _arguments(self, workspace: Workspace) -> list[str]:
         return [
-            f"--model-repository={self.repository}",
+            f"--model-repository={self.repository.absolute()}",
             "--model-control-mode=explicit",
             *(f"--load-model={model}" for model in self._models()),
             # Loading a model runs its code: only the holder of the key may.
             f"--grpc-restricted-protocol={OWNERS_APIS}:{KEY_HEADER}={self._key}",
             f"--http-restricted-api={OWNERS_APIS}:{KEY_HEADER}={self._key}",
             "--disable-auto-complete-config",
-            f"--backend-directory={backends}",
+            f"--backend-directory={workspace.folder / 'backends'}",
             f"--backend-config=python,shm-region-prefix-name={self.shared_memory_prefix}",
             f"--http-address={self.host}",
             f"--http-port={self.http_port}",
@@ -292,6 +307,11 @@ class Server:
             raise ServerError(f"{self.repository} cannot be read: {error.strerror}") from error
         return sorted(set(folders) - {CANDIDATE_NAME})
 
+    def _adopt_workers(self, replaced: Iterable[int] = ()) -> None:
+        """Watch the processes that run models now, except those being replaced and one that a deployment tries out."""
+        others = {self.pid, *replaced, *runners(self.pid, CANDIDATE_NAME)}
+        self._workers = frozenset(group_members(self.pid)) - others
+
     def _check_process(self) -> None:
         if self._process is None:
             raise ServerError("the server is not running: call start() first")
@@ -310,6 +330,16 @@ class Server:
             return False
         with self.client(timeout_s=_PROBE_S) as client:
             return client.ready()
+
+
+def _check_descriptors() -> None:
+    """Check the limit on open files: with too few, Triton accepts connections and answers none of them."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= limit < _DESCRIPTORS:
+        raise ServerError(
+            f"this process may open {limit} files, and tritonserver needs {_DESCRIPTORS}, and one more for each "
+            "connection: raise the limit, such as with ulimit -n 4096"
+        )
 
 
 def launcher() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
-import tempfile
 import threading
 import time
 from collections import deque
@@ -19,9 +18,11 @@ from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.selection import choose
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
-from mirror_runtime.triton.server.deploy_lock import ServerFile
+from mirror_runtime.triton.server.deploy_lock import ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
+from mirror_runtime.triton.server.processes import set_stop_handler
 from mirror_runtime.triton.server.server import Server
+from mirror_runtime.triton.server.workspace import Workspace
 
 _LONGEST_PAUSE_S = 30.0
 
@@ -61,7 +62,7 @@ def serve(
     on_ready: Callable[[Server], None] | None = None,
     on_progress: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Serve a bundle or a model repository until SIGINT or SIGTERM arrives; then drain, stop and return.
+    """Serve a bundle or a model repository until SIGINT, SIGTERM, SIGHUP or SIGQUIT arrives; then drain and return.
 
     Call it from the main thread. A server or model that dies, hangs or fails every request is restarted. After the
     signal, new requests are rejected as UNAVAILABLE (HTTP 503) and accepted ones are answered; a second signal ends it
@@ -87,7 +88,7 @@ def serve(
         ServerError: the server did not start, or broke more often than `max_restarts`.
     """
     service = service or ServiceOptions()
-    with _repository(source, options) as repository, _signals() as (first, second), contextlib.ExitStack() as stack:
+    with _signals() as (first, second), _repository(source, options) as repository, contextlib.ExitStack() as stack:
         server_file = None
         if repository == source:
             try:
@@ -114,7 +115,7 @@ def serve(
 
 
 class Supervisor:
-    """Restarts a server whenever its watchdog finds it broken, with growing pauses and up to a limit."""
+    """Restarts a server whenever its watchdog finds it broken, up to a limit; pauses grow while starts fail."""
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class Supervisor:
         self._server, self._options, self._stopping = server, options, stopping
         self._server_file, self._on_progress = server_file, on_progress
         self._restarts: deque[float] = deque()
+        self._failed_starts = 0  # since the last one that served
 
     def run(self) -> bool:
         """Watch and restart the server until `stopping` is set; return whether it is serving then."""
@@ -154,17 +156,20 @@ class Supervisor:
                 f"gave up after {limit} restarts within {self._options.window_s / 60:.0f} minutes; lastly: {problem}"
             )
         self._on_progress(problem)
-        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (len(self._restarts) - 1)) if self._restarts else 0.0
+        pause_s = min(_LONGEST_PAUSE_S, 2.0 ** (self._failed_starts - 1)) if self._failed_starts else 0.0
         self._restarts.append(now)
         when = f" in {pause_s:.0f} s" if pause_s else ""
         self._on_progress(f"restarting{when}: {len(self._restarts)} of {limit} restarts")
         if self._stopping.wait(pause_s):
             return ""
         try:
+            clear_killed(self._server.repository)
             self._server.start()
             self._server.wait_ready(cancelled=self._stopping)
         except ServerError as error:
+            self._failed_starts += 1
             return str(error)
+        self._failed_starts = 0
         if self._server_file:
             self._server_file.write(self._server.access)
         return ""
@@ -182,6 +187,7 @@ def _drain(server: Server, timeout_s: float, cancelled: threading.Event, on_prog
 @contextlib.contextmanager
 def _repository(source: Path, options: ServingOptions | None) -> Iterator[Path]:
     """Yield the model repository to serve: the source itself, or a temporary one that refers to the bundle."""
+    clear_killed(source)
     if (source / MODEL_NAME / "config.pbtxt").is_file() and not (source / MANIFEST_FILE).is_file():
         if options not in (None, ServingOptions()):
             raise InputError(
@@ -193,14 +199,17 @@ def _repository(source: Path, options: ServingOptions | None) -> Iterator[Path]:
     options = options or ServingOptions()
     # Options that nothing fits fail here, not in Triton's log.
     choose(read_manifest(source), options.engine, options.precision)
-    with tempfile.TemporaryDirectory(prefix="mirror-repository-") as folder:
-        write_temporary_repository(source, Path(folder), options)
-        yield Path(folder)
+    workspace = Workspace()
+    try:
+        write_temporary_repository(source, workspace.folder, options)
+        yield workspace.folder
+    finally:
+        workspace.close()
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Turn the first and second SIGINT or SIGTERM into events: an exception anywhere could lose a process just started.
+    """Turn the first and second signal to stop into events: an exception anywhere could lose a process just started.
 
     A handler must not set the events itself, because it may interrupt the very thread that holds their lock. It puts
     the signal into a queue, which is reentrant, for another thread. `sigwait` in that thread would miss signals: numpy
@@ -215,8 +224,7 @@ def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
 
     thread = threading.Thread(target=set_events, name="mirror-signals", daemon=True)
     thread.start()
-    stopping = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, _: received.put(number)) for number in stopping}
+    before = set_stop_handler(lambda number, _: received.put(number))
     try:
         yield first, second
     finally:
