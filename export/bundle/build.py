@@ -132,9 +132,8 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
             if testimony is not None:
                 write_json(testimony, folder / WITNESS_FILE)
             return _fill(folder, reference, pairs, request, on_progress)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{request.output} cannot be written: {reason}") from error
+        except SafetensorError as error:
+            raise InputError(f"{request.output} cannot be written: {error}") from error
 
 
 def _fill(

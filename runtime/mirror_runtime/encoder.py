@@ -99,7 +99,8 @@ class Encoder:
         self.engine = engine
         self._tokenizer = tokenizer
         self._shapes = shape_set
-        self._bulk_shapes = shape_set.with_intermediate() if engine.dynamic_shapes else shape_set
+        any_length = engine.dynamic_shapes and not shape_set.alone
+        self._bulk_shapes = shape_set.with_intermediate() if any_length else shape_set
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
@@ -117,6 +118,7 @@ class Encoder:
         long_texts: LongTexts | str = LongTexts.TRUNCATE,
         plan: str | Path | None = AUTO,
         cache_dir: str | Path | None = AUTO_CACHE,
+        invariant: bool = False,
     ) -> Encoder:
         """Load a bundle.
 
@@ -133,10 +135,14 @@ class Encoder:
             plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan. Not read if engine
                 and precision are both named.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
+            invariant: make a text's vector equal to the bit whatever else is encoded with it, on the same machine and
+                with the same settings: one text a row, in batches of one shape for its length. It costs half of the
+                throughput, and a text alone takes as long as a full batch.
 
         Raises:
             BundleError: the folder is not a bundle, or its tokenizer is broken.
-            EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
+            EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here, or
+                cannot be `invariant`, which only ONNX Runtime and OpenVINO on a CPU can.
             InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
         """
         folder = Path(bundle)
@@ -151,7 +157,7 @@ class Encoder:
         decision = decide(manifest, engine, precision, followed)
         if streams is not None:
             decision = replace(decision, streams=streams)
-        return cls._open(folder, manifest, decision, policy, cache)
+        return cls._open(folder, manifest, decision, policy, cache, invariant=invariant)
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
@@ -188,6 +194,7 @@ class Encoder:
         cache: Path | None,
         *,
         path: str = "",
+        invariant: bool = False,
     ) -> Encoder:
         spec = manifest.encoder
         check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
@@ -210,7 +217,10 @@ class Encoder:
             budget=decision.batch_tokens,
             length_multiple=engine.length_multiple,
         )
-        return cls(manifest, decision, engine, tokenizer, shape_set)
+        if invariant and not engine.dynamic_shapes:
+            engine.close()
+            raise EngineError(f"{engine.name.value} cannot be invariant: choose onnxruntime or openvino")
+        return cls(manifest, decision, engine, tokenizer, shape_set.one_a_row() if invariant else shape_set)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -230,6 +240,8 @@ class Encoder:
     @property
     def rows(self) -> str:
         """Describe the row lengths and the tokens of a full batch, for people."""
+        if self._shapes.alone:
+            return f"one text, batches of {self._shapes.budget}"
         intermediate = ", ".join(map(str, self._bulk_shapes.intermediate_lengths))
         in_bulk = f" (many of a kind: {intermediate})" if intermediate else ""
         return f"{', '.join(map(str, self._shapes.lengths))} tokens{in_bulk}, batches of {self._shapes.budget}"

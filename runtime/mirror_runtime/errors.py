@@ -19,6 +19,11 @@ message without a traceback and exits with status 2.
 """
 
 
+def one_line(error: object) -> str:
+    """Return a library's message without its line breaks, and no more of it than a person reads."""
+    return " ".join(str(error).split())[:300]
+
+
 class MirrorError(Exception):
     """The base class of all errors that this package raises on purpose."""
 

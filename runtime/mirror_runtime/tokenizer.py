@@ -7,7 +7,6 @@ text; those of the template stay.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, TextError
+from mirror_runtime.strict_json import read_object
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
@@ -216,9 +216,10 @@ def _lengths(pieces: Sequence[Sequence[int]]) -> NDArray[np.int64]:
 
 def _padding_token(tokenizer: _Tokenizer, path: Path) -> int:
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["pad_token"]
+        name = read_object(path, "no padding token")["pad_token"]
+        name = name["content"] if isinstance(name, dict) else name
         found = tokenizer.token_to_id(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise BundleError(f"{path} has no padding token, which this encoder's pooling needs: {error}") from error
     if found is None:
         raise BundleError(f"{path} has the padding token {name!r}, which the tokenizer does not know")

@@ -215,6 +215,28 @@ ALIKE = [f"{i} " + "word " * 36 for i in range(100)]
 """Texts of 39 tokens, all different."""
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_invariant_vector_is_equal_to_the_bit_whatever_its_neighbours(tiny_bundle, engine):
+    texts = [*ragged(150), "word " * 60, "", "a"]
+    with Encoder.load(tiny_bundle, engine=engine, precision="fp32", plan=None, invariant=True) as encoder:
+        encoder.warm_up()
+        many = encoder.encode(texts)
+        backwards = encoder.encode(texts[::-1])[::-1]
+        alone = np.concatenate([encoder.encode([text]) for text in texts[::5]])
+        assert "one text" in encoder.rows
+    assert many.tobytes() == backwards.tobytes()
+    assert many[::5].tobytes() == alone.tobytes()
+    with Encoder.load(tiny_bundle, engine=engine, precision="fp32", plan=None) as encoder:
+        np.testing.assert_allclose(many, encoder.encode(texts), atol=1e-5)
+
+
+def test_an_engine_of_fixed_shapes_cannot_be_invariant(make_bundle, monkeypatch):
+    fixed = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(FakeEngine, "dynamic_shapes", fixed, raising=False)
+    with pytest.raises(EngineError, match="fake cannot be invariant: choose onnxruntime or openvino"):
+        Encoder.load(make_bundle(), engine="fake", invariant=True)
+
+
 def test_many_texts_of_one_length_run_in_shorter_rows_with_the_same_vectors(encoder, seen):
     vectors = encoder.encode(ALIKE)
     assert [rows.shape for rows in seen].count((21, 48)) == 4
