@@ -102,7 +102,8 @@ def os_error_message(error: OSError, path: object = "") -> str:
     if isinstance(error, shutil.Error) and (found := re.match(r"\[Errno (\d+)\]", error.args[0][0][2])):
         error = OSError(int(found[1]), os.strerror(int(found[1])), error.args[0][0][1])  # of copytree, which lists them
     reason = error.strerror or str(error) or type(error).__name__
-    where = f"{error.filename or path}: " if error.filename or path else ""
+    file = error.filename2 or error.filename or path  # of a copy the target comes second
+    where = f"{file}: " if file else ""
     cure = cures.get(error.errno or 0)
     return f"{where}{reason}" + (f" ({cure})" if cure else "")
 

@@ -1,6 +1,8 @@
 import logging
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -138,6 +140,26 @@ def test_an_encoder_in_a_forked_child_raises_and_never_hangs(tiny_bundle, make_b
             assert "before the process forked" in answers.get()
         assert sum(len(part.vectors) for part in stream) == 4500
         np.testing.assert_array_equal(encoder.encode(["the cat sat on the mat."]), expected)
+
+
+FORK = """
+import os, signal, sys
+from mirror_runtime import Encoder
+encoder = Encoder.load(sys.argv[1], engine=sys.argv[2], precision="fp32", plan=None)
+encoder.encode(["a"])
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    sys.exit()  # destroys what it has, as a worker of gunicorn does
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_forked_child_ends_though_it_inherits_an_encoder(tiny_bundle, engine):
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_bundle), engine]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
 
 
 def test_a_bad_text_is_named_by_position_across_windows(encoder, monkeypatch):
