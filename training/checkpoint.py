@@ -66,11 +66,8 @@ class Checkpoint:
         }
         text = json.dumps(header)
         metadata = {"mirror": text, "checksum": str(_checksum(text, state.tensors))}
-        try:
-            with replace_file(self.path) as beside:
-                save_file(dict(state.tensors), beside, metadata=metadata)
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error
+        with replace_file(self.path) as beside:
+            save_file(dict(state.tensors), beside, metadata=metadata)
 
     def load(self, identity: Mapping[str, Any]) -> State | None:
         """Read the state; None if the file does not exist.

@@ -158,8 +158,7 @@ def _explained_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = os_error_message(error) if isinstance(error, OSError) else error
-        raise InputError(f"{output} cannot be written: {reason}. Nothing was left there") from error
+        raise InputError(f"{output} cannot be written: {os_error_message(error)}. Nothing was left there") from error
     except torch.OutOfMemoryError as error:
         raise EngineError("the device's memory is full: set --micro-batch-tokens, for example to 8192") from error
 

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, MirrorError, one_line
+
+_NUMBER = re.compile(r"(?:\(os error |\[Errno )(\d+)[\])]")
+"""The number of an operating system's error in the message of a library in Rust, and in that of Python."""
 
 
 @contextmanager
@@ -80,15 +83,18 @@ def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 def named_os_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
     """Turn an OSError of the block into an `InputError` that names the file, or else `path`, and the cure.
 
-    `beside` is what the block writes in the place of `path`; the caller does not know that name.
+    Also what a library written in Rust raises for one. `beside` is what the block writes in the place of `path`; the
+    caller does not know that name.
     """
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, MirrorError) or not (isinstance(error, OSError) or _NUMBER.search(str(error))):
+            raise
         raise InputError(os_error_message(error, path).replace(str(beside), str(path))) from error
 
 
-def os_error_message(error: OSError, path: object = "") -> str:
+def os_error_message(error: Exception, path: object = "") -> str:
     """Describe an error of the operating system: the file, the reason, and the cure where there is a usual one."""
     cures = {
         errno.ENOSPC: "free some space and run the command again",
@@ -99,13 +105,18 @@ def os_error_message(error: OSError, path: object = "") -> str:
         errno.EMFILE: "raise the limit on open files (ulimit -n)",
         errno.ENOENT: "check the path",
     }
-    if isinstance(error, shutil.Error) and (found := re.match(r"\[Errno (\d+)\]", error.args[0][0][2])):
-        error = OSError(int(found[1]), os.strerror(int(found[1])), error.args[0][0][1])  # of copytree, which lists them
-    reason = error.strerror or str(error) or type(error).__name__
-    file = error.filename2 or error.filename or path  # of a copy the target comes second
-    where = f"{file}: " if file else ""
-    cure = cures.get(error.errno or 0)
-    return f"{where}{reason}" + (f" ({cure})" if cure else "")
+    text, number, reason, file = str(error), 0, "", None
+    if isinstance(error, shutil.Error):  # of copytree, which lists sources, targets and texts
+        _, file, text = error.args[0][0]
+    elif isinstance(error, OSError):
+        number, reason = error.errno or 0, error.strerror
+        file = error.filename2 or error.filename  # of a copy the target comes second
+    if not number and (found := _NUMBER.search(text)):
+        number = int(found[1])
+        reason = os.strerror(number)
+    where = f"{file or path}: " if file or path else ""
+    cure = f" ({cures[number]})" if number in cures else ""
+    return f"{where}{reason or one_line(text) or type(error).__name__}{cure}"
 
 
 def umask() -> int:

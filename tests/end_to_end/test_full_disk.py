@@ -158,7 +158,8 @@ WRITERS: dict[str, Writer] = {
         limits=3,
     ),
     "TensorRT folder": Writer(
-        lambda at, it: run(to_tensorrt.main, copied_bundle(at, it), "--script", at / "script"), limits=3
+        lambda at, it: run(to_tensorrt.main, copied_bundle(at, it), "--script", at / "script", "--precision", "fp32"),
+        limits=3,
     ),
     "Triton repository": Writer(
         lambda at, it: run(to_triton.main, it.fake_bundle, "--output", at / "models", "--engine", "fake")
