@@ -107,7 +107,7 @@ def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> int:
     total = crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         total = crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
-        total = crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), total)
+        total = crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
     return total
 
 

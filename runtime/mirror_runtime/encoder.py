@@ -99,8 +99,7 @@ class Encoder:
         self.engine = engine
         self._tokenizer = tokenizer
         self._shapes = shape_set
-        any_length = engine.dynamic_shapes and not shape_set.alone
-        self._bulk_shapes = shape_set.with_intermediate() if any_length else shape_set
+        self._bulk_shapes = shape_set.with_intermediate() if engine.dynamic_shapes else shape_set
         self._pool = ThreadPoolExecutor(engine.streams, thread_name_prefix="mirror-engine")
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
@@ -135,14 +134,12 @@ class Encoder:
             plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan. Not read if engine
                 and precision are both named.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
-            invariant: make a text's vector equal to the bit whatever else is encoded with it, on the same machine and
-                with the same settings: one text a row, in batches of one shape for its length. It costs half of the
-                throughput, and a text alone takes as long as a full batch.
+            invariant: make a text's vector equal to the bit whatever else is encoded, on ONNX Runtime or OpenVINO on a
+                CPU: one text a row, in batches of one shape for its length, which are slower; see `packing`.
 
         Raises:
             BundleError: the folder is not a bundle, or its tokenizer is broken.
-            EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here, or
-                cannot be `invariant`, which only ONNX Runtime and OpenVINO on a CPU can.
+            EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
             InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
         """
         folder = Path(bundle)
@@ -211,12 +208,9 @@ class Encoder:
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept,
             before_reading=lambda: check_files(folder, manifest, graph_files),
         )  # fmt: skip
-        shape_set = ShapeSet.up_to(
-            spec.pad_to or spec.max_tokens,
-            base=decision.row_tokens,
-            budget=decision.batch_tokens,
-            length_multiple=engine.length_multiple,
-        )
+        base, budget, multiple = decision.row_tokens, decision.batch_tokens, engine.length_multiple
+        longest = spec.pad_to or spec.max_tokens
+        shape_set = ShapeSet.up_to(longest, base=base, budget=budget, length_multiple=multiple)
         if invariant and not engine.dynamic_shapes:
             engine.close()
             raise EngineError(f"{engine.name.value} cannot be invariant: choose onnxruntime or openvino")
@@ -472,13 +466,8 @@ class Encoder:
                     output.cancel()
 
     def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
-        return pack(
-            tokenized.ids,
-            tokenized.lengths,
-            shape_set,
-            streams=self.engine.streams,
-            unpadded_lengths=tokenized.unpadded_lengths,
-        )
+        ids, lengths, unpadded = tokenized.ids, tokenized.lengths, tokenized.unpadded_lengths
+        return pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
 
     def _run(self, batch: PackedBatch) -> Vectors:
         """Run one batch and return the vectors [m, width] of its pieces."""

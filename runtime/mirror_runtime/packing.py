@@ -89,8 +89,10 @@ class ShapeSet:
         Where lengths double, these are three quarters and seven eighths of each, rounded up to a multiple.
 
         Texts of similar lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where such
-        rows fill a batch for every stream, shorter rows are worth their extra shapes.
+        rows fill a batch for every stream, shorter rows are worth their extra shapes. Rows of one piece have them all.
         """
+        if self.alone:
+            return self
         intermediate = set()
         for low, high in zip((self.lengths[0] // 2, *self.lengths[:-1]), self.lengths, strict=True):
             shorter = {self.row_length(high - (high - low) // part) for part in (2, 4)}
@@ -101,11 +103,12 @@ class ShapeSet:
         """Return shapes for one piece a row, with the lengths between as well, since no neighbours fill a row.
 
         The shape that a piece runs in follows from its length alone, and it stands at the start of its row. So its
-        arithmetic is the same whatever else is encoded.
+        arithmetic is the same whatever else is encoded. Batches have a quarter of the tokens, because a piece alone
+        costs as much as a full one.
         """
         short = map(self.row_length, range(BLOCK, self.lengths[0], BLOCK))
         lengths = {*short, *self.lengths, *self.with_intermediate().intermediate_lengths}
-        return replace(self, lengths=tuple(sorted(lengths)), alone=True)
+        return replace(self, lengths=tuple(sorted(lengths)), budget=max(1, self.budget // 4), alone=True)
 
     def row_counts(self, length: int) -> tuple[int, ...]:
         """Return the row counts for rows of `length`, descending: a full batch, a quarter of one, and one row.
