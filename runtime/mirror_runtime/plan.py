@@ -20,7 +20,7 @@ from mirror_runtime.folders import named_os_errors, replace_file
 from mirror_runtime.host import cpu_flags, cpu_model, usable_cores
 from mirror_runtime.packing import ROW_TOKENS, TOKEN_BUDGET
 from mirror_runtime.selection import AUTO, choose
-from mirror_runtime.strict_json import read_object
+from mirror_runtime.strict_json import read_object, short
 
 _log = logging.getLogger(__name__)
 
@@ -198,8 +198,8 @@ def read_plan(path: Path) -> HostPlan:
     """Read a plan file. An `InputError` means that it is missing, malformed or of another format version."""
     try:
         data = read_object(path, "there is no plan")
-        if data.get("format_version") != FORMAT_VERSION:
-            raise BundleError(f"{path} is not of plan format {FORMAT_VERSION}, which this mirror_runtime reads")
+        if (found := data.get("format_version")) != FORMAT_VERSION:
+            raise BundleError(f"{path} has plan format {short(found)}; this mirror_runtime reads {FORMAT_VERSION}")
         return from_json(HostPlan, data, str(path))
     except BundleError as error:
         raise InputError(f"{error}. Run mirror plan again") from error
