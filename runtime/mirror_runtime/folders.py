@@ -109,7 +109,7 @@ def os_error_message(error: Exception, path: object = "") -> str:
     if isinstance(error, shutil.Error):  # of copytree, which lists sources, targets and texts
         _, file, text = error.args[0][0]
     elif isinstance(error, OSError):
-        number, reason = error.errno or 0, error.strerror
+        number, reason = error.errno or 0, error.strerror or ""
         file = error.filename2 or error.filename  # of a copy the target comes second
     if not number and (found := _NUMBER.search(text)):
         number = int(found[1])

@@ -28,7 +28,7 @@ from mirror_runtime.corpus.files import CorpusFile
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.errors import InputError, MirrorError
 from mirror_runtime.plan import Setting, write_plan
-from mirror_runtime.triton.repository.render import ServingOptions
+from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.server.deploy import _scratch, _write
 from tests.support.fake_bundles import host_plan
 from tests.support.paths import ROOT
@@ -103,7 +103,7 @@ def graph_cache(at: Path, fixtures: Fixtures) -> None:
 def report(at: Path, _fixtures: Fixtures) -> None:
     path = next((ROOT / "benchmarks/reports").glob("*/report.json"))
     found = read_report(path.parent)
-    write_folder(replace(found, measurements=found.select("latency")), at / "report")
+    write_folder(replace(found, measurements=tuple(found.select("latency"))), at / "report")
 
 
 def plan(at: Path, _fixtures: Fixtures) -> None:
