@@ -259,8 +259,10 @@ def readable(folder: Path) -> Iterator[None]:
     """Turn whatever the readers of three libraries raise about a malformed folder into a `BundleError` of one line."""
     try:
         yield
-    except MirrorError:
-        raise
+    except MirrorError as error:
+        if folder.name in str(error):
+            raise
+        raise BundleError(f"{folder}: {error}") from error
     except BaseException as error:
         # tokenizers panics, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

@@ -184,6 +184,8 @@ def read_request(path: Path) -> BuildRequest:
             for profile in data["profiles"]
         )
         return BuildRequest(**data)
+    except BuildError as error:
+        raise BuildError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BuildError(
             f"{path} is not a build request: {error}. Write it again with to_tensorrt.py --script"

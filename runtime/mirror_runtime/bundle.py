@@ -32,6 +32,8 @@ TOKENS_PER_SLOT = 4
 MOST_TOKENS = 1 << 20
 """Bound of lengths and dimensions in files: beyond it a number is damage, which would take all memory."""
 
+LARGEST_FLOAT32 = 3.4028235e38
+
 
 class Pooling(str, Enum):
     """How token vectors are combined into one vector. Recorded with the weights, never guessed."""
@@ -272,6 +274,10 @@ class Canary:
 
     text: str
     vector: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if any(abs(number) > LARGEST_FLOAT32 for number in self.vector):
+            raise BundleError("its vector has a number beyond float32: copy or export the bundle again")
 
 
 @dataclass(frozen=True, kw_only=True)

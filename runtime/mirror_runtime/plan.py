@@ -231,7 +231,7 @@ def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -
     if choice != AUTO:
         plan = read_plan(Path(choice))
         if reason := staleness(plan, fingerprint):
-            raise InputError(f"{choice} is not valid here: {reason}. Make a plan with mirror plan")
+            raise InputError(f"{choice} is not valid here: {' '.join(reason.split())}. Make a plan with mirror plan")
         return plan
     assert cache is not None
     path = plan_path(cache, fingerprint)

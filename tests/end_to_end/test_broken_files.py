@@ -362,7 +362,7 @@ def test_a_broken_file_ends_in_one_message_or_in_the_right_result(name, fixtures
         except SPOKEN as error:
             message = str(error)
             ends["refused"] += 1
-            if "\n" in message or len(message) > 2000 or not (file.name in message or file.parent.name in message):
+            if "\n" in message or len(message) > 2000 or not (file.stem in message or file.parent.name in message):
                 faults.append((number, file.name, f"message: {message[:300]!r}"))
         except BaseException as error:
             faults.append((number, file.name, f"{type(error).__name__}: {str(error)[:200]}"))

@@ -130,7 +130,7 @@ WRITERS: dict[str, Writer] = {
                 "--pooling",
                 "mean",
             ),
-            *("--batch-size", 8, "--checkpoint-every", 1, "--tensorboard"),
+            *("--batch-size", 8, "--checkpoint-every", 1),
         ),
         resumes=(".run.checkpoint",),
         limits=3,
