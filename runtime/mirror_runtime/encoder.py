@@ -104,7 +104,7 @@ class Encoder:
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
-        self._lifetime = Lifetime()
+        self._lifetime = Lifetime(engine)
 
     @classmethod
     def load(
