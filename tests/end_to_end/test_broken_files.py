@@ -1,6 +1,6 @@
 """Every reader of files, fed broken ones: it returns a right result, or one message that names the file.
 
-`--broken-files N` feeds each reader N files; the nightly run uses 500, and the suite some.
+`--broken-files N` feeds each reader N files; the nightly run uses 400, and the suite some.
 """
 
 from __future__ import annotations
@@ -350,7 +350,10 @@ def test_a_broken_file_ends_in_one_message_or_in_the_right_result(name, fixtures
     sound = content_of(folder)
     expected = sample.read(folder, fixtures)
     faults = []
-    for number in range(request.config.getoption("--broken-files")):
+    count = request.config.getoption("--broken-files")
+    if count > 100:
+        request.node.add_marker(pytest.mark.slow)
+    for number in range(count):
         restore(folder, sound)
         file = draw.choice([path for path in sound if str(path).endswith(sample.files)])
         content = broken(sound[file], draw)
