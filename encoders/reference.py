@@ -238,8 +238,9 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
         raise BundleError(f"the weights in {source.folder} cannot be loaded: {error}") from error
     missing = {name for name in loading["missing_keys"] if not name.startswith("pooler.")}
     if missing or loading["mismatched_keys"]:
-        names = ", ".join(sorted(missing) or sorted(str(key) for key in loading["mismatched_keys"]))
-        raise BundleError(f"{source.folder} lacks weights of the model in config.json: {names}")
+        names = sorted(missing) or sorted(str(key) for key in loading["mismatched_keys"])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise BundleError(f"{source.folder} lacks weights of the model in config.json: {', '.join(names[:3])}{more}")
     if loading["missing_keys"]:
         model.pooler = None  # it has no weights in the file, and no pooling reads it
     if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import TOKENIZER_FILE, Activation, Dense, Pooling
-from mirror_runtime.errors import BundleError, MirrorError
+from mirror_runtime.errors import BundleError, MirrorError, one_line
+from mirror_runtime.strict_json import load_json
 
 POOLING_MODES = {
     "mean": Pooling.MEAN,
@@ -259,14 +259,17 @@ def readable(folder: Path) -> Iterator[None]:
     """Turn whatever the readers of three libraries raise about a malformed folder into a `BundleError` of one line."""
     try:
         yield
-    except MirrorError:
-        raise
+    except MirrorError as error:
+        if folder.name in str(error):
+            raise
+        raise BundleError(f"{folder}: {error}") from error
     except BaseException as error:
         # tokenizers panics, which is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise BundleError(f"{folder} cannot be read as an encoder: {type(error).__name__}: {reason}") from error
+        raise BundleError(
+            f"{folder} cannot be read as an encoder: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def read_json(path: Path, kind: type) -> Any:
@@ -275,12 +278,9 @@ def read_json(path: Path, kind: type) -> Any:
     Raises:
         BundleError: the file is missing, unreadable or not JSON, or its top level is not a `kind`.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read as JSON: {error}") from error
+    if not path.is_file():
+        raise BundleError(f"{path} is missing")
+    data = load_json(path)
     if not isinstance(data, kind):
         raise BundleError(f"{path} holds a {type(data).__name__}, not a {kind.__name__}")
     return data

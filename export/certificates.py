@@ -19,6 +19,7 @@ from export.bundle.card import WHITENING_FILE, describe_head, markdown_table, ro
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.errors import InputError
+from mirror_runtime.folders import replace_file
 
 BUNDLE_COLUMNS = ("bundle", "head", "vector")
 ARTIFACT_COLUMNS = ("engine", "precision", "layout", "MB", "of fp32", "worst cosine", "floor", "batch invariance")
@@ -166,10 +167,8 @@ def run(
     """
     manifests = read_bundles(bundles)
     if output is not None:
-        try:
-            output.write_text(render(manifests), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--output {output} cannot be written: {error.strerror or error}") from error
+        with replace_file(output) as beside:
+            beside.write_text(render(manifests), encoding="utf-8")
     console = Console(stderr=True, highlight=False)
     for table in tables(manifests):
         console.print(table)

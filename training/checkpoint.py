@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,10 @@ class Checkpoint:
             "identity": dict(identity),
             "steps": [dataclasses.asdict(step) for step in state.steps],
         }
-        try:
-            with replace_file(self.path) as beside:
-                save_file(dict(state.tensors), beside, metadata={"mirror": json.dumps(header)})
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"the checkpoint {self.path} cannot be written: {error}") from error
+        text = json.dumps(header)
+        metadata = {"mirror": text, "checksum": str(_checksum(text, state.tensors))}
+        with replace_file(self.path) as beside:
+            save_file(dict(state.tensors), beside, metadata=metadata)
 
     def load(self, identity: Mapping[str, Any]) -> State | None:
         """Read the state; None if the file does not exist.
@@ -79,11 +79,17 @@ class Checkpoint:
             return None
         try:
             with safe_open(self.path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["mirror"])
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                text, whole = metadata["mirror"], metadata.get("checksum")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{self.path} cannot be read as a checkpoint ({error}): remove it") from error
-        if header.get("format_version") != FORMAT_VERSION:
+        if whole is None:
+            raise InputError(f"{self.path} is from another version of this program: remove it to start afresh")
+        if whole != str(_checksum(text, tensors)):
+            raise InputError(f"{self.path} is damaged: remove it to start afresh")
+        header = json.loads(text)
+        if header["format_version"] != FORMAT_VERSION:
             raise InputError(f"{self.path} is from another version of this program: remove it to start afresh")
         then, now = header["identity"], json.loads(json.dumps(dict(identity)))
         other = [name for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
@@ -94,6 +100,15 @@ class Checkpoint:
                 "or remove the file to start afresh"
             )
         return State(tensors=tensors, steps=tuple(Step(**step) for step in header["steps"]))
+
+
+def _checksum(text: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return the CRC-32 of a header and of the tensors, their names and types."""
+    total = crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        total = crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), total)
+        total = crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
 
 
 def fingerprint(parts: Iterable[bytes]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mirror_runtime.bundle import sha256_file
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, one_line
 from mirror_runtime.extras import require
 
 HUB = "hf:"
@@ -98,7 +98,7 @@ class Records:
                 continue
             try:
                 value = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}): write one object a line") from None
             if isinstance(value, str) and not self.pairs:
                 yield (value.strip(),)
@@ -113,9 +113,9 @@ class Records:
         try:
             file = parquet.ParquetFile(self.name)
         except OSError as error:
-            raise InputError(f"corpus {self.name} cannot be read: {error.strerror or error}") from error
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"corpus {self.name} is not a Parquet file: {error}") from error
+            raise InputError(f"corpus {self.name} cannot be read: {error.strerror or one_line(error)}") from error
+        except pyarrow.ArrowException as error:
+            raise InputError(f"corpus {self.name} is not a Parquet file: {one_line(error)}") from error
         _check_columns(f"corpus {self.name}", self.columns, file.schema_arrow.names)
         self._digest.update(bytes.fromhex(sha256_file(Path(self.name))))
         row = 0
@@ -125,8 +125,8 @@ class Records:
                     row += 1
                     where = f"corpus {self.name}, row {row}"
                     yield tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"corpus {self.name} breaks off after row {row}: {error}") from error
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"corpus {self.name} breaks off after row {row}: {one_line(error)}") from error
 
     def _dataset(self) -> Iterator[tuple[str, ...]]:
         datasets = require("datasets", "train")

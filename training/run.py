@@ -18,7 +18,7 @@ from evaluation.similarity import evaluate
 from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
-from mirror_runtime.folders import whole_folder
+from mirror_runtime.folders import os_error_message, whole_folder
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
 from training.hardware import Hardware, choose_hardware
@@ -158,8 +158,7 @@ def _explained_errors(output: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{output} cannot be written: {reason}. Nothing was left there") from error
+        raise InputError(f"{output} cannot be written: {os_error_message(error)}. Nothing was left there") from error
     except torch.OutOfMemoryError as error:
         raise EngineError("the device's memory is full: set --micro-batch-tokens, for example to 8192") from error
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
@@ -39,7 +37,7 @@ from mirror_runtime.bundle import (
     write_json,
 )
 from mirror_runtime.engines import installed
-from mirror_runtime.errors import EngineError, InputError, MissingExtra, ParityError
+from mirror_runtime.errors import EngineError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import has_bf16
 
@@ -126,15 +124,11 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         on_progress("extend the head")
     reference, whitening = extend_head(reference, request.head_options)
     with whole_folder(request.output, overwrite=request.overwrite, marker=MANIFEST_FILE) as folder:
-        try:
-            if whitening is not None:
-                write_json(whitening, folder / WHITENING_FILE)
-            if testimony is not None:
-                write_json(testimony, folder / WITNESS_FILE)
-            return _fill(folder, reference, pairs, request, on_progress)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{request.output} cannot be written: {reason}") from error
+        if whitening is not None:
+            write_json(whitening, folder / WHITENING_FILE)
+        if testimony is not None:
+            write_json(testimony, folder / WITNESS_FILE)
+        return _fill(folder, reference, pairs, request, on_progress)
 
 
 def _fill(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Manifest, VectorType, to_json
+from mirror_runtime.errors import BundleError
+from mirror_runtime.strict_json import read_json
 
 CARD_FILE = "README.md"
 
@@ -27,6 +28,16 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Testimony:
+    """What the witness found: the content of `WITNESS_FILE`."""
+
+    version: str  # of sentence-transformers
+    texts: int  # compared
+    min_cosine: float
+    problem: str  # how its vectors differ; empty where they agree
+
+
 def write_card(folder: Path, manifest: Manifest) -> None:
     """Write a manifest's content to a bundle's README.md, below what is there; it replaces an earlier certificate.
 
@@ -34,15 +45,18 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         OSError: it cannot be written.
     """
     path = folder / CARD_FILE
-    above = path.read_text(encoding="utf-8").partition(MARK)[0]
+    try:
+        above = path.read_text(encoding="utf-8").partition(MARK)[0]
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} is not UTF-8 at byte {error.start}: convert or remove it") from error
     found = folder / WITNESS_FILE
-    seen = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+    seen = read_json(Testimony, found, "no witness") if found.is_file() else None
     card = certificate_card(manifest.encoder, manifest.artifacts, manifest.fingerprint, seen)
     path.write_text(f"{above}{MARK}\n{card}", encoding="utf-8")
 
 
 def certificate_card(
-    spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str, witness: Mapping[str, Any] | None = None
+    spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str, witness: Testimony | None = None
 ) -> str:
     """Return the card's body in Markdown, without front matter, for artifacts that were compared on the same texts.
 
@@ -139,16 +153,14 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
     return "\n".join([first, rule, *others])
 
 
-def _witness(found: Mapping[str, Any] | None) -> str:
+def _witness(found: Testimony | None) -> str:
     """Describe what an independent reader of the encoder's folder computed."""
     if found is None:
         return ""
-    who = f"sentence-transformers {found['version']}, reading the encoder's own folder,"
-    if found["problem"]:
-        return f"\n**{who} computes other vectors**: {found['problem']}. They were accepted at export.\n"
-    return (
-        f"\n{who} computes the reference's vectors: worst cosine {found['min_cosine']:.6f} of {found['texts']} texts.\n"
-    )
+    who = f"sentence-transformers {found.version}, reading the encoder's own folder,"
+    if found.problem:
+        return f"\n**{who} computes other vectors**: {found.problem}. They were accepted at export.\n"
+    return f"\n{who} computes the reference's vectors: worst cosine {found.min_cosine:.6f} of {found.texts} texts.\n"
 
 
 def _description(spec: EncoderSpec) -> str:

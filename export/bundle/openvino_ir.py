@@ -16,7 +16,7 @@ from export.proof.candidate import Candidate
 from export.proof.parity import Expected, prove_artifact
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, check_files, read_manifest
 from mirror_runtime.engines.openvino_core import shared_core
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, one_line
 from mirror_runtime.extras import require
 from mirror_runtime.host import has_bf16
 
@@ -85,7 +85,12 @@ def _convert(graph: Path, path: Path) -> None:
         model = shared_core().read_model(graph)
     except RuntimeError as error:
         raise InputError(f"openvino cannot read {graph.name}: {error}") from error
-    openvino.save_model(model, path, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise InputError(
+            f"openvino cannot write {path}: {one_line(error)}. Is the disk full, or a limit on file sizes (ulimit -f)?"
+        ) from error
 
 
 def _precisions(manifest: Manifest, requested: Sequence[Precision] | None) -> tuple[Precision, ...]:

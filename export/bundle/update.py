@@ -14,6 +14,7 @@ from pathlib import Path
 from export.bundle.card import CARD_FILE, write_card
 from mirror_runtime.bundle import MANIFEST_FILE, Artifact, read_manifest, sha256_file, write_json
 from mirror_runtime.errors import InputError
+from mirror_runtime.folders import named_os_errors
 
 
 @contextmanager
@@ -36,7 +37,8 @@ def updating(bundle: Path) -> Iterator[Path]:
         except OSError as error:
             raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
         at_end.callback(shutil.rmtree, folder, ignore_errors=True)
-        yield folder
+        with named_os_errors(bundle):
+            yield folder
 
 
 def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) -> None:
@@ -53,17 +55,14 @@ def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) ->
     new = {(a.engine, a.precision, a.layout) for a in artifacts}
     kept = tuple(a for a in manifest.artifacts if (a.engine, a.precision, a.layout) not in new)
     updated = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))
-    try:
+    with named_os_errors(bundle):
         if (bundle / CARD_FILE).is_file():
             shutil.copyfile(bundle / CARD_FILE, staging / CARD_FILE)
             write_card(staging, updated)
-        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
-            relative = path.relative_to(staging)
+        new_files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+        files |= {relative.as_posix(): sha256_file(staging / relative) for relative in new_files}
+        # Everything is on the disk before the first file moves: a full disk leaves the old bundle.
+        write_json(dataclasses.replace(updated, files=files), staging / MANIFEST_FILE)
+        for relative in (*new_files, Path(MANIFEST_FILE)):
             (bundle / relative).parent.mkdir(parents=True, exist_ok=True)
-            files[relative.as_posix()] = sha256_file(path)
-            os.replace(path, bundle / relative)
-        updated = dataclasses.replace(updated, files=files)
-        write_json(updated, staging / MANIFEST_FILE)
-        os.replace(staging / MANIFEST_FILE, bundle / MANIFEST_FILE)
-    except OSError as error:
-        raise InputError(f"{bundle} cannot be written: {error.strerror}") from error
+            os.replace(staging / relative, bundle / relative)

@@ -7,7 +7,6 @@ certificate cannot see: only another reader can.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from encoders.reference import Reference
+from export.bundle.card import Testimony
 from export.proof.proof_texts import CANARIES, EDGE_CASES, parity_texts
 from mirror_runtime.vectors import cosines
 
@@ -25,16 +25,6 @@ FLOOR = 0.99999
 
 CLOSE = 1e-4
 """Largest relative difference in length: a missing normalisation keeps every cosine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Testimony:
-    """What the witness found."""
-
-    version: str  # of sentence-transformers
-    texts: int  # compared
-    min_cosine: float
-    problem: str  # how its vectors differ; empty where they agree
 
 
 def available() -> bool:

@@ -184,7 +184,9 @@ def read_request(path: Path) -> BuildRequest:
             for profile in data["profiles"]
         )
         return BuildRequest(**data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except BuildError as error:
+        raise BuildError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BuildError(
             f"{path} is not a build request: {error}. Write it again with to_tensorrt.py --script"
         ) from error

@@ -29,6 +29,11 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENS_PER_SLOT = 4
 """A packed row of L tokens has L // 4 slots: at most so many texts share the row. The graph computes this from L."""
 
+MOST_TOKENS = 1 << 20
+"""Bound of lengths and dimensions in files: beyond it a number is damage, which would take all memory."""
+
+LARGEST_FLOAT32 = 3.4028235e38
+
 
 class Pooling(str, Enum):
     """How token vectors are combined into one vector. Recorded with the weights, never guessed."""
@@ -176,6 +181,8 @@ class EncoderSpec:
             raise BundleError(f"max_tokens is {self.max_tokens}: a text needs at least 3 ([CLS] token [SEP])")
         if self.dim < 1:
             raise BundleError(f"dim is {self.dim}: it must be positive")
+        if max(self.max_tokens, self.dim, self.pad_to or 0) > MOST_TOKENS:
+            raise BundleError(f"max_tokens, dim or pad_to is over {MOST_TOKENS}, more than any encoder has")
         if (self.pooling is Pooling.MEAN_PADDED) != (self.pad_to is not None):
             raise BundleError(f"pad_to is {self.pad_to} with pooling {self.pooling.value}: set it for mean_padded only")
         if (self.pooling is Pooling.DITTO) != (self.ditto is not None):
@@ -268,12 +275,20 @@ class Canary:
     text: str
     vector: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if any(abs(number) > LARGEST_FLOAT32 for number in self.vector):
+            raise BundleError("its vector has a number beyond float32: copy or export the bundle again")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Canaries:
     """The content of `canaries.json`."""
 
     canaries: tuple[Canary, ...]
+
+    def __post_init__(self) -> None:
+        if len({len(canary.vector) for canary in self.canaries}) > 1:
+            raise BundleError("its vectors have different lengths: copy or export the bundle again")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class Encoder:
         # Single batches run in their caller's thread: this limits them and the pool together to `streams`.
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
-        self._lifetime = Lifetime()
+        self._lifetime = Lifetime(engine)
 
     @classmethod
     def load(
@@ -117,6 +117,7 @@ class Encoder:
         long_texts: LongTexts | str = LongTexts.TRUNCATE,
         plan: str | Path | None = AUTO,
         cache_dir: str | Path | None = AUTO_CACHE,
+        invariant: bool = False,
     ) -> Encoder:
         """Load a bundle.
 
@@ -133,6 +134,8 @@ class Encoder:
             plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan. Not read if engine
                 and precision are both named.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
+            invariant: make a text's vector equal to the bit whatever else is encoded, on ONNX Runtime or OpenVINO on a
+                CPU: one text a row, in batches of one shape for its length, which are slower; see `packing`.
 
         Raises:
             BundleError: the folder is not a bundle, or its tokenizer is broken.
@@ -151,7 +154,7 @@ class Encoder:
         decision = decide(manifest, engine, precision, followed)
         if streams is not None:
             decision = replace(decision, streams=streams)
-        return cls._open(folder, manifest, decision, policy, cache)
+        return cls._open(folder, manifest, decision, policy, cache, invariant=invariant)
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
@@ -188,6 +191,7 @@ class Encoder:
         cache: Path | None,
         *,
         path: str = "",
+        invariant: bool = False,
     ) -> Encoder:
         spec = manifest.encoder
         check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
@@ -204,13 +208,13 @@ class Encoder:
             decision.engine, decision.precision, folder / path, streams=decision.streams, spec=spec, cache=kept,
             before_reading=lambda: check_files(folder, manifest, graph_files),
         )  # fmt: skip
-        shape_set = ShapeSet.up_to(
-            spec.pad_to or spec.max_tokens,
-            base=decision.row_tokens,
-            budget=decision.batch_tokens,
-            length_multiple=engine.length_multiple,
-        )
-        return cls(manifest, decision, engine, tokenizer, shape_set)
+        base, budget, multiple = decision.row_tokens, decision.batch_tokens, engine.length_multiple
+        longest = spec.pad_to or spec.max_tokens
+        shape_set = ShapeSet.up_to(longest, base=base, budget=budget, length_multiple=multiple)
+        if invariant and not engine.dynamic_shapes:
+            engine.close()
+            raise EngineError(f"{engine.name.value} cannot be invariant: choose onnxruntime or openvino")
+        return cls(manifest, decision, engine, tokenizer, shape_set.one_a_row() if invariant else shape_set)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -230,6 +234,8 @@ class Encoder:
     @property
     def rows(self) -> str:
         """Describe the row lengths and the tokens of a full batch, for people."""
+        if self._shapes.alone:
+            return f"one text, batches of {self._shapes.budget}"
         intermediate = ", ".join(map(str, self._bulk_shapes.intermediate_lengths))
         in_bulk = f" (many of a kind: {intermediate})" if intermediate else ""
         return f"{', '.join(map(str, self._shapes.lengths))} tokens{in_bulk}, batches of {self._shapes.budget}"
@@ -460,13 +466,8 @@ class Encoder:
                     output.cancel()
 
     def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
-        return pack(
-            tokenized.ids,
-            tokenized.lengths,
-            shape_set,
-            streams=self.engine.streams,
-            unpadded_lengths=tokenized.unpadded_lengths,
-        )
+        ids, lengths, unpadded = tokenized.ids, tokenized.lengths, tokenized.unpadded_lengths
+        return pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
 
     def _run(self, batch: PackedBatch) -> Vectors:
         """Run one batch and return the vectors [m, width] of its pieces."""

@@ -18,9 +18,21 @@ Every message names the problem and what to do about it. Library users catch `Mi
 message without a traceback and exits with status 2.
 """
 
+MOST_CHARACTERS = 1500
+"""Of a message."""
+
+
+def one_line(error: object) -> str:
+    """Return a library's message without its line breaks, and no more of it than a person reads."""
+    return " ".join(str(error).split())[:300]
+
 
 class MirrorError(Exception):
     """The base class of all errors that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        message = super().__str__()  # a broken file may have put a megabyte into it
+        return message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]}…"
 
 
 class BundleError(MirrorError):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, MirrorError, one_line
+
+_NUMBER = re.compile(r"(?:\(os error |\[Errno )(\d+)[\])]")
+"""The number of an operating system's error in the message of a library in Rust, and in that of Python."""
 
 
 @contextmanager
@@ -24,7 +28,8 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
     such folder contains.
 
     Raises:
-        InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written.
+        InputError: `output` exists and `overwrite` is not set, cannot be written, or is being written. Also for an
+            OSError of the block, such as a full disk.
     """
     output = output.absolute()
     if output.exists() and not output.is_dir():
@@ -47,9 +52,10 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror}") from error
     try:
-        partial.chmod(0o777 & ~umask())  # mkdtemp makes it private, but a model server may run as another user
-        yield partial
-        _publish(partial, output)
+        with named_os_errors(output, partial):
+            partial.chmod(0o777 & ~umask())  # mkdtemp makes it private, but a model server may run as another user
+            yield partial
+            _publish(partial, output)
     finally:
         os.close(lock)
         shutil.rmtree(partial, ignore_errors=True)
@@ -59,29 +65,36 @@ def whole_folder(output: Path, *, overwrite: bool = False, marker: str) -> Itera
 def replace_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a path beside `path` to write to, and rename it to `path` in one step if the block succeeds.
 
-    If the block fails, the new file is removed and an earlier one stays unchanged. A `shared` file may be written by
-    several processes at once, each under a name of its own, which a killed process leaves behind. Otherwise the name is
-    fixed, and the next writer overwrites it.
+    If the block fails, the new file is removed and an earlier one stays unchanged; an OSError becomes an `InputError`.
+    A `shared` file may be written by several processes at once, each under a name of its own, which a killed process
+    leaves behind. Otherwise the name is fixed, and the next writer overwrites it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
     try:
-        yield beside
-        os.replace(beside, path)
+        with named_os_errors(path, beside):
+            yield beside
+            os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
-def named_os_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an `InputError` that names the file, or else `path`, and the cure."""
+def named_os_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into an `InputError` that names the file, or else `path`, and the cure.
+
+    Also what a library written in Rust raises for one. `beside` is what the block writes in the place of `path`; the
+    caller does not know that name.
+    """
     try:
         yield
-    except OSError as error:
-        raise InputError(os_error_message(error, path)) from error
+    except Exception as error:
+        if isinstance(error, MirrorError) or not (isinstance(error, OSError) or _NUMBER.search(str(error))):
+            raise
+        raise InputError(os_error_message(error, path).replace(str(beside), str(path))) from error
 
 
-def os_error_message(error: OSError, path: object = "") -> str:
+def os_error_message(error: Exception, path: object = "") -> str:
     """Describe an error of the operating system: the file, the reason, and the cure where there is a usual one."""
     cures = {
         errno.ENOSPC: "free some space and run the command again",
@@ -92,10 +105,18 @@ def os_error_message(error: OSError, path: object = "") -> str:
         errno.EMFILE: "raise the limit on open files (ulimit -n)",
         errno.ENOENT: "check the path",
     }
-    reason = error.strerror or str(error) or type(error).__name__
-    where = f"{error.filename or path}: " if error.filename or path else ""
-    cure = cures.get(error.errno or 0)
-    return f"{where}{reason}" + (f" ({cure})" if cure else "")
+    text, number, reason, file = str(error), 0, "", None
+    if isinstance(error, shutil.Error):  # of copytree, which lists sources, targets and texts
+        _, file, text = error.args[0][0]
+    elif isinstance(error, OSError):
+        number, reason = error.errno or 0, error.strerror or ""
+        file = error.filename2 or error.filename  # of a copy the target comes second
+    if not number and (found := _NUMBER.search(text)):
+        number = int(found[1])
+        reason = os.strerror(number)
+    where = f"{file or path}: " if file or path else ""
+    cure = f" ({cures[number]})" if number in cures else ""
+    return f"{where}{reason or one_line(text) or type(error).__name__}{cure}"
 
 
 def umask() -> int:

@@ -60,10 +60,11 @@ class PackedBatch:
 class ShapeSet:
     """The static shapes that an encoder runs in."""
 
-    lengths: tuple[int, ...]  # of rows, ascending; each is twice the one before, except perhaps the last
+    lengths: tuple[int, ...]  # of rows, ascending; each is twice the one before, except the last and in `one_a_row`
     budget: int = TOKEN_BUDGET  # tokens of a full batch
     length_multiple: int = BLOCK  # lengths of more than two blocks are multiples of it
     intermediate_lengths: tuple[int, ...] = ()  # ascending, for full batches only: see `with_intermediate`
+    alone: bool = False  # whether a row holds one piece only: see `one_a_row`
 
     @staticmethod
     def up_to(
@@ -88,21 +89,34 @@ class ShapeSet:
         Where lengths double, these are three quarters and seven eighths of each, rounded up to a multiple.
 
         Texts of similar lengths leave rows emptier than ragged ones do: of 40 tokens only one fits into 64. Where such
-        rows fill a batch for every stream, shorter rows are worth their extra shapes.
+        rows fill a batch for every stream, shorter rows are worth their extra shapes. Rows of one piece have them all.
         """
+        if self.alone:
+            return self
         intermediate = set()
         for low, high in zip((self.lengths[0] // 2, *self.lengths[:-1]), self.lengths, strict=True):
             shorter = {self.row_length(high - (high - low) // part) for part in (2, 4)}
             intermediate |= {length for length in shorter if low < length < high}
         return replace(self, intermediate_lengths=tuple(sorted(intermediate)))
 
+    def one_a_row(self) -> ShapeSet:
+        """Return shapes for one piece a row, with the lengths between as well, since no neighbours fill a row.
+
+        The shape that a piece runs in follows from its length alone, and it stands at the start of its row. So its
+        arithmetic is the same whatever else is encoded. Batches have a quarter of the tokens, because a piece alone
+        costs as much as a full one.
+        """
+        short = map(self.row_length, range(BLOCK, self.lengths[0], BLOCK))
+        lengths = {*short, *self.lengths, *self.with_intermediate().intermediate_lengths}
+        return replace(self, lengths=tuple(sorted(lengths)), budget=max(1, self.budget // 4), alone=True)
+
     def row_counts(self, length: int) -> tuple[int, ...]:
         """Return the row counts for rows of `length`, descending: a full batch, a quarter of one, and one row.
 
-        Intermediate lengths have full batches only.
+        Intermediate lengths, and rows of one piece, have full batches only.
         """
         full = max(1, self.budget // length)
-        if length in self.intermediate_lengths:
+        if self.alone or length in self.intermediate_lengths:
             return (full,)
         return tuple(sorted({full, max(1, full // 4), 1}, reverse=True))
 
@@ -138,6 +152,8 @@ def pack(
     """
     if lengths.size == 0:
         return []
+    if shape_set.alone:
+        return list(_pack_alone(ids, lengths, shape_set, unpadded_lengths))
     # Few short texts: one row just long enough, for latency.
     length = shape_set.row_length(max(int(lengths.sum()), TOKENS_PER_SLOT * lengths.size))
     if length <= shape_set.lengths[0]:
@@ -162,6 +178,19 @@ def pack(
         opened += count
     # A single row runs on all cores, a batch of many rows on one: side by side, both are slower.
     return sorted(batches, key=lambda batch: batch.rows.shape[0] == 1)
+
+
+def _pack_alone(
+    ids: NDArray[np.int64], lengths: NDArray[np.int64], shape_set: ShapeSet, unpadded: NDArray[np.int64] | None
+) -> Iterator[PackedBatch]:
+    """Put each piece at the start of a row, in full batches of the shortest length that holds it, see `one_a_row`."""
+    starts = np.cumsum(lengths) - lengths
+    rank = np.searchsorted(np.array(shape_set.lengths), lengths)
+    for at, length in reversed(list(enumerate(shape_set.lengths))):
+        pieces = np.flatnonzero(rank == at)
+        (count,) = shape_set.row_counts(length)
+        counts = [count] * -(-pieces.size // count)
+        yield from _fill(ids, starts, lengths, pieces, np.arange(pieces.size), counts, length, unpadded)
 
 
 def pack_shape(

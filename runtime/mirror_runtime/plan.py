@@ -14,12 +14,13 @@ from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mirror_runtime.bundle import Artifact, EngineName, Manifest, Precision, from_json, to_json
+from mirror_runtime.bundle import MOST_TOKENS, Artifact, EngineName, Manifest, Precision, from_json, to_json
 from mirror_runtime.errors import BundleError, InputError
-from mirror_runtime.folders import replace_file
+from mirror_runtime.folders import named_os_errors, replace_file
 from mirror_runtime.host import cpu_flags, cpu_model, usable_cores
 from mirror_runtime.packing import ROW_TOKENS, TOKEN_BUDGET
 from mirror_runtime.selection import AUTO, choose
+from mirror_runtime.strict_json import read_object, short
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,11 @@ class Setting:
     streams: int  # batches in flight
     row_tokens: int = ROW_TOKENS  # the default row length
     batch_tokens: int = TOKEN_BUDGET  # of a full batch
+
+    def __post_init__(self) -> None:
+        for name in ("streams", "row_tokens", "batch_tokens"):
+            if not 1 <= getattr(self, name) <= MOST_TOKENS:
+                raise BundleError(f"{name} is {getattr(self, name)}: it must be between 1 and {MOST_TOKENS}")
 
     def __str__(self) -> str:
         return (
@@ -182,26 +188,18 @@ def plan_path(cache: Path, fingerprint: str) -> Path:
 
 def write_plan(plan: HostPlan, path: Path) -> None:
     """Write a plan file, whole or not at all."""
-    try:
+    with named_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path, shared=True) as beside:
             beside.write_text(json.dumps(to_json(plan), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def read_plan(path: Path) -> HostPlan:
     """Read a plan file. An `InputError` means that it is missing, malformed or of another format version."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a plan: {error}. Make one with mirror plan") from error
-    found = data.get("format_version") if isinstance(data, dict) else None
-    if found != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has plan format {found!r}, but this mirror_runtime reads {FORMAT_VERSION}: run mirror plan again"
-        )
-    try:
+        data = read_object(path, "there is no plan")
+        if (found := data.get("format_version")) != FORMAT_VERSION:
+            raise BundleError(f"{path} has plan format {short(found)}; this mirror_runtime reads {FORMAT_VERSION}")
         return from_json(HostPlan, data, str(path))
     except BundleError as error:
         raise InputError(f"{error}. Run mirror plan again") from error
@@ -233,7 +231,7 @@ def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -
     if choice != AUTO:
         plan = read_plan(Path(choice))
         if reason := staleness(plan, fingerprint):
-            raise InputError(f"{choice} is not valid here: {reason}. Make a plan with mirror plan")
+            raise InputError(f"{choice} is not valid here: {' '.join(reason.split())}. Make a plan with mirror plan")
         return plan
     assert cache is not None
     path = plan_path(cache, fingerprint)
@@ -242,10 +240,11 @@ def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -
     try:
         plan = read_plan(path)
         reason = staleness(plan, fingerprint)
+        reason += ". Run mirror plan again" if reason else ""
     except InputError as error:
         reason = str(error)
     if reason:
-        _log.warning("the plan %s is not followed: %s. Run mirror plan again", path.name, reason)
+        _log.warning("the plan %s is not followed: %s", path.name, reason)
         return None
     return plan
 

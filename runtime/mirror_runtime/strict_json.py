@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +19,9 @@ from typing import Any, TypeVar
 from mirror_runtime.errors import BundleError
 
 T = TypeVar("T")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
 
 
 def to_json(value: Any) -> Any:
@@ -44,22 +49,53 @@ def read_json(kind: type[T], path: Path, absent: str) -> T:
 
 def read_object(path: Path, absent: str) -> dict[str, Any]:
     """Parse a JSON file that holds an object, see `read_json`."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{absent}: {path} does not exist") from None
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
+    if not path.exists():
+        raise BundleError(f"{absent}: {path} does not exist")
+    data = load_json(path)
     if not isinstance(data, dict):
         raise BundleError(f"{path} holds {type(data).__name__} where a JSON object is expected")
     return data
 
 
+def short(value: object) -> str:
+    """Return the `repr` of a file's value for a message: not as long and as deep as a file may make it."""
+    return _repr.repr(value)
+
+
+def load_json(path: Path) -> Any:
+    """Parse a JSON file, whatever it holds.
+
+    Raises:
+        BundleError: it cannot be read, or is not JSON, see `parse_json`.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{path} cannot be read: {error.reason} at byte {error.start}, expected UTF-8") from error
+    except ValueError as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Whatever is wrong with it is a ValueError: also NaN, infinity, and nesting without end."""
+    try:
+        return json.loads(text, parse_constant=_number, parse_float=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write a dataclass as indented JSON with a final newline."""
     path.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return number
 
 
 def _value(kind: Any, data: Any, where: str) -> Any:
@@ -70,7 +106,7 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         known = [member.value for member in kind]
         if data not in known:
-            raise BundleError(f"{where} is {data!r}; known are {', '.join(map(str, known))}")
+            raise BundleError(f"{where} is {short(data)}; known are {', '.join(map(str, known))}")
         return kind(data)
     if origin is tuple and isinstance(data, list):
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
@@ -79,24 +115,35 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         plain = next((arg for arg in args if _is_plain(data, arg)), None)
         if plain is not None:
-            return float(data) if plain is float else data
+            return _plain(plain, data, where)
         objects = [arg for arg in args if dataclasses.is_dataclass(arg)]
         if len(objects) == 1:
             return _object(typing.cast(type, objects[0]), data, where)
     elif _is_plain(data, kind):
+        return _plain(kind, data, where)
+    raise BundleError(f"{where} is {short(data)}; expected {getattr(kind, '__name__', kind)}")
+
+
+def _plain(kind: Any, data: Any, where: str) -> Any:
+    try:
         return float(data) if kind is float else data
-    raise BundleError(f"{where} is {data!r}; expected {getattr(kind, '__name__', kind)}")
+    except OverflowError:
+        raise BundleError(f"{where} is {short(data)}, too large a number") from None
 
 
 def _object(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise BundleError(f"{where} is {data!r}; expected an object")
+        raise BundleError(f"{where} is {short(data)}; expected an object")
     hints = typing.get_type_hints(kind)
     differ = {"missing": hints.keys() - data.keys(), "unknown": data.keys() - hints.keys()}
     if any(differ.values()):
-        named = "; ".join(f"{what} {', '.join(sorted(keys))}" for what, keys in differ.items() if keys)
+        named = "; ".join(f"{what} {', '.join(sorted(keys))[:200]}" for what, keys in differ.items() if keys)
         raise BundleError(f"{where}: {named}")
-    return kind(**{name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()})
+    values = {name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()}
+    try:
+        return kind(**values)
+    except BundleError as error:
+        raise BundleError(f"{where}: {error}") from error
 
 
 def _is_plain(data: Any, kind: Any) -> bool:

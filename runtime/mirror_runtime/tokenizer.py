@@ -7,7 +7,6 @@ text; those of the template stay.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
-from mirror_runtime.errors import BundleError, InputError, TextError
+from mirror_runtime.errors import BundleError, InputError, MirrorError, TextError, one_line
+from mirror_runtime.strict_json import read_object
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
@@ -75,11 +75,15 @@ class Tokenizer:
     ) -> None:
         try:
             self._tokenizer: _Tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a missing and for a malformed file
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._prefix, self._suffix = _special_tokens(self._tokenizer, path)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._prefix, self._suffix = _special_tokens(self._tokenizer, path)
+        except MirrorError:
+            raise
+        except BaseException as error:  # the library raises bare Exception for a malformed file, or panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise BundleError(f"{path} is not a tokenizer: {one_line(error)}") from error
         self._body = max_tokens - len(self._prefix) - len(self._suffix)
         if self._body < 1:
             raise BundleError(f"max_tokens is {max_tokens}: the special tokens leave no room for a text")
@@ -216,9 +220,10 @@ def _lengths(pieces: Sequence[Sequence[int]]) -> NDArray[np.int64]:
 
 def _padding_token(tokenizer: _Tokenizer, path: Path) -> int:
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["pad_token"]
+        name = read_object(path, "no padding token")["pad_token"]
+        name = name["content"] if isinstance(name, dict) else name
         found = tokenizer.token_to_id(name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} has no padding token, which this encoder's pooling needs: {error}") from error
     if found is None:
         raise BundleError(f"{path} has the padding token {name!r}, which the tokenizer does not know")

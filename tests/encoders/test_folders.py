@@ -5,7 +5,6 @@ differences are the fault that this file exists for: a refusal must name the set
 """
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -334,33 +333,3 @@ def test_the_vectors_are_those_of_sentence_transformers_or_the_folder_is_refused
     expected = SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), batch_size=1)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-FILES = (
-    *("config.json", "tokenizer_config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"),
-    *(BERT_FILE, CONFIG),
-)
-SETTINGS = {"max_seq_length": 9, "tokenizer_args": {}, "model_args": {}, "modality_config": {}, "do_lower_case": False}
-VALUES: tuple[object, ...] = (None, 5, -1, True, "abc", [], [1], [None], {}, {"text": "x"}, 10**30, float("nan"), 1e308)
-
-
-@pytest.mark.slow  # eighty folders
-def test_no_wrong_value_in_any_json_file_ends_in_a_traceback(folder: Path, tmp_path: Path) -> None:
-    put(BERT_FILE, SETTINGS)(folder)
-    options(prompts=PROMPTS, default_prompt_name="own", truncate_dim=None)(folder)
-    draw, ends = random.Random(0), {"loaded": 0, "refused": 0}
-    for number in range(80):
-        spoilt = Path(shutil.copytree(folder, tmp_path / str(number)))
-        value = read(path := spoilt / draw.choice(FILES))
-        place = value[0] if isinstance(value, list) else value
-        place[key := draw.choice(sorted(place))] = draw.choice(VALUES)
-        path.write_text(json.dumps(value), encoding="utf-8")
-        try:
-            found, refusal = ours(spoilt), ""
-        except BundleError as error:
-            found, refusal = np.zeros(0), str(error)
-        ends["refused" if refusal else "loaded"] += 1
-        assert "\n" not in refusal, (path, key)
-        assert np.isfinite(found).all(), (path, key)
-        shutil.rmtree(spoilt)
-    assert min(ends.values()) > 10, ends

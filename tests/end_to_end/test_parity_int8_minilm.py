@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import onnx
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -16,6 +17,7 @@ from export.proof import floors
 from export.proof.candidate import Candidate
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import parity_texts
+from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.engines.onnxruntime_engine import PRECISION_KEY
 from mirror_runtime.errors import ParityError
@@ -57,6 +59,12 @@ def test_int8_keeps_the_vectors_at_a_quarter_of_the_size(minilm_bundle, packed, 
         proof = prove_artifact(minilm_bundle, Candidate(made, engine, Precision.INT8), manifest, expected)
         assert proof.min_cosine >= 0.98
         assert proof.neighbour_cosine >= 0.999
+        with Encoder.of_graph(minilm_bundle, manifest, engine, Precision.INT8, f"onnx/{path.name}") as packed_rows:
+            shapes = packed_rows._shapes.one_a_row()
+            alone = Encoder(manifest, packed_rows.decision, packed_rows.engine, packed_rows._tokenizer, shapes)
+            texts = expected.texts[:120]
+            many = alone.encode(texts)
+            assert many.tobytes() == np.concatenate([alone.encode([text]) for text in texts]).tobytes()
 
 
 def test_naive_dynamic_int8_is_refused_for_its_distance_and_for_batch_dependence(

@@ -167,7 +167,7 @@ def test_a_head_is_described_in_the_order_of_computation(bundles, spec, words):
         (["{plain}", "{root}"], "{root} is not a bundle"),
         (["{root}/nowhere"], "{root}/nowhere is not a bundle"),
         (["{plain}", "{plain}"], "{plain} is given twice"),
-        (["{plain}", "--output", "{root}/no/table.md"], "--output {root}/no/table.md cannot be written: No such file"),
+        (["{plain}", "--output", "{root}/no/table.md"], "{root}/no/table.md: No such file"),
     ],
 )
 def test_a_mistake_is_one_line(bundles, tmp_path, capsys, arguments, problem):

@@ -1,6 +1,8 @@
 import logging
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -126,6 +128,26 @@ def test_an_encoder_in_a_forked_child_raises_and_never_hangs(tiny_bundle, make_b
         np.testing.assert_array_equal(encoder.encode(["the cat sat on the mat."]), expected)
 
 
+FORK = """
+import os, signal, sys
+from mirror_runtime import Encoder
+encoder = Encoder.load(sys.argv[1], engine=sys.argv[2], precision="fp32", plan=None)
+encoder.encode(["a"])
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    sys.exit()  # destroys what it has, as a worker of gunicorn does
+sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_forked_child_ends_though_it_inherits_an_encoder(tiny_bundle, engine):
+    command = [sys.executable, "-W", "ignore", "-c", FORK, str(tiny_bundle), engine]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
+
+
 def test_a_bad_text_is_named_by_position_across_windows(encoder, monkeypatch):
     monkeypatch.setattr("mirror_runtime.encoder.Encoder.encode_stream.__defaults__", (10,))
     texts: list[object] = list(ragged(40))
@@ -196,6 +218,28 @@ def test_warm_up_runs_every_shape_that_calls_outside_bulk_need_and_refuses_what_
 
 ALIKE = [f"{i} " + "word " * 36 for i in range(100)]
 """Texts of 39 tokens, all different."""
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_invariant_vector_is_equal_to_the_bit_whatever_its_neighbours(tiny_bundle, engine):
+    texts = [*ragged(150), "word " * 60, "", "a"]
+    with Encoder.load(tiny_bundle, engine=engine, precision="fp32", plan=None, invariant=True) as encoder:
+        encoder.warm_up()
+        many = encoder.encode(texts)
+        backwards = encoder.encode(texts[::-1])[::-1]
+        alone = np.concatenate([encoder.encode([text]) for text in texts[::5]])
+        assert "one text" in encoder.rows
+    assert many.tobytes() == backwards.tobytes()
+    assert many[::5].tobytes() == alone.tobytes()
+    with Encoder.load(tiny_bundle, engine=engine, precision="fp32", plan=None) as encoder:
+        np.testing.assert_allclose(many, encoder.encode(texts), atol=1e-5)
+
+
+def test_an_engine_of_fixed_shapes_cannot_be_invariant(make_bundle, monkeypatch):
+    fixed = property(lambda self: False, lambda self, value: None)
+    monkeypatch.setattr(FakeEngine, "dynamic_shapes", fixed, raising=False)
+    with pytest.raises(EngineError, match="fake cannot be invariant: choose onnxruntime or openvino"):
+        Encoder.load(make_bundle(), engine="fake", invariant=True)
 
 
 def test_many_texts_of_one_length_run_in_shorter_rows_with_the_same_vectors(encoder, seen):

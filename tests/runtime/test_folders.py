@@ -22,7 +22,7 @@ def fail_half_way(path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "run"
-    with pytest.raises(OSError, match="full"), whole_folder(output, marker="all") as folder:
+    with pytest.raises(InputError, match="full"), whole_folder(output, marker="all") as folder:
         fail_half_way(folder / "half")
     assert list(output.parent.iterdir()) == []
     with whole_folder(output, marker="all") as folder:
@@ -76,7 +76,7 @@ def test_a_killed_writer_leaves_nothing_that_the_next_one_does_not_remove(tmp_pa
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), replace_file(path, shared=shared) as beside:
+    with pytest.raises(InputError, match="full"), replace_file(path, shared=shared) as beside:
         fail_half_way(beside)
     assert path.read_text() == "old"
     with replace_file(path, shared=shared) as beside:

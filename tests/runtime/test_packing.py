@@ -126,6 +126,22 @@ def test_single_rows_come_last_and_one_short_text_gets_the_shortest_row():
 
 
 @settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 256), max_size=200))
+def test_one_piece_a_row_in_a_shape_that_its_own_length_decides(lengths):
+    alone = SHAPES.one_a_row()
+    seen = []
+    for batch in packed(lengths, alone):
+        assert batch.rows.shape in alone.shapes()
+        assert batch.rows.segment_ids.max() == 1
+        for piece, slot in zip(batch.pieces, batch.slots, strict=True):
+            assert batch.rows.shape == shapes([lengths[piece]], alone)[0]
+            assert slot % (batch.rows.shape[1] // 4) == 0
+            check_piece(batch, piece, slot, np.ones(lengths[piece]))
+        seen += batch.pieces.tolist()
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+@settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 256), max_size=200), shape=st.sampled_from(BULK.shapes()))
 def test_a_shape_is_filled_with_the_longest_pieces_that_fit(lengths, shape):
     sizes = np.array(lengths, np.int64)

@@ -91,7 +91,7 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
     path.write_text(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
         assert encoder.decision.source is plans.DecisionSource.RULE
-    assert "is not a plan" in caplog.text
+    assert "is not JSON" in caplog.text
     path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):
         plans.read_plan(path)

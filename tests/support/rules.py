@@ -40,6 +40,7 @@ _watching = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="skip tests that trace a graph, start a server or a process")
+    parser.addoption("--broken-files", type=int, default=12, help="broken files to feed each reader of files")
 
 
 def pytest_configure(config: pytest.Config) -> None:

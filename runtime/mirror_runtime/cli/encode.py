@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from mirror_runtime.cli.options import (
     BundleArgument,
     EngineOption,
+    InvariantOption,
     LongTextsOption,
     PrecisionOption,
     StreamsOption,
@@ -73,6 +74,7 @@ def encode(
     ray_address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, such as auto. Default: start one here.")
     ] = None,
+    invariant: InvariantOption = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also print who chose the engine, and where the time went.")
     ] = False,
@@ -89,6 +91,7 @@ def encode(
         "streams": streams,
         "long_texts": long_texts.value,
         "plan": AUTO if plan is None else str(plan),
+        "invariant": invariant,
     }
     zero_bad = bad_texts is BadTexts.ZERO
     print_json(

@@ -30,6 +30,7 @@ from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
+from mirror_runtime.strict_json import parse_json, short
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 _log = logging.getLogger(__name__)
@@ -201,8 +202,10 @@ def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:
             beside.write_text(json.dumps(run), encoding="utf-8")
         return
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        changes = [f"{name} was {earlier[name]!r} and is {now!r}" for name, now in run.items() if earlier[name] != now]
+        earlier = parse_json(path.read_text(encoding="utf-8"))
+        changes = [
+            f"{name} was {short(earlier[name])} and is {now!r}" for name, now in run.items() if earlier[name] != now
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is unreadable ({error}): delete {folder.name} to start again") from error
     if changes:

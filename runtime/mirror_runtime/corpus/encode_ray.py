@@ -22,6 +22,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file
+from mirror_runtime.strict_json import read_object
 
 SHARD_ROWS = 65_536
 """Rows per shard: a minute's work of a slow machine, which is the most that a kill can cost."""
@@ -186,7 +187,7 @@ def _claimed(folder: Path, identity: Mapping[str, Any]) -> Iterator[None]:
         if not state.exists():
             with replace_file(state) as beside:
                 beside.write_text(json.dumps(identity), encoding="utf-8")
-        elif json.loads(state.read_text(encoding="utf-8")) != identity:
+        elif read_object(state, "no unfinished run") != identity:
             raise InputError(
                 f"{folder.name} holds an unfinished run with other settings: finish it with the bundle, input and "
                 "settings in its state.json, or delete it to start again"

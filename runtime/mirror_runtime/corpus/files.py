@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
+from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError, one_line
 from mirror_runtime.extras import require
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -156,7 +156,7 @@ class CorpusFile:
             for batch in self._open_table().iter_batches(4096, columns=[self.column], **section):
                 yield from batch.column(0)
         except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(f"{self.path} cannot be read: {error}") from error
+            raise InputError(f"{self.path} cannot be read: {one_line(error)}") from error
 
     def _open_table(self) -> Any:
         """Open a Parquet file and check that it has the column."""
@@ -164,7 +164,7 @@ class CorpusFile:
         try:
             file = parquet.ParquetFile(self.path)
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(f"{self.path} is not a Parquet file: {error}") from error
+            raise InputError(f"{self.path} is not a Parquet file: {one_line(error)}") from error
         if self.column not in file.schema_arrow.names:
             raise InputError(
                 f"{self.path} has no column {self.column!r}; it has {', '.join(file.schema_arrow.names)}. "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -50,14 +52,27 @@ class Engine(Protocol):
         """Release the library's resources. The engine cannot run afterwards."""
 
 
+_loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _keep() -> None:
+    """Keep a forked child from destroying its parent's engines when it ends: that would wait for threads, too."""
+    for engine in list(_loaded):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+os.register_at_fork(after_in_child=_keep)
+
+
 class Lifetime:
     """Where and until when an engine can be used: in the process that loaded it, until it is closed.
 
     A forked child has a copy of the engine without its threads, and a call there would wait for them for ever.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._process, self._closed = os.getpid(), False
+        _loaded.add(engine)
 
     def check(self) -> None:
         """Raise an `EngineError` where the engine cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def open_session(graph: Path, *, threads: int, fused: bool = True) -> Any:
 
     `threads` work within one call. `fused` operators, with the roundings around them, do not support fp8.
     """
+    # Its telemetry sends data about the machine and, in a forked child that ends, waits for ever for a thread (1.31).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = require("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import sha256_file
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, MirrorError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
+from mirror_runtime.strict_json import load_json
 
 _log = logging.getLogger(__name__)
 
@@ -72,14 +73,14 @@ def read_graph(graph: Path, cache: Path | None, before_reading: Callable[[], Non
 
 def _read(core: Any, folder: Path) -> Any | None:
     """Read a cached graph; None if there is none or it is damaged."""
+    if not (folder / _HASHES).is_file():
+        return None
     try:
-        hashes = json.loads((folder / _HASHES).read_text(encoding="utf-8"))
+        hashes = load_json(folder / _HASHES)
         if hashes == {name: sha256_file(folder / name) for name in (_GRAPH, _WEIGHTS)}:
             return core.read_model(folder / _GRAPH)
         reason = "its files have changed"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (MirrorError, OSError, RuntimeError) as error:
         reason = str(error)
     _log.warning("the cached graph in %s is damaged (%s) and is written again", folder, reason)
     return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mirror_runtime.bundle import Layout, Precision, TensorSpec, from_json
-from mirror_runtime.errors import EngineError
+from mirror_runtime.errors import BundleError, EngineError
+from mirror_runtime.strict_json import read_object
 
 FORMAT_VERSION = 1
 
@@ -49,14 +49,12 @@ def read_card(plan: Path) -> PlanCard:
     """Read the card beside a plan."""
     path = card_path(plan)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{plan.name} has no readable card {path.name}: {error}. Build it with export/to_tensorrt.py"
-        ) from error
-    if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-        raise EngineError(f"{path.name} is not a card of format version {FORMAT_VERSION}: build the plan again")
-    return from_json(PlanCard, data, str(path))
+        data = read_object(path, f"{plan.name} has no card")
+        if data.get("format_version") != FORMAT_VERSION:
+            raise BundleError(f"{path.name} is not a card of format version {FORMAT_VERSION}")
+        return from_json(PlanCard, data, str(path))
+    except BundleError as error:
+        raise EngineError(f"{error}. Build the plan again with export/to_tensorrt.py") from error
 
 
 def check_card(card: PlanCard, *, tensorrt: str, gpu: str, compute_capability: str) -> None:

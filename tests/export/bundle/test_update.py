@@ -27,7 +27,7 @@ def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(m
 def test_a_failure_leaves_the_bundle_as_it_was(make_bundle):
     bundle: Path = make_bundle()
     before = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    with pytest.raises(FileNotFoundError), updating(bundle) as staging:
+    with pytest.raises(InputError, match="No such file"), updating(bundle) as staging:
         _ = [(staging / name).write_bytes(b"plan") for name in ("model.plan", "no folder/half way")]
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from mirror_runtime.bundle import MANIFEST_FILE, TOKENIZER_FILE, Manifest, check_files, read_manifest
 from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
 from mirror_runtime.errors import InputError
+from mirror_runtime.folders import os_error_message
 from mirror_runtime.host import usable_cores
 from mirror_runtime.selection import choose
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE
@@ -180,7 +181,7 @@ def write_repository(
             _write_encoder(bundle, scratch / ENCODER_NAME, encoder, cores, copy)
         _put_in_place(scratch, repository)
     except OSError as error:
-        raise InputError(f"{target} cannot be written: {error}") from error
+        raise InputError(f"{target} cannot be written: {os_error_message(error)}") from error
     finally:
         shutil.rmtree(scratch)
     return target

@@ -24,6 +24,7 @@ from mirror_runtime.canaries import CanaryVerdict, compare_canaries
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import BundleError, InputError, ParityError, ServerError
+from mirror_runtime.folders import os_error_message
 from mirror_runtime.selection import AUTO, EXACT, choose
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
@@ -207,7 +208,7 @@ def _write(
             shutil.copytree(model / old, fresh / old, copy_function=link_or_copy)
         shutil.copytree(bundle, fresh / str(version) / "bundle", copy_function=link_or_copy if link else shutil.copy2)
     except OSError as error:
-        raise InputError(f"{scratch} cannot be written: {error}") from error
+        raise InputError(f"{scratch} cannot be written: {os_error_message(error)}") from error
     return fresh
 
 
