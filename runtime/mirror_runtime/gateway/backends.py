@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mirror_runtime.async_encoder import AsyncEncoder
+from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
 from mirror_runtime.bundle import VectorType
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.client import connect
-from mirror_runtime.client.exchange import Served
+from mirror_runtime.client.exchange import BATCH_TOKENS, Served
 from mirror_runtime.client.protocol import ClientOptions, read_facts
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
+from mirror_runtime.packing import TOKEN_BUDGET
 
 _POLL_S = 0.5
 
@@ -37,9 +38,13 @@ class ModelCard:
 
 
 class EncodingBackend(Protocol):
-    """Encodes texts of many concurrent callers with the model that `card` describes."""
+    """Encodes texts of many concurrent callers with the model that `card` describes.
+
+    `tokens_at_once` keep it busy: more would wait in a queue of its own, where nobody can pass them.
+    """
 
     card: ModelCard
+    tokens_at_once: int
 
     async def encode(self, texts: Sequence[str]) -> Served:
         """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
@@ -56,6 +61,7 @@ class InProcessBackend:
         _check_vector_type(spec.vector_type)
         self._encoder = encoder
         self._async = AsyncEncoder(encoder, max_waiting=max_waiting)
+        self.tokens_at_once = (CONCURRENT_BATCHES + 1) * TOKEN_BUDGET * encoder.engine.streams
         self.card = ModelCard(
             model=spec.base_model,
             fingerprint=encoder.fingerprint,
@@ -80,6 +86,8 @@ class InProcessBackend:
 
 class TritonBackend:
     """A model on a Triton server. A replaced model is noticed at its first answer."""
+
+    tokens_at_once = 4 * BATCH_TOKENS  # requests of one call that the client has under way
 
     def __init__(self, options: ClientOptions, card: ModelCard) -> None:
         self.card = card
