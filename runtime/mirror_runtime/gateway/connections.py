@@ -72,7 +72,8 @@ class Connections:
         if full and not waiting:
             return False
         if waiting:  # clients that have had an answer are the last to lose their connection
-            min(waiting, key=lambda other: (other.answers > 0, other.since)).drop("evicted")
+            first = min(waiting, key=lambda other: (other.phase is not Phase.CLOSING, other.answers > 0, other.since))
+            first.drop("evicted")
         self._open.add(connection)
         self._count(connection, 1)
         return True

@@ -6,6 +6,7 @@ import asyncio
 import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -99,10 +100,11 @@ def possible_connections(wanted: int) -> int:
     Raises:
         InputError: they are too few to serve anybody.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
     if soft < wanted + _FILES:
-        soft = min(wanted + _FILES, hard)  # the hard limit may be RLIM_INFINITY only where the soft one suffices
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = min(wanted + _FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
     if soft - _FILES < _FEWEST_CONNECTIONS:
         raise InputError(
             f"this process may open {soft} files, and a gateway needs at least {_FILES + _FEWEST_CONNECTIONS}: raise "

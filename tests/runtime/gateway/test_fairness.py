@@ -226,7 +226,7 @@ def test_floods_of_large_requests_keep_neither_small_ones_nor_health_waiting(gat
     with running(gateway_bundle) as gateway:
         gate = EngineGate(gateway.encoder.engine)
         run_engine = gate.run_engine
-        gate.run_engine = lambda rows: (time.sleep(0.005), run_engine(rows))[1]
+        gate.run_engine = lambda rows: (time.sleep(0.02), run_engine(rows))[1]
         ended: list[float] = []
         bodies = [[f"{i} {j} " + "word " * 370 for j in range(400)] for i in range(2)] + ["word " * 100_000]
 

@@ -70,7 +70,9 @@ def test_requests_over_the_limit_are_refused_immediately_with_a_measured_retry_a
     monkeypatch.setattr(gateway.service.scheduler, "load", estimator)
     estimator.enter(100)
     clock.now = 40.0
+    assert estimator.rate == 0
     estimator.finish(100)  # 0.4 s a token
+    assert estimator.rate == 2.5
     before = refusals(gateway)
     gate.close()
     accepted = [pool.submit(gateway.embed, [f"{i} a", f"{i} b"]) for i in range(4)]
