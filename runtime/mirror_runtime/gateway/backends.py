@@ -40,11 +40,13 @@ class ModelCard:
 class EncodingBackend(Protocol):
     """Encodes texts of many concurrent callers with the model that `card` describes.
 
-    `tokens_at_once` keep it busy: more would wait in a queue of its own, where nobody can pass them.
+    `tokens_at_once` keep it busy: more would wait in a queue of its own, where nobody can pass them. `slice_tokens` are
+    worth a call: while small requests come, they wait for one slice of a large one.
     """
 
     card: ModelCard
     tokens_at_once: int
+    slice_tokens: int
 
     async def encode(self, texts: Sequence[str]) -> Served:
         """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
@@ -55,6 +57,8 @@ class EncodingBackend(Protocol):
 
 class InProcessBackend:
     """An encoder in this process, of which at most `max_waiting` texts wait. `aclose` closes the encoder too."""
+
+    slice_tokens = 256  # 30 ms of a small encoder on one core; slices that come together are computed together
 
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
         spec = encoder.spec
@@ -88,6 +92,7 @@ class TritonBackend:
     """A model on a Triton server. A replaced model is noticed at its first answer."""
 
     tokens_at_once = 4 * BATCH_TOKENS  # requests of one call that the client has under way
+    slice_tokens = 1024  # a millisecond's work for the gateway
 
     def __init__(self, options: ClientOptions, card: ModelCard) -> None:
         self.card = card

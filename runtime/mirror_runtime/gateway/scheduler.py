@@ -24,9 +24,6 @@ from mirror_runtime.gateway.fair_queue import FairQueue
 from mirror_runtime.retry_after import RetryEstimator
 from mirror_runtime.tokenizer import LongTexts
 
-SLICE_TOKENS = 1024
-"""Estimated tokens of a slice: those of an engine's full batch."""
-
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
 
@@ -99,7 +96,7 @@ class Scheduler:
         raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
 
     def _cut(self, texts: Sequence[str]) -> Iterator[Slice]:
-        """Cut a request into slices of at most `SLICE_TOKENS` or one text."""
+        """Cut a request into slices of the backend's size or one text."""
         card = self._backend.card
         most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
         start = tokens = 0
@@ -107,7 +104,7 @@ class Scheduler:
             long = len(text) > LONG_CHARACTERS
             more = estimate_tokens(text) if most is None else min(estimate_tokens(text), most)
             more += len(text) // CHARACTERS_TOKENISED
-            if at > start and (long or tokens + more > SLICE_TOKENS):
+            if at > start and (long or tokens + more > self._backend.slice_tokens):
                 yield Slice(start, at, tokens, long=False)
                 start, tokens = at, 0
             tokens += more
@@ -138,7 +135,7 @@ class Scheduler:
         most = self._backend.tokens_at_once
         if time.monotonic() - self._small_at >= SHARED_S:
             return most
-        return min(most, max(SLICE_TOKENS, int(BULK_S * self.load.rate)))
+        return min(most, max(self._backend.slice_tokens, int(BULK_S * self.load.rate)))
 
     async def _all(self, texts: Sequence[str], slices: Sequence[Slice], caller: str) -> Sequence[Served]:
         """Encode slices, and cancel all if one fails."""

@@ -15,7 +15,7 @@ from mirror_runtime.errors import ServerError, TextError
 from mirror_runtime.gateway.buffers import FREE_BYTES, Buffers
 from mirror_runtime.gateway.errors import Refusal
 from mirror_runtime.gateway.fair_queue import FairQueue
-from mirror_runtime.gateway.scheduler import SLICE_TOKENS, Scheduler
+from mirror_runtime.gateway.scheduler import Scheduler
 from tests.support.fake_bundles import EngineGate
 from tests.support.gateways import running
 from tests.support.mirror_serve import wait_until
@@ -26,9 +26,10 @@ LONG = "word " * 20_000
 class Backend:
     """Encodes a text as its length, after a moment, and notes what it was asked for."""
 
-    def __init__(self, tokens_at_once: int = SLICE_TOKENS) -> None:
+    tokens_at_once = slice_tokens = 1024
+
+    def __init__(self) -> None:
         self.card: Any = SimpleNamespace(max_tokens=256, long_texts="truncate")
-        self.tokens_at_once = tokens_at_once
         self.asked: list[list[str]] = []
         self.fingerprints = ["old"] * 1000
         self.failing = "none"
@@ -228,7 +229,7 @@ def test_floods_of_large_requests_keep_neither_small_ones_nor_health_waiting(gat
         run_engine = gate.run_engine
         gate.run_engine = lambda rows: (time.sleep(0.02), run_engine(rows))[1]
         ended: list[float] = []
-        bodies = [[f"{i} {j} " + "word " * 370 for j in range(400)] for i in range(2)] + ["word " * 100_000]
+        bodies = [[f"{i} {j} " + "word " * 370 for j in range(150)] for i in range(2)] + ["word " * 100_000]
 
         def flood(body: object) -> None:
             reply = gateway.send(
@@ -241,7 +242,7 @@ def test_floods_of_large_requests_keep_neither_small_ones_nor_health_waiting(gat
         threads = [threading.Thread(target=flood, args=(body,)) for body in bodies]
         for thread in threads:
             thread.start()
-        wait_until(lambda: gateway.service.scheduler.texts > 400)
+        wait_until(lambda: gateway.service.scheduler.texts > 150)
         waits = []
         for i in range(7):
             began = time.monotonic()
