@@ -63,8 +63,8 @@ def gateway(
         int,
         typer.Option(
             min=1,
-            help="Maximum texts accepted and not yet answered; further requests get 429. At 1,000 texts a second, 4096 "
-            "make a request wait 4 s at worst.",
+            help="Maximum texts accepted and not yet answered, of small requests and of larger ones each; further "
+            "requests get 429. At 1,000 texts a second, 4096 make a large request wait 4 s at worst.",
         ),
     ] = LIMITS.max_in_flight,
     max_body: Annotated[
