@@ -27,7 +27,7 @@ from mirror_runtime.tokenizer import LongTexts
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
 
-SHARED_S = 1.0
+SHARED_S = 10.0
 """How long after a small request the bulk lane leaves room for the next one."""
 
 BULK_S = 0.02
