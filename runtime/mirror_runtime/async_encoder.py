@@ -1,7 +1,8 @@
 """One encoder for many asyncio callers: their texts share micro-batches, within a waiting time and a queue limit.
 
 While the engine is busy, arriving texts queue and form the next micro-batch. While it is idle, a text waits up to
-`max_wait_ms` for others. Two micro-batches run at once, so that one is tokenised while the engine runs the other.
+`max_wait_ms` for others. Two micro-batches run at once, so that one is tokenised while the engine runs the other. Very
+long texts have a queue and a thread of their own: tokenising one of 4 MB takes seconds, in which other texts pass.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ CONCURRENT_BATCHES = 2
 
 CHARACTERS_PER_TOKEN = 4
 """For estimates before tokenising; 3.5 to 5 in English prose."""
+
+LONG_CHARACTERS = 32_768
+"""Characters beyond which a text is very long: 20 to 40 ms of tokenising, the time of a micro-batch."""
 
 _Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
 """A text's vector, its token count and whether it was truncated; or the error instead."""
@@ -82,8 +86,21 @@ class _Text:
     """A distinct text that waits or runs, and the calls' positions that its vector goes to."""
 
     tokens: int
+    lane: _Lane
     started: bool = False
     targets: list[tuple[_Call, int]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Lane:
+    """A queue of texts and its micro-batches."""
+
+    batches: int  # at once
+    batch_tokens: int  # at which a micro-batch starts without waiting longer
+    queue: dict[str, _Text] = field(default_factory=dict)  # oldest first
+    queued_tokens: int = 0
+    running: int = 0  # micro-batches
+    timer: asyncio.TimerHandle | None = None
 
 
 class AsyncEncoder:
@@ -121,16 +138,13 @@ class AsyncEncoder:
             )
         self._encoder = encoder
         self._wait_s = max_wait_ms / 1000
-        self._batch_tokens = max_batch_tokens or TOKEN_BUDGET * encoder.engine.streams
+        self._lane = _Lane(CONCURRENT_BATCHES, max_batch_tokens or TOKEN_BUDGET * encoder.engine.streams)
+        self._long_lane = _Lane(1, 1)  # one text at a time
         self._max_waiting = max_waiting
-        self._workers = ThreadPoolExecutor(CONCURRENT_BATCHES, thread_name_prefix="mirror-async")
+        self._workers = ThreadPoolExecutor(CONCURRENT_BATCHES + 1, thread_name_prefix="mirror-async")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._texts: dict[str, _Text] = {}  # waiting and running ones
-        self._queue: dict[str, _Text] = {}  # waiting ones, oldest first
-        self._queued_tokens = 0
         self._load = RetryEstimator()  # tokens of all texts
-        self._running = 0  # micro-batches
-        self._timer: asyncio.TimerHandle | None = None
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
         self._counts: Counter[str] = Counter()
@@ -138,8 +152,7 @@ class AsyncEncoder:
     @property
     def stats(self) -> AsyncStats:
         """A snapshot of the counters. The encoder has its own `stats`."""
-        waiting = len(self._queue)
-        return AsyncStats(**self._counts, waiting=waiting, running=len(self._texts) - waiting)
+        return AsyncStats(**self._counts, waiting=self._waiting, running=len(self._texts) - self._waiting)
 
     async def encode(self, texts: Sequence[str]) -> Vectors:
         """Encode texts together with those of other callers.
@@ -198,7 +211,8 @@ class AsyncEncoder:
         for position, text in good.items():
             self._enqueue(text, call, position)
         if good:
-            self._dispatch()
+            self._dispatch(self._lane)
+            self._dispatch(self._long_lane)
             try:
                 await call.done
             except asyncio.CancelledError:
@@ -211,7 +225,8 @@ class AsyncEncoder:
         """Refuse new calls, finish the accepted ones, and release the threads."""
         self._closed = True
         if self._texts:
-            self._send()
+            self._send(self._lane)
+            self._send(self._long_lane)
             if self._idle is None:
                 self._idle = self._own_loop().create_future()
             await self._idle
@@ -231,15 +246,19 @@ class AsyncEncoder:
             raise EngineError("this AsyncEncoder belongs to another event loop: make one for each")
         return loop
 
+    @property
+    def _waiting(self) -> int:
+        return len(self._lane.queue) + len(self._long_lane.queue)
+
     def _admit(self, texts: Collection[str]) -> None:
         """Count a call, or refuse it before anything of it is queued."""
         if self._closed:
             raise EngineError("this AsyncEncoder is closed")
         more = len({text for text in texts if text not in self._texts})
-        if more and len(self._queue) + more > self._max_waiting:
+        if more and self._waiting + more > self._max_waiting:
             self._counts["refused"] += 1
             raise OverloadedError(
-                f"{len(self._queue)} texts wait and {more} more would exceed {self._max_waiting}: try again later",
+                f"{self._waiting} texts wait and {more} more would exceed {self._max_waiting}: try again later",
                 self._load.retry_after_s(),
             )
         self._counts.update(calls=1, texts=len(texts))
@@ -247,8 +266,9 @@ class AsyncEncoder:
     def _enqueue(self, text: str, call: _Call, position: int) -> None:
         known = self._texts.get(text)
         if known is None:
-            known = self._texts[text] = self._queue[text] = _Text(tokens=estimate_tokens(text))
-            self._queued_tokens += known.tokens
+            lane = self._long_lane if len(text) > LONG_CHARACTERS else self._lane
+            known = self._texts[text] = lane.queue[text] = _Text(tokens=estimate_tokens(text), lane=lane)
+            lane.queued_tokens += known.tokens
             self._load.enter(known.tokens)
         else:
             self._counts["shared"] += 1
@@ -262,40 +282,40 @@ class AsyncEncoder:
                 continue
             known.targets = [target for target in known.targets if target[0] is not call]
             if not known.targets and not known.started:
-                del self._texts[text], self._queue[text]
-                self._queued_tokens -= known.tokens
+                del self._texts[text], known.lane.queue[text]
+                known.lane.queued_tokens -= known.tokens
                 self._load.drop(known.tokens)
                 self._counts["dropped"] += 1
         self._settle()
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, lane: _Lane) -> None:
         """Start the queued texts, now or when their waiting time ends."""
-        if not self._queue or self._running >= CONCURRENT_BATCHES:
+        if not lane.queue or lane.running >= lane.batches:
             return  # the next micro-batch that ends calls this again
-        if self._queued_tokens >= self._batch_tokens or not self._wait_s or self._closed:
-            self._send()
-        elif self._timer is None and self._loop is not None:
-            self._timer = self._loop.call_later(self._wait_s, self._send)
+        if lane.queued_tokens >= lane.batch_tokens or not self._wait_s or self._closed:
+            self._send(lane)
+        elif lane.timer is None and self._loop is not None:
+            lane.timer = self._loop.call_later(self._wait_s, self._send, lane)
 
-    def _send(self) -> None:
+    def _send(self, lane: _Lane) -> None:
         """Pass micro-batches to the worker threads while there are texts and free threads."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._queue and self._running < CONCURRENT_BATCHES:
+        if lane.timer is not None:
+            lane.timer.cancel()
+            lane.timer = None
+        while lane.queue and lane.running < lane.batches:
             batch: dict[str, _Text] = {}
             tokens = 0
-            while self._queue and tokens < self._batch_tokens:
-                text = next(iter(self._queue))
-                batch[text] = waiting = self._queue.pop(text)
+            while lane.queue and tokens < lane.batch_tokens:
+                text = next(iter(lane.queue))
+                batch[text] = waiting = lane.queue.pop(text)
                 waiting.started = True
                 tokens += waiting.tokens
-            self._queued_tokens -= tokens
-            self._running += 1
+            lane.queued_tokens -= tokens
+            lane.running += 1
             self._counts["batches"] += 1
-            self._workers.submit(self._compute, batch)
+            self._workers.submit(self._compute, lane, batch)
 
-    def _compute(self, batch: dict[str, _Text]) -> None:
+    def _compute(self, lane: _Lane, batch: dict[str, _Text]) -> None:
         """Compute one micro-batch in a worker thread."""
         outcomes: list[_Outcome]
         try:
@@ -305,11 +325,11 @@ class AsyncEncoder:
         except Exception as error:  # the edge of a thread: every caller must get a result
             outcomes = [error] * len(batch)
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._deliver, batch, outcomes)
+        self._loop.call_soon_threadsafe(self._deliver, lane, batch, outcomes)
 
-    def _deliver(self, batch: dict[str, _Text], outcomes: Sequence[_Outcome]) -> None:
+    def _deliver(self, lane: _Lane, batch: dict[str, _Text], outcomes: Sequence[_Outcome]) -> None:
         """Pass results to their callers, in the event loop."""
-        self._running -= 1
+        lane.running -= 1
         failed = all(isinstance(outcome, Exception) for outcome in outcomes)
         (self._load.drop if failed else self._load.finish)(sum(known.tokens for known in batch.values()))
         for (text, known), outcome in zip(batch.items(), outcomes, strict=True):
@@ -328,7 +348,7 @@ class AsyncEncoder:
                 if not call.missing:
                     call.done.set_result(None)
         self._settle()
-        self._dispatch()
+        self._dispatch(lane)
 
     def _settle(self) -> None:
         if self._idle is not None and not self._texts and not self._idle.done():

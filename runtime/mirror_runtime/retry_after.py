@@ -29,6 +29,11 @@ class RetryEstimator:
         """Work in flight now, in the caller's unit, such as tokens."""
         return self._in_flight
 
+    @property
+    def rate(self) -> float:
+        """Work that finishes in a busy second, lately; 0 before any has finished."""
+        return self._finished / self._finished_s if self._finished_s else 0.0
+
     def enter(self, amount: int) -> None:
         """Add work."""
         if not self._in_flight:

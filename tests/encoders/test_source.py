@@ -150,7 +150,7 @@ def test_missing_parts_are_named(copy: Path) -> None:
     (copy / "pytorch_model.bin").unlink()
     check("no weights")
     (copy / "config.json").write_text("{", encoding="utf-8")
-    check("cannot be read as JSON")
+    check("is not JSON")
     (copy / "config.json").unlink()
     check(r"no config\.json")
 

@@ -1,12 +1,14 @@
 """Many callers on one event loop: no text is lost or computed twice, and no caller is affected by another's."""
 
 import asyncio
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from mirror_runtime import AsyncEncoder, Encoder, EngineError, InputError, OverloadedError, TextError
+from mirror_runtime.async_encoder import LONG_CHARACTERS
 from tests.support.fake_bundles import EngineGate
 
 
@@ -180,6 +182,32 @@ def test_closing_finishes_accepted_calls_and_refuses_new_ones(encoder, gate):
 
     assert len(asyncio.run(main())) == 20
     assert encoder.encode(["the encoder below stays open"]).shape == (1, 8)
+
+
+def test_very_long_texts_hold_up_no_others(encoder, monkeypatch):
+    begin, held = encoder.begin, threading.Event()
+
+    def slow(texts, **options):
+        assert len({len(text) > LONG_CHARACTERS for text in texts}) == 1, "long and short texts share a micro-batch"
+        assert len(texts[0]) <= LONG_CHARACTERS or held.wait(20)
+        return begin(texts, **options)
+
+    monkeypatch.setattr(encoder, "begin", slow)
+
+    async def main():
+        async with AsyncEncoder(encoder) as shared:
+            long = ["x " * LONG_CHARACTERS, "y " * LONG_CHARACTERS, "z " * LONG_CHARACTERS, "short"]
+            late = [asyncio.create_task(shared.encode(long)), asyncio.create_task(shared.encode(long[:1]))]
+            for _ in range(5):
+                await asyncio.wait_for(shared.encode(["a", "b"]), 10)
+            late[1].cancel()
+            assert not late[0].done()
+            held.set()
+            assert (await late[0]).shape == (4, 8)
+            return shared.stats
+
+    stats = asyncio.run(main())
+    assert (stats.shared, stats.waiting, stats.running) == (1, 0, 0)
 
 
 def test_mistakes_are_errors(encoder):

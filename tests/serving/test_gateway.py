@@ -4,10 +4,13 @@ import contextlib
 import http.client
 import json
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +30,21 @@ TEXTS = ["", "a", "Zwei Häuser am See 🏠", *(" ".join(["word"] * n) for n in 
 
 
 @contextlib.contextmanager
-def gateway(*arguments: str) -> Iterator[SimpleNamespace]:
-    """Run `mirror gateway` on a free port."""
+def gateway(*arguments: str, files: int | None = None) -> Iterator[SimpleNamespace]:
+    """Run `mirror gateway` on a free port, with a limit on open files."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+        if files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
     process = subprocess.Popen(
         [sys.executable, "-m", "mirror_runtime.cli", "gateway", *arguments, "--port", "0"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
+        preexec_fn=prepare,
     )
     assert process.stdout is not None
     try:
@@ -44,7 +54,7 @@ def gateway(*arguments: str) -> Iterator[SimpleNamespace]:
             assert line, output
             output += line
         port = int(found[1])
-        yield SimpleNamespace(process=process, port=port, url=f"http://127.0.0.1:{port}")
+        yield SimpleNamespace(process=process, port=port, url=f"http://127.0.0.1:{port}", output=output)
     finally:
         process.kill()
         process.communicate()
@@ -140,6 +150,41 @@ def test_stopping_under_load_loses_nothing(fake_bundle: Path) -> None:
     assert set(answered) == {200}
     assert f"stopped; {len(answered)} requests answered" in output, "an answer never arrived"
     assert not broken, "a request was accepted and not answered"
+
+
+def test_a_signal_just_after_the_addresses_stops_it(fake_bundle: Path) -> None:
+    with gateway(str(fake_bundle), "--engine", "fake", "--drain", "0") as running:
+        assert "Traceback" not in stop(running, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_beside_half_sent_requests_stops_it_soon(fake_bundle: Path, number: signal.Signals) -> None:
+    with gateway(str(fake_bundle), "--engine", "fake", "--drain", "0.1") as running, contextlib.ExitStack() as stack:
+        head = b"POST /embed HTTP/1.1\r\nHost: localhost\r\n"
+        for sent in (b"", head, head + b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"):
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port))).sendall(sent)
+        assert send(running.port, "POST", "/embed", {"inputs": "a"}).status == 200
+        began = time.monotonic()
+        output = stop(running, number)
+        assert time.monotonic() - began < 8
+        assert "stopped; 2 requests answered" in output
+        assert "Traceback" not in output
+
+
+def test_with_few_descriptors_it_says_so_serves_and_stops(fake_bundle) -> None:
+    with gateway(str(fake_bundle), "--engine", "fake", "--drain", "0", files=64) as running:
+        assert "at most 16 connections; raise ulimit -n" in running.output
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+            wait_until(lambda: send(running.port, "POST", "/embed", {"inputs": "a"}).status == 200)
+            output = stop(running, signal.SIGTERM)
+        assert output.count("\n") < 5
+    with (
+        pytest.raises(AssertionError, match="may open 50 files, and a gateway needs at least 56"),
+        gateway(str(fake_bundle), "--engine", "fake", files=50),
+    ):
+        pass
 
 
 def test_the_lines_of_the_documentation_work_as_printed(fake_bundle: Path) -> None:

@@ -92,7 +92,7 @@ def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake",
     """Run a gateway on a bundle until the block ends."""
     encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
     chosen = GatewaySettings(**{"model": MODEL, "drain_s": 0.0, **settings})
-    backend = InProcessBackend(encoder, long_texts=long_texts, max_waiting=chosen.max_in_flight + 1)
+    backend = InProcessBackend(encoder, long_texts=long_texts, max_waiting=4 * chosen.max_in_flight + 1)
     service = GatewayService(backend, chosen, GatewayMetrics())
     server = GatewayServer(service)
     listener = listen("127.0.0.1", 0)

@@ -15,8 +15,12 @@ from mirror_runtime.client.protocol import MODEL_NAME, ClientOptions
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.gateway.settings import GatewaySettings, hosts_allowed_at, read_keys
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
+
+LIMITS = GatewaySettings(model="any")
+"""The default limits."""
 
 
 def gateway(
@@ -54,19 +58,21 @@ def gateway(
             "that were tuned for it (Matryoshka). By default, requests for fewer dimensions are refused."
         ),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = 2048,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = LIMITS.max_batch,
     max_in_flight: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Maximum texts accepted and not yet answered; further requests get 429. At 1,000 texts a second, 4096 "
-            "make a request wait 4 s at worst.",
+            help="Maximum texts accepted and not yet answered, of small requests and of larger ones each; further "
+            "requests get 429. At 1,000 texts a second, 4096 make a large request wait 4 s at worst.",
         ),
-    ] = 4096,
-    max_body: Annotated[int, typer.Option(min=1, metavar="BYTES", help="Largest request body.")] = 4_000_000,
+    ] = LIMITS.max_in_flight,
+    max_body: Annotated[
+        int, typer.Option(min=1, metavar="BYTES", help="Largest request body.")
+    ] = LIMITS.max_body_bytes,
     timeout: Annotated[
         float, typer.Option(min=0.001, metavar="SECONDS", help="After this time, an unanswered request gets 503.")
-    ] = 30.0,
+    ] = LIMITS.timeout_s,
     drain: Annotated[
         float,
         typer.Option(
@@ -74,7 +80,44 @@ def gateway(
             metavar="SECONDS",
             help="After SIGTERM, how long new connections are still accepted while /health already answers 503.",
         ),
-    ] = 1.0,
+    ] = LIMITS.drain_s,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A name that requests may call this gateway by in their Host header; may be repeated; * for any. "
+            "Default on loopback: localhost, 127.0.0.1 and [::1]; elsewhere any.",
+        ),
+    ] = None,
+    max_connections: Annotated[
+        int,
+        typer.Option(min=1, help="Open connections. Beyond it, the one that waits longest for its client is closed."),
+    ] = LIMITS.max_connections,
+    max_peer_connections: Annotated[
+        int, typer.Option(min=1, help="Likewise, of one address.")
+    ] = LIMITS.max_peer_connections,
+    max_header: Annotated[
+        int, typer.Option(min=1, metavar="BYTES", help="Largest head of a request, its headers included.")
+    ] = LIMITS.max_header_bytes,
+    max_headers: Annotated[int, typer.Option(min=1, help="Headers of a request.")] = LIMITS.max_headers,
+    max_buffered: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="BYTES", help="Of bodies that were read and answers that were not yet sent, together."
+        ),
+    ] = LIMITS.max_buffered_bytes,
+    header_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="In which a request's head must arrive.")
+    ] = LIMITS.header_s,
+    body_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="In which its body must arrive.")
+    ] = LIMITS.body_s,
+    answer_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="In which its answer must be read.")
+    ] = LIMITS.answer_s,
+    keep_alive: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="After which an unused connection is closed.")
+    ] = LIMITS.idle_s,
     engine: EngineOption = AUTO,
     precision: PrecisionOption = AUTO,
     streams: StreamsOption = None,
@@ -89,7 +132,6 @@ def gateway(
         require(package, "gateway")
     from mirror_runtime.gateway.backends import EncodingBackend, InProcessBackend, TritonBackend, fetch_card
     from mirror_runtime.gateway.server import listen, run
-    from mirror_runtime.gateway.settings import GatewaySettings, read_keys
 
     if (bundle is None) == (triton is None):
         raise InputError("pass either a bundle or --triton HOST:PORT")
@@ -101,8 +143,8 @@ def gateway(
         if bundle is not None:
             encoder = Encoder.load(bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts)
             encoder.warm_up()
-            # The gateway's own limit comes first; only probes of /health may exceed it.
-            backend = InProcessBackend(encoder, long_texts=long_texts.value, max_waiting=max_in_flight + 1)
+            # The gateway's own limits come first: its lanes admit less than twice as many texts each.
+            backend = InProcessBackend(encoder, long_texts=long_texts.value, max_waiting=4 * max_in_flight + 1)
         else:
             options = ClientOptions(url=triton, protocol=triton_protocol, model=triton_model, timeout_s=timeout)
             backend = TritonBackend(options, fetch_card(options, wait_s=wait))
@@ -115,6 +157,16 @@ def gateway(
             max_body_bytes=max_body,
             timeout_s=timeout,
             drain_s=drain,
+            allowed_hosts=hosts_allowed_at(host, allowed_host or ()),
+            max_connections=max_connections,
+            max_peer_connections=max_peer_connections,
+            max_header_bytes=max_header,
+            max_headers=max_headers,
+            max_buffered_bytes=max_buffered,
+            header_s=header_timeout,
+            body_s=body_timeout,
+            answer_s=answer_timeout,
+            idle_s=keep_alive,
         )
         console = Console(highlight=False, soft_wrap=True)
         run(backend, settings, listener, on_progress=lambda line: console.print(line, markup=False))

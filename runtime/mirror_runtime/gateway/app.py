@@ -9,17 +9,28 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+import numpy as np
 import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 import mirror_runtime
-from mirror_runtime.gateway.errors import Refusal, printable, refusal_of, refusal_of_validation, unavailable
+from mirror_runtime.gateway.bodies import json_route
+from mirror_runtime.gateway.buffers import HeldBytes
+from mirror_runtime.gateway.errors import (
+    Refusal,
+    client_gone,
+    printable,
+    refusal_of,
+    refusal_of_validation,
+    unavailable,
+)
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
-from mirror_runtime.gateway.middleware import CLIENT_GONE, Middleware, response_of
+from mirror_runtime.gateway.middleware import Middleware, response_of
 from mirror_runtime.gateway.schema import (
     EmbeddingsAnswer,
     EmbeddingsRequest,
@@ -27,17 +38,24 @@ from mirror_runtime.gateway.schema import (
     ErrorAnswer,
     Health,
     Info,
+    Live,
     Model,
     Models,
 )
 from mirror_runtime.gateway.service import EncodingResult, GatewayService
 
-OPEN_ROUTES = ("/health", "/metrics", "/docs", "/openapi.json")
+OPEN_ROUTES = ("/health", "/health/live", "/metrics", "/docs", "/openapi.json")
 """Routes without a key: for probes, Prometheus and readers of the documentation."""
 
 T = TypeVar("T")
 
-_CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_JSON_BYTES, _BASE64_BYTES = 22, 6
+"""Bytes of a component in an answer, rounded up: -0.012345678901234567 and a comma, and 4 bytes in base64."""
+
+_ROWS_AT_ONCE = 32
+"""Vectors serialised before other tasks run: 1 to 2 ms for 384 components."""
+
+_CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
 _VECTOR_HEADERS = {
     "X-Vector-Space": {
         "description": "The fingerprint: vectors of equal fingerprints can be compared.",
@@ -67,6 +85,7 @@ def make_app(service: GatewayService) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.router.route_class = json_route(service.settings.max_batch)
     # Document that a key is required. The middleware has checked it already.
     keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
     _add_embedding_routes(app, service, keyed)
@@ -83,6 +102,8 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
         **_refusals(400, 401, 404, 413, 422, 429, 500, 503),
     }
 
+    turn = asyncio.Lock()  # one answer is serialised at a time, so that small requests run between its parts
+
     @app.post(
         "/v1/embeddings",
         response_model=EmbeddingsAnswer,
@@ -98,8 +119,11 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
                 404, "model_not_found", f"the model here is {model!r}, not {printable(body.model)!r}", param="model"
             )
         texts = [body.input] if isinstance(body.input, str) else body.input
-        result = await _while_connected(request, service, service.encode(texts, dimensions=body.dimensions))
-        return _vectors_response(_openai_body(result, model, body.encoding_format == "base64"), result)
+        base64 = body.encoding_format == "base64"
+        caller = _held_for_answer(request, service, len(texts), _BASE64_BYTES if base64 else _JSON_BYTES)
+        work = service.encode(texts, caller, dimensions=body.dimensions)
+        result = await _while_connected(request, service, work)
+        return _vectors_response(await _openai_body(result, model, base64, turn), result)
 
     @app.post(
         "/embed",
@@ -111,9 +135,11 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
     async def embed(body: EmbedRequest, request: Request) -> Response:
         """Return vectors, as Text Embeddings Inference does."""
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        work = service.encode(texts, dimensions=body.dimensions, normalize=body.normalize, truncate=body.truncate)
+        caller = _held_for_answer(request, service, len(texts), _JSON_BYTES)
+        options = {"normalize": body.normalize, "truncate": body.truncate}
+        work = service.encode(texts, caller, dimensions=body.dimensions, **options)
         result = await _while_connected(request, service, work)
-        return _vectors_response(orjson.dumps(result.vectors, option=orjson.OPT_SERIALIZE_NUMPY), result)
+        return _vectors_response(b"[%b]" % b",".join(await _json_rows(result.vectors, turn)), result)
 
 
 def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
@@ -147,9 +173,14 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
 
     @app.get("/health", responses=_refusals(503), tags=["facts"])
     async def health() -> Health:
-        """Check that inferences succeed: one within the last second, or a new one."""
+        """Check that inferences succeed: those under way, one within the last second, or a new one."""
         await service.check_health()
         return Health(fingerprint=service.backend.card.fingerprint)
+
+    @app.get("/health/live", tags=["facts"])
+    async def live() -> Live:
+        """Answer, without an inference: a gateway that does not is to be restarted."""
+        return Live()
 
     @app.get(
         "/metrics",
@@ -185,22 +216,34 @@ def _add_error_handlers(app: FastAPI) -> None:
         return response_of(refusal_of(error))
 
 
-def _openai_body(result: EncodingResult, model: str, base64: bool) -> bytes:
-    """Build the body of /v1/embeddings: vectors as base64 of little-endian float32, or as lists of numbers.
+async def _openai_body(result: EncodingResult, model: str, base64: bool, turn: asyncio.Lock) -> bytes:
+    """Build the body of /v1/embeddings: vectors as base64 of little-endian float32, or as lists of numbers."""
+    if base64:
+        rows = [b'"%b"' % b64encode(row) for row in result.vectors]
+    else:
+        rows = await _json_rows(result.vectors, turn)
+    data = (b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in enumerate(rows))
+    usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
+    rest = orjson.dumps({"model": model, "usage": usage, "truncated": result.truncated})
+    return b'{"object":"list","data":[%b],%b' % (b",".join(data), rest[1:])
 
-    They are serialised from NumPy: 100 of 384 components would be 38,400 Python objects.
-    """
-    rows = [b64encode(row).decode("ascii") for row in result.vectors] if base64 else result.vectors
-    return orjson.dumps(
-        {
-            "object": "list",
-            "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
-            "model": model,
-            "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
-            "truncated": result.truncated,
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+
+async def _json_rows(vectors: NDArray[np.float32], turn: asyncio.Lock) -> list[bytes]:
+    """Serialise vectors as JSON, and let other tasks run meanwhile: 2,048 of 384 components take 80 ms."""
+    rows = []
+    async with turn:
+        for at, row in enumerate(vectors, 1):
+            rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY))
+            if at % _ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+    return rows
+
+
+def _held_for_answer(request: Request, service: GatewayService, texts: int, component_bytes: int) -> str:
+    """Count the bytes of an answer before it is computed, and return who asks for it."""
+    held: HeldBytes = request.state.held
+    held.add(texts * service.backend.card.dim * component_bytes)
+    return held.caller
 
 
 def _vectors_response(content: bytes, result: EncodingResult) -> Response:
@@ -221,7 +264,7 @@ async def _while_connected(request: Request, service: GatewayService, work: Coro
         if task.done():
             return task.result()
         if gone.done():
-            raise Refusal(CLIENT_GONE, "client_gone", "the client closed its connection")
+            raise client_gone()
         raise unavailable("deadline_exceeded", f"not answered within {timeout_s:g} s: try again later")
     finally:
         task.cancel()

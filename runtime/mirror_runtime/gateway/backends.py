@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mirror_runtime.async_encoder import AsyncEncoder
+from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
 from mirror_runtime.bundle import VectorType
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.client import connect
-from mirror_runtime.client.exchange import Served
+from mirror_runtime.client.exchange import BATCH_TOKENS, Served
 from mirror_runtime.client.protocol import ClientOptions, read_facts
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
+from mirror_runtime.packing import TOKEN_BUDGET
 
 _POLL_S = 0.5
 
@@ -37,9 +38,15 @@ class ModelCard:
 
 
 class EncodingBackend(Protocol):
-    """Encodes texts of many concurrent callers with the model that `card` describes."""
+    """Encodes texts of many concurrent callers with the model that `card` describes.
+
+    `tokens_at_once` keep it busy: more would wait in a queue of its own, where nobody can pass them. `slice_tokens` are
+    worth a call: while small requests come, they wait for one slice of a large one.
+    """
 
     card: ModelCard
+    tokens_at_once: int
+    slice_tokens: int
 
     async def encode(self, texts: Sequence[str]) -> Served:
         """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
@@ -51,11 +58,14 @@ class EncodingBackend(Protocol):
 class InProcessBackend:
     """An encoder in this process, of which at most `max_waiting` texts wait. `aclose` closes the encoder too."""
 
+    slice_tokens = 256  # 30 ms of a small encoder on one core; slices that come together are computed together
+
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
         spec = encoder.spec
         _check_vector_type(spec.vector_type)
         self._encoder = encoder
         self._async = AsyncEncoder(encoder, max_waiting=max_waiting)
+        self.tokens_at_once = (CONCURRENT_BATCHES + 1) * TOKEN_BUDGET * encoder.engine.streams
         self.card = ModelCard(
             model=spec.base_model,
             fingerprint=encoder.fingerprint,
@@ -80,6 +90,9 @@ class InProcessBackend:
 
 class TritonBackend:
     """A model on a Triton server. A replaced model is noticed at its first answer."""
+
+    tokens_at_once = 4 * BATCH_TOKENS  # requests of one call that the client has under way
+    slice_tokens = 1024  # a millisecond's work for the gateway
 
     def __init__(self, options: ClientOptions, card: ModelCard) -> None:
         self.card = card

@@ -21,6 +21,9 @@ from mirror_runtime.errors import (
 RETRY_AFTER_S = 1
 """The retry-after of refusals without a measured one: a backend that cannot be reached may be back any second."""
 
+CLIENT_GONE = 499
+"""The status that a request is counted under when its client did not wait for the answer."""
+
 _KINDS: Mapping[int, str] = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -84,6 +87,11 @@ def unavailable(code: str, message: str) -> Refusal:
     return Refusal(503, code, message, retry_after_s=RETRY_AFTER_S)
 
 
+def client_gone() -> Refusal:
+    """Build the refusal that nobody receives."""
+    return Refusal(CLIENT_GONE, "client_gone", "the client closed its connection")
+
+
 def refusal_of(error: Exception) -> Refusal:
     """Translate an exception into the response to its request.
 
@@ -112,9 +120,6 @@ def refusal_of(error: Exception) -> Refusal:
 def refusal_of_validation(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     """Translate pydantic's list of validation errors. The response never repeats the client's values."""
     first = errors[0]
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "malformed")
-        return Refusal(400, "invalid_json", f"the body is not JSON: {reason}")
     path = [str(part) for part in first["loc"] if part != "body"]
     if not path:
         return Refusal(

@@ -42,6 +42,13 @@ class GatewayMetrics:
         self.in_flight = Gauge(
             "mirror_gateway_texts_in_flight", "Texts accepted and not yet answered.", registry=self.registry
         )
+        self.connections = Gauge("mirror_gateway_connections", "Open connections.", registry=self.registry)
+        self.dropped = Counter(
+            "mirror_gateway_connections_dropped",
+            "Connections that the gateway ended.",
+            ("reason",),
+            registry=self.registry,
+        )
         self._info = Info("mirror_gateway", "The served model.", registry=self.registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:

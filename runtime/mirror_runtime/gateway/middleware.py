@@ -1,4 +1,4 @@
-"""The middleware that every request passes: API key, body limit, request id, counters."""
+"""The middleware that every request passes: host, API key, body limit, buffers, request id, counters."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mirror_runtime.gateway.errors import Refusal
+from mirror_runtime.gateway.buffers import FREE_BYTES, Buffers, HeldBytes
+from mirror_runtime.gateway.errors import CLIENT_GONE, Refusal
 from mirror_runtime.gateway.service import REQUEST_ID, GatewayService
 
-CLIENT_GONE = 499
-"""The status that a request is counted under when its client did not wait for the answer."""
+_WRITE_BYTES = 65_536
+"""Bytes of an answer that are passed to the socket at once: a slow reader holds one answer, and not a copy of it."""
 
+_PORT = re.compile(rb":\d+$")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -35,7 +36,9 @@ class Middleware:
         self._routes = frozenset(routes)
         self._open = frozenset(open_routes)
         self._keys = tuple(key.encode("ascii") for key in service.settings.keys)
+        self._hosts = frozenset(name.encode() for name in service.settings.allowed_hosts)
         self._max_body_bytes = service.settings.max_body_bytes
+        self._buffers = Buffers(service.settings.max_buffered_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request, or pass a lifespan event on."""
@@ -50,6 +53,8 @@ class Middleware:
         path = scope["path"]
         status = CLIENT_GONE
         counted = False
+        key = self._key(headers)
+        held = scope.setdefault("state", {})["held"] = self._buffers.hold(_caller(scope, key))
 
         def count() -> None:
             nonlocal counted
@@ -60,39 +65,48 @@ class Middleware:
 
         async def answer(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.body" and not message.get("more_body", False):
-                count()  # before the last byte, so that a client with an answer finds it counted
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
                 if self._service.draining:  # so that clients connect elsewhere before the port closes
                     message["headers"].append((b"connection", b"close"))
-            await send(message)
+                await send(message)
+                return
+            for piece in _pieces(message):
+                if not piece["more_body"]:
+                    count()  # before the last byte, so that a client with an answer finds it counted
+                await send(piece)
 
         try:
-            refusal = self._refusal(path, headers)
+            refusal = self._refusal(path, headers, key)
             if refusal is None:
-                await self._app(scope, self._limited(receive), answer)
+                await self._app(scope, self._limited(receive, held), answer)
             else:
                 await response_of(refusal)(scope, receive, answer)
         finally:
+            held.release()
             count()
 
-    def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Refusal | None:
-        """Check a request's key and stated length, before its body is read."""
-        if self._keys and path not in self._open:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            # Compare all keys, each in constant time, so that the time taken reveals nothing.
-            matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
-            if scheme.lower() != b"bearer" or not any(matches):
-                return Refusal(401, "invalid_api_key", "send a valid key: Authorization: Bearer KEY")
+    def _key(self, headers: Mapping[bytes, bytes]) -> int | None:
+        """Return the position of a request's key among the known ones; None if it has none of them."""
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        # Compare all keys, each in constant time, so that the time taken reveals nothing.
+        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
+        return matches.index(True) if scheme.lower() == b"bearer" and any(matches) else None
+
+    def _refusal(self, path: str, headers: Mapping[bytes, bytes], key: int | None) -> Refusal | None:
+        """Check a request's host, key and stated length, before its body is read."""
+        if self._hosts and _PORT.sub(b"", headers.get(b"host", b"").lower()) not in self._hosts:
+            return Refusal(421, "host_not_allowed", "this name of the gateway is not allowed: see --allowed-host")
+        if self._keys and path not in self._open and key is None:
+            return Refusal(401, "invalid_api_key", "send a valid key: Authorization: Bearer KEY")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._max_body_bytes:
             return self._too_large()
         return None
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Wrap `receive` so that it fails when a body exceeds the limit, whatever its headers say."""
+    def _limited(self, receive: Receive, held: HeldBytes) -> Receive:
+        """Wrap `receive` so that it fails when a body exceeds the bounds, whatever its headers say."""
         size = 0
 
         async def limited() -> Message:
@@ -101,8 +115,10 @@ class Middleware:
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 if size > self._max_body_bytes:
-                    # The only kind of exception that FastAPI lets through while it reads a body.
-                    raise HTTPException(413, self._too_large().message)
+                    raise self._too_large()
+                if size > FREE_BYTES >= size - len(message.get("body", b"")):
+                    self._service.scheduler.check_room_for_large(self._service.settings.max_batch, held.caller)
+                held.add(len(message.get("body", b"")))
             return message
 
         return limited
@@ -110,6 +126,21 @@ class Middleware:
     def _too_large(self) -> Refusal:
         message = f"the body has more than {self._max_body_bytes} bytes: send fewer texts per request"
         return Refusal(413, "body_too_large", message)
+
+
+def _caller(scope: Scope, key: int | None) -> str:
+    """Return whose part of the gateway a request takes: its key's, or else its address's."""
+    address = scope.get("client")
+    return f"key {key}" if key is not None else str(address[0]) if address else "unknown"
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """Split a part of an answer. uvicorn waits between pieces while the client does not read."""
+    body, more = memoryview(message.get("body", b"")), message.get("more_body", False)
+    while len(body) > _WRITE_BYTES:
+        yield {"type": message["type"], "body": body[:_WRITE_BYTES], "more_body": True}
+        body = body[_WRITE_BYTES:]
+    yield {"type": message["type"], "body": body, "more_body": more}
 
 
 def response_of(refusal: Refusal) -> Response:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from mirror_runtime.gateway.errors import Refusal, printable
 from mirror_runtime.tokenizer import validate_text
 
 
@@ -40,9 +41,24 @@ Dimensions = Annotated[
 ]
 
 
+_NAMED = 3
+"""Unknown fields that a refusal names; it counts the others."""
+
+
 class _Request(BaseModel):
     # Refuse unknown fields: a client would believe that they do something.
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, body: Any) -> Any:
+        """Report several unknown fields at once: as one error each, 4 MB of them took 6 to 10 s."""
+        if isinstance(body, dict) and len(unknown := body.keys() - cls.model_fields.keys()) > 1:
+            first = [str(name) for name in body if name in unknown][:_NAMED]
+            more = f" and {len(unknown) - len(first)} more" if len(unknown) > len(first) else ""
+            message = f"{', '.join(map(printable, first))}{more}: these fields are not permitted"
+            raise Refusal(422, "invalid_field", message, param=first[0])
+        return body
 
 
 class EmbeddingsRequest(_Request):
@@ -132,8 +148,14 @@ class Info(BaseModel):
     version: str
 
 
+class Live(BaseModel):
+    """The response of a gateway that runs."""
+
+    status: Literal["ok"] = "ok"
+
+
 class Health(BaseModel):
-    """The response of a healthy gateway: an inference has just succeeded."""
+    """The response of a healthy gateway: inferences succeed."""
 
     status: Literal["ok"] = "ok"
     fingerprint: str

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
 from mirror_runtime.errors import InputError
 from mirror_runtime.gateway.app import make_app
 from mirror_runtime.gateway.backends import EncodingBackend
+from mirror_runtime.gateway.connections import Connection, Connections
 from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.repeats import RepeatFilter, limit_repeats
 from mirror_runtime.gateway.service import GatewayService
-from mirror_runtime.gateway.settings import GatewaySettings
-
-KEEP_ALIVE_S = 75
-"""Longer than load balancers keep idle connections, so that they close them and no request meets a closing one."""
+from mirror_runtime.gateway.settings import GatewaySettings, is_loopback
 
 _BACKLOG = 2048
+_ACCEPTS = 4
+"""Connections accepted at once. asyncio takes as many as the backlog before it closes one that is too many."""
+
 _LAST_REQUESTS_S = 0.2
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+
+_FILES = 48
+"""Descriptors besides those of connections: libraries, the bundle, the log, a model server's connection."""
+
+_FEWEST_CONNECTIONS = 8
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,46 +66,103 @@ def run(
     *,
     on_progress: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer the requests under way and close the backend."""
+    """Serve until SIGTERM, SIGHUP, SIGQUIT or Ctrl-C, then answer the requests under way and close the backend."""
+    connections = possible_connections(settings.max_connections)
+    if connections < settings.max_connections:
+        on_progress(f"few file descriptors: at most {connections} connections; raise ulimit -n to have more")
+        settings = replace(
+            settings,
+            max_connections=connections,
+            max_peer_connections=min(settings.max_peer_connections, connections),
+        )
     service = GatewayService(backend, settings, GatewayMetrics())
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     card = backend.card
-    on_progress(f"serving {settings.model!r} ({card.engine} {card.precision}, {card.backend}); Ctrl-C stops it")
-    on_progress(f"OpenAI   {url}/v1")
-    on_progress(f"TEI      {url}/embed")
-    on_progress(f"more     {url}/docs, /info, /health, /metrics")
-    if host not in _LOOPBACK and not settings.keys:
-        on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")
-    with _signals_handled():
-        GatewayServer(service).run([listener])
+
+    def announce() -> None:
+        on_progress(f"serving {settings.model!r} ({card.engine} {card.precision}, {card.backend}); Ctrl-C stops it")
+        on_progress(f"OpenAI   {url}/v1")
+        on_progress(f"TEI      {url}/embed")
+        on_progress(f"more     {url}/docs, /info, /health, /metrics")
+        if not is_loopback(host) and not settings.keys:
+            on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")
+
+    server = GatewayServer(service, on_started=announce, repeats=limit_repeats())
+    with _signals_go_to(server):
+        server.run([listener])
     on_progress(f"stopped; {service.metrics.answered} requests answered")
+
+
+def possible_connections(wanted: int) -> int:
+    """Raise this process's limit on file descriptors as far as needed, and return how many connections it allows.
+
+    Raises:
+        InputError: they are too few to serve anybody.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    if soft < wanted + _FILES:
+        soft = min(wanted + _FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
+    if soft - _FILES < _FEWEST_CONNECTIONS:
+        raise InputError(
+            f"this process may open {soft} files, and a gateway needs at least {_FILES + _FEWEST_CONNECTIONS}: raise "
+            "the limit (ulimit -n 2048)"
+        )
+    return min(wanted, soft - _FILES)
 
 
 class GatewayServer(uvicorn.Server):
     """uvicorn, with a drain time between the signal and the closing of the port."""
 
-    def __init__(self, service: GatewayService) -> None:
+    def __init__(
+        self,
+        service: GatewayService,
+        *,
+        on_started: Callable[[], None] = lambda: None,
+        repeats: RepeatFilter | None = None,
+    ) -> None:
+        connections = Connections(service.settings, service.metrics)
         super().__init__(
             uvicorn.Config(
                 make_app(service),
+                backlog=_ACCEPTS,
                 loop="asyncio",  # uvloop, where it is installed, was no faster here
-                http="httptools",
+                http=cast(type[asyncio.Protocol], partial(Connection, connections)),
                 lifespan="on",
                 ws="none",
                 log_config=None,
                 access_log=False,  # the metrics count requests; a proxy in front logs addresses
                 server_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(service.settings.timeout_s) + 1,
             )
         )
         self._service = service
+        self._on_started = on_started
+        self._repeats = repeats
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and then announce the addresses: from here on, signals are obeyed."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)
+        self._on_started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Log what was repeated."""
+        if self._repeats is not None:
+            self._repeats.summarize()
+        return await super().on_tick(counter)
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Leave the signals to `run`."""
+        return nullcontext()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start draining: health checks fail and responses close their connections. A second signal stops at once."""
-        if self._service.draining:
+        if self._service.draining or not self.started:
             super().handle_exit(sig, frame)
             return
         self._service.draining = True
@@ -110,9 +179,10 @@ class GatewayServer(uvicorn.Server):
 
 
 @contextmanager
-def _signals_handled() -> Iterator[None]:
-    """Ignore the signal that uvicorn raises again after its shutdown, so that the process exits with status 0."""
-    before = {sig: signal.signal(sig, lambda _sig, _frame: None) for sig in (signal.SIGTERM, signal.SIGINT)}
+def _signals_go_to(server: GatewayServer) -> Iterator[None]:
+    """Pass signals to a server, also while it starts and after it has stopped. nohup's ignored SIGHUP stays ignored."""
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    before = {sig: signal.signal(sig, server.handle_exit) for sig in _SIGNALS - ignored}
     try:
         yield
     finally:

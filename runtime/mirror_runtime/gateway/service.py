@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.client.exchange import Served
 from mirror_runtime.errors import EngineError, NotFiniteError
 from mirror_runtime.gateway.backends import EncodingBackend
-from mirror_runtime.gateway.errors import Refusal, overloaded, refusal_of, unavailable
+from mirror_runtime.gateway.errors import Refusal, refusal_of, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.scheduler import Scheduler
 from mirror_runtime.gateway.settings import GatewaySettings
-from mirror_runtime.retry_after import RetryEstimator
 from mirror_runtime.vectors import cut
 
 PROBE = "Is anybody there?"
@@ -30,7 +29,7 @@ FRESH_S = 1.0
 """How long a success or failure counts: one probe a second costs nothing, however many clients check."""
 
 PROBE_S = 10.0
-"""Timeout of a probe, which waits behind accepted texts. Beyond it, those are late too."""
+"""Timeout of a probe, and of the inferences under way: one of them ends in this time, or the gateway is not healthy."""
 
 REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")
 """The id of the current request, for the log."""
@@ -57,8 +56,7 @@ class GatewayService:
         self.settings = settings
         self.metrics = metrics
         self.draining = False
-        self._in_flight = 0  # texts
-        self._tokens = RetryEstimator()
+        self.scheduler = Scheduler(backend, settings.max_in_flight)
         self._outcome_at = -FRESH_S
         self._problem: Exception | None = None
         self._probing = asyncio.Lock()
@@ -66,6 +64,7 @@ class GatewayService:
     async def encode(
         self,
         texts: Sequence[str],
+        caller: str = "",
         *,
         dimensions: int | None = None,
         normalize: bool | None = None,
@@ -73,14 +72,16 @@ class GatewayService:
     ) -> EncodingResult:
         """Encode a request's texts, at least one, with the request's own parameters, see `schema`.
 
+        Requests of equal `caller` share one caller's part of the backend.
+
         Raises a `Refusal`, which is counted, and logged if only the operator can fix the cause.
         """
         if dimensions == self.backend.card.dim:
             dimensions = None
         try:
             self._check(len(texts), dimensions, normalize)
-            with self._admitted(texts):
-                served = await self.backend.encode(texts)
+            with self._counted(len(texts)):
+                served = await self.scheduler.encode(texts, caller)
                 _check_finite(served)
                 self._record_outcome(None)
             return self._finish(served, dimensions, normalize, truncate)
@@ -88,24 +89,32 @@ class GatewayService:
             refusal = refusal_of(error)
             self.metrics.refused.labels(refusal.code).inc()
             if refusal.status >= 500:
+                self._record_outcome(error)
                 _log.error("request %s: %s: %s", REQUEST_ID.get(), type(error).__name__, error)
             raise refusal from error
 
     async def check_health(self) -> None:
-        """Check that inferences succeed: run one, unless the last one ended less than a second ago."""
+        """Check that inferences succeed: those under way, the last one if it is recent, or else a new one."""
         if self.draining:
             raise unavailable("draining", "this gateway is about to stop")
+        idle_s = self.scheduler.idle_s()
+        if idle_s is None:
+            await self._probe()
+        elif idle_s >= PROBE_S:  # a probe would only wait behind these
+            raise unavailable("unhealthy", f"no inference has ended in {PROBE_S:g} s")
+        if self._problem is not None:
+            raise unavailable("unhealthy", "the last inference failed; the gateway's log has the reason")
+
+    async def _probe(self) -> None:
+        """Run an inference, unless the last one ended less than a second ago."""
         async with self._probing:
             if time.monotonic() - self._outcome_at >= FRESH_S:
                 try:
-                    # Not subject to the limit on texts in flight: a busy gateway is healthy.
                     _check_finite(await asyncio.wait_for(self.backend.encode([PROBE]), PROBE_S))
                     self._record_outcome(None)
                 except Exception as error:  # any failure means unhealthy
                     self._record_outcome(error)
                     _log.warning("not healthy: %s: %s", type(error).__name__, error)
-        if self._problem is not None:
-            raise unavailable("unhealthy", "the last inference failed; the gateway's log has the reason")
 
     def _record_outcome(self, problem: Exception | None) -> None:
         self._problem = problem
@@ -134,30 +143,13 @@ class GatewayService:
             )
 
     @contextmanager
-    def _admitted(self, texts: Sequence[str]) -> Iterator[None]:
-        """Count texts as in flight for the block, or refuse them immediately."""
-        count, limit = len(texts), self.settings.max_in_flight
-        tokens = sum(map(estimate_tokens, texts))
-        if self._in_flight + count > limit:
-            raise overloaded(
-                f"{self._in_flight} texts are being encoded and {count} more would exceed {limit}: try again later",
-                self._tokens.retry_after_s(),
-            )
-        self._count_in_flight(count)
-        self._tokens.enter(tokens)
+    def _counted(self, texts: int) -> Iterator[None]:
+        """Show the texts in flight."""
+        self.metrics.in_flight.inc(texts)
         try:
             yield
-        except BaseException:  # cancelled requests too
-            self._tokens.drop(tokens)
-            raise
-        else:
-            self._tokens.finish(tokens)
         finally:
-            self._count_in_flight(-count)
-
-    def _count_in_flight(self, change: int) -> None:
-        self._in_flight += change
-        self.metrics.in_flight.set(self._in_flight)
+            self.metrics.in_flight.dec(texts)
 
     def _finish(
         self, served: Served, dimensions: int | None, normalize: bool | None, truncate: bool | None

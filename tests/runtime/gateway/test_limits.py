@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime.errors import DeadlineExceededError, EngineError, OverloadedError, ServerError, UnavailableError
-from mirror_runtime.gateway import service
+from mirror_runtime.gateway import scheduler, service
 from mirror_runtime.gateway.errors import refusal_of
 from mirror_runtime.retry_after import RetryEstimator
 from tests.support.fake_bundles import FINGERPRINT, EngineGate
@@ -42,6 +42,7 @@ def clock(monkeypatch):
     """The time that the service sees, in seconds."""
     seen: Any = SimpleNamespace(now=100.0, monotonic=lambda: seen.now)
     monkeypatch.setattr(service, "time", seen)
+    monkeypatch.setattr(scheduler, "time", seen)
     return seen
 
 
@@ -65,10 +66,12 @@ def test_requests_over_the_limit_are_refused_immediately_with_a_measured_retry_a
     gateway, gate, pool = gated
     clock = SimpleNamespace(now=0.0)
     estimator = RetryEstimator(lambda: clock.now)
-    monkeypatch.setattr(gateway.service, "_tokens", estimator)
+    monkeypatch.setattr(gateway.service.scheduler, "load", estimator)
     estimator.enter(100)
     clock.now = 40.0
+    assert estimator.rate == 0
     estimator.finish(100)  # 0.4 s a token
+    assert estimator.rate == 2.5
     before = refusals(gateway)
     gate.close()
     accepted = [pool.submit(gateway.embed, [f"{i} a", f"{i} b"]) for i in range(4)]
@@ -105,16 +108,19 @@ def test_the_openai_client_waits_as_told_and_succeeds(gated):
     assert accepted.result().status == 200
 
 
-def test_an_overloaded_gateway_is_healthy(gated, clock):
+def test_a_busy_gateway_is_healthy_at_once_until_no_inference_ends(gated, clock):
     gateway, gate, pool = gated
     assert gateway.send("GET", "/health").json == {"status": "ok", "fingerprint": FINGERPRINT}
     accepted = fill(gateway, gate, pool)
-    clock.now += service.FRESH_S  # the last success no longer counts
-    probe = pool.submit(gateway.send, "GET", "/health")
-    time.sleep(0.05)
-    assert not probe.done()
+    clock.now += service.FRESH_S  # the last success no longer counts, and a probe would wait
+    assert gateway.send("GET", "/health").status == 200
+    clock.now += service.PROBE_S
+    stuck = gateway.send("GET", "/health")
+    assert (stuck.status, stuck.error["code"]) == (503, "unhealthy")
+    assert gateway.send("GET", "/health/live").json == {"status": "ok"}
     gate.open()
-    assert probe.result().status == accepted.result().status == 200
+    assert accepted.result().status == 200
+    assert gateway.send("GET", "/health").status == 200
 
 
 def test_health_is_an_inference_whose_outcome_counts_for_a_second(gated, clock):
@@ -185,7 +191,7 @@ def test_the_waiting_texts_of_a_client_that_disconnects_are_dropped(gated):
     gate.open()
     assert [answer.result().status for answer in encoding] == [200, 200]
     assert gateway.service.backend._async.stats.dropped == stats.dropped + 2
-    assert gateway.service._tokens.in_flight == 0, "dropped texts count as work in flight"
+    assert gateway.service.scheduler.load.in_flight == 0, "dropped texts count as work in flight"
     wait_until(lambda: gateway.metric("mirror_gateway_requests_total", route="/v1/embeddings", status="499") == 1)
 
 

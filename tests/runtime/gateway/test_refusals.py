@@ -1,5 +1,6 @@
 """Bad requests, written and generated, get a status and a reason that names the field; the gateway stays healthy."""
 
+import json
 import os
 from typing import Any
 
@@ -7,6 +8,7 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase
 
+from mirror_runtime.gateway import bodies
 from tests.support.gateways import MODEL, running
 
 JSON = {"Content-Type": "application/json"}
@@ -28,7 +30,7 @@ def fields(**changes):
     [
         (V1, b"", 422, None, "must be a JSON object"),
         (V1, b"{", 400, None, "the body is not JSON"),
-        (V1, b'{"input": "\xff\xfe"}', 400, None, "error parsing the body"),
+        (V1, b'{"input": "\xff\xfe"}', 400, None, "the body is not JSON"),
         (V1, b"[" * 9_000, 400, None, ""),
         (V1, [], 422, None, "must be a JSON object"),
         (V1, {}, 422, "input", "Field required"),
@@ -56,6 +58,8 @@ def fields(**changes):
         (V1, fields(user=7), 422, "user", "valid string"),
         (V1, fields(truncate=True), 422, "truncate", "not permitted"),
         (V1, fields(**{"x" * 900: 1}), 422, "x" * 100 + "…", "not permitted"),
+        (V1, fields(aa=1, bb=2), 422, "aa", "aa, bb: these fields are not permitted"),
+        (V1, {f"x{i}": 1 for i in range(600)}, 422, "x0", "x0, x1, x2 and 597 more: these fields"),
         (TEI, {}, 422, "inputs", "Field required"),
         (TEI, {"input": "a"}, 422, "inputs", "Field required"),
         (TEI, {"inputs": "a", "normalize": "yes"}, 422, "normalize", "valid boolean"),
@@ -99,6 +103,38 @@ def test_a_body_over_the_limit_gets_a_response(gateway, body):
     assert reply.status == 413
     assert "more than 10000 bytes" in reply.error["message"]
     assert gateway.embed("still healthy").status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"field{i}": 1 for i in range(200_000)},
+        {"inputs": [""] * 300_000},
+        {"inputs": [[]] * 300_000},
+        {"inputs": [{}] * 300_000},
+        {"inputs": list(range(500_000))},
+        {"inputs": ["\\"] * 300_000},
+        {"inputs": "a", "x": [1] * 300_000},
+    ],
+    ids=["fields", "texts", "lists", "objects", "ids", "escapes", "numbers"],
+)
+def test_a_large_body_that_cannot_be_a_request_is_refused_unparsed(generated_gateway, monkeypatch, body):
+    monkeypatch.setattr(bodies, "_parsed", lambda body: pytest.fail("it was parsed"))
+    reply = generated_gateway.send("POST", TEI, body)
+    assert (reply.status, reply.error["code"]) == (413, "body_too_complex")
+    assert "at most 2048 texts" in reply.error["message"]
+
+
+def test_large_bodies_of_texts_are_read(generated_gateway):
+    texts = ['"quoted" \\ [1, {2: 3}], ' * 40 + str(i) for i in range(2000)]
+    for body in (texts, texts[0] * 1000):
+        plain = json.dumps({"inputs": body}, indent=4).encode()
+        assert len(plain) > 1_000_000
+        assert generated_gateway.send("POST", TEI, plain, JSON).status == 200
+    bad = generated_gateway.send("POST", TEI, {"inputs": ["a" * 100_000, "lone \ud800"]})
+    assert (bad.status, bad.error["param"]) == (422, "inputs")
+    assert "text 1: contains a lone surrogate" in bad.error["message"]
+    assert generated_gateway.send("POST", TEI, b'{"inputs": "' + b"a" * 100_000, JSON).error["code"] == "invalid_json"
 
 
 def send_checked(case, url, *also):
@@ -152,6 +188,6 @@ def test_generated_requests(generated_gateway, schema, mode, route):
     assert generated_gateway.send("GET", "/health").status == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/info", "/health", "/metrics"])
+@pytest.mark.parametrize("path", ["/v1/models", "/info", "/health", "/health/live", "/metrics"])
 def test_routes_without_a_body(generated_gateway, schema, path):
     send_checked(schema[path]["GET"].Case(), generated_gateway.url)

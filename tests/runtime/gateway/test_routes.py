@@ -11,6 +11,8 @@ from mirror_runtime.gateway.app import make_app
 from tests.support.fake_bundles import FINGERPRINT
 from tests.support.gateways import MODEL, changed_bundle, running, vectors
 
+POSTS, GETS = ("/v1/embeddings", "/embed"), ("/v1/models", "/info", "/health", "/health/live", "/metrics")
+
 
 @pytest.fixture(scope="module")
 def gateway(gateway_bundle):
@@ -111,7 +113,7 @@ def test_a_request_keeps_its_valid_id_or_gets_one(gateway, request_id, kept):
 
 def test_the_document_describes_every_response(gateway):
     document = gateway.send("GET", "/openapi.json").json
-    assert set(document["paths"]) == {"/v1/embeddings", "/embed", "/v1/models", "/info", "/health", "/metrics"}
+    assert set(document["paths"]) == {*POSTS, *GETS}
     vectors = document["paths"]["/v1/embeddings"]["post"]["responses"]
     assert set(vectors) == {"200", "400", "401", "404", "413", "422", "429", "500", "503"}
     assert vectors["422"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}

@@ -1,0 +1,178 @@
+"""Fair use of a backend: requests are cut into slices, which take turns in lanes.
+
+    request ──slices──▶ small │ bulk │ long ──▶ backend ──▶ joined result
+
+A request of one slice goes to the lane `small`, the slices of a larger one to `bulk`, and a very long text to `long`.
+Each lane has room of its own at the backend, so that no request waits behind all of a larger one; within a lane,
+callers have equal shares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mirror_runtime.async_encoder import LONG_CHARACTERS, estimate_tokens
+from mirror_runtime.client.exchange import REPLACEMENTS, Served
+from mirror_runtime.gateway.backends import EncodingBackend
+from mirror_runtime.gateway.errors import overloaded, unavailable
+from mirror_runtime.gateway.fair_queue import FairQueue
+from mirror_runtime.retry_after import RetryEstimator
+from mirror_runtime.tokenizer import LongTexts
+
+CHARACTERS_TOKENISED = 32
+"""Characters that are tokenised in the time of one token in a small CPU encoder."""
+
+SHARED_S = 10.0
+"""How long after a small request the bulk lane leaves room for the next one."""
+
+BULK_S = 0.02
+"""Work that the bulk lane then keeps at the backend, in time at the recent rate: the wait that it adds."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive texts of a request."""
+
+    start: int
+    stop: int
+    tokens: int  # estimated, after truncation, and what tokenising costs
+    long: bool  # whether it is one very long text
+
+
+class Scheduler:
+    """Encodes requests of many callers.
+
+    Attributes:
+        load: the tokens in flight, and their rate.
+    """
+
+    def __init__(self, backend: EncodingBackend, max_texts: int) -> None:
+        self.load = RetryEstimator()
+        self._backend = backend
+        self._max_texts = max_texts
+        self._small = FairQueue(lambda: backend.tokens_at_once, max_texts)
+        self._bulk = FairQueue(self._bulk_tokens, max_texts)
+        self._long = FairQueue(lambda: 1, max_texts)  # one at a time
+        self._small_at = -SHARED_S
+        self._progress_at = 0.0
+
+    @property
+    def texts(self) -> int:
+        """Texts accepted and not yet encoded."""
+        return self._small.texts + self._bulk.texts
+
+    def idle_s(self) -> float | None:
+        """Return the seconds since an inference began or ended, very long texts aside; None if none is under way."""
+        return time.monotonic() - self._progress_at if self._small.running or self._bulk.running else None
+
+    async def encode(self, texts: Sequence[str], caller: str) -> Served:
+        """Encode a request's texts, all with one model. Cancelling drops the slices that have not started.
+
+        Raises:
+            Refusal: too many texts are accepted already.
+            MirrorError: the backend's errors.
+        """
+        slices = list(self._cut(texts))
+        small = len(slices) == 1 and not slices[0].long
+        queue = self._small if small else self._bulk
+        self._check_room(queue, len(texts), caller)
+        with queue.admitted(caller, len(texts)):
+            if small:
+                self._small_at = time.monotonic()
+                return await self._encode_slice(texts, slices[0], self._small, caller)
+            parts: dict[int, Served] = {}
+            for _ in range(REPLACEMENTS + 1):
+                missing = [one for one in slices if one.start not in parts]
+                parts.update(zip((one.start for one in missing), await self._all(texts, missing, caller), strict=True))
+                newest = parts[missing[-1].start].fingerprint
+                parts = {start: part for start, part in parts.items() if part.fingerprint == newest}
+                if len(parts) == len(slices):
+                    return _joined(parts)
+        raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
+
+    def _cut(self, texts: Sequence[str]) -> Iterator[Slice]:
+        """Cut a request into slices of the backend's size or one text."""
+        card = self._backend.card
+        most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
+        start = tokens = 0
+        for at, text in enumerate(texts):
+            long = len(text) > LONG_CHARACTERS
+            more = estimate_tokens(text) if most is None else min(estimate_tokens(text), most)
+            more += len(text) // CHARACTERS_TOKENISED
+            if at > start and (long or tokens + more > self._backend.slice_tokens):
+                yield Slice(start, at, tokens, long=False)
+                start, tokens = at, 0
+            tokens += more
+            if long:
+                yield Slice(at, at + 1, tokens, long=True)
+                start, tokens = at + 1, 0
+        if start < len(texts):
+            yield Slice(start, len(texts), tokens, long=False)
+
+    def check_room_for_large(self, texts: int, caller: str) -> None:
+        """Refuse a large request of up to so many texts before its body has been read and parsed.
+
+        Raises:
+            Refusal: it may not fit.
+        """
+        self._check_room(self._bulk, texts, caller)
+
+    def _check_room(self, queue: FairQueue, texts: int, caller: str) -> None:
+        if not queue.fits(caller, texts):
+            raise overloaded(
+                f"{queue.texts} texts are being encoded and {texts} more would exceed {self._max_texts}: try again "
+                "later",
+                self.load.retry_after_s(),
+            )
+
+    def _bulk_tokens(self) -> int:
+        """Return how many tokens of large requests may be at the backend now."""
+        most = self._backend.tokens_at_once
+        if time.monotonic() - self._small_at >= SHARED_S:
+            return most
+        return min(most, max(self._backend.slice_tokens, int(BULK_S * self.load.rate)))
+
+    async def _all(self, texts: Sequence[str], slices: Sequence[Slice], caller: str) -> Sequence[Served]:
+        """Encode slices, and cancel all if one fails."""
+        lanes = (self._long if one.long else self._bulk for one in slices)
+        pairs = zip(slices, lanes, strict=True)
+        tasks = [asyncio.ensure_future(self._encode_slice(texts, one, lane, caller)) for one, lane in pairs]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _encode_slice(self, texts: Sequence[str], one: Slice, lane: FairQueue, caller: str) -> Served:
+        """Encode a slice in its turn."""
+        self.load.enter(one.tokens)
+        done = self.load.drop  # cancelled and failed ones do not count for the rate
+        try:
+            async with lane.turn(caller, one.tokens):
+                if not one.long and self._small.running + self._bulk.running == one.tokens:
+                    self._progress_at = time.monotonic()
+                served = await self._backend.encode(texts[one.start : one.stop])
+            done = self.load.finish
+            return served
+        finally:
+            done(one.tokens)
+            if not one.long:
+                self._progress_at = time.monotonic()
+
+
+def _joined(parts: dict[int, Served]) -> Served:
+    """Put slices, by their first text, into one result."""
+    inner = [parts[start] for start in sorted(parts)]
+    errors = {at + i: type(e)(at + i, e.reason) for at in parts for i, e in parts[at].errors.items()}
+    return Served(
+        vectors=np.concatenate([part.vectors for part in inner]),
+        tokens=np.concatenate([part.tokens for part in inner]),
+        truncated=np.concatenate([part.truncated for part in inner]),
+        errors=errors,
+        fingerprint=inner[0].fingerprint,
+    )

@@ -1,0 +1,27 @@
+"""The log states a thing a few times, and then how often it was repeated."""
+
+import logging
+from types import SimpleNamespace
+
+from mirror_runtime.gateway.repeats import BURST, WINDOW_S, RepeatFilter
+
+
+def test_repeats_are_counted_and_other_records_pass(caplog):
+    clock = SimpleNamespace(now=0.0)
+    repeats = RepeatFilter(lambda: clock.now)
+    caplog.handler.addFilter(repeats)
+    log = logging.getLogger("some.library")
+    try:
+        for i in range(1000):
+            log.error("request %d failed", i)
+            repeats.summarize()
+        log.error("something else")
+        clock.now += WINDOW_S
+        repeats.summarize()
+        log.error("request %d failed", 1000)
+    finally:
+        caplog.handler.removeFilter(repeats)
+    lines = [record.getMessage() for record in caplog.records]
+    first = [f"request {i} failed" for i in range(BURST)]
+    summary = f"{1000 - BURST} more of some.library: request %d failed"
+    assert lines == [*first, "something else", summary, "request 1000 failed"]
