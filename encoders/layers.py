@@ -47,6 +47,8 @@ class _Rows:
     key_heads: int  # heads of keys and values
     mask: torch.Tensor  # with the bias of relative positions
     masks: dict[tuple[bool, int | None], torch.Tensor]  # by causal and window: with what such layers hide
+    positions: torch.Tensor  # int64 [R, L]
+    tables: Rotations  # of all positions
     rotations: Rotations  # of each slot, [R, 1, L, head dim]
     # Table of distances, float [2 x span, width], and the row of each pair, query before key, int64 [L, L]
     disentangled: tuple[torch.Tensor, torch.Tensor] | None
@@ -156,7 +158,7 @@ def rotations_of(model: Any, positions: int) -> Rotations:
     if path is None:
         return {}
     rotary = model.get_submodule(path)
-    found = {}
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for kind in sorted(set(getattr(model.config, "layer_types", None) or [""])):
         own = hasattr(rotary, f"{kind}_inv_freq")
         frequencies, factor = (
@@ -174,15 +176,22 @@ def _shared(
     length, config = position_ids.shape[1], model.config
     if family.relative_bias is not None:
         mask = _add_bias(mask, _relative_bias(model.get_submodule(family.relative_bias), length, mask.device))
-    tables = rotations_of(model, length) if rotations is None else rotations
+    tables = dict(rotations_of(model, length) if rotations is None else rotations)
     return _Rows(
         heads=config.num_attention_heads,
         key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         mask=mask,
         masks={},
-        rotations={kind: (c[position_ids][:, None], s[position_ids][:, None]) for kind, (c, s) in tables.items()},
+        positions=position_ids,
+        tables=tables,
+        rotations={kind: _at(table, position_ids) for kind, table in tables.items()},
         disentangled=None if family.disentangled is None else _disentangled(model, family, length),
     )
+
+
+def _at(table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Look up the rotations of positions [R, L]: float [R, 1, L, head dim]."""
+    return table[0][positions][:, None], table[1][positions][:, None]
 
 
 def _add_bias(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -253,7 +262,10 @@ def _run_layer(
     if kind in rows.rotations:
         turn = rows.rotations[kind]
         key = _rotate(key, *turn)
-        query = _rotate(query, *(turn if pick is None else map(pick, turn)))
+        if pick is not None:
+            # Looked up again: OpenVINO 2026.4 rotates wrongly where the rotations themselves are selected (2026-11-30).
+            turn = _at(rows.tables[kind], pick(rows.positions[:, None, :, None])[:, 0, :, 0])
+        query = _rotate(query, *turn)
     if rows.key_heads != rows.heads:
         key, value = (part.repeat_interleave(rows.heads // rows.key_heads, dim=1) for part in (key, value))
     scale = getattr(module(names.attention), "scaling", query.shape[-1] ** -0.5)
@@ -280,7 +292,7 @@ def _project(
         query, key, value = module(names.qkv)(inputs).chunk(3, dim=-1)
         if query_inputs is not inputs:
             query = module(names.qkv)(query_inputs).chunk(3, dim=-1)[0]
-        return tuple(split(part, rows.heads) for part in (query, key, value))
+        return split(query, rows.heads), split(key, rows.heads), split(value, rows.heads)
     return (
         split(module(names.query)(query_inputs), rows.heads, names.query_norm),
         split(module(names.key)(inputs), rows.key_heads, names.key_norm),
@@ -297,11 +309,12 @@ def _feed_forward(layer: nn.Module, names: Layer, attended: torch.Tensor) -> tor
         fused = names.gate == names.up
         gate, up = module(names.up)(inputs).chunk(2, dim=-1) if fused else (module(names.gate)(inputs), None)
         inner = module(names.activation)(gate) * (module(names.up)(inputs) if up is None else up)
-    return module(names.down)(_apply(layer, names.inner_dropout, inner))
+    return _apply(layer, names.down, _apply(layer, names.inner_dropout, inner))
 
 
 def _apply(layer: nn.Module, path: str | None, values: torch.Tensor) -> torch.Tensor:
-    return values if path is None else layer.get_submodule(path)(values)
+    result: torch.Tensor = values if path is None else layer.get_submodule(path)(values)
+    return result
 
 
 def _join(layer: nn.Module, names: Residual, output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -387,8 +400,8 @@ def _position_scores(
     index = (index if pick is None else pick(index)).expand(-1, heads, -1, -1)
 
     def project(own: str | None, shared: str) -> torch.Tensor:
-        projection = _optional(layer, own) or layer.get_submodule(shared)
-        return projection(table).view(len(table), heads, -1).permute(1, 2, 0)
+        projected: torch.Tensor = (_optional(layer, own) or layer.get_submodule(shared))(table)
+        return projected.view(len(table), heads, -1).permute(1, 2, 0)
 
     to_position = torch.matmul(query, project(names.position_key, names.key)).gather(-1, index)
     by_key = torch.matmul(key, project(names.position_query, names.query)).gather(-1, index.transpose(2, 3))

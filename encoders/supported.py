@@ -71,9 +71,9 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder}/config.json scales rotary positions by {', '.join(kinds)}: "
             f"{', '.join(ROTATION_KINDS)} are supported"
         )
-    for key in (family.dim, family.longest):
-        if key is not None and not isinstance(config.get(key), int):
-            raise BundleError(f"{folder}/config.json has no {key}: it is not a complete {name} configuration")
+    for size in filter(None, (family.dim, family.longest)):
+        if not isinstance(config.get(size), int):
+            raise BundleError(f"{folder}/config.json has no {size}: it is not a complete {name} configuration")
 
 
 def _unknown(config: Mapping[str, Any], name: str) -> str:
