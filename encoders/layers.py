@@ -47,8 +47,6 @@ class _Rows:
     key_heads: int  # heads of keys and values
     mask: torch.Tensor  # with the bias of relative positions
     masks: dict[tuple[bool, int | None], torch.Tensor]  # by causal and window: with what such layers hide
-    positions: torch.Tensor  # int64 [R, L]
-    tables: Rotations  # of all positions
     rotations: Rotations  # of each slot, [R, 1, L, head dim]
     # Table of distances, float [2 x span, width], and the row of each pair, query before key, int64 [L, L]
     disentangled: tuple[torch.Tensor, torch.Tensor] | None
@@ -176,22 +174,15 @@ def _shared(
     length, config = position_ids.shape[1], model.config
     if family.relative_bias is not None:
         mask = _add_bias(mask, _relative_bias(model.get_submodule(family.relative_bias), length, mask.device))
-    tables = dict(rotations_of(model, length) if rotations is None else rotations)
+    tables = (rotations_of(model, length) if rotations is None else rotations).items()
     return _Rows(
         heads=config.num_attention_heads,
         key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         mask=mask,
         masks={},
-        positions=position_ids,
-        tables=tables,
-        rotations={kind: _at(table, position_ids) for kind, table in tables.items()},
+        rotations={kind: (c[position_ids][:, None], s[position_ids][:, None]) for kind, (c, s) in tables},
         disentangled=None if family.disentangled is None else _disentangled(model, family, length),
     )
-
-
-def _at(table: tuple[torch.Tensor, torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Look up the rotations of positions [R, L]: float [R, 1, L, head dim]."""
-    return table[0][positions][:, None], table[1][positions][:, None]
 
 
 def _add_bias(mask: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -254,18 +245,15 @@ def _run_layer(
     module = layer.get_submodule
     inputs = _cast_once(_apply(layer, names.attention_residual.pre_norm, hidden))
     residual, query_inputs, mask = hidden, inputs, _visible(rows, module(names.attention))
-    if pick is not None:
+    # OpenVINO 2026.4 rotates wrongly in fp32 where as many tokens are selected as there are heads (2026-11-30).
+    late = pick is not None and kind in rows.rotations
+    if pick is not None and not late:
         residual = pick(hidden[:, None])[:, 0]
         query_inputs = _apply(layer, names.attention_residual.pre_norm, residual)
         mask = pick(mask) if mask.shape[2] > 1 else mask
     query, key, value = _project(layer, names, rows, query_inputs, inputs)
     if kind in rows.rotations:
-        turn = rows.rotations[kind]
-        key = _rotate(key, *turn)
-        if pick is not None:
-            # Looked up again: OpenVINO 2026.4 rotates wrongly where the rotations themselves are selected (2026-11-30).
-            turn = _at(rows.tables[kind], pick(rows.positions[:, None, :, None])[:, 0, :, 0])
-        query = _rotate(query, *turn)
+        query, key = (_rotate(part, *rows.rotations[kind]) for part in (query, key))
     if rows.key_heads != rows.heads:
         key, value = (part.repeat_interleave(rows.heads // rows.key_heads, dim=1) for part in (key, value))
     scale = getattr(module(names.attention), "scaling", query.shape[-1] ** -0.5)
@@ -273,8 +261,10 @@ def _run_layer(
         scale = (3 * query.shape[-1]) ** -0.5
         mask = _add_bias(mask, _position_scores(layer, names, rows.disentangled, query, key, pick) * scale)
     context, weights = attend(query, key, value, mask, _dropout(layer, names.attention_dropout), scale)
-    output = module(names.output)(context.transpose(1, 2).flatten(2))
-    attended = _join(layer, names.attention_residual, output, residual)
+    context = context.transpose(1, 2).flatten(2)
+    if pick is not None and late:
+        context, residual = (pick(part[:, None])[:, 0] for part in (context, hidden))
+    attended = _join(layer, names.attention_residual, module(names.output)(context), residual)
     return _join(layer, names.residual, _feed_forward(layer, names, attended), attended), weights
 
 

@@ -316,18 +316,21 @@ def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence two messages about PyTorch's internals; everything else is still shown."""
-    # It reports torchvision's operators as missing, which no text encoder uses.
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry.level
-    registry.setLevel(logging.ERROR)
+    """Silence messages about PyTorch's internals; everything else is still shown."""
+    # The first reports torchvision's operators as missing, which no text encoder uses; the second, norms of constants.
+    names = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # torch 2.13 copies its own deprecated tree types.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        registry.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _strip_metadata(proto: onnx.ModelProto) -> None:

@@ -66,10 +66,10 @@ def write_variant(
         InputError: the calibration texts cannot be encoded.
     """
     variant = VARIANTS[precision]
-    if precision not in HALVES and FAMILIES[spec.family].disentangled is not None:
+    if precision is not Precision.BF16 and FAMILIES[spec.family].disentangled is not None:
         raise EngineError(
-            f"{precision.value} of the family {spec.family} is not supported: its projections read positions too, "
-            "which have no scales of their own"
+            f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, which "
+            "have no scales, and its fp16 graph was not proven within minutes"
         )
     if precision in HALVES:
         for layout, name in variant.files.items():
