@@ -68,8 +68,8 @@ def write_variant(
     variant = VARIANTS[precision]
     if precision is not Precision.BF16 and FAMILIES[spec.family].disentangled is not None:
         raise EngineError(
-            f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, which "
-            "have no scales, and its fp16 graph was not proven within minutes"
+            f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, "
+            "which have no scales, and its fp16 graph was not proven within minutes"
         )
     if precision in HALVES:
         for layout, name in variant.files.items():
