@@ -63,7 +63,7 @@ class Rewrite:
         return name
 
     def unshare(self) -> None:
-        """Give every matrix product and sum its own copy of its weights: layers of some encoders share them."""
+        """Copy weights that several matrix products or sums read, so that each has its own: some layers share them."""
         used: set[str] = set()
         for number, node in enumerate(node for node in self.nodes if node.op_type in ("MatMul", "Add")):
             for at, name in enumerate(node.input):

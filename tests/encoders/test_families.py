@@ -1,6 +1,7 @@
 """Every family: in packed rows, each text has the vector and the gradient of Hugging Face's own forward pass."""
 
 import dataclasses
+import importlib
 import json
 import operator
 from collections.abc import Callable, Mapping
@@ -200,8 +201,9 @@ def test_a_run_folder_loads_again_and_in_sentence_transformers(
 def test_folders_that_sentence_transformers_writes_are_read_as_it_means_them(
     tiny_encoder: Make, family: str, pooling: str, dense: int, normalize: bool, prompts: Any, tmp_path: Path
 ) -> None:
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
 
+    models: Any = importlib.import_module("sentence_transformers.models")
     transformer = models.Transformer(str(tiny_encoder(family)), max_seq_length=40)
     transformer.tokenizer.padding_side = "left" if family == "qwen3" else "right"
     modules = [transformer, models.Pooling(32, pooling_mode=pooling)]
