@@ -203,7 +203,7 @@ def test_folders_that_sentence_transformers_writes_are_read_as_it_means_them(
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
-    models: Any = importlib.import_module("sentence_transformers.models")
+    models: Any = importlib.import_module("sentence_transformers.sentence_transformer.modules")
     transformer = models.Transformer(str(tiny_encoder(family)), max_seq_length=40)
     transformer.tokenizer.padding_side = "left" if family == "qwen3" else "right"
     modules = [transformer, models.Pooling(32, pooling_mode=pooling)]
