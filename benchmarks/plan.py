@@ -148,15 +148,28 @@ def select_variants(
     return chosen
 
 
-BERT_SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
+SIZES = {
+    "layers": ("num_hidden_layers", "n_layers"),
+    "hidden": ("hidden_size", "dim"),
+    "intermediate": ("intermediate_size", "hidden_dim"),
+}
+"""Keys of config.json, of BERT and of DistilBERT."""
+
+SIX_MATRICES = frozenset(
+    {"albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "ernie", "jina_embeddings_v3", "mpnet"}
+    | {"roberta", "xlm-roberta"}
+)
+"""Families whose layers have the matrices of `EncoderShape`: no gate and no grouped keys."""
 
 
 def read_shape(bundle: Path) -> EncoderShape | None:
-    """Read the encoder's sizes from the bundle's config.json (BERT's key names); None where it does not state them."""
+    """Read the encoder's sizes from the bundle's config.json; None where it does not state them or has other parts."""
     try:
         config = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-        sizes = {name: int(config[key]) for name, key in BERT_SIZES.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+        if config["model_type"] not in SIX_MATRICES:
+            return None
+        sizes = {name: int(next(config[key] for key in keys if key in config)) for name, keys in SIZES.items()}
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
     return EncoderShape(**sizes)
 

@@ -11,19 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from encoders.families import FAMILIES
+from encoders.layers import layer_names, layers_of
 from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
 from encoders.sentence_transformers import read_json, readable
 from encoders.source import ResolvedEncoder
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
+
+HEADS = frozenset({"cls", "lm_head", "classifier", "score", "pooler", "head", "decoder", "predictions"})
+"""Weights with these prefixes belong to heads that no encoder here uses."""
 
 PADDED_TEXTS, PADDED_TOKENS = 32, 4096
 """Maximum texts, and maximum tokens including padding, of a padded batch: 32 texts of 128 tokens, 8 of 512."""
@@ -47,7 +53,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         config: Any = self.model.config
-        depth, heads, width = config.num_hidden_layers, config.num_attention_heads, config.hidden_size
+        depth, heads, width = len(layers_of(self.model)), config.num_attention_heads, config.hidden_size
         spec, name = self.spec, self.spec.base_model
         for layer in spec.layers:
             if not -depth - 1 <= layer <= depth:
@@ -65,7 +71,14 @@ class Reference:
             )
         if spec.dim > (spec.dense[-1].out_features if spec.dense else width):
             raise BundleError(f"{name} has vectors of {width} components, fewer than {spec.dim}")
+        self._check_tokens(spec, name)
+
+    def _check_tokens(self, spec: EncoderSpec, name: str) -> None:
+        if spec.pooling is Pooling.MEAN_PADDED and self._hides_from_padding():
+            raise BundleError(f"{name} has padding that does not see its text: pooling mean_padded is not supported")
         taken = len(self.tokenizer((spec.template or "").replace("{text}", ""))["input_ids"])
+        if not taken:
+            raise BundleError(f"{name} adds no special token to a text, so an empty text would have no vector")
         if spec.template is not None and taken >= spec.max_tokens:
             raise BundleError(
                 f"{name}: the prompt takes {taken} of {spec.max_tokens} tokens with the special ones, and leaves no "
@@ -97,6 +110,17 @@ class Reference:
             if not np.isfinite(reference.encode(["one text"])).all():  # a config may only fail when it computes
                 raise BundleError(f"{source.folder} computes NaN or infinity for the text 'one text'")
         return reference
+
+    def _hides_from_padding(self) -> bool:
+        """Whether padding does not attend to the whole text, so that its vectors are an accident of the library."""
+        if FAMILIES[self.model.config.model_type].disentangled is not None:
+            return True
+        name = layer_names(self.model).attention
+        attentions = [layer.get_submodule(name) for layer in layers_of(self.model)]
+        return any(
+            getattr(attention, "is_causal", False) or getattr(attention, "sliding_window", None) is not None
+            for attention in attentions
+        )
 
     def _check_vocabulary(self) -> None:
         """Check that the embedding table has a row for every token: once a load, as a vocabulary takes long to list."""
@@ -224,9 +248,10 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
     """
     try:
         with _quiet_transformers():
-            load: Any = AutoModel.from_pretrained
+            load: Any = getattr(transformers, FAMILIES[source.spec.family].loader).from_pretrained
             model, loading = load(
                 source.folder,
+                trust_remote_code=False,  # the native class, also where the folder names code
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
@@ -241,6 +266,12 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
         names = sorted(missing) or sorted(str(key) for key in loading["mismatched_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise BundleError(f"{source.folder} lacks weights of the model in config.json: {', '.join(names[:3])}{more}")
+    foreign = [name for name in loading["unexpected_keys"] if name.split(".")[0] not in HEADS]
+    if foreign and hasattr(model.config, "auto_map"):
+        raise BundleError(
+            f"{source.folder} names code of its own (auto_map), which is never run, and has weights that transformers' "
+            f"{type(model).__name__} lacks: {', '.join(sorted(foreign)[:3])}"
+        )
     if loading["missing_keys"]:
         model.pooler = None  # it has no weights in the file, and no pooling reads it
     if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
@@ -265,7 +296,9 @@ def load_tokenizer(source: ResolvedEncoder) -> PreTrainedTokenizerBase:
         raise BundleError(f"{path} is not a tokenizer: {error}") from error
     try:
         with _quiet_transformers():
-            known = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, use_fast=True)
+            known = AutoTokenizer.from_pretrained(
+                source.folder, local_files_only=True, use_fast=True, trust_remote_code=False
+            )
         tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
             tokenizer_object=backend,
             model_max_length=known.model_max_length,

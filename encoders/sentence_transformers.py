@@ -48,9 +48,9 @@ TRANSFORMER_FILES = tuple(
 """Where sentence-transformers 6 looks for the Transformer module's settings; the first that is not empty counts."""
 
 NO_EFFECT = {
-    "model": {"attn_implementation", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage"},
-    "processor": {"use_fast", "padding_side", "clean_up_tokenization_spaces"},
-    "config": set[str](),
+    "model": {"attn_implementation", "add_pooling_layer", "unpad_inputs", "low_cpu_mem_usage", "trust_remote_code"},
+    "processor": {"use_fast", "padding_side", "clean_up_tokenization_spaces", "trust_remote_code"},
+    "config": {"trust_remote_code"},
 }
 """Arguments of the Transformer module that change no vector, by where sentence-transformers passes them."""
 

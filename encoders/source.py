@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules, readable
+from encoders.supported import check_config
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError
+
+DEFAULT_TOKENS = 512
+"""Limit of an encoder that records none, although it has more positions: shapes are compiled and proven up to it."""
 
 UNLIMITED = 10**9
 """transformers writes a `model_max_length` of about 1e30 if it knows no limit."""
@@ -187,7 +193,7 @@ def _check_weights(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise BundleError(f"{folder} is not an encoder: it has no config.json")
     config: dict[str, Any] = read_json(folder / "config.json", dict)
-    _check_family(config, folder)
+    check_config(config, folder)
     if (folder / "adapter_config.json").is_file():
         raise BundleError(
             f"{folder} has an adapter (adapter_config.json) beside or in place of full weights: merge it first "
@@ -208,42 +214,32 @@ def _check_weights(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_family(config: dict[str, Any], folder: Path) -> None:
-    known = ", ".join(FAMILIES)
-    if "auto_map" in config:
-        raise BundleError(
-            f"{folder} needs code of its own (auto_map in config.json), which is never run: use an encoder of "
-            f"a supported family ({known})"
-        )
-    family: str = config.get("model_type", "")
-    names = config.get("architectures") or []
-    if config.get("is_decoder") or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
-        raise BundleError(
-            f"{folder} is a causal language model ({', '.join(names) or family}): use an encoder of "
-            f"a supported family ({known})"
-        )
-    if family not in FAMILIES:
-        raise BundleError(f"{folder} has model_type {family!r}: the supported families are {known}")
-    positions = config.get("position_embedding_type", "absolute")
-    if positions != "absolute":
-        raise BundleError(f"{folder} has {positions} position embeddings: only absolute ones are supported")
-    for key in (FAMILIES[family].dim, "max_position_embeddings"):
-        if not isinstance(config.get(key), int):
-            raise BundleError(f"{folder}/config.json has no {key}: it is not a complete {family} configuration")
-
-
 def _token_limit(folder: Path, config: dict[str, Any]) -> int:
-    """Return the tokenizer's limit, bounded by the position table."""
+    """Return the tokenizer's limit, bounded by the positions, and by `DEFAULT_TOKENS` with a notice."""
     path = folder / "tokenizer_config.json"
     limit = read_json(path, dict).get("model_max_length") if path.is_file() else None
-    positions = _positions(config)
-    return min(int(limit), positions) if isinstance(limit, (int, float)) and limit < UNLIMITED else positions
+    possible = _positions(config)
+    if isinstance(limit, (int, float)) and limit < UNLIMITED:
+        possible = min(int(limit), possible)
+    if possible > DEFAULT_TOKENS:
+        most = "any number of" if possible == UNLIMITED else str(possible)
+        _notice(f"{folder} could take {most} tokens: the limit is {DEFAULT_TOKENS}; --max-tokens raises it")
+    return min(possible, DEFAULT_TOKENS)
+
+
+@functools.cache
+def _notice(message: str) -> None:
+    """Warn once: an encoder is resolved several times."""
+    logging.getLogger(__name__).warning(message)
 
 
 def _positions(config: dict[str, Any]) -> int:
-    """Return the tokens of the longest text that fits the position table."""
-    positions: int = config["max_position_embeddings"]
-    return positions - FAMILIES[config["model_type"]].first_position(config)
+    """Return the tokens of the longest text that has positions."""
+    family = FAMILIES[config["model_type"]]
+    if family.longest is None:
+        return UNLIMITED
+    positions: int = config[family.longest]
+    return positions - family.first_position(config)
 
 
 def _check_spec(spec: EncoderSpec, config: dict[str, Any], folder: Path) -> None:

@@ -103,7 +103,11 @@ def beyond_sentence_transformers(spec: EncoderSpec) -> str:
 
 
 def _write_weights(folder: Path, model: PreTrainedModel) -> None:
-    weights = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    tied: dict[int, str] = {}
+    for name, value in state.items():
+        tied.setdefault(value.data_ptr(), name)  # weights that two modules share are written once
+    weights = {name: state[name].detach().cpu().float().contiguous() for name in tied.values()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o666 & ~umask())  # safetensors creates it private
     config = model.config.to_diff_dict() | {"architectures": [type(model).__name__]}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from encoders.families import FAMILIES
+from encoders.layers import layer_names, layers_of
 
 
 class DropHead:
@@ -58,10 +58,9 @@ def drop_heads(model: PreTrainedModel, rate: float) -> Iterator[DropHead | None]
         yield None
         return
     config: Any = model.config
-    family = FAMILIES[config.model_type]
-    layers: Any = model.get_submodule(family.layers)
     hook = DropHead(rate, config.num_attention_heads)
-    handles = [layer.get_submodule(family.names.output).register_forward_pre_hook(hook) for layer in layers]
+    outputs = {layer.get_submodule(layer_names(model).output) for layer in layers_of(model)}  # layers may share one
+    handles = [output.register_forward_pre_hook(hook) for output in outputs]
     try:
         yield hook
     finally:

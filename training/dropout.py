@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from encoders.layers import fused_attention
+from encoders.layers import fused_attention, layer_names, layers_of
 
 LEVELS = 2**16
 
@@ -64,16 +64,16 @@ class _Dropped(torch.autograd.Function):
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: nn.Module
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, dropout: nn.Module, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend with word dropout on the probabilities if the layer has it, else fused. An `encoders.layers.Attention`.
 
     Scores and probabilities keep the type of `query`: autocast would cast them to fp32 and back.
     """
     if not (isinstance(dropout, WordDropout) and dropout.training):
-        return fused_attention(query, key, value, mask, dropout)
+        return fused_attention(query, key, value, mask, dropout, scale)
     with torch.autocast("cpu", enabled=False):
-        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
+        scores = torch.matmul(query * scale, key.transpose(2, 3))
         if mask.dtype is torch.bool:
             scores = scores.masked_fill_(~mask, float("-inf"))
         else:
@@ -84,13 +84,18 @@ def attention(
 @contextmanager
 def set_dropout(model: PreTrainedModel, p: float) -> Iterator[None]:
     """Replace every dropout of a model by one of probability `p` while the block runs, on a CPU by word dropout."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    dropouts = [(parent, name, child) for parent, name, child in found if isinstance(child, nn.Dropout)]
-    for parent, name, child in dropouts:
+    places = [(parent, name) for parent in model.modules() for name, _ in parent.named_children()]
+    path, _, name = layer_names(model).attention_dropout.rpartition(".")
+    places += [(layer.get_submodule(path), name) for layer in layers_of(model)]  # some families state a number there
+    before = {place: getattr(*place) for place in places}
+    dropouts = {place: found for place, found in before.items() if isinstance(found, (nn.Dropout, float, int))}
+    for (parent, name), found in dropouts.items():
         replacement = WordDropout(p) if model.device.type == "cpu" else nn.Dropout(p)
-        setattr(parent, name, replacement.train(child.training))
+        setattr(parent, name, replacement.train(getattr(found, "training", parent.training)))
     try:
         yield
     finally:
-        for parent, name, child in dropouts:
-            setattr(parent, name, child)
+        for (parent, name), found in dropouts.items():
+            if not isinstance(found, nn.Module):
+                delattr(parent, name)  # PyTorch refuses a number in place of a module
+            setattr(parent, name, found)

@@ -22,6 +22,9 @@ from mirror_runtime.host import usable_cores
 
 Array = NDArray[Any]
 
+BACKBONE_OPERATORS = frozenset({"LayerNormalization", "Softmax", "ReduceMean"})
+"""Operators that only the transformer has; ReduceMean is an RMSNorm's."""
+
 SHAPE_VALUES = 1024
 """Constants with more values than this are weights, on which no shape depends."""
 
@@ -44,6 +47,11 @@ class Rewrite:
         """Return a constant as it is stored; None for a computed value."""
         return self._constants.get(name)
 
+    def is_vector(self, name: str) -> bool:
+        """Whether a name is that of a constant with one dimension and several values."""
+        constant = self._constants.get(name)
+        return constant is not None and len(constant.dims) == 1 and constant.dims[0] > 1
+
     def array(self, name: str) -> Array:
         """Return a constant's values."""
         values: Array = numpy_helper.to_array(self._constants[name])
@@ -54,6 +62,16 @@ class Rewrite:
         self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(values), name)
         return name
 
+    def unshare(self) -> None:
+        """Copy weights that several matrix products or sums read, so that each has its own: some layers share them."""
+        used: set[str] = set()
+        for number, node in enumerate(node for node in self.nodes if node.op_type in ("MatMul", "Add")):
+            for at, name in enumerate(node.input):
+                constant = self.constant(name)
+                if constant is not None and name in used and math.prod(constant.dims) > 1:
+                    node.input[at] = self.add(f"{name}_copy_{number}", self.array(name))
+                used.add(name)
+
     def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> NodeProto:
         """Add a node, named after its operator and first output, and return it."""
         made = helper.make_node(operator, list(inputs), list(outputs), name=f"{operator}_{outputs[0]}", **attributes)
@@ -61,11 +79,11 @@ class Rewrite:
         return made
 
     def backbone(self) -> frozenset[str]:
-        """Return the names of the transformer's values: all that a LayerNormalization or Softmax reads or writes.
+        """Return the names of the transformer's values: all that a norm or Softmax reads or writes.
 
         Everything after the last of them (pooling, dense layers, norms) is the head.
         """
-        pending = [out for n in self.nodes if n.op_type in ("LayerNormalization", "Softmax") for out in n.output]
+        pending = [out for n in self.nodes if n.op_type in BACKBONE_OPERATORS for out in n.output]
         producers = {out: n for n in self.nodes for out in n.output}
         found: set[str] = set()
         while pending:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from encoders.families import FAMILIES
-from encoders.layers import Pick, hidden_states
+from encoders.layers import BLOCKED, Pick, Rotations, hidden_states, rotations_of
 from encoders.reference import Reference
 from export.graph.heads import Head, Segments
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
@@ -29,10 +29,8 @@ OPSET = 18
 EXTERNAL_DATA_BYTES = 2_000_000_000
 """Weights larger than this go to a file beside the graph: Protocol Buffers are limited to 2 GiB."""
 
-BLOCKED = -10_000.0
-"""Added to the attention scores of pairs that must not attend to each other. Its exp() is exactly 0 in every precision,
-it is representable in fp16 and bf16 (unlike the smallest float), and unlike -inf it causes no NaN where a kernel meets
-a block of blocked pairs only."""
+TABLE_STEP = 512
+"""Tables of rotary positions have a multiple of this many rows, for callers who pad beyond the longest text."""
 
 GRAPH_FILES = {Layout.PADDED: "model.onnx", Layout.PACKED: "model_packed.onnx"}
 
@@ -81,6 +79,7 @@ def padded_states(
     token_type_ids: torch.Tensor | None = None,
     *,
     attentions_of: int | None = None,
+    rotations: Rotations | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Run `hidden_states` on rows of one text each: see `PaddedEncoder.forward`."""
     return hidden_states(
@@ -90,6 +89,7 @@ def padded_states(
         torch.where(attention_mask.to(torch.bool)[:, None, None, :], 0.0, BLOCKED),
         token_type_ids=token_type_ids,
         attentions_of=attentions_of,
+        rotations=rotations,
     )
 
 
@@ -102,6 +102,7 @@ def packed_states(
     padding: torch.Tensor | None = None,
     attentions_of: int | None = None,
     pick: Pick | None = None,
+    rotations: Rotations | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Run `hidden_states` on rows of several texts each: see `PackedEncoder.forward`.
 
@@ -113,7 +114,26 @@ def packed_states(
     if padding is not None:
         visible = visible & ~padding[:, None, None, :]
     mask = torch.where(visible, 0.0, BLOCKED)
-    return hidden_states(model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick)
+    return hidden_states(
+        model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick, rotations=rotations
+    )
+
+
+class RotaryPositions(nn.Module):
+    """Rotations of all positions that a text may have, as constants: engines may compute them in half precision."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__()
+        positions = -(-max(reference.spec.max_tokens, reference.spec.pad_to or 0) // TABLE_STEP) * TABLE_STEP
+        for kind, tables in rotations_of(reference.model, positions).items():
+            for name, table in zip(("cosines", "sines"), tables, strict=True):
+                self.register_buffer(f"{kind}_{name}", table)
+
+    def forward(self) -> Rotations:
+        """Return the tables by the kind of layer."""
+        tables = dict(self.named_buffers())
+        kinds = [name.removesuffix("_cosines") for name in tables if name.endswith("_cosines")]
+        return {kind: (tables[f"{kind}_cosines"], tables[f"{kind}_sines"]) for kind in kinds}
 
 
 class PaddedEncoder(nn.Module):
@@ -123,6 +143,7 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         self.encoder = reference.model
         self.head = Head(reference)
+        self.rotations = RotaryPositions(reference)
         self.pad_id: int = reference.tokenizer.pad_token_id
 
     def forward(
@@ -149,7 +170,12 @@ class PaddedEncoder(nn.Module):
             token_type_ids = None if token_type_ids is None else _fit_columns(token_type_ids, pad_to, 0)
         segments = Segments.from_padded(attention_mask)
         states, probabilities = padded_states(
-            self.encoder, input_ids, attention_mask, token_type_ids, attentions_of=self.head.attentions_of
+            self.encoder,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            attentions_of=self.head.attentions_of,
+            rotations=self.rotations(),
         )
         vectors = self.head(states, segments, pruned=False, probabilities=probabilities)[:, 0]
         return states[-1][:, :length], vectors
@@ -162,6 +188,7 @@ class PackedEncoder(nn.Module):
         super().__init__()
         self.encoder = reference.model
         self.head = Head(reference)
+        self.rotations = RotaryPositions(reference)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """Encode packed rows.
@@ -188,6 +215,7 @@ class PackedEncoder(nn.Module):
             padding=padding,
             attentions_of=self.head.attentions_of,
             pick=pick,
+            rotations=self.rotations(),
         )
         vectors: torch.Tensor = self.head(states, segments, pruned=pick is not None, probabilities=probabilities)
         return vectors
@@ -234,7 +262,8 @@ def check_graph(path: Path, contract: Signature) -> None:
             f"{path.name} uses operators of {', '.join(sorted(domains - {''}))}: only ai.onnx is portable"
         )
     used = {name for node in proto.graph.node for name in node.input}
-    unused = [tensor.name for tensor in contract.inputs if tensor.name not in used]
+    # Relative positions come from the distance of slots, so not every encoder needs numbers of positions.
+    unused = [tensor.name for tensor in contract.inputs if tensor.name not in used | {"position_ids"}]
     if unused:
         raise EngineError(f"{path.name} does not use its input {', '.join(unused)}: the translation lost it")
     found = signature_of(proto)
@@ -288,18 +317,21 @@ def _trace(wrapper: nn.Module, contract: Signature) -> onnx.ModelProto:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence two messages about PyTorch's internals; everything else is still shown."""
-    # It reports torchvision's operators as missing, which no text encoder uses.
-    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registry.level
-    registry.setLevel(logging.ERROR)
+    """Silence messages about PyTorch's internals; everything else is still shown."""
+    # The first reports torchvision's operators as missing, which no text encoder uses; the second, norms of constants.
+    names = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # torch 2.13 copies its own deprecated tree types.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             yield
     finally:
-        registry.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -147,7 +147,9 @@ def _origin(graph: Rewrite, name: str) -> Origin:
     producers = {out: node for node in graph.nodes for out in node.output}
     while (node := producers.get(name)) is not None and node.op_type in _REARRANGING:
         name = node.input[0]
-    if node is not None and node.op_type == "LayerNormalization":
+    # An RMSNorm ends with the product with its weights.
+    weighted = node is not None and node.op_type == "Mul" and any(map(graph.is_vector, node.input))
+    if weighted or (node is not None and node.op_type == "LayerNormalization"):
         return Origin.NORM
     is_attention = node is not None and node.op_type == "MatMul" and not any(map(graph.constant, node.input))
     return Origin.ATTENTION if is_attention else Origin.ACTIVATION

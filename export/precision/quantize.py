@@ -13,6 +13,8 @@ the embedding table, half of a small encoder, in float or under one scale, and n
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,9 @@ from export.precision.channel_splitting import Columns, producing_layer, split_c
 from export.precision.half_precision import write_half
 from export.proof.floors import Floors
 from mirror_runtime.bundle import Precision
+
+LayerKey = tuple[bytes, int]
+"""A linear layer's weights, and how many layers before it have the same."""
 
 FLOOR_MARGIN = 0.005
 """Layers are left in float until the worst calibration text is this far above the proof's floor."""
@@ -86,7 +91,7 @@ class QuantizedInput:
     scale: float  # of the divided value
     columns: Columns
     error: float  # relative error of the layers' outputs on calibration text
-    layers: frozenset[bytes] = frozenset()  # that read the value, see `_layer_key`
+    layers: frozenset[LayerKey] = frozenset()  # that read the value
     quantized: bool = True  # False leaves these layers in float
 
     def rounded_value(self, name: str) -> str:
@@ -110,9 +115,10 @@ def plan_quantization(graph: Path, calibration: Calibration, precision: Precisio
     rewrite = Rewrite(graph)
     form = FORMATS[precision]
     inputs: list[QuantizedInput] = []
+    keys = _layer_keys(rewrite)
     for stats, (name, nodes) in zip(calibration.activations, linear_inputs(rewrite).items(), strict=True):
         weights = np.concatenate([rewrite.array(node.input[1]) for node in nodes], axis=1)
-        layers = frozenset(_layer_key(rewrite, node) for node in nodes)
+        layers = frozenset(keys[node.output[0]] for node in nodes)
         # Splitting does not help fp8: its steps grow with the number.
         splittable = precision is Precision.INT8 and producing_layer(rewrite, name) is not None
         inputs.append(replace(best_quantization(stats, weights, form, splittable=splittable), layers=layers))
@@ -206,9 +212,18 @@ def quantize_columns(weights: Array, form: Format) -> tuple[Array, Vectors]:
     return rounded(weights / scales, form), scales
 
 
-def _layer_key(graph: Rewrite, node: NodeProto) -> bytes:
-    """Identify a linear layer by its weights, which an encoder's padded and packed graph share."""
-    return bytes(graph.array(node.input[1])[0].tobytes())
+def _layer_keys(graph: Rewrite) -> dict[str, LayerKey]:
+    """Identify linear layers, by the name of their output, in a way that an encoder's padded and packed graph share.
+
+    Their weights do not suffice: where layers share them, each place has scales of its own.
+    """
+    places: Counter[bytes] = Counter()
+    keys = {}
+    for node in itertools.chain.from_iterable(linear_inputs(graph).values()):
+        weights = bytes(graph.array(node.input[1])[0].tobytes())
+        keys[node.output[0]] = (weights, places[weights])
+        places[weights] += 1
+    return keys
 
 
 def _assigned(
@@ -223,11 +238,12 @@ def _assigned(
         The value, a prefix for the names of the nodes made from it, its quantisation, and the layers.
     """
     index_of_layer = {layer: i for i, quantized in enumerate(inputs) for layer in quantized.layers}
+    keys = _layer_keys(graph)
     assigned: list[tuple[str, str, QuantizedInput, list[NodeProto]]] = []
     for value, nodes in linear_inputs(graph).items():
         readers: dict[int, list[NodeProto]] = {}
         for node in nodes:
-            readers.setdefault(index_of_layer[_layer_key(graph, node)], []).append(node)
+            readers.setdefault(index_of_layer[keys[node.output[0]]], []).append(node)
         for nth, (i, layers) in enumerate(readers.items()):
             assigned.append((value, value if nth == 0 else f"{value}_{nth}", inputs[i], layers))
     return assigned
@@ -236,6 +252,7 @@ def _assigned(
 def _quantize(graph: Rewrite, inputs: Sequence[QuantizedInput], form: Format) -> None:
     """Quantise a graph's linear layers in place."""
     graph.opset = max(graph.opset, form.opset)
+    graph.unshare()
     assigned = [entry for entry in _assigned(graph, inputs) if entry[2].quantized]
     for value, _, quantized, nodes in assigned:
         if quantized.columns.has_splits:

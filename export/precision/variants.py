@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from encoders.families import FAMILIES
 from export.graph.trace import Graph
 from export.precision.calibration import Calibration
 from export.precision.half_precision import HALVES, write_half
 from export.precision.quantize import plan_quantization, write_quantized, write_quantized_for_gpu
 from mirror_runtime.bundle import EncoderSpec, EngineName, Layout, Precision
+from mirror_runtime.errors import EngineError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ def write_variant(
         InputError: the calibration texts cannot be encoded.
     """
     variant = VARIANTS[precision]
+    if precision is not Precision.BF16 and FAMILIES[spec.family].disentangled is not None:
+        raise EngineError(
+            f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, "
+            "which have no scales, and its fp16 graph was not proven within minutes"
+        )
     if precision in HALVES:
         for layout, name in variant.files.items():
             path = graphs[layout].path.with_name(name)

@@ -172,8 +172,14 @@ def test_reference_work_that_there_cannot_be_is_none(plan, variant, monkeypatch)
     ("content", "flop"),
     [
         # 6 layers of 4 * 384^2 + 2 * 384 * 1536 = 1,769,472 weights, of two operations each
-        ('{"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}', 2 * 6 * 1_769_472),
-        *((content, None) for content in (None, "{}", "[]", "{")),
+        (
+            '{"model_type": "bert", "num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}',
+            2 * 6 * 1_769_472,
+        ),
+        ('{"model_type": "distilbert", "n_layers": 6, "dim": 384, "hidden_dim": 1536}', 2 * 6 * 1_769_472),
+        # It has a third feed-forward matrix.
+        ('{"model_type": "qwen3", "num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536}', None),
+        *((content, None) for content in (None, "{}", '{"model_type": "bert"}', "[]", "{")),
     ],
 )
 def test_a_token_costs_two_operations_a_weight_if_the_config_has_sizes(tmp_path, content, flop):

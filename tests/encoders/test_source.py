@@ -9,7 +9,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
@@ -122,20 +124,67 @@ def test_arguments_replace_limits_but_never_the_recorded_pooling(copy: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("message", "changes"),
     [
-        (lambda c: c.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "causal language model"),
-        (lambda c: c.update(is_decoder=True), "causal language model"),
-        (lambda c: c.update(model_type="t5"), "model_type 't5': the supported families are bert, roberta"),
-        (lambda c: c.update(auto_map={"AutoModel": "code.Model"}), "code of its own"),
-        (lambda c: c.update(position_embedding_type="relative_key"), "relative_key position embeddings"),
-        (lambda c: c.pop("hidden_size"), "no hidden_size"),
+        ("causal language model", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+        ("causal language model", {"is_decoder": True}),
+        ("model_type 'xlnet': the supported families are bert, roberta", {"model_type": "xlnet"}),
+        (
+            "It has RMSNorm, grouped keys and values, rotary positions; the nearest family is eurobert",
+            {"model_type": "llama", "rms_norm_eps": 1e-6, "num_key_value_heads": 2, "rope_theta": 1e4},
+        ),
+        (
+            r"'new' and code of its own \(auto_map\), which is never run",
+            {"model_type": "new", "auto_map": {"A": "b.C"}},
+        ),
+        ("position_embedding_type 'relative_key', and only 'absolute'", {"position_embedding_type": "relative_key"}),
+        ("position_embedding_type 'alibi', and only 'absolute'", {"position_embedding_type": "alibi"}),
+        ("states ALiBi positions", {"alibi_starting_size": 512}),
+        ("states a mixture of experts", {"model_type": "nomic_bert", "num_experts": 8}),
+        ("states adapters", {"model_type": "xlm-roberta", "lora_adaptations": ["retrieval.query"]}),
+        ("partial_rotary_factor 0.5: only whole heads", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("rotary_emb_fraction 0.25: only whole heads", {"rotary_emb_fraction": 0.25}),
+        ("scales rotary positions by dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2}}),
+        ("scales rotary positions by longrope", {"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}),
+        ("relative_attention None, and only True", {"model_type": "deberta-v2"}),
+        ("conv_kernel_size|a convolution", {"conv_kernel_size": 3}),
+        ("relative_attention_num_buckets 64, and only 32", {"model_type": "t5", "relative_attention_num_buckets": 64}),
+        ("no d_model", {"model_type": "t5", "relative_attention_num_buckets": 32}),
+        ("no hidden_size", {"hidden_size": None}),
     ],
 )
-def test_unsupported_models_are_refused(copy: Path, change: Edit, message: str) -> None:
-    edit(copy / "config.json", change)
+def test_unsupported_models_are_refused(copy: Path, message: str, changes: dict[str, object]) -> None:
+    edit(copy / "config.json", lambda config: config.update(changes))
     with pytest.raises(BundleError, match=message):
         resolve(str(copy), pooling=Pooling.MEAN)
+
+
+def test_code_of_a_folder_is_never_run_and_its_own_weights_are_refused(copy: Path) -> None:
+    (copy / "code.py").write_text("raise SystemExit('this ran')")
+    edit(copy / "config.json", lambda config: config.update(auto_map={"AutoModel": "code.Model"}))
+    reference = Reference.load(resolve(str(copy), pooling=Pooling.MEAN))
+    assert type(reference.model).__module__.startswith("transformers.")
+    weights = load_file(copy / "model.safetensors")
+    save_file(weights | {"encoder.layer.0.adapter.weight": torch.ones(2)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BundleError, match=r"weights that transformers' BertModel lacks: encoder\.layer\.0\.adapter"):
+        Reference.load(resolve(str(copy), pooling=Pooling.MEAN))
+
+
+def test_long_encoders_have_a_cap_that_is_stated_and_can_be_raised(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(copy / "config.json", lambda config: config.update(max_position_embeddings=8192))
+    edit(copy / "tokenizer_config.json", lambda config: config.update(model_max_length=8000))
+    assert resolve(str(copy), pooling=Pooling.MEAN).spec.max_tokens == 512
+    assert resolve(str(copy), pooling=Pooling.MEAN).spec.max_tokens == 512
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{copy} could take 8000 tokens: the limit is 512; --max-tokens raises it"
+    ]
+    assert resolve(str(copy), pooling=Pooling.MEAN, max_tokens=8192).spec.max_tokens == 8192
+    make_old(copy)
+    write(copy / "sentence_bert_config.json", {"max_seq_length": 2048, "do_lower_case": False})
+    assert resolve(str(copy)).spec.max_tokens == 2048
+    assert len(caplog.records) == 1
 
 
 def test_missing_parts_are_named(copy: Path) -> None:

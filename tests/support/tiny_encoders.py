@@ -10,6 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from encoders.families import FAMILIES
 from export.proof.proof_texts import EDGE_CASES, parity_texts
 
 BRACKETS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -17,8 +18,21 @@ ANGLES = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 POSITIONS = 64
 """Length limit in tokens."""
 
+OWN_TOKENIZERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet")
+"""Families whose tiny encoders name the family's own tokenizer class, as most repositories do."""
+
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 DISTILBERT_SIZES: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+
+SENTENCE_TOKENS = {"cls_token_id": 2, "sep_token_id": 3}
+WINDOWED: dict[str, Any] = SIZES | {"layer_types": ["sliding_attention", "full_attention"]}
+GROUPED: dict[str, Any] = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 16}
+T5_SIZES: dict[str, Any] = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 12, "d_ff": 64}
+DISENTANGLED: dict[str, Any] = SIZES | {
+    **{"relative_attention": True, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "share_att_key": True},
+    **{"pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0},
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", SIZES),
@@ -28,6 +42,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("DistilBert", DISTILBERT_SIZES),
     "electra": ("Electra", SIZES | {"embedding_size": 16}),
     "mpnet": ("MPNet", SIZES),
+    "ernie": ("Ernie", SIZES),
+    "albert": ("Albert", SIZES | {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2}),
+    "nomic_bert": ("NomicBert", SIZES),
+    "modernbert": ("ModernBert", WINDOWED | {"local_attention": 16, "norm_bias": True, **SENTENCE_TOKENS}),
+    "gte": ("Gte", SIZES | {"attention_probs_dropout_prob": 0.1}),
+    "eurobert": ("EuroBert", GROUPED | {"attention_bias": True, "rope_parameters": YARN}),
+    "qwen3": ("Qwen3", GROUPED),
+    "gemma3_text": ("Gemma3Text", GROUPED | WINDOWED | {"sliding_window": 16, "use_bidirectional_attention": True}),
+    "t5": ("T5Encoder", T5_SIZES | {"feed_forward_proj": "gated-gelu"}),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3", SIZES),
+    "deberta-v2": ("DebertaV2", DISENTANGLED),
 }
 """Prefix of the classes in transformers and the sizes, by `model_type`."""
 
@@ -35,7 +60,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
     """Write a plain Hugging Face folder: random weights (2 layers, 32 wide) and a tokenizer trained on some English.
 
-    Like most repositories, it names the family's own tokenizer class. Weights are drawn ten times wider than usual, so
+    Weights are drawn ten times wider than usual, so
     that attention and position change the vectors visibly. Embeddings of padding are not zero, so that reading them by
     mistake changes vectors too.
     """
@@ -44,11 +69,13 @@ def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
     special = ANGLES if tokenizer.token_to_id("<pad>") is not None else BRACKETS
     pad = save_tokenizer(tokenizer, special, folder)
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": f"{prefix}Tokenizer"}))
-    first = 2 if special is ANGLES else 0
-    config = getattr(transformers, f"{prefix}Config")(
+    if family in OWN_TOKENIZERS:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": f"{prefix}Tokenizer"}))
+    first = FAMILIES[family].first_position({"pad_token_id": tokenizer.token_to_id(pad)})
+    if FAMILIES[family].longest is not None:
+        sizes = sizes | {"max_position_embeddings": POSITIONS + first}
+    config = getattr(transformers, f"{prefix.removesuffix('Encoder')}Config")(
         vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=POSITIONS + first,
         initializer_range=0.2,
         pad_token_id=tokenizer.token_to_id(pad),
         **sizes | {"n_layers" if family == "distilbert" else "num_hidden_layers": layers},
@@ -56,8 +83,9 @@ def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = getattr(transformers, f"{prefix}Model")(config)
-        for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
-            torch.nn.init.normal_(table.weight, std=0.2)
+        for table in (FAMILIES[family].words, FAMILIES[family].positions):
+            if table in dict(model.named_modules()):
+                torch.nn.init.normal_(model.get_submodule(table).weight, std=0.2)
     model.save_pretrained(folder)
 
 
@@ -100,7 +128,7 @@ def ragged_texts(count: int = 40) -> tuple[str, ...]:
 
 def tokenizer_of(family: str) -> Tokenizer:
     """Train a tokenizer: byte-level BPE (RoBERTa), Unigram (XLM-R, CamemBERT), else WordPiece."""
-    if family == "roberta":
+    if family in ("roberta", "eurobert", "qwen3"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()

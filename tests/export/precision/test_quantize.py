@@ -93,6 +93,26 @@ def test_int8_vectors_stay_close_on_each_engine(packed, int8, engine):
     assert close_to(packed, engine, int8.path) > 0.98
 
 
+def test_layers_that_share_weights_have_scales_of_their_own(tiny_bundle, packed, tmp_path):
+    proto = onnx.load(packed.path)
+    products = [node for nodes in linear_inputs(Rewrite(packed.path)).values() for node in nodes]
+    assert len(products) == 12  # 6 a layer
+    shared = {second.input[1]: first.input[1] for first, second in zip(products[:6], products[6:], strict=True)}
+    for node in proto.graph.node:
+        node.input[:] = [shared.get(name, name) for name in node.input]
+    onnx.save(proto, tmp_path / "shared.onnx")
+    graph = replace(packed, path=tmp_path / "shared.onnx")
+    measured = Calibration.run(graph.path, tiny_bundle, read_manifest(tiny_bundle).encoder, WORDS * 8)
+    plan = plan_quantization(graph.path, measured, Precision.INT8)
+    keys = [key for quantized in plan.inputs for key in quantized.layers]
+    assert len(set(keys)) == len(keys) == 12
+    assert len({weights for weights, _ in keys}) == 6
+    made = write_quantized(graph, tmp_path / "q.onnx", plan)
+    assert close_to(graph, OnnxRuntimeEngine, made.path) > 0.98
+    scales = [t for t in onnx.load(made.path).graph.initializer if t.name.endswith("_weight_scale")]
+    assert len(scales) == 8  # 2 layers: query-key-value and 3 more
+
+
 @pytest.mark.parametrize("precision", list(FORMATS))
 def test_the_files_for_gpus_keep_every_rule_of_tensorrt(packed, plans, tmp_path, precision):
     made = write_quantized_for_gpu(packed, tmp_path / "q.onnx", plans[precision])
