@@ -81,8 +81,9 @@ def _check_rotations(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder}/config.json scales rotary positions by {', '.join(kinds)}: "
             f"{', '.join(ROTATION_KINDS)} are supported"
         )
-    for stated in (config, config.get("rope_parameters"), config.get("rope_scaling")):
-        for key in ROTATED_SHARES if isinstance(stated, Mapping) else ():
+    for part in (config, config.get("rope_parameters"), config.get("rope_scaling")):
+        stated = part if isinstance(part, Mapping) else {}
+        for key in ROTATED_SHARES:
             if stated.get(key) not in (None, 1):
                 raise BundleError(f"{folder}/config.json has {key} {stated[key]}: only whole heads are rotated here")
 
