@@ -50,14 +50,14 @@ def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_pa
     (change,) = report["differences"]
     assert (change["encoder"], change["over"]) == (str(second), str(tiny_bert))
     assert change["means"]["sts"] == {"mean": 0, "mean_low": 0, "mean_high": 0}
-    for shown in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "anisotropy"):
+    for shown in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "Geometry of the vectors of second (cls)"):
         assert shown in done.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing to evaluate on: pass --sts or --words files"),
+        ([], "nothing to evaluate on: pass --sts, --words"),
         (["--sts", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
         (["--sts", "{sts}"], "does not record its pooling"),
         (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
