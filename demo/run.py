@@ -174,8 +174,8 @@ def _run(console: Console, script: str, *arguments: str | Path) -> None:
 def _print_gate(console: Console, run: Path) -> dict[str, Any]:
     """Print whether tuning helped on functions that it never saw, as `tune.py` measured it."""
     gate: dict[str, Any] = json.loads((run / "train.json").read_text(encoding="utf-8"))["result"]["gate"]
-    table = Table("", "mean reciprocal rank x 100", "95 % interval", title_justify="left")
-    table.title = f"{gate['held_out']} held-out functions, one part found by another ({', '.join(gate['probes'])})"
+    table = Table("", "%", "95 % interval", title_justify="left")
+    table.title = f"{gate['items']} held-out functions: nearer to their content words than with one word replaced"
     for name in ("before", "after", "gain"):
         value, low, high = (gate[f"{name}{end}"] for end in ("", "_low", "_high"))
         table.add_row(name, f"{value:.1f}", f"{low:.1f} to {high:.1f}")

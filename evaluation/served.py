@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.vectors import Vectors, components
 
 TRITON, HTTP = "triton://", ("http://", "https://")
+
+T = TypeVar("T")
 
 TEXTS_A_REQUEST = 32
 TIMEOUT_S = 120
@@ -66,23 +68,27 @@ def _floats(vectors: Vectors) -> NDArray[np.float32]:
     )
 
 
+def _in_order(answer: Any) -> list[list[float]]:
+    return [one["embedding"] for one in sorted(answer["data"], key=lambda one: int(one["index"]))]
+
+
 class _Endpoint:
     """An endpoint that speaks OpenAI's embeddings request."""
 
     def __init__(self, name: str) -> None:
         self.url, _, self.model = name.rstrip("/").partition("#")
         if not self.model:
-            models = self._ask("/models", None).get("data") or []
+            models = self._ask("/models", None, lambda answer: [str(one["id"]) for one in answer["data"]])
             if len(models) != 1:
                 raise InputError(f"{self.url} serves {len(models)} models: name one, as in {self.url}#MODEL")
-            self.model = str(models[0]["id"])
+            self.model = models[0]
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         rows: list[list[float]] = []
         for start in range(0, len(texts), TEXTS_A_REQUEST):
             part = list(texts[start : start + TEXTS_A_REQUEST])
-            found = self._ask("/embeddings", {"model": self.model, "input": part, "encoding_format": "float"})
-            vectors = [one["embedding"] for one in sorted(found["data"], key=lambda one: int(one["index"]))]
+            body = {"model": self.model, "input": part, "encoding_format": "float"}
+            vectors = self._ask("/embeddings", body, _in_order)
             if len(vectors) != len(part):
                 raise ServerError(f"{self.url} returned {len(vectors)} vectors for {len(part)} texts")
             if other := {len(vector) for vector in vectors} - {len((rows or vectors)[0])}:
@@ -93,14 +99,17 @@ class _Endpoint:
             rows += vectors
         return np.array(rows, np.float32)
 
-    def _ask(self, path: str, body: object) -> Any:
+    def _ask(self, path: str, body: object, read: Callable[[Any], list[T]]) -> list[T]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                return json.load(answer)
+                return read(json.load(answer))
         except urllib.error.HTTPError as error:
-            detail = error.read(300).decode("utf-8", "replace")
+            with error:
+                detail = error.read(300).decode("utf-8", "replace")
             raise ServerError(f"{self.url}{path} answered with status {error.code}: {detail}") from error
+        except (KeyError, TypeError) as error:
+            raise ServerError(f"{self.url}{path} does not answer as OpenAI's API does") from error
         except (OSError, ValueError) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {getattr(error, 'reason', error)}") from error

@@ -115,6 +115,11 @@ class Corpus:
         return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
 
     @property
+    def records(self) -> list[tuple[str, ...]]:
+        """The examples as tuples of one text, or of two."""
+        return [(one,) if isinstance(one, str) else one for one in self.examples]
+
+    @property
     def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
         return not isinstance(self.examples[0], str)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-import numpy as np
-
 from encoders.reference import Reference
-from evaluation.probes import MIN_ITEMS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, estimate, flat
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
 from mirror_runtime.errors import InputError
 from training.corpus import Corpus, digest
 from training.formats import Records
@@ -28,9 +26,6 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
 
-PREDICTIVE = ("parts", "halves", "alternating")
-"""Probes that rank encoders as labelled sets do (docs/log.md, 2026-11-30)."""
-
 DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
 
@@ -39,7 +34,7 @@ class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and the probes of `choose_probes` are measured on them."""
+    """Texts are held out, and the probe `content` is measured on them."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -56,10 +51,10 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The probe on held-out texts, before and after tuning; all figures are times 100."""
+    """The probe `content` on held-out texts, before and after tuning; all figures are times 100."""
 
     texts: int  # that were held out
-    probes: tuple[str, ...]  # whose mean reciprocal ranks are averaged
+    items: int  # of them, those that the probe asks about
     before: Estimate
     after: Estimate
     gain: Estimate  # with its paired interval
@@ -76,7 +71,8 @@ class Outcome:
         """Return JSON values."""
         return {
             "held_out": self.texts,
-            "probes": list(self.probes),
+            "probe": CONTENT,
+            "items": self.items,
             **flat("before", self.before),
             **flat("after", self.after),
             **flat("gain", self.gain),
@@ -86,20 +82,36 @@ class Outcome:
 
     def __str__(self) -> str:
         return (
-            f"{self.verdict.value}: on {self.texts} texts that tuning never saw, the probe ({', '.join(self.probes)}; "
-            f"mean reciprocal rank × 100) went from {self.before.value:.2f} to {self.after.value:.2f}, {self.gain:+}"
+            f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
+            f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
+            f"{self.gain:+}"
         )
 
 
 class Gate:
-    """Measures a model before and after it is tuned."""
+    """Measures a model before and after it is tuned.
 
-    def __init__(self, held_out: Sequence[Record], hardware: Hardware) -> None:
+    Args:
+        held_out: what the probe asks about.
+        background: the texts that are tuned on, in which words are counted.
+        hardware: the precision in which to encode.
+
+    Raises:
+        InputError: the texts are too short or too alike for the probe.
+    """
+
+    def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
-        self._probes = choose_probes(build_probes(held_out))
+        self._probes: list[Probe] = []
+        with contextlib.suppress(InputError):  # this has no probe at all
+            self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
+        if not self._probes:
+            raise InputError(
+                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+                "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+            )
         self._hardware = hardware
-        self._before: list[Result] = []
         self._seconds = time.perf_counter() - begin
 
     def before(self, reference: Reference) -> None:
@@ -109,15 +121,13 @@ class Gate:
     def after(self, reference: Reference) -> Outcome:
         """Measure the tuned model and compare."""
         after = self._measure(reference)
-        before = self._before
-        drawn = [np.mean([one.resampled for one in results], axis=0) for results in (before, after)]
-        values = [float(np.mean([one.figure.value for one in results])) for results in (before, after)]
+        (gain,) = gains(self._before, after)
         return Outcome(
             texts=self._texts,
-            probes=tuple(probe.name for probe in self._probes),
-            before=estimate(values[0], drawn[0]),
-            after=estimate(values[1], drawn[1]),
-            gain=estimate(values[1] - values[0], drawn[1] - drawn[0]),
+            items=after[0].samples,
+            before=self._before[0].figure,
+            after=after[0].figure,
+            gain=gain,
             seconds=self._seconds,
         )
 
@@ -129,18 +139,13 @@ class Gate:
         return results
 
 
-def choose_probes(probes: Sequence[Probe]) -> list[Probe]:
-    """Keep the probes of `PREDICTIVE`; all of them if none is there, as for single words."""
-    return [probe for probe in probes if probe.name in PREDICTIVE] or list(probes)
-
-
 def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
     """Take the texts to be held out from a corpus.
 
     Raises:
         InputError: the corpus is too small.
     """
-    records: list[Record] = [(one,) if isinstance(one, str) else one for one in corpus.examples]
+    records = corpus.records
     if len(records) < MIN_TEXTS:
         raise InputError(
             f"{len(records):,} distinct texts are too few to hold some out and measure whether tuning helps: pass "

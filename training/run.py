@@ -48,7 +48,7 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
     corpus, gate = read_corpus(job.corpus), None
     if job.probe is not ProbeChoice.NONE:
         corpus, held_out = split_corpus(corpus)
-        gate = Gate(held_out, hardware)
+        gate = Gate(held_out, corpus.records, hardware)
     source = _tuned_source(job)
     if not hardware.writes:
         return _tune(job, source, corpus, hardware, None, RunObserver(), begin, None)

@@ -114,8 +114,8 @@ def command(
     probe: Annotated[
         ProbeChoice,
         typer.Option(
-            help="auto holds out 5 % of the texts (100 to 400), looks for one part of each by another before and after "
-            "tuning, and ends with status 3 if the tuned encoder is worse; none tunes unmeasured on all texts.",
+            help="auto holds out 5 % of the texts (100 to 400), measures a probe on them before and after, and ends "
+            "with status 3 if the tuned encoder is worse; none tunes unmeasured on all texts.",
             rich_help_panel="Evaluation",
         ),
     ] = ProbeChoice.AUTO,

@@ -50,7 +50,13 @@ def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_pa
     (change,) = report["differences"]
     assert (change["encoder"], change["over"]) == (str(second), str(tiny_bert))
     assert change["means"]["sts"] == {"mean": 0, "mean_low": 0, "mean_high": 0}
-    for shown in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "Geometry of the vectors of second (cls)"):
+    for shown in (
+        "some-sts",
+        "mean of 1 sts",
+        "mean of 2 words",
+        "second (cls)",
+        "Geometry of the vectors of second (cls)",
+    ):
         assert shown in done.stderr
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evaluation.statistics import Estimate
+from evaluation.statistics import Bootstrap, Estimate
 from mirror_runtime.errors import InputError
-from tests.support.word_encoder import DIM, encode_words
+from tests.support.word_encoder import encode_words
 from training import run
 from training.corpus import CorpusRequest, read_corpus
 from training.gate import FEWEST, MIN_TEXTS, MOST, Gate, Outcome, Verdict, hold_out, read_own, split_corpus
@@ -20,32 +20,20 @@ from training.recipe import Device, TunePrecision
 from training.tune import main
 
 HARDWARE = choose_hardware(Device.CPU, TunePrecision.FP32)
-WORDS = [
-    "the",
-    "cat",
-    "a",
-    "dog",
-    "man",
-    "river",
-    "mat",
-    "guitar",
-    "sat",
-    "plays",
-    "runs",
-    "by",
-    "on",
-    "and",
-    "no",
-    "is",
-    "at",
-    "with",
-]
+RARE = ["cat", "dog", "man", "river", "mat", "guitar", "sat", "playing"]
 
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
-    rng = random.Random(0)
-    return [" ".join(rng.choices(WORDS, k=12)) for _ in range(MIN_TEXTS)]
+    """Lines of common words, and of rare ones that each occur in at most 30 of them."""
+    rare = [f"{a} {b} {c}" for a in RARE for b in RARE for c in RARE][:MIN_TEXTS]
+    return [f"the {words} is on a no" for words in rare]
+
+
+@pytest.fixture(autouse=True)
+def _small_vocabulary(monkeypatch):
+    monkeypatch.setattr("evaluation.probes.COMMON_WORDS", 5)
+    monkeypatch.setattr("evaluation.probes.RARE", (2, 300))
 
 
 @pytest.fixture
@@ -59,9 +47,9 @@ def encoder(encode):
     return SimpleNamespace(encode_unnormalized=encode)
 
 
-def harmed(texts):
-    noise = np.random.default_rng(len(texts)).normal(size=(len(texts), DIM))
-    return (encode_words(texts) + 20 * noise).astype(np.float32)
+def weigh(texts):
+    """Encode with rare words nine times as heavy."""
+    return encode_words(texts) + 9 * encode_words([" ".join(w for w in text.split() if w in RARE) for text in texts])
 
 
 def test_the_same_texts_are_held_out_in_any_order_and_with_titles(lines):
@@ -93,21 +81,21 @@ def test_a_corpus_is_split_and_a_small_one_refused(corpus, lines):
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
-        (encode_words, encode_words, Verdict.UNCLEAR),
-        (encode_words, harmed, Verdict.WORSE),
-        (harmed, encode_words, Verdict.BETTER),
+        (weigh, weigh, Verdict.UNCLEAR),
+        (weigh, encode_words, Verdict.WORSE),
+        (encode_words, weigh, Verdict.BETTER),
     ],
 )
 def test_harm_is_worse_and_no_change_is_neither(lines, before, after, verdict):
-    titled = [(" ".join(line.split()[::2]), " ".join(line.split()[1::2]) + " " + line) for line in lines[:FEWEST]]
-    gate = Gate(titled, HARDWARE)
+    held, rest = hold_out([(line,) for line in lines])
+    gate = Gate(held, rest, HARDWARE)
     gate.before(encoder(before))
     outcome = gate.after(encoder(after))
     assert outcome.verdict is verdict
     assert (outcome.texts, outcome.to_json()["verdict"]) == (FEWEST, verdict.value)
     assert outcome.gain.value == pytest.approx(outcome.after.value - outcome.before.value)
     assert outcome.gain.low <= outcome.gain.value <= outcome.gain.high
-    assert f"{verdict.value}: on {FEWEST} texts" in str(outcome)
+    assert f"{verdict.value}: of {outcome.items} texts that tuning never saw" in str(outcome)
 
 
 def test_documents_and_lines_are_read(tmp_path):
@@ -121,29 +109,29 @@ def test_documents_and_lines_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(("more", "status"), [((), 3), (("--accept-worse",), 0)])
-def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(tiny_bert, corpus, tmp_path, capsys, more, status):
-    """A learning rate of 0.5 ruins any model. The run folder is whole, and says so in three places."""
-    options = [
-        "--base",
-        str(tiny_bert),
-        "--corpus",
-        str(corpus),
-        "--output",
-        str(tmp_path / "run"),
-        "--pooling",
-        "mean",
-    ]
-    assert main([*options, "--batch-size", "100", "--lr", "0.5", *more]) == status
+def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(
+    tiny_bert, corpus, tmp_path, capsys, monkeypatch, more, status
+):
+    shares = iter([np.ones(80), np.arange(80) % 2])
+    measured = lambda *_: [Bootstrap().mean("probe", "own", "content, accuracy", next(shares))]  # noqa: E731
+    monkeypatch.setattr("training.gate.evaluate_probes", measured)
+    options = ["--base", str(tiny_bert), "--corpus", str(corpus), "--output", str(tmp_path / "run")]
+    assert main([*options, "--pooling", "mean", "--batch-size", "100", *more]) == status
     captured = capsys.readouterr()
     gate = json.loads(captured.out)["gate"]
     assert (gate["verdict"], gate["held_out"]) == ("worse", FEWEST)
-    assert gate["gain_high"] < 0
+    assert (gate["before"], gate["after"], gate["gain"]) == (100, 50, -50)
     assert ("Keep the base, or pass --accept-worse" in captured.err) == (status == 3)
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["gate"] == gate
     assert report["corpus"]["texts"] == MIN_TEXTS - FEWEST
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"## Did tuning help?\n\nworse: on {FEWEST} texts that tuning never saw" in card
+    assert f"## Did tuning help?\n\nworse: of 80 texts that tuning never saw" in card
+
+
+def test_single_words_are_refused(lines):
+    with pytest.raises(InputError, match=r"fewer than 50 of 100 held-out texts have 4 words .*--probe none"):
+        Gate([(f"word{i}",) for i in range(100)], [(line,) for line in lines], HARDWARE)
 
 
 def test_only_texts_that_are_not_held_out_are_tuned_on(tiny_bert, corpus, lines, tmp_path, monkeypatch):
@@ -169,5 +157,5 @@ def test_an_interval_that_holds_zero_is_no_verdict():
     gains = {(-2.0, -0.1): Verdict.WORSE, (-2.0, 0.0): Verdict.UNCLEAR, (0.1, 2.0): Verdict.BETTER}
     for (low, high), verdict in gains.items():
         gain = Estimate(value=(low + high) / 2, low=low, high=high)
-        outcome = Outcome(texts=9, probes=("crop",), before=value, after=value, gain=gain, seconds=0.1)
+        outcome = Outcome(texts=9, items=9, before=value, after=value, gain=gain, seconds=0.1)
         assert outcome.verdict is verdict
