@@ -39,7 +39,7 @@ def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | Non
         around: closes it.
 
     Returns:
-        The function and, where it is known, its spec; None if the name is none of these.
+        The function and, where it is known, its spec; None for any other name.
 
     Raises:
         MirrorError: it cannot be loaded or reached.

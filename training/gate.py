@@ -104,7 +104,7 @@ class Gate:
         begin = time.perf_counter()
         self._texts = len(held_out)
         self._probes: list[Probe] = []
-        with contextlib.suppress(InputError):  # this has no probe at all
+        with contextlib.suppress(InputError):  # it has no probe at all
             self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
         if not self._probes:
             raise InputError(

@@ -39,10 +39,12 @@ def test_choices_among_phrases(tmp_path):
     turney = read_choices(
         write(tmp_path / "turney.tsv", "bigram\tanswer\tdistractors (5)", "red car\tcar red\tcat|dog", "a b\tx\ta b|c")
     )
+    assert turney is not None
     assert values(evaluate_choices(turney, encode_words, BOOTSTRAP)) == {"accuracy": 50}
     assert values(evaluate_choices(turney, encode_equal, BOOTSTRAP)) == {"accuracy": 0}
     rows = [f"name {i}\tother {i}" for i in range(20)]
     names = read_choices(write(tmp_path / "names.tsv", "name\tsynonym", *rows, "name 3\t3 name"))
+    assert names is not None
     assert values(evaluate_choices(names, encode_words, BOOTSTRAP)) == {"acc@1": 100, "acc@5": 100}
     assert values(evaluate_choices(names, encode_equal, BOOTSTRAP)) == {"acc@1": 0, "acc@5": 0}
     scored = write(tmp_path / "bird.tsv", "score\tphrase1\tphrase2", "0.1\ta\tb", "0.5\ta\tc", "0.9\ta\ta b")

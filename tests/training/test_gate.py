@@ -12,7 +12,7 @@ import pytest
 from evaluation.statistics import Bootstrap, Estimate
 from mirror_runtime.errors import InputError
 from tests.support.word_encoder import encode_words
-from training import run
+from training import run, trainer
 from training.corpus import CorpusRequest, read_corpus
 from training.gate import FEWEST, MIN_TEXTS, MOST, Gate, Outcome, Verdict, hold_out, read_own, split_corpus
 from training.hardware import choose_hardware
@@ -126,7 +126,7 @@ def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(
     assert report["result"]["gate"] == gate
     assert report["corpus"]["texts"] == MIN_TEXTS - FEWEST
     card = (tmp_path / "run" / "README.md").read_text()
-    assert f"## Did tuning help?\n\nworse: of 80 texts that tuning never saw" in card
+    assert "## Did tuning help?\n\nworse: of 80 texts that tuning never saw" in card
 
 
 def test_single_words_are_refused(lines):
@@ -136,7 +136,7 @@ def test_single_words_are_refused(lines):
 
 def test_only_texts_that_are_not_held_out_are_tuned_on(tiny_bert, corpus, lines, tmp_path, monkeypatch):
     seen = []
-    train = run.train
+    train = trainer.train
     monkeypatch.setattr(run, "train", lambda reference, data, *rest: (seen.extend(data), train(reference, data, *rest)))
     options = [
         "--base",
