@@ -30,5 +30,5 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("× 100, with 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="best")
+    figure.legend(frameon=False, loc="outside upper center")
     figure.savefig(path, dpi=120)

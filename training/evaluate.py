@@ -134,7 +134,7 @@ def command(
     if output is not None:
         _write(output, report)
     if plot is not None:
-        draw(reports, plot)
+        draw(_with_short_names(reports), plot)
     sys.stdout.write(report + "\n")
 
 
@@ -189,13 +189,18 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
 
 def show(reports: Sequence[Report], console: Console) -> None:
     """Print all figures side by side, then the geometry of each encoder's vectors."""
-    short = [Path(report.encoder).name for report in reports]
-    if len(set(short)) == len(short):
-        reports = [dataclasses.replace(report, encoder=name) for report, name in zip(reports, short, strict=True)]
+    reports = _with_short_names(reports)
     console.print(_figures(reports))
     for report in reports:
         if report.results:
             console.print(_geometry(report))
+
+
+def _with_short_names(reports: Sequence[Report]) -> Sequence[Report]:
+    short = [Path(report.encoder).name for report in reports]
+    if len(set(short)) < len(short):
+        return reports
+    return [dataclasses.replace(report, encoder=name) for report, name in zip(reports, short, strict=True)]
 
 
 def _figures(reports: Sequence[Report]) -> Table:

@@ -33,12 +33,25 @@ def words(tmp_path: Path) -> Path:
 @pytest.mark.process
 def test_two_encoders_by_path_end_in_one_json_line(tiny_bert, sts, words, tmp_path):
     second = shutil.copytree(tiny_bert, tmp_path / "second")
-    options = ["--sts", sts, "--words", words, words, "--pooling", "cls", "--output", "r/report.json"]
+    options = [
+        "--sts",
+        sts,
+        "--words",
+        words,
+        words,
+        "--pooling",
+        "cls",
+        "--output",
+        "r/report.json",
+        "--plot",
+        "r/plot.png",
+    ]
     command = [sys.executable, SCRIPT, tiny_bert, second, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == report
+    assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
     first, other = report["encoders"]
     assert (first["encoder"], first["pooling"]) == (str(tiny_bert), "cls")
     assert first["aggregation"].startswith("all: ")

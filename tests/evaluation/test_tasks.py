@@ -8,7 +8,7 @@ from sklearn.metrics import v_measure_score
 
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled, v_measure
 from evaluation.perturb import PERTURBATIONS
-from evaluation.phrases import evaluate_choices, read_choices
+from evaluation.phrases import Choices, evaluate_choices, read_choices
 from evaluation.probes import MIN_ITEMS, build_probes, evaluate_probes
 from evaluation.robustness import evaluate_robustness
 from evaluation.sets import read_sets
@@ -37,11 +37,18 @@ def values(results):
 
 def test_choices_among_phrases(tmp_path):
     turney = read_choices(
-        write(tmp_path / "turney.tsv", "bigram\tanswer\tdistractors (5)", "red car\tcar red\tcat|dog", "a b\tx\ta b|c")
+        write(
+            tmp_path / "turney.tsv",
+            "bigram\tanswer\tdistractors (5)",
+            "red car\tcar red\tcat|dog|red",
+            "a b\tx\ta|b|a c",
+        )
     )
     assert turney is not None
-    assert values(evaluate_choices(turney, encode_words, BOOTSTRAP)) == {"accuracy": 50}
-    assert values(evaluate_choices(turney, encode_equal, BOOTSTRAP)) == {"accuracy": 0}
+    assert values(evaluate_choices(turney, encode_words, BOOTSTRAP)) == {"accuracy": 50, "accuracy, own words too": 50}
+    assert set(values(evaluate_choices(turney, encode_equal, BOOTSTRAP)).values()) == {0}
+    own = Choices(name="x", questions=("red car",), answers=("red thing",), candidates=(("red", "dog"),))
+    assert values(evaluate_choices(own, encode_words, BOOTSTRAP)) == {"accuracy": 100, "accuracy, own words too": 0}
     rows = [f"name {i}\tother {i}" for i in range(20)]
     names = read_choices(write(tmp_path / "names.tsv", "name\tsynonym", *rows, "name 3\t3 name"))
     assert names is not None
