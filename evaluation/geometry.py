@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS = 512
-"""Rows of the similarity matrix held at once."""
+from evaluation.vectors import ROWS
+from mirror_runtime.vectors import SMALLEST_NORM
 
 MAX_TEXTS = 5_000
 """Uniformity compares every pair of at most this many texts; from more, this many are drawn."""
@@ -61,3 +61,29 @@ def isotropy(vectors: Vectors) -> float:
     grown = np.exp(values @ directions)
     sums = np.concatenate([grown.sum(axis=0), (1 / grown).sum(axis=0)])
     return float(sums.min() / sums.max())
+
+
+def effective_rank(vectors: Vectors) -> float:
+    """Return exp of the entropy of the singular values' shares; higher is better, at most dim (Roy and Vetterli)."""
+    squares = np.maximum(np.linalg.eigvalsh(vectors.astype(np.float64).T @ vectors.astype(np.float64)), 0)
+    shares = np.sqrt(squares) / max(np.sqrt(squares).sum(), SMALLEST_NORM)
+    shares = shares[shares > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def hubness(vectors: Vectors, rng: np.random.Generator, neighbours: int = 10) -> float:
+    """Return the skewness of how often a text is among others' ten nearest; lower is better (Radovanović et al.).
+
+    Of more than `MAX_TEXTS` unit vectors, `rng` draws that many. With few texts, half of the others are counted.
+    """
+    if len(vectors) > MAX_TEXTS:
+        vectors = vectors[rng.choice(len(vectors), MAX_TEXTS, replace=False)]
+    n = len(vectors)
+    nearest = max(1, min(neighbours, (n - 1) // 2))
+    counts = np.zeros(n)
+    for start in range(0, n, ROWS):
+        cosines = vectors[start : start + ROWS] @ vectors.T
+        cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
+        counts += np.bincount(np.argpartition(-cosines, nearest - 1, axis=1)[:, :nearest].ravel(), minlength=n)
+    spread = counts - counts.mean()
+    return float((spread**3).mean() / max((spread**2).mean() ** 1.5, SMALLEST_NORM))

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mirror_runtime.errors import InputError
 
-FIRST = ("sentence1", "sentence_a", "sent1", "text1", "word1", "word 1")
-SECOND = ("sentence2", "sentence_b", "sent2", "text2", "word2", "word 2")
+FIRST = ("sentence1", "sentence_a", "sent1", "text1", "word1", "word 1", "phrase1")
+SECOND = ("sentence2", "sentence_b", "sent2", "text2", "word2", "word 2", "phrase2")
 SCORE = ("score", "relatedness_score", "simlex999", "human (mean)", "similarity", "average score")
 """Column names in header lines, lower-cased: of GLUE STS-B, SICK, SimLex-999, WordSim-353 and others."""
 
@@ -110,6 +110,18 @@ def read_texts(path: str) -> list[str]:
         if "\t" not in lines[0]:
             return [line.strip() for line in lines]
     return [text for found in read_sets(path) for text in found.texts]
+
+
+def read_rows(path: Path) -> Rows:
+    """Read a table with a header line: line number and fields of each line that is not blank.
+
+    Raises:
+        InputError: it cannot be read, or has no line below the header.
+    """
+    rows = _rows(path, _read_bytes(path))
+    if len(rows) < 2:
+        raise InputError(f"{path} is empty: it must have a header line and at least one line below")
+    return rows
 
 
 def _read_folder(folder: Path, language: str | None) -> tuple[EvaluationSet, ...]:

@@ -1,4 +1,4 @@
-"""Evaluate an encoder on similarity sets: rank correlation of cosines with human scores, and geometry of vectors."""
+"""Evaluate an encoder: rank correlation of cosines with human scores, geometry of vectors, and any further tasks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 
 from evaluation import geometry
 from evaluation.sets import EvaluationSet
-from evaluation.statistics import Estimate, estimate, resample_spearman, spearman
+from evaluation.statistics import Bootstrap, Estimate, Result, estimate, flat, gains, resample_spearman, spearman
+from evaluation.vectors import DECIMALS, Encode, encode_distinct
 from mirror_runtime.bundle import EncoderSpec
-from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.errors import InputError
 from mirror_runtime.vectors import unit_rows
 
-Encode = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts to vectors, float32 [n, dim], before normalisation and rounding to a vector type."""
-
 AGGREGATION = "all: a set's parts are put together and ranked at once; sets are averaged with equal weight"
+
+GEOMETRY = ("alignment", "uniformity", "anisotropy", "IS", "MVN", "rank", "hubness")
+"""Names of `SetResult.geometry`'s values. Lower is better, except for IS and rank."""
 
 CLOSE = 0.8
 """Alignment is over pairs scored at least this share of the set's highest score: 4 of 5 on STS."""
 
-DECIMALS = 6
-"""Cosines are rounded to this many decimals: the rest is fp32 rounding, and pairs of equal texts must tie."""
+DEFAULT_BOOTSTRAP = Bootstrap()
 
-TEXTS_A_CALL = 256
-"""Texts between two calls of `on_progress`."""
+Task = Callable[[Encode, Bootstrap], list[Result]]
+"""Anything else that is measured on an encoder."""
 
 
 class Group(str, Enum):
@@ -38,6 +38,7 @@ class Group(str, Enum):
 
     STS = "sts"
     WORDS = "words"
+    PHRASES = "phrases"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,16 @@ class SetResult:
     anisotropy: float  # mean cosine of two texts of the set
     isotropy: float  # IS of unit vectors
     mean_norm: float  # MVN, before normalisation
+    effective_rank: float  # of unit vectors, at most dim
+    hubness: float  # skewness of how often a text is among others' nearest
     # float64 [resamples], the correlation of each bootstrap resample, times 100
     resampled: NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
 
     @property
     def geometry(self) -> tuple[float | None, ...]:
-        """Alignment, uniformity, anisotropy, IS and MVN."""
-        return self.alignment, self.uniformity, self.anisotropy, self.isotropy, self.mean_norm
+        """The values of `GEOMETRY`."""
+        head = (self.alignment, self.uniformity, self.anisotropy, self.isotropy, self.mean_norm)
+        return *head, self.effective_rank, self.hubness
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields except the resamples as JSON values."""
@@ -76,9 +80,15 @@ class Report:
     """Measures of an encoder on all sets."""
 
     encoder: str
-    spec: EncoderSpec
+    spec: EncoderSpec | None  # None for an endpoint, which does not say
     results: tuple[SetResult, ...]  # in the order of the sets
-    seed: int  # of the resamples
+    tasks: tuple[Result, ...] = ()  # of all other tasks
+    bootstrap: Bootstrap
+
+    @property
+    def label(self) -> str:
+        """The encoder's name, with its pooling where that is known."""
+        return f"{self.encoder} ({self.spec.pooling.value})" if self.spec else self.encoder
 
     @property
     def means(self) -> dict[Group, Estimate]:
@@ -93,17 +103,19 @@ class Report:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Return one JSON object: correlations times 100, 95 % intervals; `mean` of all sets and `means` by group."""
+        """Return one JSON object: figures times 100, 95 % intervals; `mean` of all sets and `means` by group."""
+        values = [result.spearman.value for result in self.results]
         return {
             "encoder": self.encoder,
-            "pooling": self.spec.pooling.value,
-            "max_tokens": self.spec.max_tokens,
+            "pooling": self.spec.pooling.value if self.spec else None,
+            "max_tokens": self.spec.max_tokens if self.spec else None,
             "aggregation": AGGREGATION,
-            "resamples": len(self.results[0].resampled),
-            "seed": self.seed,
+            "resamples": self.bootstrap.resamples,
+            "seed": self.bootstrap.seed,
             "sets": [result.to_json() for result in self.results],
-            "mean": float(np.mean([result.spearman.value for result in self.results])),
+            "mean": float(np.mean(values)) if values else None,
             "means": {group.value: flat("mean", value) for group, value in self.means.items()},
+            "tasks": [result.to_json() for result in self.tasks],
         }
 
 
@@ -111,42 +123,36 @@ def evaluate(
     encode: Encode,
     sets: Mapping[Group, Sequence[EvaluationSet]],
     *,
-    spec: EncoderSpec,
+    spec: EncoderSpec | None,
+    tasks: Sequence[Task] = (),
     name: str = "encoder",
-    resamples: int = 1000,
-    seed: int = 0,
+    bootstrap: Bootstrap = DEFAULT_BOOTSTRAP,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """Compare an encoder's cosines with human scores.
+    """Compare an encoder's cosines with human scores, and run further tasks.
 
     Args:
         encode: the encoder, before normalisation and rounding to a vector type.
         sets: by group.
         spec: of the encoder, for the report.
+        tasks: functions of encoder and bootstrap.
         name: of the encoder, for the report.
-        resamples: of the bootstrap. The same seed draws the same pairs for every encoder, so that differences of two
-            reports on the same sets are paired.
-        seed: of the bootstrap, and of the texts drawn if a set has too many for uniformity.
-        on_progress: called with the number of encoded texts and of all texts.
+        bootstrap: its seed draws the same pairs for every encoder, so that differences of two reports on the same sets
+            are paired; it also draws texts if a set has too many for uniformity.
+        on_progress: called with the number of the sets' encoded texts and of all.
 
     Raises:
-        InputError: `sets` is empty, or all cosines of a set are equal.
-        BundleError: vectors are not finite.
+        InputError: all cosines of a set are equal.
+        BundleError: see `encode_distinct`.
     """
     chosen = [(group, one) for group, members in sets.items() for one in members]
-    if not chosen:
-        raise InputError("nothing to evaluate on: pass --sts or --words files")
-    raw = _encode_distinct(encode, [text for _, one in chosen for text in one.texts], name, on_progress)
+    raw = encode_distinct(encode, [text for _, one in chosen for text in one.texts], name, on_progress)
     results = []
     for index, (group, one) in enumerate(chosen):
-        rng = np.random.default_rng([seed, index])
-        results.append(_measure(one, group, raw, resamples, rng))
-    return Report(encoder=name, spec=spec, results=tuple(results), seed=seed)
-
-
-def flat(name: str, figure: Estimate) -> dict[str, float]:
-    """Return an estimate as JSON values `NAME`, `NAME_low` and `NAME_high`."""
-    return {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        rng = np.random.default_rng([bootstrap.seed, index])
+        results.append(_measure(one, group, raw, bootstrap.resamples, rng))
+    measured = tuple(result for task in tasks for result in task(encode, bootstrap))
+    return Report(encoder=name, spec=spec, results=tuple(results), tasks=measured, bootstrap=bootstrap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,7 @@ class Difference:
 
     sets: tuple[Estimate, ...]  # of each set's correlation, in the order of the sets
     means: dict[Group, Estimate]  # of each group's plain mean
+    tasks: tuple[Estimate, ...]  # of each other task's figure
 
 
 def difference(before: Report, after: Report) -> Difference:
@@ -165,7 +172,7 @@ def difference(before: Report, after: Report) -> Difference:
     Raises:
         ValueError: the reports have different sets or seeds.
     """
-    if before.seed != after.seed or [r.sha256 for r in before.results] != [r.sha256 for r in after.results]:
+    if before.bootstrap != after.bootstrap or [r.sha256 for r in before.results] != [r.sha256 for r in after.results]:
         raise ValueError("the reports have different sets or seeds")
     pairs = list(zip(before.results, after.results, strict=True))
     before_means = before.means
@@ -178,23 +185,8 @@ def difference(before: Report, after: Report) -> Difference:
             estimate(new.spearman.value - old.spearman.value, new.resampled - old.resampled) for old, new in pairs
         ),
         means=means,
+        tasks=tuple(gains(before.tasks, after.tasks)),
     )
-
-
-def _encode_distinct(
-    encode: Encode, texts: Sequence[str], name: str, on_progress: Callable[[int, int], None]
-) -> dict[str, NDArray[np.float32]]:
-    """Encode every distinct text once."""
-    distinct = sorted(dict.fromkeys(texts), key=len)
-    vectors: dict[str, NDArray[np.float32]] = {}
-    on_progress(0, len(distinct))
-    for start in range(0, len(distinct), TEXTS_A_CALL):
-        part = distinct[start : start + TEXTS_A_CALL]
-        vectors.update(zip(part, encode(part), strict=True))
-        on_progress(len(vectors), len(distinct))
-    if not all(np.isfinite(vector).all() for vector in vectors.values()):
-        raise BundleError(f"{name} returns vectors that are not finite: its weights are broken")
-    return vectors
 
 
 def _measure(
@@ -230,5 +222,7 @@ def _measure(
         anisotropy=geometry.anisotropy(units),
         isotropy=geometry.isotropy(units),
         mean_norm=geometry.mean_norm(vectors),
+        effective_rank=geometry.effective_rank(units),
+        hubness=geometry.hubness(units, rng),
         resampled=resampled,
     )

@@ -1,8 +1,10 @@
-"""Rank correlation with its uncertainty."""
+"""Figures with their uncertainty: rank correlations and means, resampled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +29,72 @@ class Estimate:
     def __format__(self, sign: str) -> str:
         """Format as `value [low, high]` with two decimals; `+` shows the sign."""
         return f"{self.value:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One figure of one task on one set. Shares, ranks and correlations are times 100."""
+
+    task: str  # such as "retrieval"
+    set: str  # the file's or folder's name, without suffix
+    metric: str  # such as "nDCG@10"; higher is better unless the metric is a loss
+    figure: Estimate
+    samples: int  # queries, pairs or texts that were drawn from
+    resampled: NDArray[np.float64] = field(repr=False, compare=False)  # the figure of each bootstrap resample
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """Task, set, metric and samples, which two results that are compared share."""
+        return self.task, self.set, self.metric, self.samples
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields except the resamples as JSON values."""
+        head = {"task": self.task, "set": self.set, "metric": self.metric}
+        return head | flat("value", self.figure) | {"samples": self.samples}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """How figures are resampled. The same seed draws the same items for every encoder: differences are paired."""
+
+    resamples: int = 1000
+    seed: int = 0
+
+    def rng(self) -> np.random.Generator:
+        """Return a new generator, the same each time."""
+        return np.random.default_rng(self.seed)
+
+    def mean(self, task: str, name: str, metric: str, items: ArrayLike) -> Result:
+        """Build the result of a metric that is the mean over items, each 0 to 1, times 100."""
+        scores = 100 * np.asarray(items, dtype=np.float64)
+        drawn = resample_means(scores, self.resamples, self.rng())
+        return self.result(task, name, metric, float(scores.mean()), drawn, len(scores))
+
+    def result(
+        self, task: str, name: str, metric: str, value: float, resampled: NDArray[np.float64], samples: int
+    ) -> Result:
+        """Build a result from its resampled values, which must come from `rng`."""
+        figure = estimate(value, resampled)
+        return Result(task=task, set=name, metric=metric, figure=figure, samples=samples, resampled=resampled)
+
+
+def gains(before: Sequence[Result], after: Sequence[Result]) -> list[Estimate]:
+    """Subtract one encoder's results from another's on the same sets and seed, with paired intervals.
+
+    Raises:
+        ValueError: the results are of different sets.
+    """
+    if [one.key for one in before] != [one.key for one in after]:
+        raise ValueError("the results are of different sets")
+    return [
+        estimate(new.figure.value - old.figure.value, new.resampled - old.resampled)
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def flat(name: str, figure: Estimate) -> dict[str, float]:
+    """Return an estimate as JSON values `NAME`, `NAME_low` and `NAME_high`."""
+    return {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
 
 
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
@@ -62,6 +130,14 @@ def resample_spearman(x: ArrayLike, y: ArrayLike, resamples: int, rng: np.random
         with np.errstate(invalid="ignore", divide="ignore"):
             results.append(covariance / np.sqrt(va * vb))
     return np.concatenate(results)
+
+
+def resample_means(items: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return the means of bootstrap resamples, each n items drawn with replacement from n: float64 [resamples]."""
+    n = len(items)
+    size = max(1, CHUNK // n)
+    chunks = [min(size, resamples - start) for start in range(0, resamples, size)]
+    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=rows) @ items / n for rows in chunks])
 
 
 def estimate(value: float, resampled: NDArray[np.float64]) -> Estimate:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.similarity import AGGREGATION, Report, difference
+from evaluation.similarity import AGGREGATION, GEOMETRY, Report, difference
 from mirror_runtime.bundle import EncoderSpec
 from training.checkpoint import Step
 from training.corpus import Corpus, Overlap
+from training.gate import Outcome
 from training.objective import Objective
 from training.recipe import TuneConfig
 
@@ -22,6 +23,7 @@ def render_card(
     before: Report | None,
     after: Report | None,
     overlaps: Sequence[Overlap],
+    outcome: Outcome | None,
 ) -> str:
     """Build the card's text, without front matter; before and after are None without evaluation sets."""
     how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
@@ -38,6 +40,8 @@ def render_card(
         f"A text encoder made from {spec.base_model} by {how}: {len(corpus.examples):,} {text}, {last.step} steps.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]
+    if outcome is not None:
+        parts.append(f"## Did tuning help?\n\n{outcome}. The interval holds 95 % of a paired bootstrap.")
     if before is not None and after is not None:
         parts.append(_results(before, after, overlaps))
     parts += [
@@ -81,10 +85,10 @@ def _results(before: Report, after: Report, overlaps: Sequence[Overlap]) -> str:
         lines.append(f"| mean ({group.value}) | | {before.means[group]} | {mean} | {change.means[group]:+} | |")
     lines += [
         "",
-        "Geometry of the vectors, before → after; lower is better, except for IS:",
+        "Geometry of the vectors, before → after; lower is better, except for IS and (effective) rank:",
         "",
-        "| set | alignment | uniformity | anisotropy | IS | MVN |",
-        "|---|---|---|---|---|---|",
+        f"| set | {' | '.join(GEOMETRY)} |",
+        f"|---{'|---' * len(GEOMETRY)}|",
     ]
     for old, new in zip(before.results, after.results, strict=True):
         figures = zip(old.geometry, new.geometry, strict=True)

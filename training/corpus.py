@@ -115,6 +115,11 @@ class Corpus:
         return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
 
     @property
+    def records(self) -> list[tuple[str, ...]]:
+        """The examples as tuples of one text, or of two."""
+        return [(one,) if isinstance(one, str) else one for one in self.examples]
+
+    @property
     def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
         return not isinstance(self.examples[0], str)
@@ -165,16 +170,21 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     files = tuple(_read_file(source, excluded, sample, known) for source in sources)
     records = sample.records()
     _check(request, files, sample.offered, records)
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update("\t".join(record).encode() + b"\n")
     return Corpus(
         examples=tuple((record[0], record[1]) if request.pairs else record[0] for record in records),
         files=files,
         overlaps=excluded.overlaps(),
         sampled_from=sample.offered if len(records) < sample.offered else None,
-        sha256=digest.hexdigest(),
+        sha256=digest(records),
     )
+
+
+def digest(records: Iterable[Sequence[str]]) -> str:
+    """Return the sha256 of records, TAB between partners, a newline after each."""
+    found = hashlib.sha256()
+    for record in records:
+        found.update("\t".join(record).encode() + b"\n")
+    return found.hexdigest()
 
 
 def measure_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Lengths:

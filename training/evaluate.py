@@ -1,11 +1,14 @@
-"""Measure encoders on similarity sets: the command line."""
+"""Measure encoders on labelled sets and on the user's own texts: the command line."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,67 +22,148 @@ from rich.table import Table
 
 from encoders.reference import Reference
 from encoders.source import resolve
+from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled
+from evaluation.phrases import evaluate_choices, read_choices
+from evaluation.plot import draw
+from evaluation.probes import build_probes, evaluate_probes
+from evaluation.retrieval import bm25, evaluate_retrieval, read_retrieval, score
+from evaluation.robustness import evaluate_robustness
+from evaluation.served import open_served
 from evaluation.sets import EvaluationSet, read_sets
-from evaluation.similarity import AGGREGATION, CLOSE, Group, Report, difference, evaluate, flat
+from evaluation.similarity import AGGREGATION, CLOSE, GEOMETRY, Group, Report, Task, difference, evaluate
+from evaluation.statistics import Bootstrap, flat
+from evaluation.vectors import Encode
+from mirror_runtime.bundle import EncoderSpec, Pooling
 from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file
+from training.gate import hold_out, read_own
+
+LISTS = ("--sts", "--words", "--phrases", "--retrieval", "--classify", "--cluster", "--own")
+
+LEGEND = {
+    "nDCG": "nDCG@10: how high and how well judged the first ten documents are. MRR@10: mean of 1 / rank of the first "
+    "relevant one. recall@100: share of the relevant ones among the first hundred.",
+    "acc@": "acc@k: the answer is among the k nearest of all names.",
+    "v-measure": "v-measure: do clusters find the labels?",
+    "lost": "Spearman lost: what changing all texts costs, less is better; cosine: of text and changed text.",
+    "content, acc": "content: share of your texts that are nearer to their content words alone than to themselves with "
+    "the rarest word replaced.",
+    ", MRR": "MRR: a text of yours looked for by a part or a changed form of it, mean of 1 / rank among all.",
+}
+"""What a metric means, by a part of its name."""
 
 
 def command(
     *,
     encoders: Annotated[
         list[str],
-        typer.Argument(metavar="ENCODER...", help="Folders or hub names. The others are compared with the first."),
+        typer.Argument(
+            metavar="ENCODER...",
+            help="Folders or hub names (PyTorch, fp32), BUNDLE or BUNDLE:PRECISION, http://HOST:PORT/v1#MODEL, "
+            "triton://HOST:PORT/MODEL. The others are compared with the first.",
+        ),
     ],
     sts: Annotated[list[str] | None, typer.Option(help="Sentence similarity sets: files or folders.")] = None,
     words: Annotated[list[str] | None, typer.Option(help="Word similarity sets: files, or MULTISIMLEX:ENG.")] = None,
+    phrases: Annotated[
+        list[str] | None,
+        typer.Option(help="Phrase files: scored pairs (BiRD), bigram/answer/distractors (Turney), or name/synonym."),
+    ] = None,
+    retrieval: Annotated[
+        list[str] | None, typer.Option(help="BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
+    ] = None,
+    classify: Annotated[
+        list[str] | None,
+        typer.Option(help="label/text files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."),
+    ] = None,
+    cluster: Annotated[list[str] | None, typer.Option(help="label/text files, clustered by k-means.")] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Your own texts, no labels: lines, or .jsonl with title and text. Uses what tune.py holds out."
+        ),
+    ] = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="Also measure what typos, capitals, white space and order cost on --sts.")
+    ] = False,
     pooling: PoolingOption = None,
     revision: RevisionOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Truncate texts to this many tokens. Default: each encoder's own limit.")
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap for the 95 % intervals.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap, folds, clusters and changed texts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw all figures with their intervals into this PNG.")] = None,
 ) -> None:
-    """Compare cosines with human scores: Spearman times 100 per set with a 95 % interval, and the plain mean.
+    """Measure encoders on labelled sets, and on your own texts without labels; 95 % intervals, paired differences.
 
-    A set's parts are put together and ranked at once ("all"). Vectors come from the PyTorch reference, in fp32. The
-    last line of stdout is one JSON object.
+    A set's parts are put together and ranked at once ("all"). The last line of stdout is one JSON object.
     """
-    if output is not None:
-        _check_output(output)
-    sets = load_sets(sts or [], words or [])
-    sources = [resolve(name, revision=revision, pooling=pooling, max_tokens=max_tokens) for name in encoders]
+    for path in filter(None, (output, plot)):
+        _check_output(path)
+    collections = [read_retrieval(path) for path in retrieval or []]
+    labelled = [(evaluate_labels, read_labelled(path)) for path in classify or []]
+    labelled += [(evaluate_clusters, read_labelled(path)) for path in cluster or []]
+    choices = {path: read_choices(path) for path in phrases or []}
+    sets = load_sets(sts or [], words or [], [path for path, found in choices.items() if found is None])
+    tasks: list[Task] = [partial(evaluate_retrieval, one) for one in collections]
+    tasks += [partial(evaluate_choices, one) for one in choices.values() if one is not None]
+    tasks += [partial(measure, one) for measure, one in labelled]
+    tasks += [partial(evaluate_robustness, one) for one in sets[Group.STS] if robust]
+    tasks += [_own_probes(path) for path in own or []]
+    if not any(sets.values()) and not tasks:
+        raise InputError("nothing to evaluate on: pass --sts, --words or another option that names files")
+    bootstrap = Bootstrap(resamples=resamples, seed=seed)
     console = Console(stderr=True, markup=False)
     reports = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        for name, source in zip(encoders, sources, strict=True):
-            task = progress.add_task(name, total=None)
-
-            def on_progress(done: int, total: int, task: Any = task) -> None:
-                progress.update(task, completed=done, total=total)
-
-            encode, spec = Reference.load(source).encode_unnormalized, source.spec
+    for name in encoders:
+        with ExitStack() as around:
+            encode, spec = open_served(name, around) or _load(name, revision, pooling, max_tokens)
+            on_progress = around.enter_context(_progress(name, console))
             reports.append(
-                evaluate(encode, sets, spec=spec, name=name, resamples=resamples, seed=seed, on_progress=on_progress)
+                evaluate(encode, sets, spec=spec, tasks=tasks, name=name, bootstrap=bootstrap, on_progress=on_progress)
             )
     show(reports, console)
-    report = json.dumps(as_json(reports), ensure_ascii=False)
+    yardsticks = [result for one in collections for result in score(one, bm25(one), bootstrap)]
+    for result in yardsticks:
+        console.print(f"BM25 on {result.set}: {result.metric} {result.figure}")
+    report = json.dumps(as_json(reports) | {"bm25": [one.to_json() for one in yardsticks]}, ensure_ascii=False)
     if output is not None:
         _write(output, report)
+    if plot is not None:
+        draw(_with_short_names(reports), plot)
     sys.stdout.write(report + "\n")
 
 
-def load_sets(sts: Sequence[str], words: Sequence[str]) -> dict[Group, list[EvaluationSet]]:
-    """Read evaluation sets by group."""
-    if not sts and not words:
-        raise InputError("nothing to evaluate on: pass --sts or --words files")
-    files = {Group.STS: sts, Group.WORDS: words}
+def load_sets(
+    sts: Sequence[str], words: Sequence[str], phrases: Sequence[str] = ()
+) -> dict[Group, list[EvaluationSet]]:
+    """Read sets of scored pairs by group."""
+    files = {Group.STS: sts, Group.WORDS: words, Group.PHRASES: phrases}
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
+
+
+def _own_probes(path: str) -> Task:
+    records = read_own(path)
+    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=Path(path).stem)
+
+
+def _load(
+    name: str, revision: str | None, pooling: Pooling | None, max_tokens: int | None
+) -> tuple[Encode, EncoderSpec]:
+    source = resolve(name, revision=revision, pooling=pooling, max_tokens=max_tokens)
+    return Reference.load(source).encode_unnormalized, source.spec
+
+
+@contextmanager
+def _progress(name: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
 def as_json(reports: Sequence[Report]) -> dict[str, Any]:
@@ -94,49 +178,71 @@ def as_json(reports: Sequence[Report]) -> dict[str, Any]:
                 "over": reports[0].encoder,
                 "sets": [{"name": result.name} | flat("spearman", figure) for result, figure in sets],
                 "means": {group.value: flat("mean", figure) for group, figure in change.means.items()},
+                "tasks": [
+                    result.to_json() | flat("value", figure)
+                    for result, figure in zip(other.tasks, change.tasks, strict=True)
+                ],
             }
         )
     return {"encoders": [report.to_json() for report in reports], "differences": changes}
 
 
 def show(reports: Sequence[Report], console: Console) -> None:
-    """Print the correlations side by side, then the geometry of each encoder's vectors."""
+    """Print all figures side by side, then the geometry of each encoder's vectors."""
+    reports = _with_short_names(reports)
+    console.print(_figures(reports))
+    for report in reports:
+        if report.results:
+            console.print(_geometry(report))
+
+
+def _with_short_names(reports: Sequence[Report]) -> Sequence[Report]:
     short = [Path(report.encoder).name for report in reports]
-    names = short if len(set(short)) == len(short) else [report.encoder for report in reports]
-    labels = [f"{name} ({report.spec.pooling.value})" for name, report in zip(names, reports, strict=True)]
-    console.print(_correlations(reports, labels))
-    for report, label in zip(reports, labels, strict=True):
-        console.print(_geometry(report, label))
+    if len(set(short)) < len(short):
+        return reports
+    return [dataclasses.replace(report, encoder=name) for report, name in zip(reports, short, strict=True)]
 
 
-def _correlations(reports: Sequence[Report], labels: Sequence[str]) -> Table:
-    table = Table(title="Spearman × 100 [95 % interval]", caption=f"Aggregation {AGGREGATION}.", title_justify="left")
-    table.add_column("set")
-    table.add_column("pairs", justify="right")
+def _figures(reports: Sequence[Report]) -> Table:
+    first = reports[0]
+    names = {result.metric for result in first.tasks}
+    notes = [f"Aggregation {AGGREGATION}."] if first.results else []
+    notes += [text for word, text in LEGEND.items() if any(word in name for name in names)]
+    table = Table(title="Figures × 100 [95 % interval]", caption=" ".join(notes), title_justify="left")
+    table.add_column("figure", no_wrap=True)
+    table.add_column("of", justify="right")
+    labels = [report.label for report in reports]
     for name in (*labels, *(f"{label} – {labels[0]}" for label in labels[1:])):
         table.add_column(name, justify="right")
-    changes = [difference(reports[0], other) for other in reports[1:]]
-    for i, result in enumerate(reports[0].results):
+    changes = [difference(first, other) for other in reports[1:]]
+    for i, result in enumerate(first.results):
         figures = [str(report.results[i].spearman) for report in reports]
-        table.add_row(result.name, f"{result.pairs:,}", *figures, *(f"{change.sets[i]:+}" for change in changes))
+        gained = (f"{change.sets[i]:+}" for change in changes)
+        table.add_row(f"{result.name}, Spearman", f"{result.pairs:,}", *figures, *gained)
     table.add_section()
-    for group in reports[0].means:
+    for group in first.means:
         figures = [str(report.means[group]) for report in reports]
-        count = sum(result.group is group for result in reports[0].results)
+        count = sum(result.group is group for result in first.results)
+        gained = (f"{change.means[group]:+}" for change in changes)
+        table.add_row(f"mean of {count} {group.value}", "", *figures, *gained)
+    table.add_section()
+    for i, task in enumerate(first.tasks):
+        figures = [str(report.tasks[i].figure) for report in reports]
         table.add_row(
-            f"mean of {count} {group.value}", "", *figures, *(f"{change.means[group]:+}" for change in changes)
+            f"{task.set}, {task.metric}", f"{task.samples:,}", *figures, *(f"{c.tasks[i]:+}" for c in changes)
         )
     return table
 
 
-def _geometry(report: Report, label: str) -> Table:
+def _geometry(report: Report) -> Table:
     table = Table(
-        title=f"Geometry of the vectors of {label}",
-        caption=f"Alignment: pairs scored at least {CLOSE:.0%} of the highest score. Lower is better, except for IS.",
+        title=f"Geometry of the vectors of {report.label}",
+        caption=f"Alignment: pairs scored at least {CLOSE:.0%} of the highest score; IS: isotropy; MVN: length of "
+        "the mean vector; rank: effective rank. Lower is better, except for IS and rank.",
         title_justify="left",
     )
     table.add_column("set")
-    for name in ("alignment", "uniformity", "anisotropy", "IS", "MVN"):
+    for name in GEOMETRY:
         table.add_column(name, justify="right")
     for result in report.results:
         table.add_row(result.name, *("–" if value is None else f"{value:.3f}" for value in result.geometry))
@@ -160,7 +266,7 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 2 if the input cannot be used."""
-    return run_command(application(command), argv, "evaluate.py", lists={"--sts": None, "--words": None})
+    return run_command(application(command), argv, "evaluate.py", lists=dict.fromkeys(LISTS))
 
 
 if __name__ == "__main__":

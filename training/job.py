@@ -13,6 +13,7 @@ from evaluation.similarity import Group, Report
 from mirror_runtime.bundle import EncoderSpec, Pooling
 from training.checkpoint import Step
 from training.corpus import Corpus, CorpusRequest, Lengths, Overlap
+from training.gate import Outcome, ProbeChoice
 from training.hardware import Hardware
 from training.recipe import TuneConfig
 
@@ -32,6 +33,7 @@ class Job:
     tensorboard: bool = False
     # Evaluation sets by group, measured before and after
     sets: Mapping[Group, Sequence[EvaluationSet]] = dataclasses.field(default_factory=dict)
+    probe: ProbeChoice = ProbeChoice.NONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class Summary:
     seconds: float  # from the start to the finished folder
     before: Report | None = None  # measures of the base; None without evaluation sets
     after: Report | None = None  # measures of the tuned encoder
+    outcome: Outcome | None = None  # of the gate; None without one
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat JSON object; units are in the names."""
@@ -95,6 +98,7 @@ class Summary:
             "tokens_per_sec": round(self.tokens / self.train_seconds, 1),
             "loss": self.loss,
             **scores,
+            "gate": self.outcome.to_json() if self.outcome else None,
             "train_sec": round(self.train_seconds, 3),
             "total_sec": round(self.seconds, 3),
         }

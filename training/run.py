@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,7 @@ from mirror_runtime.extras import require
 from mirror_runtime.folders import os_error_message, whole_folder
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
+from training.gate import Gate, ProbeChoice, split_corpus
 from training.hardware import Hardware, choose_hardware
 from training.job import Job, RunObserver, Start, Summary
 from training.run_folder import CURVE_PACKAGE, open_events, write_run_folder
@@ -43,12 +45,15 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
     """
     begin = time.perf_counter()
     hardware = choose_hardware(job.config.device, job.config.precision)
-    corpus = read_corpus(job.corpus)
+    corpus, gate = read_corpus(job.corpus), None
+    if job.probe is not ProbeChoice.NONE:
+        corpus, held_out = split_corpus(corpus)
+        gate = Gate(held_out, corpus.records, hardware)
     source = _tuned_source(job)
     if not hardware.writes:
-        return _tune(job, source, corpus, hardware, None, RunObserver(), begin)
+        return _tune(job, source, corpus, hardware, None, RunObserver(), begin, None)
     with whole_folder(job.output, overwrite=job.overwrite, marker=ENCODER_FILE) as folder:
-        summary = _tune(job, source, corpus, hardware, folder, observer or RunObserver(), begin)
+        summary = _tune(job, source, corpus, hardware, folder, observer or RunObserver(), begin, gate)
     if checkpoint := _checkpoint(job):
         checkpoint.path.unlink(missing_ok=True)
     return dataclasses.replace(summary, seconds=time.perf_counter() - begin)
@@ -62,21 +67,14 @@ def _tune(
     folder: Path | None,
     observer: RunObserver,
     begin: float,
+    gate: Gate | None,
 ) -> Summary:
     reference = Reference.load(source)
     if folder is not None:
         require(CURVE_PACKAGE, "train")  # before the work rather than after it
         _check_room(reference, job, folder)
     checkpoint = _checkpoint(job)
-    sets = [(one.name, one.texts) for members in job.sets.values() for one in members]
-    start = Start(
-        corpus=corpus,
-        lengths=measure_lengths(corpus, reference.tokenizer, job.config.max_tokens),
-        overlaps=corpus.overlap_with(sets),
-        hardware=hardware,
-        steps=steps_in(len(corpus.examples), job.config),
-        checkpoint=checkpoint.path if checkpoint and checkpoint.path.is_file() else None,
-    )
+    start = _start(job, reference, corpus, hardware, checkpoint)
     steps: list[Step] = []
     with contextlib.ExitStack() as around:
         around.enter_context(_explained_errors(job.output))
@@ -92,6 +90,8 @@ def _tune(
             observer.on_step(step)
 
         observer.on_start(start)
+        if gate is not None:
+            gate.before(reference)
         train(reference, corpus.examples, job.config, hardware, on_step, checkpoint)
         summary = Summary(
             output=job.output,
@@ -102,19 +102,31 @@ def _tune(
             loss=steps[-1].loss,
             train_seconds=steps[-1].seconds,
             seconds=time.perf_counter() - begin,
+            outcome=gate.after(reference) if gate else None,
         )
         if folder is None:
             return summary
-        if sets:
-            summary = _evaluated(job, source, reference, summary, observer)
-            if events is not None and summary.after is not None:
-                for result in summary.after.results:
-                    events.add_scalar(f"spearman/{result.name}", result.spearman.value, summary.steps)
+        if any(job.sets.values()):
+            summary = _evaluated(job, source, reference, summary, observer, events)
         write_run_folder(folder, job, reference, summary, steps)
     return summary
 
 
-def _evaluated(job: Job, source: ResolvedEncoder, tuned: Reference, summary: Summary, observer: RunObserver) -> Summary:
+def _start(job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, checkpoint: Checkpoint | None) -> Start:
+    sets = [(one.name, one.texts) for members in job.sets.values() for one in members]
+    return Start(
+        corpus=corpus,
+        lengths=measure_lengths(corpus, reference.tokenizer, job.config.max_tokens),
+        overlaps=corpus.overlap_with(sets),
+        hardware=hardware,
+        steps=steps_in(len(corpus.examples), job.config),
+        checkpoint=checkpoint.path if checkpoint and checkpoint.path.is_file() else None,
+    )
+
+
+def _evaluated(
+    job: Job, source: ResolvedEncoder, tuned: Reference, summary: Summary, observer: RunObserver, events: Any
+) -> Summary:
     """Add the evaluation of base and result. The base is loaded again: earlier, other processes would wait for it."""
     before, after = (
         evaluate(
@@ -126,6 +138,9 @@ def _evaluated(job: Job, source: ResolvedEncoder, tuned: Reference, summary: Sum
         )
         for name, reference in (("before", Reference.load(source)), ("after", tuned))
     )
+    if events is not None:
+        for result in after.results:
+            events.add_scalar(f"spearman/{result.name}", result.spearman.value, summary.steps)
     return dataclasses.replace(summary, before=before, after=after)
 
 

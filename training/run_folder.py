@@ -16,7 +16,8 @@ import torch
 
 from encoders.reference import Reference
 from encoders.write import write_layout
-from evaluation.similarity import difference, flat
+from evaluation.similarity import difference
+from evaluation.statistics import flat
 from mirror_runtime.bundle import to_json
 from mirror_runtime.extras import require
 from training.card import render_card
@@ -59,6 +60,7 @@ def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary,
         before=before,
         after=after,
         overlaps=start.overlaps,
+        outcome=summary.outcome,
     )
     write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card)
     lines = [

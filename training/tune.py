@@ -23,10 +23,14 @@ from training.augment import MaskViews
 from training.checkpoint import Step
 from training.corpus import CorpusRequest, Overlap
 from training.evaluate import load_sets, show
+from training.gate import ProbeChoice, Verdict
 from training.job import Job, RunObserver, Start, Summary
 from training.objective import Objective, Variant
 from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
 from training.run import tune
+
+WORSE_STATUS = 3
+"""Exit status of a run whose encoder is worse than its base."""
 
 LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
 
@@ -107,6 +111,20 @@ def command(
         list[str] | None,
         typer.Option(help="Word similarity sets, measured before and after.", rich_help_panel="Evaluation"),
     ] = None,
+    probe: Annotated[
+        ProbeChoice,
+        typer.Option(
+            help="auto holds out 5 % of the texts (100 to 400), measures a probe on them before and after, and ends "
+            "with status 3 if the tuned encoder is worse; none tunes unmeasured on all texts.",
+            rich_help_panel="Evaluation",
+        ),
+    ] = ProbeChoice.AUTO,
+    accept_worse: Annotated[
+        bool,
+        typer.Option(
+            "--accept-worse", help="End with status 0 even if the probe is worse.", rich_help_panel="Evaluation"
+        ),
+    ] = False,
     recipe: Annotated[
         Recipe | None,
         typer.Option(
@@ -191,10 +209,14 @@ def command(
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
         sets=load_sets(sts or [], words or []) if sts or words else {},
+        probe=probe,
     )
     summary = _run(job, Console(stderr=True, markup=False))
     if summary.start.hardware.writes:
         sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
+    if summary.outcome is not None and summary.outcome.verdict is Verdict.WORSE and not accept_worse:
+        sys.stderr.write(f"{output} is {summary.outcome}. Keep the base, or pass --accept-worse\n")
+        raise typer.Exit(WORSE_STATUS)
 
 
 class _Display(RunObserver):
@@ -263,11 +285,13 @@ def _run(job: Job, console: Console) -> Summary:
         f"{summary.seconds:.1f} s in all. Wrote {summary.output}",
         soft_wrap=True,
     )
+    if summary.outcome is not None:
+        console.print(str(summary.outcome), soft_wrap=True)
     return summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 2 if the input cannot be used."""
+    """Run the command line and return the exit status: 2 if the input cannot be used, 3 if the result is worse."""
     return run_command(application(command), argv, "tune.py", lists=dict.fromkeys(LISTS))
 
 

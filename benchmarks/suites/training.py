@@ -136,7 +136,7 @@ def _trainers(plan: TrainingPlan, corpus: Path) -> list[Trainer]:
         *("--base", str(plan.base.resolve()), "--corpus", str(corpus), "--output", "{output}"),
         *("--pooling", plan.pooling.value, "--seed", "{seed}"),
     )
-    tune = (sys.executable, str(ROOT / "training" / "tune.py"), *common, "--recipe")
+    tune = (sys.executable, str(ROOT / "training" / "tune.py"), *common, "--probe", "none", "--recipe")
     ours = [Trainer(f"mirror-runtime, recipe {recipe}", plan.seeds, (*tune, recipe)) for recipe in plan.recipes]
     reference = Trainer(REFERENCE_PARTY, plan.reference_seeds, (sys.executable, str(REFERENCE_SCRIPT), *common))
     return [*ours, reference] if reference.seeds else ours

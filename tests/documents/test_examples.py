@@ -87,7 +87,7 @@ def test_tune_on_documents(tiny_bert: Path, texts: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(subprocess, "run", in_process)
     bundle = tmp_path / "bundle"
-    options = ("--pooling", "mean", "--epochs", "1", "--max-tokens", "16", "--batch-size", "2")
+    options = ("--pooling", "mean", "--epochs", "1", "--max-tokens", "16", "--batch-size", "2", "--probe", "none")
     with cached_traces():
         example("tune_on_documents").main(str(tiny_bert), str(documents), str(tmp_path / "run"), str(bundle), *options)
     assert (bundle / "manifest.json").is_file()

@@ -21,7 +21,7 @@ def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(tmp_p
     lines = [f"the {noun} sat on a {place}" for noun in ("cat", "dog", "man") for place in ("mat", "river", "guitar")]
     corpus.write_text("\n".join(lines), encoding="utf-8")
 
-    options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16"]
+    options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16", "--probe", "none"]
     assert tune.main(["--base", str(base), "--corpus", str(corpus), "--output", str(run), *options]) == 0
     fp32 = ["--precision", "fp32", "--parity-texts", str(corpus)]
     with cached_traces():

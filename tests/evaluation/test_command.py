@@ -35,7 +35,19 @@ def words(tmp_path: Path) -> Path:
 def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     second = shutil.copytree(tiny_bert, tmp_path / "second")
-    options = ["--sts", sts, "--words", words, words, "--pooling", "cls", "--output", "r/report.json"]
+    options = [
+        "--sts",
+        sts,
+        "--words",
+        words,
+        words,
+        "--pooling",
+        "cls",
+        "--output",
+        "r/report.json",
+        "--plot",
+        "r/plot.png",
+    ]
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # the script replaces the first
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, (tiny_bert, second, *options))])
     with pytest.raises(SystemExit) as ended:
@@ -44,6 +56,7 @@ def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monk
     written, shown = capsys.readouterr()
     report = json.loads(written)
     assert json.loads((tmp_path / "r" / "report.json").read_text()) == report
+    assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
     first, other = report["encoders"]
     assert (first["encoder"], first["pooling"]) == (str(tiny_bert), "cls")
     assert first["aggregation"].startswith("all: ")
@@ -55,7 +68,13 @@ def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monk
     (change,) = report["differences"]
     assert (change["encoder"], change["over"]) == (str(second), str(tiny_bert))
     assert change["means"]["sts"] == {"mean": 0, "mean_low": 0, "mean_high": 0}
-    for part in ("some-sts", "mean of 1 sts", "mean of 2 words", "second (cls)", "anisotropy"):
+    for part in (
+        "some-sts",
+        "mean of 1 sts",
+        "mean of 2 words",
+        "second (cls)",
+        "Geometry of the vectors of second (cls)",
+    ):
         assert part in shown
 
 
@@ -71,7 +90,7 @@ def test_the_script_runs_by_path_from_any_folder(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "nothing to evaluate on: pass --sts or --words files"),
+        ([], "nothing to evaluate on: pass --sts, --words"),
         (["--sts", "absent.tsv"], "evaluation set absent.tsv cannot be read"),
         (["--sts", "{sts}"], "does not record its pooling"),
         (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),

@@ -59,4 +59,4 @@ if __name__ == "__main__":
     from training.tune import main
 
     options = ["--pooling", "mean", "--device", "cpu", "--batch-size", "8", "--output", f"{target}/run"]
-    sys.exit(main(["--base", base, "--corpus", corpus, *options]))
+    sys.exit(main(["--base", base, "--corpus", corpus, "--probe", "none", *options]))

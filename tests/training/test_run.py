@@ -171,7 +171,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: py
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # Python ignores SIGXFSZ
     try:
-        status = main([*options, "--batch-size", "8", "--max-tokens", "48"])
+        status = main([*options, "--batch-size", "8", "--max-tokens", "48", "--probe", "none"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     captured = capsys.readouterr()

@@ -29,7 +29,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def arguments(base: Path, corpus: Path, output: Path, *more: str) -> list[str]:
-    return ["--base", str(base), "--corpus", str(corpus), "--output", str(output), "--batch-size", "8", *more]
+    files = ["--base", str(base), "--corpus", str(corpus), "--output", str(output)]
+    return [*files, "--batch-size", "8", "--probe", "none", *more]
 
 
 def report(run: Path) -> Any:

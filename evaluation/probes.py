@@ -1,0 +1,118 @@
+"""Probes: tasks made from the user's own texts, without labels."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.perturb import crop, misspell
+from evaluation.statistics import Bootstrap, Result
+from evaluation.vectors import DECIMALS, Encode, ranks, unit_vectors
+from mirror_runtime.errors import InputError
+
+MIN_WORDS = 4
+"""Shorter lines have no halves, and too few words to leave one out."""
+
+MIN_ITEMS = 50
+"""Fewer questions say too little: the 95 % interval of a share of 50 is up to 28 points wide."""
+
+COMMON_WORDS = 100
+"""So many of the most frequent words are not content words."""
+
+RARE = (2, 30)
+"""A word that replaces another occurs in so many texts: a word of one text may be a typo."""
+
+BACKGROUND = 50_000
+"""Texts in which words are counted, evenly spaced: more would tell no more."""
+
+CONTENT = "content"
+"""The probe that ranks encoders as labelled sets do (docs/log.md, 2026-11-30)."""
+
+Record = tuple[str, ...]
+"""A line, or the two parts of a document or pair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Questions with an answer each: to be found among all answers, or to be nearer than a decoy."""
+
+    name: str
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    decoys: tuple[str, ...] = ()
+
+
+def build_probes(records: Sequence[Record], background: Sequence[Record], *, seed: int = 0) -> list[Probe]:
+    """Make the probes that the records allow, each with at least `MIN_ITEMS` questions.
+
+    content: is a line nearer to its content words alone, or to itself with its rarest word replaced?
+    crop, typos: the line by a run of its words, by a misspelt form. halves: the second half by the first.
+    parts: of records of two parts, the second by the first.
+
+    Args:
+        records: to ask about; of records of two parts, the second counts as the line.
+        background: in which the frequency of words is counted, such as the whole corpus.
+        seed: of the changed forms.
+
+    Raises:
+        InputError: there is no probe.
+    """
+    rng = random.Random(seed)
+    lines = [one[-1] for one in records if len(one[-1].split()) >= MIN_WORDS]
+    halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, lines)]
+    pairs = {
+        "crop": [(crop(line, rng), line) for line in lines],
+        "typos": [(misspell(line, rng), line) for line in lines],
+        "halves": [(" ".join(first), " ".join(second)) for first, second in halves],
+        "parts": [(one[0], one[1]) for one in records if len(one) == 2],
+    }
+    probes = [_content(lines, background, rng)]
+    for name, made in pairs.items():
+        # A repeated answer could not be told from its likes.
+        distinct = {answer.casefold(): (question, answer) for question, answer in made if question != answer}
+        questions, answers = zip(*distinct.values(), strict=True) if distinct else ((), ())
+        probes.append(Probe(name=name, questions=questions, answers=answers))
+    probes = [probe for probe in probes if len(probe.questions) >= MIN_ITEMS]
+    if not probes:
+        raise InputError(
+            f"{len(records):,} texts are too few to measure on: {MIN_ITEMS} are needed, of {MIN_WORDS} words or more"
+        )
+    return probes
+
+
+def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstrap, name: str = "own") -> list[Result]:
+    """Measure how often an answer is nearer than its decoy, or its mean reciprocal rank among all; times 100."""
+    lists = [texts for probe in probes for texts in (probe.questions, probe.answers, probe.decoys) if texts]
+    vectors = iter(unit_vectors(encode, *lists))
+    results = []
+    for probe in probes:
+        questions, answers = next(vectors), next(vectors)
+        if probe.decoys:
+            near, far = ((questions * others).sum(axis=1).round(DECIMALS) for others in (answers, next(vectors)))
+            results.append(bootstrap.mean("probe", name, f"{probe.name}, accuracy", near > far))
+        else:
+            found = ranks(questions, answers, np.arange(len(questions)))
+            results.append(bootstrap.mean("probe", name, f"{probe.name}, MRR", 1 / found))
+    return results
+
+
+def _content(lines: Sequence[str], background: Sequence[Record], rng: random.Random) -> Probe:
+    step = -(-len(background) // BACKGROUND) or 1
+    counts = Counter(word for one in background[::step] for word in set(one[-1].lower().split()))
+    common = {word for word, _ in counts.most_common(COMMON_WORDS)}
+    rare = sorted(word for word, count in counts.items() if RARE[0] <= count <= RARE[1])
+    items = []
+    for line in lines if rare else ():
+        words = line.split()
+        content = [word for word in words if word.lower() not in common]
+        rarest = min(words, key=lambda word: (len(word) < 3, counts[word.lower()]))
+        other = rng.choice(rare)
+        if 0 < len(content) < len(words) and other != rarest.lower():
+            at = words.index(rarest)
+            items.append((line, " ".join(content), " ".join([*words[:at], other, *words[at + 1 :]])))
+    questions, answers, decoys = zip(*items, strict=True) if items else ((), (), ())
+    return Probe(name=CONTENT, questions=questions, answers=answers, decoys=decoys)

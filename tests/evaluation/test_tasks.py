@@ -1,0 +1,184 @@
+"""Phrases, labels, robustness and probes, measured on an encoder of words and on one that tells nothing apart."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import v_measure_score
+
+from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled, v_measure
+from evaluation.perturb import PERTURBATIONS
+from evaluation.phrases import Choices, evaluate_choices, read_choices
+from evaluation.probes import MIN_ITEMS, build_probes, evaluate_probes
+from evaluation.robustness import evaluate_robustness
+from evaluation.sets import read_sets
+from evaluation.statistics import Bootstrap, gains
+from evaluation.vectors import encode_distinct, ranks
+from mirror_runtime.errors import BundleError, InputError
+from tests.support.word_encoder import encode_equal, encode_words
+
+BOOTSTRAP = Bootstrap(resamples=200)
+WORDS = [f"w{i}" for i in range(400)]
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def lines(count: int = 80) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, size=10)) for _ in range(count)]
+
+
+def values(results):
+    return {result.metric: round(result.figure.value, 3) for result in results}
+
+
+def test_choices_among_phrases(tmp_path):
+    turney = read_choices(
+        write(
+            tmp_path / "turney.tsv",
+            "bigram\tanswer\tdistractors (5)",
+            "red car\tcar red\tcat|dog|red",
+            "a b\tx\ta|b|a c",
+        )
+    )
+    assert turney is not None
+    assert values(evaluate_choices(turney, encode_words, BOOTSTRAP)) == {"accuracy": 50, "accuracy, own words too": 50}
+    assert set(values(evaluate_choices(turney, encode_equal, BOOTSTRAP)).values()) == {0}
+    own = Choices(name="x", questions=("red car",), answers=("red thing",), candidates=(("red", "dog"),))
+    assert values(evaluate_choices(own, encode_words, BOOTSTRAP)) == {"accuracy": 100, "accuracy, own words too": 0}
+    rows = [f"name {i}\tother {i}" for i in range(20)]
+    names = read_choices(write(tmp_path / "names.tsv", "name\tsynonym", *rows, "name 3\t3 name"))
+    assert names is not None
+    assert values(evaluate_choices(names, encode_words, BOOTSTRAP)) == {"acc@1": 100, "acc@5": 100}
+    assert values(evaluate_choices(names, encode_equal, BOOTSTRAP)) == {"acc@1": 0, "acc@5": 0}
+    scored = write(tmp_path / "bird.tsv", "score\tphrase1\tphrase2", "0.1\ta\tb", "0.5\ta\tc", "0.9\ta\ta b")
+    assert read_choices(scored) is None
+    assert read_sets(scored)[0].first == ("a", "a", "a")
+
+
+def test_labels_are_predicted_and_clustered(tmp_path):
+    texts = [(label, f"{label}ish {WORDS[i]}") for i in range(30) for label in ("good", "bad")]
+    rows = ["label\ttext", *(f"{label}\t{text}" for label, text in texts)]
+    folds = read_labelled(write(tmp_path / "film.tsv", *rows))
+    parts = [read_labelled(write(tmp_path / f"film-{part}.tsv", *rows)) for part in ("test", "train")][1]
+    assert (parts.name, parts.tested, len(parts.texts), folds.tested) == ("film", 60, 120, 0)
+    for one, samples in ((folds, 60), (parts, 60)):
+        (result,) = evaluate_labels(one, encode_words, BOOTSTRAP)
+        assert (result.figure.value, result.samples) == (100, samples)
+    (equal,) = evaluate_labels(folds, encode_equal, BOOTSTRAP)
+    assert equal.figure.value == pytest.approx(50)
+    (found,) = evaluate_clusters(folds, encode_words, BOOTSTRAP)
+    assert found.figure.value > 50
+    assert found.figure.low <= found.figure.value <= found.figure.high
+
+
+def test_v_measure_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    labels, clusters = rng.integers(3, size=(2, 50))
+    table = np.zeros((3, 3))
+    np.add.at(table, (labels, clusters), 1)
+    assert v_measure(table[None])[0] == pytest.approx(v_measure_score(labels, clusters))
+    assert v_measure(np.array([[[5.0, 0], [0, 5]], [[5, 5], [0, 0]]])).tolist() == pytest.approx([1, 0])
+
+
+def test_an_encoder_of_words_is_robust_to_order_and_not_to_typos(tmp_path):
+    rows = [f"{5 * k / 39}\t{text}\t{' '.join(text.split()[: 1 + k // 4])}" for k, text in enumerate(lines(40))]
+    (one,) = read_sets(write(tmp_path / "s.tsv", "score\tsentence1\tsentence2", *rows))
+    results = evaluate_robustness(one, lambda texts: encode_words([t.replace("w", "word") for t in texts]), BOOTSTRAP)
+    found = {(result.set, result.metric): result.figure.value for result in results}
+    assert len(found) == 2 * len(PERTURBATIONS)
+    for same in ("word order", "white space"):
+        assert found[f"s, {same}", "cosine"] == pytest.approx(100, abs=1e-3)
+        assert found[f"s, {same}", "Spearman lost"] == 0
+
+
+def test_ranks_count_nearer_documents_and_ties_share_their_mean():
+    documents = np.eye(3, dtype=np.float32)
+    queries = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 0, 0]], np.float32)
+    assert ranks(queries, documents, np.array([0, 1, 2])).tolist() == [1, 2, 2]
+
+
+def test_probes_find_texts_by_parts_and_a_collapsed_encoder_does_not():
+    records = [(line,) for line in lines()]
+    made = {probe.name: probe for probe in build_probes(records, records)}
+    assert sorted(made) == ["content", "crop", "halves", "typos"]
+    assert [len(probe.questions) for probe in made.values() if not probe.decoys] == [80] * 3
+    text = lines()[3].split()
+    assert (made["halves"].questions[3], made["halves"].answers[3]) == (" ".join(text[:5]), " ".join(text[5:]))
+    assert set(made["crop"].questions[3].split()) < set(text)
+    found, equal = (
+        {result.metric: result for result in evaluate_probes(list(made.values()), encode, BOOTSTRAP)}
+        for encode in (encode_words, encode_equal)
+    )
+    assert found["crop, MRR"].figure.value > 95
+    assert equal["crop, MRR"].figure.value == pytest.approx(100 / 40.5)
+    (change,) = gains([equal["crop, MRR"]], [found["crop, MRR"]])
+    assert change.low > 85
+    with pytest.raises(ValueError, match="different sets"):
+        gains([equal["crop, MRR"]], [found["halves, MRR"]])
+
+
+def test_content_is_nearer_to_an_encoder_that_weighs_rare_words(monkeypatch):
+    monkeypatch.setattr("evaluation.probes.COMMON_WORDS", 6)
+    records = [(f"a b c d {line}",) for line in lines()]
+    content = build_probes(records, records)[0]
+    question, answer, decoy = (side[0].split() for side in (content.questions, content.answers, content.decoys))
+    assert set("abcd").isdisjoint(answer)
+    assert set(answer) < set(question)
+    assert [a == b for a, b in zip(question, decoy, strict=True)].count(False) == 1
+
+    def weigh(texts):
+        rare = [" ".join(word for word in text.split() if len(word) > 1) for text in texts]
+        return encode_words(texts) + 9 * encode_words(rare)
+
+    good, equal = (evaluate_probes([content], encode, BOOTSTRAP)[0].figure.value for encode in (weigh, encode_equal))
+    assert good > 90
+    assert equal == 0
+
+
+def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
+    titled = [(f"title {i}", line) for i, line in enumerate(lines())]
+    assert {probe.name for probe in build_probes(titled, titled)} == {"content", "parts", "crop", "halves", "typos"}
+    for records in ([("word",)] * 100, [("same", "one answer of words")] * 100):
+        with pytest.raises(InputError, match=f"100 texts are too few to measure on: {MIN_ITEMS} are needed"):
+            build_probes(records, records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("one.tsv", ["label\ttext", *["pos\ta"] * 20], "has the label 'pos' only: a classifier needs two or more"),
+        ("few.tsv", ["label\ttext", *["pos\ta"] * 20, "neg\tb"], "has 1 texts of 'neg': 10-fold validation needs 10"),
+        ("head.tsv", ["text\tlabel", "a\tb"], "line 1: expected the header label<TAB>text"),
+        ("blank.tsv", ["label\ttext", "a\t"], "line 2: expected label<TAB>text, neither empty"),
+        ("none.tsv", ["label\ttext"], "none.tsv is empty: it must have a header line"),
+        ("turney.tsv", ["bigram\tanswer\twrong", "a b\tc"], "line 2: expected 3 columns"),
+        ("names.tsv", ["name\tsynonym", "a\t "], "line 2: expected 2 columns"),
+    ],
+)
+def test_a_malformed_file_is_one_clear_error(tmp_path, name, content, message):
+    path = write(tmp_path / name, *content)
+    with pytest.raises(InputError, match=message):
+        (read_choices if "expected 2" in message or "expected 3" in message else read_labelled)(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda found, calls: found[:, : 48 - calls], "vectors of 47 components first and of 46 after 256 texts"),
+        (lambda found, calls: found[1:], r"an array of shape \(255, 48\) for 256 texts"),
+        (lambda found, calls: found * np.nan, "vectors that are not finite"),
+    ],
+)
+def test_vectors_that_change_or_break_are_one_clear_error(spoil, message):
+    calls: list[int] = []
+
+    def encode(texts):
+        calls.append(1)
+        return spoil(encode_words(texts), len(calls))
+
+    with pytest.raises(BundleError, match=message):
+        encode_distinct(encode, [f"text {i}" for i in range(300)])

@@ -1,0 +1,185 @@
+"""The gate: texts held out from tuning, probes on them before and after, and a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from encoders.reference import Reference
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from mirror_runtime.errors import InputError
+from training.corpus import Corpus, digest
+from training.formats import Records
+from training.hardware import Hardware
+
+SHARE = 0.05
+FEWEST, MOST = 2 * MIN_ITEMS, 400
+"""Share of the distinct texts that is held out, and its limits: more would cost time and tell little more."""
+
+MIN_TEXTS = 5 * FEWEST
+"""Smaller corpora would lose too many of their texts."""
+
+DOCUMENT = ("title", "text")
+"""Fields of a document with parts, in JSON lines."""
+
+
+class ProbeChoice(str, Enum):
+    """What a run is measured by without labels."""
+
+    AUTO = "auto"
+    """Texts are held out, and the probe `content` is measured on them."""
+    NONE = "none"
+    """Nothing is held out or measured."""
+
+
+class Verdict(str, Enum):
+    """What tuning did to the probe."""
+
+    BETTER = "better"
+    """The whole interval of the difference is above zero."""
+    UNCLEAR = "no clear change"
+    WORSE = "worse"
+    """The whole interval is below zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The probe `content` on held-out texts, before and after tuning; all figures are times 100."""
+
+    texts: int  # that were held out
+    items: int  # of them, those that the probe asks about
+    before: Estimate
+    after: Estimate
+    gain: Estimate  # with its paired interval
+    seconds: float  # that the gate took
+
+    @property
+    def verdict(self) -> Verdict:
+        """Better or worse only if the interval of the gain leaves out zero."""
+        if self.gain.high < 0:
+            return Verdict.WORSE
+        return Verdict.BETTER if self.gain.low > 0 else Verdict.UNCLEAR
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "held_out": self.texts,
+            "probe": CONTENT,
+            "items": self.items,
+            **flat("before", self.before),
+            **flat("after", self.after),
+            **flat("gain", self.gain),
+            "verdict": self.verdict.value,
+            "sec": round(self.seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
+            f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
+            f"{self.gain:+}"
+        )
+
+
+class Gate:
+    """Measures a model before and after it is tuned.
+
+    Args:
+        held_out: what the probe asks about.
+        background: the texts that are tuned on, in which words are counted.
+        hardware: the precision in which to encode.
+
+    Raises:
+        InputError: the texts are too short or too alike for the probe.
+    """
+
+    def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
+        begin = time.perf_counter()
+        self._texts = len(held_out)
+        self._probes: list[Probe] = []
+        with contextlib.suppress(InputError):  # it has no probe at all
+            self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
+        if not self._probes:
+            raise InputError(
+                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+                "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+            )
+        self._hardware = hardware
+        self._seconds = time.perf_counter() - begin
+
+    def before(self, reference: Reference) -> None:
+        """Measure the base."""
+        self._before = self._measure(reference)
+
+    def after(self, reference: Reference) -> Outcome:
+        """Measure the tuned model and compare."""
+        after = self._measure(reference)
+        (gain,) = gains(self._before, after)
+        return Outcome(
+            texts=self._texts,
+            items=after[0].samples,
+            before=self._before[0].figure,
+            after=after[0].figure,
+            gain=gain,
+            seconds=self._seconds,
+        )
+
+    def _measure(self, reference: Reference) -> list[Result]:
+        begin = time.perf_counter()
+        with self._hardware.autocast():
+            results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
+        self._seconds += time.perf_counter() - begin
+        return results
+
+
+def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
+    """Take the texts to be held out from a corpus.
+
+    Raises:
+        InputError: the corpus is too small.
+    """
+    records = corpus.records
+    if len(records) < MIN_TEXTS:
+        raise InputError(
+            f"{len(records):,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
+            f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
+        )
+    held, rest = hold_out(records)
+    examples = tuple(one[0] if isinstance(corpus.examples[0], str) else (one[0], one[1]) for one in rest)
+    return dataclasses.replace(corpus, examples=examples, sha256=digest(rest)), held
+
+
+def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Split records into those held out and the rest, each in its order.
+
+    The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
+    and with any seed, with titles or without.
+    """
+    keys = [hashlib.blake2b(record[-1].encode(), digest_size=8).digest() for record in records]
+    count = min(MOST, max(FEWEST, round(SHARE * len(records))))
+    chosen = set(sorted(range(len(records)), key=keys.__getitem__)[:count])
+    parts: tuple[list[Record], list[Record]] = ([], [])
+    for i, record in enumerate(records):
+        parts[i not in chosen].append(record)
+    return parts
+
+
+def read_own(path: str) -> list[Record]:
+    """Read a user's distinct texts: lines, or documents of JSON lines with the fields title and text.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    source, documents = Records(path), Records(path, pairs=True, columns=DOCUMENT)
+    if documents.has_columns:
+        with contextlib.suppress(InputError):  # it has no title
+            next(iter(documents), None)
+            source = documents
+    return list(dict.fromkeys(record for record in source if all(record)))
