@@ -142,7 +142,8 @@ def progress() -> Progress:
 @pytest.fixture
 def bundle(make_bundle, make_artifact) -> Path:
     folder = make_bundle(artifacts=(make_artifact(EngineName.FAKE, Precision.FP32),))
-    (folder / "config.json").write_text('{"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}')
+    sizes = '"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16'
+    (folder / "config.json").write_text(f'{{"model_type": "bert", {sizes}}}')
     return folder
 
 

@@ -131,7 +131,7 @@ WRITERS: dict[str, Writer] = {
                 "--pooling",
                 "mean",
             ),
-            *("--batch-size", 8, "--checkpoint-every", 1),
+            *("--batch-size", 8, "--checkpoint-every", 1, "--probe", "none"),
         ),
         resumes=(".run.checkpoint",),
         limits=3,

@@ -7,7 +7,6 @@ import pytest
 
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
-from export import to_onnx
 from export.proof import floors
 from export.to_onnx import main
 from mirror_runtime import Encoder
@@ -77,7 +76,7 @@ def test_a_head_reaches_the_build(tiny_bert, tmp_path, monkeypatch, capsys, opti
         assert (request.pooling, request.head) == (pooling, head)
         raise InputError("it did")
 
-    monkeypatch.setattr(to_onnx, "build", build)
+    monkeypatch.setattr("export.bundle.build.build", build)
     assert main([str(tiny_bert), "--output", str(tmp_path / "bundle"), *options]) == 2
     assert "it did" in capsys.readouterr().err
 
