@@ -1,12 +1,18 @@
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from transformers import AutoTokenizer
 
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
+from mirror_runtime import tokenizer as tokenizers
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer, text_span
 
@@ -129,3 +135,35 @@ def test_padding_fills_every_piece_and_is_told_apart(minilm):
     assert padded.unpadded_lengths.tolist() == [3, 4, 8]
     filled = [piece[own:] for piece, own in zip(pieces(padded), padded.unpadded_lengths, strict=True)]
     assert filled == [[0] * 7, [0] * 6, [0] * 2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tiny_encoder: Callable[[str], Path]) -> Callable[[str], Tokenizer]:
+    return cache(lambda family: Tokenizer(tiny_encoder(family) / "tokenizer.json", 4096, LongTexts.ERROR))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@given(
+    words=st.lists(
+        st.text(st.sampled_from("aZéß Σ\u0301\u00a0\t\n,.'!-[]<mask>中😀\x00\u200d"), max_size=12), max_size=40
+    ),
+    size=st.integers(1, 30),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_very_long_text_has_the_same_tokens_segment_by_segment(tokenizer_of, family, words, size):
+    whole, tokenizer = " ".join(words), tokenizer_of(family)
+    expected = tokenizer([whole, "short", whole])
+    with mock.patch.object(tokenizers, "SEGMENT_CHARACTERS", size):
+        found = tokenizer([whole, "short", whole])
+        assert "".join(tokenizers._segments(whole)) == whole
+    assert pieces(found) == pieces(expected)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+
+
+def test_no_segment_is_much_longer_than_allowed_and_other_tokenizers_take_texts_whole(tokenizer_of):
+    segments = list(tokenizers._segments("word " * 50_000))
+    assert max(map(len, segments)) < tokenizers.SEGMENT_CHARACTERS + 10
+    assert len(segments) == 8
+    assert tokenizer_of("bert")._divisible
+    assert tokenizer_of("roberta")._divisible
+    assert not tokenizer_of("xlm-roberta")._divisible
