@@ -91,7 +91,8 @@ def named_os_errors(path: Path, beside: Path | None = None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MirrorError) or not (isinstance(error, OSError) or _NUMBER.search(str(error))):
             raise
-        raise InputError(os_error_message(error, path).replace(str(beside), str(path))) from error
+        message = os_error_message(error, path)
+        raise InputError(message.replace(str(beside), str(path)) if beside else message) from error
 
 
 def os_error_message(error: Exception, path: object = "") -> str:
@@ -106,7 +107,9 @@ def os_error_message(error: Exception, path: object = "") -> str:
         errno.ENOENT: "check the path",
     }
     text, number, reason, file = str(error), 0, "", None
-    if isinstance(error, shutil.Error):  # of copytree, which lists sources, targets and texts
+    if isinstance(error, shutil.Error) and isinstance(
+        error.args[0], list
+    ):  # of copytree, which lists sources, targets and texts
         _, file, text = error.args[0][0]
     elif isinstance(error, OSError):
         number, reason = error.errno or 0, error.strerror or ""

@@ -49,9 +49,12 @@ def read_json(kind: type[T], path: Path, absent: str) -> T:
 
 def read_object(path: Path, absent: str) -> dict[str, Any]:
     """Parse a JSON file that holds an object, see `read_json`."""
-    if not path.exists():
-        raise BundleError(f"{absent}: {path} does not exist")
-    data = load_json(path)
+    try:
+        data = load_json(path)
+    except BundleError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise BundleError(f"{absent}: {path} does not exist") from error
+        raise
     if not isinstance(data, dict):
         raise BundleError(f"{path} holds {type(data).__name__} where a JSON object is expected")
     return data

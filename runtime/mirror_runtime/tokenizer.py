@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, MirrorError, TextError, one_line
+from mirror_runtime.host import usable_cores
 from mirror_runtime.strict_json import read_object
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -28,8 +29,6 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 SEGMENT_CHARACTERS = 32_768
 """Longer texts are tokenised in segments of this length: 20 to 40 ms of work."""
-
-_SINGLE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 
 class LongTexts(str, Enum):
@@ -101,7 +100,7 @@ class Tokenizer:
             raise BundleError(
                 f"the template {template!r} has {taken} tokens: {max_tokens} in all leave no room for a text"
             )
-        self._divisible = _divisible(self._tokenizer)
+        self._divide = _divisible_at(self._tokenizer)
         self._pad_to = pad_to
         self._pad_id = 0 if pad_to is None else _padding_token(self._tokenizer, path.with_name(SPECIAL_TOKENS_FILE))
 
@@ -167,16 +166,19 @@ class Tokenizer:
 
         A string of 4 MB at once takes 0.8 GB, and other threads wait while they are freed (2026-11-30).
         """
-        segmented = [self._divisible and len(whole) > SEGMENT_CHARACTERS for whole in wholes]
+        divide = self._divide
+        segmented = [divide is not None and len(whole) > SEGMENT_CHARACTERS for whole in wholes]
         at_once = [whole for whole, long in zip(wholes, segmented, strict=True) if not long]
         encodings: Iterator[Any] = iter(self._tokenizer.encode_batch_fast(at_once, add_special_tokens=False))
         for whole, long in zip(wholes, segmented, strict=True):
-            if not long:
+            if divide is None or not long:
                 yield next(encodings).ids
                 continue
             ids: list[int] = []
-            for segment in _segments(whole):
-                ids += self._tokenizer.encode_batch_fast([segment], add_special_tokens=False)[0].ids
+            segments = _segments(whole, divide)
+            while group := list(islice(segments, usable_cores())):
+                for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
+                    ids += encoding.ids
             yield ids
 
     def _whole(self, text: object) -> str:
@@ -234,28 +236,29 @@ def text_span(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> tuple
     return first, last
 
 
-def _divisible(tokenizer: _Tokenizer) -> bool:
-    """Return whether the tokens of two strings are those of the whole, if it is divided at a single space.
+def _divisible_at(tokenizer: _Tokenizer) -> re.Pattern[str] | None:
+    """Return where a string may be divided so that its tokens are those of both parts; None if that is not known.
 
-    Both pre-tokenizers split words there before anything else, and none of the normalizers looks across a space.
+    The pre-tokenizer splits words there before anything else, and the normalizer does not look across.
     """
     splits, normalizer = tokenizer.pre_tokenizer, tokenizer.normalizer
-    return (
-        type(splits).__name__ in ("BertPreTokenizer", "ByteLevel")
-        and getattr(splits, "use_regex", True)
-        and (normalizer is None or type(normalizer).__name__ == "BertNormalizer")
-        and not any(
-            token.rstrip or re.search(r"\s", token.content) for token in tokenizer.get_added_tokens_decoder().values()
-        )
-    )
+    if not (normalizer is None or type(normalizer).__name__ == "BertNormalizer") or any(
+        token.rstrip or re.search(r"\s", token.content) for token in tokenizer.get_added_tokens_decoder().values()
+    ):
+        return None
+    if type(splits).__name__ == "BertPreTokenizer":
+        return re.compile(r"[ \t\n\r]")
+    if type(splits).__name__ == "ByteLevel" and splits.use_regex:
+        return re.compile(r"(?<=\S) (?=\S)")  # a word takes the one space before it
+    return None
 
 
-def _segments(text: str) -> Iterator[str]:
-    """Divide a text at single spaces into segments that are hardly longer than `SEGMENT_CHARACTERS`."""
+def _segments(text: str, divide: re.Pattern[str]) -> Iterator[str]:
+    """Divide a text into segments that are hardly longer than `SEGMENT_CHARACTERS`."""
     start = 0
-    while space := _SINGLE_SPACE.search(text, start + SEGMENT_CHARACTERS):
-        yield text[start : space.start()]
-        start = space.start()
+    while place := divide.search(text, start + SEGMENT_CHARACTERS):
+        yield text[start : place.start()]
+        start = place.start()
     yield text[start:]
 
 

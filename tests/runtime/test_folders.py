@@ -1,4 +1,6 @@
 import os
+import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -6,8 +8,21 @@ from pathlib import Path
 import pytest
 
 from mirror_runtime.errors import InputError
-from mirror_runtime.folders import replace_file, whole_folder
+from mirror_runtime.folders import named_os_errors, replace_file, whole_folder
 from tests.runtime.isolated import start
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (shutil.SameFileError("a and b are the same file"), "x: a and b are the same file"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "b: No space left on device (free some"),
+        (OSError("None of the pages can be read"), "x: None of the pages can be read"),
+    ],
+)
+def test_messages_of_the_operating_system_name_the_file(error, message):
+    with pytest.raises(InputError, match=re.escape(message)), named_os_errors(Path("x")):
+        raise error
 
 
 def refuses(output: Path, message: str, overwrite: bool = False) -> None:

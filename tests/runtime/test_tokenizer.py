@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -145,7 +146,7 @@ def tokenizer_of(tiny_encoder: Callable[[str], Path]) -> Callable[[str], Tokeniz
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @given(
     words=st.lists(
-        st.text(st.sampled_from("aZéß Σ\u0301\u00a0\t\n,.'!-[]<mask>中😀\x00\u200d"), max_size=12), max_size=40
+        st.text(st.sampled_from("aZéß Σ\r\x1c\u0301\u00a0\t\n,.'!-[]<mask>中😀\x00\u200d"), max_size=12), max_size=40
     ),
     size=st.integers(1, 30),
 )
@@ -155,15 +156,21 @@ def test_a_very_long_text_has_the_same_tokens_segment_by_segment(tokenizer_of, f
     expected = tokenizer([whole, "short", whole])
     with mock.patch.object(tokenizers, "SEGMENT_CHARACTERS", size):
         found = tokenizer([whole, "short", whole])
-        assert "".join(tokenizers._segments(whole)) == whole
+        assert "".join(tokenizers._segments(whole, tokenizer._divide)) == whole
     assert pieces(found) == pieces(expected)
     assert found.tokens.tolist() == expected.tokens.tolist()
 
 
-def test_no_segment_is_much_longer_than_allowed_and_other_tokenizers_take_texts_whole(tokenizer_of):
-    segments = list(tokenizers._segments("word " * 50_000))
+@pytest.mark.parametrize(("family", "space"), [("bert", " "), ("bert", "\n\n"), ("bert", "\t"), ("roberta", " ")])
+def test_no_segment_is_much_longer_than_allowed(tokenizer_of, family, space):
+    segments = list(tokenizers._segments(f"word{space}" * 50_000, tokenizer_of(family)._divide))
     assert max(map(len, segments)) < tokenizers.SEGMENT_CHARACTERS + 10
-    assert len(segments) == 8
-    assert tokenizer_of("bert")._divisible
-    assert tokenizer_of("roberta")._divisible
-    assert not tokenizer_of("xlm-roberta")._divisible
+    assert len(segments) > 7
+
+
+def test_other_tokenizers_take_texts_whole(tokenizer_of, tmp_path, tiny_encoder):
+    assert tokenizer_of("xlm-roberta")._divide is None
+    changed = json.loads((tiny_encoder("bert") / "tokenizer.json").read_text())
+    changed["added_tokens"][-1]["rstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    assert Tokenizer(tmp_path / "tokenizer.json", 64, LongTexts.ERROR)._divide is None

@@ -1,6 +1,7 @@
 """The files through which `mirror serve` and `mirror deploy` find each other, and the options of a present version."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 
 import pytest
 
@@ -32,6 +33,18 @@ def test_a_server_is_found_while_its_process_lives(tmp_path):
     with ServerFile(tmp_path) as server_file:
         server_file.write(ACCESS)
         assert find_server(tmp_path) == ACCESS
+
+
+def test_a_server_that_waited_for_the_lock_of_one_that_ended_is_found(tmp_path):
+    first = ServerFile(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ServerFile, tmp_path)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.1)
+        first.__exit__()
+        with waiting.result(5) as second:
+            second.write(ACCESS)
+            assert find_server(tmp_path) == ACCESS
 
 
 def test_a_second_server_or_deployment_and_a_file_as_a_repository_are_rejected(tmp_path):

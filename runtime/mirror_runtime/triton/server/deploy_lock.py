@@ -98,10 +98,15 @@ class ServerFile:
 
     def __init__(self, repository: Path) -> None:
         self._path = repository / ACCESS_FILE
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        if not _try_lock(self._handle, fcntl.LOCK_EX, _TRIES):
-            os.close(self._handle)
-            raise InputError(f"another mirror serve runs on {repository}: stop it first")
+        while True:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            if not _try_lock(self._handle, fcntl.LOCK_EX, _TRIES):
+                os.close(self._handle)
+                raise InputError(f"another mirror serve runs on {repository}: stop it first")
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._handle), os.stat(self._path)):
+                    break
+            os.close(self._handle)  # the server before this one has removed the file meanwhile
         os.ftruncate(self._handle, 0)
 
     def write(self, access: Access) -> None:
