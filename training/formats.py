@@ -1,10 +1,11 @@
-"""Readers of corpus files: text lines, pairs, JSON lines, Parquet, and data sets by name.
+"""Readers of corpus files: text lines, pairs, CSV, JSON lines, Parquet, and data sets by name.
 
 Every reader holds one line, or one batch of rows, in memory.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
@@ -30,8 +31,8 @@ class Records:
     Texts are stripped; an empty line or a missing value becomes empty texts.
 
     Args:
-        name: a path, or `hf:` and a data set's name. `.jsonl` and `.parquet` are read as such, anything else as UTF-8
-            text; `.gz` is decompressed first.
+        name: a path, or `hf:` and a data set's name. `.jsonl` or `.ndjson`, `.parquet`, `.csv`, and `.tsv` without
+            `pairs`, both with a header line, are read as such, anything else as UTF-8 text; `.gz` is decompressed first.
         pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
         columns: of JSON lines, Parquet and data sets; empty means `text`, or `text1` and `text2`.
     """
@@ -41,6 +42,8 @@ class Records:
         self.pairs = pairs
         self.columns = tuple(columns) or (PAIR_COLUMNS if pairs else TEXT_COLUMNS)
         self._digest = hashlib.sha256()
+        if self._suffix == ".json":
+            raise InputError(f"corpus {name}: write one object a line (.jsonl), such as with jq -c '.[]'")
         if len(self.columns) != (2 if pairs else 1):
             raise InputError(
                 f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
@@ -55,11 +58,16 @@ class Records:
     @property
     def has_columns(self) -> bool:
         """Whether the format has columns."""
-        return self.name.startswith(HUB) or self._suffix in (".jsonl", ".parquet")
+        return self.name.startswith(HUB) or self._suffix in (".jsonl", ".ndjson", ".parquet") or self._separated
 
     @property
     def _suffix(self) -> str:
         return Path(self.name.removesuffix(".gz")).suffix.lower()
+
+    @property
+    def _separated(self) -> bool:
+        """Whether the file has a header line and fields: `.tsv` with `pairs` are plain lines of two texts."""
+        return self._suffix == ".csv" or (self._suffix == ".tsv" and not self.pairs)
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         """Read from the start.
@@ -72,7 +80,9 @@ class Records:
             return self._dataset()
         if self._suffix == ".parquet":
             return self._parquet()
-        return self._json_lines() if self._suffix == ".jsonl" else self._text_lines()
+        if self._separated:
+            return self._table()
+        return self._json_lines() if self._suffix in (".jsonl", ".ndjson") else self._text_lines()
 
     def _text_lines(self) -> Iterator[tuple[str, ...]]:
         for number, line in self._lines():
@@ -89,6 +99,23 @@ class Records:
                         f"line has {len(parts) - 1} TABs: {text[:60]!r}"
                     )
                 yield tuple(parts)
+
+    def _table(self) -> Iterator[tuple[str, ...]]:
+        rows = csv.reader((f"{line}\n" for _, line in self._lines()), delimiter="\t" if self._suffix == ".tsv" else ",")
+        csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072 characters
+        try:
+            header = next(rows, [])
+            _check_columns(f"corpus {self.name}, line 1", self.columns, header)
+            places = [header.index(name) for name in self.columns]
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise InputError(
+                        f"corpus {self.name}, line {rows.line_num}: {len(row)} fields under a header of {len(header)}: "
+                        "quote a text that holds the separator"
+                    )
+                yield tuple(row[place].strip() for place in places) if row else ("",) * len(places)
+        except csv.Error as error:
+            raise InputError(f"corpus {self.name}, line {rows.line_num}: {error}") from error
 
     def _json_lines(self) -> Iterator[tuple[str, ...]]:
         for number, line in self._lines():

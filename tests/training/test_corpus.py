@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -97,6 +98,36 @@ def test_a_malformed_line_is_named(tmp_path: Path, name: str, line: str, message
     first = '{"text": "fine"}' if name == "text.jsonl" else "fine\talso fine"
     with pytest.raises(InputError, match=message):
         read(write(tmp_path / name, f"{first}\n{line}\n"), pairs=name == "pairs.tsv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.csv", 'id,text\n1,"a cat, and\na dog"\n\n2, a man \n3,""\n', ("a cat, and\na dog", "a man")),
+        ("a.CSV.gz", gzip.compress(b"text\none\ntwo\n"), ("one", "two")),
+        ("a.tsv", "text\tn\na, b\t1\nc\t2\n", ("a, b", "c")),
+        ("a.ndjson", '{"text": "a cat"}\n"a dog"\n', ("a cat", "a dog")),
+        ("a.csv", "text\nshort\n" + "long " * 40_000 + "\n", ("short", ("long " * 40_000).strip())),
+    ],
+)
+def test_tables_and_json_lines_are_read_as_what_they_are(
+    tmp_path: Path, name: str, content: str, texts: object
+) -> None:
+    assert read(write(tmp_path / name, content)).texts == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "body,n\nx,1\n", "line 1: no column 'text', only 'body', 'n'. Name the right one with --column"),
+        ("a.csv", "", "line 1: no column 'text', only none"),
+        ("a.csv", "text,n\na cat, a dog,1\n", "line 2: 3 fields under a header of 2: quote a text"),
+        ("a.json", "[]", "write one object a line"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_clear_error(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(write(tmp_path / name, content))
 
 
 def test_parquet_has_columns(tmp_path: Path) -> None:
