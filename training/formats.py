@@ -32,7 +32,7 @@ class Records:
 
     Args:
         name: a path, or `hf:` and a data set's name. `.jsonl` or `.ndjson`, `.parquet`, `.csv`, and `.tsv` without
-            `pairs`, both with a header line, are read as such, anything else as UTF-8 text; `.gz` is decompressed first.
+            `pairs`, both with a header line, are read as such, anything else as UTF-8 text; `.gz` is decompressed.
         pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
         columns: of JSON lines, Parquet and data sets; empty means `text`, or `text1` and `text2`.
     """
