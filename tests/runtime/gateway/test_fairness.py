@@ -12,6 +12,7 @@ import pytest
 
 from mirror_runtime.client.exchange import Served
 from mirror_runtime.errors import ServerError, TextError
+from mirror_runtime.gateway import scheduler as scheduling
 from mirror_runtime.gateway.buffers import FREE_BYTES, Buffers
 from mirror_runtime.gateway.errors import Refusal
 from mirror_runtime.gateway.fair_queue import FairQueue
@@ -164,6 +165,36 @@ def test_a_failed_slice_ends_its_request_alone():
         assert len(backend.asked) <= asked + 2
         assert scheduler.texts == scheduler.load.in_flight == 0
         assert scheduler.idle_s() is None
+
+    run(main)
+
+
+def test_cancelled_slices_are_not_progress_and_idle_time_is_not_theirs(monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(scheduling, "time", clock)
+
+    async def main(backend: Backend) -> None:
+        scheduler = Scheduler(backend, 100)
+
+        async def cancelled_after(seconds: float) -> float | None:
+            task = asyncio.ensure_future(scheduler.encode(["a"], "impatient"))
+            await asyncio.sleep(0)
+            clock.now += seconds
+            found = scheduler.idle_s()
+            task.cancel()
+            await asyncio.wait([task])
+            assert scheduler.idle_s() is None
+            clock.now += 60
+            return found
+
+        backend.release.clear()
+        assert [await cancelled_after(4) for _ in range(3)] == [4, 8, 12]
+        backend.release.set()
+        await scheduler.encode(["a"], "b")
+        backend.release.clear()
+        assert await cancelled_after(4) == 4
+        scheduler.note_progress()
+        assert await cancelled_after(4) == 4
 
     run(main)
 
