@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,8 +94,8 @@ class Scheduler:
             for _ in range(REPLACEMENTS + 1):
                 missing = [one for one in slices if one.start not in parts]
                 parts.update(zip((one.start for one in missing), await self._all(texts, missing, caller), strict=True))
-                newest = parts[missing[-1].start].fingerprint
-                parts = {start: part for start, part in parts.items() if part.fingerprint == newest}
+                newest = _fingerprint(reversed(parts.values()))
+                parts = {start: part for start, part in parts.items() if part.fingerprint in (None, newest)}
                 if len(parts) == len(slices):
                     return _joined(parts)
         raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
@@ -198,5 +198,10 @@ def _joined(parts: dict[int, Served]) -> Served:
         tokens=np.concatenate([part.tokens for part in inner]),
         truncated=np.concatenate([part.truncated for part in inner]),
         errors=errors,
-        fingerprint=inner[0].fingerprint,
+        fingerprint=_fingerprint(inner),
     )
+
+
+def _fingerprint(parts: Iterable[Served]) -> str | None:
+    """Return the first fingerprint. Of a slice of rejected texts nothing was sent, and it has none."""
+    return next((part.fingerprint for part in parts if part.fingerprint is not None), None)

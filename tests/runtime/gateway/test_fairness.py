@@ -32,7 +32,7 @@ class Backend:
     def __init__(self) -> None:
         self.card: Any = SimpleNamespace(max_tokens=256, long_texts="truncate")
         self.asked: list[list[str]] = []
-        self.fingerprints = ["old"] * 1000
+        self.fingerprints: list[str | None] = ["old"] * 1000
         self.failing = "none"
         self.release = asyncio.Event()
         self.release.set()
@@ -146,6 +146,11 @@ def test_slices_of_a_replaced_model_are_encoded_again():
         assert served.fingerprint == "new"
         assert [len(asked) for asked in backend.asked] == [3] * 6
         assert backend.asked[4:] == backend.asked[:2]
+        backend.fingerprints = ["old", None, "new", None, "new"]  # of rejected texts, nothing was sent
+        assert (await Scheduler(backend, 100).encode(texts, "a")).fingerprint == "new"
+        assert len(backend.asked) == 6 + 5
+        backend.fingerprints = [None] * 4
+        assert (await Scheduler(backend, 100).encode(texts, "a")).fingerprint is None
         backend.fingerprints = [str(i) for i in range(100)]
         with pytest.raises(Refusal, match="again and again"):
             await Scheduler(backend, 100).encode(texts, "a")
