@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mirror_runtime.client.protocol import NotServed
 from mirror_runtime.errors import DeadlineExceededError, EngineError, OverloadedError, ServerError, UnavailableError
 from mirror_runtime.gateway import scheduler, service
 from mirror_runtime.gateway.errors import refusal_of
@@ -211,6 +212,7 @@ def test_a_draining_gateway_answers_and_closes_its_connections(gated):
         (OverloadedError("x"), 429, "overloaded", "1"),
         (OverloadedError("x", retry_after_s=2.3), 429, "overloaded", "3"),
         (UnavailableError("10.0.0.7:8001 is away"), 503, "backend_unavailable", "1"),
+        (NotServed("10.0.0.7:8001 answered NOT_FOUND"), 503, "backend_unavailable", "1"),
         (DeadlineExceededError("10.0.0.7:8001 is slow"), 503, "deadline_exceeded", "1"),
         (ServerError("10.0.0.7:8001 answered INTERNAL"), 500, "internal_error", None),
         (ZeroDivisionError("x"), 500, "internal_error", None),
