@@ -135,12 +135,15 @@ def _caller(scope: Scope, key: int | None) -> str:
 
 
 def _pieces(message: Message) -> Iterator[Message]:
-    """Split a part of an answer. uvicorn waits between pieces while the client does not read."""
+    """Split a part of an answer. uvicorn waits between pieces while the client does not read.
+
+    Pieces are copies: from Python 3.12 on, a transport keeps what it has not sent, and a view keeps the whole answer.
+    """
     body, more = memoryview(message.get("body", b"")), message.get("more_body", False)
     while len(body) > _WRITE_BYTES:
-        yield {"type": message["type"], "body": body[:_WRITE_BYTES], "more_body": True}
+        yield {"type": message["type"], "body": bytes(body[:_WRITE_BYTES]), "more_body": True}
         body = body[_WRITE_BYTES:]
-    yield {"type": message["type"], "body": body, "more_body": more}
+    yield {"type": message["type"], "body": bytes(body), "more_body": more}
 
 
 def response_of(refusal: Refusal) -> Response:

@@ -16,6 +16,7 @@ from mirror_runtime.gateway import scheduler as scheduling
 from mirror_runtime.gateway.buffers import FREE_BYTES, Buffers
 from mirror_runtime.gateway.errors import Refusal
 from mirror_runtime.gateway.fair_queue import FairQueue
+from mirror_runtime.gateway.middleware import _pieces
 from mirror_runtime.gateway.scheduler import Scheduler
 from tests.support.fake_bundles import EngineGate
 from tests.support.gateways import running
@@ -256,6 +257,14 @@ def test_buffers_are_shared_and_small_requests_are_free():
     alone.add(5_000_000)  # more than all, but alone
     alone.release()
     assert not buffers.by_caller
+
+
+def test_pieces_of_an_answer_do_not_keep_the_whole():
+    body = bytes(range(256)) * 1000
+    pieces = [piece["body"] for piece in _pieces({"type": "http.response.body", "body": body})]
+    assert b"".join(pieces) == body
+    assert {type(piece) for piece in pieces} == {bytes}
+    assert max(map(len, pieces)) <= 65_536
 
 
 def test_floods_of_large_requests_keep_neither_small_ones_nor_health_waiting(gateway_bundle):
