@@ -111,6 +111,44 @@ def test_a_cancelled_slice_gives_its_turn_and_its_room_back():
     asyncio.run(main())
 
 
+def test_cancelled_slices_neither_pile_up_nor_block_others_nor_cost_their_caller():
+    async def main() -> None:
+        queue, order, release = FairQueue(lambda: 10, 100), "", asyncio.Event()
+
+        async def work(caller: str, cost: int) -> None:
+            nonlocal order
+            async with queue.turn(caller, cost):
+                order += caller
+                await release.wait()
+
+        def begin(caller: str, cost: int) -> asyncio.Task[None]:
+            return asyncio.ensure_future(work(caller, cost))
+
+        async def cancel(*tasks: asyncio.Task[None]) -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        running, head, behind = begin("r", 5), begin("a", 6), begin("a", 4)
+        await asyncio.sleep(0)
+        assert order == "r"
+        await cancel(head)
+        await asyncio.sleep(0)
+        assert order == "ra", "a slice that has left blocks another that fits"
+        leaving, rival = [begin("a", 7) for _ in range(100)], begin("b", 20)
+        await asyncio.sleep(0)
+        await cancel(*leaving)
+        assert len(queue._waiting) <= 3
+        last = begin("a", 6)
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.wait_for(asyncio.gather(running, behind, rival, last), 5)
+        assert order == "raab", "the cost of slices that have left counts"
+        assert queue.running == len(queue._waiting) == 0
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_admits_each_caller_to_an_equal_share():
     queue = FairQueue(lambda: 10, 8)
     assert queue.fits("flood", 8)
