@@ -177,8 +177,8 @@ class Connection(HttpToolsProtocol):
             return  # see `_continue_without_upgrade`
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise Refusal(429, "too_many_pipelined", f"more than {_MAX_PIPELINED} requests wait on one connection")
+        super().on_headers_complete()  # raises if it cannot parse the address
         self._in_head, self._in_body, self._progressed = False, True, True
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body."""
