@@ -138,6 +138,7 @@ class Connection(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._continue_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
             refusal = error.__context__
             if not isinstance(refusal, Refusal):
