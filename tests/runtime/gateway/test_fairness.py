@@ -263,20 +263,22 @@ def test_a_small_request_passes_a_large_one(caller):
 
 
 def test_a_large_body_is_refused_unread_while_large_requests_fill_the_queue(gateway_bundle):
-    with running(gateway_bundle, max_batch=1000, max_in_flight=1500) as gateway:
+    with running(gateway_bundle, max_batch=1000, max_in_flight=1000) as gateway:
         gate = EngineGate(gateway.encoder.engine)
         gate.close()
-        texts = [f"{i} " + "word " * 60 for i in range(1000)]
-        first = threading.Thread(target=gateway.embed, args=(texts,))
-        first.start()
-        wait_until(lambda: gateway.service.scheduler.texts == 1000)
-        reply = gateway.send("POST", "/embed", b"{" * 100_000, {"Content-Type": "application/json"})
-        assert (reply.status, reply.error["code"]) == (429, "overloaded")
+        threads = []
+        for in_flight, status in ((500, 413), (1000, 429)):  # 413 has been read
+            texts = [f"{i} " + "word " * 60 for i in range(500)]
+            threads.append(threading.Thread(target=gateway.embed, args=(texts,)))
+            threads[-1].start()
+            wait_until(lambda number=in_flight: gateway.service.scheduler.texts == number)
+            reply = gateway.send("POST", "/embed", b"{" * 100_000, {"Content-Type": "application/json"})
+            assert reply.status == status
         small = threading.Thread(target=gateway.embed, args=("small",))
         small.start()
         wait_until(lambda: gateway.service.scheduler.texts == 1001)
         gate.open()
-        for thread in (first, small):
+        for thread in (*threads, small):
             thread.join(20)
 
 
