@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mirror_runtime.gateway.errors import Refusal, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.peers import peer_of
 from mirror_runtime.gateway.settings import GatewaySettings
 
 _LINGER_S = 1.0
@@ -99,7 +100,7 @@ class Connection(HttpToolsProtocol):
     """One connection: uvicorn's, with bounds.
 
     Attributes:
-        peer: the client's address.
+        peer: the client's address, see `peer_of`.
         phase: what it waits for.
         since: when that began, on the event loop's clock.
         answers: requests answered so far.
@@ -117,7 +118,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, or refuse it."""
         super().connection_made(transport)
-        self.peer = self.client[0] if self.client else "unknown"
+        self.peer = peer_of(self.client)
         self._enter(Phase.HEAD)
         if not self._all.add(self):
             self._refuse(unavailable("too_many_connections", "the gateway has too many connections: try again later"))
