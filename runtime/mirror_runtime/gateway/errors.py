@@ -99,9 +99,7 @@ def refusal_of(error: Exception) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
-    failed = Refusal(
-        500, "internal_error", "encoding failed; the gateway's log has the reason, under this request's id"
-    )
+    failed = Refusal(500, "internal_error", "encoding failed; the gateway's log has the reason")
     if isinstance(error, NotFiniteError):  # a TextError, and not the text's fault
         return failed
     if isinstance(error, TextError):

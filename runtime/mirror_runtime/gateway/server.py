@@ -88,9 +88,13 @@ def run(
         if not is_loopback(host) and not settings.keys:
             on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")
 
-    server = GatewayServer(service, on_started=announce, repeats=limit_repeats())
-    with _signals_go_to(server):
-        server.run([listener])
+    repeats = limit_repeats()
+    server = GatewayServer(service, on_started=announce, repeats=repeats)
+    try:
+        with _signals_go_to(server):
+            server.run([listener])
+    finally:
+        repeats.summarize(now=True)
     on_progress(f"stopped; {service.metrics.answered} requests answered")
 
 
