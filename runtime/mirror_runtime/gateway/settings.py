@@ -90,7 +90,8 @@ class GatewaySettings:
 def hosts_allowed_at(host: str, named: Sequence[str]) -> tuple[str, ...]:
     """Return the allowed hosts of a gateway that listens on `host`: those named, and on loopback its own names.
 
-    IPv6 addresses are in brackets, as in Host headers. Any host is allowed if "*" is named, or elsewhere than on loopback if none is.
+    Any host is allowed if "*" is named, or elsewhere than on loopback if none is. IPv6 addresses are in brackets, as in
+    Host headers.
     """
     if "*" in named or (not named and not is_loopback(host)):
         return ()

@@ -217,8 +217,15 @@ class Hung:
 
     tokens_at_once = slice_tokens = 1024
     card = ModelCard(
-        **{"model": MODEL, "fingerprint": "f", "dim": 8, "max_tokens": 64, "normalized": True, "engine": "fake"},
-        **{"long_texts": "truncate", "precision": "fp32", "backend": "in-process"},
+        model=MODEL,
+        fingerprint="f",
+        dim=8,
+        max_tokens=64,
+        normalized=True,
+        long_texts="truncate",
+        engine="fake",
+        precision="fp32",
+        backend="in-process",
     )
 
     async def encode(self, texts):
