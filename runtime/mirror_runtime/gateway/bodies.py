@@ -38,7 +38,7 @@ def json_route(max_texts: int) -> type[APIRoute]:
                     body = await request.body()
                 except ClientDisconnect:
                     raise client_gone() from None
-                if body and "json" in request.headers.get("content-type", ""):
+                if body and "json" in request.headers.get("content-type", "").lower():
                     if len(body) <= _SHORT:
                         request._json = _parsed(body)
                     else:
@@ -69,7 +69,7 @@ def _parsed_if_plain(body: bytes, max_texts: int) -> Any:
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body)
+        return json.loads(body.decode("utf-8-sig"))  # of bytes, it would take UTF-16 too, whose quotes go uncounted
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "it is not UTF-8, or nested too deeply")
         raise Refusal(400, "invalid_json", f"the body is not JSON: {reason}") from None

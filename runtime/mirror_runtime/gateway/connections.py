@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mirror_runtime.gateway.errors import Refusal, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
+from mirror_runtime.gateway.peers import peer_of
 from mirror_runtime.gateway.settings import GatewaySettings
 
 _LINGER_S = 1.0
@@ -99,7 +100,7 @@ class Connection(HttpToolsProtocol):
     """One connection: uvicorn's, with bounds.
 
     Attributes:
-        peer: the client's address.
+        peer: the client's address, see `peer_of`.
         phase: what it waits for.
         since: when that began, on the event loop's clock.
         answers: requests answered so far.
@@ -117,7 +118,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection, or refuse it."""
         super().connection_made(transport)
-        self.peer = self.client[0] if self.client else "unknown"
+        self.peer = peer_of(self.client)
         self._enter(Phase.HEAD)
         if not self._all.add(self):
             self._refuse(unavailable("too_many_connections", "the gateway has too many connections: try again later"))
@@ -138,6 +139,7 @@ class Connection(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
             self._continue_without_upgrade(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError as error:
             refusal = error.__context__
             if not isinstance(refusal, Refusal):
@@ -177,8 +179,8 @@ class Connection(HttpToolsProtocol):
             return  # see `_continue_without_upgrade`
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise Refusal(429, "too_many_pipelined", f"more than {_MAX_PIPELINED} requests wait on one connection")
+        super().on_headers_complete()  # raises if it cannot parse the address
         self._in_head, self._in_body, self._progressed = False, True, True
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from mirror_runtime.client.protocol import Rejected
+from mirror_runtime.client.protocol import NotServed, Rejected
 from mirror_runtime.errors import (
     DeadlineExceededError,
     InputError,
@@ -99,9 +99,7 @@ def refusal_of(error: Exception) -> Refusal:
     """
     if isinstance(error, Refusal):
         return error
-    failed = Refusal(
-        500, "internal_error", "encoding failed; the gateway's log has the reason, under this request's id"
-    )
+    failed = Refusal(500, "internal_error", "encoding failed; the gateway's log has the reason")
     if isinstance(error, NotFiniteError):  # a TextError, and not the text's fault
         return failed
     if isinstance(error, TextError):
@@ -112,8 +110,8 @@ def refusal_of(error: Exception) -> Refusal:
         return overloaded("the encoder's queue is full: try again later", error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         return unavailable("deadline_exceeded", "the model server did not answer in time: try again later")
-    if isinstance(error, UnavailableError):
-        return unavailable("backend_unavailable", "the model server cannot be reached: try again later")
+    if isinstance(error, (UnavailableError, NotServed)):  # the model was served: its configuration has been read
+        return unavailable("backend_unavailable", "the model server cannot be reached, or loads the model: try later")
     return failed
 
 

@@ -33,6 +33,7 @@ class FairQueue:
         self._max_texts = max_texts
         self._texts: Counter[str] = Counter()  # admitted, by caller
         self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._cancelled = 0  # slices, since they were last taken out of the heap
         self._order = count()  # equal times go in order of arrival
         self._now = 0
         self._finish: dict[str, int] = {}
@@ -74,14 +75,31 @@ class FairQueue:
         finally:
             if started.done() and not started.cancelled():
                 self.running -= cost
+            else:
+                self._forget(caller, cost, started)
             self._start()
+
+    def _forget(self, caller: str, cost: int, started: asyncio.Future[None]) -> None:
+        """Take a slice that waited out of the queue, and its cost off its caller's time."""
+        started.cancel()
+        if caller in self._finish:
+            self._finish[caller] -= cost
+        self._cancelled += 1
+        if 2 * self._cancelled > len(self._waiting):  # so rarely that a cancellation costs little on average
+            self._waiting = [one for one in self._waiting if not one[3].done()]
+            heapq.heapify(self._waiting)
+            self._cancelled = 0
 
     def _start(self) -> None:
         """Start waiting slices while there is room."""
-        while self._waiting and (not self.running or self.running + self._waiting[0][2] <= self._capacity()):
-            self._now, _, cost, started = heapq.heappop(self._waiting)
+        while self._waiting:
+            finish, _, cost, started = self._waiting[0]
             if not started.done():  # else its request was cancelled
+                if self.running and self.running + cost > self._capacity():
+                    break
+                self._now = finish
                 self.running += cost
                 started.set_result(None)
+            heapq.heappop(self._waiting)
         if not self.running or len(self._finish) > _REMEMBERED:
             self._finish = {caller: finish for caller, finish in self._finish.items() if finish > self._now}

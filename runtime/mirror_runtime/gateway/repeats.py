@@ -15,20 +15,20 @@ BURST = 5
 
 
 class RepeatFilter(logging.Filter):
-    """Drops repeats: records of the same logger, level and unformatted message, whatever their arguments."""
+    """Drops repeats: records of the same logger, level, unformatted message and types of exceptions."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
         self._began = clock()
-        self._seen: Counter[tuple[str, int, str]] = Counter()
+        self._seen: Counter[tuple[str, int, str, str]] = Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is to be logged."""
         if record.name == __name__:
             return True
         self.summarize()
-        thing = (record.name, record.levelno, str(record.msg)[:100])
+        thing = (record.name, record.levelno, str(record.msg)[:100], _exceptions(record))
         self._seen[thing] += 1
         return self._seen[thing] <= BURST
 
@@ -37,9 +37,17 @@ class RepeatFilter(logging.Filter):
         if not now and self._clock() - self._began < WINDOW_S:
             return
         seen, self._seen, self._began = self._seen, Counter(), self._clock()
-        for (name, level, message), times in seen.items():
+        for (name, level, message, kind), times in seen.items():
             if times > BURST:
-                logging.getLogger(__name__).log(level, "%d more of %s: %s", times - BURST, name, message.strip())
+                more = (times - BURST, name, message.strip(), kind)
+                logging.getLogger(__name__).log(level, "%d more of %s: %s%s", *more)
+
+
+def _exceptions(record: logging.LogRecord) -> str:
+    """Return the types of a record's exceptions, as a suffix."""
+    found = [*(record.args if isinstance(record.args, tuple) else ()), *(record.exc_info or ())[1:2]]
+    kinds = [type(one).__name__ for one in found if isinstance(one, BaseException)]
+    return f" ({', '.join(kinds)})" if kinds else ""
 
 
 def limit_repeats() -> RepeatFilter:

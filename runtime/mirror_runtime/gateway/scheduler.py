@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class Scheduler:
         self._long = FairQueue(lambda: 1, max_texts)  # one at a time
         self._small_at = -SHARED_S
         self._progress_at = 0.0
+        self._stuck_s = 0.0  # that inferences had been under way without an end when the last of them was cancelled
 
     @property
     def texts(self) -> int:
@@ -67,7 +69,10 @@ class Scheduler:
         return self._small.texts + self._bulk.texts
 
     def idle_s(self) -> float | None:
-        """Return the seconds since an inference began or ended, very long texts aside; None if none is under way."""
+        """Return for how long inferences have been under way and none has ended; None if none is under way.
+
+        Those of very long texts do not count. One that was cancelled has not ended.
+        """
         return time.monotonic() - self._progress_at if self._small.running or self._bulk.running else None
 
     async def encode(self, texts: Sequence[str], caller: str) -> Served:
@@ -89,8 +94,8 @@ class Scheduler:
             for _ in range(REPLACEMENTS + 1):
                 missing = [one for one in slices if one.start not in parts]
                 parts.update(zip((one.start for one in missing), await self._all(texts, missing, caller), strict=True))
-                newest = parts[missing[-1].start].fingerprint
-                parts = {start: part for start, part in parts.items() if part.fingerprint == newest}
+                newest = _fingerprint(reversed(parts.values()))
+                parts = {start: part for start, part in parts.items() if part.fingerprint in (None, newest)}
                 if len(parts) == len(slices):
                     return _joined(parts)
         raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
@@ -154,15 +159,34 @@ class Scheduler:
         done = self.load.drop  # cancelled and failed ones do not count for the rate
         try:
             async with lane.turn(caller, one.tokens):
-                if not one.long and self._small.running + self._bulk.running == one.tokens:
-                    self._progress_at = time.monotonic()
-                served = await self._backend.encode(texts[one.start : one.stop])
+                with self._watched(one):
+                    served = await self._backend.encode(texts[one.start : one.stop])
             done = self.load.finish
             return served
         finally:
             done(one.tokens)
-            if not one.long:
-                self._progress_at = time.monotonic()
+
+    @contextmanager
+    def _watched(self, one: Slice) -> Iterator[None]:
+        """Note whether an inference ends. Time without any under way does not count."""
+        if one.long:
+            yield
+            return
+        if self._small.running + self._bulk.running == one.tokens:
+            self._progress_at = time.monotonic() - self._stuck_s
+        try:
+            yield
+            self.note_progress()
+        except Exception:  # a failure is an end too, a cancellation is not
+            self.note_progress()
+            raise
+        finally:
+            self._stuck_s = time.monotonic() - self._progress_at
+
+    def note_progress(self) -> None:
+        """Note that an inference has ended."""
+        self._progress_at = time.monotonic()
+        self._stuck_s = 0.0
 
 
 def _joined(parts: dict[int, Served]) -> Served:
@@ -174,5 +198,10 @@ def _joined(parts: dict[int, Served]) -> Served:
         tokens=np.concatenate([part.tokens for part in inner]),
         truncated=np.concatenate([part.truncated for part in inner]),
         errors=errors,
-        fingerprint=inner[0].fingerprint,
+        fingerprint=_fingerprint(inner),
     )
+
+
+def _fingerprint(parts: Iterable[Served]) -> str | None:
+    """Return the first fingerprint. Of a slice of rejected texts nothing was sent, and it has none."""
+    return next((part.fingerprint for part in parts if part.fingerprint is not None), None)

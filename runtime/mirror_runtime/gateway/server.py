@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import FrameType
@@ -88,9 +88,13 @@ def run(
         if not is_loopback(host) and not settings.keys:
             on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")
 
-    server = GatewayServer(service, on_started=announce, repeats=limit_repeats())
-    with _signals_go_to(server):
-        server.run([listener])
+    repeats = limit_repeats()
+    server = GatewayServer(service, on_started=announce, repeats=repeats)
+    try:
+        with _signals_go_to(server):
+            server.run([listener])
+    finally:
+        repeats.summarize(now=True)
     on_progress(f"stopped; {service.metrics.answered} requests answered")
 
 
@@ -161,14 +165,25 @@ class GatewayServer(uvicorn.Server):
         return nullcontext()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Start draining: health checks fail and responses close their connections. A second signal stops at once."""
+        """Start draining: health checks fail and responses close their connections.
+
+        A second signal, of whichever kind, ends the requests under way and all waiting.
+        """
         if self._service.draining or not self.started:
-            super().handle_exit(sig, frame)
+            self.force_exit = self._service.draining or self.should_exit
+            self.should_exit = True
+            if self.force_exit:
+                with suppress(RuntimeError):  # the loop has ended
+                    asyncio.get_running_loop().call_soon_threadsafe(self._drop_connections)
             return
         self._service.draining = True
         loop = asyncio.get_running_loop()
         # A signal handler interrupts the loop anywhere, so it may only call threadsafe methods.
         loop.call_soon_threadsafe(loop.call_later, self._service.settings.drain_s, super().handle_exit, sig, frame)
+
+    def _drop_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            cast(Connection, connection).drop("stopped")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port first and the connections later: a request may be on its way on an idle one."""

@@ -111,6 +111,7 @@ class GatewayService:
             if time.monotonic() - self._outcome_at >= FRESH_S:
                 try:
                     _check_finite(await asyncio.wait_for(self.backend.encode([PROBE]), PROBE_S))
+                    self.scheduler.note_progress()
                     self._record_outcome(None)
                 except Exception as error:  # any failure means unhealthy
                     self._record_outcome(error)

@@ -90,18 +90,20 @@ class GatewaySettings:
 def hosts_allowed_at(host: str, named: Sequence[str]) -> tuple[str, ...]:
     """Return the allowed hosts of a gateway that listens on `host`: those named, and on loopback its own names.
 
-    Any host is allowed if "*" is named, or elsewhere than on loopback if none is.
+    Any host is allowed if "*" is named, or elsewhere than on loopback if none is. IPv6 addresses are in brackets, as in
+    Host headers.
     """
     if "*" in named or (not named and not is_loopback(host)):
         return ()
-    return tuple(dict.fromkeys(name.lower() for name in (*named, *LOOPBACK, host)))
+    names = (name.lower() for name in (*named, *LOOPBACK, host))
+    return tuple(dict.fromkeys(f"[{name}]" if name.count(":") > 1 and name[0] != "[" else name for name in names))
 
 
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches an address."""
     with suppress(ValueError):
         return ip_address(host).is_loopback
-    return host == "localhost"
+    return host.lower() == "localhost"
 
 
 def read_keys(path: Path | None, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:

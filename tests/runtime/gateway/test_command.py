@@ -6,7 +6,7 @@ import pytest
 
 from mirror_runtime.cli.main import main
 from mirror_runtime.errors import InputError
-from mirror_runtime.gateway.settings import GatewaySettings, read_keys
+from mirror_runtime.gateway.settings import LOOPBACK, GatewaySettings, hosts_allowed_at, read_keys
 from tests.support.gateways import changed_bundle
 
 LONG = "a-key-of-many-characters"
@@ -46,6 +46,22 @@ def test_a_port_in_use_and_a_server_that_is_absent_are_errors(refused, gateway_b
         port = taken.getsockname()[1]
         assert f"port {port} on 127.0.0.1 cannot be used" in refused(gateway_bundle, "--engine", "fake", "--port", port)
     assert str(port) in refused("--triton", f"127.0.0.1:{port}", "--wait", 0, "--port", 0, "--timeout", 2)
+
+
+@pytest.mark.parametrize(
+    ("host", "named", "allowed"),
+    [
+        ("0.0.0.0", [], ()),
+        ("127.0.0.1", ["*"], ()),
+        ("127.0.0.1", [], LOOPBACK),
+        ("LOCALHOST", [], LOOPBACK),
+        ("::1", [], LOOPBACK),
+        ("127.0.0.2", [], (*LOOPBACK, "127.0.0.2")),
+        ("fd00::7", ["Mine.example", "FD00::8"], ("mine.example", "[fd00::8]", *LOOPBACK, "[fd00::7]")),
+    ],
+)
+def test_the_hosts_that_are_allowed(host, named, allowed):
+    assert hosts_allowed_at(host, named) == allowed
 
 
 def test_keys_come_from_a_file_or_the_environment_and_messages_never_contain_one(refused, tmp_path, monkeypatch):

@@ -81,8 +81,13 @@ def test_an_endless_head_is_refused_and_its_connection_closed(gateway, begin, en
 
 
 def test_what_is_not_a_request_in_http_is_refused_without_a_line_in_the_log(gateway, caplog):
-    assert received(connect(gateway, b"\x16\x03\x01 hello\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
+    for line in (b"\x16\x03\x01 hello", b"GET http://host HTTP/1.1", b"GET http://[ HTTP/1.1"):
+        assert received(connect(gateway, line + b"\r\nHost: host\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
     assert received(connect(gateway, b"CONNECT evil:80 HTTP/1.1\r\nHost: evil\r\n\r\n")).startswith(b"HTTP/1.1 405 ")
+    before = dropped(gateway, "headers_too_large")
+    tunnel = connect(gateway, b"CONNECT evil:80 HTTP/1.1\r\nHost: evil\r\n\r\n" + b"x" * 10_000)
+    assert received(tunnel).count(b"HTTP/1.1 ") == 1
+    assert dropped(gateway, "headers_too_large") == before
     assert received(connect(gateway, (HEAD + b"\r\n") * 1000)).count(b"HTTP/1.1 200") < 20
     assert not caplog.records
 

@@ -12,9 +12,11 @@ import pytest
 
 from mirror_runtime.client.exchange import Served
 from mirror_runtime.errors import ServerError, TextError
+from mirror_runtime.gateway import scheduler as scheduling
 from mirror_runtime.gateway.buffers import FREE_BYTES, Buffers
 from mirror_runtime.gateway.errors import Refusal
 from mirror_runtime.gateway.fair_queue import FairQueue
+from mirror_runtime.gateway.middleware import _pieces
 from mirror_runtime.gateway.scheduler import Scheduler
 from tests.support.fake_bundles import EngineGate
 from tests.support.gateways import running
@@ -31,7 +33,7 @@ class Backend:
     def __init__(self) -> None:
         self.card: Any = SimpleNamespace(max_tokens=256, long_texts="truncate")
         self.asked: list[list[str]] = []
-        self.fingerprints = ["old"] * 1000
+        self.fingerprints: list[str | None] = ["old"] * 1000
         self.failing = "none"
         self.release = asyncio.Event()
         self.release.set()
@@ -109,6 +111,44 @@ def test_a_cancelled_slice_gives_its_turn_and_its_room_back():
     asyncio.run(main())
 
 
+def test_cancelled_slices_neither_pile_up_nor_block_others_nor_cost_their_caller():
+    async def main() -> None:
+        queue, order, release = FairQueue(lambda: 10, 100), "", asyncio.Event()
+
+        async def work(caller: str, cost: int) -> None:
+            nonlocal order
+            async with queue.turn(caller, cost):
+                order += caller
+                await release.wait()
+
+        def begin(caller: str, cost: int) -> asyncio.Task[None]:
+            return asyncio.ensure_future(work(caller, cost))
+
+        async def cancel(*tasks: asyncio.Task[None]) -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        running, head, behind = begin("r", 5), begin("a", 6), begin("a", 4)
+        await asyncio.sleep(0)
+        assert order == "r"
+        await cancel(head)
+        await asyncio.sleep(0)
+        assert order == "ra", "a slice that has left blocks another that fits"
+        leaving, rival = [begin("a", 7) for _ in range(100)], begin("b", 20)
+        await asyncio.sleep(0)
+        await cancel(*leaving)
+        assert len(queue._waiting) <= 3
+        last = begin("a", 6)
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.wait_for(asyncio.gather(running, behind, rival, last), 5)
+        assert order == "raab", "the cost of slices that have left counts"
+        assert queue.running == len(queue._waiting) == 0
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_admits_each_caller_to_an_equal_share():
     queue = FairQueue(lambda: 10, 8)
     assert queue.fits("flood", 8)
@@ -145,6 +185,11 @@ def test_slices_of_a_replaced_model_are_encoded_again():
         assert served.fingerprint == "new"
         assert [len(asked) for asked in backend.asked] == [3] * 6
         assert backend.asked[4:] == backend.asked[:2]
+        backend.fingerprints = ["old", None, "new", None, "new"]  # of rejected texts, nothing was sent
+        assert (await Scheduler(backend, 100).encode(texts, "a")).fingerprint == "new"
+        assert len(backend.asked) == 6 + 5
+        backend.fingerprints = [None] * 4
+        assert (await Scheduler(backend, 100).encode(texts, "a")).fingerprint is None
         backend.fingerprints = [str(i) for i in range(100)]
         with pytest.raises(Refusal, match="again and again"):
             await Scheduler(backend, 100).encode(texts, "a")
@@ -164,6 +209,36 @@ def test_a_failed_slice_ends_its_request_alone():
         assert len(backend.asked) <= asked + 2
         assert scheduler.texts == scheduler.load.in_flight == 0
         assert scheduler.idle_s() is None
+
+    run(main)
+
+
+def test_cancelled_slices_are_not_progress_and_idle_time_is_not_theirs(monkeypatch):
+    clock: Any = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(scheduling, "time", clock)
+
+    async def main(backend: Backend) -> None:
+        scheduler = Scheduler(backend, 100)
+
+        async def cancelled_after(seconds: float) -> float | None:
+            task = asyncio.ensure_future(scheduler.encode(["a"], "impatient"))
+            await asyncio.sleep(0)
+            clock.now += seconds
+            found = scheduler.idle_s()
+            task.cancel()
+            await asyncio.wait([task])
+            assert scheduler.idle_s() is None
+            clock.now += 60
+            return found
+
+        backend.release.clear()
+        assert [await cancelled_after(4) for _ in range(3)] == [4, 8, 12]
+        backend.release.set()
+        await scheduler.encode(["a"], "b")
+        backend.release.clear()
+        assert await cancelled_after(4) == 4
+        scheduler.note_progress()
+        assert await cancelled_after(4) == 4
 
     run(main)
 
@@ -188,20 +263,22 @@ def test_a_small_request_passes_a_large_one(caller):
 
 
 def test_a_large_body_is_refused_unread_while_large_requests_fill_the_queue(gateway_bundle):
-    with running(gateway_bundle, max_batch=1000, max_in_flight=1500) as gateway:
+    with running(gateway_bundle, max_batch=1000, max_in_flight=1000) as gateway:
         gate = EngineGate(gateway.encoder.engine)
         gate.close()
-        texts = [f"{i} " + "word " * 60 for i in range(1000)]
-        first = threading.Thread(target=gateway.embed, args=(texts,))
-        first.start()
-        wait_until(lambda: gateway.service.scheduler.texts == 1000)
-        reply = gateway.send("POST", "/embed", b"{" * 100_000, {"Content-Type": "application/json"})
-        assert (reply.status, reply.error["code"]) == (429, "overloaded")
+        threads = []
+        for status in (413, 429):  # beside 500 texts it is read, beside 1,000 it is not
+            texts = [f"{i} " + "word " * 60 for i in range(500)]
+            threads.append(threading.Thread(target=gateway.embed, args=(texts,)))
+            threads[-1].start()
+            wait_until(lambda: gateway.service.scheduler.texts == 500 * len(threads))
+            reply = gateway.send("POST", "/embed", b"{" * 100_000, {"Content-Type": "application/json"})
+            assert reply.status == status
         small = threading.Thread(target=gateway.embed, args=("small",))
         small.start()
         wait_until(lambda: gateway.service.scheduler.texts == 1001)
         gate.open()
-        for thread in (first, small):
+        for thread in (*threads, small):
             thread.join(20)
 
 
@@ -220,6 +297,14 @@ def test_buffers_are_shared_and_small_requests_are_free():
     alone.add(5_000_000)  # more than all, but alone
     alone.release()
     assert not buffers.by_caller
+
+
+def test_pieces_of_an_answer_do_not_keep_the_whole():
+    body = bytes(range(256)) * 1000
+    pieces = [piece["body"] for piece in _pieces({"type": "http.response.body", "body": body})]
+    assert b"".join(pieces) == body
+    assert {type(piece) for piece in pieces} == {bytes}
+    assert max(map(len, pieces)) <= 65_536
 
 
 def test_floods_of_large_requests_keep_neither_small_ones_nor_health_waiting(gateway_bundle):

@@ -1,7 +1,10 @@
 """Overload, timeouts, failures, disconnects and draining: refusals are immediate and no accepted request is lost."""
 
+import asyncio
 import http.client
 import json
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -10,12 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mirror_runtime.client.protocol import NotServed
 from mirror_runtime.errors import DeadlineExceededError, EngineError, OverloadedError, ServerError, UnavailableError
-from mirror_runtime.gateway import scheduler, service
+from mirror_runtime.gateway import scheduler, server, service
+from mirror_runtime.gateway.backends import ModelCard
 from mirror_runtime.gateway.errors import refusal_of
+from mirror_runtime.gateway.repeats import RepeatFilter
+from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.retry_after import RetryEstimator
 from tests.support.fake_bundles import FINGERPRINT, EngineGate
-from tests.support.gateways import MODEL, running, vectors
+from tests.support.gateways import MODEL, running, send, vectors
 from tests.support.mirror_serve import wait_until
 
 
@@ -205,12 +212,60 @@ def test_a_draining_gateway_answers_and_closes_its_connections(gated):
     assert answer.headers["connection"] == "close"
 
 
+class Hung:
+    """A backend that never answers."""
+
+    tokens_at_once = slice_tokens = 1024
+    card = ModelCard(
+        model=MODEL,
+        fingerprint="f",
+        dim=8,
+        max_tokens=64,
+        normalized=True,
+        long_texts="truncate",
+        engine="fake",
+        precision="fp32",
+        backend="in-process",
+    )
+
+    async def encode(self, texts):
+        await asyncio.Event().wait()
+
+    async def aclose(self):
+        pass
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGQUIT])
+def test_a_second_signal_ends_the_requests_under_way(monkeypatch, second):
+    monkeypatch.setattr(server, "limit_repeats", RepeatFilter)
+    listener = server.listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+
+    def interrupt():
+        try:
+            wait_until(lambda: b"in_flight 1.0" in send(port, "GET", "/metrics").body)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: send(port, "GET", "/health").error["code"] == "draining")
+        finally:
+            os.kill(os.getpid(), second)
+
+    with listener, ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(send, port, "POST", "/embed", {"inputs": "a"})
+        interrupting = pool.submit(interrupt)
+        began = time.monotonic()
+        server.run(Hung(), GatewaySettings(model=MODEL, drain_s=5, timeout_s=9), listener, on_progress=lambda _: None)
+        assert time.monotonic() - began < 5
+        interrupting.result()
+        assert isinstance(waiting.exception(), OSError)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code", "retry_after"),
     [
         (OverloadedError("x"), 429, "overloaded", "1"),
         (OverloadedError("x", retry_after_s=2.3), 429, "overloaded", "3"),
         (UnavailableError("10.0.0.7:8001 is away"), 503, "backend_unavailable", "1"),
+        (NotServed("10.0.0.7:8001 answered NOT_FOUND"), 503, "backend_unavailable", "1"),
         (DeadlineExceededError("10.0.0.7:8001 is slow"), 503, "deadline_exceeded", "1"),
         (ServerError("10.0.0.7:8001 answered INTERNAL"), 500, "internal_error", None),
         (ZeroDivisionError("x"), 500, "internal_error", None),

@@ -125,6 +125,15 @@ def test_a_large_body_that_cannot_be_a_request_is_refused_unparsed(generated_gat
     assert "at most 2048 texts" in reply.error["message"]
 
 
+def test_no_spelling_of_the_type_and_no_encoding_hides_values(generated_gateway):
+    many = json.dumps({"inputs": [[]] * 300_000}).encode()
+    reply = generated_gateway.send("POST", TEI, many, {"Content-Type": "application/JSON"})
+    assert (reply.status, reply.error["code"]) == (413, "body_too_complex")
+    statuses = {"utf-8": 200, "utf-8-sig": 200, "utf-16": 400, "utf-32-le": 400}  # quotes are counted as bytes
+    for encoding, status in statuses.items():
+        assert generated_gateway.send("POST", TEI, '{"inputs": "a"}'.encode(encoding), JSON).status == status
+
+
 def test_large_bodies_of_texts_are_read(generated_gateway):
     texts = ['"quoted" \\ [1, {2: 3}], ' * 40 + str(i) for i in range(2000)]
     for body in (texts, texts[0] * 1000):

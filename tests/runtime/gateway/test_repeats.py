@@ -6,6 +6,26 @@ from types import SimpleNamespace
 from mirror_runtime.gateway.repeats import BURST, WINDOW_S, RepeatFilter
 
 
+def test_another_error_is_another_thing_and_the_last_ones_are_counted(caplog):
+    repeats = RepeatFilter()
+    caplog.handler.addFilter(repeats)
+    log = logging.getLogger("some.library")
+    try:
+        for i in range(BURST + 2):
+            log.error("request failed: %s", ValueError(i))
+        log.error("request failed: %s", KeyError("other"))
+        log.error("request failed: %s", "with", exc_info=OSError("traceback"))
+        repeats.summarize(now=True)
+    finally:
+        caplog.handler.removeFilter(repeats)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[BURST:] == [
+        "request failed: 'other'",
+        "request failed: with",
+        "2 more of some.library: request failed: %s (ValueError)",
+    ]
+
+
 def test_repeats_are_counted_and_other_records_pass(caplog):
     clock = SimpleNamespace(now=0.0)
     repeats = RepeatFilter(lambda: clock.now)
