@@ -94,7 +94,7 @@ class Gate:
     Args:
         held_out: what the probe asks about.
         background: the texts that are tuned on, in which words are counted.
-        hardware: the precision in which to encode.
+        hardware: of the run. Texts are encoded on the CPU, in bf16 where the run tunes in it on the CPU, else in fp32.
 
     Raises:
         InputError: the texts are too short or too alike for the probe.
