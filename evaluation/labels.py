@@ -77,14 +77,15 @@ def evaluate_clusters(one: Labelled, encode: Encode, bootstrap: Bootstrap) -> li
     """Measure how well k-means with a cluster for each label finds the labels: v-measure (Rosenberg, Hirschberg)."""
     (vectors,) = unit_vectors(encode, one.texts)
     labels = np.unique(one.labels, return_inverse=True)[1]
-    count = int(labels.max()) + 1
+    count, n = int(labels.max()) + 1, len(labels)
     means = require("sklearn.cluster", "train").KMeans(count, n_init=3, random_state=bootstrap.seed)
-    table = np.zeros((count, count))
-    np.add.at(table, (labels, means.fit_predict(vectors)), 1)
-    n = len(labels)
-    drawn = bootstrap.rng().multinomial(n, (table / n).ravel(), size=bootstrap.resamples).reshape(-1, count, count)
-    value, resampled = 100 * v_measure(table[None])[0], 100 * v_measure(drawn / 1.0)
-    return [bootstrap.result("clustering", one.name, "v-measure", float(value), resampled, n)]
+    cells = labels * count + means.fit_predict(vectors)
+    rng = bootstrap.rng()
+    # Texts are drawn, not cells: the same ones for every encoder. The first row is the sample itself.
+    times = [np.ones(n), *(rng.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap.resamples))]
+    tables = np.array([np.bincount(cells, weights, count * count) for weights in times]).reshape(-1, count, count)
+    value, *resampled = 100 * v_measure(tables)
+    return [bootstrap.result("clustering", one.name, "v-measure", float(value), np.array(resampled), n)]
 
 
 def v_measure(tables: NDArray[np.float64]) -> NDArray[np.float64]:

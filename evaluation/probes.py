@@ -102,7 +102,8 @@ def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstra
 
 def _content(lines: Sequence[str], background: Sequence[Record], rng: random.Random) -> Probe:
     step = -(-len(background) // BACKGROUND) or 1
-    counts = Counter(word for one in background[::step] for word in set(one[-1].lower().split()))
+    # Not a set: words of one count stand in the order of their first text, in every process.
+    counts = Counter(word for one in background[::step] for word in dict.fromkeys(one[-1].lower().split()))
     common = {word for word, _ in counts.most_common(COMMON_WORDS)}
     rare = sorted(word for word, count in counts.items() if RARE[0] <= count <= RARE[1])
     items = []

@@ -75,6 +75,16 @@ def test_labels_are_predicted_and_clustered(tmp_path):
     assert found.figure.low <= found.figure.value <= found.figure.high
 
 
+def test_clusters_are_resampled_by_the_texts_that_any_encoder_draws(tmp_path):
+    found = [i % 3 == 0 for i in range(60)]
+    rows = [f"{'ab'[i % 2]}\t{'xy'[found[i]]} no {i}" for i in range(60)]
+    one = read_labelled(write(tmp_path / "x.tsv", "label\ttext", *rows))
+    (result,) = evaluate_clusters(one, lambda texts: np.eye(2)[[int(t[0] == "y") for t in texts]], BOOTSTRAP)
+    counts = BOOTSTRAP.rng().multinomial(60, np.full(60, 1 / 60), size=BOOTSTRAP.resamples)
+    expected = [100 * v_measure_score(*(np.repeat(side, count) for side in (one.labels, found))) for count in counts]
+    np.testing.assert_allclose(result.resampled, expected, atol=1e-9)
+
+
 def test_v_measure_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     labels, clusters = rng.integers(3, size=(2, 50))
@@ -137,6 +147,15 @@ def test_content_is_nearer_to_an_encoder_that_weighs_rare_words(monkeypatch):
     good, equal = (evaluate_probes([content], encode, BOOTSTRAP)[0].figure.value for encode in (weigh, encode_equal))
     assert good > 90
     assert equal == 0
+
+
+def test_words_of_one_count_are_ordered_alike_in_every_process(monkeypatch):
+    """The order of a set of words differs from process to process, and twenty words tie for ten places."""
+    monkeypatch.setattr("evaluation.probes.COMMON_WORDS", 10)
+    words = [f"word{i}" for i in range(20)]
+    records = [(" ".join([*words, f"x{i // 2}", f"y{i // 3}"]),) for i in range(MIN_ITEMS)]
+    content = build_probes(records, records)[0]
+    assert content.answers[0].split() == [*words[10:], "x0", "y0"]
 
 
 def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
