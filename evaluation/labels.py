@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.sets import read_rows
+from evaluation.sets import check_fields, read_rows
 from evaluation.statistics import Bootstrap, Result
 from evaluation.vectors import Encode, unit_vectors
 from mirror_runtime.errors import InputError
@@ -32,10 +32,10 @@ class Labelled:
 
 
 def read_labelled(path: str) -> Labelled:
-    """Read a file with the header `label text`. With `NAME-train.tsv`, `NAME-test.tsv` beside it is the test part.
+    """Read a file with the header `label<TAB>text`. With `NAME-train.tsv`, `NAME-test.tsv` beside it is the test part.
 
     Raises:
-        InputError: a file cannot be read, a line lacks a column, there is one class only, or a class of a file without
+        InputError: a file cannot be read, a line has another number of columns, there is one class only, or a class of a file without
             test part has fewer texts than folds.
     """
     file = Path(path)
@@ -103,10 +103,11 @@ def _entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _read(file: Path) -> tuple[list[str], list[str]]:
-    (_, header), *rows = read_rows(file)
+    (_, header), *rows = table = read_rows(file)
     if [field.strip().lower() for field in header[:2]] != ["label", "text"]:
         raise InputError(f"{file}, line 1: expected the header label<TAB>text, found {' '.join(header)[:60]!r}")
+    check_fields(file, table)
     for number, fields in rows:
-        if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
+        if not fields[0].strip() or not fields[1].strip():
             raise InputError(f"{file}, line {number}: expected label<TAB>text, neither empty")
     return [fields[0].strip() for _, fields in rows], [fields[1].strip() for _, fields in rows]

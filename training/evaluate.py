@@ -69,16 +69,20 @@ def command(
     words: Annotated[list[str] | None, typer.Option(help="Word similarity sets: files, or MULTISIMLEX:ENG.")] = None,
     phrases: Annotated[
         list[str] | None,
-        typer.Option(help="Phrase files: scored pairs (BiRD), bigram/answer/distractors (Turney), or name/synonym."),
+        typer.Option(
+            help="Phrase files: scored pairs (BiRD), bigram<TAB>answer<TAB>distractors (Turney), or name<TAB>synonym."
+        ),
     ] = None,
     retrieval: Annotated[
         list[str] | None, typer.Option(help="BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
     ] = None,
     classify: Annotated[
         list[str] | None,
-        typer.Option(help="label/text files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."),
+        typer.Option(
+            help="label<TAB>text files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."
+        ),
     ] = None,
-    cluster: Annotated[list[str] | None, typer.Option(help="label/text files, clustered by k-means.")] = None,
+    cluster: Annotated[list[str] | None, typer.Option(help="label<TAB>text files, clustered by k-means.")] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
