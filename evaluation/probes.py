@@ -62,7 +62,7 @@ def build_probes(records: Sequence[Record], background: Sequence[Record], *, see
         InputError: there is no probe.
     """
     rng = random.Random(seed)
-    lines = [one[-1] for one in records if len(one[-1].split()) >= MIN_WORDS]
+    lines = [line for line in dict.fromkeys(one[-1] for one in records) if len(line.split()) >= MIN_WORDS]
     halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, lines)]
     pairs = {
         "crop": [(crop(line, rng), line) for line in lines],

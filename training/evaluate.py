@@ -86,7 +86,8 @@ def command(
     own: Annotated[
         list[str] | None,
         typer.Option(
-            help="Your own texts, no labels: lines, or .jsonl with title and text. Uses what tune.py holds out."
+            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one corpus, "
+            "of which the texts are used that tune.py holds out of the same files."
         ),
     ] = None,
     robust: Annotated[
@@ -117,7 +118,7 @@ def command(
     tasks += [partial(evaluate_choices, one) for one in choices.values() if one is not None]
     tasks += [partial(measure, one) for measure, one in labelled]
     tasks += [partial(evaluate_robustness, one) for one in sets[Group.STS] if robust]
-    tasks += [_own_probes(path) for path in own or []]
+    tasks += [_own_probes(own)] if own else []
     if not any(sets.values()) and not tasks:
         raise InputError("nothing to evaluate on: pass --sts, --words or another option that names files")
     bootstrap = Bootstrap(resamples=resamples, seed=seed)
@@ -150,9 +151,10 @@ def load_sets(
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
 
 
-def _own_probes(path: str) -> Task:
-    records = read_own(path)
-    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=Path(path).stem)
+def _own_probes(paths: Sequence[str]) -> Task:
+    records = read_own(paths)
+    name = "+".join(Path(path).stem for path in paths)
+    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=name)
 
 
 def _load(

@@ -153,7 +153,7 @@ def test_words_of_one_count_are_ordered_alike_in_every_process(monkeypatch):
     """The order of a set of words differs from process to process, and twenty words tie for ten places."""
     monkeypatch.setattr("evaluation.probes.COMMON_WORDS", 10)
     words = [f"word{i}" for i in range(20)]
-    records = [(" ".join([*words, f"x{i // 2}", f"y{i // 3}"]),) for i in range(MIN_ITEMS)]
+    records = [(" ".join([*words, f"x{i}", f"y{i // 2}"]),) for i in range(MIN_ITEMS)]
     content = build_probes(records, records)[0]
     assert content.answers[0].split() == [*words[10:], "x0", "y0"]
 
