@@ -35,8 +35,8 @@ def read_labelled(path: str) -> Labelled:
     """Read a file with the header `label<TAB>text`. With `NAME-train.tsv`, `NAME-test.tsv` beside it is the test part.
 
     Raises:
-        InputError: a file cannot be read, a line has another number of columns, there is one class only, or a class of a file without
-            test part has fewer texts than folds.
+        InputError: a file cannot be read, a line has another number of columns, there is one class only, or a class of
+            a file without test part has fewer texts than folds.
     """
     file = Path(path)
     labels, texts = _read(file)

@@ -86,8 +86,8 @@ def command(
     own: Annotated[
         list[str] | None,
         typer.Option(
-            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one corpus, "
-            "of which the texts are used that tune.py holds out of the same files."
+            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one corpus. "
+            "Uses what tune.py holds out of the same files."
         ),
     ] = None,
     robust: Annotated[
