@@ -147,6 +147,7 @@ def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(
     gate = json.loads(captured.out)["gate"]
     assert (gate["verdict"], gate["held_out"]) == ("worse", FEWEST)
     assert (gate["before"], gate["after"], gate["gain"]) == (100, 50, -50)
+    assert captured.err.count("texts that tuning never saw") == 1
     assert ("Keep the base, or pass --accept-worse" in captured.err) == (status == 3)
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["gate"] == gate
