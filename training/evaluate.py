@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from evaluation.plot import draw
 from evaluation.probes import build_probes, evaluate_probes
 from evaluation.retrieval import bm25, evaluate_retrieval, read_retrieval, score
 from evaluation.robustness import evaluate_robustness
-from evaluation.served import open_served
+from evaluation.served import is_served, open_served
 from evaluation.sets import EvaluationSet, read_sets
 from evaluation.similarity import AGGREGATION, CLOSE, GEOMETRY, Group, Report, Task, difference, evaluate
 from evaluation.statistics import Bootstrap, flat
@@ -107,8 +107,11 @@ def command(
 
     A set's parts are put together and ranked at once ("all"). The last line of stdout is one JSON object.
     """
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot is {plot}: its name must end in .png")
     for path in filter(None, (output, plot)):
         _check_output(path)
+    _check_served(encoders, {"--pooling": pooling, "--revision": revision}, max_tokens)
     collections = [read_retrieval(path) for path in retrieval or []]
     labelled = [(evaluate_labels, read_labelled(path)) for path in classify or []]
     labelled += [(evaluate_clusters, read_labelled(path)) for path in cluster or []]
@@ -136,11 +139,12 @@ def command(
     for result in yardsticks:
         console.print(f"BM25 on {result.set}: {result.metric} {result.figure}")
     report = json.dumps(as_json(reports) | {"bm25": [one.to_json() for one in yardsticks]}, ensure_ascii=False)
+    sys.stdout.write(report + "\n")  # first: a full disk must not lose it
+    sys.stdout.flush()
     if output is not None:
         _write(output, report)
     if plot is not None:
         draw(_with_short_names(reports), plot)
-    sys.stdout.write(report + "\n")
 
 
 def load_sets(
@@ -253,6 +257,16 @@ def _geometry(report: Report) -> Table:
     for result in report.results:
         table.add_row(result.name, *("–" if value is None else f"{value:.3f}" for value in result.geometry))
     return table
+
+
+def _check_served(encoders: Sequence[str], head: Mapping[str, str | None], max_tokens: int | None) -> None:
+    """Check before the work that no option is ignored; `--pooling` may be for a plain base beside a bundle."""
+    served = [name for name in encoders if is_served(name)]
+    if served and max_tokens is not None:
+        raise InputError(f"--max-tokens cannot change the limit of {served[0]}: leave one of them out")
+    for option, value in head.items() if len(served) == len(encoders) else ():
+        if value is not None:
+            raise InputError(f"{option} is for folders and hub names, and {served[0]} has its own: leave it out")
 
 
 def _check_output(path: Path) -> None:
