@@ -27,8 +27,7 @@ class Choices:
 
 
 def read_choices(path: str) -> Choices | None:
-    """Read a file with the header `bigram<TAB>answer<TAB>distractors…`, distractors with | between, or
-    `name<TAB>synonym`.
+    """Read a file with the header `bigram<TAB>answer<TAB>distractors…`, | between distractors, or `name<TAB>synonym`.
 
     Returns:
         None if the file has another header: it is then a set of scored pairs.

@@ -70,7 +70,8 @@ def command(
     phrases: Annotated[
         list[str] | None,
         typer.Option(
-            help="Phrase files: scored pairs (BiRD), bigram<TAB>answer<TAB>distractors (Turney), or name<TAB>synonym."
+            help="Phrase files: scored pairs (BiRD), `bigram<TAB>answer<TAB>distractors` (Turney), or "
+            "`name<TAB>synonym`."
         ),
     ] = None,
     retrieval: Annotated[
@@ -79,15 +80,15 @@ def command(
     classify: Annotated[
         list[str] | None,
         typer.Option(
-            help="label<TAB>text files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."
+            help="`label<TAB>text` files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."
         ),
     ] = None,
-    cluster: Annotated[list[str] | None, typer.Option(help="label<TAB>text files, clustered by k-means.")] = None,
+    cluster: Annotated[list[str] | None, typer.Option(help="`label<TAB>text` files, clustered by k-means.")] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
-            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one corpus. "
-            "Uses what tune.py holds out of the same files."
+            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one "
+            "corpus. Uses what tune.py holds out of the same files."
         ),
     ] = None,
     robust: Annotated[

@@ -80,7 +80,7 @@ def command(
     pairs: Annotated[
         bool,
         typer.Option(
-            "--pairs", help="Each line is text1<TAB>text2, texts with the same meaning.", rich_help_panel="Corpus"
+            "--pairs", help="Each line is `text1<TAB>text2`, texts with the same meaning.", rich_help_panel="Corpus"
         ),
     ] = False,
     column: Annotated[

@@ -97,7 +97,7 @@ def test_the_script_runs_by_path_from_any_folder(tmp_path):
         (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
         (["--sts", "{sts}", "--pooling", "mean", "--max-tokens", "65"], "has 64 positions"),
         (["--sts", "{sts}", "--plot", "figures.html"], "--plot is figures.html: its name must end in .png"),
-        (["http://127.0.0.1:1/v1", "--sts", "{sts}", "--max-tokens", "9"], "--max-tokens cannot change the limit of http"),
+        (["http://127.0.0.1:1/v1", "--sts", "{sts}", "--max-tokens", "9"], "--max-tokens cannot change the limit of"),
     ],
 )
 def test_bad_input_is_one_clear_error(tiny_bert, sts, capsys, options, message):
@@ -106,6 +106,14 @@ def test_bad_input_is_one_clear_error(tiny_bert, sts, capsys, options, message):
     assert captured.out == ""
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_help_shows_the_separators_of_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # not read as markup, which would drop <TAB>
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("label<TAB>text") == 2
+    assert "bigram<TAB>answer<TAB>distractors" in shown
 
 
 @pytest.mark.parametrize("option", ["--pooling", "--revision"])

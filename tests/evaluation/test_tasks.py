@@ -79,7 +79,11 @@ def test_clusters_are_resampled_by_the_texts_that_any_encoder_draws(tmp_path):
     found = [i % 3 == 0 for i in range(60)]
     rows = [f"{'ab'[i % 2]}\t{'xy'[found[i]]} no {i}" for i in range(60)]
     one = read_labelled(write(tmp_path / "x.tsv", "label\ttext", *rows))
-    (result,) = evaluate_clusters(one, lambda texts: np.eye(2)[[int(t[0] == "y") for t in texts]], BOOTSTRAP)
+
+    def encode(texts):
+        return np.array([[text[0] == "x", text[0] == "y"] for text in texts], np.float32)
+
+    (result,) = evaluate_clusters(one, encode, BOOTSTRAP)
     counts = BOOTSTRAP.rng().multinomial(60, np.full(60, 1 / 60), size=BOOTSTRAP.resamples)
     expected = [100 * v_measure_score(*(np.repeat(side, count) for side in (one.labels, found))) for count in counts]
     np.testing.assert_allclose(result.resampled, expected, atol=1e-9)
