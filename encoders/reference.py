@@ -183,7 +183,8 @@ class Reference:
                 parts.append(head(pool(self._run([ids[i] for i in batch]), self.spec)))
         if not parts:
             return np.zeros((0, self.spec.dim), np.float32)
-        array: NDArray[np.float32] = torch.cat(parts)[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
+        vectors = torch.cat(parts).float()  # under bf16 autocast a head may end in bf16, which NumPy does not have
+        array: NDArray[np.float32] = vectors[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
         return array
 
     def _run(self, ids: list[list[int]]) -> Tokens:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.sets import read_rows
+from evaluation.sets import check_fields, read_rows
 from evaluation.statistics import Bootstrap, Result
 from evaluation.vectors import Encode, unit_vectors
 from mirror_runtime.errors import InputError
@@ -32,11 +32,11 @@ class Labelled:
 
 
 def read_labelled(path: str) -> Labelled:
-    """Read a file with the header `label text`. With `NAME-train.tsv`, `NAME-test.tsv` beside it is the test part.
+    """Read a file with the header `label<TAB>text`. With `NAME-train.tsv`, `NAME-test.tsv` beside it is the test part.
 
     Raises:
-        InputError: a file cannot be read, a line lacks a column, there is one class only, or a class of a file without
-            test part has fewer texts than folds.
+        InputError: a file cannot be read, a line has another number of columns, there is one class only, or a class of
+            a file without test part has fewer texts than folds.
     """
     file = Path(path)
     labels, texts = _read(file)
@@ -77,14 +77,15 @@ def evaluate_clusters(one: Labelled, encode: Encode, bootstrap: Bootstrap) -> li
     """Measure how well k-means with a cluster for each label finds the labels: v-measure (Rosenberg, Hirschberg)."""
     (vectors,) = unit_vectors(encode, one.texts)
     labels = np.unique(one.labels, return_inverse=True)[1]
-    count = int(labels.max()) + 1
+    count, n = int(labels.max()) + 1, len(labels)
     means = require("sklearn.cluster", "train").KMeans(count, n_init=3, random_state=bootstrap.seed)
-    table = np.zeros((count, count))
-    np.add.at(table, (labels, means.fit_predict(vectors)), 1)
-    n = len(labels)
-    drawn = bootstrap.rng().multinomial(n, (table / n).ravel(), size=bootstrap.resamples).reshape(-1, count, count)
-    value, resampled = 100 * v_measure(table[None])[0], 100 * v_measure(drawn / 1.0)
-    return [bootstrap.result("clustering", one.name, "v-measure", float(value), resampled, n)]
+    cells = labels * count + means.fit_predict(vectors)
+    rng = bootstrap.rng()
+    # Texts are drawn, not cells: the same ones for every encoder. The first row is the sample itself.
+    times = [np.ones(n), *(rng.multinomial(n, np.full(n, 1 / n)) for _ in range(bootstrap.resamples))]
+    tables = np.array([np.bincount(cells, weights, count * count) for weights in times]).reshape(-1, count, count)
+    value, *resampled = 100 * v_measure(tables)
+    return [bootstrap.result("clustering", one.name, "v-measure", float(value), np.array(resampled), n)]
 
 
 def v_measure(tables: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -102,10 +103,11 @@ def _entropy(shares: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _read(file: Path) -> tuple[list[str], list[str]]:
-    (_, header), *rows = read_rows(file)
+    (_, header), *rows = table = read_rows(file)
     if [field.strip().lower() for field in header[:2]] != ["label", "text"]:
         raise InputError(f"{file}, line 1: expected the header label<TAB>text, found {' '.join(header)[:60]!r}")
+    check_fields(file, table)
     for number, fields in rows:
-        if len(fields) < 2 or not fields[0].strip() or not fields[1].strip():
+        if not fields[0].strip() or not fields[1].strip():
             raise InputError(f"{file}, line {number}: expected label<TAB>text, neither empty")
     return [fields[0].strip() for _, fields in rows], [fields[1].strip() for _, fields in rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.sets import read_rows
+from evaluation.sets import check_fields, read_rows
 from evaluation.statistics import Bootstrap, Result
 from evaluation.vectors import DECIMALS, Encode, ranks, unit_vectors
 from mirror_runtime.errors import InputError
@@ -27,22 +27,25 @@ class Choices:
 
 
 def read_choices(path: str) -> Choices | None:
-    """Read a file with the header `bigram answer distractors…`, distractors with | between, or `name synonym`.
+    """Read a file with the header `bigram<TAB>answer<TAB>distractors…`, | between distractors, or `name<TAB>synonym`.
 
     Returns:
         None if the file has another header: it is then a set of scored pairs.
 
     Raises:
-        InputError: the file cannot be read, or a line lacks a column.
+        InputError: the file cannot be read, or a line has another number of columns.
     """
     file = Path(path)
-    (_, header), *rows = read_rows(file)
+    (_, header), *rows = table = read_rows(file)
     kind = tuple(field.strip().lower() for field in header[:2])
     if kind not in (TURNEY, SYNONYMS):
         return None
     columns = 3 if kind == TURNEY else 2
+    if len(header) < columns:
+        raise InputError(f"{file}, line 1: expected {columns} columns with TABs between, none empty")
+    check_fields(file, table)
     for number, fields in rows:
-        if len(fields) < columns or not all(field.strip() for field in fields[:columns]):
+        if not all(field.strip() for field in fields[:columns]):
             raise InputError(f"{file}, line {number}: expected {columns} columns with TABs between, none empty")
     texts = [[field.strip() for field in fields] for _, fields in rows]
     if kind == TURNEY:

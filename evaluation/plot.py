@@ -9,6 +9,7 @@ import numpy as np
 
 from evaluation.similarity import Report
 from mirror_runtime.extras import require
+from mirror_runtime.folders import replace_file
 
 
 def draw(reports: Sequence[Report], path: Path) -> None:
@@ -31,4 +32,5 @@ def draw(reports: Sequence[Report], path: Path) -> None:
     axes.set_xlabel("× 100, with 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
     figure.legend(frameon=False, loc="outside upper center")
-    figure.savefig(path, dpi=120)
+    with replace_file(path) as beside:
+        figure.savefig(beside, dpi=120, format="png")

@@ -62,7 +62,7 @@ def build_probes(records: Sequence[Record], background: Sequence[Record], *, see
         InputError: there is no probe.
     """
     rng = random.Random(seed)
-    lines = [one[-1] for one in records if len(one[-1].split()) >= MIN_WORDS]
+    lines = [line for line in dict.fromkeys(one[-1] for one in records) if len(line.split()) >= MIN_WORDS]
     halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, lines)]
     pairs = {
         "crop": [(crop(line, rng), line) for line in lines],
@@ -102,7 +102,8 @@ def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstra
 
 def _content(lines: Sequence[str], background: Sequence[Record], rng: random.Random) -> Probe:
     step = -(-len(background) // BACKGROUND) or 1
-    counts = Counter(word for one in background[::step] for word in set(one[-1].lower().split()))
+    # Not a set: words of one count stand in the order of their first text, in every process.
+    counts = Counter(word for one in background[::step] for word in dict.fromkeys(one[-1].lower().split()))
     common = {word for word, _ in counts.most_common(COMMON_WORDS)}
     rare = sorted(word for word, count in counts.items() if RARE[0] <= count <= RARE[1])
     items = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Retrieval:
     documents: tuple[str, ...]  # title and text
     queries: tuple[str, ...]  # those with a relevant document
     relevant: tuple[Mapping[int, int], ...]  # of each query: rows of documents and their grades, 1 or higher
+    own: tuple[int | None, ...]  # of each query: the row of the document that it is itself
 
 
 def read_retrieval(path: str, split: str = "test") -> Retrieval:
@@ -51,7 +53,7 @@ def read_retrieval(path: str, split: str = "test") -> Retrieval:
     qrels = folder / "qrels" / f"{split}.tsv"
     for number, fields in read_rows(qrels)[1:]:
         where = f"{qrels}, line {number}"
-        if len(fields) != 3 or not fields[2].strip().lstrip("-").isdigit():
+        if len(fields) != 3 or not re.fullmatch("-?[0-9]+", fields[2].strip()):
             raise InputError(f"{where}: expected query id, document id and a whole number, with TABs between")
         query, document, grade = fields[0], fields[1], int(fields[2])
         for name, known, what in ((query, queries, "query"), (document, rows, "document")):
@@ -66,6 +68,7 @@ def read_retrieval(path: str, split: str = "test") -> Retrieval:
         documents=tuple(corpus.values()),
         queries=tuple(queries[name] for name in judged),
         relevant=tuple(judged.values()),
+        own=tuple(rows[name] if corpus.get(name, "").endswith(queries[name]) else None for name in judged),
     )
 
 
@@ -77,11 +80,16 @@ def evaluate_retrieval(one: Retrieval, encode: Encode, bootstrap: Bootstrap) -> 
 
 
 def score(one: Retrieval, scores: Scores, bootstrap: Bootstrap) -> list[Result]:
-    """Measure a ranking; documents with equal scores keep their order in the collection."""
+    """Measure a ranking; documents with equal scores keep their order in the collection.
+
+    A query that is itself a document of the collection (ArguAna) does not find itself: as in BEIR, the document with
+    its id is left out, but only if that document's text ends with the query's; elsewhere equal ids mean nothing.
+    """
     discounts = 1 / np.log2(np.arange(2, CUT + 2))
     items = np.empty((len(one.queries), 3))
-    for i, (row, relevant) in enumerate(zip(scores, one.relevant, strict=True)):
-        found = np.array([relevant.get(int(k), 0) for k in np.argsort(-row, kind="stable")[:DEEP]])
+    for i, (row, relevant, own) in enumerate(zip(scores, one.relevant, one.own, strict=True)):
+        ranking = [int(k) for k in np.argsort(-row, kind="stable")[: DEEP + 1] if k != own]
+        found = np.array([relevant.get(k, 0) for k in ranking[:DEEP]])
         ideal = np.sort(list(relevant.values()))[::-1][:CUT]
         top = found[:CUT]
         first = np.flatnonzero(top)

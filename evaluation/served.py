@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -30,6 +31,11 @@ TEXTS_A_REQUEST = 32
 TIMEOUT_S = 120
 
 
+def is_served(name: str) -> bool:
+    """Return whether `open_served` opens this name."""
+    return name.startswith((TRITON, *HTTP)) or _bundle(name) is not None
+
+
 def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | None] | None:
     """Open an encoder that is not a PyTorch one, and close it with `around`.
 
@@ -50,10 +56,18 @@ def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | Non
         return lambda texts: _floats(client.encode(texts)), None
     if name.startswith(HTTP):
         return _Endpoint(name).encode, None
+    if (bundle := _bundle(name)) is None:
+        return None
+    folder, precision = bundle
+    encoder = around.enter_context(Encoder.load(folder, precision=precision))
+    return partial(_components, encoder), encoder.spec
+
+
+def _bundle(name: str) -> tuple[str, str] | None:
+    """Return a bundle's folder and precision."""
     for folder, precision in ((name, "auto"), name.rpartition(":")[::2]):
         if folder and (Path(folder) / MANIFEST_FILE).is_file():
-            encoder = around.enter_context(Encoder.load(folder, precision=precision))
-            return partial(_components, encoder), encoder.spec
+            return folder, precision
     return None
 
 
@@ -69,7 +83,10 @@ def _floats(vectors: Vectors) -> NDArray[np.float32]:
 
 
 def _in_order(answer: Any) -> list[list[float]]:
-    return [one["embedding"] for one in sorted(answer["data"], key=lambda one: int(one["index"]))]
+    rows = [one["embedding"] for one in sorted(answer["data"], key=lambda one: int(one["index"]))]
+    if not all(isinstance(row, list) and all(isinstance(value, (int, float)) for value in row) for row in rows):
+        raise TypeError("embeddings must be lists of numbers")
+    return rows
 
 
 class _Endpoint:
@@ -110,6 +127,6 @@ class _Endpoint:
                 detail = error.read(300).decode("utf-8", "replace")
             raise ServerError(f"{self.url}{path} answered with status {error.code}: {detail}") from error
         except (KeyError, TypeError) as error:
-            raise ServerError(f"{self.url}{path} does not answer as OpenAI's API does") from error
-        except (OSError, ValueError) as error:
+            raise ServerError(f"{self.url}{path} does not answer as OpenAI's API does ({error})") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {getattr(error, 'reason', error)}") from error

@@ -124,6 +124,21 @@ def read_rows(path: Path) -> Rows:
     return rows
 
 
+def check_fields(path: Path, rows: Rows) -> None:
+    """Check that every line has as many fields as the header: a text must not be cut at a comma or space.
+
+    Raises:
+        InputError: a line has more or fewer; the message names it.
+    """
+    columns = len(rows[0][1])
+    for number, fields in rows[1:]:
+        if len(fields) != columns:
+            raise InputError(
+                f"{path}, line {number}: {len(fields)} fields where the header has {columns}: put one TAB between "
+                "columns, in the header too, or quote texts that hold the separator"
+            )
+
+
 def _read_folder(folder: Path, language: str | None) -> tuple[EvaluationSet, ...]:
     if (folder / TRANSLATIONS).is_file():
         return _read_multi_simlex(folder, language)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from evaluation.plot import draw
 from evaluation.probes import build_probes, evaluate_probes
 from evaluation.retrieval import bm25, evaluate_retrieval, read_retrieval, score
 from evaluation.robustness import evaluate_robustness
-from evaluation.served import open_served
+from evaluation.served import is_served, open_served
 from evaluation.sets import EvaluationSet, read_sets
 from evaluation.similarity import AGGREGATION, CLOSE, GEOMETRY, Group, Report, Task, difference, evaluate
 from evaluation.statistics import Bootstrap, flat
@@ -69,20 +69,26 @@ def command(
     words: Annotated[list[str] | None, typer.Option(help="Word similarity sets: files, or MULTISIMLEX:ENG.")] = None,
     phrases: Annotated[
         list[str] | None,
-        typer.Option(help="Phrase files: scored pairs (BiRD), bigram/answer/distractors (Turney), or name/synonym."),
+        typer.Option(
+            help="Phrase files: scored pairs (BiRD), `bigram<TAB>answer<TAB>distractors` (Turney), or "
+            "`name<TAB>synonym`."
+        ),
     ] = None,
     retrieval: Annotated[
         list[str] | None, typer.Option(help="BEIR folders: corpus.jsonl, queries.jsonl, qrels/test.tsv.")
     ] = None,
     classify: Annotated[
         list[str] | None,
-        typer.Option(help="label/text files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."),
+        typer.Option(
+            help="`label<TAB>text` files: logistic regression, 10 folds, or on X-test.tsv beside X-train.tsv."
+        ),
     ] = None,
-    cluster: Annotated[list[str] | None, typer.Option(help="label/text files, clustered by k-means.")] = None,
+    cluster: Annotated[list[str] | None, typer.Option(help="`label<TAB>text` files, clustered by k-means.")] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
-            help="Your own texts, no labels: lines, or .jsonl with title and text. Uses what tune.py holds out."
+            help="Your own texts, no labels: lines, pairs, or .jsonl with title and text. Several files are one "
+            "corpus. Uses what tune.py holds out of the same files."
         ),
     ] = None,
     robust: Annotated[
@@ -102,8 +108,11 @@ def command(
 
     A set's parts are put together and ranked at once ("all"). The last line of stdout is one JSON object.
     """
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise InputError(f"--plot is {plot}: its name must end in .png")
     for path in filter(None, (output, plot)):
         _check_output(path)
+    _check_served(encoders, {"--pooling": pooling, "--revision": revision}, max_tokens)
     collections = [read_retrieval(path) for path in retrieval or []]
     labelled = [(evaluate_labels, read_labelled(path)) for path in classify or []]
     labelled += [(evaluate_clusters, read_labelled(path)) for path in cluster or []]
@@ -113,7 +122,7 @@ def command(
     tasks += [partial(evaluate_choices, one) for one in choices.values() if one is not None]
     tasks += [partial(measure, one) for measure, one in labelled]
     tasks += [partial(evaluate_robustness, one) for one in sets[Group.STS] if robust]
-    tasks += [_own_probes(path) for path in own or []]
+    tasks += [_own_probes(own)] if own else []
     if not any(sets.values()) and not tasks:
         raise InputError("nothing to evaluate on: pass --sts, --words or another option that names files")
     bootstrap = Bootstrap(resamples=resamples, seed=seed)
@@ -131,11 +140,12 @@ def command(
     for result in yardsticks:
         console.print(f"BM25 on {result.set}: {result.metric} {result.figure}")
     report = json.dumps(as_json(reports) | {"bm25": [one.to_json() for one in yardsticks]}, ensure_ascii=False)
+    sys.stdout.write(report + "\n")  # first: a full disk must not lose it
+    sys.stdout.flush()
     if output is not None:
         _write(output, report)
     if plot is not None:
         draw(_with_short_names(reports), plot)
-    sys.stdout.write(report + "\n")
 
 
 def load_sets(
@@ -146,9 +156,10 @@ def load_sets(
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
 
 
-def _own_probes(path: str) -> Task:
-    records = read_own(path)
-    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=Path(path).stem)
+def _own_probes(paths: Sequence[str]) -> Task:
+    records = read_own(paths)
+    name = "+".join(Path(path).stem for path in paths)
+    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=name)
 
 
 def _load(
@@ -247,6 +258,16 @@ def _geometry(report: Report) -> Table:
     for result in report.results:
         table.add_row(result.name, *("–" if value is None else f"{value:.3f}" for value in result.geometry))
     return table
+
+
+def _check_served(encoders: Sequence[str], head: Mapping[str, str | None], max_tokens: int | None) -> None:
+    """Check before the work that no option is ignored; `--pooling` may be for a plain base beside a bundle."""
+    served = [name for name in encoders if is_served(name)]
+    if served and max_tokens is not None:
+        raise InputError(f"--max-tokens cannot change the limit of {served[0]}: leave one of them out")
+    for option, value in head.items() if len(served) == len(encoders) else ():
+        if value is not None:
+            raise InputError(f"{option} is for folders and hub names, and {served[0]} has its own: leave it out")
 
 
 def _check_output(path: Path) -> None:

@@ -16,7 +16,7 @@ from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, buil
 from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
 from mirror_runtime.errors import InputError
 from training.corpus import Corpus, digest
-from training.formats import Records
+from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
 
 SHARE = 0.05
@@ -94,7 +94,7 @@ class Gate:
     Args:
         held_out: what the probe asks about.
         background: the texts that are tuned on, in which words are counted.
-        hardware: the precision in which to encode.
+        hardware: of the run. Texts are encoded on the CPU, in bf16 where the run tunes in it on the CPU, else in fp32.
 
     Raises:
         InputError: the texts are too short or too alike for the probe.
@@ -146,9 +146,10 @@ def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
         InputError: the corpus is too small.
     """
     records = corpus.records
-    if len(records) < MIN_TEXTS:
+    texts = len({record[-1] for record in records})
+    if texts < MIN_TEXTS:
         raise InputError(
-            f"{len(records):,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
+            f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
             f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
     held, rest = hold_out(records)
@@ -160,26 +161,31 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Split records into those held out and the rest, each in its order.
 
     The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
-    and with any seed, with titles or without.
+    and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
     """
-    keys = [hashlib.blake2b(record[-1].encode(), digest_size=8).digest() for record in records]
-    count = min(MOST, max(FEWEST, round(SHARE * len(records))))
-    chosen = set(sorted(range(len(records)), key=keys.__getitem__)[:count])
-    parts: tuple[list[Record], list[Record]] = ([], [])
-    for i, record in enumerate(records):
-        parts[i not in chosen].append(record)
-    return parts
+    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
+    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    chosen = set(sorted(keys, key=keys.__getitem__)[:count])
+    held = [record for record in records if record[-1] in chosen]
+    return held, [record for record in records if chosen.isdisjoint(record)]
 
 
-def read_own(path: str) -> list[Record]:
-    """Read a user's distinct texts: lines, or documents of JSON lines with the fields title and text.
+def read_own(paths: Sequence[str]) -> list[Record]:
+    """Read a user's distinct texts, all files as one corpus: lines, or two texts a record, the first of which may lack.
+
+    Two texts are those of lines with one TAB each, or the fields title and text, or text1 and text2, in a format with
+    columns.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: a file cannot be read.
     """
-    source, documents = Records(path), Records(path, pairs=True, columns=DOCUMENT)
-    if documents.has_columns:
-        with contextlib.suppress(InputError):  # it has no title
-            next(iter(documents), None)
-            source = documents
-    return list(dict.fromkeys(record for record in source if all(record)))
+    records = (record for path in paths for record in _read_file(path))
+    return list(dict.fromkeys(tuple(filter(None, record)) for record in records if record[-1]))
+
+
+def _read_file(path: str) -> list[Record]:
+    lines = Records(path)
+    for columns in (DOCUMENT, PAIR_COLUMNS) if lines.has_columns else ((),):
+        with contextlib.suppress(InputError):  # it has another layout
+            return list(Records(path, pairs=True, columns=columns))
+    return list(lines)

@@ -20,6 +20,7 @@ from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import os_error_message, whole_folder
+from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
 from training.gate import Gate, ProbeChoice, split_corpus
@@ -70,6 +71,7 @@ def _tune(
     gate: Gate | None,
 ) -> Summary:
     reference = Reference.load(source)
+    check(reference, corpus.examples, job.config, hardware)
     if folder is not None:
         require(CURVE_PACKAGE, "train")  # before the work rather than after it
         _check_room(reference, job, folder)
@@ -90,9 +92,12 @@ def _tune(
             observer.on_step(step)
 
         observer.on_start(start)
-        if gate is not None:
+        alone = hardware.processes == 1
+        if gate is not None and alone:
             gate.before(reference)
         train(reference, corpus.examples, job.config, hardware, on_step, checkpoint)
+        if gate is not None and not alone:  # before training, other processes would wait until their collective fails
+            gate.before(Reference.load(source))
         summary = Summary(
             output=job.output,
             spec=source.spec,

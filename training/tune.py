@@ -80,7 +80,7 @@ def command(
     pairs: Annotated[
         bool,
         typer.Option(
-            "--pairs", help="Each line is text1<TAB>text2, texts with the same meaning.", rich_help_panel="Corpus"
+            "--pairs", help="Each line is `text1<TAB>text2`, texts with the same meaning.", rich_help_panel="Corpus"
         ),
     ] = False,
     column: Annotated[
@@ -215,7 +215,7 @@ def command(
     if summary.start.hardware.writes:
         sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
     if summary.outcome is not None and summary.outcome.verdict is Verdict.WORSE and not accept_worse:
-        sys.stderr.write(f"{output} is {summary.outcome}. Keep the base, or pass --accept-worse\n")
+        sys.stderr.write("Keep the base, or pass --accept-worse\n")
         raise typer.Exit(WORSE_STATUS)
 
 

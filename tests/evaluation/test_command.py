@@ -1,5 +1,6 @@
 """`python training/evaluate.py` as a user runs it."""
 
+import errno
 import json
 import os
 import runpy
@@ -95,6 +96,8 @@ def test_the_script_runs_by_path_from_any_folder(tmp_path):
         (["--sts", "{sts}"], "does not record its pooling"),
         (["--sts", "{sts}", "--pooling", "mean", "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
         (["--sts", "{sts}", "--pooling", "mean", "--max-tokens", "65"], "has 64 positions"),
+        (["--sts", "{sts}", "--plot", "figures.html"], "--plot is figures.html: its name must end in .png"),
+        (["http://127.0.0.1:1/v1", "--sts", "{sts}", "--max-tokens", "9"], "--max-tokens cannot change the limit of"),
     ],
 )
 def test_bad_input_is_one_clear_error(tiny_bert, sts, capsys, options, message):
@@ -103,3 +106,31 @@ def test_bad_input_is_one_clear_error(tiny_bert, sts, capsys, options, message):
     assert captured.out == ""
     (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_help_shows_the_separators_of_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # not read as markup, which would drop <TAB>
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("label<TAB>text") == 2
+    assert "bigram<TAB>answer<TAB>distractors" in shown
+
+
+@pytest.mark.parametrize("option", ["--pooling", "--revision"])
+def test_no_option_is_ignored_where_every_encoder_is_served(tiny_bundle, sts, capsys, option):
+    for name in (str(tiny_bundle), f"{tiny_bundle}:fp32", "triton://127.0.0.1:1"):
+        assert main([name, "--sts", str(sts), option, "mean"]) == 2
+        assert f"{option} is for folders and hub names, and {name} has its own" in capsys.readouterr().err
+
+
+def test_a_report_is_printed_before_files_that_fail(tiny_bert, sts, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    plot = tmp_path / "plot.png"
+    assert main([str(tiny_bert), "--sts", str(sts), "--pooling", "mean", "--plot", str(plot)]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["encoders"][0]["pooling"] == "mean"
+    assert f"error: {plot}: No space left on device" in captured.err
+    assert not list(tmp_path.glob("*plot*"))

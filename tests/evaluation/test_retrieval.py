@@ -59,6 +59,15 @@ def test_shared_words_are_found_by_an_encoder_of_words_and_by_bm25(folder: Path)
     assert scores[1, [0, 2, 3]].tolist() == [0, 0, 0]
 
 
+def test_a_query_that_is_a_document_does_not_find_itself(folder: Path) -> None:
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "q1", "title": "a", "text": "cat"}\n{"_id": "q2", "text": "of the same id"}\n')
+    one = read_retrieval(str(folder))
+    assert one.own == (4, None)
+    ranking = np.array([[3.0, 1, 2, 1, 9, 1], [1, 3, 1, 1, 1, 9]])  # each query's namesake first
+    assert score(one, ranking, BOOTSTRAP)[1].figure.value == (100 + 50) / 2
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -68,6 +77,8 @@ def test_shared_words_are_found_by_an_encoder_of_words_and_by_bm25(folder: Path)
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td9\t1\n", "line 2: the document 'd9' is not in"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq9\td1\t1\n", "line 2: the query 'q9' is not in"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\thigh\n", "line 2: expected query id, document id"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t--1\n", "line 2: expected query id, document id"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t²\n", "line 2: expected query id, document id"),
         ("corpus.jsonl", "\n", "corpus.jsonl is empty"),
         ("corpus.jsonl", '{"_id": 1}\n', "corpus.jsonl, line 1: expected a JSON object with _id and text"),
         ("queries.jsonl", "[1]\n", "queries.jsonl, line 1: expected a JSON object"),

@@ -1,6 +1,7 @@
 """What ships gives the same figures as its bundle in process; what it answers wrongly is one clear error."""
 
 import contextlib
+import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -112,6 +113,8 @@ def vectors(dim: int, texts: int) -> Any:
             "vectors of 8 components first and of 7 after 32 texts: it must not be replaced",
         ),
         (lambda path, body: (200, {"answers": []}), ServerError, "/embeddings does not answer as OpenAI's API does"),
+        (lambda path, body: (200, {"data": [{"index": 0, "embedding": "AACA"}]}), ServerError, "lists of numbers"),
+        (lambda path, body: (200, {"data": [{"index": 0, "embedding": [None]}]}), ServerError, "lists of numbers"),
         (lambda path, body: vectors(8, 1), ServerError, "returned 1 vectors for 32 texts"),
         (
             lambda path, body: (503, {"error": "busy"}),
@@ -123,6 +126,15 @@ def vectors(dim: int, texts: int) -> Any:
 def test_a_wrong_answer_is_one_clear_error(answer, error, message):
     with endpoint(answer) as url, pytest.raises(error, match=message):
         opened(f"{url}#some", TEXTS)
+
+
+def test_an_answer_that_breaks_off_is_one_clear_error(monkeypatch):
+    def broken(*_, **__):
+        raise http.client.IncompleteRead(b"{", 9)
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    with pytest.raises(ServerError, match="/embeddings cannot be asked: IncompleteRead"):
+        opened("http://127.0.0.1:1/v1#some", TEXTS)
 
 
 def test_an_endpoint_of_several_models_or_none_is_one_clear_error():

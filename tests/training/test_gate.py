@@ -76,6 +76,28 @@ def test_a_corpus_is_split_and_a_small_one_refused(corpus, lines):
     pairs = dataclasses.replace(whole, examples=tuple((f"q {line}", line) for line in lines))
     rest, held = split_corpus(pairs)
     assert (len(rest.examples[0]), len(held[0])) == (2, 2)
+    labels = dataclasses.replace(whole, examples=tuple((line, f"label {i % 3}") for i, line in enumerate(lines)))
+    with pytest.raises(InputError, match="3 distinct texts are too few"):
+        split_corpus(labels)
+
+
+def test_no_pair_that_is_tuned_on_has_a_held_out_text_in_either_place(lines):
+    turned = [(text, f"{text} too") for text in lines]
+    pairs = [pair for line in lines for pair in ((f"q {line}", line), (f"r {line}", line))]
+    held, rest = hold_out([*pairs, *turned])
+    texts = {text for _, text in held}
+    assert len(texts) == FEWEST
+    assert texts.isdisjoint(text for pair in rest for text in pair)
+    assert len(rest) > len(pairs)
+
+
+def test_own_files_give_the_texts_that_a_run_holds_out_of_them(lines, tmp_path):
+    one, two = tmp_path / "one.tsv", tmp_path / "two.tsv"
+    pairs = [f"q {line}\t{line}" for line in lines]
+    one.write_text("\n".join(pairs[:300]))
+    two.write_text("\n".join(["", pairs[0], *pairs[300:]]))
+    corpus = read_corpus(CorpusRequest(files=(str(one), str(two)), pairs=True))
+    assert hold_out(read_own([str(one), str(two)]))[0] == split_corpus(corpus)[1]
 
 
 @pytest.mark.parametrize(
@@ -101,11 +123,15 @@ def test_harm_is_worse_and_no_change_is_neither(lines, before, after, verdict):
 def test_documents_and_lines_are_read(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"title": "a", "text": "b"}\n{"title": "", "text": "c"}\n{"title": "a", "text": "b"}\n')
-    assert read_own(str(path)) == [("a", "b")]
+    assert read_own([str(path)]) == [("a", "b"), ("c",)]
+    path.write_text('{"text1": "a", "text2": "b"}\n')
+    assert read_own([str(path)]) == [("a", "b")]
     path.write_text('{"text": "b"}\n\n')
-    assert read_own(str(path)) == [("b",)]
+    assert read_own([str(path)]) == [("b",)]
     path.with_suffix(".txt").write_text("b\n\nc\nb\n")
-    assert read_own(str(path.with_suffix(".txt"))) == [("b",), ("c",)]
+    assert read_own([str(path.with_suffix(".txt"))]) == [("b",), ("c",)]
+    path.with_suffix(".txt").write_text("a\tb\nc\n")
+    assert read_own([str(path.with_suffix(".txt"))]) == [("a\tb",), ("c",)]
 
 
 @pytest.mark.parametrize(("more", "status"), [((), 3), (("--accept-worse",), 0)])
@@ -121,6 +147,7 @@ def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(
     gate = json.loads(captured.out)["gate"]
     assert (gate["verdict"], gate["held_out"]) == ("worse", FEWEST)
     assert (gate["before"], gate["after"], gate["gain"]) == (100, 50, -50)
+    assert captured.err.count("texts that tuning never saw") == 1
     assert ("Keep the base, or pass --accept-worse" in captured.err) == (status == 3)
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["gate"] == gate

@@ -25,6 +25,7 @@ from mirror_runtime.errors import EngineError, InputError, MissingExtra
 from training import run, run_folder
 from training.checkpoint import Step
 from training.corpus import CorpusRequest
+from training.gate import ProbeChoice
 from training.hardware import choose_hardware
 from training.job import Job, RunObserver, Start
 from training.recipe import Device, TuneConfig, TunePrecision
@@ -190,8 +191,9 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(job: Job, capsys: py
         (lambda patch: None, {"output": Path("/proc/nothing/run")}, "/proc/nothing/run cannot be written"),
         (lambda patch: patch.setitem(sys.modules, "tensorboard", None), {"tensorboard": True}, EXTRA),
         (lambda patch: patch.setitem(sys.modules, "matplotlib.figure", None), {}, EXTRA),
+        (lambda patch: None, {"config": dataclasses.replace(SMALL, batch_size=50)}, "40 distinct lines, fewer than"),
     ],
-    ids=["disk", "folder", "tensorboard", "matplotlib"],
+    ids=["disk", "folder", "tensorboard", "matplotlib", "recipe"],
 )
 def test_what_a_run_will_lack_is_an_error_before_the_first_step(job, monkeypatch, spoil, changes, message):
     spoil(monkeypatch)
@@ -217,3 +219,27 @@ def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.M
     assert (used, summary.steps, summary.start.hardware.writes) == ([second], 1, False)
     assert (recorder.started, recorder.steps) == ([], [])
     assert not job.output.parent.exists()
+
+
+@pytest.mark.parametrize(("processes", "order"), [(1, ["before", "train", "after"]), (2, ["train", "before", "after"])])
+def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, processes, order):
+    events: list[str] = []
+    measured: list[Any] = []
+
+    class Gate:
+        def __init__(self, *_: Any) -> None:
+            self.before = lambda reference: (events.append("before"), measured.append(reference))
+            self.after = lambda reference: (events.append("after"), measured.append(reference), None)[-1]
+
+    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, checkpoint: Any) -> None:
+        events.append("train")
+        on_step(Step(step=1, loss=1.0, tokens=1, seconds=1.0))
+
+    hardware = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), processes=processes)
+    monkeypatch.setattr(run, "choose_hardware", lambda *_: hardware)
+    monkeypatch.setattr(run, "split_corpus", lambda corpus: (corpus, []))
+    monkeypatch.setattr(run, "Gate", Gate)
+    monkeypatch.setattr(run, "train", train)
+    tune(dataclasses.replace(job, probe=ProbeChoice.AUTO))
+    assert events == order
+    assert (measured[0] is measured[1]) == (processes == 1)
