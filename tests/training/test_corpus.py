@@ -104,11 +104,12 @@ def test_a_malformed_line_is_named(tmp_path: Path, name: str, line: str, message
     ("name", "content", "texts"),
     [
         ("a.csv", 'id,text\n1,"a cat, and\na dog"\n\n2, a man \n3,""\n', ("a cat, and\na dog", "a man")),
-        ("a.CSV.gz", gzip.compress(b"text\none\ntwo\n"), ("one", "two")),
+        ("a.CSV.gz", gzip.compress(b"text\none\ntwo\n", mtime=0), ("one", "two")),
         ("a.tsv", "text\tn\na, b\t1\nc\t2\n", ("a, b", "c")),
         ("a.ndjson", '{"text": "a cat"}\n"a dog"\n', ("a cat", "a dog")),
         ("a.csv", "text\nshort\n" + "long " * 40_000 + "\n", ("short", ("long " * 40_000).strip())),
     ],
+    ids=["csv", "gzip", "tsv", "ndjson", "long"],
 )
 def test_tables_and_json_lines_are_read_as_what_they_are(
     tmp_path: Path, name: str, content: str, texts: object
