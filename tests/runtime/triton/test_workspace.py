@@ -67,6 +67,7 @@ def test_a_python_environment_is_claimed_only_if_it_is_certain_whose_it_is(place
     assert names(places / "tmp") == ["python_env_a", "python_env_b", "python_env_earlier"]
 
 
+@pytest.mark.process
 def test_a_server_that_outlived_its_supervisor_is_ended(places):
     killed = Workspace()
     program = places / "tritonserver"
