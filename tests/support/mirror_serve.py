@@ -32,6 +32,8 @@ class MirrorServe:
 
     def __enter__(self) -> "MirrorServe":
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # Under nohup the tests ignore SIGHUP, and so would the command.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
         self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=self._environment, **pipes)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)
