@@ -59,7 +59,7 @@ def build_probes(records: Sequence[Record], background: Sequence[Record], *, see
         seed: of the changed forms.
 
     Raises:
-        InputError: there is no probe.
+        InputError: the records allow none.
     """
     rng = random.Random(seed)
     lines = [line for line in dict.fromkeys(one[-1] for one in records) if len(line.split()) >= MIN_WORDS]

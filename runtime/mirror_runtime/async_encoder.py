@@ -21,7 +21,7 @@ from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.retry_after import RetryEstimator
-from mirror_runtime.tokenizer import validate_text
+from mirror_runtime.tokenizer import LONG_CHARACTERS, validate_text
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 CONCURRENT_BATCHES = 2
@@ -29,9 +29,6 @@ CONCURRENT_BATCHES = 2
 
 CHARACTERS_PER_TOKEN = 4
 """For estimates before tokenising; 3.5 to 5 in English prose."""
-
-LONG_CHARACTERS = 32_768
-"""Characters beyond which a text is very long: 20 to 40 ms of tokenising, the time of a micro-batch."""
 
 _Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
 """A text's vector, its token count and whether it was truncated; or the error instead."""

@@ -27,8 +27,8 @@ from mirror_runtime.strict_json import read_object
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
 
-SEGMENT_CHARACTERS = 32_768
-"""Longer texts are tokenised in segments of this length: 20 to 40 ms of work."""
+LONG_CHARACTERS = 32_768
+"""Longer texts are tokenised in segments of this length, 20 to 40 ms of work, and queue apart from the others."""
 
 
 class LongTexts(str, Enum):
@@ -167,7 +167,7 @@ class Tokenizer:
         A string of 4 MB at once takes 0.8 GB, and other threads wait while they are freed (2026-11-30).
         """
         divide = self._divide
-        segmented = [divide is not None and len(whole) > SEGMENT_CHARACTERS for whole in wholes]
+        segmented = [divide is not None and len(whole) > LONG_CHARACTERS for whole in wholes]
         at_once = [whole for whole, long in zip(wholes, segmented, strict=True) if not long]
         encodings: Iterator[Any] = iter(self._tokenizer.encode_batch_fast(at_once, add_special_tokens=False))
         for whole, long in zip(wholes, segmented, strict=True):
@@ -254,9 +254,9 @@ def _divisible_at(tokenizer: _Tokenizer) -> re.Pattern[str] | None:
 
 
 def _segments(text: str, divide: re.Pattern[str]) -> Iterator[str]:
-    """Divide a text into segments that are hardly longer than `SEGMENT_CHARACTERS`."""
+    """Divide a text into segments that are hardly longer than `LONG_CHARACTERS`."""
     start = 0
-    while place := divide.search(text, start + SEGMENT_CHARACTERS):
+    while place := divide.search(text, start + LONG_CHARACTERS):
         yield text[start : place.start()]
         start = place.start()
     yield text[start:]

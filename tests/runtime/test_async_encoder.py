@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime import AsyncEncoder, Encoder, EngineError, InputError, OverloadedError, TextError
-from mirror_runtime.async_encoder import LONG_CHARACTERS
+from mirror_runtime.tokenizer import LONG_CHARACTERS
 from tests.support.fake_bundles import EngineGate
 
 

@@ -154,7 +154,7 @@ def tokenizer_of(tiny_encoder: Callable[[str], Path]) -> Callable[[str], Tokeniz
 def test_a_very_long_text_has_the_same_tokens_segment_by_segment(tokenizer_of, family, words, size):
     whole, tokenizer = " ".join(words), tokenizer_of(family)
     expected = tokenizer([whole, "short", whole])
-    with mock.patch.object(tokenizers, "SEGMENT_CHARACTERS", size):
+    with mock.patch.object(tokenizers, "LONG_CHARACTERS", size):
         found = tokenizer([whole, "short", whole])
         assert "".join(tokenizers._segments(whole, tokenizer._divide)) == whole
     assert pieces(found) == pieces(expected)
@@ -164,7 +164,7 @@ def test_a_very_long_text_has_the_same_tokens_segment_by_segment(tokenizer_of, f
 @pytest.mark.parametrize(("family", "space"), [("bert", " "), ("bert", "\n\n"), ("bert", "\t"), ("roberta", " ")])
 def test_no_segment_is_much_longer_than_allowed(tokenizer_of, family, space):
     segments = list(tokenizers._segments(f"word{space}" * 50_000, tokenizer_of(family)._divide))
-    assert max(map(len, segments)) < tokenizers.SEGMENT_CHARACTERS + 10
+    assert max(map(len, segments)) < tokenizers.LONG_CHARACTERS + 10
     assert len(segments) > 7
 
 

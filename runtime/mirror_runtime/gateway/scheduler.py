@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mirror_runtime.async_encoder import LONG_CHARACTERS, estimate_tokens
+from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.client.exchange import REPLACEMENTS, Served
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
 from mirror_runtime.gateway.fair_queue import FairQueue
 from mirror_runtime.retry_after import RetryEstimator
-from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.tokenizer import LONG_CHARACTERS, LongTexts
 
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
