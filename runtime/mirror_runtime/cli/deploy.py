@@ -24,7 +24,7 @@ from mirror_runtime.cli.run import print_json, timestamped_lines
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.triton.server.deploy import deploy as deploy_bundle
 from mirror_runtime.triton.server.deploy import present_options
-from mirror_runtime.triton.server.processes import set_stop_handler
+from mirror_runtime.triton.server.processes import stop_signals_handled
 
 
 def deploy(
@@ -48,8 +48,6 @@ def deploy(
     old model stays in service and the repository is as it was. The previous version is kept: `mirror deploy
     REPO/embed/1/bundle --to REPO` goes back to it.
     """
-    # They undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the next one clears.
-    set_stop_handler(signal.default_int_handler)
     options: dict[str, Any] = {
         "engine": engine,
         "precision": precision,
@@ -59,12 +57,14 @@ def deploy(
         "dimensions": tuple(dimensions) if dimensions else None,
     }
     changes = {name: value for name, value in options.items() if value is not None}
-    done = deploy_bundle(
-        bundle,
-        repository,
-        replace(present_options(repository / MODEL_NAME), **changes),
-        link=link,
-        on_progress=timestamped_lines(Console(stderr=True, highlight=False, soft_wrap=True)),
-    )
+    # Signals undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the next one clears.
+    with stop_signals_handled(signal.default_int_handler):
+        done = deploy_bundle(
+            bundle,
+            repository,
+            replace(present_options(repository / MODEL_NAME), **changes),
+            link=link,
+            on_progress=timestamped_lines(Console(stderr=True, highlight=False, soft_wrap=True)),
+        )
     report = {"repository": str(repository), "model": MODEL_NAME, **asdict(done)}
     print_json({**report, "seconds": round(done.seconds, 3)})

@@ -31,7 +31,7 @@ from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import link_or_copy, write_model
 from mirror_runtime.triton.server.control import Access, ModelControl
 from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, REPLACED, deploying, find_server
-from mirror_runtime.triton.server.processes import runners, set_stop_handler
+from mirror_runtime.triton.server.processes import runners, stop_signals_handled
 from mirror_runtime.triton.server.server import STARTUP_S, Server
 from mirror_runtime.vectors import components
 from mirror_runtime.verify import check_fingerprint
@@ -252,12 +252,8 @@ def _uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = set_stop_handler(signal.SIG_IGN)
-    try:
+    with stop_signals_handled(signal.SIG_IGN):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,16 @@ def runners(server: int, model: str) -> list[int]:
     return [pid for pid in group_members(server) if pid != server and f"/{model}/" in _command_line(pid)]
 
 
-def set_stop_handler(handler: Any) -> dict[int, Any]:
-    """Handle the signals to stop; return the handlers before. Ignored ones stay so, as `nohup` wants of SIGHUP."""
+@contextlib.contextmanager
+def stop_signals_handled(handler: Any) -> Iterator[None]:
+    """Handle the signals to stop during the block. Ignored ones stay so, as `nohup` wants of SIGHUP."""
     chosen = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in chosen}
+    before = {number: signal.signal(number, handler) for number in chosen}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def tritons(token: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import signal
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.deploy_lock import ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
-from mirror_runtime.triton.server.processes import set_stop_handler
+from mirror_runtime.triton.server.processes import stop_signals_handled
 from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.workspace import Workspace
 
@@ -224,11 +223,9 @@ def _signals() -> Iterator[tuple[threading.Event, threading.Event]]:
 
     thread = threading.Thread(target=set_events, name="mirror-signals", daemon=True)
     thread.start()
-    before = set_stop_handler(lambda number, _: received.put(number))
     try:
-        yield first, second
+        with stop_signals_handled(lambda number, _: received.put(number)):
+            yield first, second
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         received.put(None)
         thread.join()
