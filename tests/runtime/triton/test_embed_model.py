@@ -14,10 +14,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from mirror_runtime import EngineError, InputError
+from mirror_runtime import EngineError, InputError, bulk_room
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model import scheduler
+from mirror_runtime.triton.model import batching, scheduler
 from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import ServingOptions
@@ -239,20 +239,39 @@ def test_small_requests_overtake_large_ones_and_a_large_one_is_answered_whole(st
     assert model._budget.in_flight == 0
 
 
-def test_large_requests_wait_only_so_long_for_small_ones_and_leave_them_their_budget(start, monkeypatch):
-    monkeypatch.setattr(scheduler, "AGEING_S", 0.0)
+def test_large_requests_leave_small_ones_their_budget_and_are_not_shut_out_by_them(start, monkeypatch):
     model = start(streams=1, max_tokens_in_flight=3000)
     gate = closed_gate(model, monkeypatch)
     large, refused, small = words(1), words(2), FakeRequest(b"small")
     assert model.execute([large]) == [None]
     assert model.execute([refused])[0].error.code == FakeTritonError.UNAVAILABLE
-    while gate.runs < 1:
-        time.sleep(0.001)
     assert model.execute([small]) == [None], "a small one is accepted"
+    run = model.encoder.engine.run
+    monkeypatch.setattr(model.encoder.engine, "run", lambda rows: (time.sleep(0.01), run(rows))[1])
     gate.open()
     assert small.answered.wait(10)
-    assert large.answered.wait(10)
+    ends = time.monotonic() + 10
+    while not large.answered.wait(0.001) and time.monotonic() < ends:
+        model.execute([FakeRequest(b"small")])  # so often that one always waits
     assert large.response.error is None
+
+
+@pytest.mark.parametrize(("before", "most"), [(b"ready?", 1024), (b"a small one", 256)])
+def test_large_requests_run_in_full_batches_unless_small_ones_come(start, monkeypatch, before, most):
+    """A health check comes every second, and is not a small caller."""
+    monkeypatch.setattr(bulk_room, "BULK_S", 0.0)
+    model = start(streams=1)
+    sizes: list[int] = []
+
+    def recording(encoder, requests, long_texts):
+        sizes.append(sum(request.estimated_tokens(1000) for request in requests))
+        return batching.embed(encoder, requests, long_texts)
+
+    monkeypatch.setattr(scheduler, "embed", recording)
+    serve(model, FakeRequest(before))
+    sizes.clear()
+    serve(model, words(1))
+    assert most // 2 < max(sizes) <= most
 
 
 def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(start):

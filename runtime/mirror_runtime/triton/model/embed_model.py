@@ -80,7 +80,7 @@ class TritonPythonModel:
             self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
-            slice_tokens=self.encoder.decision.batch_tokens,
+            run_tokens=self.encoder.decision.batch_tokens,
             workers=engine.streams + 1,
         )
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
