@@ -18,6 +18,7 @@ from mirror_runtime import EngineError, InputError, bulk_room
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model import batching, scheduler
+from mirror_runtime.triton.model.draining import DRAIN_VARIABLE, drained_file
 from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import ServingOptions
@@ -32,6 +33,7 @@ from tests.support.fake_triton import (
     NewFakeResponse,
     fake_backend_utils,
 )
+from tests.support.mirror_serve import wait_until
 
 
 @pytest.fixture
@@ -295,6 +297,26 @@ def test_a_repeated_failure_is_logged_once_a_minute_with_its_count(pb_utils, mon
         "embed: another",
         "embed: a batch of 61 failed\n(and 2 more like it before)",
     ]
+
+
+def test_a_model_that_drains_answers_what_it_accepted_rejects_the_rest_and_says_when_it_is_done(
+    start, monkeypatch, tmp_path
+):
+    monkeypatch.setenv(DRAIN_VARIABLE, str(tmp_path / "drain"))
+    model = start()
+    gate = closed_gate(model, monkeypatch)
+    accepted = FakeRequest(b"accepted")
+    assert model.execute([accepted]) == [None]
+    (tmp_path / "drain").touch()
+    wait_until(lambda: model.execute([FakeRequest(b"late")])[0] is not None)
+    monkeypatch.setattr(scheduler, "INLINE_TOKENS", 512)  # a call that could compute it at once rejects it as well
+    (late,) = model.execute([FakeRequest(b"late")])
+    assert (late.error.code, str(late.error)) == (FakeTritonError.UNAVAILABLE, "the server is stopping: try again")
+    done = drained_file(tmp_path / "drain", os.getpid())
+    assert not done.exists()
+    gate.open()
+    wait_until(done.exists)
+    assert accepted.response.error is None
 
 
 def test_unloading_answers_the_accepted_requests(start, monkeypatch):

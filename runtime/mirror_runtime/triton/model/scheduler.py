@@ -41,6 +41,8 @@ Meanwhile it rejects none: for some 30 ms, with a small encoder on one core."""
 CHECK_CANCELLED_AFTER_S = 0.05
 """How long a request waits before its cancellation is checked; the check costs as much as a short text."""
 
+_POLL_S = 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -76,6 +78,7 @@ class TokenBudget:
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
+        self._closed = False
         self._lock = threading.Lock()
         self._work = {large: RetryEstimator(clock) for large in (False, True)}
 
@@ -90,8 +93,10 @@ class TokenBudget:
         return self._work[True].rate
 
     def acquire(self, tokens: int, *, large: bool = False) -> None:
-        """Accept a request, or raise an `OverloadedError` with the time when it might fit."""
+        """Accept a request, or raise an `OverloadedError`; it has the time when the request might fit."""
         with self._lock:
+            if self._closed:
+                raise OverloadedError("the server is stopping: try again")
             work = self._work[large]
             if work.in_flight and work.in_flight + tokens > self.limit:
                 retry_after_s = work.retry_after_s()
@@ -102,6 +107,11 @@ class TokenBudget:
                 )
             work.enter(tokens)
 
+    def close(self) -> None:
+        """Accept no more requests."""
+        with self._lock:
+            self._closed = True
+
     def release(self, tokens: int, *, large: bool = False) -> None:
         """Release the tokens of an answered request."""
         with self._lock:
@@ -111,8 +121,8 @@ class TokenBudget:
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    Requests of more than `SLICE_TOKENS` are large, and computed in slices, as in the gateway: while small requests come,
-    a slice or a moment's work of large ones is under way at once. So neither kind waits for all of the other. One
+    Requests of more than `SLICE_TOKENS` are large and computed in slices, as in the gateway: while small requests come,
+    one slice or a moment's work of large ones is under way, so that neither kind waits for all of the other. One
     worker takes no large ones. While one waits for the engine, another tokenises or replies.
 
     A worker computes what it takes at once: `run_tokens` estimated tokens of large requests, a full run of the engine,
@@ -165,12 +175,21 @@ class Scheduler:
         tokens = sum(sizes)
         if self._budget.in_flight + tokens > min(INLINE_TOKENS * self._encoder.engine.streams, self._budget.limit):
             return [self._enqueue(job, size, now) for job, size in zip(jobs, sizes, strict=True)]
-        self._budget.acquire(tokens)
+        try:
+            self._budget.acquire(tokens)
+        except OverloadedError as error:  # it fits: the server is stopping
+            return [self._refused(error) for _ in jobs]
         self._count("admitted", len(jobs))
         try:
             return list(self._compute([job.request for job in jobs]))
         finally:
             self._budget.release(tokens)
+
+    def drain(self) -> None:
+        """Reject new requests from now on, and return when the accepted ones are answered."""
+        self._budget.close()
+        while self._budget.in_flight:
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Answer the accepted requests, and end the workers."""
@@ -189,8 +208,7 @@ class Scheduler:
         try:
             self._budget.acquire(tokens, large=large)
         except OverloadedError as error:
-            self._count("refused")
-            return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
+            return self._refused(error)
         max_tokens = self._encoder.spec.max_tokens
         slices = job.request.slices(max_tokens, SLICE_TOKENS) if large else [job.request]
         costs = [one.estimated_tokens(max_tokens) for one in slices] if large else [tokens]
@@ -200,6 +218,10 @@ class Scheduler:
             (self._large if large else self._small).append(waiting)
             self._changed.notify()
         return None
+
+    def _refused(self, error: OverloadedError) -> Failure:
+        self._count("refused")
+        return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
 
     def _work(self) -> None:
         while batch := self._next_batch():

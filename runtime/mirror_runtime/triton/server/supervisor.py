@@ -24,6 +24,8 @@ from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.workspace import Workspace
 
 _LONGEST_PAUSE_S = 30.0
+_LISTENERS_CLOSE_S = 0.2
+"""How long a drained server may say goodbye. An idle HTTP connection, which Triton waits for, uses up any time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def serve(
                     on_ready(server)
                 if supervisor.run():
                     _drain(server, service.drain_s, second, on_progress)
-            server.stop(grace_s=1.0)
+            server.stop(grace_s=_LISTENERS_CLOSE_S)
         finally:
             server.stop(grace_s=0.0)
 
