@@ -122,6 +122,11 @@ def test_small_batches_are_answered_within_the_call(start):
     assert model._scheduler.counts["admitted"] == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32", "streams": 1, "row_tokens": 64, "batch_tokens": 1024}])
+def test_an_invariant_model_packs_one_text_a_row(start, options):
+    assert start(**options, invariant=True).encoder.rows.startswith("one text")
+
+
 def test_newer_servers_get_the_fingerprint_as_a_parameter_too_and_too_much_text_is_rejected(start, pb_utils):
     pb_utils.InferenceResponse = NewFakeResponse
     model = start()
@@ -287,15 +292,18 @@ def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(sta
 
 def test_a_repeated_failure_is_logged_once_a_minute_with_its_count(pb_utils, monkeypatch):
     clock = [0.0]
-    handler = TritonHandler(pb_utils, lambda: clock[0])
+    package = logging.getLogger("mirror_runtime")
+    monkeypatch.setattr(package, "handlers", [TritonHandler(pb_utils, lambda: clock[0])])
+    log = package.getChild("some.module")
     for second in (0, 1, 2, 61):
         clock[0] = second
-        handler.emit(logging.makeLogRecord({"msg": "a batch of %d failed", "args": (second,), "levelno": 40}))
-        handler.emit(logging.makeLogRecord({"msg": "another", "levelno": 30})) if second == 1 else None
+        log.error("a batch of %d failed", second)
+        log.warning("another") if second == 1 else None
     assert FakeLogger.lines == [
         "embed: a batch of 0 failed",
         "embed: another",
-        "embed: a batch of 61 failed\n(and 2 more like it before)",
+        "embed: 2 more of mirror_runtime.some.module: a batch of %d failed",
+        "embed: a batch of 61 failed",
     ]
 
 

@@ -181,8 +181,14 @@ def _load(bundle: Path, options: ServingOptions, version: str) -> Encoder:
     if options.backend is not Backend.PYTHON:
         return _load_with_backend(bundle, options, version)
     if options.setting is not None:
-        return Encoder.of_setting(bundle, options.setting)
-    return Encoder.load(bundle, engine=options.engine, precision=options.precision, streams=options.streams)
+        return Encoder.of_setting(bundle, options.setting, invariant=options.invariant)
+    return Encoder.load(
+        bundle,
+        engine=options.engine,
+        precision=options.precision,
+        streams=options.streams,
+        invariant=options.invariant,
+    )
 
 
 def _load_with_backend(bundle: Path, options: ServingOptions, version: str) -> Encoder:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -19,6 +18,7 @@ import mirror_runtime
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
+from mirror_runtime.serving_process import allow_open_files
 from mirror_runtime.triton.model.draining import DRAIN_VARIABLE, drained_file
 from mirror_runtime.triton.server import launch
 from mirror_runtime.triton.server.control import KEY_HEADER, OWNERS_APIS, Access
@@ -347,8 +347,8 @@ class Server:
 
 def _check_descriptors() -> None:
     """Check the limit on open files: with too few, Triton accepts connections and answers none of them."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= limit < _DESCRIPTORS:
+    limit = allow_open_files(_DESCRIPTORS)
+    if limit < _DESCRIPTORS:
         raise ServerError(
             f"this process may open {limit} files, and tritonserver needs {_DESCRIPTORS}, and one more for each "
             "connection: raise the limit, such as with ulimit -n 4096"

@@ -15,11 +15,11 @@ from mirror_runtime.bundle import MANIFEST_FILE, read_manifest
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.selection import choose
+from mirror_runtime.serving_process import stop_signals_handled
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.deploy_lock import ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
-from mirror_runtime.triton.server.processes import stop_signals_handled
 from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.workspace import Workspace
 
