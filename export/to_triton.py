@@ -21,6 +21,7 @@ from mirror_runtime.cli.options import (
     DimensionsOption,
     EngineOption,
     InstancesOption,
+    InvariantOption,
     LinkOption,
     LongTextsOption,
     MaxBatchSizeOption,
@@ -53,6 +54,7 @@ def run(
     instances: InstancesOption = 1,
     max_tokens_in_flight: MaxTokensInFlightOption = 32768,
     dimensions: DimensionsOption = None,
+    invariant: InvariantOption = False,
     plan: Annotated[
         Path | None,
         typer.Option(help="A plan of the serving machine: engine, precision, streams, rows.", metavar="F"),
@@ -83,6 +85,7 @@ def run(
         max_tokens_in_flight=max_tokens_in_flight,
         backend=backend,
         dimensions=tuple(dimensions or ()),
+        invariant=invariant,
     )
     if plan is not None:
         serving_plan = read_plan(plan)

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from training.corpus import Corpus, measure_lengths, read_corpus
 from training.gate import Gate, ProbeChoice, split_corpus
 from training.hardware import Hardware, choose_hardware
 from training.job import Job, RunObserver, Start, Summary
-from training.run_folder import CURVE_PACKAGE, open_events, write_run_folder
+from training.run_folder import CURVE_PACKAGE, Events, open_events, write_run_folder
 from training.trainer import steps_in, train
 
 EVENTS_FOLDER = "tensorboard"
@@ -130,7 +129,7 @@ def _start(job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, c
 
 
 def _evaluated(
-    job: Job, source: ResolvedEncoder, tuned: Reference, summary: Summary, observer: RunObserver, events: Any
+    job: Job, source: ResolvedEncoder, tuned: Reference, summary: Summary, observer: RunObserver, events: Events | None
 ) -> Summary:
     """Add the evaluation of base and result. The base is loaded again: earlier, other processes would wait for it."""
     before, after = (

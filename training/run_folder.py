@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ VERSIONED = ("mirror-runtime", "torch", "transformers", "tokenizers", "numpy", "
 CURVE_FILE, METRICS_FILE, REPORT_FILE, EVALUATION_FILE = "loss.png", "metrics.jsonl", "train.json", "evaluation.json"
 
 FLUSH_SECONDS = 5
-"""Of event files: short enough to watch a run; the library's default is two minutes."""
+"""Pause between two writes of events to the disk: short enough to watch a run."""
 
 CURVE_PACKAGE = "matplotlib.figure"
 
@@ -37,15 +39,33 @@ SMOOTHED = 0.05
 """Window of the running mean, as a share of the steps."""
 
 
+class Events:
+    """An event file of TensorBoard, whose own writer has a thread that prints a traceback where the disk is full."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._messages = require("tensorboard.compat.proto.event_pb2", "train")
+        self._records = require("tensorboard.summary.writer.record_writer", "train").RecordWriter(file)
+        self._flushed_at = 0.0
+        self._write(file_version="brain.Event:2")
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Add a number. An OSError says that it could not be written."""
+        self._write(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
+
+    def _write(self, **fields: Any) -> None:
+        self._records.write(self._messages.Event(wall_time=time.time(), **fields).SerializeToString())
+        if time.monotonic() - self._flushed_at >= FLUSH_SECONDS:
+            self._records.flush()
+            self._flushed_at = time.monotonic()
+
+
 @contextmanager
-def open_events(folder: Path) -> Iterator[Any]:
-    """Open a TensorBoard `SummaryWriter` in a folder, and complete its file when the block ends."""
-    require("tensorboard", "train")  # torch's own message does not name the extra to install
-    writer = require("torch.utils.tensorboard", "train").SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
-    try:
-        yield writer
-    finally:
-        writer.close()
+def open_events(folder: Path) -> Iterator[Events]:
+    """Open an event file in a new folder, and complete it when the block ends."""
+    require("tensorboard", "train")  # before anything is written
+    folder.mkdir()
+    with (folder / f"events.out.tfevents.{time.time():.0f}.{os.getpid()}").open("wb") as file:
+        yield Events(file)
 
 
 def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step]) -> None:

@@ -65,6 +65,7 @@ def run(main: Callable[[list[str]], int], *arguments: object) -> None:
         status = main([str(argument) for argument in arguments])
     if status:
         assert status == 2
+        assert "Traceback" not in printed.getvalue()
         raise InputError(printed.getvalue().splitlines()[-1])
 
 
@@ -131,7 +132,7 @@ WRITERS: dict[str, Writer] = {
                 "--pooling",
                 "mean",
             ),
-            *("--batch-size", 8, "--checkpoint-every", 1, "--probe", "none"),
+            *("--batch-size", 8, "--checkpoint-every", 1, "--probe", "none", "--tensorboard"),
         ),
         resumes=(".run.checkpoint",),
         limits=3,

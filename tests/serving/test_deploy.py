@@ -19,6 +19,8 @@ from mirror_runtime.cli.main import main
 from mirror_runtime.errors import MirrorError
 from mirror_runtime.triton import Client, Served, ServingOptions
 from mirror_runtime.triton.server.deploy import deploy
+from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME
+from mirror_runtime.triton.server.processes import runners
 from tests.support.mirror_serve import Load, MirrorServe, wait_until
 
 pytestmark = pytest.mark.serving
@@ -147,16 +149,21 @@ def test_models_are_controlled_only_with_the_key(old_server: MirrorServe) -> Non
     assert (old_server.source / ".mirror-serve.json").stat().st_mode & 0o077 == 0
 
 
-def test_a_deployment_that_is_killed_while_it_switches_disturbs_nobody(old_server, old, new):
+def test_a_deployment_that_is_killed_disturbs_nobody_and_the_next_one_clears_what_it_left(old_server, old, new):
     repository = old_server.source
     command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
     with Client(old_server.grpc) as client, Load([lambda: client.encode_detailed(TEXTS[:4])]) as load:
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as deployer:
-            assert deployer.stderr is not None
-            assert any("switching" in line for line in deployer.stderr)
-            deployer.kill()
-        assert len(list(repository.parent.iterdir())) == 2, "else this test proves nothing"
-        assert deploy(old, repository).switched, "the next one clears what is left"
+        for stage in ("writing", "proving", "switching"):
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as deployer:
+                assert deployer.stderr is not None
+                assert any(stage in line for line in deployer.stderr)
+                if stage == "proving":
+                    wait_until((repository / CANDIDATE_NAME).exists)
+                deployer.kill()
+            assert len(list(repository.parent.iterdir())) == 2, "else this test proves nothing"
+        assert deploy(old, repository).switched
+        assert not (repository / CANDIDATE_NAME).exists()
+        assert not runners(old_server.tritonserver, CANDIDATE_NAME)
         assert client.encode(TEXTS[:1]).shape == (1, 16)
     assert not load.failures()
     assert [path.name for path in repository.parent.iterdir()] == ["models"]

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime import Encoder
+from mirror_runtime.serving_process import STOP_SIGNALS
 from mirror_runtime.triton import Server
 from tests.support.gateways import send, vectors
 from tests.support.mirror_serve import wait_until
@@ -34,7 +35,8 @@ def gateway(*arguments: str, files: int | None = None) -> Iterator[SimpleNamespa
     """Run `mirror gateway` on a free port, with a limit on open files."""
 
     def prepare() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+        for number in STOP_SIGNALS:  # nohup and a shell's & have some of them ignored
+            signal.signal(number, signal.SIG_DFL)
         if files is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mirror_runtime.serving_process import STOP_SIGNALS
 from mirror_runtime.triton import ServiceOptions, ServingOptions, serve
 from mirror_runtime.triton.server.health import HealthPolicy
 from mirror_runtime.triton.server.processes import kill_group, runners
@@ -32,8 +33,8 @@ class MirrorServe:
 
     def __enter__(self) -> "MirrorServe":
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        # Under nohup the tests ignore SIGHUP, and so would the command.
-        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        # Under nohup or a shell's & the tests ignore some of them, and so would the command.
+        pipes["preexec_fn"] = lambda: [signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS]
         self.process = subprocess.Popen(self._command, text=True, cwd=ROOT, env=self._environment, **pipes)
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read)

@@ -13,6 +13,7 @@ from rich.console import Console
 from mirror_runtime.cli.options import (
     BundleArgument,
     ChangedEngineOption,
+    ChangedInvariantOption,
     ChangedLongTextsOption,
     ChangedMaxBatchSizeOption,
     ChangedPrecisionOption,
@@ -22,9 +23,9 @@ from mirror_runtime.cli.options import (
 )
 from mirror_runtime.cli.run import print_json, timestamped_lines
 from mirror_runtime.client.protocol import MODEL_NAME
+from mirror_runtime.serving_process import stop_signals_handled
 from mirror_runtime.triton.server.deploy import deploy as deploy_bundle
 from mirror_runtime.triton.server.deploy import present_options
-from mirror_runtime.triton.server.processes import stop_signals_handled
 
 
 def deploy(
@@ -39,6 +40,7 @@ def deploy(
     long_texts: ChangedLongTextsOption = None,
     max_batch_size: ChangedMaxBatchSizeOption = None,
     dimensions: DimensionsOption = None,
+    invariant: ChangedInvariantOption = None,
     link: LinkOption = False,
 ) -> None:
     """Replace the model that a repository holds, and that `mirror serve REPO` serves, without an error for any client.
@@ -55,6 +57,7 @@ def deploy(
         "long_texts": long_texts,
         "max_batch_size": max_batch_size,
         "dimensions": tuple(dimensions) if dimensions else None,
+        "invariant": invariant,
     }
     changes = {name: value for name, value in options.items() if value is not None}
     # Signals undo an unfinished deployment, as Ctrl-C does. What a killed one leaves, the next one clears.

@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mirror_runtime.cli.options import EngineOption, LongTextsOption, PrecisionOption, StreamsOption, port_option
+from mirror_runtime.cli.options import (
+    EngineOption,
+    InvariantOption,
+    LongTextsOption,
+    PrecisionOption,
+    StreamsOption,
+    port_option,
+)
 from mirror_runtime.cli.run import truncations_counted_elsewhere
 from mirror_runtime.client.protocol import MODEL_NAME, ClientOptions
 from mirror_runtime.encoder import Encoder
@@ -122,6 +129,7 @@ def gateway(
     precision: PrecisionOption = AUTO,
     streams: StreamsOption = None,
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
+    invariant: InvariantOption = False,
 ) -> None:
     """Serve embeddings over HTTP as OpenAI's API and Text Embeddings Inference do, until Ctrl-C or SIGTERM.
 
@@ -135,13 +143,17 @@ def gateway(
 
     if (bundle is None) == (triton is None):
         raise InputError("pass either a bundle or --triton HOST:PORT")
+    if invariant and triton is not None:
+        raise InputError("--invariant belongs to the model: pass it to mirror serve, which runs it")
     keys = read_keys(api_key_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend: EncodingBackend
     # Truncations are counted in a header and in the metrics.
     with listen(host, port) as listener, truncations_counted_elsewhere():
         if bundle is not None:
-            encoder = Encoder.load(bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts)
+            encoder = Encoder.load(
+                bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts, invariant=invariant
+            )
             encoder.warm_up()
             # The gateway's own limits come first: its lanes admit less than twice as many texts each.
             backend = InProcessBackend(encoder, long_texts=long_texts.value, max_waiting=4 * max_in_flight + 1)

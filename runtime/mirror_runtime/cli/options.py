@@ -25,6 +25,7 @@ _LONG_TEXTS = typer.Option(
     help="Texts over the encoder's limit. With a limit of 256, a text of 600 tokens gives one truncated vector, an "
     "error, or the mean of three chunks' vectors."
 )
+_INVARIANT = "Make a text's vector equal to the bit whatever its neighbours, at about 0.6 of the throughput."
 _MAX_BATCH_SIZE = typer.Option(min=1, help="Maximum texts per request.")
 
 
@@ -49,13 +50,7 @@ StreamsOption: TypeAlias = Annotated[
     ),
 ]
 LongTextsOption: TypeAlias = Annotated[LongTexts, _LONG_TEXTS]
-InvariantOption: TypeAlias = Annotated[
-    bool,
-    typer.Option(
-        "--invariant",
-        help="Make a text's vector equal to the bit whatever its neighbours, at about 0.6 of the throughput.",
-    ),
-]
+InvariantOption: TypeAlias = Annotated[bool, typer.Option("--invariant", help=_INVARIANT)]
 TextColumnOption: TypeAlias = Annotated[str, typer.Option(help="Field or column that holds the text.")]
 
 # How it is served.
@@ -63,6 +58,7 @@ ChangedEngineOption: TypeAlias = Annotated[str | None, _ENGINE]
 ChangedPrecisionOption: TypeAlias = Annotated[str | None, _PRECISION]
 ChangedStreamsOption: TypeAlias = Annotated[int | None, typer.Option(min=1, help=_STREAMS)]
 ChangedLongTextsOption: TypeAlias = Annotated[LongTexts | None, _LONG_TEXTS]
+ChangedInvariantOption: TypeAlias = Annotated[bool | None, typer.Option("--invariant/--no-invariant", help=_INVARIANT)]
 ChangedMaxBatchSizeOption: TypeAlias = Annotated[int | None, _MAX_BATCH_SIZE]
 MaxBatchSizeOption: TypeAlias = Annotated[int, _MAX_BATCH_SIZE]
 MaxTokensInFlightOption: TypeAlias = Annotated[

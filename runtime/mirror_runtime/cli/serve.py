@@ -12,6 +12,7 @@ from mirror_runtime.cli.options import (
     DimensionsOption,
     EngineOption,
     InstancesOption,
+    InvariantOption,
     LongTextsOption,
     MaxBatchSizeOption,
     MaxTokensInFlightOption,
@@ -55,6 +56,7 @@ def serve(
     max_batch_size: MaxBatchSizeOption = 256,
     max_tokens_in_flight: MaxTokensInFlightOption = 32768,
     dimensions: DimensionsOption = None,
+    invariant: InvariantOption = False,
     max_restarts: Annotated[
         int,
         typer.Option(min=0, help="Maximum restarts of a broken server within 10 minutes before the command gives up."),
@@ -96,6 +98,7 @@ def serve(
             max_batch_size=max_batch_size,
             max_tokens_in_flight=max_tokens_in_flight,
             dimensions=tuple(dimensions or ()),
+            invariant=invariant,
         ),
         service=ServiceOptions(max_restarts=max_restarts, drain_s=drain_seconds),
         on_ready=print_endpoints,

@@ -21,7 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.async_encoder import estimate_tokens
-from mirror_runtime.client.protocol import ClientOptions, ModelFacts, NotServed, Parameters, Rejected, Reply
+from mirror_runtime.client.protocol import (
+    PROBE_TEXT,
+    ClientOptions,
+    ModelFacts,
+    NotServed,
+    Parameters,
+    Rejected,
+    Reply,
+)
 from mirror_runtime.encoder import Encoded
 from mirror_runtime.errors import (
     DeadlineExceededError,
@@ -81,7 +89,7 @@ class Request:
         )
 
 
-PROBE = Request(positions=(0,), texts=(b"ready?",))
+PROBE = Request(positions=(0,), texts=(PROBE_TEXT,))
 """A request that every encoder can answer."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
+from mirror_runtime.bulk_room import SLICE_TOKENS
 from mirror_runtime.bundle import VectorType
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.client import connect
@@ -58,7 +59,7 @@ class EncodingBackend(Protocol):
 class InProcessBackend:
     """An encoder in this process, of which at most `max_waiting` texts wait. `aclose` closes the encoder too."""
 
-    slice_tokens = 256  # 30 ms of a small encoder on one core; slices that come together are computed together
+    slice_tokens = SLICE_TOKENS  # those that come together are computed together
 
     def __init__(self, encoder: Encoder, *, long_texts: str, max_waiting: int) -> None:
         spec = encoder.spec

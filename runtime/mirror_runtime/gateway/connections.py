@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mirror_runtime.gateway.errors import Refusal, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
@@ -30,6 +30,9 @@ _STOP_S = 1.0
 
 _MAX_PIPELINED = 16
 """Requests that wait behind the first of their connection; 256 kB hold 12,000."""
+
+_MAX_PIPELINED_BYTES = 65_536
+"""Bytes of their bodies that are read, besides those of one read."""
 
 _BYTES_PER_CHUNKED_BYTE = 8
 """Of a body of chunks of one byte, 6 bytes each."""
@@ -110,6 +113,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**uvicorn_arguments)
         self._all = connections
         self._timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None  # the request that is worked on, the first of the pipeline
         self._in_head = self._in_body = self._progressed = False
         self._head_bytes = self._body_bytes = self._fields = 0
         self._excess = 0  # bytes received since the parser last completed a head or a message, but for its body
@@ -125,9 +129,13 @@ class Connection(HttpToolsProtocol):
             self.transport.close()  # not counted, so it must not linger
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop counting."""
+        """Stop counting, and working: uvicorn tells only the last request of a pipeline that its client has left."""
         self._all.remove(self)
         self._arm(None)
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -180,12 +188,21 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise Refusal(429, "too_many_pipelined", f"more than {_MAX_PIPELINED} requests wait on one connection")
         super().on_headers_complete()  # raises if it cannot parse the address
+        if 2 * len(self.pipeline) < _MAX_PIPELINED:
+            self.flow.resume_reading()  # else nothing would tell that the client has left
         self._in_head, self._in_body, self._progressed = False, True, True
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Begin the work for a request."""
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
         """Count a part of a body."""
         self._body_bytes += len(body)
         super().on_body(body)
+        if sum(len(cycle.body) for cycle, _ in self.pipeline) > _MAX_PIPELINED_BYTES:
+            self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
         """End a body."""

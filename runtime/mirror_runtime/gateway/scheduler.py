@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mirror_runtime.async_encoder import estimate_tokens
+from mirror_runtime.bulk_room import BulkRoom
 from mirror_runtime.client.exchange import REPLACEMENTS, Served
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
@@ -27,12 +28,6 @@ from mirror_runtime.tokenizer import LONG_CHARACTERS, LongTexts
 
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
-
-SHARED_S = 10.0
-"""How long after a small request the bulk lane leaves room for the next one."""
-
-BULK_S = 0.02
-"""Work that the bulk lane then keeps at the backend, in time at the recent rate: the wait that it adds."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Scheduler:
         self._small = FairQueue(lambda: backend.tokens_at_once, max_texts)
         self._bulk = FairQueue(self._bulk_tokens, max_texts)
         self._long = FairQueue(lambda: 1, max_texts)  # one at a time
-        self._small_at = -SHARED_S
+        self._bulk_room = BulkRoom()
         self._progress_at = 0.0
         self._stuck_s = 0.0  # that inferences had been under way without an end when the last of them was cancelled
 
@@ -88,7 +83,7 @@ class Scheduler:
         self._check_room(queue, len(texts), caller)
         with queue.admitted(caller, len(texts)):
             if small:
-                self._small_at = time.monotonic()
+                self._bulk_room.note_small()
                 return await self._encode_slice(texts, slices[0], self._small, caller)
             parts: dict[int, Served] = {}
             for _ in range(REPLACEMENTS + 1):
@@ -137,10 +132,8 @@ class Scheduler:
 
     def _bulk_tokens(self) -> int:
         """Return how many tokens of large requests may be at the backend now."""
-        most = self._backend.tokens_at_once
-        if time.monotonic() - self._small_at >= SHARED_S:
-            return most
-        return min(most, max(self._backend.slice_tokens, int(BULK_S * self.load.rate)))
+        backend = self._backend
+        return self._bulk_room.tokens(backend.tokens_at_once, backend.slice_tokens, self.load.rate)
 
     async def _all(self, texts: Sequence[str], slices: Sequence[Slice], caller: str) -> Sequence[Served]:
         """Encode slices, and cancel all if one fails."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import resource
-import signal
 import socket
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from types import FrameType
@@ -21,16 +18,16 @@ from mirror_runtime.gateway.app import make_app
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.connections import Connection, Connections
 from mirror_runtime.gateway.metrics import GatewayMetrics
-from mirror_runtime.gateway.repeats import RepeatFilter, limit_repeats
 from mirror_runtime.gateway.service import GatewayService
 from mirror_runtime.gateway.settings import GatewaySettings, is_loopback
+from mirror_runtime.repeats import RepeatFilter, limit_repeats
+from mirror_runtime.serving_process import allow_open_files, stop_signals_handled
 
 _BACKLOG = 2048
 _ACCEPTS = 4
 """Connections accepted at once. asyncio takes as many as the backlog before it closes one that is too many."""
 
 _LAST_REQUESTS_S = 0.2
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
 _FILES = 48
 """Descriptors besides those of connections: libraries, the bundle, the log, a model server's connection."""
@@ -91,7 +88,7 @@ def run(
     repeats = limit_repeats()
     server = GatewayServer(service, on_started=announce, repeats=repeats)
     try:
-        with _signals_go_to(server):
+        with stop_signals_handled(server.handle_exit):  # also while it starts and after it has stopped
             server.run([listener])
     finally:
         repeats.summarize(now=True)
@@ -104,17 +101,13 @@ def possible_connections(wanted: int) -> int:
     Raises:
         InputError: they are too few to serve anybody.
     """
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft, hard = (sys.maxsize if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    if soft < wanted + _FILES:
-        soft = min(wanted + _FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, limits[1]))
-    if soft - _FILES < _FEWEST_CONNECTIONS:
+    files = allow_open_files(wanted + _FILES)
+    if files - _FILES < _FEWEST_CONNECTIONS:
         raise InputError(
-            f"this process may open {soft} files, and a gateway needs at least {_FILES + _FEWEST_CONNECTIONS}: raise "
+            f"this process may open {files} files, and a gateway needs at least {_FILES + _FEWEST_CONNECTIONS}: raise "
             "the limit (ulimit -n 2048)"
         )
-    return min(wanted, soft - _FILES)
+    return min(wanted, files - _FILES)
 
 
 class GatewayServer(uvicorn.Server):
@@ -191,15 +184,3 @@ class GatewayServer(uvicorn.Server):
             server.close()
         await asyncio.sleep(_LAST_REQUESTS_S)
         await super().shutdown(sockets)
-
-
-@contextmanager
-def _signals_go_to(server: GatewayServer) -> Iterator[None]:
-    """Pass signals to a server, also while it starts and after it has stopped. nohup's ignored SIGHUP stays ignored."""
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    before = {sig: signal.signal(sig, server.handle_exit) for sig in _SIGNALS - ignored}
-    try:
-        yield
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)

@@ -166,6 +166,27 @@ def test_a_connection_is_refused_only_when_all_others_wait_for_the_gateway(gatew
         assert all(received(connection).startswith(b"HTTP/1.1 200 ") for connection in working)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_the_work_for_a_connection_that_its_client_has_closed_is_dropped(gateway_bundle, together):
+    with running(gateway_bundle) as gateway:
+        gate = EngineGate(gateway.encoder.engine)
+        gate.close()
+        bodies = [b'{"inputs": "text %d"}' % number for number in range(4)]
+        first, *others = (EMBED + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies)
+        connection = connect(gateway, first + b"".join(others) if together else first)
+        wait_until(lambda: gate.runs)
+        for request in () if together else others:
+            connection.sendall(request)
+            time.sleep(0.02)  # apart, so that they are read one by one
+        connection.close()
+        try:
+            wait_until(lambda: gateway.metric("mirror_gateway_texts_in_flight") == 0, 5)
+        finally:
+            gate.open()
+        assert gateway.embed("a text").status == 200
+        assert gate.runs == 2, "one of the pipeline, which was under way, and the last"
+
+
 def test_an_upgrade_is_ignored_and_its_body_kept(gateway):
     h2c = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAA"}
     reply = send(gateway.port, "POST", "/embed", {"inputs": "a text"}, h2c)

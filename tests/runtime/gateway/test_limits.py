@@ -18,8 +18,8 @@ from mirror_runtime.errors import DeadlineExceededError, EngineError, Overloaded
 from mirror_runtime.gateway import scheduler, server, service
 from mirror_runtime.gateway.backends import ModelCard
 from mirror_runtime.gateway.errors import refusal_of
-from mirror_runtime.gateway.repeats import RepeatFilter
 from mirror_runtime.gateway.settings import GatewaySettings
+from mirror_runtime.repeats import RepeatFilter
 from mirror_runtime.retry_after import RetryEstimator
 from tests.support.fake_bundles import FINGERPRINT, EngineGate
 from tests.support.gateways import MODEL, running, send, vectors

@@ -14,10 +14,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from mirror_runtime import EngineError, InputError
+from mirror_runtime import EngineError, InputError, bulk_room
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.tokenizer import LongTexts
-from mirror_runtime.triton.model import scheduler
+from mirror_runtime.triton.model import batching, scheduler
+from mirror_runtime.triton.model.draining import DRAIN_VARIABLE, drained_file
 from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import ServingOptions
@@ -32,6 +33,7 @@ from tests.support.fake_triton import (
     NewFakeResponse,
     fake_backend_utils,
 )
+from tests.support.mirror_serve import wait_until
 
 
 @pytest.fixture
@@ -118,6 +120,11 @@ def test_small_batches_are_answered_within_the_call(start):
     np.testing.assert_array_equal(served, expected)
     assert model._budget.in_flight == 0
     assert model._scheduler.counts["admitted"] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32", "streams": 1, "row_tokens": 64, "batch_tokens": 1024}])
+def test_an_invariant_model_packs_one_text_a_row(start, options):
+    assert start(**options, invariant=True).encoder.rows.startswith("one text")
 
 
 def test_newer_servers_get_the_fingerprint_as_a_parameter_too_and_too_much_text_is_rejected(start, pb_utils):
@@ -239,20 +246,39 @@ def test_small_requests_overtake_large_ones_and_a_large_one_is_answered_whole(st
     assert model._budget.in_flight == 0
 
 
-def test_large_requests_wait_only_so_long_for_small_ones_and_leave_them_their_budget(start, monkeypatch):
-    monkeypatch.setattr(scheduler, "AGEING_S", 0.0)
+def test_large_requests_leave_small_ones_their_budget_and_are_not_shut_out_by_them(start, monkeypatch):
     model = start(streams=1, max_tokens_in_flight=3000)
     gate = closed_gate(model, monkeypatch)
     large, refused, small = words(1), words(2), FakeRequest(b"small")
     assert model.execute([large]) == [None]
     assert model.execute([refused])[0].error.code == FakeTritonError.UNAVAILABLE
-    while gate.runs < 1:
-        time.sleep(0.001)
     assert model.execute([small]) == [None], "a small one is accepted"
+    run = model.encoder.engine.run
+    monkeypatch.setattr(model.encoder.engine, "run", lambda rows: (time.sleep(0.01), run(rows))[1])
     gate.open()
     assert small.answered.wait(10)
-    assert large.answered.wait(10)
+    ends = time.monotonic() + 10
+    while not large.answered.wait(0.001) and time.monotonic() < ends:
+        model.execute([FakeRequest(b"small")])  # so often that one always waits
     assert large.response.error is None
+
+
+@pytest.mark.parametrize(("before", "most"), [(b"ready?", 1024), (b"a small one", 256)])
+def test_large_requests_run_in_full_batches_unless_small_ones_come(start, monkeypatch, before, most):
+    """A health check comes every second, and is not a small caller."""
+    monkeypatch.setattr(bulk_room, "BULK_S", 0.0)
+    model = start(streams=1)
+    sizes: list[int] = []
+
+    def recording(encoder, requests, long_texts):
+        sizes.append(sum(request.estimated_tokens(1000) for request in requests))
+        return batching.embed(encoder, requests, long_texts)
+
+    monkeypatch.setattr(scheduler, "embed", recording)
+    serve(model, FakeRequest(before))
+    sizes.clear()
+    serve(model, words(1))
+    assert most // 2 < max(sizes) <= most
 
 
 def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(start):
@@ -266,16 +292,39 @@ def test_vectors_are_cut_only_to_dimensions_that_the_encoder_was_trained_for(sta
 
 def test_a_repeated_failure_is_logged_once_a_minute_with_its_count(pb_utils, monkeypatch):
     clock = [0.0]
-    handler = TritonHandler(pb_utils, lambda: clock[0])
+    package = logging.getLogger("mirror_runtime")
+    monkeypatch.setattr(package, "handlers", [TritonHandler(pb_utils, lambda: clock[0])])
+    log = package.getChild("some.module")
     for second in (0, 1, 2, 61):
         clock[0] = second
-        handler.emit(logging.makeLogRecord({"msg": "a batch of %d failed", "args": (second,), "levelno": 40}))
-        handler.emit(logging.makeLogRecord({"msg": "another", "levelno": 30})) if second == 1 else None
+        log.error("a batch of %d failed", second)
+        log.warning("another") if second == 1 else None
     assert FakeLogger.lines == [
         "embed: a batch of 0 failed",
         "embed: another",
-        "embed: a batch of 61 failed\n(and 2 more like it before)",
+        "embed: 2 more of mirror_runtime.some.module: a batch of %d failed",
+        "embed: a batch of 61 failed",
     ]
+
+
+def test_a_model_that_drains_answers_what_it_accepted_rejects_the_rest_and_says_when_it_is_done(
+    start, monkeypatch, tmp_path
+):
+    monkeypatch.setenv(DRAIN_VARIABLE, str(tmp_path / "drain"))
+    model = start()
+    gate = closed_gate(model, monkeypatch)
+    accepted = FakeRequest(b"accepted")
+    assert model.execute([accepted]) == [None]
+    (tmp_path / "drain").touch()
+    wait_until(lambda: model.execute([FakeRequest(b"late")])[0] is not None)
+    monkeypatch.setattr(scheduler, "INLINE_TOKENS", 512)  # a call that could compute it at once rejects it as well
+    (late,) = model.execute([FakeRequest(b"late")])
+    assert (late.error.code, str(late.error)) == (FakeTritonError.UNAVAILABLE, "the server is stopping: try again")
+    done = drained_file(tmp_path / "drain", os.getpid())
+    assert not done.exists()
+    gate.open()
+    wait_until(done.exists)
+    assert accepted.response.error is None
 
 
 def test_unloading_answers_the_accepted_requests(start, monkeypatch):

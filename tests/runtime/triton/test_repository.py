@@ -93,7 +93,7 @@ def test_the_configuration_of_the_model():
     parameters = parameters_of(config)
     assert ServingOptions.of_parameters(parameters, 64) == ServingOptions(max_batch_size=64, streams=2)
     assert (parameters["bundle"], parameters["fingerprint"]) == ("bundle", "0123456789abcdef")
-    options = ServingOptions(instances=3, max_tokens_in_flight=9, long_texts=LongTexts.CHUNK)
+    options = ServingOptions(instances=3, max_tokens_in_flight=9, long_texts=LongTexts.CHUNK, invariant=True)
     config = parsed(render_config(MINILM, options))
     assert config.instance_group[0].count == 3
     parameters = parameters_of(config)
@@ -117,6 +117,7 @@ def test_any_path_survives_the_configuration_and_warmup_is_length_prefixed_text_
         ({"streams": 0}, "streams is 0"),
         ({"row_tokens": 64}, "row_tokens and batch_tokens belong together"),
         ({"row_tokens": 64, "batch_tokens": 1024}, "require engine, precision and streams"),
+        ({"invariant": True, "backend": Backend.OPENVINO}, "--invariant is not possible with the backend openvino"),
     ],
 )
 def test_options_are_validated(options, message):

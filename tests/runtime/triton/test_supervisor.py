@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from mirror_runtime.errors import ServerError
+from mirror_runtime.serving_process import STOP_SIGNALS
 from mirror_runtime.triton.server import server as server_module
 from mirror_runtime.triton.server import supervisor as supervisor_module
 from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, LOCK_FILE, REPLACED, clear_killed, deploying
-from mirror_runtime.triton.server.processes import STOP_SIGNALS
 from mirror_runtime.triton.server.supervisor import ServiceOptions, Supervisor, _signals
 
 
@@ -111,7 +111,8 @@ def test_only_killed_deployments_are_cleared_and_the_next_one_clears_them_too(tm
 
 
 def test_too_few_descriptors_are_reported_before_anything_starts(monkeypatch, tmp_path):
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (32, 64))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     monkeypatch.setattr(server_module, "Workspace", None)
     with pytest.raises(ServerError, match=r"may open 64 files, and tritonserver needs 256.*: raise .* ulimit -n"):
         server_module.Server(tmp_path).start()

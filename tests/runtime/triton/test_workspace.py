@@ -37,9 +37,7 @@ def kill(killed: Workspace) -> None:
 
 def test_the_next_process_clears_what_a_killed_one_left_and_nothing_of_the_living(places):
     killed, living = Workspace(), Workspace()
-    for name, each in (("folderA", killed), ("folderB", living)):
-        (places / "tmp" / name / "1").mkdir(parents=True)
-        (places / "tmp" / name / "1" / "model.py").write_text(f"# mirror_{each.token}_")
+    for each in (killed, living):
         (each.folder / "log").write_text("a log")
         (places / "shm" / f"mirror_{each.token}_region").touch()
     (places / "temporary" / "mirror-serve-of-somebody").touch()
@@ -49,7 +47,7 @@ def test_the_next_process_clears_what_a_killed_one_left_and_nothing_of_the_livin
     kill(killed)
     with contextlib.closing(Workspace()) as mine:
         assert names(places / "shm") == [f"mirror_{living.token}_region"]
-        assert names(places / "tmp") == ["folderB", "python_env_living"]
+        assert names(places / "tmp") == ["python_env_living"]
         kept = {living.folder.name, mine.folder.name, "mirror-serve-of-somebody"}
         assert set(names(places / "temporary")) == kept
     living.close()

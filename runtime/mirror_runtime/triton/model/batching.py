@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec
+from mirror_runtime.client.protocol import PROBE_TEXT
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import NotFiniteError
 from mirror_runtime.tokenizer import LongTexts
@@ -62,6 +63,11 @@ class EmbedRequest:
     first: int = 0  # position of the first text in the whole request
 
     @property
+    def is_probe(self) -> bool:
+        """Whether it is a health check, which comes every second and whose sender does not mind waiting."""
+        return self.texts.size == 1 and self.texts.flat[0] == PROBE_TEXT
+
+    @property
     def sizes(self) -> list[int]:
         """Bytes of each text, prompt included."""
         prompt = len(self.options.prompt.encode())
@@ -69,13 +75,13 @@ class EmbedRequest:
 
     def estimated_tokens(self, max_tokens: int) -> int:
         """Estimate the work as a number of tokens to run; tokenising long texts counts too."""
-        return sum(_tokens_to_run(size, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN for size in self.sizes)
+        return sum(_estimated_tokens(size, max_tokens) for size in self.sizes)
 
     def slices(self, max_tokens: int, tokens: int) -> list[EmbedRequest]:
-        """Split the request into slices of at most `tokens` estimated tokens to run, or a single text."""
+        """Split the request into slices of at most `tokens` estimated tokens, or a single text."""
         cuts, held = [0], 0
         for position, size in enumerate(self.sizes):
-            more = _tokens_to_run(size, max_tokens)
+            more = _estimated_tokens(size, max_tokens)
             if held and held + more > tokens:
                 cuts.append(position)
                 held = 0
@@ -87,8 +93,8 @@ class EmbedRequest:
         ]
 
 
-def _tokens_to_run(size: int, max_tokens: int) -> int:
-    return min(2 + size // BYTES_PER_TOKEN, max_tokens)
+def _estimated_tokens(size: int, max_tokens: int) -> int:
+    return min(2 + size // BYTES_PER_TOKEN, max_tokens) + size // TOKENISED_BYTES_PER_TOKEN
 
 
 def joined(results: Sequence[EmbedResult]) -> EmbedResult:

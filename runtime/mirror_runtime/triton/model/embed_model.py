@@ -29,6 +29,7 @@ from mirror_runtime.tokenizer import Tokenizer
 from mirror_runtime.triton.model.backend_model import find_artifact, packed_shape_set
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
+from mirror_runtime.triton.model.draining import DrainWatch
 from mirror_runtime.triton.model.instances import bind_to_share
 from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.metrics import MetricsReporter
@@ -80,9 +81,10 @@ class TritonPythonModel:
             self._budget,
             long_texts=options.long_texts,
             batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
-            slice_tokens=self.encoder.decision.batch_tokens,
+            run_tokens=self.encoder.decision.batch_tokens,
             workers=engine.streams + 1,
         )
+        self._drain_watch = DrainWatch(self._scheduler.drain)
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
         self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)
         pb_utils.Logger.log_info(
@@ -105,6 +107,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Answer the accepted requests, and release the engine."""
+        self._drain_watch.close()
         self._scheduler.close()
         self._reporter.close()
         self.encoder.close()
@@ -178,8 +181,14 @@ def _load(bundle: Path, options: ServingOptions, version: str) -> Encoder:
     if options.backend is not Backend.PYTHON:
         return _load_with_backend(bundle, options, version)
     if options.setting is not None:
-        return Encoder.of_setting(bundle, options.setting)
-    return Encoder.load(bundle, engine=options.engine, precision=options.precision, streams=options.streams)
+        return Encoder.of_setting(bundle, options.setting, invariant=options.invariant)
+    return Encoder.load(
+        bundle,
+        engine=options.engine,
+        precision=options.precision,
+        streams=options.streams,
+        invariant=options.invariant,
+    )
 
 
 def _load_with_backend(bundle: Path, options: ServingOptions, version: str) -> Encoder:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from mirror_runtime.bulk_room import SLICE_TOKENS, BulkRoom
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import OverloadedError
 from mirror_runtime.retry_after import RetryEstimator
@@ -37,11 +38,10 @@ INLINE_TOKENS = 512
 """Estimated tokens in flight, for each stream of the engine, up to which the calling thread computes requests itself.
 Meanwhile it rejects none: for some 30 ms, with a small encoder on one core."""
 
-AGEING_S = 0.0002
-"""For each token of a large request, how long small ones overtake it: 6.5 s for 32,768 tokens."""
-
 CHECK_CANCELLED_AFTER_S = 0.05
 """How long a request waits before its cancellation is checked; the check costs as much as a short text."""
+
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,9 @@ class _Waiting:
     tokens: int
     since: float
     slices: Sequence[EmbedRequest]
+    costs: Sequence[int]  # tokens of each slice
     large: bool
-    taken: int = 0
+    taken: int = 0  # slices
     results: dict[int, EmbedResult] = field(default_factory=dict)  # of slices, by number
     settled: bool = False
 
@@ -77,6 +78,7 @@ class TokenBudget:
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
+        self._closed = False
         self._lock = threading.Lock()
         self._work = {large: RetryEstimator(clock) for large in (False, True)}
 
@@ -85,9 +87,16 @@ class TokenBudget:
         """Tokens in flight now."""
         return sum(work.in_flight for work in self._work.values())
 
+    @property
+    def large_rate(self) -> float:
+        """Tokens of large requests that are answered in a busy second, lately."""
+        return self._work[True].rate
+
     def acquire(self, tokens: int, *, large: bool = False) -> None:
-        """Accept a request, or raise an `OverloadedError` with the time when it might fit."""
+        """Accept a request, or raise an `OverloadedError`; it has the time when the request might fit."""
         with self._lock:
+            if self._closed:
+                raise OverloadedError("the server is stopping: try again")
             work = self._work[large]
             if work.in_flight and work.in_flight + tokens > self.limit:
                 retry_after_s = work.retry_after_s()
@@ -98,6 +107,11 @@ class TokenBudget:
                 )
             work.enter(tokens)
 
+    def close(self) -> None:
+        """Accept no more requests."""
+        with self._lock:
+            self._closed = True
+
     def release(self, tokens: int, *, large: bool = False) -> None:
         """Release the tokens of an answered request."""
         with self._lock:
@@ -107,10 +121,12 @@ class TokenBudget:
 class Scheduler:
     """Accepts or rejects requests; its workers answer the accepted ones. `close` finishes them.
 
-    A worker stops filling a batch at `batch_tokens` estimated tokens. Requests of more than `slice_tokens` are large:
-    they are computed in slices of that size, a full run of the engine, after the small ones, though never more than
-    `AGEING_S` for each of their tokens later. One worker takes no large ones. While one waits for the engine, another
-    tokenises or replies.
+    Requests of more than `SLICE_TOKENS` are large and computed in slices, as in the gateway: while small requests come,
+    one slice or a moment's work of large ones is under way, so that neither kind waits for all of the other. One
+    worker takes no large ones. While one waits for the engine, another tokenises or replies.
+
+    A worker computes what it takes at once: `run_tokens` estimated tokens of large requests, a full run of the engine,
+    and `batch_tokens` of small ones, a full run for each of its streams.
     """
 
     def __init__(
@@ -120,16 +136,17 @@ class Scheduler:
         *,
         long_texts: LongTexts,
         batch_tokens: int,
-        slice_tokens: int,
+        run_tokens: int,
         workers: int,
     ) -> None:
         self._encoder = encoder
         self._budget = budget
         self._long_texts = long_texts
-        self._batch_tokens, self._slice_tokens = batch_tokens, slice_tokens
+        self._batch_tokens, self._run_tokens = batch_tokens, run_tokens
         self._small: deque[_Waiting] = deque()
         self._large: deque[_Waiting] = deque()
-        self._on_large = 0  # workers
+        self._bulk_room = BulkRoom()
+        self._on_large = self._large_running = 0  # workers, and the tokens that they compute
         self._most_on_large = max(1, workers - 1)
         self._changed = threading.Condition()
         self._closed = False
@@ -153,15 +170,26 @@ class Scheduler:
         now = time.monotonic()
         max_tokens = self._encoder.spec.max_tokens
         sizes = [job.request.estimated_tokens(max_tokens) for job in jobs]
+        if any(size <= SLICE_TOKENS and not job.request.is_probe for job, size in zip(jobs, sizes, strict=True)):
+            self._bulk_room.note_small()
         tokens = sum(sizes)
         if self._budget.in_flight + tokens > min(INLINE_TOKENS * self._encoder.engine.streams, self._budget.limit):
             return [self._enqueue(job, size, now) for job, size in zip(jobs, sizes, strict=True)]
-        self._budget.acquire(tokens)
+        try:
+            self._budget.acquire(tokens)
+        except OverloadedError as error:  # it fits: the server is stopping
+            return [self._refused(error) for _ in jobs]
         self._count("admitted", len(jobs))
         try:
             return list(self._compute([job.request for job in jobs]))
         finally:
             self._budget.release(tokens)
+
+    def drain(self) -> None:
+        """Reject new requests from now on, and return when the accepted ones are answered."""
+        self._budget.close()
+        while self._budget.in_flight:
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Answer the accepted requests, and end the workers."""
@@ -176,20 +204,24 @@ class Scheduler:
         if size > LARGEST_REQUEST:
             message = f"the request has {size} bytes of text: send at most {LARGEST_REQUEST} in one"
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
-        large = tokens > self._slice_tokens
+        large = tokens > SLICE_TOKENS
         try:
             self._budget.acquire(tokens, large=large)
         except OverloadedError as error:
-            self._count("refused")
-            return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
+            return self._refused(error)
         max_tokens = self._encoder.spec.max_tokens
-        slices = job.request.slices(max_tokens, self._slice_tokens) if large else [job.request]
+        slices = job.request.slices(max_tokens, SLICE_TOKENS) if large else [job.request]
+        costs = [one.estimated_tokens(max_tokens) for one in slices] if large else [tokens]
+        waiting = _Waiting(job=job, tokens=tokens, since=now, slices=slices, costs=costs, large=large)
         with self._changed:
             self._counts["admitted"] += 1
-            queue = self._large if large else self._small
-            queue.append(_Waiting(job=job, tokens=tokens, since=now, slices=slices, large=large))
+            (self._large if large else self._small).append(waiting)
             self._changed.notify()
         return None
+
+    def _refused(self, error: OverloadedError) -> Failure:
+        self._count("refused")
+        return Failure(kind=FailureKind.UNAVAILABLE, message=str(error))
 
     def _work(self) -> None:
         while batch := self._next_batch():
@@ -200,33 +232,44 @@ class Scheduler:
             if batch[0][0].large:
                 with self._changed:
                     self._on_large -= 1
+                    self._large_running -= sum(waiting.costs[number] for waiting, number in batch)
                     self._changed.notify()
 
     def _next_batch(self) -> list[tuple[_Waiting, int]]:
-        """Wait for requests and take a batch of small ones, or a slice of a large one; empty after `close`."""
+        """Wait for requests and take a batch of large ones' slices, or of small ones; empty after `close`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._small or self._large_is_free() or self._closed)
-            if self._large_is_free() and not (self._small and self._small[0].since < _due(self._large[0])):
+            self._changed.wait_for(lambda: self._small or self._large_fits() or self._closed)
+            batch: list[tuple[_Waiting, int]] = []
+            tokens = 0
+            while self._large_fits(tokens):
                 waiting = self._large.popleft()
+                batch.append((waiting, waiting.taken))
+                tokens += waiting.costs[waiting.taken]
                 waiting.taken += 1
                 if waiting.taken < len(waiting.slices):
                     self._large.append(waiting)  # the slices of several requests take turns
+            if batch:
                 self._on_large += 1
+                self._large_running += tokens
                 self._changed.notify()  # there may be another slice
-                return [(waiting, waiting.taken - 1)]
-            batch: list[tuple[_Waiting, int]] = []
-            tokens = 0
+                return batch
             while self._small and (not batch or tokens + self._small[0].tokens <= self._batch_tokens):
                 waiting = self._small.popleft()
                 batch.append((waiting, 0))
                 tokens += waiting.tokens
             return batch
 
-    def _large_is_free(self) -> bool:
-        """Return whether a large request waits that this worker may take; forget those that have failed."""
+    def _large_fits(self, taken: int = 0) -> bool:
+        """Return whether this worker may take a large request's slice besides `taken` tokens; forget failed ones."""
         while self._large and self._large[0].settled:
             self._large.popleft()
-        return bool(self._large) and self._on_large < self._most_on_large
+        if not self._large or self._on_large >= self._most_on_large:
+            return False
+        cost = self._large[0].costs[self._large[0].taken]
+        running = self._large_running + taken
+        most = self._run_tokens * self._most_on_large
+        room = self._bulk_room.tokens(most, SLICE_TOKENS, self._budget.large_rate)
+        return not running or (running + cost <= room and (not taken or taken + cost <= self._run_tokens))
 
     def _is_live(self, waiting: _Waiting) -> bool:
         """Settle a request that has expired or was cancelled; return whether it is to be computed."""
@@ -284,7 +327,3 @@ class Scheduler:
     def _count(self, outcome: str, times: int = 1) -> None:
         with self._changed:
             self._counts[outcome] += times
-
-
-def _due(waiting: _Waiting) -> float:
-    return waiting.since + AGEING_S * waiting.tokens

@@ -41,6 +41,7 @@ class ServingOptions:
         backend: runs the graph.
         dimensions: shorter vectors that requests may choose, as numbers of leading components. Only for encoders that
             were trained for them (Matryoshka), which nothing in a bundle tells.
+        invariant: make a text's vector equal to the bit whatever else is encoded, see `Encoder.load`.
     """
 
     engine: str = AUTO
@@ -54,6 +55,7 @@ class ServingOptions:
     max_tokens_in_flight: int = 32768
     backend: Backend = Backend.PYTHON
     dimensions: tuple[int, ...] = ()
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "streams", "row_tokens", "batch_tokens", "instances", "max_tokens_in_flight"):
@@ -64,6 +66,8 @@ class ServingOptions:
             raise InputError("row_tokens and batch_tokens belong together: set both or neither")
         if self.row_tokens is not None and (AUTO in (self.engine, self.precision) or self.streams is None):
             raise InputError("row_tokens and batch_tokens require engine, precision and streams as well")
+        if self.invariant and self.backend is not Backend.PYTHON:
+            raise InputError(f"--invariant is not possible with the backend {self.backend.value}: choose python")
 
     @property
     def setting(self) -> Setting | None:
@@ -106,12 +110,14 @@ class ServingOptions:
         """Return the options that the model needs, as parameters of `config.pbtxt`."""
         values = {name: value for name, value in vars(self).items() if name != "max_batch_size"}
         values["dimensions"] = ",".join(map(str, self.dimensions)) or None
+        values["invariant"] = str(self.invariant).lower()
         return {name: AUTO if value is None else str(getattr(value, "value", value)) for name, value in values.items()}
 
     @classmethod
     def of_parameters(cls, parameters: Mapping[str, str], max_batch_size: int) -> ServingOptions:
         """Parse what `to_parameters` wrote; a KeyError or ValueError means another version of this project wrote it."""
-        trained = parameters.get("dimensions", AUTO)  # repositories from before this option have no such parameter
+        # Repositories from before these options have no such parameters.
+        trained, invariant = parameters.get("dimensions", AUTO), parameters.get("invariant", "false")
         return cls(
             engine=parameters["engine"],
             precision=parameters["precision"],
@@ -124,6 +130,7 @@ class ServingOptions:
             max_tokens_in_flight=int(parameters["max_tokens_in_flight"]),
             backend=Backend(parameters["backend"]),
             dimensions=() if trained == AUTO else tuple(map(int, trained.split(","))),
+            invariant=invariant == "true",
         )
 
 

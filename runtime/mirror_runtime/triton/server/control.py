@@ -1,12 +1,10 @@
-"""Load, replace and drain models of a running server, with the key that only its owner has."""
+"""Load and replace models of a running server, with the key that only its owner has."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from mirror_runtime.errors import ServerError
 from mirror_runtime.extras import require
@@ -16,7 +14,6 @@ OWNERS_APIS = "model-repository,shared-memory,trace,logging"
 """APIs that require the key, because loading models or registering memory runs code in the server."""
 
 _CALL_S = 20.0
-_DRAINING_MODEL = Path(__file__).parents[1] / "model" / "draining_model.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,24 +52,6 @@ class ModelControl:
         with self._translate_errors("the models cannot be listed"):
             index = self._client.get_model_repository_index(self._headers, as_json=True, client_timeout=_CALL_S)
         return any(model.get("state") in ("LOADING", "UNLOADING") for model in index.get("models", []))
-
-    def drain(self, model: str, mark: str) -> None:
-        """Replace a model by one that rejects every request. The old one answers the requests that it has accepted.
-
-        Triton leaves a copy of the new model's file in /tmp; it contains `mark`. Triton's own unload rejects requests
-        too, but as NOT_FOUND, which other clients than ours do not retry.
-        """
-        with self._translate_errors(f"{model} cannot be drained"):
-            config = self._client.get_model_config(model, as_json=True, client_timeout=_CALL_S)["config"]
-            kept = {name: config[name] for name in ("name", "backend", "max_batch_size", "input", "output")}
-            kept["instance_group"] = [{"kind": "KIND_CPU", "count": 1}]
-            self._client.load_model(
-                model,
-                headers=self._headers,
-                config=json.dumps(kept),
-                files={"file:1/model.py": _DRAINING_MODEL.read_bytes() + f"# {mark}\n".encode()},
-                client_timeout=_CALL_S,
-            )
 
     def close(self) -> None:
         """Close the connection."""

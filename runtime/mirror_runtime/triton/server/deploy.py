@@ -26,12 +26,13 @@ from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import BundleError, InputError, ParityError, ServerError
 from mirror_runtime.folders import os_error_message
 from mirror_runtime.selection import AUTO, EXACT, choose
+from mirror_runtime.serving_process import stop_signals_handled
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import link_or_copy, write_model
 from mirror_runtime.triton.server.control import Access, ModelControl
 from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME, REPLACED, deploying, find_server
-from mirror_runtime.triton.server.processes import runners, stop_signals_handled
+from mirror_runtime.triton.server.processes import runners
 from mirror_runtime.triton.server.server import STARTUP_S, Server
 from mirror_runtime.vectors import components
 from mirror_runtime.verify import check_fingerprint

@@ -24,8 +24,9 @@ class HealthPolicy:
     Attributes:
         check_s: how often the processes are checked, in seconds.
         probe_s: pause between two probes, each a real inference of one short text.
-        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If a process was
-            stopped by a signal, or Triton reports that the model's is dead or unloaded, two probes are enough.
+        silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If Triton reports
+            that the model's process is dead or unloaded, two probes are enough. A process that a signal has stopped may
+            take the time of one to go on.
         computing_s: how long while the model's process uses the CPU, as in one batch of 256 long texts.
     """
 
@@ -47,6 +48,7 @@ class Watchdog:
         self._answered = 0
         self._alive_at = self._checked_at = clock()
         self._computed_s = server.workers_cpu_seconds()
+        self._runs_at = self._alive_at  # when no process was stopped
 
     def watch(self, stopping: threading.Event) -> str:
         """Wait until the server is broken and return the problem; empty if another thread has set `stopping`."""
@@ -77,19 +79,23 @@ class Watchdog:
         now = self._clock()
         if self.prober.answered_at > self._alive_at:
             self._note_life(self.prober.answered_at)
+        if not self._server.stopped():
+            self._runs_at = now
+        if now - self._runs_at >= self._policy.probe_s:
+            return "a signal has stopped one of its processes"
         silent_s = now - self._alive_at
         if silent_s < 2 * self._policy.probe_s or now - self._checked_at < self._policy.probe_s:
             return ""
         self._checked_at = now
         # Triton counts a reply "encoding failed" as an inference, so a failed probe outweighs its counters.
-        failing, stopped = self.prober.failing, self._server.stopped()
-        if not failing and not stopped and self._others_are_answered():
+        failing = self.prober.failing
+        if not failing and self._others_are_answered():
             self._note_life(now)
             return ""
         reason = self.prober.failure or "requests wait without an answer"
         computing = not failing and self._server.workers_cpu_seconds() - self._computed_s > _COMPUTING * silent_s
         patience_s = self._policy.computing_s if computing else self._policy.silent_s
-        if silent_s < patience_s and not (stopped or self.prober.dead):
+        if silent_s < patience_s and not self.prober.dead:
             return ""
         return f"no inference has succeeded for {silent_s:.0f} s: {reason}"
 

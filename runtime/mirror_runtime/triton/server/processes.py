@@ -6,11 +6,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -50,18 +47,6 @@ def resident_bytes(pids: Iterable[int]) -> int:
 def runners(server: int, model: str) -> list[int]:
     """Return the processes in which a tritonserver runs a model; their command lines contain the model's path."""
     return [pid for pid in group_members(server) if pid != server and f"/{model}/" in _command_line(pid)]
-
-
-@contextlib.contextmanager
-def stop_signals_handled(handler: Any) -> Iterator[None]:
-    """Handle the signals to stop during the block. Ignored ones stay so, as `nohup` wants of SIGHUP."""
-    chosen = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handler) for number in chosen}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def tritons(token: str) -> list[int]:

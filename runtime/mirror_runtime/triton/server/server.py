@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -19,8 +18,10 @@ import mirror_runtime
 from mirror_runtime.client.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
+from mirror_runtime.serving_process import allow_open_files
+from mirror_runtime.triton.model.draining import DRAIN_VARIABLE, drained_file
 from mirror_runtime.triton.server import launch
-from mirror_runtime.triton.server.control import KEY_HEADER, OWNERS_APIS, Access, ModelControl
+from mirror_runtime.triton.server.control import KEY_HEADER, OWNERS_APIS, Access
 from mirror_runtime.triton.server.deploy_lock import CANDIDATE_NAME
 from mirror_runtime.triton.server.distribution import Distribution, find_distribution, server_environment
 from mirror_runtime.triton.server.processes import alive, cpu_seconds, group_members, kill_group, runners, stopped
@@ -33,7 +34,14 @@ _DESCRIPTORS = 256
 _POLL_S = 0.1
 _PROBE_S = 10.0
 _EXIT_TIMEOUT_S = 5
+_DRAIN_FILE = "drain"
+_DRAIN_POLL_S = 0.02
+_FIRST_REQUESTS_S = 0.2
+"""How long requests are still accepted that were sent before the signal, and are on their way to the model."""
+
 _LAST_REPLIES_S = 0.3
+"""How long replies may be on their way from the model to the clients."""
+
 _LOG_LINES = 20
 
 
@@ -113,6 +121,7 @@ class Server:
         self._workspace = workspace = Workspace()  # first: it ends a server that a killed process has left on the ports
         self.shared_memory_prefix = f"mirror_{workspace.token}_"
         environment["TMPDIR"] = str(workspace.folder)
+        environment[DRAIN_VARIABLE] = str(workspace.folder / _DRAIN_FILE)
         try:
             self._take_ports()
             _assemble_backends(distribution, workspace.folder / "backends")
@@ -212,18 +221,22 @@ class Server:
             Whether all of them were answered.
 
         Raises:
-            ServerError: the model cannot be drained.
+            ServerError: it is not running, or its model cannot be told.
         """
         deadline = time.monotonic() + timeout_s
         busy = runners(self.pid, MODEL_NAME)
-        with ModelControl(self.access) as control:
-            control.drain(MODEL_NAME, self.shared_memory_prefix)
-            # The old model's process ends after its last reply.
-            while any(map(alive, busy)):
-                if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
-                    return False
-                time.sleep(_POLL_S)
-        time.sleep(_LAST_REPLIES_S)  # for replies on their way from the model to the clients
+        assert self._workspace is not None
+        file = self._workspace.folder / _DRAIN_FILE
+        time.sleep(_FIRST_REQUESTS_S)
+        try:
+            file.touch()
+        except OSError as error:
+            raise ServerError(f"{file} cannot be written: {error.strerror}") from error
+        while any(alive(pid) and not drained_file(file, pid).exists() for pid in busy):
+            if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
+                return False
+            time.sleep(_DRAIN_POLL_S)
+        time.sleep(_LAST_REPLIES_S)
         return True
 
     def stop(self, *, grace_s: float = _EXIT_TIMEOUT_S * 2.0) -> None:
@@ -334,8 +347,8 @@ class Server:
 
 def _check_descriptors() -> None:
     """Check the limit on open files: with too few, Triton accepts connections and answers none of them."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= limit < _DESCRIPTORS:
+    limit = allow_open_files(_DESCRIPTORS)
+    if limit < _DESCRIPTORS:
         raise ServerError(
             f"this process may open {limit} files, and tritonserver needs {_DESCRIPTORS}, and one more for each "
             "connection: raise the limit, such as with ulimit -n 4096"

@@ -15,15 +15,17 @@ from mirror_runtime.bundle import MANIFEST_FILE, read_manifest
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.selection import choose
+from mirror_runtime.serving_process import stop_signals_handled
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import write_temporary_repository
 from mirror_runtime.triton.server.deploy_lock import ServerFile, clear_killed
 from mirror_runtime.triton.server.health import HealthPolicy, Watchdog
-from mirror_runtime.triton.server.processes import stop_signals_handled
 from mirror_runtime.triton.server.server import Server
 from mirror_runtime.triton.server.workspace import Workspace
 
 _LONGEST_PAUSE_S = 30.0
+_LISTENERS_CLOSE_S = 0.2
+"""How long a drained server may say goodbye. An idle HTTP connection, which Triton waits for, uses up any time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def serve(
                     on_ready(server)
                 if supervisor.run():
                     _drain(server, service.drain_s, second, on_progress)
-            server.stop(grace_s=1.0)
+            server.stop(grace_s=_LISTENERS_CLOSE_S)
         finally:
             server.stop(grace_s=0.0)
 

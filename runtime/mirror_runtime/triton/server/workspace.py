@@ -16,7 +16,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 _PREFIX = "mirror-serve-"
 _TRITONS_FOLDERS = Path("/tmp")
-"""Here Triton makes folders whatever TMPDIR says: an empty one for its Python backend, and those of drained models."""
+"""Here Triton makes an empty folder for its Python backend, whatever TMPDIR says."""
 
 _ENVIRONMENT = "python_env_*"
 
@@ -87,10 +87,6 @@ def _remove(folder: Path) -> None:
     for link in folder.glob(_ENVIRONMENT):
         with contextlib.suppress(OSError):  # Triton has removed it, or somebody has filled it
             link.readlink().rmdir()
-    for model in _TRITONS_FOLDERS.glob("folder*/1/model.py"):
-        with contextlib.suppress(OSError):
-            if _ours(model) and f"mirror_{token}_" in model.read_text(encoding="utf-8", errors="replace"):
-                shutil.rmtree(model.parents[1])
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,4 +1,7 @@
-"""A log that states a thing a few times and then counts it, so that a bad caller cannot fill a disk."""
+"""A log that states a thing a few times and then counts it, so that a bad caller cannot fill a disk.
+
+A leaf: imports nothing of ours.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ BURST = 5
 class RepeatFilter(logging.Filter):
     """Drops repeats: records of the same logger, level, unformatted message and types of exceptions."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, burst: int = BURST, window_s: float = WINDOW_S
+    ) -> None:
         super().__init__()
-        self._clock = clock
+        self._clock, self._burst, self._window_s = clock, burst, window_s
         self._began = clock()
         self._seen: Counter[tuple[str, int, str, str]] = Counter()
 
@@ -30,16 +35,16 @@ class RepeatFilter(logging.Filter):
         self.summarize()
         thing = (record.name, record.levelno, str(record.msg)[:100], _exceptions(record))
         self._seen[thing] += 1
-        return self._seen[thing] <= BURST
+        return self._seen[thing] <= self._burst
 
     def summarize(self, *, now: bool = False) -> None:
         """Log how often things were repeated, once the window has ended, or `now`."""
-        if not now and self._clock() - self._began < WINDOW_S:
+        if not now and self._clock() - self._began < self._window_s:
             return
         seen, self._seen, self._began = self._seen, Counter(), self._clock()
         for (name, level, message, kind), times in seen.items():
-            if times > BURST:
-                more = (times - BURST, name, message.strip(), kind)
+            if times > self._burst:
+                more = (times - self._burst, name, message.strip(), kind)
                 logging.getLogger(__name__).log(level, "%d more of %s: %s%s", *more)
 
 

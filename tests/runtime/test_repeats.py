@@ -3,7 +3,7 @@
 import logging
 from types import SimpleNamespace
 
-from mirror_runtime.gateway.repeats import BURST, WINDOW_S, RepeatFilter
+from mirror_runtime.repeats import BURST, WINDOW_S, RepeatFilter
 
 
 def test_another_error_is_another_thing_and_the_last_ones_are_counted(caplog):
