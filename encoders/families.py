@@ -26,16 +26,16 @@ class Residual:
 class Layer:
     """A family's names for the modules of a layer, relative to the layer."""
 
-    attention: str  # its module; what it states of `scaling`, `is_causal` and `sliding_window` is obeyed
+    attention: str = ""  # its module; what it states of `scaling`, `is_causal` and `sliding_window` is obeyed
     query: str = ""  # projection; `key` and `value` likewise
     key: str = ""
     value: str = ""
     qkv: str | None = None  # one projection in place of these three
     query_norm: str | None = None  # on each head's query; `key_norm` likewise
     key_norm: str | None = None
-    attention_dropout: str  # on the attention probabilities: a module, or an attribute with the probability
-    output: str  # projection after the heads
-    attention_residual: Residual
+    attention_dropout: str = ""  # on the attention probabilities: a module, or an attribute with the probability
+    output: str = ""  # projection after the heads
+    attention_residual: Residual = Residual()
     up: str = "intermediate.dense"  # first projection of the feed-forward block
     gate: str | None = None  # its activation is multiplied by `up`; the same name: one module yields gate, then up
     activation: str = "intermediate.intermediate_act_fn"  # between both projections
@@ -52,7 +52,7 @@ class Family:
     """One family of encoders, as data. Paths of modules are relative to the model."""
 
     layer: Layer
-    layers: str = "encoder.layer"  # the list of layers
+    layers: str | None = "encoder.layer"  # the list of layers; None: a static encoder, which has none
     group: str | None = None  # that list holds groups, with their layers here, which several places share
     flagged: tuple[str, Layer] | None = None  # a layer has these names instead if this key of the configuration is set
     words: str = "embeddings.word_embeddings"
@@ -72,11 +72,17 @@ class Family:
     windowed: bool = False  # some layers attend within a window, which their modules state
     dim: str = "hidden_size"  # the configuration's key for the width of a vector
     longest: str | None = "max_position_embeddings"  # its key for the number of positions; None: any length
+    drops_unknown: bool = False  # the tokenizer's unknown token does not count among a text's tokens
     is_language_model: bool = False  # repositories of the family name a causal language model, whose head is not used
     loader: str = "AutoModel"  # class of transformers
     # Values that keys of `config.json` may have, None if the key may be missing. Others mean parts that no description
     # states.
     requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the encoder is a table of token vectors and nothing else: see `encoders.static`."""
+        return self.layers is None
 
     def first_position(self, config: Mapping[str, Any]) -> int:
         """Return the row of the position table for the first token of a text.
@@ -207,6 +213,10 @@ DEBERTA_LAYER = replace(
     position_query="attention.self.pos_query_proj",
 )
 
+STATIC = Family(
+    layer=Layer(), layers=None, words="embedding", types=None, positions=None, embedding_steps=(), longest=None
+)
+
 BERT = Family(layer=BERT_LAYER, token_types=True, requires=ABSOLUTE)
 ROBERTA = Family(layer=BERT_LAYER, skips_padding=True, requires=ABSOLUTE)
 LANGUAGE_MODEL = Family(
@@ -302,6 +312,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 "pos_att_type": ("p2c|c2p", "c2p|p2c", ["p2c", "c2p"], ["c2p", "p2c"]),
             },
         ),
+        "static": STATIC,
+        "model2vec": replace(STATIC, drops_unknown=True),
     }
 )
 """The families whose packed rows and graphs the tests prove, by `model_type`."""

@@ -55,6 +55,8 @@ class _Rows:
 def layers_of(model: Any) -> list[nn.Module]:
     """List the layers in the order in which they run; layers that share weights occur several times."""
     family = FAMILIES[model.config.model_type]
+    if family.layers is None:
+        return []
     layers = list(model.get_submodule(family.layers))
     if family.group is None:
         return layers

@@ -59,7 +59,8 @@ def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
     if spec.pooling is Pooling.MAX:
         return hidden.masked_fill(~tokens.mask.bool().unsqueeze(-1), float("-inf")).amax(dim=1)
     weights = _weights(tokens, spec).unsqueeze(-1)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    # The vector of a text without tokens, which only a static encoder has, is zero.
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _weights(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from encoders.layers import layer_names, layers_of
 from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
 from encoders.sentence_transformers import read_json, readable
 from encoders.source import ResolvedEncoder
+from encoders.static import load_static_model, load_static_tokenizer, unknown_token
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
@@ -77,7 +79,7 @@ class Reference:
         if spec.pooling is Pooling.MEAN_PADDED and self._hides_from_padding():
             raise BundleError(f"{name} has padding that does not see its text: pooling mean_padded is not supported")
         taken = len(self.tokenizer((spec.template or "").replace("{text}", ""))["input_ids"])
-        if not taken:
+        if not taken and not self.is_static:
             raise BundleError(f"{name} adds no special token to a text, so an empty text would have no vector")
         if spec.template is not None and taken >= spec.max_tokens:
             raise BundleError(
@@ -110,6 +112,16 @@ class Reference:
             if not np.isfinite(reference.encode(["one text"])).all():  # a config may only fail when it computes
                 raise BundleError(f"{source.folder} computes NaN or infinity for the text 'one text'")
         return reference
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the encoder is a table of token vectors: see `encoders.static`."""
+        return FAMILIES[self.spec.family].is_static
+
+    @cached_property
+    def dropped(self) -> int | None:
+        """The token that does not count among a text's tokens; None for nearly all encoders."""
+        return unknown_token(self.tokenizer.backend_tokenizer) if FAMILIES[self.spec.family].drops_unknown else None
 
     def _hides_from_padding(self) -> bool:
         """Whether padding does not attend to the whole text, so that its vectors are an accident of the library."""
@@ -189,8 +201,9 @@ class Reference:
 
     def _run(self, ids: list[list[int]]) -> Tokens:
         spec = self.spec
-        length = spec.pad_to or max(map(len, ids))
-        input_ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in ids])
+        length = spec.pad_to or max(1, *map(len, ids))
+        padding = [0 if self.is_static else self.tokenizer.pad_token_id]
+        input_ids = torch.tensor([row + padding * (length - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
         marked = attention = None
         if spec.pooling is Pooling.MASK:
@@ -203,6 +216,8 @@ class Reference:
                     input_ids=input_ids, attention_mask=mask, output_hidden_states=True, output_attentions=True
                 )
             attention = out.attentions[spec.ditto.layer][:, spec.ditto.head]
+        if self.dropped is not None:
+            mask = mask * (input_ids != self.dropped)
         return Tokens(states=out.hidden_states, mask=mask, marked=marked, attention=attention)
 
     def _marked(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -247,6 +262,8 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
     Raises:
         BundleError: the file lacks weights of the encoder, which would keep random values.
     """
+    if FAMILIES[source.spec.family].is_static:
+        return _finite(load_static_model(source.folder, source.spec.family), source)
     try:
         with _quiet_transformers():
             load: Any = getattr(transformers, FAMILIES[source.spec.family].loader).from_pretrained
@@ -275,10 +292,13 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
         )
     if loading["missing_keys"]:
         model.pooler = None  # it has no weights in the file, and no pooling reads it
+    return _finite(model.eval(), source)
+
+
+def _finite(model: PreTrainedModel, source: ResolvedEncoder) -> PreTrainedModel:
     if bad := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
         raise BundleError(f"the weights in {source.folder} hold NaN or infinite numbers: {', '.join(bad[:3])}")
-    model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(source: ResolvedEncoder) -> PreTrainedTokenizerBase:
@@ -295,6 +315,8 @@ def load_tokenizer(source: ResolvedEncoder) -> PreTrainedTokenizerBase:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a malformed file
         raise BundleError(f"{path} is not a tokenizer: {error}") from error
+    if FAMILIES[source.spec.family].is_static:
+        return load_static_tokenizer(backend)
     try:
         with _quiet_transformers():
             known = AutoTokenizer.from_pretrained(

@@ -38,7 +38,7 @@ ACTIVATION_CLASSES = {
 }
 """Their class names in sentence-transformers folders."""
 
-KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
+KINDS = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize")
 """The supported modules, in their required order. Dropout does nothing at inference and may stand anywhere."""
 
 TRANSFORMER_FILES = tuple(
@@ -80,6 +80,7 @@ class RecordedEncoder:
     max_tokens: int | None  # None if no limit is recorded
     dim: int | None  # components that are kept; None for all
     template: str | None  # the default prompt; None if the folder has none
+    family: str | None = None  # of a static encoder, whose folder does not state it
 
 
 def read_modules(root: Path) -> RecordedEncoder:
@@ -105,12 +106,17 @@ def read_modules(root: Path) -> RecordedEncoder:
         if kind != "Dropout" and (kind, "Normalize") != (found[-1][0] if found else "", kind):
             found.append((kind, root / path))  # a second Normalize changes nothing
     order = [kind for kind, _ in found]
-    if "Pooling" not in order:
+    static = order[:1] == ["StaticEmbedding"] and "Pooling" not in order
+    if "Pooling" not in order and not static:
         raise BundleError(f"{root}/modules.json has no Pooling module, so it has no single vector for a text")
     if order != sorted(order, key=KINDS.index) or any(order.count(kind) > 1 for kind in KINDS if kind != "Dense"):
         raise BundleError(f"{root}/modules.json lists {', '.join(order)}: the order must be {', '.join(KINDS)}")
-    folder = next((path for kind, path in found if kind == "Transformer"), root)
-    pooling, takes_prompt = _read_pooling(next(path for kind, path in found if kind == "Pooling") / "config.json")
+    if "StaticEmbedding" in order and not static:
+        raise BundleError(f"{root}/modules.json lists {', '.join(order)}: a StaticEmbedding has nothing to pool")
+    folder = next((path for kind, path in found if kind in KINDS[:2]), root)
+    pooling, takes_prompt = Pooling.MEAN, True
+    if not static:
+        pooling, takes_prompt = _read_pooling(next(path for kind, path in found if kind == "Pooling") / "config.json")
     dense = tuple(path for kind, path in found if kind == "Dense")
     config_file = root / "config_sentence_transformers.json"
     config = read_json(config_file, dict) if config_file.is_file() else {}
@@ -121,9 +127,10 @@ def read_modules(root: Path) -> RecordedEncoder:
         dense=tuple(_read_dense(path / "config.json") for path in dense),
         dense_folders=dense,
         normalize=normalize,
-        max_tokens=_read_transformer(folder),
+        max_tokens=_read_truncation(folder) if static else _read_transformer(folder),
         dim=_read_dim(config.get("truncate_dim"), config_file, normalize=normalize),
         template=_read_prompt(config, config_file, takes_prompt),
+        family="static" if static else None,
     )
 
 
@@ -200,6 +207,15 @@ def _read_transformer(folder: Path) -> int | None:
         _check_case(path, folder / TOKENIZER_FILE, lower=lower, stated=lower_case)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise BundleError(f"{path} has the limit {limit!r}: it must be a number of tokens")
+    return limit
+
+
+def _read_truncation(folder: Path) -> int | None:
+    """Return the limit in a static encoder's tokenizer, where sentence-transformers leaves it on."""
+    truncation = read_json(folder / TOKENIZER_FILE, dict).get("truncation") or {}
+    if truncation.get("direction", "Right") != "Right":
+        raise BundleError(f"{folder}/{TOKENIZER_FILE} cuts long texts on the left: only their end can be cut")
+    limit: int | None = truncation.get("max_length")
     return limit
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules, readable
+from encoders.static import is_model2vec, read_model2vec, table_width
 from encoders.supported import check_config
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError
@@ -29,7 +30,7 @@ class ResolvedEncoder:
     folder: Path  # holds `config.json`, safetensors weights and `tokenizer.json`
     spec: EncoderSpec  # everything except weights and tokenizer that decides a vector
     dense: tuple[Path, ...] = ()  # folders of the weights of the head's dense layers, in order
-    published: Path | None = None  # what sentence-transformers reads as exactly this encoder; None if it cannot
+    published: Path | None = None  # what its owner's library reads as exactly this encoder; None if none does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ def _read(
     published = root
     base_model = name_or_path if commit is not None else root.resolve().name
     dense: tuple[Path, ...] = ()
+    recorded = None
     if (root / ENCODER_FILE).is_file():
         spec = read_encoder(root)
         config = _check_weights(root)
@@ -92,14 +94,17 @@ def _read(
         _check_head(requested, known, root)
         dense = tuple(root / dense_folder(i) for i in range(len(spec.dense)))
     else:
-        recorded = read_modules(root) if (root / "modules.json").is_file() else None
+        if is_model2vec(root):  # its modules.json lets sentence-transformers read it, with unknown tokens
+            recorded = read_model2vec(root)
+        elif (root / "modules.json").is_file():
+            recorded = read_modules(root)
         folder = recorded.folder if recorded else root
-        config = _check_weights(folder)
+        config = _check_weights(folder, recorded.family if recorded else None)
         if recorded:
             known = HeadSpec(pooling=recorded.pooling, layers=(-1,), template=recorded.template)
             _check_head(requested, known, root)
             requested = dataclasses.replace(requested, pooling=recorded.pooling)
-            normalize, dense = recorded.normalize if normalize is None else normalize, recorded.dense_folders
+            dense = recorded.dense_folders
         spec = _new_spec(name_or_path, folder, config, recorded, requested, max_tokens)
         spec = dataclasses.replace(spec, base_model=base_model, revision=commit)
         root = folder
@@ -111,7 +116,8 @@ def _read(
         template=spec.template or requested.template,
     )
     _check_limits(spec, config, root)
-    unchanged = max_tokens is None and spec == recorded_spec and (published / "modules.json").is_file()
+    known_elsewhere = (published / "modules.json").is_file() or (recorded is not None and recorded.family is not None)
+    unchanged = max_tokens is None and spec == recorded_spec and known_elsewhere
     return ResolvedEncoder(root, spec, dense, published if unchanged else None)
 
 
@@ -139,7 +145,7 @@ def _new_spec(
         revision=None,
         family=family,
         pooling=pooling,
-        normalize=False,
+        normalize=recorded is not None and recorded.normalize,
         max_tokens=limit,
         dim=min(dim, (recorded.dim if recorded else None) or dim),
         pad_to=limit if pooling is Pooling.MEAN_PADDED else None,
@@ -188,12 +194,17 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name  # the cache keeps each snapshot in a folder named by its commit
 
 
-def _check_weights(folder: Path) -> dict[str, Any]:
-    """Check that family, weights and tokenizer of a folder can be loaded; return its `config.json`."""
-    if not (folder / "config.json").is_file():
-        raise BundleError(f"{folder} is not an encoder: it has no config.json")
-    config: dict[str, Any] = read_json(folder / "config.json", dict)
-    check_config(config, folder)
+def _check_weights(folder: Path, static: str | None = None) -> dict[str, Any]:
+    """Check that family, weights and tokenizer of a folder can be loaded; return its `config.json`.
+
+    Published folders of the family `static` have no such file, or one without sizes.
+    """
+    config: dict[str, Any] = {"model_type": static}
+    if static is None:
+        if not (folder / "config.json").is_file():
+            raise BundleError(f"{folder} is not an encoder: it has no config.json")
+        config = read_json(folder / "config.json", dict)
+        check_config(config, folder)
     if (folder / "adapter_config.json").is_file():
         raise BundleError(
             f"{folder} has an adapter (adapter_config.json) beside or in place of full weights: merge it first "
@@ -211,7 +222,7 @@ def _check_weights(folder: Path) -> dict[str, Any]:
             f"{folder} has no tokenizer.json: save the fast tokenizer beside the weights "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
-    return config
+    return config if static is None else config | {FAMILIES[static].dim: table_width(folder)}
 
 
 def _token_limit(folder: Path, config: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from encoders.families import FAMILIES
 from encoders.pooling import WEIGHTS_FILE
 from encoders.sentence_transformers import ACTIVATION_CLASSES, LEGACY_POOLING_KEYS, POOLING_MODES, PROMPT, dense_folder
 from mirror_runtime.bundle import (
@@ -89,6 +90,8 @@ def write_layout(
 
 def beyond_sentence_transformers(spec: EncoderSpec) -> str:
     """Name the part of a head that sentence-transformers has no module for; empty if it has modules for all."""
+    if FAMILIES[spec.family].drops_unknown:
+        return "a mean that leaves unknown tokens out (`model2vec`)"
     if spec.pooling is Pooling.MEAN_PADDED:
         return f"an average over the text padded to {spec.pad_to} tokens (`mean_padded`)"
     if spec.pooling not in POOLING_MODES.values():
@@ -157,7 +160,8 @@ def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]
 
 
 def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
-    names = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    static = FAMILIES[spec.family].is_static
+    names = [("", "StaticEmbedding")] if static else [("", "Transformer"), ("1_Pooling", "Pooling")]
     names += [(dense_folder(i), "Dense") for i in range(len(spec.dense))]
     uncut = spec.dense[-1].out_features if spec.dense else width
     if spec.dim < uncut:
@@ -176,6 +180,9 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
     )
     for path, _ in names:
         (folder / path).mkdir(exist_ok=True)
+    _write_settings(folder, spec)
+    if static:  # neither cuts texts nor pools: the limit is the tokenizer's
+        return
     mode = next(name for name, pooling in POOLING_MODES.items() if pooling is spec.pooling)
     _dump(
         folder / "1_Pooling" / "config.json",
@@ -185,6 +192,9 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
     )
     # Lower-casing by sentence-transformers stays off: tokenizer.json already does what the model was trained with.
     _dump(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_tokens, "do_lower_case": False})
+
+
+def _write_settings(folder: Path, spec: EncoderSpec) -> None:
     prompt = None if spec.template is None else spec.template.removesuffix("{text}")
     _dump(
         folder / "config_sentence_transformers.json",

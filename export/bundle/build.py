@@ -110,13 +110,15 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         max_tokens=request.max_tokens,
     )
     reference = Reference.load(source)
+    if reference.is_static:
+        pairs = tuple(pair for pair in pairs if Precision.FP32 in pair)
     testimony = None
-    if source.published is not None and witness.available():
-        on_progress("compare with sentence-transformers")
+    if source.published is not None and witness.available(source.spec.family):
+        on_progress(f"compare with {witness.library(source.spec.family)}")
         testimony = witness.question(source.published, reference)
         if testimony.problem and not request.accept_difference:
             raise ParityError(
-                f"sentence-transformers {testimony.version} computes other vectors from {request.encoder}: "
+                f"{testimony.version} computes other vectors from {request.encoder}: "
                 f"{testimony.problem}. Find the setting that one of us reads otherwise, or keep our vectors with "
                 "--accept-difference, which the card will state"
             )

@@ -32,7 +32,7 @@ COLUMNS = (
 class Testimony:
     """What the witness found: the content of `WITNESS_FILE`."""
 
-    version: str  # of sentence-transformers
+    version: str  # of the library, such as "sentence-transformers 6.2.0"
     texts: int  # compared
     min_cosine: float
     problem: str  # how its vectors differ; empty where they agree
@@ -157,7 +157,7 @@ def _witness(found: Testimony | None) -> str:
     """Describe what an independent reader of the encoder's folder computed."""
     if found is None:
         return ""
-    who = f"sentence-transformers {found.version}, reading the encoder's own folder,"
+    who = f"{found.version}, reading the encoder's own folder,"
     if found.problem:
         return f"\n**{who} computes other vectors**: {found.problem}. They were accepted at export.\n"
     return f"\n{who} computes the reference's vectors: worst cosine {found.min_cosine:.6f} of {found.texts} texts.\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -38,6 +38,10 @@ class Segments:
         tokens = attention_mask.to(torch.bool)[:, None, :]
         positions = torch.arange(attention_mask.shape[1])[None, :].expand_as(attention_mask)
         return cls(tokens=tokens, padded_tokens=torch.ones_like(tokens), positions=positions)
+
+    def without(self, dropped: torch.Tensor) -> Segments:
+        """Leave out tokens that do not count, bool [R, L]."""
+        return replace(self, tokens=self.tokens & ~dropped[:, None, :])
 
     def token_at(self, index: int) -> torch.Tensor:
         """Locate token number `index` of each text, counted from its end if negative: bool [R, K, L]."""
@@ -75,11 +79,16 @@ class Head(nn.Module):
         self.spec = reference.spec
         self.dense = nn.ModuleList(reference.dense)
         self.index = token_index(reference)
+        self.static, self.dropped = reference.is_static, reference.dropped
 
     @property
     def attentions_of(self) -> int | None:
         """The layer whose attention probabilities the head reads; None where it reads none."""
         return None if self.spec.ditto is None else self.spec.ditto.layer
+
+    def counted(self, segments: Segments, input_ids: torch.Tensor) -> Segments:
+        """Leave out the token that does not count, if there is one: see `Reference.dropped`."""
+        return segments if self.dropped is None else segments.without(input_ids == self.dropped)
 
     def token_pick(self, segments: Segments) -> Pick | None:
         """Return the selection of the last layer's rows that the head needs; None where it needs all of them."""
@@ -108,8 +117,10 @@ class Head(nn.Module):
         for layer in self.dense:
             pooled = layer(pooled)
         pooled = pooled[..., : self.spec.dim]
-        # Dense layers with a bias, and the selected first position, leave values in empty slots.
-        pooled = pooled * segments.tokens.any(-1, keepdim=True).to(pooled.dtype)
+        # Dense layers with a bias, and the selected first position, leave values in empty slots. A text without tokens,
+        # which only static encoders have, is a slot with padding.
+        held = segments.padded_tokens if self.static else segments.tokens
+        pooled = pooled * held.any(-1, keepdim=True).to(pooled.dtype)
         if self.spec.normalize:
             pooled = pooled / (pooled * pooled).sum(-1, keepdim=True).sqrt().clamp(min=EPSILON)
         return _convert(pooled, self.spec)

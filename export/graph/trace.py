@@ -144,7 +144,7 @@ class PaddedEncoder(nn.Module):
         self.encoder = reference.model
         self.head = Head(reference)
         self.rotations = RotaryPositions(reference)
-        self.pad_id: int = reference.tokenizer.pad_token_id
+        self.pad_id: int | None = reference.tokenizer.pad_token_id
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
@@ -164,11 +164,11 @@ class PaddedEncoder(nn.Module):
         """
         length = input_ids.shape[1]
         pad_to = self.head.spec.pad_to
-        if pad_to is not None:
+        if pad_to is not None and self.pad_id is not None:
             attention_mask = _fit_columns(attention_mask, pad_to, 0)
             input_ids = torch.where(attention_mask == 0, self.pad_id, _fit_columns(input_ids, pad_to, self.pad_id))
             token_type_ids = None if token_type_ids is None else _fit_columns(token_type_ids, pad_to, 0)
-        segments = Segments.from_padded(attention_mask)
+        segments = self.head.counted(Segments.from_padded(attention_mask), input_ids)
         states, probabilities = padded_states(
             self.encoder,
             input_ids,
@@ -202,7 +202,7 @@ class PackedEncoder(nn.Module):
         Returns:
             [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
         """
-        segments = Segments.from_packed(position_ids, segment_ids)
+        segments = self.head.counted(Segments.from_packed(position_ids, segment_ids), input_ids)
         padding = None
         if self.head.spec.pad_to is not None:
             padding, segment_ids = segment_ids < 0, segment_ids.abs()

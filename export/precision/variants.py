@@ -66,6 +66,10 @@ def write_variant(
         InputError: the calibration texts cannot be encoded.
     """
     variant = VARIANTS[precision]
+    if FAMILIES[spec.family].is_static:
+        raise EngineError(
+            f"{precision.value} of a static encoder is not supported: it has no matrix product to make faster"
+        )
     if precision is not Precision.BF16 and FAMILIES[spec.family].disentangled is not None:
         raise EngineError(
             f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, "

@@ -120,8 +120,10 @@ def padded_feed(tokenized: Tokenized, pieces: NDArray[np.int64]) -> dict[str, ND
     """Build the inputs of a padded graph for some pieces of tokenised texts, one in each row."""
     starts = np.cumsum(tokenized.lengths) - tokenized.lengths
     lengths = tokenized.lengths[pieces]
-    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-    input_ids = np.zeros(mask.shape, np.int64)
-    input_ids[mask] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in pieces])
+    places = np.arange(lengths.max())[None, :] < lengths[:, None]
+    input_ids = np.zeros(places.shape, np.int64)
+    input_ids[places] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in pieces])
+    own = lengths if tokenized.unpadded_lengths is None else tokenized.unpadded_lengths[pieces]
+    mask = np.arange(lengths.max())[None, :] < own[:, None]
     zeros = np.zeros_like(input_ids)
     return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": zeros}

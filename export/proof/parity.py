@@ -21,7 +21,7 @@ from mirror_runtime.bundle import Layout, Manifest, Parity, StsScore, sha256_tex
 from mirror_runtime.cli.run import truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import ParityError
-from mirror_runtime.vectors import components, cosines, distance_problem, quoted, unit_rows
+from mirror_runtime.vectors import agreement, components, cosines, distance_problem, quoted, unit_rows
 
 STS_DROP = 0.5
 """Points of Spearman correlation that an artifact may lose on an evaluation set."""
@@ -138,7 +138,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     _check_distance(together, one_by_one, sample, floors.batch_invariance, problem)
     problem = f"{what}: texts encoded one by one differ from {expected.reference}"
     _check_distance(one_by_one, expected.vectors[picked], sample, floor, problem)
-    similar = cosines(vectors, expected.vectors)
+    similar = agreement(vectors, expected.vectors)
     if similar.mean() < floors.mean:
         raise ParityError(
             f"{what} differs from {expected.reference}: its cosine over {len(texts)} texts is {similar.mean():.6f} on "
@@ -152,7 +152,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
         mean_cosine=float(similar.mean()),
         max_abs_diff=float(np.abs(vectors - expected.vectors).max()),
         floor=floor,
-        neighbour_cosine=float(cosines(together, one_by_one).min()),
+        neighbour_cosine=float(agreement(together, one_by_one).min()),
         spearman=_rank_correlation(vectors, expected.vectors),
         top10_overlap=_top_overlap(vectors, expected.vectors),
         sts=_scores(encode, expected, what),

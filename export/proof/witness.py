@@ -1,4 +1,6 @@
-"""An independent witness: sentence-transformers reads the same folder, and its vectors are compared with the reference.
+"""An independent witness: its owner's library reads the same folder, and its vectors are compared with the reference.
+
+That is sentence-transformers, and model2vec for its own folders.
 
 A certificate compares an artifact with our own reading of the encoder's folder. What that reading gets wrong, the
 certificate cannot see: only another reader can.
@@ -7,7 +9,7 @@ certificate cannot see: only another reader can.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,11 @@ import numpy as np
 from encoders.reference import Reference
 from export.bundle.card import Testimony
 from export.proof.proof_texts import CANARIES, EDGE_CASES, parity_texts
-from mirror_runtime.vectors import cosines
+from mirror_runtime.vectors import agreement
 
-PACKAGE = "sentence_transformers"
+PACKAGES = {"model2vec": "model2vec"}
+"""The libraries that read a family, where it is not sentence-transformers."""
+
 FLOOR = 0.99999
 """Both compute in fp32 with the same weights: 1e-6 is rounding, and one other token is 1e-3."""
 
@@ -27,29 +31,32 @@ CLOSE = 1e-4
 """Largest relative difference in length: a missing normalisation keeps every cosine."""
 
 
-def available() -> bool:
-    """Return whether sentence-transformers is installed."""
-    return find_spec(PACKAGE) is not None
+def library(family: str) -> str:
+    """Return the name of the package that reads published folders of a family."""
+    return PACKAGES.get(family, "sentence-transformers")
+
+
+def available(family: str) -> bool:
+    """Return whether the package that reads a family is installed."""
+    return find_spec(library(family).replace("-", "_")) is not None
 
 
 def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> Testimony:
-    """Compare the reference's vectors with those that sentence-transformers computes from the same folder.
+    """Compare the reference's vectors with those that the owner's library computes from the same folder.
 
     Args:
-        folder: with `modules.json`, as its owner published it.
+        folder: as its owner published it.
         reference: our own reading of it, without any override of what the folder records.
         texts: to compare; by default four dozen ragged ones and the edge cases.
     """
-    # Imported only here: it takes two seconds, and exports of other folders do not need it.
-    from sentence_transformers import SentenceTransformer
-
     texts = tuple(texts) or (*CANARIES, *EDGE_CASES, *parity_texts(24, 8, 2))
-    version = metadata.version("sentence-transformers")
+    if reference.is_static:  # model2vec cuts characters, sentence-transformers nothing: a character is 4 bytes at most
+        texts = tuple(text for text in texts if 4 * len(text) <= reference.spec.max_tokens)
+    package = library(reference.spec.family)
+    version = f"{package} {metadata.version(package)}"
     ours = reference.encode(texts)
     try:
-        peer: Any = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-        # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
-        theirs = np.asarray(peer.encode(list(texts), batch_size=1, show_progress_bar=False), np.float32)
+        theirs = np.asarray(_encode(package, folder, texts), np.float32)
     except Exception as error:  # whatever it raises about a folder is its opinion of the folder
         problem = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
@@ -57,7 +64,7 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         problem = f"its vectors have {theirs.shape[1]} components and ours {ours.shape[1]}"
         return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
     lengths = [np.linalg.norm(vectors, axis=1) for vectors in (ours, theirs)]
-    similar = np.where((lengths[0] == 0) & (lengths[1] == 0), 1.0, cosines(ours, theirs))
+    similar = agreement(ours, theirs)
     far = np.abs(lengths[0] - lengths[1]) > CLOSE * np.maximum(*lengths)
     worst = int(similar.argmin())
     problem = ""
@@ -67,3 +74,12 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         at = int(far.argmax())
         problem = f"length {lengths[1][at]:.4f} where ours is {lengths[0][at]:.4f} for {texts[at][:60]!r}"
     return Testimony(version=version, texts=len(texts), min_cosine=float(similar[worst]), problem=problem)
+
+
+def _encode(package: str, folder: Path, texts: Sequence[str]) -> Any:
+    # Imported only here: it takes two seconds, and exports of other folders do not need it.
+    if package == "model2vec":
+        return import_module(package).StaticModel.from_pretrained(str(folder)).encode(list(texts))
+    peer = import_module("sentence_transformers").SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
+    return peer.encode(list(texts), batch_size=1, show_progress_bar=False)

@@ -146,9 +146,10 @@ class Tokenizer:
             part_text += [i] * len(parts)
         pieces = [[*self._prefix, *part, *self._suffix] for part in numbers]
         unpadded_lengths = None
-        if self._pad_to is not None:
+        if self._pad_to is not None or not all(pieces):
             unpadded_lengths = _lengths(pieces)
-            pieces = [piece + [self._pad_id] * (self._pad_to - len(piece)) for piece in pieces]
+            # Where no special tokens are added, a text may have no tokens at all, and takes one place of a row.
+            pieces = [piece + [self._pad_id] * ((self._pad_to or 1) - len(piece)) for piece in pieces]
         lengths = _lengths(pieces)
         return Tokenized(
             ids=np.fromiter(chain.from_iterable(pieces), np.int64, int(lengths.sum())),
@@ -282,6 +283,8 @@ def _special_tokens(tokenizer: _Tokenizer, path: Path) -> tuple[list[int], list[
     """Return the special tokens that the tokenizer adds before and after a text, such as [CLS] and [SEP]."""
     body = tokenizer.encode("a", add_special_tokens=False).ids
     full = tokenizer.encode("a", add_special_tokens=True).ids
+    if full == body:  # also where the vocabulary lacks this letter
+        return [], []
     for at in range(len(full) - len(body) + 1):
         if body and full[at : at + len(body)] == body:
             return list(full[:at]), list(full[at + len(body) :])

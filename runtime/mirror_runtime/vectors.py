@@ -131,6 +131,13 @@ def cosines(
     return found
 
 
+def agreement(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    """Compute the cosine of each pair of rows like `cosines`, but 1 where both rows are zeros."""
+    similar = cosines(found, expected)
+    similar[~found.any(axis=1) & ~expected.any(axis=1)] = 1.0
+    return similar
+
+
 def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, texts: Sequence[str]) -> str:
     """Describe which vectors are too far from the expected ones.
 
@@ -146,7 +153,7 @@ def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, 
     Returns:
         The message; empty where all vectors are close enough.
     """
-    similar = cosines(found, expected)
+    similar = agreement(found, expected)
     lengths = np.maximum(np.linalg.norm(expected.astype(np.float64), axis=1), SMALLEST_NORM)
     relative = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / lengths
     bound = math.sqrt(2 - 2 * floor)
