@@ -67,7 +67,7 @@ def test_sigterm_under_load_drops_no_accepted_request(fake_bundle: Path) -> None
         rejected = [str(o.result) for o in load.failures()]
         assert any("UNAVAILABLE" in text and "the server is stopping" in text for text in rejected), rejected[:5]
         assert any("503 the server is stopping" in text for text in rejected), rejected[:5]
-        assert took < 8, "idle connections do not delay it"
+        assert took < 4, "neither idle connections nor Triton delay it"
         client.close()
         idle.close()
         for caller in kept:

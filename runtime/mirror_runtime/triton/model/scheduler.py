@@ -242,13 +242,15 @@ class Scheduler:
             batch: list[tuple[_Waiting, int]] = []
             tokens = 0
             while self._large_fits(tokens):
-                waiting = self._large.popleft()
+                waiting = self._large[0]
                 batch.append((waiting, waiting.taken))
                 tokens += waiting.costs[waiting.taken]
                 waiting.taken += 1
-                if waiting.taken < len(waiting.slices):
-                    self._large.append(waiting)  # the slices of several requests take turns
+                if waiting.taken == len(waiting.slices):
+                    self._large.popleft()
             if batch:
+                if self._large and self._large[0] is batch[-1][0]:
+                    self._large.rotate(-1)  # several requests take turns, though not in the middle of a batch
                 self._on_large += 1
                 self._large_running += tokens
                 self._changed.notify()  # there may be another slice
@@ -278,7 +280,7 @@ class Scheduler:
         if waiting.settled:
             return False
         if job.timeout_s is not None and waited > job.timeout_s:
-            point = "ended" if waiting.taken > 1 else "began"
+            point = "ended" if waiting.results else "began"
             message = f"the request's timeout of {round(1e6 * job.timeout_s)} µs was over before work on it {point}"
             self._settle(waiting, Failure(kind=FailureKind.UNAVAILABLE, message=message), "expired")
             return False

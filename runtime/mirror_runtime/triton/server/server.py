@@ -39,8 +39,8 @@ _DRAIN_POLL_S = 0.02
 _FIRST_REQUESTS_S = 0.2
 """How long requests are still accepted that were sent before the signal, and are on their way to the model."""
 
-_LAST_REPLIES_S = 0.3
-"""How long replies may be on their way from the model to the clients."""
+_LAST_REPLIES_S = 0.1
+"""How long replies may be on their way from the model to Triton, which waits for them when it is told to end."""
 
 _LOG_LINES = 20
 
