@@ -30,28 +30,28 @@ MODEL2VEC_TOKENS = 512
 """model2vec's limit where its config.json states none."""
 
 
-class StaticConfig(PretrainedConfig):
+class StaticConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Sizes of a static encoder."""
 
     model_type = "static"
 
 
-class Model2VecConfig(StaticConfig):
+class Model2VecConfig(StaticConfig):  # type: ignore[no-untyped-call]
     """The same of an encoder that leaves the unknown token out."""
 
     model_type = "model2vec"
 
 
-class StaticModel(PreTrainedModel):
+class StaticModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A table of token vectors, with the interface of an encoder without layers."""
 
     config_class = StaticConfig
 
     def __init__(self, config: StaticConfig, table: torch.Tensor) -> None:
         super().__init__(config)
-        self.embedding = nn.Embedding.from_pretrained(table)
+        self.embedding = nn.Embedding(len(table), table.shape[1], _weight=table, _freeze=True)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """Return the table."""
         return self.embedding
 
@@ -98,12 +98,12 @@ def table_width(folder: Path) -> int:
     """
     with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
         names = list(weights.keys())
-        shape = next((weights.get_slice(name).get_shape() for name in TABLES if name in names), [])
+        shape: list[int] = next((weights.get_slice(name).get_shape() for name in TABLES if name in names), [])
     if len(shape) != 2:
         raise BundleError(
             f"{folder / WEIGHTS_FILE} holds {', '.join(names)} and no table of token vectors ({' or '.join(TABLES)})"
         )
-    return int(shape[1])
+    return shape[1]
 
 
 def load_static_model(folder: Path, family: str) -> PreTrainedModel:
@@ -123,13 +123,16 @@ def load_static_model(folder: Path, family: str) -> PreTrainedModel:
     if "weights" in weights:
         table = table.float() * weights["weights"].float()[:, None]
     kind = Model2VecConfig if family == Model2VecConfig.model_type else StaticConfig
-    config = kind(hidden_size=width, vocab_size=len(table), num_hidden_layers=0, num_attention_heads=1)  # type: ignore[call-arg]
-    return StaticModel(config, table.float().contiguous()).eval()
+    sizes: dict[str, Any] = {"hidden_size": width, "vocab_size": len(table)}
+    sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
+    model = StaticModel(kind(**sizes), table.float().contiguous())
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_static_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """Wrap the tokenizer of a static encoder, without the special tokens that it would add to a text."""
-    backend.post_processor = None  # type: ignore[assignment]
+    backend.post_processor = None
     backend.no_truncation()
     backend.no_padding()
     return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]

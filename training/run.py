@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from encoders.families import FAMILIES
 from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
 from evaluation.similarity import evaluate
@@ -191,6 +192,8 @@ def _tuned_source(job: Job) -> ResolvedEncoder:
     limit = job.config.max_tokens
     source = resolve(job.base, revision=job.revision, pooling=job.pooling, normalize=True)
     spec = source.spec
+    if FAMILIES[spec.family].is_static:
+        raise InputError(f"{job.base} is a static encoder, which has no layers to tune: export it as it is")
     if limit > spec.max_tokens:
         raise InputError(f"--max-tokens is {limit}, but {job.base} reads at most {spec.max_tokens} tokens: lower it")
     if spec.pooling is Pooling.MEAN_PADDED and not (source.folder / ENCODER_FILE).is_file():

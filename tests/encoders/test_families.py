@@ -26,7 +26,7 @@ from mirror_runtime.bundle import TOKENIZER_FILE, Pooling
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
 from mirror_runtime.vectors import cosines
-from tests.support.tiny_encoders import POSITIONS, ragged_texts
+from tests.support.tiny_encoders import MODELS, POSITIONS, ragged_texts
 from training.dropout import WordDropout, set_dropout
 from training.packed import PackedTexts, encode_packed, pack
 
@@ -35,7 +35,7 @@ TEXTS = ragged_texts()
 
 HIDDEN_FROM_PADDING = ("modernbert", "qwen3", "gemma3_text", "deberta-v2")
 
-each_family = pytest.mark.parametrize("family", list(FAMILIES))
+each_family = pytest.mark.parametrize("family", list(MODELS))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,10 @@ def test_folders_that_sentence_transformers_writes_are_read_as_it_means_them(
     found = Reference.load(resolve(str(tmp_path)))
     assert (found.spec.max_tokens, found.spec.normalize, len(found.spec.dense)) == (40, normalize, dense)
     np.testing.assert_allclose(found.encode(TEXTS), peer.encode(list(TEXTS)), atol=1e-5)
+
+
+def test_every_family_with_layers_is_tested() -> None:
+    assert set(MODELS) == {name for name, family in FAMILIES.items() if not family.is_static}
 
 
 def test_distances_have_the_buckets_of_transformers() -> None:

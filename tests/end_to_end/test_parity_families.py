@@ -11,7 +11,8 @@ import pytest
 from encoders.families import FAMILIES
 from export.bundle.build import Request, build
 from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision
-from tests.support.tiny_encoders import ragged_texts, write_tiny_encoder
+from mirror_runtime.host import has_bf16
+from tests.support.tiny_encoders import MODELS, ragged_texts, write_tiny_encoder
 from tests.support.trace_cache import cached_traces
 
 PROVEN = {
@@ -25,11 +26,13 @@ SUITE += [("modernbert", "mean"), ("qwen3", "last")]
 """BERT is the encoder of all other tests. Of the other families, two have all kinds of parts together: pre-norm, rotary
 positions, a window, fused projections and gates; and causal attention with grouped keys, and RMSNorm."""
 
-TESTED = [(family, pooling) for family in FAMILIES for pooling in ("mean", "last" if family == "qwen3" else "cls")]
+TESTED = [(family, pooling) for family in MODELS for pooling in ("mean", "last" if family == "qwen3" else "cls")]
 TESTED = TESTED if os.environ.get("MIRROR_ALL_FAMILIES") else SUITE
 """`MIRROR_ALL_FAMILIES=1` proves every family, also in bf16 (twelve minutes): see docs/reference/families.md."""
 
-PRECISIONS = (Precision.FP32, Precision.BF16) if os.environ.get("MIRROR_ALL_FAMILIES") else (Precision.FP32,)
+PRECISIONS = (Precision.FP32,)
+if os.environ.get("MIRROR_ALL_FAMILIES") and has_bf16():
+    PRECISIONS += (Precision.BF16,)
 
 
 @pytest.fixture(scope="module", autouse=True)

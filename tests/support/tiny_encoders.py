@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +88,30 @@ def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
             if table in dict(model.named_modules()):
                 torch.nn.init.normal_(model.get_submodule(table).weight, std=0.2)
     model.save_pretrained(folder)
+
+
+def write_tiny_static(
+    family: str, folder: Path, *, dtype: torch.dtype = torch.float32, limit: int | None = POSITIONS, **stored: Any
+) -> Tokenizer:
+    """Write a folder as sentence-transformers (`static`) or model2vec (`model2vec`) does, and return its tokenizer.
+
+    `stored` adds tensors to the table, such as model2vec's `weights` and `mapping`.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = tokenizer_of("bert")
+    if limit is not None and family == "static":
+        tokenizer.enable_truncation(limit)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    table = torch.randn(tokenizer.get_vocab_size(), 32, generator=torch.Generator().manual_seed(0))
+    table = (40 * table).round().clamp(-127, 127).to(dtype) if dtype is torch.int8 else table.to(dtype)
+    name = "embeddings" if family == "model2vec" else "embedding.weight"
+    save_file({name: table} | stored, folder / "model.safetensors")
+    modules = [{"idx": 0, "name": "0", "path": ".", "type": "sentence_transformers.models.StaticEmbedding"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if family == "model2vec":
+        config = {"model_type": "model2vec", "max_length": limit, "normalize": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, special: tuple[str, ...], folder: Path) -> str:
