@@ -39,6 +39,7 @@ from mirror_runtime.engines import load_engine
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
+from mirror_runtime.gpu import this_gpu
 from mirror_runtime.packing import TOKEN_BUDGET, ShapeSet, pack
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
@@ -322,7 +323,7 @@ def _prove_and_add(
     expected = Expected.of_bundle(bundle, texts)
     on_progress(f"prove {candidate}")
     parity = prove_artifact(bundle, candidate, manifest, expected)
-    artifact = candidate.certified(bundle, parity, path=path, engine_module=module)
+    artifact = candidate.certified(bundle, parity, path=path, engine_module=module, gpu=str(this_gpu()))
     add_artifacts(bundle, staging, [artifact])
     return artifact
 
