@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from export.proof.candidate import Candidate, padded_feed
 from export.proof.floors import Floors
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import parity_texts
-from export.tensorrt import builder, prove_plan
+from export.tensorrt import builder, prove_plan, ragged
 from export.tensorrt.builder import BuildRequest, Profile
 from export.tensorrt.checks import RULES, breaches, graph_precision
 from export.tensorrt.view import GraphView
@@ -40,7 +41,7 @@ from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.gpu import this_gpu
-from mirror_runtime.packing import TOKEN_BUDGET, ShapeSet, pack
+from mirror_runtime.packing import TOKEN_BUDGET, ShapeSet, pack, runs
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 FOLDER = "tensorrt"
@@ -74,6 +75,7 @@ class Options:
     version_compatible: bool = False
     hardware: str = "none"
     timing_cache: Path | None = None
+    ragged: bool = False  # attention over ragged texts in place of the block mask: see `ragged`
 
 
 def check_bundle(bundle: Path) -> list[dict[str, object]]:
@@ -169,7 +171,11 @@ def packed_shape_set(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> ShapeSet:
 
 def packed_profiles(inputs: Sequence[TensorSpec], shapes: Iterable[tuple[int, int]]) -> tuple[Profile, ...]:
     """Return a static profile (min = opt = max) for each shape that packing can produce."""
-    return tuple({tensor.name: (shape, shape, shape) for tensor in inputs} for shape in shapes)
+
+    def sizes(tensor: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+        return shape if len(tensor.shape) == 2 else (runs(shape) + 1,)
+
+    return tuple({tensor.name: (sizes(tensor, shape),) * 3 for tensor in inputs} for shape in shapes)
 
 
 def padded_profiles(inputs: Sequence[TensorSpec], max_tokens: int) -> tuple[Profile, ...]:
@@ -277,7 +283,11 @@ def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, on
     require("tensorrt", "tensorrt")
     require("cuda.bindings.runtime", "tensorrt")
     request = request_for(graph, manifest.encoder, options)
-    with updating(bundle) as staging:
+    with updating(bundle) as staging, TemporaryDirectory() as scratch:
+        if options.ragged:
+            _check_version(ragged.OLDEST)
+            graph = ragged.write_ragged(graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx")
+            request = request_for(graph, manifest.encoder, options)
         (staging / FOLDER).mkdir()
         plan = (staging / FOLDER / request.plan).absolute()
         try:
@@ -326,6 +336,13 @@ def _prove_and_add(
     artifact = candidate.certified(bundle, parity, path=path, engine_module=module, gpu=str(this_gpu()))
     add_artifacts(bundle, staging, [artifact])
     return artifact
+
+
+def _check_version(oldest: tuple[int, int]) -> None:
+    """Check that TensorRT has what a graph needs."""
+    found = str(require("tensorrt", "tensorrt").__version__)
+    if tuple(map(int, found.split(".")[:2])) < oldest:
+        raise EngineError(f"--ragged needs TensorRT {'.'.join(map(str, oldest))}, and {found} is installed")
 
 
 def _graphs(manifest: Manifest) -> list[str]:

@@ -113,6 +113,12 @@ def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(monkeypatch, bundle
     assert "no NVIDIA driver" in capsys.readouterr().err
 
 
+def test_ragged_attention_needs_a_tensorrt_that_has_it(monkeypatch, bundle, capsys):
+    with_gpu(monkeypatch, bundle, version=VERSIONS[0])
+    assert run(bundle, "--precision", "fp32", "--ragged") == 2
+    assert f"--ragged needs TensorRT 11.1, and {VERSIONS[0]} is installed" in capsys.readouterr().err
+
+
 def test_a_providers_artifact_is_proven_and_added(monkeypatch, bundle, texts, capsys):
     name = EngineName.ONNXRUNTIME_CUDA
     on_cpu = replace(onnxruntime_gpu.PROVIDERS[name], name="CPUExecutionProvider", device="cpu", options=lambda *_: {})
@@ -226,6 +232,7 @@ def test_the_short_proof_holds_rounded_vectors_to_the_floor_of_their_type(bundle
         ("--precision fp32 --engine onnxruntime-cuda", "CUDAExecutionProvider"),
         ("--check --script {folder}", "exclude each other"),
         ("--engine onnxruntime-cuda --padded", "runs packed graphs"),
+        ("--ragged --padded", "--ragged is for packed plans"),
         ("--precision fp32 --script {folder} --workspace 0", "workspace_gib is 0.0"),
     ],
 )
