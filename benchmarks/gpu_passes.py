@@ -6,6 +6,8 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def encoder_folder(model: str, scratch: Path) -> Path:
     if model == MINILM or folder.exists():
         return packaged if model == MINILM else folder
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
+    sizes: Any = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
     BertModel(BertConfig(num_attention_heads=max(2, width // 64), **sizes)).save_pretrained(folder)
     for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         if (packaged / name).exists():
@@ -96,7 +98,8 @@ class Prepared:
 
     def encoder(self, device: str, dtype: torch.dtype) -> Any:
         """Return a copy of the model."""
-        return copy.deepcopy(self.reference.model).to(device, dtype).eval()
+        model: Any = copy.deepcopy(self.reference.model)
+        return model.to(device, dtype).eval()
 
     def packed_pass(self, run: Callable[[PackedRows], NDArray[Any]]) -> Pass:
         """Run all packed batches, and put each text's slot into its place."""
@@ -158,7 +161,7 @@ class Replayed:
         return output.cpu().numpy()
 
     def _capture(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up outside of the capture
             for _ in range(3):
@@ -221,13 +224,14 @@ def _varlen(ends: torch.Tensor, longest: int) -> Any:
     ) -> tuple[torch.Tensor, None]:
         flat = [tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value)]  # [tokens, heads, head dim]
         if query.device.type == "cpu":
-            cuts = list(zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True))
-            attention = torch.nn.functional.scaled_dot_product_attention
-            texts = [attention(*(t[a:b].transpose(0, 1) for t in flat), scale=scale) for a, b in cuts]
-            return torch.cat(texts, 1)[None], None
-        from torch.nn.attention.varlen import varlen_attn  # where PyTorch has it
-
-        return varlen_attn(*flat, ends, ends, longest, longest, scale=scale).transpose(0, 1)[None], None
+            sdpa: Any = torch.nn.functional.scaled_dot_product_attention
+            cuts = pairwise(ends.tolist())
+            return torch.cat([sdpa(*(t[a:b].transpose(0, 1) for t in flat), scale=scale) for a, b in cuts], 1)[
+                None
+            ], None
+        varlen: Any = import_module("torch.nn.attention.varlen")  # where PyTorch has it
+        found: torch.Tensor = varlen.varlen_attn(*flat, ends, ends, longest, longest, scale=scale)
+        return found.transpose(0, 1)[None], None
 
     return attend
 

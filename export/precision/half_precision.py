@@ -55,8 +55,8 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     types = graph.element_types()
     chains = _rms_statistics(graph)
     exact = {out for chain in chains for node in chain for out in node.output}
-    inner = exact - {chain[-1].output[0] for chain in chains}
-    halved = {n for n in backbone - inner if types.get(n) == TensorProto.FLOAT and n not in graph.inputs}
+    between = exact - {chain[-1].output[0] for chain in chains}
+    halved = {n for n in backbone - between if types.get(n) == TensorProto.FLOAT and n not in graph.inputs}
     body = [n for n in graph.nodes if any(out in backbone for out in n.output) and n.output[0] not in exact]
     head = [node for node in graph.nodes if not any(out in backbone for out in node.output)]
     halves = {name: f"{name}_half" if graph.constant(name) else name for name in halved}

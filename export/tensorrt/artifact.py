@@ -15,6 +15,7 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from export.bundle.update import add_artifacts, updating
 from export.graph.trace import Graph, graph_files, signature_of
+from export.precision.half_precision import HALVES
 from export.proof.candidate import Candidate, padded_feed
 from export.proof.floors import Floors
 from export.proof.parity import Expected, prove_artifact
@@ -285,8 +286,9 @@ def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, on
     request = request_for(graph, manifest.encoder, options)
     with updating(bundle) as staging, TemporaryDirectory() as scratch:
         if options.ragged:
-            _check_version(ragged.OLDEST)
-            graph = ragged.write_ragged(graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx")
+            installed = _check_version(ragged.OLDEST)
+            half = HALVES.get(options.precision) if installed >= ragged.ADDS_IN_FP32 else None
+            graph = ragged.write_ragged(graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx", half)
             request = request_for(graph, manifest.encoder, options)
         (staging / FOLDER).mkdir()
         plan = (staging / FOLDER / request.plan).absolute()
@@ -338,11 +340,13 @@ def _prove_and_add(
     return artifact
 
 
-def _check_version(oldest: tuple[int, int]) -> None:
-    """Check that TensorRT has what a graph needs."""
+def _check_version(oldest: tuple[int, int]) -> tuple[int, ...]:
+    """Return the version of TensorRT; an `EngineError` where it is older."""
     found = str(require("tensorrt", "tensorrt").__version__)
-    if tuple(map(int, found.split(".")[:2])) < oldest:
+    numbers = tuple(map(int, found.split(".")[:2]))
+    if numbers < oldest:
         raise EngineError(f"--ragged needs TensorRT {'.'.join(map(str, oldest))}, and {found} is installed")
+    return numbers
 
 
 def _graphs(manifest: Manifest) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,12 +26,21 @@ LENGTHS = ("query_lengths", "key_value_lengths")
 TensorRT crashes where one is wired to both."""
 
 OLDEST = (11, 1)
+ADDS_IN_FP32 = (11, 3)
+"""From here on a fused fp16 attention adds up in fp32 where casts to fp32 surround it. Older ones add up in fp16, and
+would have no fused kernel for the casts."""
+
 _SWAP = [0, 2, 1, 3]  # [rows, heads, tokens, head dim] and [rows, tokens, heads, head dim]
 _FROM_KEYS = [0, 3, 1, 2]  # from the transposed keys, [rows, heads, head dim, tokens]
 
 
-def write_ragged(source: Graph, path: Path) -> Graph:
+def write_ragged(source: Graph, path: Path, half: int | None = None) -> Graph:
     """Write a packed graph with ragged attention; it has the `LENGTHS` as inputs, besides its own.
+
+    Args:
+        source: a packed graph.
+        path: the file to write.
+        half: the graph's own type, to surround attention with casts to fp32 and back: see `ADDS_IN_FP32`.
 
     Raises:
         EngineError: a layer's attention also has a window, a causal mask or a bias, which ragged attention would lose.
@@ -47,7 +57,7 @@ def write_ragged(source: Graph, path: Path) -> Graph:
             "attention does not have: build the plan without --ragged"
         )
     for number, softmax in enumerate(softmaxes):
-        _replace(proto, producers, softmax, number)
+        _replace(proto, producers, softmax, number, half)
     proto.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "all_tokens"))
     inputs = (helper.make_tensor_value_info(name, TensorProto.INT32, ["runs"]) for name in LENGTHS)
     proto.graph.input.extend(inputs)
@@ -73,7 +83,9 @@ def _is_block_mask(producers: Mapping[str, NodeProto], name: str) -> bool:
     return mask is not None and mask.op_type == "Where" and producers[mask.input[0]].op_type == "Equal"
 
 
-def _replace(proto: ModelProto, producers: Mapping[str, NodeProto], softmax: NodeProto, number: int) -> None:
+def _replace(
+    proto: ModelProto, producers: Mapping[str, NodeProto], softmax: NodeProto, number: int, half: int | None
+) -> None:
     """Put the operator in the place of one layer's products, mask and Softmax."""
     (scores,) = _scores(producers, softmax)
     scaled = producers[scores]
@@ -81,9 +93,10 @@ def _replace(proto: ModelProto, producers: Mapping[str, NodeProto], softmax: Nod
     context = next(node for node in proto.graph.node if softmax.output[0] in node.input)
     made: list[NodeProto] = []
 
-    def node(kind: str, *inputs: str, to: str, domain: str = "", **attributes: object) -> str:
+    def node(kind: str, *inputs: str, to: str, domain: str = "", to_type: int | None = None, **attributes: Any) -> str:
         name = f"ragged_{number}_{to}"
-        made.append(helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes))
+        cast: dict[str, Any] = {} if to_type is None else {"to": to_type}
+        made.append(helper.make_node(kind, inputs, [name], name=name, domain=domain, **attributes, **cast))
         return name
 
     def flat(what: str, name: str, perm: list[int]) -> str:
@@ -91,12 +104,15 @@ def _replace(proto: ModelProto, producers: Mapping[str, NodeProto], softmax: Nod
         turned = node("Transpose", name, to=f"{what}_turned", perm=perm)
         heads = node("Shape", turned, to=f"{what}_heads", start=2, end=4)
         shape = node("Concat", "all_tokens", heads, to=f"{what}_shape", axis=0)
-        return node("Reshape", turned, shape, to=what)
+        tokens = node("Reshape", turned, shape, to=what)
+        return tokens if half is None else node("Cast", tokens, to=f"{what}_wide", to_type=TensorProto.FLOAT)
 
     query = flat("query", node("Mul", queries, scaled.input[1], to="scaled"), _SWAP)
     key, value = flat("key", keys, _FROM_KEYS), flat("value", context.input[1], _SWAP)
     forms = {"query_form": "packed_nhd", "kv_form": "packed_nhd", "causal_kind": "none", "TRT_decomposable": 0}
     attended = node(OPERATOR, query, key, value, "", *LENGTHS, to="attended", domain=DOMAIN, **forms)
+    if half is not None:
+        attended = node("Cast", attended, to="narrow", to_type=half)
     shape = node("Shape", f"ragged_{number}_query_turned", to="shape")
     rows = node("Reshape", attended, shape, to="rows")
     made.append(

@@ -84,8 +84,8 @@ def test_the_gpu_overlay_of_compose_matches_its_schema_and_takes_extras_that_exi
     assert set(overlay) == {"triton"}
     (device,) = overlay["triton"]["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
-    extra = re.fullmatch(r"\$\{MIRROR_EXTRAS:-(\w+)\}", overlay["triton"]["build"]["args"]["EXTRAS"])[1]
-    assert extra in distribution("mirror-runtime").metadata.get_all("Provides-Extra")
+    (extra,) = re.findall(r"^\$\{MIRROR_EXTRAS:-(\w+)\}$", overlay["triton"]["build"]["args"]["EXTRAS"])
+    assert extra in (distribution("mirror-runtime").metadata.get_all("Provides-Extra") or ())
 
 
 def test_our_containers_run_without_root_and_cannot_write_to_their_images(pod):

@@ -1,6 +1,7 @@
 """fp16 and bf16 inside the graph: consistent types, a head in fp32, close vectors."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx
@@ -77,7 +78,8 @@ def test_a_family_with_other_operators_is_halved_too(tmp_path, family):
     write_tiny_encoder(family, tmp_path / family, layers=1)
     reference = Reference.load(resolve(str(tmp_path / family), pooling=Pooling.MEAN))
     if family == "qwen3":  # squares of such states exceed fp16
-        reference.model.get_input_embeddings().weight.data *= 5000
+        table: Any = reference.model.get_input_embeddings()
+        table.weight.data *= 5000
     with cached_traces():
         source = export_graph(reference, Layout.PACKED, tmp_path / "packed.onnx")
     made = write_half(source, tmp_path / "half.onnx", Precision.FP16)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -43,6 +43,11 @@ class TRT_Attention(OpRun):
         return (out.astype(query.dtype),)
 
 
+def compute(path: Path, feed: dict[str, np.ndarray]) -> np.ndarray:
+    (found,) = ReferenceEvaluator(str(path), new_ops=[TRT_Attention]).run(None, feed | ends(feed))
+    return np.asarray(found)
+
+
 def ends(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict.fromkeys(LENGTHS, PackedRows(**feed).run_ends)
 
@@ -52,8 +57,7 @@ def test_a_ragged_graph_has_the_vectors_of_the_masked_one(tiny_bundle: Path, tmp
     made = write_ragged(source, tmp_path / "ragged.onnx")
     assert [tensor.name for tensor in made.inputs] == [tensor.name for tensor in (*source.inputs, *made.inputs[-2:])]
     feed = rows()
-    (found,) = ReferenceEvaluator(str(made.path), new_ops=[TRT_Attention]).run(None, feed | ends(feed))
-    np.testing.assert_allclose(found, run(source.path, feed), atol=1e-5)
+    np.testing.assert_allclose(compute(made.path, feed), run(source.path, feed), atol=1e-5)
     nodes = onnx.load(made.path).graph.node
     assert not [node for node in nodes if node.op_type in ("Softmax", "Where")], "no scores of pairs, and no block mask"
     attentions = [node for node in nodes if node.op_type == OPERATOR]
@@ -63,12 +67,15 @@ def test_a_ragged_graph_has_the_vectors_of_the_masked_one(tiny_bundle: Path, tmp
         assert list(node.input[3:]) == ["", *LENGTHS]
 
 
-def test_it_computes_in_half_precision_where_the_graph_does(tiny_bundle: Path, tmp_path: Path):
+@pytest.mark.parametrize("kind", [None, TensorProto.FLOAT16])
+def test_half_precision_may_be_added_up_in_fp32(tiny_bundle: Path, tmp_path: Path, kind: int | None):
     half = write_half(graph_of(tiny_bundle), tmp_path / "half.onnx", Precision.FP16)
-    made = write_ragged(half, tmp_path / "ragged.onnx")
+    made = write_ragged(half, tmp_path / "ragged.onnx", kind)
     feed = rows()
-    (found,) = ReferenceEvaluator(str(made.path), new_ops=[TRT_Attention]).run(None, feed | ends(feed))
-    assert cosines(texts_of(found), texts_of(run(half.path, feed))).min() > 0.9999
+    nodes = {out: node for node in onnx.load(made.path).graph.node for out in node.output}
+    before = {nodes[name].op_type for node in nodes.values() if node.op_type == OPERATOR for name in node.input[:3]}
+    assert before == ({"Reshape"} if kind is None else {"Cast"})
+    assert cosines(texts_of(compute(made.path, feed)), texts_of(run(half.path, feed))).min() > 0.9999
 
 
 def test_the_operator_is_what_the_binding_has_from_11_on():
@@ -116,5 +123,5 @@ def test_a_scale_stays_one(tiny_bundle: Path, tmp_path: Path):
     """The operator has no implicit factor: the queries are scaled before it."""
     view = GraphView.load(write_ragged(graph_of(tiny_bundle), tmp_path / "ragged.onnx").path)
     scaled = [node for node in view.nodes if node.op_type == "Mul" and node.name.endswith("_scaled")]
-    assert {view.constant(node.input[1]).item() for node in scaled} == {pytest.approx(16**-0.5)}
+    assert [view.constant(node.input[1]) for node in scaled] == [pytest.approx(16**-0.5)] * 2
     assert all(attribute(node, "TRT_decomposable") == 0 for node in view.nodes if node.op_type == OPERATOR)
