@@ -4,8 +4,16 @@ VENV := .venv
 # The lock is for one Python; on another, run with CONSTRAINTS= EXTRAS=test.
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev
+# GPU=1 takes the engines for NVIDIA GPUs in place of ONNX Runtime for CPUs, which has the same import name.
+ifdef GPU
+ENGINES := gpu,tensorrt
+OTHER := onnxruntime
+else
+ENGINES := cpu
+OTHER := onnxruntime-gpu
+endif
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
 # NVIDIA's Python modules without the libraries behind them: tests check calls of TensorRT against them.
 TENSORRT_BINDINGS := $(addprefix $(VENV)/tensorrt-,10.16.1.11 11.4.0.106)
 
@@ -23,12 +31,14 @@ TESTED = $(addprefix tests/,$(ROOM))
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
-setup: $(STAMP)  ## make .venv with the locked versions
+setup: $(STAMP)  ## make .venv with the locked versions (GPU=1: for a machine with an NVIDIA GPU)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[$(EXTRAS)]'
-	touch $@
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes $(OTHER)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) \
+	  -e '.[$(EXTRAS),$(ENGINES)]'
+	rm -f $(VENV)/.installed* && touch $@
 
 demo: setup  ## raw text -> tuned weights -> ONNX -> Triton -> answers (DEMO='--base NAME --serve none' passes options)
 	$(BIN)/python demo/run.py $(DEMO)

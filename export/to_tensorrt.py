@@ -45,6 +45,10 @@ def run(
     padded: Annotated[
         bool, typer.Option("--padded", help="Use the padded graph, with a profile for each bucket of lengths.")
     ] = False,
+    ragged: Annotated[
+        bool,
+        typer.Option("--ragged", help="Attention over ragged texts instead of a block mask; TensorRT 11.1 or newer."),
+    ] = False,
     batch_tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -88,6 +92,8 @@ def run(
     console = Console(stderr=True, highlight=False)
     if check and script is not None:
         raise InputError("--check and --script exclude each other")
+    if ragged and (padded or script is not None or engine is not Target.TENSORRT):
+        raise InputError("--ragged is for packed plans that are built on this machine")
     layout = Layout.PADDED if padded else Layout.PACKED
     if check:
         _check(bundle, layout)
@@ -103,6 +109,7 @@ def run(
         version_compatible=version_compatible,
         hardware=hardware_compatible,
         timing_cache=timing_cache,
+        ragged=ragged,
     )
     texts = read_texts(parity_texts) if parity_texts else None
     if script is not None:

@@ -75,6 +75,23 @@ def test_a_fast_run_leaves_marked_tests_out_and_refuses_unmarked_processes(run):
     result.stdout.fnmatch_lines(["*this test starts a process*mark it `process`*"])
 
 
+def test_a_skip_is_a_failure_where_nothing_may_be_missing(run):
+    source = """
+        import pytest
+
+        @pytest.mark.skipif(True, reason="no GPU")
+        def test_marked(): ...
+
+        def test_calls():
+            pytest.skip("no library")
+    """
+    run(source).assert_outcomes(skipped=2)
+    result = run(source, "--fail-skipped")
+    # Skipped by its mark, a test fails before it begins.
+    result.assert_outcomes(failed=1, errors=1)
+    result.stdout.fnmatch_lines(["*test_marked was skipped*no GPU*", "*test_calls was skipped*no library*"])
+
+
 def test_work_that_others_share_is_not_counted():
     before = stopwatch.now()
     with stopwatch.shared_work(), stopwatch.shared_work():

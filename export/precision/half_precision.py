@@ -6,6 +6,7 @@ pairs of casts around blocked nodes; nvidia-modelopt's `onnx` extra requires ano
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     """Write a graph with weights, matrix products and softmax in fp16 or bf16, and its head in fp32.
 
     LayerNormalization stays one operator with `stash_type` 1: input and output in half precision, statistics in fp32.
+    The statistics of an RMSNorm are computed in fp32 between casts: squares exceed fp16, and means of them lose digits.
     Everything after the last of them (pooling, dense layers, norms) is computed in fp32. Inputs and outputs do not
     change.
 
@@ -51,8 +53,11 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     graph = Rewrite(source.path)
     backbone = graph.backbone()
     types = graph.element_types()
-    halved = {name for name in backbone if types.get(name) == TensorProto.FLOAT and name not in graph.inputs}
-    body = [node for node in graph.nodes if any(out in backbone for out in node.output)]
+    chains = _rms_statistics(graph)
+    exact = {out for chain in chains for node in chain for out in node.output}
+    between = exact - {chain[-1].output[0] for chain in chains}
+    halved = {n for n in backbone - between if types.get(n) == TensorProto.FLOAT and n not in graph.inputs}
+    body = [n for n in graph.nodes if any(out in backbone for out in n.output) and n.output[0] not in exact]
     head = [node for node in graph.nodes if not any(out in backbone for out in node.output)]
     halves = {name: f"{name}_half" if graph.constant(name) else name for name in halved}
     for name in sorted(halved):
@@ -61,6 +66,15 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     for node in body:
         node.input[:] = [halves.get(name, name) for name in node.input]
         _retype(node, kind)
+    for chain in chains:
+        values, root = chain[0].input[0], chain[-1].output[0]
+        for node in chain:
+            node.input[:] = [f"{name}_full" if name == values else name for name in node.input]
+        chain[-1].output[0] = f"{root}_full"
+        body += [
+            graph.node("Cast", [values], [f"{values}_full"], to=TensorProto.FLOAT),
+            graph.node("Cast", [f"{root}_full"], [root], to=kind),
+        ]
     for name in sorted(halved):
         # Back to fp32 for the head, and for values that are outputs of the graph.
         readers = [node for node in head if name in node.input]
@@ -73,6 +87,27 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in body):
         graph.opset = max(graph.opset, SCALES_OPSET)
     return graph.save(source, path, precision or half)
+
+
+def _rms_statistics(graph: Rewrite) -> list[list[NodeProto]]:
+    """Find the chains of nodes from the square of an RMSNorm's input to the reciprocal of its root."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.nodes:
+        for name in node.input:
+            readers[name].append(node)
+    producers = {out: node for node in graph.nodes for out in node.output}
+    chains = []
+    for mean in (node for node in graph.nodes if node.op_type == "ReduceMean"):
+        chain = [producers[mean.input[0]], mean]
+        while chain[-1].op_type != "Reciprocal" and len(after := readers[chain[-1].output[0]]) == 1:
+            chain.append(after[0])
+        kinds = [node.op_type for node in chain]
+        if kinds != ["Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal"]:
+            raise EngineError(
+                f"{mean.name or mean.output[0]} is a mean of {' '.join(kinds)}, which is not an RMSNorm's"
+            )
+        chains.append(chain)
+    return chains
 
 
 def _halve(values: Array, kind: int, name: str) -> Array:

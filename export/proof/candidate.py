@@ -20,6 +20,7 @@ from mirror_runtime.engines.tensorrt_engine import LoadedPlan
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
+from mirror_runtime.selection import PROVEN_ON
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import components
 
@@ -41,7 +42,13 @@ class Candidate:
     precision: Precision
 
     def certified(
-        self, bundle: Path, parity: Parity, *, path: str | None = None, engine_module: str | None = None
+        self,
+        bundle: Path,
+        parity: Parity,
+        *,
+        path: str | None = None,
+        engine_module: str | None = None,
+        gpu: str | None = None,
     ) -> Artifact:
         """Return the manifest's entry.
 
@@ -51,12 +58,17 @@ class Candidate:
             path: the graph's path in the finished bundle, where it differs.
             engine_module: record the version that this module states, instead of the version of the engine's package:
                 containers bring TensorRT without package metadata.
+            gpu: what proved it, where that is a GPU: "auto" takes the artifact on such machines only.
         """
         toolchain = {name: version(name) for name in ("torch", "transformers", "onnx")}
+        if self.engine is EngineName.ONNXRUNTIME:  # its package may also be onnxruntime-gpu
+            engine_module = "onnxruntime"
         if engine_module is None:
             toolchain[self.engine.value] = version(self.engine.value)
         else:
             toolchain[engine_module] = str(require(engine_module, engine_module).__version__)
+        if gpu is not None:
+            toolchain[PROVEN_ON] = gpu
         return Artifact(
             path=path or self.graph.path.absolute().relative_to(bundle.absolute()).as_posix(),
             engine=self.engine,

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,12 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from export.bundle.update import add_artifacts, updating
 from export.graph.trace import Graph, graph_files, signature_of
+from export.precision.half_precision import HALVES
 from export.proof.candidate import Candidate, padded_feed
 from export.proof.floors import Floors
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import parity_texts
-from export.tensorrt import builder, prove_plan
+from export.tensorrt import builder, prove_plan, ragged
 from export.tensorrt.builder import BuildRequest, Profile
 from export.tensorrt.checks import RULES, breaches, graph_precision
 from export.tensorrt.view import GraphView
@@ -39,7 +41,8 @@ from mirror_runtime.engines import load_engine
 from mirror_runtime.errors import EngineError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
-from mirror_runtime.packing import TOKEN_BUDGET, ShapeSet, pack
+from mirror_runtime.gpu import this_gpu
+from mirror_runtime.packing import TOKEN_BUDGET, ShapeSet, pack, runs
 from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
 
 FOLDER = "tensorrt"
@@ -73,6 +76,7 @@ class Options:
     version_compatible: bool = False
     hardware: str = "none"
     timing_cache: Path | None = None
+    ragged: bool = False  # attention over ragged texts in place of the block mask: see `ragged`
 
 
 def check_bundle(bundle: Path) -> list[dict[str, object]]:
@@ -168,7 +172,11 @@ def packed_shape_set(spec: EncoderSpec, budget: int = TOKEN_BUDGET) -> ShapeSet:
 
 def packed_profiles(inputs: Sequence[TensorSpec], shapes: Iterable[tuple[int, int]]) -> tuple[Profile, ...]:
     """Return a static profile (min = opt = max) for each shape that packing can produce."""
-    return tuple({tensor.name: (shape, shape, shape) for tensor in inputs} for shape in shapes)
+
+    def sizes(tensor: TensorSpec, shape: tuple[int, int]) -> tuple[int, ...]:
+        return shape if len(tensor.shape) == 2 else (runs(shape) + 1,)
+
+    return tuple({tensor.name: (sizes(tensor, shape),) * 3 for tensor in inputs} for shape in shapes)
 
 
 def padded_profiles(inputs: Sequence[TensorSpec], max_tokens: int) -> tuple[Profile, ...]:
@@ -276,7 +284,12 @@ def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, on
     require("tensorrt", "tensorrt")
     require("cuda.bindings.runtime", "tensorrt")
     request = request_for(graph, manifest.encoder, options)
-    with updating(bundle) as staging:
+    with updating(bundle) as staging, TemporaryDirectory() as scratch:
+        if options.ragged:
+            installed = _check_version(ragged.OLDEST)
+            half = HALVES.get(options.precision) if installed >= ragged.ADDS_IN_FP32 else None
+            graph = ragged.write_ragged(graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx", half)
+            request = request_for(graph, manifest.encoder, options)
         (staging / FOLDER).mkdir()
         plan = (staging / FOLDER / request.plan).absolute()
         try:
@@ -322,9 +335,18 @@ def _prove_and_add(
     expected = Expected.of_bundle(bundle, texts)
     on_progress(f"prove {candidate}")
     parity = prove_artifact(bundle, candidate, manifest, expected)
-    artifact = candidate.certified(bundle, parity, path=path, engine_module=module)
+    artifact = candidate.certified(bundle, parity, path=path, engine_module=module, gpu=str(this_gpu()))
     add_artifacts(bundle, staging, [artifact])
     return artifact
+
+
+def _check_version(oldest: tuple[int, int]) -> tuple[int, ...]:
+    """Return the version of TensorRT; an `EngineError` where it is older."""
+    found = str(require("tensorrt", "tensorrt").__version__)
+    numbers = tuple(map(int, found.split(".")[:2]))
+    if numbers < oldest:
+        raise EngineError(f"--ragged needs TensorRT {'.'.join(map(str, oldest))}, and {found} is installed")
+    return numbers
 
 
 def _graphs(manifest: Manifest) -> list[str]:

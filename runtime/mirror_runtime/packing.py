@@ -45,6 +45,28 @@ class PackedRows:
         rows, length = self.input_ids.shape
         return rows, length
 
+    @property
+    def run_ends(self) -> NDArray[np.int32]:
+        """Return where each piece and each row's empty rest ends, as cumulative numbers of tokens that start with 0.
+
+        int32 [`runs` + 1], filled up with the number of all tokens: one size for each shape.
+        """
+        rows, length = self.shape
+        changes = np.ones((rows, length), np.bool_)
+        changes[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        starts = np.flatnonzero(changes)
+        ends = np.full(runs(self.shape) + 1, rows * length, np.int32)
+        ends[: starts.size] = starts
+        return ends
+
+    query_lengths = key_value_lengths = run_ends  # the names of a graph's inputs, see export/tensorrt/ragged.py
+
+
+def runs(shape: tuple[int, int]) -> int:
+    """Return how many pieces and empty rests rows of a shape have at most."""
+    rows, length = shape
+    return rows * (length // TOKENS_PER_SLOT + 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:

@@ -17,6 +17,7 @@ from pathlib import Path
 from mirror_runtime.bundle import MOST_TOKENS, Artifact, EngineName, Manifest, Precision, from_json, to_json
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.folders import named_os_errors, replace_file
+from mirror_runtime.gpu import gpu_models
 from mirror_runtime.host import cpu_flags, cpu_model, usable_cores
 from mirror_runtime.packing import ROW_TOKENS, TOKEN_BUDGET
 from mirror_runtime.selection import AUTO, choose
@@ -24,7 +25,7 @@ from mirror_runtime.strict_json import read_object, short
 
 _log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PACKAGES = ("mirror-runtime", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tokenizers")
 """A plan is only valid for the versions of these packages that it was measured with."""
 
@@ -56,6 +57,10 @@ class HostIdentity:
     cpu: str  # model name
     features: str  # hash of the CPU's feature flags
     cores: int  # usable by the measuring process
+    gpu: str  # the models of its GPUs; empty for none
+
+    def __str__(self) -> str:
+        return f"{self.cores} cores of {self.cpu}" + (f" with {self.gpu}" if self.gpu else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +171,7 @@ def decide_setting(manifest: Manifest, setting: Setting) -> Decision:
 
 def this_host() -> HostIdentity:
     """Identify the host that this process runs on."""
-    return HostIdentity(cpu=cpu_model(), features=_digest(sorted(cpu_flags())), cores=usable_cores())
+    return HostIdentity(cpu=cpu_model(), features=_digest(sorted(cpu_flags())), cores=usable_cores(), gpu=gpu_models())
 
 
 def installed_versions() -> dict[str, str]:
@@ -183,7 +188,7 @@ def installed_versions() -> dict[str, str]:
 def plan_path(cache: Path, fingerprint: str) -> Path:
     """Return the path of this host's plan for a bundle."""
     host = this_host()
-    return cache / "plans" / f"{fingerprint}-{_digest([host.cpu, host.features, host.cores])}.json"
+    return cache / "plans" / f"{fingerprint}-{_digest([host.cpu, host.features, host.cores, host.gpu])}.json"
 
 
 def write_plan(plan: HostPlan, path: Path) -> None:
@@ -211,7 +216,7 @@ def staleness(plan: HostPlan, fingerprint: str) -> str:
         return f"it is for the bundle {plan.fingerprint}, not {fingerprint}"
     host = this_host()
     if plan.host != host:
-        return f"it was measured on {plan.host.cores} cores of {plan.host.cpu}, not on {host.cores} of {host.cpu}"
+        return f"it was measured on {plan.host}, not on {host}"
     versions = installed_versions()
     changed = [
         f"{name} {plan.versions.get(name, 'absent')} (now {versions.get(name, 'absent')})"

@@ -2,8 +2,10 @@
 
 import json
 import re
+from importlib.metadata import distribution
 
 import check_jsonschema
+import jsonpatch
 import kubernetes_validate
 import pytest
 import typer.main
@@ -41,6 +43,65 @@ def pod():
 def test_manifests_match_the_schemas_of_kubernetes(name, version):
     for document in documents(name):
         kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.fixture(scope="module")
+def on_gpu():
+    """Return the manifests that the GPU overlay changes, after its patches."""
+    (overlay,) = yaml.safe_load_all((DEPLOY / "kubernetes-gpu" / "kustomization.yaml").read_text())
+    assert [(DEPLOY / "kubernetes-gpu" / name).resolve() for name in overlay["resources"]] == [KUBERNETES]
+    base = {document["kind"]: document for name in resources() for document in documents(name)}
+    patched = {}
+    for patch in overlay["patches"]:
+        target = base[patch["target"]["kind"]]
+        assert target["metadata"]["name"] == patch["target"]["name"]
+        patched[target["kind"]] = jsonpatch.apply_patch(target, yaml.safe_load(patch["patch"]))
+    return patched
+
+
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_the_gpu_overlay_matches_the_schemas(on_gpu, version):
+    for document in on_gpu.values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_a_pod_of_the_gpu_overlay_has_one_gpu_and_is_not_scaled_by_its_cpu(on_gpu, pod):
+    changed = on_gpu["Deployment"]["spec"]
+    (triton,) = changed["template"]["spec"]["initContainers"]
+    assert triton["resources"]["limits"] == triton["resources"]["requests"]
+    assert triton["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert [toleration["key"] for toleration in changed["template"]["spec"]["tolerations"]] == ["nvidia.com/gpu"]
+    assert changed["strategy"]["rollingUpdate"]["maxSurge"] == 0, "a pod more would need a GPU more"
+    assert triton["securityContext"] == pod["initContainers"][0]["securityContext"]
+    (metric,) = on_gpu["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == "mirror_queue_seconds"
+
+
+def test_the_gpu_overlay_of_compose_matches_its_schema_and_takes_extras_that_exist():
+    arguments = ["--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.gpu.yaml")]
+    assert CliRunner().invoke(check_jsonschema.main, arguments).exit_code == 0
+    overlay = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"]
+    assert set(overlay) == {"triton"}
+    (device,) = overlay["triton"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    (extra,) = re.findall(r"^\$\{MIRROR_EXTRAS:-(\w+)\}$", overlay["triton"]["build"]["args"]["EXTRAS"])
+    assert extra in (distribution("mirror-runtime").metadata.get_all("Provides-Extra") or ())
+
+
+def test_our_containers_run_without_root_and_cannot_write_to_their_images(pod):
+    assert (pod["securityContext"]["runAsNonRoot"], pod["securityContext"]["runAsUser"]) == (True, 1000)
+    for container in (*pod["initContainers"], *pod["containers"]):
+        context = container["securityContext"]
+        assert context == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name in ("triton", "gateway"):
+        assert services[name]["read_only"]
+        assert "no-new-privileges:true" in services[name]["security_opt"]
+    assert re.findall(r"^USER (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE) == ["triton-server", "1000"]
 
 
 def test_a_misspelt_field_violates_the_schemas_and_every_manifest_is_applied_or_a_helm_values_file():

@@ -69,7 +69,7 @@ def test_auto_follows_the_plan_of_this_host_and_says_so(tiny_bundle, plan, cache
     ("change", "reason"),
     [
         ({"fingerprint": "0" * 16}, "it is for the bundle 0000000000000000"),
-        ({"host": plans.HostIdentity(cpu="Z80", features="", cores=1)}, "it was measured on 1 cores of Z80"),
+        ({"host": plans.HostIdentity(cpu="Z80", features="", cores=1, gpu="H9")}, "measured on 1 cores of Z80 with H9"),
         ({"versions": {"openvino": "1.0"}}, "openvino 1.0 (now"),
     ],
 )
@@ -92,7 +92,7 @@ def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, pl
     with caplog.at_level(logging.WARNING), Encoder.load(tiny_bundle, cache_dir=cache) as encoder:
         assert encoder.decision.source is plans.DecisionSource.RULE
     assert "is not JSON" in caplog.text
-    path.write_text(whole.replace('"format_version": 1', '"format_version": 9'))
+    path.write_text(whole.replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(InputError, match="plan format 9"):
         plans.read_plan(path)
     path.write_text(whole.replace('"floor"', '"flour"'))

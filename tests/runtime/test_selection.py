@@ -1,8 +1,12 @@
+import re
+
 import pytest
 
 from mirror_runtime import EngineError
 from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
+from mirror_runtime.plan import DecisionSource, decide
 from mirror_runtime.selection import choose
+from tests.support.fake_gpu import FakeDriver, install_driver
 
 ORT32 = (EngineName.ONNXRUNTIME, Precision.FP32)
 OV32 = (EngineName.OPENVINO, Precision.FP32)
@@ -49,3 +53,39 @@ def test_auto_never_takes_int8_or_padded_graphs_and_int8_is_there_for_the_asking
     padded = read_manifest(make_bundle(artifacts=(make_artifact(*ORT32, Layout.PADDED),), name="padded"))
     with pytest.raises(EngineError, match="it has none"):
         choose(padded, "auto", "auto")
+
+
+TRT16, CUDA16 = (EngineName.TENSORRT, Precision.FP16), (EngineName.ONNXRUNTIME_CUDA, Precision.FP16)
+HERE = {"gpu": "NVIDIA L4 (8.9)", "tensorrt": "11.4.0.106"}
+
+
+@pytest.mark.parametrize(
+    ("driver", "proven", "installed", "chosen", "reported"),
+    [
+        (FakeDriver(), HERE, {TRT16[0], CUDA16[0]}, TRT16, ""),
+        (FakeDriver(), HERE, {CUDA16[0]}, CUDA16, "tensorrt fp16 .* passed over: its engine is not installed"),
+        (FakeDriver(), {"gpu": "NVIDIA A10 (8.6)"}, {TRT16[0]}, ORT32, "proven on NVIDIA A10 .* this is NVIDIA L4"),
+        (FakeDriver(), {}, {TRT16[0]}, ORT32, "proven on an unnamed GPU"),
+        (
+            FakeDriver(),
+            HERE | {"tensorrt": "10.16"},
+            {TRT16[0]},
+            ORT32,
+            "of TensorRT 10.16, and 11.4.0.106 is installed",
+        ),
+        (None, HERE, {TRT16[0], CUDA16[0]}, ORT32, "onnxruntime-cuda fp16 .* no NVIDIA GPU was found"),
+        (FakeDriver(100), HERE, {TRT16[0]}, ORT32, "tensorrt fp16 .* shows this process no GPU"),
+    ],
+)
+def test_auto_prefers_what_was_proven_on_this_gpu(
+    make_bundle, make_artifact, monkeypatch, caplog, driver, proven, installed, chosen, reported
+):
+    artifacts = (make_artifact(*ORT32), *(make_artifact(*pair, toolchain=proven) for pair in (CUDA16, TRT16)))
+    manifest = read_manifest(make_bundle(artifacts=artifacts))
+    install_driver(monkeypatch, driver)
+    monkeypatch.setattr("mirror_runtime.selection.version", lambda package: HERE[package])
+    monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: name in (*installed, ORT32[0]))
+    decision = decide(manifest, "auto", "auto", None)
+    assert (decision.engine, decision.precision, decision.source) == (*chosen, DecisionSource.RULE)
+    assert re.search(reported, caplog.text) if reported else not caplog.text
+    assert decide(manifest, "onnxruntime-cuda", "auto", None).engine is CUDA16[0], "what is named is not passed over"

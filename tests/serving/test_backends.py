@@ -1,12 +1,19 @@
 """The other ways to serve: a second model behind `embed`, several instances, and real weights."""
 
 import dataclasses
+import logging
+import random
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import MANIFEST_FILE, EngineName, Precision, TensorSpec, read_manifest, write_json
@@ -14,11 +21,12 @@ from mirror_runtime.errors import ServerError
 from mirror_runtime.triton import Server, ServingOptions
 from mirror_runtime.triton.repository.options import Backend
 from mirror_runtime.triton.repository.render import write_repository, write_temporary_repository
-from mirror_runtime.triton.server.processes import runners
+from mirror_runtime.triton.server.processes import group_members, resident_bytes, runners
 from mirror_runtime.vectors import cosines
 from tests.support.fake_bundles import artifact
+from tests.support.mirror_serve import Load
 from tests.support.paths import ROOT
-from tests.support.triton_requests import running
+from tests.support.triton_requests import metric, running, settled, text_input
 
 pytestmark = pytest.mark.serving
 
@@ -63,6 +71,59 @@ def test_a_failing_second_model_fails_the_request_without_its_paths(two_models: 
         assert "secret" not in str(caught.value)
         assert client.encode(["fine"]).any()
     assert "graph.onnx broke" in two_models.log_tail(60)
+
+
+def test_callers_who_cancel_and_expire_leave_two_models_whole(two_models: Server, fake_bundle: Path, request) -> None:
+    """Few give up: one of some 30,000 gRPC requests that do crashes server 2.51, and with one model too."""
+    with Encoder.load(fake_bundle, engine="fake") as encoder:
+        expected = dict(zip(TEXTS, encoder.encode(TEXTS), strict=True))
+
+    def answered(seed: int) -> Callable[[], int]:
+        numbers, client = random.Random(seed), two_models.client()
+
+        def call() -> int:
+            texts = numbers.choices(TEXTS, k=numbers.choice((1, 4, 64)))
+            np.testing.assert_array_equal(client.encode(texts), [expected[text] for text in texts])
+            return len(texts)
+
+        return call
+
+    def given_up(seed: int) -> Callable[[], None]:
+        numbers, client = (
+            random.Random(seed),
+            tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{two_models.grpc_port}"),
+        )
+        ways = cycle([{}, {"client_timeout": 0.01}, {"timeout": 2000}])
+
+        def call() -> None:
+            done = threading.Event()
+            texts = [text.encode() for text in numbers.choices(TEXTS, k=200)]
+            sent = client.async_infer("embed", text_input(*texts), lambda result, error: done.set(), **next(ways))
+            if not done.wait(numbers.uniform(0, 0.2)):
+                sent.cancel()
+            assert done.wait(30)
+
+        return call
+
+    def held() -> tuple[list[int], float]:
+        return sorted(group_members(two_models.pid)), resident_bytes(group_members(two_models.pid)) / 1e6
+
+    two_models.client().encode(TEXTS)
+    processes, before = held()
+    callers = [*map(answered, range(8)), given_up(100)]
+    with Load(callers) as load:
+        time.sleep(request.config.getoption("--two-models-seconds"))
+    assert not load.failures(), load.failures()[0]
+    ends = [partial(metric, two_models, "mirror_requests_total", end) for end in ("cancelled", "expired")]
+    gone = sum(map(settled, ends))
+    assert gone, "nobody gave up in time"
+    after, memory = held()
+    texts = sum(outcome.result or 0 for outcome in load.outcomes)
+    logging.info(
+        "%d calls, %d texts, %d given up in the queue, %.0f to %.0f MB", len(load.outcomes), texts, gone, before, memory
+    )
+    assert after == processes, "a process has died"
+    assert memory < before + 200
 
 
 def test_two_instances_share_the_work(fake_bundle: Path, tmp_path: Path) -> None:

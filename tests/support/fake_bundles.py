@@ -76,8 +76,8 @@ def plan_card(shapes: tuple[tuple[int, int], ...], **changes: Any) -> PlanCard:
 
 def host_plan(**changes: Any) -> HostPlan:
     """Build the plan of some machine for bundles of the fake engine, without a choice."""
-    host = HostIdentity(cpu="a CPU", features="0", cores=8)
-    fields: dict[str, Any] = {"format_version": 1, "goal": Goal.THROUGHPUT, "floor": 0.999, "texts": 100, "rounds": 3}
+    host = HostIdentity(cpu="a CPU", features="0", cores=8, gpu="")
+    fields: dict[str, Any] = {"format_version": 2, "goal": Goal.THROUGHPUT, "floor": 0.999, "texts": 100, "rounds": 3}
     return HostPlan(**{**fields, "fingerprint": FINGERPRINT, "host": host, "versions": {}, **changes})
 
 

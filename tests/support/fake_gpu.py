@@ -23,6 +23,45 @@ Compute = Callable[[PackedRows], Vectors]
 """A packed engine's function from rows to vectors."""
 
 
+class FakeDriver:
+    """`libcuda.so.1` of a machine with one GPU, or of one whose `cuInit` returns another status."""
+
+    def __init__(self, status: int = 0, cuda: int = 13040) -> None:
+        self.status, self.cuda = status, cuda
+
+    def cuInit(self, flags: int) -> int:
+        return self.status
+
+    def cuDeviceGet(self, device: Any, ordinal: int) -> int:
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:
+        name.value = NAME.encode()
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:
+        value._obj.value = dict(zip((75, 76), map(int, COMPUTE_CAPABILITY.split(".")), strict=True))[attribute]
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self.cuda
+        return 0
+
+
+def install_driver(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None) -> None:
+    """Replace NVIDIA's driver library by a stand-in; None takes it away."""
+    real = ctypes.CDLL
+
+    def load(name: Any, *args: Any, **kwargs: Any) -> Any:
+        if name != "libcuda.so.1":
+            return real(name, *args, **kwargs)
+        if driver is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return driver
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+
+
 class FakeCuda:
     """`cuda.bindings.runtime` over host memory. Signatures are the real ones; a graph replays the work it captured."""
 
@@ -129,7 +168,7 @@ class Gpu:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim: int) -> Gpu:
-    """Replace the modules `tensorrt` and `cuda.bindings.runtime` by stand-ins."""
+    """Replace the modules `tensorrt` and `cuda.bindings.runtime`, and the driver, by stand-ins."""
     cuda = FakeCuda()
 
     def create_execution_context(strategy: Any) -> StandIn:
@@ -147,6 +186,7 @@ def install(monkeypatch: pytest.MonkeyPatch, version: str, compute: Compute, dim
         return StandIn(own, "IExecutionContext")
 
     trt = install_tensorrt(monkeypatch, version, dim)
+    install_driver(monkeypatch, FakeDriver())
     trt.answers["ICudaEngine.create_execution_context"] = create_execution_context
     trt.answers["ICudaEngine.device_memory_size_v2"] = 4096
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)

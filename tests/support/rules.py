@@ -41,6 +41,8 @@ _watching = False
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="skip tests that trace a graph, start a server or a process")
     parser.addoption("--broken-files", type=int, default=12, help="broken files to feed each reader of files")
+    parser.addoption("--fail-skipped", action="store_true", help="a skipped test fails: the machine has all it needs")
+    parser.addoption("--two-models-seconds", type=float, default=2, help="of load on one model that calls another")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -110,6 +112,8 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--fail-skipped"):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped: {report.longreprtext}"
     if call.when == "call" and report.passed and item.get_closest_marker("slow") is None:
         wall_s, cpu_s = item.stash[_spent]
         if min(wall_s, cpu_s) > LIMIT_S:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,8 @@ from rich.text import Text
 
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.cli.run import print_json
-from mirror_runtime.errors import InputError, ServerError, install_command
+from mirror_runtime.errors import EngineError, InputError, ServerError, install_command
+from mirror_runtime.gpu import Gpu, this_gpu
 from mirror_runtime.host import BF16_FLAGS, cpu_flags, cpu_model, memory_bytes, usable_cores
 from mirror_runtime.plan import read_plan, staleness
 from mirror_runtime.triton.server.distribution import check_platform
@@ -35,7 +37,6 @@ PACKAGES = (
     "nvidia-pytriton",
 )
 _SHM = Path("/dev/shm")
-_NO_GPU = "no: no NVIDIA GPU was found"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def _print_tables(diagnosis: Diagnosis) -> None:
 def diagnose() -> Diagnosis:
     """Inspect the machine and the installed packages, without importing an engine."""
     packages = {name: _version(name) for name in PACKAGES}
-    gpu = shutil.which("nvidia-smi") is not None
+    gpu = _gpu()
     bf16 = sorted(BF16_FLAGS & cpu_flags())
     glibc = platform.libc_ver()[1]
     machine = {
@@ -93,7 +94,7 @@ def diagnose() -> Diagnosis:
             sorted(f for f in cpu_flags() if f.startswith(("amx", "avx512_", "avx2", "avx_vnni")))
         ),
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
-        "gpu": "an NVIDIA driver is present" if gpu else "none found",
+        "gpu": gpu if isinstance(gpu, str) else f"{gpu}, its driver runs CUDA {gpu.cuda[0]}.{gpu.cuda[1]}",
         **_cache_facts(cache_folder(AUTO_CACHE)),
     }
     return Diagnosis(
@@ -106,9 +107,9 @@ def diagnose() -> Diagnosis:
             if bf16
             else "no: the CPU lacks bf16 instructions",
             "openvino int8": _needs(packages, "openvino", "openvino"),
-            "tensorrt": _tensorrt(packages) if gpu else _NO_GPU,
-            "onnxruntime cuda": _needs(packages, "onnxruntime-gpu", "gpu") if gpu else _NO_GPU,
-            "onnxruntime tensorrt": _provider(packages) if gpu else _NO_GPU,
+            "tensorrt": _on_gpu(packages, gpu, "tensorrt", "tensorrt", "cuda-bindings"),
+            "onnxruntime cuda": _on_gpu(packages, gpu, "gpu", "onnxruntime-gpu"),
+            "onnxruntime tensorrt": _on_gpu(packages, gpu, "gpu", "onnxruntime-gpu", tensorrt=True),
             "local tritonserver": _local_server(packages),
             "triton client": _needs(packages, "tritonclient", "client"),
         },
@@ -166,18 +167,40 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _tensorrt(packages: Mapping[str, str | None]) -> str:
-    """Check for TensorRT and, to move arrays, NVIDIA's CUDA bindings."""
-    needs = (_needs(packages, name, "tensorrt") for name in ("tensorrt", "cuda-bindings"))
-    return next((need for need in needs if need != "yes"), "yes")
+def _gpu() -> Gpu | str:
+    """Return the GPU, or what is missing for one."""
+    try:
+        return this_gpu()
+    except EngineError as error:
+        return str(error)
 
 
-def _provider(packages: Mapping[str, str | None]) -> str:
-    """Check for TensorRT 10, which ONNX Runtime's wheels link. With 11 they silently run without the provider."""
-    installed = packages["tensorrt"]
-    if packages["onnxruntime-gpu"] and installed and not installed.startswith("10."):
-        return f"no: it needs TensorRT 10, and {installed} is installed: pip install 'tensorrt<11'"
-    return _needs(packages, "onnxruntime-gpu", "gpu")
+def _on_gpu(
+    packages: Mapping[str, str | None], gpu: Gpu | str, extra: str, *needed: str, tensorrt: bool = False
+) -> str:
+    """List all that an engine for GPUs lacks: packages of its extra, a GPU, a driver that is new enough.
+
+    With `tensorrt` it also needs TensorRT 10, which ONNX Runtime's wheels link; 11 does not serve.
+    """
+    absent = [name for name in needed if not packages[name]]
+    missing = [f"{' and '.join(absent)}: {install_command(extra)}"] if absent else []
+    if tensorrt and not (packages["tensorrt"] or "").startswith("10."):
+        missing.append(f"TensorRT 10 (here: {packages['tensorrt'] or 'none'}): pip install 'tensorrt<11'")
+    if isinstance(gpu, str):
+        missing.append(gpu)
+    elif (major := _cuda_major(needed[0])) > gpu.cuda[0]:
+        missing.append(f"a driver for CUDA {major} (here: {gpu.cuda[0]}.{gpu.cuda[1]})")
+    return f"no: it needs {'; '.join(missing)}" if missing else "yes"
+
+
+def _cuda_major(package: str) -> int:
+    """Return the CUDA version that an installed package is built for, as its requirements say; 0 if they do not."""
+    try:
+        needs = " ".join(requires(package) or ())
+    except PackageNotFoundError:
+        return 0
+    found = re.search(r"nvidia-cuda-runtime[^;,]*?(\d+)\.|tensorrt_cu(\d+)", needs)
+    return int(found[1] or found[2]) if found else 0
 
 
 def _local_server(packages: Mapping[str, str | None]) -> str:

@@ -11,10 +11,13 @@ from mirror_runtime.bundle import EncoderSpec, EngineName, Precision
 from mirror_runtime.engines.base import Engine
 from mirror_runtime.errors import EngineError
 
-__all__ = ["Engine", "installed", "load_engine"]
+__all__ = ["ON_GPU", "Engine", "installed", "load_engine"]
 
 _LIBRARIES = {EngineName.ONNXRUNTIME: "onnxruntime", EngineName.OPENVINO: "openvino", EngineName.TENSORRT: "tensorrt"}
 _GPU_PROVIDERS = (EngineName.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_TENSORRT)
+
+ON_GPU = frozenset({EngineName.TENSORRT, *_GPU_PROVIDERS})
+"""The engines that need an NVIDIA GPU."""
 
 
 def installed(name: EngineName) -> bool:

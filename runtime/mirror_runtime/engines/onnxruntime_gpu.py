@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mirror_runtime.bundle import EngineName, Precision
-from mirror_runtime.errors import EngineError
+from mirror_runtime.errors import EngineError, one_line
 from mirror_runtime.extras import require
 from mirror_runtime.packing import BLOCK, PackedRows
 from mirror_runtime.vectors import Vectors
@@ -86,7 +88,7 @@ PROVIDERS = {
         device="cuda",
         options=cuda_options,
         static=True,
-        cure="pip uninstall -y onnxruntime, then install the extra gpu, with CUDA and cuDNN on the library path",
+        cure="pip uninstall -y onnxruntime, then install the extra gpu, which brings CUDA 13 and cuDNN",
     ),
     EngineName.ONNXRUNTIME_TENSORRT: Provider(
         name="TensorrtExecutionProvider",
@@ -124,6 +126,8 @@ class OnnxRuntimeGpuEngine:
         self._provider = PROVIDERS[name]
         if precision is Precision.FP8:
             raise EngineError(f"{name.value} does not run fp8 graphs: choose engine tensorrt")
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            self._onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, which no search path has
         present = self._onnxruntime.get_available_providers()
         if self._provider.name not in present:
             raise EngineError(
@@ -193,9 +197,14 @@ class OnnxRuntimeGpuEngine:
             options.add_free_dimension_override_by_name("length", shape[1])
         settings = dict(provider.options(shape, self.precision, self._graph, self._cache))
         try:
-            session = ort.InferenceSession(str(self._graph), options, providers=[(provider.name, settings)])
+            # Without its libraries ONNX Runtime prints which one it misses, tries the CPU and names that as the error.
+            with contextlib.redirect_stdout(sys.stderr):
+                session = ort.InferenceSession(str(self._graph), options, providers=[(provider.name, settings)])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            raise EngineError(f"{self.name.value} cannot load {self._graph.name} for rows {shape}: {error}") from error
+            raise EngineError(
+                f"{self.name.value} cannot load {self._graph.name} for rows {shape}: {one_line(error)} If a library is "
+                f"missing (ONNX Runtime's message above names it): {provider.cure}"
+            ) from error
         running = session.get_providers()
         if running[0] != provider.name:
             # If a provider fails to load, ONNX Runtime only warns and continues with the next.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -20,7 +19,7 @@ from encoders.source import resolve
 from export import to_tensorrt
 from export.proof.floors import Floors
 from export.proof.proof_texts import CANARIES
-from export.tensorrt import builder, prove_plan
+from export.tensorrt import prove_plan
 from export.tensorrt.artifact import Options, choose_graph, write_samples
 from export.tensorrt.builder import read_request
 from mirror_runtime import Encoder
@@ -57,9 +56,7 @@ def with_gpu(
         vectors = plain.run(rows)
         return vectors + np.float32(noise) * np.sin(np.arange(vectors.size, dtype=np.float32)).reshape(vectors.shape)
 
-    gpu = fake_gpu.install(monkeypatch, version, compute, spec.dim)
-    monkeypatch.setattr(builder, "this_gpu", lambda: (fake_gpu.NAME, fake_gpu.COMPUTE_CAPABILITY))
-    return gpu
+    return fake_gpu.install(monkeypatch, version, compute, spec.dim)
 
 
 def run(*arguments: object) -> int:
@@ -80,7 +77,7 @@ def test_a_plan_is_built_proven_added_and_served(monkeypatch, bundle, texts, tmp
     (artifact,) = (a for a in manifest.artifacts if a.engine is EngineName.TENSORRT)
     assert (artifact.precision, artifact.layout) == (Precision.FP32, Layout.PACKED)
     assert artifact.parity.texts == len({*TEXTS, *CANARIES})
-    assert artifact.toolchain["tensorrt"] == version
+    assert (artifact.toolchain["tensorrt"], artifact.toolchain["gpu"]) == (version, "NVIDIA L4 (8.9)")
     assert read_card(bundle / artifact.path).profiles[-1]["input_ids"][2][1] >= manifest.encoder.max_tokens
     shapes = {profile["input_ids"][2] for profile in read_card(bundle / artifact.path).profiles}
     assert {(16, 64), (32, 64)} <= shapes
@@ -111,19 +108,25 @@ def test_without_tensorrt_or_a_gpu_the_error_says_what_to_do(monkeypatch, bundle
     assert "[tensorrt]" in capsys.readouterr().err
     with_gpu(monkeypatch, bundle)
 
-    absent = builder.BuildError("no NVIDIA driver (libcuda.so.1) is here")
-    monkeypatch.setattr(builder, "this_gpu", Mock(side_effect=absent))
+    fake_gpu.install_driver(monkeypatch, None)
     assert run(bundle, "--precision", "fp32") == 2
     assert "no NVIDIA driver" in capsys.readouterr().err
+
+
+def test_ragged_attention_needs_a_tensorrt_that_has_it(monkeypatch, bundle, capsys):
+    with_gpu(monkeypatch, bundle, version=VERSIONS[0])
+    assert run(bundle, "--precision", "fp32", "--ragged") == 2
+    assert f"--ragged needs TensorRT 11.1, and {VERSIONS[0]} is installed" in capsys.readouterr().err
 
 
 def test_a_providers_artifact_is_proven_and_added(monkeypatch, bundle, texts, capsys):
     name = EngineName.ONNXRUNTIME_CUDA
     on_cpu = replace(onnxruntime_gpu.PROVIDERS[name], name="CPUExecutionProvider", device="cpu", options=lambda *_: {})
     monkeypatch.setattr(onnxruntime_gpu, "PROVIDERS", {name: on_cpu})
+    fake_gpu.install_driver(monkeypatch, fake_gpu.FakeDriver())
     assert run(bundle, "--precision", "fp32", "--engine", name.value, "--parity-texts", texts) == 0
     (artifact,) = (a for a in read_manifest(bundle).artifacts if a.engine is name)
-    assert artifact.path == "onnx/model_packed.onnx"
+    assert (artifact.path, artifact.toolchain["gpu"]) == ("onnx/model_packed.onnx", "NVIDIA L4 (8.9)")
     assert artifact.parity.min_cosine > 0.99999
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["engine"] == name.value
 
@@ -229,6 +232,7 @@ def test_the_short_proof_holds_rounded_vectors_to_the_floor_of_their_type(bundle
         ("--precision fp32 --engine onnxruntime-cuda", "CUDAExecutionProvider"),
         ("--check --script {folder}", "exclude each other"),
         ("--engine onnxruntime-cuda --padded", "runs packed graphs"),
+        ("--ragged --padded", "--ragged is for packed plans"),
         ("--precision fp32 --script {folder} --workspace 0", "workspace_gib is 0.0"),
     ],
 )

@@ -1,18 +1,18 @@
 import json
 import os
+import re
 
 import pytest
 
 from mirror_runtime.cli import doctor
 from mirror_runtime.cli.main import main
+from tests.support.fake_gpu import FakeDriver, install_driver
 
 
-def test_this_machine_can_run_the_engines_of_the_setup(monkeypatch, capsys):
+def test_this_machine_can_run_the_engines_of_the_setup(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
     abilities = json.loads(capsys.readouterr().out)["abilities"]
     assert abilities["onnxruntime fp32"] == abilities["openvino fp32"] == "yes"
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert doctor.diagnose().abilities["tensorrt"] == "no: no NVIDIA GPU was found"
 
 
 @pytest.mark.parametrize(
@@ -43,21 +43,31 @@ def test_only_the_regions_of_dead_servers_are_a_problem(monkeypatch, tmp_path):
     ]
 
 
+GPU_PACKAGES = {"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0", "onnxruntime-gpu": "1.31.1"}
+CUDA_13 = ["nvidia-cuda-nvrtc~=13.0; extra == 'cuda'", "nvidia-cuda-runtime~=13.0; extra == 'cuda'"]
+
+
 @pytest.mark.parametrize(
-    ("installed", "abilities"),
+    ("installed", "driver", "abilities"),
     [
-        ({}, {"tensorrt": "[tensorrt]", "onnxruntime cuda": "[gpu]"}),
-        ({"tensorrt": "11.4.0.106"}, {"tensorrt": "[tensorrt]"}),
-        ({"tensorrt": "11.4.0.106", "cuda-bindings": "13.5.0"}, {"tensorrt": "yes"}),
         (
-            {"tensorrt": "11.4.0.106", "onnxruntime-gpu": "1.31.1"},
-            {"onnxruntime cuda": "yes", "onnxruntime tensorrt": "needs TensorRT 10, and 11.4.0.106"},
+            {},
+            FakeDriver(),
+            {"tensorrt": r"tensorrt and cuda-bindings: .*\[tensorrt\]'$", "onnxruntime cuda": r"\[gpu\]'$"},
         ),
-        ({"tensorrt": "10.16.1.11", "onnxruntime-gpu": "1.31.1"}, {"onnxruntime tensorrt": "yes"}),
+        ({"tensorrt": "11.4.0.106"}, FakeDriver(), {"tensorrt": r"needs cuda-bindings: .*\[tensorrt\]"}),
+        (GPU_PACKAGES, FakeDriver(), {"tensorrt": "yes", "onnxruntime cuda": "yes"}),
+        (GPU_PACKAGES, FakeDriver(), {"onnxruntime tensorrt": r"no: it needs TensorRT 10 \(here: 11\.4\.0\.106\)"}),
+        (GPU_PACKAGES | {"tensorrt": "10.16.1.11"}, FakeDriver(), {"onnxruntime tensorrt": "yes"}),
+        (GPU_PACKAGES, FakeDriver(cuda=12080), {"onnxruntime cuda": r"a driver for CUDA 13 \(here: 12\.8\)"}),
+        (GPU_PACKAGES, FakeDriver(100), dict.fromkeys(("tensorrt", "onnxruntime cuda"), "shows this process no GPU")),
+        ({}, None, {"tensorrt": r"cuda-bindings: .*; no NVIDIA GPU was found", "onnxruntime cuda": "no NVIDIA GPU"}),
     ],
 )
-def test_the_packages_that_a_gpu_needs_are_named(monkeypatch, installed, abilities):
+def test_all_that_an_engine_for_gpus_lacks_is_named(monkeypatch, installed, driver, abilities):
     monkeypatch.setattr(doctor, "_version", installed.get)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor, "requires", lambda package: CUDA_13)
+    install_driver(monkeypatch, driver)
     found = doctor.diagnose().abilities
-    assert all(part in found[name] for name, part in abilities.items())
+    for name, pattern in abilities.items():
+        assert re.search(pattern, found[name]), found[name]

@@ -47,13 +47,15 @@ def write_card(bundle: Path, shapes: tuple[tuple[int, int], ...]) -> None:
         (Backend.ONNXRUNTIME, EngineName.ONNXRUNTIME, Precision.FP32, "model.onnx"),
         (Backend.OPENVINO, EngineName.OPENVINO, Precision.BF16, "model.onnx"),
         (Backend.TENSORRT, EngineName.TENSORRT, Precision.FP16, "model.plan"),
+        (Backend.ONNXRUNTIME_CUDA, EngineName.ONNXRUNTIME_CUDA, Precision.FP16, "model.onnx"),
     ],
 )
 def test_every_backend_gets_complete_batches_of_any_shape_and_is_warmed_up(manifest, backend, engine, precision, file):
     bundle, read = manifest(engine, precision)
     write_card(bundle, SHAPES)
     config = rendered(bundle, read, backend=backend, streams=2)
-    assert (config.name, config.backend, config.default_model_filename) == ("encoder", backend.value, file)
+    names = (config.name, config.backend, config.default_model_filename)
+    assert names == ("encoder", backend.value.removesuffix("-cuda"), file)
     # OpenVINO's backend cannot batch rows of varying length, and there is nothing left to batch.
     assert config.max_batch_size == 0
     assert not config.HasField("dynamic_batching")
@@ -106,6 +108,17 @@ def test_tensorrt_has_every_profile_and_a_cuda_graph_for_every_shape(manifest):
     write_card(bundle, SHAPES[:-1])
     with pytest.raises(EngineError, match=r"no static profile for rows \(16, 64\)"):
         rendered(bundle, read, backend=Backend.TENSORRT)
+
+
+def test_onnxruntime_on_a_gpu_keeps_fp32_and_captures_nothing(manifest):
+    bundle, read = manifest(EngineName.ONNXRUNTIME_CUDA, Precision.FP32)
+    config = rendered(bundle, read, 1, backend=Backend.ONNXRUNTIME_CUDA)
+    (group,) = config.instance_group
+    assert (group.kind, group.count) == (triton_proto.ModelInstanceGroup.KIND_GPU, 2), "cores do not bound it"
+    (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", {"use_tf32": "0"})
+    assert not config.optimization.cuda.graphs
+    assert not config.parameters
 
 
 def test_options_that_a_backend_does_not_support_are_rejected(manifest):

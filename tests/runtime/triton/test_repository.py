@@ -14,32 +14,20 @@ import tritonclient.grpc.model_config_pb2 as triton_proto
 from google.protobuf import text_format
 
 from export import to_triton
-from mirror_runtime.bundle import FORMAT_VERSION, EngineName, Manifest, Precision, check_files, read_manifest
+from mirror_runtime.bundle import EngineName, Precision, check_files, read_manifest
 from mirror_runtime.errors import BundleError, EngineError, InputError
 from mirror_runtime.plan import Setting, Trial, write_plan
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.container import container_command
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
 from mirror_runtime.triton.repository.render import (
-    MODEL_SOURCE,
     render_config,
     render_warmup,
     write_repository,
     write_temporary_repository,
 )
-from tests.support.fake_bundles import encoder_spec, host_plan
-from tests.support.paths import ROOT
-
-COMMITTED = ROOT / "triton_models" / "embed"
-
-MINILM = Manifest(
-    format_version=FORMAT_VERSION,
-    created_by="tests",
-    encoder=encoder_spec(base_model="sentence-transformers/all-MiniLM-L6-v2", max_tokens=256, dim=384),
-    fingerprint="0123456789abcdef",
-    files={},
-    artifacts=(),
-)
+from tests.support.example_repositories import MINILM, committed, example
+from tests.support.fake_bundles import host_plan
 
 
 def parsed(text: str) -> triton_proto.ModelConfig:
@@ -67,11 +55,9 @@ def write(make_bundle, tmp_path):
     return write
 
 
-def test_the_committed_model_is_as_rendered():
-    assert (COMMITTED / "config.pbtxt").read_text(encoding="utf-8") == render_config(MINILM, ServingOptions())
-    assert (COMMITTED / "1" / "model.py").read_text(encoding="utf-8") == MODEL_SOURCE
-    warmup = render_warmup(MINILM)
-    assert {path.name: path.read_bytes() for path in (COMMITTED / "warmup").iterdir()} == warmup
+@pytest.mark.parametrize("backend", Backend)
+def test_the_committed_repositories_are_as_rendered(backend):
+    assert committed(backend) == example(backend), "python -m tests.support.example_repositories writes them anew"
 
 
 def test_the_configuration_of_the_model():
@@ -216,6 +202,13 @@ def test_the_container_command_is_one_shell_command_on_loopback():
     assert words[-3:-1] == ["sh", "-c"]
     assert "pip install --quiet '/tmp/mirror[openvino]' &&" in words[-1]
     assert "--gpus=all" not in words
+
+
+@pytest.mark.parametrize("backend", [Backend.TENSORRT, Backend.ONNXRUNTIME_CUDA])
+def test_the_container_of_a_gpu_backend_has_the_gpus_and_no_engine(backend):
+    words = shlex.split(container_command("/models", "/src/clone", engine=backend.value, backend=backend))
+    assert "--gpus=all" in words
+    assert "pip install --quiet '/tmp/mirror' &&" in words[-1]
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,21 @@ model_warmup [
 {extra}"""
 
 
+_TRITONS = {Backend.ONNXRUNTIME_CUDA: "onnxruntime"}
+"""Triton's names of backends, where they differ."""
+
+_CUDA = """\
+optimization {
+  execution_accelerators {
+    gpu_execution_accelerator [
+      # fp32 stays fp32. No CUDA graphs: they repeat one shape at fixed addresses, and Triton's buffers move.
+      { name: "cuda" parameters { key: "use_tf32" value: "0" } }
+    ]
+  }
+}
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackendModel:
     """The model that runs the graph behind `embed`."""
@@ -70,11 +85,14 @@ class BackendModel:
     def of(cls, bundle: Path, manifest: Manifest, options: ServingOptions, cores: int) -> BackendModel:
         """Choose the artifact, shapes and streams for a machine with `cores` cores."""
         artifact = find_artifact(manifest, options)
-        default = {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores, Backend.TENSORRT: 2}[options.backend]
+        # On a GPU one batch is copied while another is computed.
+        default = 2 if options.backend.on_gpu else {Backend.ONNXRUNTIME: 1, Backend.OPENVINO: cores}[options.backend]
         streams = options.streams or default
-        if options.backend is not Backend.TENSORRT and streams > cores:
+        if not options.backend.on_gpu and streams > cores:
             raise InputError(f"{streams} streams on {cores} cores would slow each other down: use {cores}")
         card = read_card(bundle / artifact.path) if options.backend is Backend.TENSORRT else None
+        if any(len(tensor.shape) != 2 for tensor in artifact.inputs):
+            raise EngineError(f"{artifact.path} has ragged attention, which runs with the backend python only")
         shape_set = packed_shape_set(manifest, options)
         missing = [shape for shape in shape_set.shapes() if card is not None and shape not in _static_shapes(card)]
         if missing:
@@ -121,13 +139,13 @@ def render_backend_config(model: BackendModel, cores: int) -> str:
     artifact = model.artifact
     return _CONFIG.format(
         name=ENCODER_NAME,
-        backend=model.backend.value,
+        backend=_TRITONS.get(model.backend, model.backend.value),
         file=model.file,
         inputs=",\n".join(_tensor(tensor) for tensor in artifact.inputs),
         outputs=",\n".join(_tensor(tensor) for tensor in artifact.outputs),
         instances=_instances(model),
         warmup=",\n".join(_warmup(shape, artifact.inputs) for shape in model.shapes),
-        extra=_parameters(model, cores) + _cuda_graphs(model),
+        extra=_parameters(model, cores) + (_CUDA if model.backend is Backend.ONNXRUNTIME_CUDA else _cuda_graphs(model)),
     )
 
 
@@ -139,7 +157,8 @@ def _tensor(tensor: TensorSpec) -> str:
 def _instances(model: BackendModel) -> str:
     """Render the instance group: without a count, Triton starts two for ONNX Runtime, each on every core."""
     if model.card is None:
-        return f"instance_group [\n  {{ kind: KIND_CPU count: {model.streams} }}\n]"
+        kind = "KIND_GPU" if model.backend.on_gpu else "KIND_CPU"
+        return f"instance_group [\n  {{ kind: {kind} count: {model.streams} }}\n]"
     profiles = ", ".join(f'"{number}"' for number in range(len(model.card.profiles)))
     return f"instance_group [\n  {{ kind: KIND_GPU count: {model.streams} profile: [ {profiles} ] }}\n]"
 

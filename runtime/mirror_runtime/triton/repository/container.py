@@ -6,11 +6,11 @@ import shlex
 from pathlib import Path
 
 from mirror_runtime.bundle import EngineName
+from mirror_runtime.engines import ON_GPU
 from mirror_runtime.triton.repository.options import Backend
 
-CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-py3"
-
-_GPU_ENGINES = {EngineName.TENSORRT.value, EngineName.ONNXRUNTIME_CUDA.value, EngineName.ONNXRUNTIME_TENSORRT.value}
+CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:26.11-py3"
+"""Newest on 2026-11-30. deploy/Dockerfile has the reasons for a floor."""
 
 _EXTRAS = {
     EngineName.ONNXRUNTIME.value: "[cpu]",
@@ -32,12 +32,12 @@ def container_command(
     """Return the shell command that serves a model repository in NVIDIA's container.
 
     The sources, a clone of this project, are mounted read-only and copied in the container, because building a package
-    writes beside its sources. Triton's own backends need no engine packages, and TensorRT needs the GPUs.
+    writes beside its sources. Triton's own backends need no engine packages. What runs on GPUs gets them all.
     """
     packages = f"'/tmp/mirror{_EXTRAS.get(engine, '[cpu,openvino]')}'" if backend is Backend.PYTHON else "'/tmp/mirror'"
     if engine == EngineName.ONNXRUNTIME_TENSORRT.value:
         packages += " 'tensorrt<11'"  # the version that ONNX Runtime's wheel links
-    gpus = " --gpus=all" if backend is Backend.TENSORRT or engine in _GPU_ENGINES else ""
+    gpus = " --gpus=all" if backend.on_gpu or engine in {name.value for name in ON_GPU} else ""
     server = "tritonserver --model-repository=/models --model-control-mode=none --disable-auto-complete-config"
     inside = (
         "mkdir /tmp/mirror && cp -r /src/pyproject.toml /src/README.md /src/LICENSE /src/runtime /tmp/mirror"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from mirror_runtime.bundle import EngineName, Precision
+from mirror_runtime.engines import ON_GPU
 from mirror_runtime.errors import InputError
 from mirror_runtime.plan import HostPlan, Setting
 from mirror_runtime.selection import AUTO
@@ -20,8 +21,15 @@ class Backend(str, Enum):
     """The engine runs inside `embed`: one model."""
     ONNXRUNTIME = "onnxruntime"
     """A second model, `encoder`, runs in Triton's ONNX Runtime backend; likewise for the others."""
+    ONNXRUNTIME_CUDA = "onnxruntime-cuda"
+    """ONNX Runtime's backend on a GPU, with its CUDA provider."""
     OPENVINO = "openvino"
     TENSORRT = "tensorrt"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the backend runs its model on a GPU."""
+        return self is not Backend.PYTHON and EngineName(self.value) in ON_GPU
 
 
 @dataclass(frozen=True, kw_only=True)

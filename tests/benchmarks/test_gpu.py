@@ -1,0 +1,91 @@
+"""The script for the day a GPU is there, rehearsed on the CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_passes
+from benchmarks.gpu_passes import Replayed, flop_per_token
+from benchmarks.report.storage import read_report
+from mirror_runtime.packing import PackedRows
+from tests.support.trace_cache import cached_traces
+
+
+def rehearse(output: Path, *options: str) -> int:
+    return gpu.main(["--device", "cpu", "--tiny", "--no-tune", "--output", str(output), *options])
+
+
+@pytest.mark.trace
+@pytest.mark.slow  # it loads sentence-transformers and runs eight ways
+def test_every_party_has_the_references_vectors_and_a_second_run_measures_what_is_left(monkeypatch, tmp_path, capsys):
+    assert rehearse(tmp_path / "gpu", "--minutes", "0") == 0
+    report = read_report(tmp_path / "gpu")
+    assert not report.measurements
+    assert {"no time was left: run the same command again"} == {failure.reason for failure in report.failures}
+    with cached_traces():
+        assert rehearse(tmp_path / "gpu") == 0
+    report = read_report(tmp_path / "gpu")
+    worst = {one.party: one.median for one in report.select("gpu", "worst cosine to fp32")}
+    assert len(worst) == 8
+    for party, cosine in worst.items():
+        assert cosine > (0.9999 if "bf16" not in party else 0.999), party
+    assert {one.party for one in report.select("gpu", "share of products")} == set(worst)
+    (missing,) = report.failures
+    assert "tensorrt is not installed" in missing.reason
+    text = (tmp_path / "gpu" / "report.md").read_text()
+    assert all(party in text for party in worst)
+    assert len(report.facts.resumed) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(gpu, "_measure", lambda *_: pytest.fail("it was measured before"))
+    assert rehearse(tmp_path / "gpu") == 0
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {figure["party"] for figure in line["figures"]} == {*worst, "bf16 products"}
+    assert line["failures"] == 1
+    (tmp_path / "gpu" / "report.json").write_text("{}")
+    assert rehearse(tmp_path / "gpu") == 2
+
+
+def test_a_party_that_fails_and_a_gpu_that_is_missing_are_named(monkeypatch, tmp_path, capsys):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "_parties", lambda *_: [("broken", broken)])
+    assert rehearse(tmp_path / "gpu") == 0
+    assert "an illegal memory access was encountered" in (tmp_path / "gpu" / "report.md").read_text()
+    assert gpu.main(["--output", str(tmp_path / "other")]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_a_token_of_bert_base_takes_170_million_operations():
+    assert flop_per_token(gpu_passes.BASE) == 12 * 2 * (4 * 768**2 + 2 * 768 * 3072) == 169_869_312
+
+
+def test_each_shape_is_captured_once_and_replayed_from_the_same_tensors(monkeypatch):
+    """With a stand-in for CUDA, whose graphs run the captured function again on what its inputs hold then."""
+    captured = []
+
+    def capture(self: Replayed, inputs: list[torch.Tensor]) -> Any:
+        output = torch.zeros(inputs[0].shape)
+        captured.append(tuple(inputs[0].shape))
+
+        class Graph:
+            def replay(self) -> None:
+                output.copy_(forward(*inputs))
+
+        return inputs, output, Graph()
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return (ids + 10 * positions + 100 * segments).float()
+
+    monkeypatch.setattr(Replayed, "_capture", capture)
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    run, random = Replayed(forward, "cuda"), np.random.default_rng(0)
+    for shape in ((1, 16), (4, 64), (1, 16), (4, 64)):
+        ids, positions, segments = random.integers(0, 9, (3, *shape))
+        rows = PackedRows(input_ids=ids, position_ids=positions, segment_ids=segments)
+        np.testing.assert_array_equal(run(rows), ids + 10 * positions + 100 * segments)
+    assert captured == [(1, 16), (4, 64)]
