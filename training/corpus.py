@@ -8,14 +8,17 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Example
 from training.formats import Records
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MEASURED_TEXTS = 50_000
 """Maximum texts of the length report, evenly spaced: tokenising millions would take minutes."""

@@ -30,15 +30,6 @@ DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
 
 
-class ProbeChoice(str, Enum):
-    """What a run is measured by without labels."""
-
-    AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them."""
-    NONE = "none"
-    """Nothing is held out or measured."""
-
-
 class Verdict(str, Enum):
     """What tuning did to the probe."""
 
