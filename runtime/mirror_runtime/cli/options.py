@@ -56,7 +56,12 @@ InvariantOption: TypeAlias = Annotated[
         help="Make a text's vector equal to the bit whatever its neighbours, at about 0.6 of the throughput.",
     ),
 ]
-TextColumnOption: TypeAlias = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+ColumnOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--column", "--text-column", help="Column or field of the text; a dot leads into an object: meta.text."
+    ),
+]
 
 # How it is served.
 ChangedEngineOption: TypeAlias = Annotated[str | None, _ENGINE]

@@ -25,19 +25,15 @@ import numpy as np
 
 from mirror_runtime.corpus.corpus import BadTexts, Corpus, check_errors
 from mirror_runtime.corpus.files import STDIN, Row
-from mirror_runtime.corpus.sinks import HEADER, SINKS, WindowFiles, kept_batch
+from mirror_runtime.corpus.results import HEADER, RECORD, Results, kept_bytes
+from mirror_runtime.corpus.sinks import check_sink
 from mirror_runtime.encoder import WINDOW, Encoder
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
 from mirror_runtime.strict_json import parse_json, short
+from mirror_runtime.vectors import dtype_of, width_of
 
 _log = logging.getLogger(__name__)
-
-_RECORD = np.dtype(
-    [(name, "<u8") for name in ("rows", "truncated", "failed", "kept", "position", "texts", "written", "record")]
-)
-"""A window's record: its counts, the bytes of its kept columns, how far the input was read, and the CRC-32 of its rows,
-of what was written, and of the record itself with 0 in that place."""
 
 _DATA = ("vectors", "tokens", "truncated", "kept", "windows", "table")
 _FILES = (*_DATA, "lock", ".state.json.partial", "state.json")
@@ -90,8 +86,8 @@ def encode_file(
         EngineError: the engine failed. The vectors so far stay, and the next run resumes there.
     """
     output = _checked(output, source)
-    sink = SINKS[output.suffix]
-    sink.check(output, encoder.spec, source.keep, bad_texts)
+    skips = bad_texts is BadTexts.SKIP
+    sink = check_sink(output, encoder.spec, source.keep, skips=skips)
     folder = output.with_name(output.name + ".partial")
     artifact = encoder.artifact
     run: dict[str, object] = {
@@ -103,21 +99,89 @@ def encode_file(
         "streams": encoder.engine.streams,
         "rows": encoder.rows,
         "long_texts": long_texts,
-        "skip": bad_texts is BadTexts.SKIP,
+        "skip": skips,
         "window": WINDOW,
     }
     with locked_folder(folder), named_os_errors(folder):
         _start_or_resume(folder, run)
         done = _encode(encoder, source, folder, bad_texts, on_progress)
-        sink.write(_window_files(encoder, source, folder, bad_texts), folder / "table")
-        if sink.write_beside:
-            os.replace(folder / "table", output)
-        else:
-            os.replace(folder / "vectors", output)
+        sink.write(Results(folder=folder, spec=encoder.spec, keep=source.keep), folder / "table")
+        os.replace(folder / "table", output)
         for name in _FILES:  # the state last: without it a later run takes nothing else over
             (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # somebody else's file is in it
         folder.rmdir()
+    return done
+
+
+def _checked(output: Path, source: Corpus) -> Path:
+    """Return the path that an output is to be written to; a link stays, and its target is replaced."""
+    if output.is_symlink():
+        try:
+            output = output.resolve()
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{output} is a link that leads nowhere: choose another output") from error
+    if not output.parent.is_dir():
+        raise InputError(f"directory does not exist: {output.parent}")
+    if output.is_dir():
+        raise InputError(f"{output} is a directory: choose another output")
+    if output.exists() and any(file.path != STDIN and output.samefile(file.path) for file in source.files):
+        raise InputError(f"{output} is the input itself, which the vectors would replace: choose another output")
+    return output
+
+
+def _encode(
+    encoder: Encoder,
+    source: Corpus,
+    folder: Path,
+    bad_texts: BadTexts,
+    on_progress: Callable[[EncodeProgress], None],
+) -> EncodeProgress:
+    """Append windows to the partial files until the source is exhausted."""
+    read: deque[Row] = deque()
+    rows = source.rows()
+
+    def texts() -> Iterator[object]:
+        for row in rows:
+            read.append(row)
+            yield row.values[0]
+
+    row_bytes = {"vectors": width_of(encoder.spec) * dtype_of(encoder.spec).itemsize, "tokens": 8, "truncated": 1}
+    with ExitStack() as stack:
+        files = [stack.enter_context(_open(folder / name)) for name in (*row_bytes, "kept")]
+        files[0].seek(HEADER)
+        log = stack.enter_context(_open(folder / "windows"))
+        done = EncodeProgress()
+        for record in _whole_windows(log, files, tuple(row_bytes.values()), folder):
+            if _checksum(islice(rows, int(record["rows"]))) != record["texts"]:
+                names = ", ".join(str(file.path) for file in source.files)
+                raise InputError(
+                    f"{names} has changed since the unfinished run in {folder.name}: delete that to start again"
+                )
+            done = _add(done, record)
+        if done.failed and bad_texts is BadTexts.STOP:
+            raise InputError(
+                f"{folder.name} holds zero vectors of {done.failed} bad rows: go on with --bad-texts zero, or delete it"
+            )
+        for file in (*files, log):
+            file.truncate()  # a killed run may have written more than it recorded
+        on_progress(done)
+        for window in encoder.encode_stream(texts(), WINDOW):
+            taken = [read.popleft() for _ in range(len(window.tokens))]
+            check_errors(taken, window.errors, bad_texts)
+            skipped = window.errors if bad_texts is BadTexts.SKIP else ()
+            left = [at for at in range(len(taken)) if at not in skipped]
+            kept = kept_bytes([taken[at] for at in left], source.keep)
+            parts = [array[left].tobytes() for array in (window.vectors, window.tokens, window.truncated)] + [kept]
+            for file, part in zip(files, parts, strict=True):
+                _write(file, part)
+            counts = len(taken), len(left), int(window.truncated[left].sum()), len(window.errors), len(kept)
+            checksums = _checksum(taken), crc32(b"".join(parts))
+            record = np.array([(*counts, taken[-1].position, *checksums, 0)], RECORD)
+            record["record"] = crc32(record.tobytes())
+            _write(log, record.tobytes())
+            done = _add(done, record[0])
+            on_progress(done)
     return done
 
 
@@ -148,18 +212,17 @@ def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:
 
 def _whole_windows(log: BinaryIO, files: Sequence[BinaryIO], row_bytes: Sequence[int], folder: Path) -> Iterator[Any]:
     """Yield the records of the windows whose files hold what was recorded, and leave all files behind the last one."""
-    while len(data := log.read(_RECORD.itemsize)) == _RECORD.itemsize:
-        record = np.frombuffer(data, _RECORD).copy()[0]
+    while len(data := log.read(RECORD.itemsize)) == RECORD.itemsize:
+        record = np.frombuffer(data, RECORD).copy()[0]
         stated, record["record"] = int(record["record"]), 0
         whole = crc32(record.tobytes()) == stated and record["rows"] <= WINDOW
         begins = [file.tell() for file in files]
-        rows = int(record["rows"]) if whole else 0
-        parts = [file.read(rows * size) for file, size in zip(files, row_bytes, strict=True)]
-        if not whole or crc32(b"".join(parts)) != record["written"]:
+        sizes = [int(record["written"]) * size for size in row_bytes] + [int(record["kept"])] if whole else []
+        if not whole or crc32(b"".join(file.read(size) for file, size in zip(files, sizes))) != record["data"]:  # noqa: B905
             _log.warning("%s is damaged: the run goes on before the damage", folder)
             for file, begin in zip(files, begins, strict=True):
                 file.seek(begin)
-            log.seek(-_RECORD.itemsize, os.SEEK_CUR)
+            log.seek(-RECORD.itemsize, os.SEEK_CUR)
             return
         yield record
     log.seek(-len(data), os.SEEK_CUR)
@@ -174,12 +237,13 @@ def _add(done: EncodeProgress, record: Any) -> EncodeProgress:
     )
 
 
-def _checksum(texts: Iterable[object]) -> int:
-    """Return the CRC-32 of texts and of what stands in their place."""
+def _checksum(rows: Iterable[Row]) -> int:
+    """Return the CRC-32 of rows: of texts, of what stands in their place, and of what is kept."""
     total = 0
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else repr(text).encode()
-        total = crc32(data + b"\n", total)
+    for row in rows:
+        for value in row.values:
+            data = value.encode("utf-8", "surrogatepass") if isinstance(value, str) else repr(value).encode()
+            total = crc32(data + b"\n", total)
     return total
 
 
@@ -191,53 +255,3 @@ def _write(file: BinaryIO, data: bytes) -> None:
 
 def _open(path: Path) -> BinaryIO:
     return path.open("r+b" if path.exists() else "w+b")
-
-
-def _row_bytes(spec: EncoderSpec) -> int:
-    return width_of(spec) * dtype_of(spec).itemsize
-
-
-def _finish_npy(folder: Path, rows: int, spec: EncoderSpec, output: Path) -> None:
-    """Write the header into the space reserved for it, and move the file into place."""
-    text = f"{{'descr': '{dtype_of(spec).str}', 'fortran_order': False, 'shape': ({rows}, {width_of(spec)}), }}"
-    magic = b"\x93NUMPY\x01\x00" + (_HEADER - 10).to_bytes(2, "little")
-    with (folder / "vectors").open("r+b") as stream:
-        stream.write(magic + text.ljust(_HEADER - 11).encode("ascii") + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(folder / "vectors", output)
-
-
-def _finish_parquet(folder: Path, rows: int, spec: EncoderSpec, output: Path) -> None:
-    """Convert the partial files to Parquet, one row group at a time, and move the result into place."""
-    with (
-        (folder / "vectors").open("rb") as vectors,
-        (folder / "tokens").open("rb") as tokens,
-        (folder / "truncated").open("rb") as truncated,
-        vector_table(folder / "table", spec) as append,
-    ):
-        vectors.seek(_HEADER)
-        for at in range(0, rows, _ROW_GROUP):
-            count = min(_ROW_GROUP, rows - at)
-            append(
-                np.frombuffer(vectors.read(count * _row_bytes(spec)), dtype_of(spec)),
-                np.frombuffer(tokens.read(count * 8), np.int64),
-                np.frombuffer(truncated.read(count), np.bool_),
-            )
-    os.replace(folder / "table", output)
-
-
-@contextmanager
-def vector_table(path: Path, spec: EncoderSpec) -> Iterator[Append]:
-    """Write a Parquet file with the columns embedding, tokens and truncated."""
-    pa, parquet = require("pyarrow", "cli"), require("pyarrow.parquet", "cli")
-    embedding = pa.list_(pa.from_numpy_dtype(dtype_of(spec)), width_of(spec))
-    schema = pa.schema([("embedding", embedding), ("tokens", pa.int64()), ("truncated", pa.bool_())])
-    with parquet.ParquetWriter(path, schema) as writer:
-
-        def append(vectors: Vectors, tokens: NDArray[np.int64], truncated: NDArray[np.bool_]) -> None:
-            rows = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width_of(spec))
-            columns = [rows, pa.array(tokens), pa.array(truncated)]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-
-        yield append

@@ -171,7 +171,7 @@ class CorpusFile:
                 yield io.BufferedReader(native), tell
 
     def _lines(self, stream: BinaryIO, number: int) -> Iterator[tuple[int, str]]:
-        for number, data in enumerate(stream, number + 1):  # noqa: B020, PLR1704
+        for number, data in enumerate(stream, number + 1):  # noqa: B020
             if b"\0" in data:
                 raise InputError(f"{self.path} is not text: line {number} holds NUL bytes. It must be UTF-8")
             try:
@@ -245,7 +245,8 @@ class CorpusFile:
         share = self.size / max(1, file.metadata.num_rows)
         try:
             for batch in file.iter_batches(_BATCH, columns=list(names), **section):
-                for number, scalars in enumerate(zip(*(_array(batch, name) for name in names), strict=True), number + 1):  # noqa: B020
+                for scalars in zip(*(_array(batch, name) for name in names), strict=True):
+                    number += 1
                     texts = map(_python_value, scalars[: len(self.columns)])
                     yield Row((*texts, *scalars[len(self.columns) :]), self, number, int(number * share))
         except (OSError, pyarrow.ArrowException) as error:
@@ -317,7 +318,6 @@ def _python_value(value: Any) -> object:
 
 def _json_values(chunks: Iterator[str]) -> Iterator[object]:
     """Parse a JSON array, or values one after another, with one value and one chunk in memory."""
-    decode = json.JSONDecoder().raw_decode
     buffer = next((chunk for chunk in chunks if not chunk.isspace()), "").lstrip()
     in_array = buffer.startswith("[")
     at = int(in_array)
@@ -327,21 +327,24 @@ def _json_values(chunks: Iterator[str]) -> Iterator[object]:
             if buffer[at + 1 :].strip() or any(not chunk.isspace() for chunk in chunks):
                 raise ValueError("text after the array")
             return
-        value, end, problem = None, at, ValueError("the array does not end")
-        if at < len(buffer):
-            try:
-                value, end = decode(buffer, at)
-            except json.JSONDecodeError as error:
-                if error.pos < len(buffer) - _TORN and not error.msg.startswith("Unterminated"):
-                    raise
-                problem = error
-        if end in (at, len(buffer)):  # it may go on in the next chunk
+        value, end = _json_value(buffer, at)
+        if end == at or end > len(buffer) - 3:  # it may go on in the next chunk: "1", "1.", "1e+"
             if more := "".join(islice(chunks, 1 + (len(buffer) - at) // _CHUNK)):
                 buffer, at = buffer[at:] + more, 0
                 continue
             if at == len(buffer) and not in_array:
                 return
             if end == at:
-                raise problem
+                raise ValueError("the last value is not whole" if at < len(buffer) else "the array does not end")
         yield value
         at = end
+
+
+def _json_value(buffer: str, at: int) -> tuple[object, int]:
+    """Parse the value at a place, and return where it ends: at the same place if it may end behind the buffer."""
+    try:
+        return json.JSONDecoder().raw_decode(buffer, at) if at < len(buffer) else (None, at)
+    except json.JSONDecodeError as error:
+        if error.pos < len(buffer) - _TORN and not error.msg.startswith("Unterminated"):
+            raise
+        return None, at
