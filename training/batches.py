@@ -13,9 +13,8 @@ from encoders.reference import Reference
 from mirror_runtime.errors import InputError
 from training.augment import Example, MaskViews, mask_span, mask_span_literally, repeat_tokens
 from training.hardware import Hardware
-from training.objective import Objective, Variant
 from training.packed import POOLINGS, PackedTexts, pack, row_length
-from training.recipe import TuneConfig
+from training.recipe import Objective, TuneConfig, Variant
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ from mirror_runtime.bundle import EncoderSpec
 from training.checkpoint import Step
 from training.corpus import Corpus, Overlap
 from training.gate import Outcome
-from training.objective import Objective
-from training.recipe import TuneConfig
+from training.recipe import Objective, TuneConfig
 
 
 def render_card(

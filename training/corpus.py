@@ -8,14 +8,17 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Example
-from training.formats import Records
+from training.formats import Records, file_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MEASURED_TEXTS = 50_000
 """Maximum texts of the length report, evenly spaced: tokenising millions would take minutes."""
@@ -161,9 +164,10 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     """
     if not request.files:
         raise InputError("no corpus: pass at least one file")
-    sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in request.files]
+    names = [found for name in request.files for found in file_names(name)]
+    sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in names]
     if request.columns and not any(source.has_columns for source in sources):
-        raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
+        raise InputError("--column is for files with columns and data sets, and the corpus is plain text: drop it")
     excluded = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
     sample = _Sample(request.sample, request.seed)
     known: set[int] = set()

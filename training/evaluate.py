@@ -20,8 +20,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from encoders.reference import Reference
-from encoders.source import resolve
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled
 from evaluation.phrases import evaluate_choices, read_choices
 from evaluation.plot import draw
@@ -38,7 +36,6 @@ from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file
-from training.gate import hold_out, read_own
 
 LISTS = ("--sts", "--words", "--phrases", "--retrieval", "--classify", "--cluster", "--own")
 
@@ -157,6 +154,8 @@ def load_sets(
 
 
 def _own_probes(paths: Sequence[str]) -> Task:
+    from training.gate import hold_out, read_own  # imports torch, for which --help does not wait
+
     records = read_own(paths)
     name = "+".join(Path(path).stem for path in paths)
     return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=name)
@@ -165,6 +164,9 @@ def _own_probes(paths: Sequence[str]) -> Task:
 def _load(
     name: str, revision: str | None, pooling: Pooling | None, max_tokens: int | None
 ) -> tuple[Encode, EncoderSpec]:
+    from encoders.reference import Reference  # imports torch
+    from encoders.source import resolve
+
     source = resolve(name, revision=revision, pooling=pooling, max_tokens=max_tokens)
     return Reference.load(source).encode_unnormalized, source.spec
 

@@ -1,21 +1,16 @@
-"""Readers of corpus files: text lines, pairs, CSV, JSON lines, Parquet, and data sets by name.
-
-Every reader holds one line, or one batch of rows, in memory.
-"""
+"""Records to tune on: texts or pairs from corpus files, and from data sets by name."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from mirror_runtime.bundle import sha256_file
-from mirror_runtime.errors import InputError, one_line
+from mirror_runtime.corpus.corpus import find_files
+from mirror_runtime.corpus.files import STDIN, CorpusFile, Format, suffix_of
+from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 
 HUB = "hf:"
@@ -31,10 +26,9 @@ class Records:
     Texts are stripped; an empty line or a missing value becomes empty texts.
 
     Args:
-        name: a path, or `hf:` and a data set's name. `.jsonl` or `.ndjson`, `.parquet`, `.csv`, and `.tsv` without
-            `pairs`, both with a header line, are read as such, anything else as UTF-8 text; `.gz` is decompressed.
-        pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
-        columns: of JSON lines, Parquet and data sets; empty means `text`, or `text1` and `text2`.
+        name: a path (see `CorpusFile`), or `hf:` and a data set's name.
+        pairs: two texts a record: separated by one TAB in a text file or `.tsv`, in two columns elsewhere.
+        columns: to read; empty means `text`, or `text1` and `text2`.
     """
 
     def __init__(self, name: str, *, pairs: bool = False, columns: Sequence[str] = ()) -> None:
@@ -42,8 +36,10 @@ class Records:
         self.pairs = pairs
         self.columns = tuple(columns) or (PAIR_COLUMNS if pairs else TEXT_COLUMNS)
         self._digest = hashlib.sha256()
-        if self._suffix == ".json":
-            raise InputError(f"corpus {name}: write one object a line (.jsonl), such as with jq -c '.[]'")
+        lines = Format.TEXT if pairs and suffix_of(Path(name)) == ".tsv" else None
+        self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines)
+        if self._file.path == STDIN:
+            raise InputError("a corpus to tune on is read more than once: write standard input to a file")
         if len(self.columns) != (2 if pairs else 1):
             raise InputError(
                 f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
@@ -52,22 +48,13 @@ class Records:
 
     @property
     def sha256(self) -> str:
-        """Hash of the file's (decompressed) bytes, or of a data set's texts; final after all records were read."""
-        return self._digest.hexdigest()
+        """Hash of the file, or of a data set's texts; final after all records were read."""
+        return self._digest.hexdigest() if self.name.startswith(HUB) else sha256_file(Path(self.name))
 
     @property
     def has_columns(self) -> bool:
         """Whether the format has columns."""
-        return self.name.startswith(HUB) or self._suffix in (".jsonl", ".ndjson", ".parquet") or self._separated
-
-    @property
-    def _suffix(self) -> str:
-        return Path(self.name.removesuffix(".gz")).suffix.lower()
-
-    @property
-    def _separated(self) -> bool:
-        """Whether the file has a header line and fields: `.tsv` with `pairs` are plain lines of two texts."""
-        return self._suffix == ".csv" or (self._suffix == ".tsv" and not self.pairs)
+        return self.name.startswith(HUB) or self._file.format is not Format.TEXT
 
     def __iter__(self) -> Iterator[tuple[str, ...]]:
         """Read from the start.
@@ -75,85 +62,17 @@ class Records:
         Raises:
             InputError: a record is malformed; the message names the file, and the line or column.
         """
-        self._digest = hashlib.sha256()
         if self.name.startswith(HUB):
-            return self._dataset()
-        if self._suffix == ".parquet":
-            return self._parquet()
-        if self._separated:
-            return self._table()
-        return self._json_lines() if self._suffix in (".jsonl", ".ndjson") else self._text_lines()
-
-    def _text_lines(self) -> Iterator[tuple[str, ...]]:
-        for number, line in self._lines():
-            text = line.strip()
-            if not self.pairs:
-                yield (text,)
-            elif not text:
-                yield ("", "")
+            yield from self._dataset()
+            return
+        for row in self._file.rows():
+            if self.pairs and not self.has_columns:
+                yield _pair(row.values[0], row.where)
             else:
-                parts = [part.strip() for part in line.split("\t")]
-                if len(parts) != 2 or not all(parts):
-                    raise InputError(
-                        f"corpus {self.name}, line {number}: a pair is two texts with one TAB between them, and this "
-                        f"line has {len(parts) - 1} TABs: {text[:60]!r}"
-                    )
-                yield tuple(parts)
+                yield self._texts(row.values, row.where)
 
-    def _table(self) -> Iterator[tuple[str, ...]]:
-        rows = csv.reader((f"{line}\n" for _, line in self._lines()), delimiter="\t" if self._suffix == ".tsv" else ",")
-        csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072 characters
-        try:
-            header = next(rows, [])
-            _check_columns(f"corpus {self.name}, line 1", self.columns, header)
-            places = [header.index(name) for name in self.columns]
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise InputError(
-                        f"corpus {self.name}, line {rows.line_num}: {len(row)} fields under a header of {len(header)}: "
-                        "quote a text that holds the separator"
-                    )
-                yield tuple(row[place].strip() for place in places) if row else ("",) * len(places)
-        except csv.Error as error:
-            raise InputError(f"corpus {self.name}, line {rows.line_num}: {error}") from error
-
-    def _json_lines(self) -> Iterator[tuple[str, ...]]:
-        for number, line in self._lines():
-            where = f"corpus {self.name}, line {number}"
-            if not line.strip():
-                yield ("",) * len(self.columns)
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error}): write one object a line") from None
-            if isinstance(value, str) and not self.pairs:
-                yield (value.strip(),)
-                continue
-            if not isinstance(value, dict):
-                raise InputError(f"{where}: a {type(value).__name__}, expected an object")
-            _check_columns(where, self.columns, list(value))
-            yield tuple(_text(where, name, value[name]) for name in self.columns)
-
-    def _parquet(self) -> Iterator[tuple[str, ...]]:
-        pyarrow, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
-        try:
-            file = parquet.ParquetFile(self.name)
-        except OSError as error:
-            raise InputError(f"corpus {self.name} cannot be read: {error.strerror or one_line(error)}") from error
-        except pyarrow.ArrowException as error:
-            raise InputError(f"corpus {self.name} is not a Parquet file: {one_line(error)}") from error
-        _check_columns(f"corpus {self.name}", self.columns, file.schema_arrow.names)
-        self._digest.update(bytes.fromhex(sha256_file(Path(self.name))))
-        row = 0
-        try:
-            for batch in file.iter_batches(4096, columns=list(self.columns)):
-                for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
-                    row += 1
-                    where = f"corpus {self.name}, row {row}"
-                    yield tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"corpus {self.name} breaks off after row {row}: {one_line(error)}") from error
+    def _texts(self, values: Sequence[object], where: str) -> tuple[str, ...]:
+        return tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
 
     def _dataset(self) -> Iterator[tuple[str, ...]]:
         datasets = require("datasets", "train")
@@ -161,12 +80,15 @@ class Records:
         if not name or len(rest) > 2:
             raise InputError(f"{self.name}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
         config, split = ([None, "train"] if not rest else [None, *rest])[-2:]
+        self._digest = hashlib.sha256()
         try:
             rows = datasets.load_dataset(name, config, split=split, streaming=True)
             for number, row in enumerate(rows, 1):
-                where = f"corpus {self.name}, row {number}"
-                _check_columns(where, self.columns, list(row))
-                texts = tuple(_text(where, column, row[column]) for column in self.columns)
+                where = f"{self.name}, row {number}"
+                if absent := [column for column in self.columns if column not in row]:
+                    has = ", ".join(map(repr, row))
+                    raise InputError(f"{where}: no column {absent[0]!r}, only {has}. Name the right one with --column")
+                texts = self._texts([row[column] for column in self.columns], where)
                 self._digest.update("\t".join(texts).encode() + b"\n")
                 yield texts
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -176,36 +98,22 @@ class Records:
                 f"or pass a file ({type(error).__name__}: {reason})"
             ) from error
 
-    def _lines(self) -> Iterator[tuple[int, str]]:
-        """Yield the lines with their numbers. Only a newline ends a line: U+2028 may be part of a text."""
-        try:
-            opened = gzip.open(self.name, "rb") if self.name.endswith(".gz") else open(self.name, "rb")  # noqa: SIM115
-            with cast("IO[bytes]", opened) as stream:
-                for number, data in enumerate(stream, 1):
-                    self._digest.update(data)
-                    yield number, self._decode(data, number)
-        except (OSError, EOFError, zlib.error) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"corpus {self.name} cannot be read: {reason}") from error
 
-    def _decode(self, data: bytes, number: int) -> str:
-        if b"\0" in data:
-            raise InputError(
-                f"corpus {self.name} is not text: line {number} holds NUL bytes. It must be UTF-8, one sentence a line"
-            )
-        try:
-            return data.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"corpus {self.name} is not UTF-8 in line {number}: convert it, for example with iconv"
-            ) from error
+def file_names(name: str) -> list[str]:
+    """Return the files that a path, folder or pattern names, or a data set's name itself."""
+    return [name] if name.startswith(HUB) else list(map(str, find_files([name])))
 
 
-def _check_columns(where: str, required: Sequence[str], found: Sequence[str]) -> None:
-    for name in required:
-        if name not in found:
-            has = ", ".join(map(repr, found)) or "none"
-            raise InputError(f"{where}: no column {name!r}, only {has}. Name the right one with --column")
+def _pair(line: str, where: str) -> tuple[str, ...]:
+    parts = tuple(part.strip() for part in line.split("\t"))
+    if not line.strip():
+        return ("", "")
+    if len(parts) != 2 or not all(parts):
+        raise InputError(
+            f"{where}: a pair is two texts with one TAB between them, and this line has {len(parts) - 1} TABs: "
+            f"{line.strip()[:60]!r}"
+        )
+    return parts
 
 
 def _text(where: str, column: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, buil
 from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
 from mirror_runtime.errors import InputError
 from training.corpus import Corpus, digest
-from training.formats import PAIR_COLUMNS, Records
+from training.formats import PAIR_COLUMNS, Records, file_names
 from training.hardware import Hardware
 
 SHARE = 0.05
@@ -28,15 +28,6 @@ MIN_TEXTS = 5 * FEWEST
 
 DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
-
-
-class ProbeChoice(str, Enum):
-    """What a run is measured by without labels."""
-
-    AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them."""
-    NONE = "none"
-    """Nothing is held out or measured."""
 
 
 class Verdict(str, Enum):
@@ -179,7 +170,7 @@ def read_own(paths: Sequence[str]) -> list[Record]:
     Raises:
         InputError: a file cannot be read.
     """
-    records = (record for path in paths for record in _read_file(path))
+    records = (record for name in paths for path in file_names(name) for record in _read_file(path))
     return list(dict.fromkeys(tuple(filter(None, record)) for record in records if record[-1]))
 
 

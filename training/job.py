@@ -5,17 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluation.sets import EvaluationSet
 from evaluation.similarity import Group, Report
 from mirror_runtime.bundle import EncoderSpec, Pooling
-from training.checkpoint import Step
 from training.corpus import Corpus, CorpusRequest, Lengths, Overlap
-from training.gate import Outcome, ProbeChoice
-from training.hardware import Hardware
 from training.recipe import TuneConfig
+
+if TYPE_CHECKING:  # these import torch, for which --help does not wait
+    from training.checkpoint import Step
+    from training.gate import Outcome
+    from training.hardware import Hardware
+
+
+class ProbeChoice(str, Enum):
+    """What a run is measured by without labels."""
+
+    AUTO = "auto"
+    """Texts are held out, and the probe `content` is measured on them."""
+    NONE = "none"
+    """Nothing is held out or measured."""
 
 
 @dataclass(frozen=True, kw_only=True)

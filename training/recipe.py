@@ -12,7 +12,28 @@ from enum import Enum
 
 from mirror_runtime.errors import InputError
 from training.augment import MaskViews
-from training.objective import Objective, Variant
+
+
+class Objective(str, Enum):
+    """The objectives."""
+
+    MIRROR = "mirror"
+    """Symmetric NT-Xent over both views (Mirror-BERT equation 1, in the form of its published code)."""
+    SELF_GUIDED = "self-guided"
+    """A text's vector against pooled layers of a frozen copy of the model (SG-BERT section 3)."""
+
+
+class Variant(str, Enum):
+    """Forms of the self-guided objective (SG-BERT section 3.3)."""
+
+    BASE = "base"
+    """NT-Xent between vector and view; one layer is drawn for each text, as in OPT1 and OPT2."""
+    OPT1 = "opt1"
+    """Only vectors are anchors; other vectors and other texts' views are negatives."""
+    OPT2 = "opt2"
+    """Like OPT1, without other vectors as negatives."""
+    OPT3 = "opt3"
+    """Like OPT2, with all layers at once as views: the paper's SG-OPT."""
 
 
 class TunePrecision(str, Enum):

@@ -23,9 +23,9 @@ from mirror_runtime.folders import os_error_message, whole_folder
 from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
-from training.gate import Gate, ProbeChoice, split_corpus
+from training.gate import Gate, split_corpus
 from training.hardware import Hardware, choose_hardware
-from training.job import Job, RunObserver, Start, Summary
+from training.job import Job, ProbeChoice, RunObserver, Start, Summary
 from training.run_folder import CURVE_PACKAGE, Events, open_events, write_run_folder
 from training.trainer import steps_in, train
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from mirror_runtime.bundle import Pooling
-from training.objective import GUIDED_LOSSES, Variant
+from training.objective import GUIDED_LOSSES
 from training.packed import PackedTexts, hidden_states, pool_packed
+from training.recipe import Variant
 
 HEAD_WIDTH = 4096
 """Width of both layers of the projection head (SG-BERT section 4.1)."""

@@ -21,9 +21,9 @@ from training.drophead import DropHead, drop_heads
 from training.dropout import set_dropout
 from training.gradient_cache import accumulate
 from training.hardware import Hardware
-from training.objective import Objective, nt_xent
+from training.objective import nt_xent
 from training.packed import PackedTexts, encode_packed
-from training.recipe import Schedule, TuneConfig
+from training.recipe import Objective, Schedule, TuneConfig
 from training.self_guided import SelfGuided
 
 T = TypeVar("T")

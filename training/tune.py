@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 if __package__ in (None, ""):  # run by path: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,14 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from training.augment import MaskViews
-from training.checkpoint import Step
 from training.corpus import CorpusRequest, Overlap
 from training.evaluate import load_sets, show
-from training.gate import ProbeChoice, Verdict
-from training.job import Job, RunObserver, Start, Summary
-from training.objective import Objective, Variant
-from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
-from training.run import tune
+from training.job import Job, ProbeChoice, RunObserver, Start, Summary
+from training.recipe import RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
+
+if TYPE_CHECKING:
+    from training.checkpoint import Step
 
 WORSE_STATUS = 3
 """Exit status of a run whose encoder is worse than its base."""
@@ -59,8 +58,9 @@ def command(
     corpus: Annotated[
         list[str],
         typer.Option(
-            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .parquet, any with .gz, or a "
-            "data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are concatenated."
+            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .json, .parquet, any with .gz or "
+            ".zst, folders, patterns, or a data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are "
+            "concatenated."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Run folder to write.")],
@@ -211,6 +211,8 @@ def command(
         sets=load_sets(sts or [], words or []) if sts or words else {},
         probe=probe,
     )
+    from training.gate import Verdict  # imports torch, for which --help does not wait
+
     summary = _run(job, Console(stderr=True, markup=False))
     if summary.start.hardware.writes:
         sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")
@@ -266,6 +268,8 @@ def _overlap(overlap: Overlap) -> str:
 
 
 def _run(job: Job, console: Console) -> Summary:
+    from training.run import tune
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -38,7 +38,7 @@ from mirror_runtime.bundle import EngineName, Pooling, Precision, read_canaries,
 from mirror_runtime.canaries import compare_canaries
 from mirror_runtime.corpus.encode_file import encode_file
 from mirror_runtime.corpus.encode_ray import _claimed
-from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.corpus.corpus import BadTexts, open_corpus
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.errors import MirrorError
@@ -76,7 +76,7 @@ class Sample:
 
 
 def text_rows(path: Path) -> list[object]:
-    return [row.text for row in CorpusFile(path=path).rows()]
+    return [row.values[0] for row in open_corpus([path]).rows()]
 
 
 def write_corpus(folder: Path, _fixtures: Fixtures) -> None:
@@ -85,6 +85,9 @@ def write_corpus(folder: Path, _fixtures: Fixtures) -> None:
     (folder / "in.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parquet.write_table(pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS}), folder / "in.parquet")
     (folder / "pairs.tsv").write_text("".join(f"{text or 'x'}\tother {i}\n" for i, text in enumerate(TEXTS)))
+    (folder / "in.json").write_text(json.dumps([{"text": text} for text in TEXTS]), encoding="utf-8")
+    with (folder / "in.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("id", "text"), *enumerate(TEXTS)])
     (folder / "in.txt.gz").write_bytes(gzip.compress((folder / "in.txt").read_bytes(), mtime=0))
 
 
@@ -190,14 +193,14 @@ def write_state(folder: Path, fixtures: Fixtures) -> None:
     source = folder / "in.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     with pytest.raises(MirrorError, match="lone surrogate"):
-        resume(folder, fixtures, zero_bad=False)
+        resume(folder, fixtures, bad_texts=BadTexts.STOP)
 
 
-def resume(folder: Path, fixtures: Fixtures, *, zero_bad: bool = True) -> bytes:
+def resume(folder: Path, fixtures: Fixtures, *, bad_texts: BadTexts = BadTexts.ZERO) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mirror_runtime.corpus.encode_file.WINDOW", 8)
-        source = CorpusFile(path=folder / "in.jsonl")
-        encode_file(fixtures.encoder, source, folder / "out.npy", long_texts="truncate", zero_bad=zero_bad)
+        source = open_corpus([folder / "in.jsonl"])
+        encode_file(fixtures.encoder, source, folder / "out.npy", long_texts="truncate", bad_texts=bad_texts)
     return (folder / "out.npy").read_bytes()
 
 
@@ -249,14 +252,14 @@ def cached(folder: Path, fixtures: Fixtures) -> Any:
 
 
 def lines(path: Path) -> list[str]:
-    """Return the lines of a text file, each without its end."""
-    content = path.read_bytes()
+    """Return the lines of a text file, each without its end, and without a byte order mark."""
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     found = content.removesuffix(b"\n").split(b"\n") if content else []
     return [line.removesuffix(b"\r").decode("utf-8") for line in found]
 
 
 def json_texts(path: Path) -> list[object]:
-    values = [json.loads(line) for line in lines(path)]
+    values = [json.loads(line) for line in lines(path) if line.strip()]
     return [value["text"] if isinstance(value, dict) else value for value in values]
 
 
@@ -285,7 +288,7 @@ SAMPLES: dict[str, Sample] = {
     "corpus parquet": Sample(write_corpus, ("in.parquet",), lambda at, _: text_rows(at / "in.parquet")),
     **{
         f"tuning corpus {name}": Sample(write_corpus, (name,), partial(records, name))
-        for name in ("in.txt", "in.jsonl", "in.parquet", "pairs.tsv", "in.txt.gz")
+        for name in ("in.txt", "in.jsonl", "in.json", "in.csv", "in.parquet", "pairs.tsv", "in.txt.gz")
     },
     **{
         f"evaluation set {name}": Sample(write_sets, files, partial(scored, name))

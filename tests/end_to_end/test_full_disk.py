@@ -24,7 +24,7 @@ from export import certificates, to_onnx, to_openvino, to_tensorrt, to_triton
 from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.cli.main import main as mirror
 from mirror_runtime.corpus.encode_ray import ShardJob, ShardWorker
-from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.corpus.corpus import BadTexts, open_corpus
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.errors import InputError, MirrorError
 from mirror_runtime.plan import Setting, write_plan
@@ -74,8 +74,8 @@ def encode(at: Path, fixtures: Fixtures, name: str) -> None:
 
 
 def shard(at: Path, fixtures: Fixtures) -> None:
-    source = CorpusFile(path=at / "in.txt")
-    options: dict[str, Any] = {"load_options": {"engine": "fake"}, "zero_bad": False}
+    source = open_corpus([at / "in.txt"])
+    options: dict[str, Any] = {"load_options": {"engine": "fake"}, "bad_texts": BadTexts.STOP}
     worker = ShardWorker(ShardJob(bundle=fixtures.fake_bundle, source=source, folder=at, **options))
     (one,) = source.shards(len(LINES))
     result = worker({name: [value] for name, value in vars(one).items()})

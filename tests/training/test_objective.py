@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from training.objective import GUIDED_LOSSES, Variant, nt_xent
+from training.objective import GUIDED_LOSSES, nt_xent
+from training.recipe import Variant
 
 
 def written_out(first: torch.Tensor, second: torch.Tensor, temperature: float, groups: list[int]) -> float:

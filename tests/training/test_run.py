@@ -25,9 +25,8 @@ from mirror_runtime.errors import EngineError, InputError, MissingExtra
 from training import run, run_folder
 from training.checkpoint import Step
 from training.corpus import CorpusRequest
-from training.gate import ProbeChoice
 from training.hardware import choose_hardware
-from training.job import Job, RunObserver, Start
+from training.job import Job, ProbeChoice, RunObserver, Start
 from training.recipe import Device, TuneConfig, TunePrecision
 from training.run import tune
 from training.run_folder import draw_curve

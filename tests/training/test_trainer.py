@@ -18,9 +18,9 @@ from training.augment import Example, MaskViews
 from training.batches import batches, group
 from training.checkpoint import Step
 from training.hardware import Hardware, choose_hardware
-from training.objective import Objective, Variant, nt_xent
+from training.objective import nt_xent
 from training.packed import POOLINGS
-from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
+from training.recipe import RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
 from training.self_guided import SelfGuided
 from training.trainer import learning_rate, steps_in, train
 

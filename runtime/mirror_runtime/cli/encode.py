@@ -14,25 +14,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mirror_runtime.cli.options import (
     BundleArgument,
+    ColumnOption,
     EngineOption,
     InvariantOption,
     LongTextsOption,
     PrecisionOption,
     StreamsOption,
-    TextColumnOption,
 )
 from mirror_runtime.cli.run import print_json, truncations_counted_elsewhere
-from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.corpus.corpus import BadTexts, Corpus, open_corpus
+from mirror_runtime.corpus.files import Format
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
-
-
-class BadTexts(str, Enum):
-    """What happens to a row that cannot be encoded."""
-
-    STOP = "stop"
-    ZERO = "zero"
 
 
 class EnginePool(str, Enum):
@@ -45,18 +39,39 @@ class EnginePool(str, Enum):
 def encode(
     bundle: BundleArgument,
     source: Annotated[
-        Path,
-        typer.Argument(metavar="IN", help=".txt (one text a line), .jsonl or .parquet.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="IN...",
+            help="Files, folders or patterns: .txt (one text a line), .csv, .tsv, .jsonl, .json, .parquet, any with "
+            ".gz or .zst; - is standard input.",
+            show_default=False,
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help=".npy or .parquet.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".npy, .parquet, or for a vector store: .faiss (index), .lance (LanceDB table), .qdrant and .sql "
+            "(pgvector), which are files to load.",
+            show_default=False,
+        ),
+    ],
     engine: EngineOption = AUTO,
     precision: PrecisionOption = AUTO,
     streams: StreamsOption = None,
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
-    text_column: TextColumnOption = "text",
+    column: ColumnOption = "text",
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Columns to write beside the vectors, such as id,title.", metavar="NAMES"),
+    ] = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="Of standard input, or of files whose names do not tell it.")
+    ] = None,
     bad_texts: Annotated[
         BadTexts,
-        typer.Option(help="Rows that are not text: stop at the first, or write zero vectors and count them."),
+        typer.Option(help="Rows that are not text: stop at the first, write zero vectors, or skip them."),
     ] = BadTexts.STOP,
     plan: Annotated[
         Path | None, typer.Option(help="Follow this file of mirror plan. Default: the one in the cache.")
@@ -79,12 +94,13 @@ def encode(
         bool, typer.Option("--verbose", "-v", help="Also print who chose the engine, and where the time went.")
     ] = False,
 ) -> None:
-    """Encode a corpus file: one vector a row, in order, with flat memory.
+    """Encode a corpus: one vector a row, in order, with flat memory.
 
     If the command is killed or interrupted, run it again: it resumes and writes the same bytes. A million short
     sentences (14 tokens each) take 15 minutes at 1,100 a second and produce a 1.5 GB .npy file at 384 dimensions.
     """
-    corpus = CorpusFile(path=source, column=text_column)
+    names = [name.strip() for name in (keep or "").split(",") if name.strip()]
+    corpus = open_corpus(source, column, keep=names, declared=format_)
     load_options = {
         "engine": engine,
         "precision": precision,
@@ -93,16 +109,15 @@ def encode(
         "plan": AUTO if plan is None else str(plan),
         "invariant": invariant,
     }
-    zero_bad = bad_texts is BadTexts.ZERO
     print_json(
-        _encode_with_ray(bundle, corpus, output, load_options, zero_bad, workers, ray_address)
+        _encode_with_ray(bundle, corpus, output, load_options, bad_texts, workers, ray_address)
         if engine_pool is EnginePool.RAY
-        else _encode_here(bundle, corpus, output, load_options, zero_bad, verbose)
+        else _encode_here(bundle, corpus, output, load_options, bad_texts, verbose)
     )
 
 
 def _encode_here(
-    bundle: Path, corpus: CorpusFile, output: Path, load_options: Mapping[str, Any], zero_bad: bool, verbose: bool
+    bundle: Path, corpus: Corpus, output: Path, load_options: Mapping[str, Any], bad_texts: BadTexts, verbose: bool
 ) -> dict[str, object]:
     """Encode in this process and return the report."""
     from mirror_runtime.corpus.encode_file import EncodeProgress, encode_file
@@ -137,7 +152,7 @@ def _encode_here(
             corpus,
             output,
             long_texts=load_options["long_texts"],
-            zero_bad=zero_bad,
+            bad_texts=bad_texts,
             on_progress=on_progress,
         )
         seconds = time.perf_counter() - started
@@ -148,7 +163,8 @@ def _encode_here(
             f"{done.truncated:,} of {done.texts:,} texts were truncated; --long-texts chunk keeps all of a text"
         )
     if done.failed:
-        console.print(f"{done.failed:,} of {done.texts:,} rows could not be encoded and have zero vectors")
+        what = "are left out" if bad_texts is BadTexts.SKIP else "have zero vectors"
+        console.print(f"{done.failed:,} of {done.texts:,} rows could not be encoded and {what}")
     return {
         "output": str(output),
         "texts": done.texts,
@@ -166,10 +182,10 @@ def _encode_here(
 
 def _encode_with_ray(
     bundle: Path,
-    corpus: CorpusFile,
+    corpus: Corpus,
     output: Path,
     load_options: Mapping[str, Any],
-    zero_bad: bool,
+    bad_texts: BadTexts,
     workers: int,
     ray_address: str | None,
 ) -> dict[str, object]:
@@ -186,7 +202,7 @@ def _encode_with_ray(
             output,
             workers=workers,
             load_options=load_options,
-            zero_bad=zero_bad,
+            bad_texts=bad_texts,
             address=ray_address,
             on_progress=lambda progress: bar.update(task, completed=progress.position),
         )

@@ -51,7 +51,12 @@ StreamsOption: TypeAlias = Annotated[
 ]
 LongTextsOption: TypeAlias = Annotated[LongTexts, _LONG_TEXTS]
 InvariantOption: TypeAlias = Annotated[bool, typer.Option("--invariant", help=_INVARIANT)]
-TextColumnOption: TypeAlias = Annotated[str, typer.Option(help="Field or column that holds the text.")]
+ColumnOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--column", "--text-column", help="Column or field of the text; a dot leads into an object: meta.text."
+    ),
+]
 
 # How it is served.
 ChangedEngineOption: TypeAlias = Annotated[str | None, _ENGINE]

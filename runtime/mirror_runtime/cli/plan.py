@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
-from mirror_runtime.cli.options import BundleArgument, TextColumnOption
+from mirror_runtime.cli.options import BundleArgument, ColumnOption
 from mirror_runtime.cli.run import print_json, truncations_counted_elsewhere
-from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.corpus.corpus import open_corpus
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.plan import Goal, HostPlan, Trial, objective, plan_path, write_plan
@@ -38,10 +39,11 @@ def plan(
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="Texts like those you will encode (.txt, .jsonl, .parquet). Default: docstrings of Python's library."
+            help="Texts like those you will encode, in a file as for mirror encode. Default: docstrings of Python's "
+            "library."
         ),
     ] = None,
-    text_column: TextColumnOption = "text",
+    column: ColumnOption = "text",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, rounds and candidates: a rough plan.")] = False,
     output: Annotated[
         Path | None,
@@ -64,7 +66,7 @@ def plan(
 
         planner = Planner(
             bundle,
-            _texts(texts, text_column),
+            _texts(texts, column),
             goal=goal,
             floor=floor,
             budget=QUICK if quick else Budget(),
@@ -98,12 +100,11 @@ def _texts(path: Path | None, column: str) -> list[str]:
     if path is None:
         return [item.summary for item in standard_library() if item.summary]
     found: list[str] = []
-    for number, row in enumerate(CorpusFile(path=path, column=column).rows(), 1):
-        if not isinstance(row.text, str):
-            raise InputError(f"{path}, row {number}: is {type(row.text).__name__}, not text")
-        found.append(row.text)
-        if number == MOST_TEXTS:
-            break
+    for row in islice(open_corpus([path], column).rows(), MOST_TEXTS):
+        text = row.values[0]
+        if not isinstance(text, str):
+            raise InputError(f"{row.where}: is {type(text).__name__}, not text")
+        found.append(text)
     return found
 
 

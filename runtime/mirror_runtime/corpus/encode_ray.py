@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import read_manifest
-from mirror_runtime.corpus.encode_file import EncodeProgress, vector_table
-from mirror_runtime.corpus.files import CorpusFile, Shard
+from mirror_runtime.corpus.corpus import BadTexts, Corpus, Shard, check_errors
+from mirror_runtime.corpus.encode_file import EncodeProgress
+from mirror_runtime.corpus.files import Row
+from mirror_runtime.corpus.results import Window
+from mirror_runtime.corpus.sinks import vector_table
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
@@ -33,10 +37,10 @@ class ShardJob:
     """What every worker needs to know."""
 
     bundle: Path
-    source: CorpusFile
+    source: Corpus
     folder: Path  # where the shards' files go
     load_options: Mapping[str, Any]  # further arguments of `Encoder.load`
-    zero_bad: bool  # write zero vectors for rows that cannot be encoded, instead of stopping
+    bad_texts: BadTexts
 
 
 class ShardWorker:
@@ -62,21 +66,25 @@ class ShardWorker:
 
     def _encode(self, shard: Shard) -> EncodeProgress:
         job = self._job
-        row, truncated, failed = shard.first, 0, 0
+        truncated, failed = 0, 0
+        read: deque[Row] = deque()
+
+        def texts() -> Iterator[object]:
+            for row in job.source.rows(shard):
+                read.append(row)
+                yield row.values[0]
+
         with (
             # Ray may run a shard twice at once, after it lost contact with a worker.
             replace_file(shard_path(job.folder, shard), shared=True) as beside,
             vector_table(beside, self._encoder.spec) as append,
         ):
-            for window in self._encoder.encode_stream(job.source.texts(shard)):
-                job.source.check_errors(window.errors, row, zero_bad=job.zero_bad)
-                append(window.vectors, window.tokens, window.truncated)
-                row += len(window.tokens)
+            for window in self._encoder.encode_stream(texts()):
+                check_errors([read.popleft() for _ in window.tokens], window.errors, job.bad_texts)
+                append(Window(window.vectors, window.tokens, window.truncated, []))
                 truncated += int(window.truncated.sum())
                 failed += len(window.errors)
-        return EncodeProgress(
-            texts=shard.rows, truncated=truncated, failed=failed, position=job.source.shard_size(shard)
-        )
+        return EncodeProgress(texts=shard.rows, truncated=truncated, failed=failed, position=shard.size)
 
 
 def shard_path(folder: Path, shard: Shard) -> Path:
@@ -86,12 +94,12 @@ def shard_path(folder: Path, shard: Shard) -> Path:
 
 def encode_with_ray(
     bundle: Path,
-    source: CorpusFile,
+    source: Corpus,
     output: Path,
     *,
     workers: int,
     load_options: Mapping[str, Any] | None = None,
-    zero_bad: bool = False,
+    bad_texts: BadTexts = BadTexts.STOP,
     shard_rows: int = SHARD_ROWS,
     address: str | None = None,
     on_progress: Callable[[EncodeProgress], None] = lambda _: None,
@@ -106,7 +114,7 @@ def encode_with_ray(
         output: the folder to write, with columns embedding, tokens and truncated in its files.
         workers: processes that encode.
         load_options: further arguments of `Encoder.load`; a resumed run must pass the same.
-        zero_bad: write zero vectors for rows that cannot be encoded and count them, instead of stopping.
+        bad_texts: what happens to rows that cannot be encoded; not `SKIP`.
         shard_rows: rows per shard.
         address: of a running Ray cluster; None starts one on this machine for this call. Ray listens on the machine's
             address, not on loopback, and requires the token that it keeps in the user's home.
@@ -125,25 +133,23 @@ def encode_with_ray(
         raise InputError(f"{output} exists: remove it or choose another output")
     load_options = load_options or {}
     folder = output.with_name(output.name + ".partial")
-    stat = source.path.stat()
+    if source.keep or bad_texts is BadTexts.SKIP:
+        raise InputError("Ray's workers keep no columns and skip no rows: leave out --keep, or --engine-pool ray")
     identity = {
         "bundle": str(bundle.resolve()),
-        "input": str(source.path.resolve()),
-        "input_bytes": stat.st_size,
-        "input_mtime_ns": stat.st_mtime_ns,
-        "column": source.column,
+        **source.identity(),
         "part_rows": shard_rows,
         "options": {key: str(value) for key, value in sorted(load_options.items())},
     }
     job = ShardJob(
-        bundle=bundle.resolve(), source=source, folder=folder.resolve(), load_options=load_options, zero_bad=zero_bad
+        bundle=bundle.resolve(), source=source, folder=folder.resolve(), load_options=load_options, bad_texts=bad_texts
     )
     with _claimed(folder, identity):
         shards = list(source.shards(shard_rows))
         missing = [shard for shard in shards if not shard_path(folder, shard).exists()]
         finished = [shard for shard in shards if shard not in missing]
         done = EncodeProgress(
-            texts=sum(shard.rows for shard in finished), position=sum(map(source.shard_size, finished))
+            texts=sum(shard.rows for shard in finished), position=sum(shard.size for shard in finished)
         )
         on_progress(done)
         for counts in _run(ray, job, missing, workers, address) if missing else ():

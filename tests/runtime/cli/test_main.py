@@ -39,7 +39,9 @@ def test_help_waits_for_no_framework():
     code = (
         "import sys\n"
         "from export import certificates, to_onnx, to_openvino, to_tensorrt, to_triton\n"
-        "status = [one.main(['-h']) for one in (certificates, to_onnx, to_openvino, to_tensorrt, to_triton)]\n"
+        "from training import evaluate, tune\n"
+        "commands = certificates, to_onnx, to_openvino, to_tensorrt, to_triton, evaluate, tune\n"
+        "status = [one.main(['-h']) for one in commands]\n"
         "sys.exit(any(status) or 'torch' in sys.modules or 'transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

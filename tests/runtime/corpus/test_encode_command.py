@@ -37,7 +37,7 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 def test_parquet_holds_vectors_token_counts_and_truncation_and_an_empty_file_no_rows(bundle, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"body": "short"}) + "\n" + json.dumps({"body": "word " * 99}) + "\n")
-    assert main(arguments(bundle, source, tmp_path / "out.parquet", "--text-column", "body")) == 0
+    assert main(arguments(bundle, source, tmp_path / "out.parquet", "--column", "body")) == 0
     assert last_json(capsys)["truncated"] == 1
     table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
     assert table["truncated"] == [False, True]
@@ -122,8 +122,8 @@ def unfinished(stopped, monkeypatch) -> Path:
         ("windows", lambda whole: b""),
         ("windows", lambda whole: whole + b"torn"),
         ("windows", lambda whole: b"\xff" * 8 + whole[8:]),  # more rows than memory
-        ("windows", lambda whole: whole[:8] + b"\x07" + whole[9:]),  # another count of truncated texts
-        ("windows", lambda whole: whole + bytes(56)),
+        ("windows", lambda whole: whole[:16] + b"\x07" + whole[17:]),  # another count of truncated texts
+        ("windows", lambda whole: whole + bytes(72)),
         ("state.json", None),  # lost: nothing else is taken over
     ],
 )
@@ -155,7 +155,7 @@ def test_vectors_that_are_not_finite_stop_the_run_whatever_the_policy(bundle, tm
     broken = lambda self, rows: np.full((rows.shape[0], rows.shape[1] // 4, 8), np.nan, np.float32)  # noqa: E731
     monkeypatch.setattr(FakeEngine, "run", broken)
     assert main(arguments(bundle, source, tmp_path / "out.npy", "--bad-texts", policy)) == 2
-    assert "row 1 has a vector with NaN or infinity: run mirror verify" in capsys.readouterr().err
+    assert "line 1 has a vector with NaN or infinity: run mirror verify" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
 
 
@@ -240,7 +240,7 @@ def test_bad_rows_stop_the_run_or_get_zero_vectors(bundle, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"text": null}\n{"text": "lone \\ud800"}\n{"text": "b"}\n')
     assert main(arguments(bundle, source, tmp_path / "out.npy")) == 2
-    assert "row 2: is NoneType, not str" in capsys.readouterr().err
+    assert "line 2: is NoneType, not str" in capsys.readouterr().err
     assert main(arguments(bundle, source, tmp_path / "out.npy", "--bad-texts", "zero")) == 0
     assert last_json(capsys)["failed"] == 2
     assert np.load(tmp_path / "out.npy").any(1).tolist() == [True, False, False, True]
@@ -249,8 +249,8 @@ def test_bad_rows_stop_the_run_or_get_zero_vectors(bundle, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("folder", "source", "output", "message"),
     [
-        ("bundle", "absent.txt", "out.npy", "does not exist"),
-        ("bundle", "in.txt", "out.csv", "output must end in .npy or .parquet"),
+        ("bundle", "absent.txt", "out.npy", "No such file"),
+        ("bundle", "in.txt", "out.csv", "output must end in .npy, .parquet"),
         ("bundle", "in.txt", "no/such/out.npy", "directory does not exist"),
         ("bundle", "in.txt", "folder.npy", "is a directory"),
         (".", "in.txt", "out.npy", "is not a bundle"),

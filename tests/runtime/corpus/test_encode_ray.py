@@ -16,9 +16,9 @@ import pytest
 from mirror_runtime import Encoder, InputError
 from mirror_runtime.cli.main import main
 from mirror_runtime.corpus import encode_ray
+from mirror_runtime.corpus.corpus import BadTexts, open_corpus
 from mirror_runtime.corpus.encode_file import EncodeProgress
 from mirror_runtime.corpus.encode_ray import encode_with_ray
-from mirror_runtime.corpus.files import CorpusFile
 
 OPTIONS: dict[str, Any] = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
 
@@ -76,36 +76,36 @@ def test_a_resumed_run_encodes_the_missing_shards_and_only_with_the_same_setting
 ):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("".join(json.dumps({"text": f"row {i}" if i != 777 else None}) + "\n" for i in range(1000)))
-    with pytest.raises(InputError, match="row 778: is NoneType"):
-        encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS)
+    with pytest.raises(InputError, match="line 778: is NoneType"):
+        encode_with_ray(bundle, open_corpus([broken]), tmp_path / "out", **OPTIONS)
     partial = tmp_path / "out.partial"
     assert sorted(file.stem for file in partial.glob("*.parquet")) == ["part-000000", "part-000001", "part-000003"]
     with pytest.raises(InputError, match="unfinished run with other settings"):
-        encode_with_ray(bundle, CorpusFile(path=corpus), tmp_path / "out", **OPTIONS)
+        encode_with_ray(bundle, open_corpus([corpus]), tmp_path / "out", **OPTIONS)
     kept = (partial / "part-000001.parquet").stat().st_mtime_ns
     progress: list[EncodeProgress] = []
     encode_with_ray(
-        bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS, zero_bad=True, on_progress=progress.append
+        bundle, open_corpus([broken]), tmp_path / "out", **OPTIONS, bad_texts=BadTexts.ZERO, on_progress=progress.append
     )
     assert [(now.texts, now.failed) for now in progress] == [(700, 0), (1000, 1)]
     assert (tmp_path / "out" / "part-000001.parquet").stat().st_mtime_ns == kept
     assert np.flatnonzero(~vectors(tmp_path / "out").any(1)).tolist() == [777]
     assert not partial.exists()
     with pytest.raises(InputError, match="exists"):
-        encode_with_ray(bundle, CorpusFile(path=broken), tmp_path / "out", **OPTIONS)
+        encode_with_ray(bundle, open_corpus([broken]), tmp_path / "out", **OPTIONS)
 
 
 ON_LOOPBACK = """
 import fcntl, socket, struct, sys
 from pathlib import Path
 from mirror_runtime.corpus.encode_ray import encode_with_ray
-from mirror_runtime.corpus.files import CorpusFile
+from mirror_runtime.corpus.corpus import open_corpus
 
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:  # SIOCSIFFLAGS: IFF_UP
     fcntl.ioctl(device, 0x8914, struct.pack("16sh14x", b"lo", 1))
 bundle, corpus, output = map(Path, sys.argv[1:])
 options = {"workers": 2, "load_options": {"engine": "fake"}, "shard_rows": 300}
-assert encode_with_ray(bundle, CorpusFile(path=corpus), output, **options).texts == 1000
+assert encode_with_ray(bundle, open_corpus([corpus]), output, **options).texts == 1000
 """
 
 
