@@ -5,13 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 Pair: TypeAlias = tuple[str, str]
 """Two texts with the same meaning, for supervised tuning: they are the two views, and nothing is masked."""
 
-Example: TypeAlias = str | Pair
-"""One item of a corpus, which has either texts or pairs."""
+
+
+class Document(NamedTuple):
+    """A document with a title, or its first sentence in the title's place; both parts have text."""
+
+    title: str
+    text: str
+
+
+Example: TypeAlias = str | Pair | Document
+"""One item of a corpus, which has either texts, pairs or documents."""
 
 MIN_CHARS = 30
 """Shorter texts are not masked, as in the published code: five characters would be too large a part."""

@@ -11,7 +11,8 @@ import torch
 
 from encoders.reference import Reference
 from mirror_runtime.errors import InputError
-from training.augment import Example, MaskViews, mask_span, mask_span_literally, repeat_tokens
+from training.augment import Document, Example, MaskViews, mask_span, mask_span_literally, repeat_tokens
+from training.documents import draw_views
 from training.hardware import Hardware
 from training.objective import Objective, Variant
 from training.packed import POOLINGS, PackedTexts, pack, row_length
@@ -89,6 +90,11 @@ def check(reference: Reference, data: Sequence[Example], config: TuneConfig, har
 
 
 def _views(example: Example, reference: Reference, config: TuneConfig, rng: random.Random) -> tuple[str, str]:
+    if isinstance(example, Document):
+        first, second = draw_views(example, config.views, rng)
+        if first != second:
+            return first, second
+        example = first
     if not isinstance(example, str):
         return example
     if config.reference_masking:

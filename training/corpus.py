@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
-from training.augment import Example
+from training.augment import Document, Example
+from training.documents import Documents
 from training.formats import Records
 
 MEASURED_TEXTS = 50_000
@@ -81,6 +82,7 @@ class CorpusRequest:
 
     files: tuple[str, ...]  # paths or `hf:` names, see `Records`
     pairs: bool = False  # records are pairs of texts with the same meaning
+    documents: bool = False  # records are documents of two parts, see `Documents`
     columns: tuple[str, ...] = ()  # of JSON lines, Parquet and data sets
     sample: int | None = None  # number of distinct records to draw at random; None keeps all
     seed: int = 42  # of the sample
@@ -94,14 +96,14 @@ class FileCounts:
     name: str  # without its folder
     sha256: str  # of its bytes, or of a data set's texts
     lines: int  # lines or rows, including empty ones
-    empty: int  # lines of white space only
+    empty: int  # lines of white space only, documents of one part
     duplicates: int  # lines that repeat an earlier one of this or an earlier file
     excluded: int  # lines that contain an evaluation text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Distinct texts, or distinct pairs of texts."""
+    """Distinct texts, pairs of texts, or documents."""
 
     examples: tuple[Example, ...]  # stripped, without duplicates, in the order of the files
     files: tuple[FileCounts, ...]
@@ -111,7 +113,7 @@ class Corpus:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every text; both of a pair."""
+        """Every text; both of a pair or document."""
         return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
 
     @property
@@ -122,7 +124,17 @@ class Corpus:
     @property
     def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
-        return not isinstance(self.examples[0], str)
+        return not isinstance(self.examples[0], (str, Document))
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the examples are documents."""
+        return isinstance(self.examples[0], Document)
+
+    @property
+    def unit(self) -> str:
+        """The word for an example."""
+        return "document" if self.has_documents else "pair" if self.has_pairs else "line"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -161,7 +173,14 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     """
     if not request.files:
         raise InputError("no corpus: pass at least one file")
-    sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in request.files]
+    if request.documents and request.pairs:
+        raise InputError("--documents and --pairs are two kinds of corpus: pass one of them")
+    sources = [
+        Documents(name, columns=request.columns)
+        if request.documents
+        else Records(name, pairs=request.pairs, columns=request.columns)
+        for name in request.files
+    ]
     if request.columns and not any(source.has_columns for source in sources):
         raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
     excluded = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
@@ -171,12 +190,18 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     records = sample.records()
     _check(request, files, sample.offered, records)
     return Corpus(
-        examples=tuple((record[0], record[1]) if request.pairs else record[0] for record in records),
+        examples=tuple(_example(record, request) for record in records),
         files=files,
         overlaps=excluded.overlaps(),
         sampled_from=sample.offered if len(records) < sample.offered else None,
         sha256=digest(records),
     )
+
+
+def _example(record: tuple[str, ...], request: CorpusRequest) -> Example:
+    if request.documents:
+        return Document(*record)
+    return (record[0], record[1]) if request.pairs else record[0]
 
 
 def digest(records: Iterable[Sequence[str]]) -> str:
@@ -230,7 +255,9 @@ class _Sample:
         return [record for _, record in sorted(self._kept)]
 
 
-def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]) -> FileCounts:
+def _read_file(
+    source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
+) -> FileCounts:
     lines = empty = duplicates = excluded = 0
     for record in source:
         lines += 1
@@ -261,10 +288,13 @@ def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sam
 def _check(
     request: CorpusRequest, files: Sequence[FileCounts], distinct: int, records: Sequence[tuple[str, ...]]
 ) -> None:
-    name, what = ", ".join(request.files), "pair" if request.pairs else "line"
+    name = ", ".join(request.files)
+    what = "document" if request.documents else "pair" if request.pairs else "line"
     excluded = sum(file.excluded for file in files)
     if distinct < 2 and excluded:
         raise InputError(f"corpus {name}: {excluded} of {excluded + distinct} distinct {what}s are in --exclude files")
+    if not distinct and request.documents:
+        raise InputError(f"corpus {name} has no document with a title and a text, or with two sentences")
     if not distinct:
         raise InputError(f"corpus {name} is empty: it must be UTF-8 text, one sentence a line")
     if distinct == 1:

@@ -6,15 +6,16 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from encoders.reference import Reference
-from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
 from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
 from mirror_runtime.errors import InputError
+from training.augment import Document
 from training.corpus import Corpus, digest
 from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
@@ -30,11 +31,20 @@ DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
 
 
+CLAIMS: Mapping[str, str] = {
+    CONTENT: "of {items} texts that tuning never saw, {before} % were nearer to their content words than to themselves "
+    "with the rarest word replaced; now {after} %",
+    PARTS: "of {items} documents that tuning never saw, the text was found by the title with a mean reciprocal rank of "
+    "{before} (of 100); now {after}",
+}
+"""What each probe of the gate shows, in one sentence."""
+
+
 class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them."""
+    """Texts are held out, and a probe is measured on them: `parts` on documents, else `content`."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -51,8 +61,9 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The probe `content` on held-out texts, before and after tuning; all figures are times 100."""
+    """A probe on held-out texts, before and after tuning; all figures are times 100."""
 
+    probe: str = CONTENT
     texts: int  # that were held out
     items: int  # of them, those that the probe asks about
     before: Estimate
@@ -71,7 +82,7 @@ class Outcome:
         """Return JSON values."""
         return {
             "held_out": self.texts,
-            "probe": CONTENT,
+            "probe": self.probe,
             "items": self.items,
             **flat("before", self.before),
             **flat("after", self.after),
@@ -81,11 +92,10 @@ class Outcome:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
-            f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
-            f"{self.gain:+}"
+        claim = CLAIMS[self.probe].format(
+            items=self.items, before=f"{self.before.value:.1f}", after=f"{self.after.value:.1f}"
         )
+        return f"{self.verdict.value}: {claim}, {self.gain:+}"
 
 
 class Gate:
@@ -103,12 +113,16 @@ class Gate:
     def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
+        self._probe = PARTS if isinstance(held_out[0], Document) else CONTENT
         self._probes: list[Probe] = []
         with contextlib.suppress(InputError):  # it has no probe at all
-            self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
+            self._probes = [one for one in build_probes(held_out, background) if one.name == self._probe]
         if not self._probes:
             raise InputError(
-                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have texts of their own, which the probe "
+                "needs: pass --probe none to tune unmeasured"
+                if self._probe == PARTS
+                else f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
                 "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
             )
         self._hardware = hardware
@@ -123,6 +137,7 @@ class Gate:
         after = self._measure(reference)
         (gain,) = gains(self._before, after)
         return Outcome(
+            probe=self._probe,
             texts=self._texts,
             items=after[0].samples,
             before=self._before[0].figure,
@@ -153,7 +168,8 @@ def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
             f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
     held, rest = hold_out(records)
-    examples = tuple(one[0] if isinstance(corpus.examples[0], str) else (one[0], one[1]) for one in rest)
+    kept = set(rest)
+    examples = tuple(one for one, record in zip(corpus.examples, records, strict=True) if record in kept)
     return dataclasses.replace(corpus, examples=examples, sha256=digest(rest)), held
 
 

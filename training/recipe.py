@@ -12,6 +12,7 @@ from enum import Enum
 
 from mirror_runtime.errors import InputError
 from training.augment import MaskViews
+from training.documents import View
 from training.objective import Objective, Variant
 
 
@@ -77,6 +78,7 @@ class TuneConfig:
     weight_decay: float = 0.01  # of AdamW, on every parameter
     clip: float | None = None  # maximum L2 norm of a step's gradient; None disables clipping
     temperature: float = 0.04
+    views: tuple[View, ...] = (View.TITLE,)  # of a document; one is drawn each time
     mask_length: int = 5  # masked characters of a view; 0 for none. Pairs are never masked.
     mask_views: MaskViews = MaskViews.SECOND
     reference_masking: bool = False  # mask exactly like the published code, see `mask_span_literally`
@@ -102,6 +104,7 @@ class TuneConfig:
             ("weight_decay", 0 <= self.weight_decay < infinite, "0 or more"),
             ("clip", self.clip is None or 0 < self.clip < infinite, "a positive number, such as 1"),
             ("temperature", 0 < self.temperature < infinite, "a positive number, such as 0.04"),
+            ("views", len(self.views) > 0, "at least one"),
             ("mask_length", self.mask_length >= 0, "0 or more"),
             ("repetition", 0 <= self.repetition <= 1, "a share of the tokens, 0 to 1"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),

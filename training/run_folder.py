@@ -116,6 +116,7 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
             "sampled_from": corpus.sampled_from,
             "texts": len(corpus.examples),
             "pairs": corpus.has_pairs,
+            "documents": corpus.has_documents,
             "tokens": dataclasses.asdict(start.lengths),
         },
         "evaluation_sets_in_corpus": [_overlap(overlap) for overlap in start.overlaps],

@@ -232,10 +232,9 @@ class _Display(RunObserver):
         if corpus.overlaps:
             left_out.append(f"{corpus.counts['excluded']:,} with evaluation texts")
         show = self.progress.console.print
-        what = "pairs" if corpus.has_pairs else "lines"
         drawn = f", {len(corpus.examples):,} of them drawn" if corpus.sampled_from else ""
         show(
-            f"{corpus.sampled_from or len(corpus.examples):,} distinct {what} "
+            f"{corpus.sampled_from or len(corpus.examples):,} distinct {corpus.unit}s "
             f"({' and '.join([', '.join(left_out[:-1]), left_out[-1]])} left out){drawn}, {start.steps} steps on "
             f"{hardware.device.value} in {hardware.precision.value}"
             + (f" by {hardware.processes} processes" if hardware.processes > 1 else "")
