@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 from encoders.reference import Reference
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
+from evaluation.vectors import DECIMALS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
+from training.augment import Scored, texts_of
 from training.corpus import Corpus, digest
 from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
@@ -30,11 +34,15 @@ DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
 
 
+SPEARMAN = "spearman"
+"""The probe of scored pairs: the rank correlation of cosine and score."""
+
+
 class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them."""
+    """Texts are held out, and the probe `content` is measured on them, or Spearman on scored pairs."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -51,7 +59,9 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The probe `content` on held-out texts, before and after tuning; all figures are times 100."""
+    """A probe on held-out texts, before and after tuning; all figures are times 100."""
+
+    probe: str = CONTENT  # or SPEARMAN, of held-out scored pairs
 
     texts: int  # that were held out
     items: int  # of them, those that the probe asks about
@@ -71,7 +81,7 @@ class Outcome:
         """Return JSON values."""
         return {
             "held_out": self.texts,
-            "probe": CONTENT,
+            "probe": self.probe,
             "items": self.items,
             **flat("before", self.before),
             **flat("after", self.after),
@@ -81,6 +91,11 @@ class Outcome:
         }
 
     def __str__(self) -> str:
+        if self.probe == SPEARMAN:
+            return (
+                f"{self.verdict.value}: on {self.items} scored pairs that tuning never saw, Spearman of cosine and "
+                f"score was {self.before.value:.1f}; now {self.after.value:.1f}, {self.gain:+}"
+            )
         return (
             f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
             f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
@@ -100,17 +115,11 @@ class Gate:
         InputError: the texts are too short or too alike for the probe.
     """
 
-    def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
+    def __init__(self, held_out: Sequence[Record | Scored], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
-        self._probes: list[Probe] = []
-        with contextlib.suppress(InputError):  # it has no probe at all
-            self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
-        if not self._probes:
-            raise InputError(
-                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
-                "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
-            )
+        self._pairs = [one for one in held_out if isinstance(one, Scored)]
+        self._probes = [] if self._pairs else _content_probes([tuple(map(str, one)) for one in held_out], background)
         self._hardware = hardware
         self._seconds = time.perf_counter() - begin
 
@@ -123,6 +132,7 @@ class Gate:
         after = self._measure(reference)
         (gain,) = gains(self._before, after)
         return Outcome(
+            probe=SPEARMAN if self._pairs else CONTENT,
             texts=self._texts,
             items=after[0].samples,
             before=self._before[0].figure,
@@ -134,27 +144,55 @@ class Gate:
     def _measure(self, reference: Reference) -> list[Result]:
         begin = time.perf_counter()
         with self._hardware.autocast():
-            results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
+            if self._pairs:
+                results = [_spearman(self._pairs, reference.encode_unnormalized, Bootstrap())]
+            else:
+                results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
         self._seconds += time.perf_counter() - begin
         return results
 
 
-def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
-    """Take the texts to be held out from a corpus.
+def _content_probes(held_out: Sequence[Record], background: Sequence[Record]) -> list[Probe]:
+    probes: list[Probe] = []
+    with contextlib.suppress(InputError):  # it has no probe at all
+        probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
+    if not probes:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+            "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+        )
+    return probes
+
+
+def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
+    first, second, scores = zip(*pairs, strict=True)
+    left, right = unit_vectors(encode, first, second)
+    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
+    value = 100 * spearman(cosines, scores)
+    if np.isnan(value):
+        raise InputError("all held-out pairs have one score, or one cosine: pass --probe none to tune unmeasured")
+    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
+    return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
+
+
+def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record | Scored]]:
+    """Take the texts to be held out from a corpus: records without hard negatives, or scored pairs.
 
     Raises:
         InputError: the corpus is too small.
     """
-    records = corpus.records
-    texts = len({record[-1] for record in records})
+    texts = len({record[-1] for record in corpus.records})
     if texts < MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
             f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
-    held, rest = hold_out(records)
-    examples = tuple(one[0] if isinstance(corpus.examples[0], str) else (one[0], one[1]) for one in rest)
-    return dataclasses.replace(corpus, examples=examples, sha256=digest(rest)), held
+    chosen = _chosen(corpus.records)
+    held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
+    rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
+    scored = [example for example in held if isinstance(example, Scored)]
+    records: Sequence[Record | Scored] = scored or [texts_of(example)[:2] for example in held]
+    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), list(records)
 
 
 def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -163,11 +201,15 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
     and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
     """
-    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
-    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
-    chosen = set(sorted(keys, key=keys.__getitem__)[:count])
+    chosen = _chosen(records)
     held = [record for record in records if record[-1] in chosen]
     return held, [record for record in records if chosen.isdisjoint(record)]
+
+
+def _chosen(records: Sequence[Record]) -> set[str]:
+    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
+    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    return set(sorted(keys, key=keys.__getitem__)[:count])
 
 
 def read_own(paths: Sequence[str]) -> list[Record]:
