@@ -12,6 +12,14 @@ from training.gate import Outcome
 from training.objective import Objective
 from training.recipe import TuneConfig
 
+HOW = {
+    Objective.MIRROR: "Mirror-BERT tuning",
+    Objective.SELF_GUIDED: "self-guided tuning (SG-BERT)",
+    Objective.COSENT: "tuning on scored pairs (CoSENT)",
+    Objective.ANGLE: "tuning on scored pairs (AnglE)",
+    Objective.TEACHER: "distillation of another encoder's vectors",
+}
+
 
 def render_card(
     spec: EncoderSpec,
@@ -26,8 +34,11 @@ def render_card(
     outcome: Outcome | None,
 ) -> str:
     """Build the card's text, without front matter; before and after are None without evaluation sets."""
-    how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
-    text = "pairs of texts with the same meaning" if corpus.has_pairs else "lines of raw text, no labels"
+    how = HOW[config.objective]
+    text = "scored pairs of texts" if corpus.has_scores else "lines of raw text, no labels"
+    if corpus.has_pairs and not corpus.has_scores:
+        text = "pairs of texts with the same meaning"
+        text += ", some with hard negatives" if any(len(one) > 2 for one in corpus.examples) else ""
     rows = {
         "vector": f"{spec.dim} numbers, unit length",
         "pooling": spec.pooling.value,
@@ -54,6 +65,8 @@ def render_card(
 def _recipe(config: TuneConfig) -> str:
     parts = [
         config.objective.value,
+        *([f"last {config.train_layers} layers"] if config.train_layers else []),
+        *([f"LoRA of rank {config.lora}, merged"] if config.lora else []),
         f"{config.batch_size} texts a step",
         f"learning rate {config.lr:g} ({config.schedule.value})",
         f"temperature {config.temperature:g}",

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
-from training.augment import Document, Example
+from training.augment import Document, Example, Scored, texts_of
 from training.documents import Documents
 from training.formats import Records
+from training.labels import Labels, example_of, labelled
 
 MEASURED_TEXTS = 50_000
 """Maximum texts of the length report, evenly spaced: tokenising millions would take minutes."""
@@ -83,6 +84,7 @@ class CorpusRequest:
     files: tuple[str, ...]  # paths or `hf:` names, see `Records`
     pairs: bool = False  # records are pairs of texts with the same meaning
     documents: bool = False  # records are documents of two parts, see `Documents`
+    labels: Labels | None = None  # records are labelled
     columns: tuple[str, ...] = ()  # of JSON lines, Parquet and data sets
     sample: int | None = None  # number of distinct records to draw at random; None keeps all
     seed: int = 42  # of the sample
@@ -103,7 +105,7 @@ class FileCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Distinct texts, pairs of texts, or documents."""
+    """Distinct texts, pairs of texts, documents or labelled records."""
 
     examples: tuple[Example, ...]  # stripped, without duplicates, in the order of the files
     files: tuple[FileCounts, ...]
@@ -114,12 +116,12 @@ class Corpus:
     @property
     def texts(self) -> tuple[str, ...]:
         """Every text; both of a pair or document."""
-        return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
+        return tuple(text for one in self.examples for text in texts_of(one))
 
     @property
     def records(self) -> list[tuple[str, ...]]:
         """The examples as tuples of one text, or of two."""
-        return [(one,) if isinstance(one, str) else one for one in self.examples]
+        return [texts_of(one)[:2] for one in self.examples]
 
     @property
     def has_pairs(self) -> bool:
@@ -134,7 +136,13 @@ class Corpus:
     @property
     def unit(self) -> str:
         """The word for an example."""
-        return "document" if self.has_documents else "pair" if self.has_pairs else "line"
+        kinds = {"document": self.has_documents, "scored pair": self.has_scores, "pair": self.has_pairs}
+        return next((name for name, has in kinds.items() if has), "line")
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the examples are scored pairs."""
+        return isinstance(self.examples[0], Scored)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -173,12 +181,12 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     """
     if not request.files:
         raise InputError("no corpus: pass at least one file")
-    if request.documents and request.pairs:
-        raise InputError("--documents and --pairs are two kinds of corpus: pass one of them")
+    if request.documents and (request.pairs or request.labels):
+        raise InputError("--documents is one kind of corpus, and pairs and labels are others: pass one of them")
     sources = [
         Documents(name, columns=request.columns)
         if request.documents
-        else Records(name, pairs=request.pairs, columns=request.columns)
+        else Records(name, pairs=request.pairs, columns=request.columns, labels=request.labels)
         for name in request.files
     ]
     if request.columns and not any(source.has_columns for source in sources):
@@ -189,26 +197,23 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     files = tuple(_read_file(source, excluded, sample, known) for source in sources)
     records = sample.records()
     _check(request, files, sample.offered, records)
+    examples = tuple(
+        Document(*record) if request.documents else example_of(request.labels, record) for record in records
+    )
     return Corpus(
-        examples=tuple(_example(record, request) for record in records),
+        examples=examples,
         files=files,
         overlaps=excluded.overlaps(),
         sampled_from=sample.offered if len(records) < sample.offered else None,
-        sha256=digest(records),
+        sha256=digest(examples),
     )
 
 
-def _example(record: tuple[str, ...], request: CorpusRequest) -> Example:
-    if request.documents:
-        return Document(*record)
-    return (record[0], record[1]) if request.pairs else record[0]
-
-
-def digest(records: Iterable[Sequence[str]]) -> str:
-    """Return the sha256 of records, TAB between partners, a newline after each."""
+def digest(examples: Iterable[Example]) -> str:
+    """Return the sha256 of examples, TAB between their parts, a newline after each."""
     found = hashlib.sha256()
-    for record in records:
-        found.update("\t".join(record).encode() + b"\n")
+    for example in examples:
+        found.update("\t".join([example] if isinstance(example, str) else map(str, example)).encode() + b"\n")
     return found.hexdigest()
 
 
@@ -259,11 +264,11 @@ def _read_file(
     source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
 ) -> FileCounts:
     lines = empty = duplicates = excluded = 0
-    for record in source:
+    for record in source if isinstance(source, Documents) else labelled(source.labels, source, source.name):
         lines += 1
         if not all(record):
             if any(record):
-                raise InputError(f"corpus {source.name}, row {lines}: one text of the pair is empty")
+                raise InputError(f"corpus {source.name}, row {lines}: one text of the example is empty")
             empty += 1
             continue
         key = int.from_bytes(hashlib.blake2b("\t".join(record).encode(), digest_size=8).digest(), "little")
@@ -271,7 +276,7 @@ def _read_file(
             duplicates += 1
             continue
         known.add(key)
-        if excluded_texts.matches(record):
+        if excluded_texts.matches(record[:2] if source.labels is Labels.SCORES else record):
             excluded += 1
             continue
         sample.offer(record)

@@ -12,11 +12,12 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 from mirror_runtime.bundle import sha256_file
 from mirror_runtime.errors import InputError, one_line
 from mirror_runtime.extras import require
+from training.labels import COLUMNS, Labels
 
 HUB = "hf:"
 """Prefix of a data set's name: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
@@ -34,20 +35,28 @@ class Records:
         name: a path, or `hf:` and a data set's name. `.jsonl` or `.ndjson`, `.parquet`, `.csv`, and `.tsv` without
             `pairs`, both with a header line, are read as such, anything else as UTF-8 text; `.gz` is decompressed.
         pairs: two texts a record: separated by one TAB in a text file, in two columns elsewhere.
-        columns: of JSON lines, Parquet and data sets; empty means `text`, or `text1` and `text2`.
+        columns: of JSON lines, Parquet and data sets; empty means `text`, `text1` and `text2`, or those of the labels.
+        labels: records are the columns of a labelled file, see `training.labels`; numbers become their text, and a
+            list in the last column its items.
     """
 
-    def __init__(self, name: str, *, pairs: bool = False, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, *, pairs: bool = False, columns: Sequence[str] = (), labels: Labels | None = None
+    ) -> None:
         self.name = name
         self.pairs = pairs
-        self.columns = tuple(columns) or (PAIR_COLUMNS if pairs else TEXT_COLUMNS)
+        self.labels = labels
+        usual = COLUMNS[labels] if labels else PAIR_COLUMNS if pairs else TEXT_COLUMNS
+        self.columns = tuple(columns) or usual
         self._digest = hashlib.sha256()
         if self._suffix == ".json":
             raise InputError(f"corpus {name}: write one object a line (.jsonl), such as with jq -c '.[]'")
-        if len(self.columns) != (2 if pairs else 1):
+        if labels and not self.has_columns:
+            raise InputError(f"corpus {name}: labels need .tsv, .csv, .jsonl or .parquet: {', '.join(self.columns)}")
+        if len(self.columns) != len(usual) and not (labels is Labels.TRIPLETS and len(self.columns) > len(usual)):
             raise InputError(
                 f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
-                + ("pairs need two" if pairs else "name one, or two with --pairs")
+                + (f"name those of {', '.join(usual)}" if labels or pairs else "name one, or two with --pairs")
             )
 
     @property
@@ -101,7 +110,11 @@ class Records:
                 yield tuple(parts)
 
     def _table(self) -> Iterator[tuple[str, ...]]:
-        rows = csv.reader((f"{line}\n" for _, line in self._lines()), delimiter="\t" if self._suffix == ".tsv" else ",")
+        tabs = self._suffix == ".tsv"
+        # In the published files of scored pairs quotes mean nothing.
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and self.labels else csv.QUOTE_MINIMAL
+        lines = (f"{line}\n" for _, line in self._lines())
+        rows = csv.reader(lines, delimiter="\t" if tabs else ",", quoting=quoting)
         csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072 characters
         try:
             header = next(rows, [])
@@ -127,13 +140,13 @@ class Records:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}): write one object a line") from None
-            if isinstance(value, str) and not self.pairs:
+            if isinstance(value, str) and len(self.columns) == 1:
                 yield (value.strip(),)
                 continue
             if not isinstance(value, dict):
                 raise InputError(f"{where}: a {type(value).__name__}, expected an object")
             _check_columns(where, self.columns, list(value))
-            yield tuple(_text(where, name, value[name]) for name in self.columns)
+            yield self._record(where, [value[name] for name in self.columns])
 
     def _parquet(self) -> Iterator[tuple[str, ...]]:
         pyarrow, parquet = require("pyarrow", "train"), require("pyarrow.parquet", "train")
@@ -150,8 +163,7 @@ class Records:
             for batch in file.iter_batches(4096, columns=list(self.columns)):
                 for values in zip(*(batch.column(name).to_pylist() for name in self.columns), strict=True):
                     row += 1
-                    where = f"corpus {self.name}, row {row}"
-                    yield tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
+                    yield self._record(f"corpus {self.name}, row {row}", values)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise InputError(f"corpus {self.name} breaks off after row {row}: {one_line(error)}") from error
 
@@ -166,7 +178,7 @@ class Records:
             for number, row in enumerate(rows, 1):
                 where = f"corpus {self.name}, row {number}"
                 _check_columns(where, self.columns, list(row))
-                texts = tuple(_text(where, column, row[column]) for column in self.columns)
+                texts = self._record(where, [row[column] for column in self.columns])
                 self._digest.update("\t".join(texts).encode() + b"\n")
                 yield texts
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -175,6 +187,13 @@ class Records:
                 f"data set {name!r} (config {config}, split {split}) cannot be read: check the name and the network, "
                 f"or pass a file ({type(error).__name__}: {reason})"
             ) from error
+
+    def _record(self, where: str, values: Sequence[Any]) -> tuple[str, ...]:
+        if self.labels:
+            values = [*values[:-1], *(values[-1] if isinstance(values[-1], list) else values[-1:])]
+            values = [str(value) if type(value) in (int, float) else value for value in values]
+        names = [*self.columns, *self.columns[-1:] * (len(values) - len(self.columns))]
+        return tuple(_text(where, name, value) for name, value in zip(names, values, strict=True))
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Yield the lines with their numbers. Only a newline ends a line: U+2028 may be part of a text."""

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 from encoders.reference import Reference
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
+from evaluation.vectors import DECIMALS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
-from training.augment import Document
+from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
 from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
@@ -31,11 +34,15 @@ DOCUMENT = ("title", "text")
 """Fields of a document with parts, in JSON lines."""
 
 
+SPEARMAN = "spearman"
+"""The probe of scored pairs: the rank correlation of cosine and score."""
+
 CLAIMS: Mapping[str, str] = {
     CONTENT: "of {items} texts that tuning never saw, {before} % were nearer to their content words than to themselves "
     "with the rarest word replaced; now {after} %",
     PARTS: "of {items} documents that tuning never saw, the text was found by the title with a mean reciprocal rank of "
     "{before} (of 100); now {after}",
+    SPEARMAN: "on {items} scored pairs that tuning never saw, Spearman of cosine and score was {before}; now {after}",
 }
 """What each probe of the gate shows, in one sentence."""
 
@@ -44,7 +51,8 @@ class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and a probe is measured on them: `parts` on documents, else `content`."""
+    """Texts are held out, and a probe is measured on them: `parts` on documents, Spearman on scored pairs, else
+    `content`."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -110,21 +118,13 @@ class Gate:
         InputError: the texts are too short or too alike for the probe.
     """
 
-    def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
+    def __init__(self, held_out: Sequence[Record | Scored], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
-        self._probe = PARTS if isinstance(held_out[0], Document) else CONTENT
-        self._probes: list[Probe] = []
-        with contextlib.suppress(InputError):  # it has no probe at all
-            self._probes = [one for one in build_probes(held_out, background) if one.name == self._probe]
-        if not self._probes:
-            raise InputError(
-                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have texts of their own, which the probe "
-                "needs: pass --probe none to tune unmeasured"
-                if self._probe == PARTS
-                else f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
-                "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
-            )
+        self._pairs = [one for one in held_out if isinstance(one, Scored)]
+        self._probe = SPEARMAN if self._pairs else PARTS if isinstance(held_out[0], Document) else CONTENT
+        records = [tuple(map(str, one)) for one in held_out]
+        self._probes = [] if self._pairs else _probes(self._probe, records, background)
         self._hardware = hardware
         self._seconds = time.perf_counter() - begin
 
@@ -149,28 +149,60 @@ class Gate:
     def _measure(self, reference: Reference) -> list[Result]:
         begin = time.perf_counter()
         with self._hardware.autocast():
-            results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
+            if self._pairs:
+                results = [_spearman(self._pairs, reference.encode_unnormalized, Bootstrap())]
+            else:
+                results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
         self._seconds += time.perf_counter() - begin
         return results
 
 
-def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
-    """Take the texts to be held out from a corpus.
+def _probes(name: str, held_out: Sequence[Record], background: Sequence[Record]) -> list[Probe]:
+    probes: list[Probe] = []
+    with contextlib.suppress(InputError):  # it has no probe at all
+        probes = [one for one in build_probes(held_out, background) if one.name == name]
+    if not probes and name == PARTS:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have a text that no other one has, which "
+            "the probe needs: pass --probe none to tune unmeasured"
+        )
+    if not probes:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+            "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+        )
+    return probes
+
+
+def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
+    first, second, scores = zip(*pairs, strict=True)
+    left, right = unit_vectors(encode, first, second)
+    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
+    value = 100 * spearman(cosines, scores)
+    if np.isnan(value):
+        raise InputError("all held-out pairs have one score, or one cosine: pass --probe none to tune unmeasured")
+    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
+    return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
+
+
+def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record | Scored]]:
+    """Take the texts to be held out from a corpus: records without hard negatives, or scored pairs.
 
     Raises:
         InputError: the corpus is too small.
     """
-    records = corpus.records
-    texts = len({record[-1] for record in records})
+    texts = len({record[-1] for record in corpus.records})
     if texts < MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
             f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
-    held, rest = hold_out(records)
-    kept = set(rest)
-    examples = tuple(one for one, record in zip(corpus.examples, records, strict=True) if record in kept)
-    return dataclasses.replace(corpus, examples=examples, sha256=digest(rest)), held
+    chosen = _chosen(corpus.records)
+    held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
+    rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
+    kinds = (Document, Scored)
+    records = [example if isinstance(example, kinds) else texts_of(example)[:2] for example in held]
+    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), records
 
 
 def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -179,11 +211,15 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
     and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
     """
-    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
-    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
-    chosen = set(sorted(keys, key=keys.__getitem__)[:count])
+    chosen = _chosen(records)
     held = [record for record in records if record[-1] in chosen]
     return held, [record for record in records if chosen.isdisjoint(record)]
+
+
+def _chosen(records: Sequence[Record]) -> set[str]:
+    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
+    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    return set(sorted(keys, key=keys.__getitem__)[:count])
 
 
 def read_own(paths: Sequence[str]) -> list[Record]:

@@ -26,6 +26,7 @@ class Job:
     revision: str | None = None
     pooling: Pooling | None = None  # required if the base does not record it
     corpus: CorpusRequest
+    teacher: str | None = None  # of the teacher objective: see `teacher_vectors`
     output: Path
     overwrite: bool = False
     config: TuneConfig
@@ -58,7 +59,7 @@ class RunObserver:
         """Receive a step; after a resume first the steps before it."""
 
     def on_progress(self, encoder: str, done: int, total: int) -> None:
-        """Receive the number of encoded texts of an evaluation; `encoder` is "before" or "after"."""
+        """Receive the number of encoded texts of an evaluation; `encoder` is "before", "after" or "teacher"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,8 +44,17 @@ class Schedule(str, Enum):
     """To zero at the end, along half a cosine."""
 
 
+class Projection(str, Enum):
+    """How a teacher's vectors of another width are met."""
+
+    PCA = "pca"
+    """They are cut to the student's width along their principal axes; narrower ones are filled up with zeros."""
+    DENSE = "dense"
+    """The student gets a dense layer to their width behind its pooling, which is trained with it and stays."""
+
+
 class Recipe(str, Enum):
-    """The published recipes, and two of ours."""
+    """The published recipes, and ours."""
 
     SENTENCE = "sentence"
     PHRASE = "phrase"
@@ -58,6 +67,10 @@ class Recipe(str, Enum):
     that was tried, in the same time (docs/log.md)."""
     MIRROR_CLS = "mirror+cls"
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
+    SCORED = "scored"
+    """CoSENT on scored pairs."""
+    TEACHER = "teacher"
+    """Vectors and cosines of another encoder, from text alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,10 @@ class TuneConfig:
     variant: Variant = Variant.OPT3  # of the self-guided objective
     # Of the self-guided objective: weight of the squared distance between the weights and the base's
     drift: float = 0.1
+    projection: Projection = Projection.PCA  # of the teacher objective
+    train_layers: int | None = None  # number of last layers that are tuned; None tunes all weights
+    # Rank of the low-rank additions that are tuned in place of the layers' weights; None tunes weights
+    lora: int | None = None
     seed: int = 42  # of shuffling, span masks and dropout
     epochs: int = 1  # passes over the corpus
     batch_size: int = 200  # texts a step, over all processes; each has two vectors
@@ -96,6 +113,8 @@ class TuneConfig:
         infinite = float("inf")
         for name, valid, rule in (
             ("drift", 0 <= self.drift < infinite, "0 or more"),
+            ("train_layers", self.train_layers is None or self.train_layers >= 1, "at least 1"),
+            ("lora", self.lora is None or self.lora >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2: a text is learnt against others"),
             ("lr", 0 < self.lr < infinite, "a positive number, such as 2e-5"),
@@ -121,6 +140,8 @@ class TuneConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}")
         if self.reference_masking and self.mask_views is not MaskViews.SECOND:
             raise InputError("--reference-masking masks only the second view: leave --mask-views out")
+        if self.lora and self.objective is Objective.SELF_GUIDED:
+            raise InputError("--lora leaves the weights that --objective self-guided holds near the base's: drop it")
 
 
 _SENTENCE = TuneConfig()
@@ -146,4 +167,36 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     ),
     Recipe.MIRROR_PLUS: dataclasses.replace(_SENTENCE, temperature=0.05, repetition=0.3),
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
+    Recipe.SCORED: TuneConfig(
+        objective=Objective.COSENT,
+        epochs=4,
+        batch_size=64,
+        lr=1e-4,
+        schedule=Schedule.LINEAR,
+        warmup=0.1,
+        temperature=0.05,
+        mask_length=0,
+        max_tokens=64,
+    ),
+    Recipe.TEACHER: TuneConfig(
+        objective=Objective.TEACHER,
+        epochs=3,
+        batch_size=128,
+        lr=3e-4,
+        schedule=Schedule.LINEAR,
+        warmup=0.1,
+        temperature=0.05,
+        mask_length=0,
+        dropout=0.0,
+        max_tokens=64,
+    ),
 }
+
+IMPLIED: Mapping[Objective, Recipe] = {
+    Objective.MIRROR: Recipe.SENTENCE,
+    Objective.SELF_GUIDED: Recipe.SELF_GUIDED,
+    Objective.COSENT: Recipe.SCORED,
+    Objective.ANGLE: Recipe.SCORED,
+    Objective.TEACHER: Recipe.TEACHER,
+}
+"""The recipe of an objective that is named alone."""

@@ -26,7 +26,10 @@ from training.corpus import Corpus, measure_lengths, read_corpus
 from training.gate import Gate, ProbeChoice, split_corpus
 from training.hardware import Hardware, choose_hardware
 from training.job import Job, RunObserver, Start, Summary
+from training.objective import Objective
+from training.recipe import Projection
 from training.run_folder import CURVE_PACKAGE, open_events, write_run_folder
+from training.teacher import add_dense, fit_width, teacher_vectors
 from training.trainer import steps_in, train
 
 EVENTS_FOLDER = "tensorboard"
@@ -72,6 +75,7 @@ def _tune(
 ) -> Summary:
     reference = Reference.load(source)
     check(reference, corpus.examples, job.config, hardware)
+    _check_teacher(job)
     if folder is not None:
         require(CURVE_PACKAGE, "train")  # before the work rather than after it
         _check_room(reference, job, folder)
@@ -95,12 +99,13 @@ def _tune(
         alone = hardware.processes == 1
         if gate is not None and alone:
             gate.before(reference)
-        train(reference, corpus.examples, job.config, hardware, on_step, checkpoint)
+        reference, targets = _taught(job, reference, corpus, hardware, observer)
+        train(reference, corpus.examples, job.config, hardware, on_step, checkpoint, targets)
         if gate is not None and not alone:  # before training, other processes would wait until their collective fails
             gate.before(Reference.load(source))
         summary = Summary(
             output=job.output,
-            spec=source.spec,
+            spec=reference.spec,
             start=start,
             steps=len(steps),
             tokens=sum(step.tokens for step in steps),
@@ -115,6 +120,28 @@ def _tune(
             summary = _evaluated(job, source, reference, summary, observer, events)
         write_run_folder(folder, job, reference, summary, steps)
     return summary
+
+
+def _check_teacher(job: Job) -> None:
+    if job.teacher is None and job.config.objective is Objective.TEACHER:
+        raise InputError("--objective teacher learns from another encoder: name it with --teacher")
+    if job.teacher is not None and job.config.objective is not Objective.TEACHER:
+        raise InputError(f"--objective {job.config.objective.value} has no teacher: drop --teacher or --objective")
+
+
+def _taught(
+    job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver
+) -> tuple[Reference, torch.Tensor | None]:
+    """Return the encoder to tune, with a dense layer to a teacher's width if one is to be trained, and its targets."""
+    if job.teacher is None:
+        return reference, None
+    targets = teacher_vectors(
+        job.teacher, corpus.texts, hardware, lambda done, total: observer.on_progress("teacher", done, total)
+    )
+    width = targets.shape[1]
+    if job.config.projection is Projection.DENSE and width != reference.spec.dim:
+        return add_dense(reference, width, job.config.seed), targets
+    return reference, fit_width(targets, reference.spec.dim)
 
 
 def _start(job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, checkpoint: Checkpoint | None) -> Start:

@@ -62,7 +62,7 @@ def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary,
         overlaps=start.overlaps,
         outcome=summary.outcome,
     )
-    write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card)
+    write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card, dense=tuned.dense)
     lines = [
         json.dumps({"step": s.step, "loss": s.loss, "tokens": s.tokens, "sec": round(s.seconds, 4)}) for s in steps
     ]
@@ -107,6 +107,7 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
     return {
         "base": summary.spec.base_model,
         "revision": summary.spec.revision,
+        "teacher": job.teacher,
         "settings": to_json(job.config),
         "corpus": {
             "sha256": corpus.sha256,
@@ -117,6 +118,7 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
             "texts": len(corpus.examples),
             "pairs": corpus.has_pairs,
             "documents": corpus.has_documents,
+            "labels": job.corpus.labels.value if job.corpus.labels else None,
             "tokens": dataclasses.asdict(start.lengths),
         },
         "evaluation_sets_in_corpus": [_overlap(overlap) for overlap in start.overlaps],

@@ -1,4 +1,4 @@
-"""Tune a masked language model into a text encoder, from raw text: the command line."""
+"""Tune a masked language model into a text encoder, from raw text, labels or a teacher: the command line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
+from mirror_runtime.errors import InputError
 from training.augment import MaskViews
 from training.checkpoint import Step
 from training.corpus import CorpusRequest, Overlap
 from training.evaluate import load_sets, show
 from training.gate import ProbeChoice, Verdict
 from training.job import Job, RunObserver, Start, Summary
+from training.labels import Labels
 from training.objective import Objective, Variant
-from training.recipe import RECIPES, Device, Recipe, Schedule, TuneConfig, TunePrecision
+from training.recipe import IMPLIED, RECIPES, Device, Projection, Recipe, Schedule, TuneConfig, TunePrecision
 from training.run import tune
 
 WORSE_STATUS = 3
@@ -83,10 +85,36 @@ def command(
             "--pairs", help="Each line is `text1<TAB>text2`, texts with the same meaning.", rich_help_panel="Corpus"
         ),
     ] = False,
+    scored_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--scored-pairs",
+            help="The files have columns score, sentence1 and sentence2; 5,749 pairs at 64 are 89 steps an epoch.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    triplets: Annotated[
+        bool,
+        typer.Option(
+            "--triplets",
+            help="The files have columns anchor, positive and negative (in .jsonl also a list), or those that --column "
+            "names, such as anchor positive negative_1 negative_2: each negative is one for all texts of a step.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    entailment: Annotated[
+        bool,
+        typer.Option(
+            "--entailment",
+            help="The files have columns label, sentence1 and sentence2. What a text entails is its positive, what "
+            "contradicts it a negative, and neutral is left out.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="To read from .jsonl, .parquet and data sets. (text; with --pairs text1 text2)",
+            help="To read from files with columns. (text; with --pairs text1 text2; with labels as said there)",
             rich_help_panel="Corpus",
         ),
     ] = None,
@@ -128,7 +156,8 @@ def command(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="Defaults of the options below. (sentence; with --objective self-guided: self-guided)",
+            help="Defaults of the options below. (sentence; scored with --scored-pairs; teacher with --teacher; "
+            "self-guided with --objective self-guided)",
             rich_help_panel="Recipe",
         ),
     ] = None,
@@ -136,6 +165,34 @@ def command(
     variant: Annotated[Variant | None, _setting("variant", "Form of the self-guided objective.")] = None,
     drift: Annotated[
         float | None, _setting("drift", "Of the self-guided objective: weight of the distance to the base's weights.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoder whose vectors are learnt from text alone: a folder, a bundle, or what evaluate.py takes. "
+            "Encodes the corpus once, and keeps the vectors in the user's cache: 20,000 of 768 numbers are 61 MB.",
+            rich_help_panel="Recipe",
+        ),
+    ] = None,
+    projection: Annotated[
+        Projection | None,
+        _setting(
+            "projection",
+            "If the teacher's vectors are wider: pca cuts 768 numbers to the student's 384, dense gives the student a "
+            "layer from 384 to 768.",
+        ),
+    ] = None,
+    train_layers: Annotated[
+        int | None,
+        _setting("train_layers", "Tune only so many last layers: with 2 of 6, four run without gradient and dropout."),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        _setting(
+            "lora",
+            "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
+            "parameters. Needs about ten times the rate.",
+        ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
     epochs: Annotated[int | None, _setting("epochs", "Passes over the corpus.")] = None,
@@ -181,14 +238,19 @@ def command(
     precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 if the device supports it.")] = None,
     device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if PyTorch finds one.")] = None,
 ) -> None:
-    """Tune a masked language model into a text encoder, without labels (Mirror-BERT, SG-BERT).
+    """Tune a masked language model into a text encoder: from raw text (Mirror-BERT, SG-BERT), labels or a teacher.
 
     Writes a folder that sentence-transformers loads and that records its pooling (encoder.json). Defaults are in
     parentheses: the sentence recipe's, then those of recipes that differ. The last line of stdout is one JSON object.
     """
     options = locals()
+    kinds = {Labels.SCORES: scored_pairs, Labels.TRIPLETS: triplets, Labels.ENTAILMENT: entailment}
+    labels = [kind for kind, chosen in kinds.items() if chosen]
+    if len(labels) + pairs > 1:
+        raise InputError("--pairs, --scored-pairs, --triplets and --entailment exclude each other: pass one of them")
     if recipe is None:
-        recipe = Recipe.SELF_GUIDED if objective is Objective.SELF_GUIDED else Recipe.SENTENCE
+        implied = Objective.TEACHER if teacher else Objective.COSENT if scored_pairs else Objective.MIRROR
+        recipe = IMPLIED[objective or implied]
     changes = {f.name: options[f.name] for f in dataclasses.fields(TuneConfig) if options[f.name] is not None}
     config = dataclasses.replace(RECIPES[recipe], **changes)
     job = Job(
@@ -198,11 +260,13 @@ def command(
         corpus=CorpusRequest(
             files=tuple(corpus),
             pairs=pairs,
+            labels=labels[0] if labels else None,
             columns=tuple(column or ()),
             sample=sample,
             seed=config.seed,
             exclude=tuple(exclude or ()),
         ),
+        teacher=teacher,
         output=output,
         overwrite=overwrite,
         config=config,
@@ -256,7 +320,8 @@ class _Display(RunObserver):
 
     def on_progress(self, encoder: str, done: int, total: int) -> None:
         if encoder not in self.tasks:
-            self.tasks[encoder] = self.progress.add_task(f"evaluating {encoder}", total=total, note="")
+            what = "encoding by the teacher" if encoder == "teacher" else f"evaluating {encoder}"
+            self.tasks[encoder] = self.progress.add_task(what, total=total, note="")
         self.progress.update(self.tasks[encoder], completed=done)
 
 
