@@ -60,11 +60,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def as_document(title: str, text: str) -> tuple[str, str]:
-    """Return title and text on one line each; two empty strings where there are no two parts.
+    """Return title and text; two empty strings where there are no two parts.
 
     Without a title, the first sentence is in its place. A text of fewer than `MIN_WORDS` words is not a part.
     """
-    title, text = (" ".join(part.split()) for part in (title, text))
     if not title:
         title, *rest = split_sentences(text)
         text = " ".join(rest)

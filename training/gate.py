@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from evaluation.vectors import DECIMALS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
 from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
+from training.documents import COLUMNS as DOCUMENT
+from training.documents import Documents, as_document
 from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
 
@@ -29,10 +32,6 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
-
-DOCUMENT = ("title", "text")
-"""Fields of a document with parts, in JSON lines."""
-
 
 SPEARMAN = "spearman"
 """The probe of scored pairs: the rank correlation of cosine and score."""
@@ -185,19 +184,21 @@ def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> 
     return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
 
 
-def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record | Scored]]:
-    """Take the texts to be held out from a corpus: records without hard negatives, or scored pairs.
+def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[Record | Scored]]:
+    """Take the texts to be held out from a corpus: records without hard negatives, documents, or scored pairs.
+
+    `halves` is 2 where recipes are chosen by one half and the chosen one is measured on the other: twice as many.
 
     Raises:
         InputError: the corpus is too small.
     """
     texts = len({record[-1] for record in corpus.records})
-    if texts < MIN_TEXTS:
+    if texts < halves * MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
-            f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
+            f"{halves * MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
-    chosen = _chosen(corpus.records)
+    chosen = _chosen(corpus.records, halves)
     held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
     rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
     kinds = (Document, Scored)
@@ -216,9 +217,9 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     return held, [record for record in records if chosen.isdisjoint(record)]
 
 
-def _chosen(records: Sequence[Record]) -> set[str]:
+def _chosen(records: Sequence[Record], halves: int = 1) -> set[str]:
     keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
-    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    count = halves * min(MOST, max(FEWEST, round(SHARE * len(keys))))
     return set(sorted(keys, key=keys.__getitem__)[:count])
 
 
@@ -226,7 +227,7 @@ def read_own(paths: Sequence[str]) -> list[Record]:
     """Read a user's distinct texts, all files as one corpus: lines, or two texts a record, the first of which may lack.
 
     Two texts are those of lines with one TAB each, or the fields title and text, or text1 and text2, in a format with
-    columns.
+    columns, or a document of a Markdown file or a folder.
 
     Raises:
         InputError: a file cannot be read.
@@ -236,8 +237,13 @@ def read_own(paths: Sequence[str]) -> list[Record]:
 
 
 def _read_file(path: str) -> list[Record]:
+    if Path(path).is_dir() or path.endswith(".md"):
+        return list(Documents(path))
     lines = Records(path)
     for columns in (DOCUMENT, PAIR_COLUMNS) if lines.has_columns else ((),):
         with contextlib.suppress(InputError):  # it has another layout
-            return list(Records(path, pairs=True, columns=columns))
+            found = list(Records(path, pairs=True, columns=columns))
+            if columns == DOCUMENT:
+                return [document if all(document := as_document(*one)) else one for one in found]
+            return found
     return list(lines)

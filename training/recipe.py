@@ -67,6 +67,10 @@ class Recipe(str, Enum):
     that was tried, in the same time (docs/log.md)."""
     MIRROR_CLS = "mirror+cls"
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
+    DOCUMENTS = "documents"
+    """Titles and texts of documents, in small batches: also lifts encoders that were trained on pairs (docs/log.md)."""
+    AUTO = "auto"
+    """The best of `RIVALS`, or the base as it is, by a probe on held-out texts."""
     SCORED = "scored"
     """CoSENT on scored pairs."""
     TEACHER = "teacher"
@@ -167,6 +171,7 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     ),
     Recipe.MIRROR_PLUS: dataclasses.replace(_SENTENCE, temperature=0.05, repetition=0.3),
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
+    Recipe.DOCUMENTS: dataclasses.replace(_SENTENCE, batch_size=64, temperature=0.05, mask_length=0, max_tokens=96),
     Recipe.SCORED: TuneConfig(
         objective=Objective.COSENT,
         epochs=4,
@@ -191,6 +196,16 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
         max_tokens=64,
     ),
 }
+
+RIVALS: Mapping[bool, Mapping[str, TuneConfig]] = {
+    False: {recipe.value: RECIPES[recipe] for recipe in (Recipe.MIRROR_PLUS, Recipe.MIRROR_CLS)},
+    True: {
+        "documents": RECIPES[Recipe.DOCUMENTS],
+        "documents, title and cloze": dataclasses.replace(RECIPES[Recipe.DOCUMENTS], views=(View.TITLE, View.CLOZE)),
+        "mirror+": dataclasses.replace(RECIPES[Recipe.MIRROR_PLUS], views=(View.SAME,)),
+    },
+}
+"""What `auto` tries, on lines and on documents."""
 
 IMPLIED: Mapping[Objective, Recipe] = {
     Objective.MIRROR: Recipe.SENTENCE,
