@@ -264,7 +264,7 @@ def _read_file(
     source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
 ) -> FileCounts:
     lines = empty = duplicates = excluded = 0
-    for record in source if isinstance(source, Documents) else labelled(source.labels, source, source.name):
+    for record in labelled(source.labels, source, source.name):
         lines += 1
         if not all(record):
             if any(record):

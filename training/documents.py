@@ -12,6 +12,7 @@ from pathlib import Path
 from mirror_runtime.errors import InputError
 from training.augment import Document
 from training.formats import Records
+from training.labels import Labels
 
 COLUMNS = ("title", "text")
 """Fields of a document in formats with columns."""
@@ -83,6 +84,8 @@ class Documents:
     Raises:
         InputError: a folder without such files.
     """
+
+    labels: Labels | None = None
 
     def __init__(self, name: str, *, columns: Sequence[str] = ()) -> None:
         self.name = name

@@ -97,13 +97,13 @@ def test_what_is_not_a_document_is_counted_and_nothing_else_is_an_error(tmp_path
     assert (corpus.unit, corpus.has_documents, corpus.has_pairs) == ("document", True, False)
     (tmp_path / "empty").mkdir()
     path.write_text("# A heading\n")
-    for files, options, message in (
-        ([path], {}, "has no document with a title and a text"),
-        ([tmp_path / "empty"], {}, "has no .md, .rst, .txt files"),
-        ([path], {"pairs": True}, "pass one of them"),
+    for file, pairs, message in (
+        (path, False, "has no document with a title and a text"),
+        (tmp_path / "empty", False, "has no .md, .rst, .txt files"),
+        (path, True, "pass one of them"),
     ):
         with pytest.raises(InputError, match=message):
-            read_corpus(CorpusRequest(files=tuple(map(str, files)), documents=True, **options))
+            read_corpus(CorpusRequest(files=(str(file),), documents=True, pairs=pairs))
 
 
 @pytest.mark.parametrize("view", View)
