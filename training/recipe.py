@@ -166,7 +166,7 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
     Recipe.SCORED: TuneConfig(
         objective=Objective.COSENT,
-        epochs=4,
+        epochs=2,
         batch_size=64,
         lr=1e-4,
         schedule=Schedule.LINEAR,
