@@ -8,6 +8,13 @@ from enum import Enum
 from typing import NamedTuple, TypeAlias
 
 
+class Document(NamedTuple):
+    """A document with a title, or its first sentence in the title's place; both parts have text."""
+
+    title: str
+    text: str
+
+
 class Scored(NamedTuple):
     """Two texts, and how similar they are: only the order of scores counts."""
 
@@ -16,9 +23,9 @@ class Scored(NamedTuple):
     score: float
 
 
-Example: TypeAlias = str | tuple[str, ...] | Scored
+Example: TypeAlias = str | tuple[str, ...] | Document | Scored
 """One item of a corpus, which has one kind: a text; two texts with the same meaning, and any number that differ from
-the first in meaning (hard negatives); or a scored pair. Only single texts get two views by masking."""
+the first in meaning (hard negatives); a document; or a scored pair. Only single texts get two views by masking."""
 
 MIN_CHARS = 30
 """Shorter texts are not masked, as in the published code: five characters would be too large a part."""

@@ -11,7 +11,17 @@ import torch
 
 from encoders.reference import Reference
 from mirror_runtime.errors import InputError
-from training.augment import Example, MaskViews, Scored, mask_span, mask_span_literally, repeat_tokens, texts_of
+from training.augment import (
+    Document,
+    Example,
+    MaskViews,
+    Scored,
+    mask_span,
+    mask_span_literally,
+    repeat_tokens,
+    texts_of,
+)
+from training.documents import draw_views
 from training.hardware import Hardware
 from training.objective import SCORED, SINGLE, Objective, Variant
 from training.packed import POOLINGS, PackedTexts, pack, row_length
@@ -122,6 +132,11 @@ def _check_objective(dense: bool, data: Sequence[Example], objective: Objective)
 
 
 def _views(example: Example, reference: Reference, config: TuneConfig, rng: random.Random) -> tuple[str, ...]:
+    if isinstance(example, Document):
+        first, second = draw_views(example, config.views, rng)
+        if first != second:
+            return first, second
+        example = first
     if not isinstance(example, str):
         return texts_of(example)
     if config.objective in SINGLE:

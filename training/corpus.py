@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
-from training.augment import Example, Scored, texts_of
+from training.augment import Document, Example, Scored, texts_of
+from training.documents import Documents
 from training.formats import Records
 from training.labels import Labels, example_of, labelled
 
@@ -82,6 +83,7 @@ class CorpusRequest:
 
     files: tuple[str, ...]  # paths or `hf:` names, see `Records`
     pairs: bool = False  # records are pairs of texts with the same meaning
+    documents: bool = False  # records are documents of two parts, see `Documents`
     labels: Labels | None = None  # records are labelled
     columns: tuple[str, ...] = ()  # of JSON lines, Parquet and data sets
     sample: int | None = None  # number of distinct records to draw at random; None keeps all
@@ -96,14 +98,14 @@ class FileCounts:
     name: str  # without its folder
     sha256: str  # of its bytes, or of a data set's texts
     lines: int  # lines or rows, including empty ones
-    empty: int  # lines of white space only
+    empty: int  # lines of white space only, documents of one part
     duplicates: int  # lines that repeat an earlier one of this or an earlier file
     excluded: int  # lines that contain an evaluation text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Distinct texts, pairs or labelled records."""
+    """Distinct texts, pairs of texts, documents or labelled records."""
 
     examples: tuple[Example, ...]  # stripped, without duplicates, in the order of the files
     files: tuple[FileCounts, ...]
@@ -113,7 +115,7 @@ class Corpus:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every text; both of a pair."""
+        """Every text; both of a pair or document."""
         return tuple(text for one in self.examples for text in texts_of(one))
 
     @property
@@ -124,7 +126,18 @@ class Corpus:
     @property
     def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
-        return not isinstance(self.examples[0], str)
+        return not isinstance(self.examples[0], (str, Document))
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the examples are documents."""
+        return isinstance(self.examples[0], Document)
+
+    @property
+    def unit(self) -> str:
+        """The word for an example."""
+        kinds = {"document": self.has_documents, "scored pair": self.has_scores, "pair": self.has_pairs}
+        return next((name for name, has in kinds.items() if has), "line")
 
     @property
     def has_scores(self) -> bool:
@@ -168,8 +181,13 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     """
     if not request.files:
         raise InputError("no corpus: pass at least one file")
+    if request.documents and (request.pairs or request.labels):
+        raise InputError("--documents is one kind of corpus, and pairs and labels are others: pass one of them")
     sources = [
-        Records(name, pairs=request.pairs, columns=request.columns, labels=request.labels) for name in request.files
+        Documents(name, columns=request.columns)
+        if request.documents
+        else Records(name, pairs=request.pairs, columns=request.columns, labels=request.labels)
+        for name in request.files
     ]
     if request.columns and not any(source.has_columns for source in sources):
         raise InputError("--column is for JSON lines, Parquet and data sets, and the corpus is plain text: drop it")
@@ -179,7 +197,9 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     files = tuple(_read_file(source, excluded, sample, known) for source in sources)
     records = sample.records()
     _check(request, files, sample.offered, records)
-    examples = tuple(example_of(request.labels, record) for record in records)
+    examples = tuple(
+        Document(*record) if request.documents else example_of(request.labels, record) for record in records
+    )
     return Corpus(
         examples=examples,
         files=files,
@@ -240,9 +260,11 @@ class _Sample:
         return [record for _, record in sorted(self._kept)]
 
 
-def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]) -> FileCounts:
+def _read_file(
+    source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
+) -> FileCounts:
     lines = empty = duplicates = excluded = 0
-    for record in labelled(source.labels, source, source.name):
+    for record in source if isinstance(source, Documents) else labelled(source.labels, source, source.name):
         lines += 1
         if not all(record):
             if any(record):
@@ -271,10 +293,13 @@ def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sam
 def _check(
     request: CorpusRequest, files: Sequence[FileCounts], distinct: int, records: Sequence[tuple[str, ...]]
 ) -> None:
-    name, what = ", ".join(request.files), "pair" if request.pairs else "line"
+    name = ", ".join(request.files)
+    what = "document" if request.documents else "pair" if request.pairs else "line"
     excluded = sum(file.excluded for file in files)
     if distinct < 2 and excluded:
         raise InputError(f"corpus {name}: {excluded} of {excluded + distinct} distinct {what}s are in --exclude files")
+    if not distinct and request.documents:
+        raise InputError(f"corpus {name} has no document with a title and a text, or with two sentences")
     if not distinct:
         raise InputError(f"corpus {name} is empty: it must be UTF-8 text, one sentence a line")
     if distinct == 1:

@@ -6,20 +6,23 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from encoders.reference import Reference
-from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
 from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
 from evaluation.vectors import DECIMALS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
-from training.augment import Scored, texts_of
+from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
+from training.documents import COLUMNS as DOCUMENT
+from training.documents import Documents, as_document
 from training.formats import PAIR_COLUMNS, Records
 from training.hardware import Hardware
 
@@ -30,19 +33,25 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
 
-DOCUMENT = ("title", "text")
-"""Fields of a document with parts, in JSON lines."""
-
-
 SPEARMAN = "spearman"
 """The probe of scored pairs: the rank correlation of cosine and score."""
+
+CLAIMS: Mapping[str, str] = {
+    CONTENT: "of {items} texts that tuning never saw, {before} % were nearer to their content words than to themselves "
+    "with the rarest word replaced; now {after} %",
+    PARTS: "of {items} documents that tuning never saw, the text was found by the title with a mean reciprocal rank of "
+    "{before} (of 100); now {after}",
+    SPEARMAN: "on {items} scored pairs that tuning never saw, Spearman of cosine and score was {before}; now {after}",
+}
+"""What each probe of the gate shows, in one sentence."""
 
 
 class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them, or Spearman on scored pairs."""
+    """Texts are held out, and a probe is measured on them: `parts` on documents, Spearman on scored pairs, else
+    `content`."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -61,8 +70,7 @@ class Verdict(str, Enum):
 class Outcome:
     """A probe on held-out texts, before and after tuning; all figures are times 100."""
 
-    probe: str = CONTENT  # or SPEARMAN, of held-out scored pairs
-
+    probe: str = CONTENT
     texts: int  # that were held out
     items: int  # of them, those that the probe asks about
     before: Estimate
@@ -91,16 +99,10 @@ class Outcome:
         }
 
     def __str__(self) -> str:
-        if self.probe == SPEARMAN:
-            return (
-                f"{self.verdict.value}: on {self.items} scored pairs that tuning never saw, Spearman of cosine and "
-                f"score was {self.before.value:.1f}; now {self.after.value:.1f}, {self.gain:+}"
-            )
-        return (
-            f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
-            f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
-            f"{self.gain:+}"
+        claim = CLAIMS[self.probe].format(
+            items=self.items, before=f"{self.before.value:.1f}", after=f"{self.after.value:.1f}"
         )
+        return f"{self.verdict.value}: {claim}, {self.gain:+}"
 
 
 class Gate:
@@ -119,7 +121,9 @@ class Gate:
         begin = time.perf_counter()
         self._texts = len(held_out)
         self._pairs = [one for one in held_out if isinstance(one, Scored)]
-        self._probes = [] if self._pairs else _content_probes([tuple(map(str, one)) for one in held_out], background)
+        self._probe = SPEARMAN if self._pairs else PARTS if isinstance(held_out[0], Document) else CONTENT
+        records = [tuple(map(str, one)) for one in held_out]
+        self._probes = [] if self._pairs else _probes(self._probe, records, background)
         self._hardware = hardware
         self._seconds = time.perf_counter() - begin
 
@@ -132,7 +136,7 @@ class Gate:
         after = self._measure(reference)
         (gain,) = gains(self._before, after)
         return Outcome(
-            probe=SPEARMAN if self._pairs else CONTENT,
+            probe=self._probe,
             texts=self._texts,
             items=after[0].samples,
             before=self._before[0].figure,
@@ -152,10 +156,15 @@ class Gate:
         return results
 
 
-def _content_probes(held_out: Sequence[Record], background: Sequence[Record]) -> list[Probe]:
+def _probes(name: str, held_out: Sequence[Record], background: Sequence[Record]) -> list[Probe]:
     probes: list[Probe] = []
     with contextlib.suppress(InputError):  # it has no probe at all
-        probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
+        probes = [one for one in build_probes(held_out, background) if one.name == name]
+    if not probes and name == PARTS:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have a text that no other one has, which "
+            "the probe needs: pass --probe none to tune unmeasured"
+        )
     if not probes:
         raise InputError(
             f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
@@ -175,24 +184,26 @@ def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> 
     return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
 
 
-def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record | Scored]]:
-    """Take the texts to be held out from a corpus: records without hard negatives, or scored pairs.
+def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[Record | Scored]]:
+    """Take the texts to be held out from a corpus: records without hard negatives, documents, or scored pairs.
+
+    `halves` is 2 where recipes are chosen by one half and the chosen one is measured on the other: twice as many.
 
     Raises:
         InputError: the corpus is too small.
     """
     texts = len({record[-1] for record in corpus.records})
-    if texts < MIN_TEXTS:
+    if texts < halves * MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
-            f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
+            f"{halves * MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
-    chosen = _chosen(corpus.records)
+    chosen = _chosen(corpus.records, halves)
     held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
     rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
-    scored = [example for example in held if isinstance(example, Scored)]
-    records: Sequence[Record | Scored] = scored or [texts_of(example)[:2] for example in held]
-    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), list(records)
+    kinds = (Document, Scored)
+    records = [example if isinstance(example, kinds) else texts_of(example)[:2] for example in held]
+    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), records
 
 
 def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -206,9 +217,9 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     return held, [record for record in records if chosen.isdisjoint(record)]
 
 
-def _chosen(records: Sequence[Record]) -> set[str]:
+def _chosen(records: Sequence[Record], halves: int = 1) -> set[str]:
     keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
-    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    count = halves * min(MOST, max(FEWEST, round(SHARE * len(keys))))
     return set(sorted(keys, key=keys.__getitem__)[:count])
 
 
@@ -216,7 +227,7 @@ def read_own(paths: Sequence[str]) -> list[Record]:
     """Read a user's distinct texts, all files as one corpus: lines, or two texts a record, the first of which may lack.
 
     Two texts are those of lines with one TAB each, or the fields title and text, or text1 and text2, in a format with
-    columns.
+    columns, or a document of a Markdown file or a folder.
 
     Raises:
         InputError: a file cannot be read.
@@ -226,8 +237,13 @@ def read_own(paths: Sequence[str]) -> list[Record]:
 
 
 def _read_file(path: str) -> list[Record]:
+    if Path(path).is_dir() or path.endswith(".md"):
+        return list(Documents(path))
     lines = Records(path)
     for columns in (DOCUMENT, PAIR_COLUMNS) if lines.has_columns else ((),):
         with contextlib.suppress(InputError):  # it has another layout
-            return list(Records(path, pairs=True, columns=columns))
+            found = list(Records(path, pairs=True, columns=columns))
+            if columns == DOCUMENT:
+                return [document if all(document := as_document(*one)) else one for one in found]
+            return found
     return list(lines)

@@ -12,6 +12,7 @@ from enum import Enum
 
 from mirror_runtime.errors import InputError
 from training.augment import MaskViews
+from training.documents import View
 from training.objective import Objective, Variant
 
 
@@ -66,6 +67,10 @@ class Recipe(str, Enum):
     that was tried, in the same time (docs/log.md)."""
     MIRROR_CLS = "mirror+cls"
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
+    DOCUMENTS = "documents"
+    """Titles and texts of documents, in small batches: also lifts encoders that were trained on pairs (docs/log.md)."""
+    AUTO = "auto"
+    """The best of `RIVALS`, or the base as it is, by a probe on held-out texts."""
     SCORED = "scored"
     """CoSENT on scored pairs."""
     TEACHER = "teacher"
@@ -94,6 +99,7 @@ class TuneConfig:
     weight_decay: float = 0.01  # of AdamW, on every parameter
     clip: float | None = None  # maximum L2 norm of a step's gradient; None disables clipping
     temperature: float = 0.04
+    views: tuple[View, ...] = (View.TITLE,)  # of a document; one is drawn each time
     mask_length: int = 5  # masked characters of a view; 0 for none. Pairs are never masked.
     mask_views: MaskViews = MaskViews.SECOND
     reference_masking: bool = False  # mask exactly like the published code, see `mask_span_literally`
@@ -121,6 +127,7 @@ class TuneConfig:
             ("weight_decay", 0 <= self.weight_decay < infinite, "0 or more"),
             ("clip", self.clip is None or 0 < self.clip < infinite, "a positive number, such as 1"),
             ("temperature", 0 < self.temperature < infinite, "a positive number, such as 0.04"),
+            ("views", len(self.views) > 0, "at least one"),
             ("mask_length", self.mask_length >= 0, "0 or more"),
             ("repetition", 0 <= self.repetition <= 1, "a share of the tokens, 0 to 1"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
@@ -164,6 +171,7 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     ),
     Recipe.MIRROR_PLUS: dataclasses.replace(_SENTENCE, temperature=0.05, repetition=0.3),
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
+    Recipe.DOCUMENTS: dataclasses.replace(_SENTENCE, batch_size=64, temperature=0.05, mask_length=0, max_tokens=96),
     Recipe.SCORED: TuneConfig(
         objective=Objective.COSENT,
         epochs=2,
@@ -188,6 +196,16 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
         max_tokens=64,
     ),
 }
+
+RIVALS: Mapping[bool, Mapping[str, TuneConfig]] = {
+    False: {recipe.value: RECIPES[recipe] for recipe in (Recipe.MIRROR_PLUS, Recipe.MIRROR_CLS)},
+    True: {
+        "documents": RECIPES[Recipe.DOCUMENTS],
+        "documents, title and cloze": dataclasses.replace(RECIPES[Recipe.DOCUMENTS], views=(View.TITLE, View.CLOZE)),
+        "mirror+": dataclasses.replace(RECIPES[Recipe.MIRROR_PLUS], views=(View.SAME,)),
+    },
+}
+"""What `auto` tries, on lines and on documents."""
 
 IMPLIED: Mapping[Objective, Recipe] = {
     Objective.MIRROR: Recipe.SENTENCE,

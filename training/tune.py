@@ -23,12 +23,13 @@ from mirror_runtime.errors import InputError
 from training.augment import MaskViews
 from training.checkpoint import Step
 from training.corpus import CorpusRequest, Overlap
+from training.documents import View
 from training.evaluate import load_sets, show
 from training.gate import ProbeChoice, Verdict
 from training.job import Job, RunObserver, Start, Summary
 from training.labels import Labels
 from training.objective import Objective, Variant
-from training.recipe import IMPLIED, RECIPES, Device, Projection, Recipe, Schedule, TuneConfig, TunePrecision
+from training.recipe import IMPLIED, RECIPES, RIVALS, Device, Projection, Recipe, Schedule, TuneConfig, TunePrecision
 from training.run import tune
 
 WORSE_STATUS = 3
@@ -48,6 +49,8 @@ def _default(name: str) -> str:
 def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "yes" if value else "no" if value is False else "none"
+    if isinstance(value, tuple):
+        return " ".join(map(_format, value))
     return str(value.value) if isinstance(value, Enum) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -108,6 +111,16 @@ def command(
             "--entailment",
             help="The files have columns label, sentence1 and sentence2. What a text entails is its positive, what "
             "contradicts it a negative, and neutral is left out.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    documents: Annotated[
+        bool,
+        typer.Option(
+            "--documents",
+            help="Documents with a title and a text: two columns; Markdown, one under each heading; or blocks of lines "
+            "between blank lines. Without a title, the first sentence is in its place. A folder stands for its .md, "
+            ".rst and .txt files.",
             rich_help_panel="Corpus",
         ),
     ] = False,
@@ -208,6 +221,10 @@ def command(
     weight_decay: Annotated[float | None, _setting("weight_decay", "Of AdamW, on every parameter.")] = None,
     clip: Annotated[float | None, _setting("clip", "Maximum norm of a step's gradient.")] = None,
     temperature: Annotated[float | None, _setting("temperature", "Divides the cosine.")] = None,
+    views: Annotated[
+        list[View] | None,
+        _setting("views", "How a document is learnt; of several, one is drawn for each document and epoch."),
+    ] = None,
     mask_length: Annotated[
         int | None, _setting("mask_length", "Masked characters in a view of 30 or more; 0 for none.")
     ] = None,
@@ -248,11 +265,16 @@ def command(
     labels = [kind for kind, chosen in kinds.items() if chosen]
     if len(labels) + pairs > 1:
         raise InputError("--pairs, --scored-pairs, --triplets and --entailment exclude each other: pass one of them")
+    if recipe is None and documents:
+        recipe = Recipe.DOCUMENTS
     if recipe is None:
         implied = Objective.TEACHER if teacher else Objective.COSENT if scored_pairs else Objective.MIRROR
         recipe = IMPLIED[objective or implied]
+    options["views"] = tuple(views) if views else None
     changes = {f.name: options[f.name] for f in dataclasses.fields(TuneConfig) if options[f.name] is not None}
-    config = dataclasses.replace(RECIPES[recipe], **changes)
+    rivals = RIVALS[documents] if recipe is Recipe.AUTO else {recipe.value: RECIPES[recipe]}
+    rivals = {name: dataclasses.replace(rival, **changes) for name, rival in rivals.items()}
+    config = next(iter(rivals.values()))
     job = Job(
         base=base,
         revision=revision,
@@ -260,6 +282,7 @@ def command(
         corpus=CorpusRequest(
             files=tuple(corpus),
             pairs=pairs,
+            documents=documents,
             labels=labels[0] if labels else None,
             columns=tuple(column or ()),
             sample=sample,
@@ -270,6 +293,7 @@ def command(
         output=output,
         overwrite=overwrite,
         config=config,
+        rivals=rivals if recipe is Recipe.AUTO else {},
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
         sets=load_sets(sts or [], words or []) if sts or words else {},
@@ -291,15 +315,22 @@ class _Display(RunObserver):
         self.tasks: dict[str, TaskID] = {}
 
     def on_start(self, start: Start) -> None:
+        if "tuning" not in self.tasks:  # of several rivals, the corpus is described once
+            self._describe(start)
+        if start.checkpoint is not None:
+            self.progress.console.print(f"resuming from {start.checkpoint}", soft_wrap=True)
+        name = f"tuning ({start.trial})" if start.trial else "tuning"
+        self.tasks["tuning"] = self.progress.add_task(name, total=start.steps, note="")
+
+    def _describe(self, start: Start) -> None:
         corpus, lengths, hardware = start.corpus, start.lengths, start.hardware
         left_out = [f"{corpus.counts['duplicates']:,} duplicates", f"{corpus.counts['empty']:,} empty lines"]
         if corpus.overlaps:
             left_out.append(f"{corpus.counts['excluded']:,} with evaluation texts")
         show = self.progress.console.print
-        what = "scored pairs" if corpus.has_scores else "pairs" if corpus.has_pairs else "lines"
         drawn = f", {len(corpus.examples):,} of them drawn" if corpus.sampled_from else ""
         show(
-            f"{corpus.sampled_from or len(corpus.examples):,} distinct {what} "
+            f"{corpus.sampled_from or len(corpus.examples):,} distinct {corpus.unit}s "
             f"({' and '.join([', '.join(left_out[:-1]), left_out[-1]])} left out){drawn}, {start.steps} steps on "
             f"{hardware.device.value} in {hardware.precision.value}"
             + (f" by {hardware.processes} processes" if hardware.processes > 1 else "")
@@ -312,9 +343,6 @@ class _Display(RunObserver):
             show(f"left out: {_overlap(overlap)}")
         for overlap in start.overlaps:
             show(f"in the corpus: {_overlap(overlap)}")
-        if start.checkpoint is not None:
-            show(f"resuming from {start.checkpoint}", soft_wrap=True)
-        self.tasks["tuning"] = self.progress.add_task("tuning", total=start.steps, note="")
 
     def on_step(self, step: Step) -> None:
         self.progress.update(self.tasks["tuning"], completed=step.step, note=f"loss {step.loss:.4f}")
@@ -345,11 +373,17 @@ def _run(job: Job, console: Console) -> Summary:
     if summary.before is not None and summary.after is not None:
         show([summary.before, summary.after], console)
     console.print(
-        f"{summary.steps} steps in {summary.train_seconds:.1f} s "
-        f"({summary.tokens / summary.train_seconds:,.0f} tokens/s), last loss {summary.loss:.4f}, "
-        f"{summary.seconds:.1f} s in all. Wrote {summary.output}",
+        (
+            f"{summary.steps} steps in {summary.train_seconds:.1f} s "
+            f"({summary.tokens / summary.train_seconds:,.0f} tokens/s), last loss {summary.loss:.4f}, "
+            if summary.steps
+            else ""
+        )
+        + f"{summary.seconds:.1f} s in all. Wrote {summary.output}",
         soft_wrap=True,
     )
+    if summary.trials:
+        console.print(summary.choice, soft_wrap=True)
     if summary.outcome is not None:
         console.print(str(summary.outcome), soft_wrap=True)
     return summary
@@ -357,7 +391,8 @@ def _run(job: Job, console: Console) -> Summary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 2 if the input cannot be used, 3 if the result is worse."""
-    return run_command(application(command), argv, "tune.py", lists=dict.fromkeys(LISTS))
+    lists = {**dict.fromkeys(LISTS), "--views": [view.value for view in View]}
+    return run_command(application(command), argv, "tune.py", lists=lists)
 
 
 if __name__ == "__main__":
