@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from encoders.write import write_layout
 from mirror_runtime.errors import InputError
 from tests.support.tuning import ANIMALS, FP32, load, tune
+from training.checkpoint import Checkpoint
 from training.recipe import TuneConfig
 from training.trained import SCALE, LowRank, check_trained, trained_parts
 from training.trainer import train
@@ -56,6 +59,27 @@ def test_the_merged_weights_are_base_plus_product_and_compute_what_was_tuned(tin
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name] + expected.get(name, 0))
     torch.testing.assert_close(model(input_ids=ids).last_hidden_state, tuned, atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_has_the_bytes_of_weights_merged_by_hand(tiny_bert: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(path=tmp_path / "state", every=1)
+    tuned, _ = tune(tiny_bert, ANIMALS, dataclasses.replace(SMALL, lora=4, lr=1e-2), checkpoint=checkpoint)
+    state, weights = load_file(checkpoint.path), {}
+    for path, value in state.items():
+        stem, _, name = path.removeprefix("model.").partition(".base.")
+        if path.startswith("model.") and name == "weight":
+            product = state[f"model.{stem}.up.weight"] @ state[f"model.{stem}.down.weight"]
+            weights[f"{stem}.weight"] = value + SCALE * product
+        elif path.startswith("model.") and not stem.endswith((".up.weight", ".down.weight")):
+            weights[".".join(filter(None, (stem, name)))] = value
+    by_hand = load(tiny_bert)
+    by_hand.model.load_state_dict(weights)
+    for name, one in (("tuned", tuned), ("by_hand", by_hand)):
+        write_layout(tmp_path / name, model=one.model, tokenizer=one.tokenizer, spec=one.spec, card="")
+    files = [path.relative_to(tmp_path / "tuned") for path in (tmp_path / "tuned").rglob("*") if path.is_file()]
+    assert {str(path) for path in files} > {"model.safetensors", "encoder.json"}
+    for path in files:
+        assert (tmp_path / "tuned" / path).read_bytes() == (tmp_path / "by_hand" / path).read_bytes()
 
 
 @pytest.mark.parametrize(
