@@ -174,7 +174,7 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     Recipe.DOCUMENTS: dataclasses.replace(_SENTENCE, batch_size=64, temperature=0.05, mask_length=0, max_tokens=96),
     Recipe.SCORED: TuneConfig(
         objective=Objective.COSENT,
-        epochs=4,
+        epochs=2,
         batch_size=64,
         lr=1e-4,
         schedule=Schedule.LINEAR,

@@ -161,7 +161,7 @@ def _best(
 
 
 def _train(job: Job, base: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver, events: Any) -> _Tuned:
-    reference = dataclasses.replace(base, model=copy.deepcopy(base.model))
+    reference = dataclasses.replace(base, model=copy.deepcopy(base.model), dense=copy.deepcopy(base.dense))
     checkpoint = _checkpoint(job)
     start = _start(job, reference, corpus, hardware, checkpoint)
     steps: list[Step] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,10 +17,10 @@ from torch import nn
 
 from encoders.pooling import make_dense
 from encoders.reference import Reference
-from encoders.source import resolve
+from encoders.source import ResolvedEncoder, resolve
 from evaluation.served import is_served, open_served
 from evaluation.vectors import encode_distinct
-from mirror_runtime.bundle import Activation, Dense, sha256_file
+from mirror_runtime.bundle import Activation, Dense, sha256_file, to_json
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.folders import replace_file
@@ -103,16 +104,16 @@ def _encode(
 ) -> NDArray[np.float32]:
     with ExitStack() as around:
         served = open_served(name, around)
-        encode = served[0] if served else _load(name).encode_unnormalized
+        encode = served[0] if served else Reference.load(_resolve(name)).encode_unnormalized
         if served is None:
             around.enter_context(hardware.autocast())
         found = encode_distinct(encode, texts, f"the teacher {name}", on_progress)
     return np.stack([found[text] for text in texts])
 
 
-def _load(name: str) -> Reference:
+def _resolve(name: str) -> ResolvedEncoder:
     try:
-        return Reference.load(resolve(name))
+        return resolve(name)
     except BundleError as error:
         raise InputError(f"--teacher {name} must be an encoder that records its pooling: {error}") from error
 
@@ -120,10 +121,15 @@ def _load(name: str) -> Reference:
 def _cached(name: str, texts: Sequence[str], hardware: Hardware) -> Path | None:
     """Return the file of these texts' vectors by this teacher; None if it has none."""
     root = cache_folder(AUTO_CACHE)
-    folder = Path(name.rpartition(":")[0] if is_served(name) and not Path(name).is_dir() else name)
-    if root is None or not folder.is_dir():
+    if is_served(name):
+        folders = [Path(name if Path(name).is_dir() else name.rpartition(":")[0])]
+        parts = [name.removeprefix(str(folders[0]))]
+    else:
+        source = _resolve(name)
+        folders = [source.folder, *source.dense]
+        parts = [json.dumps(to_json(source.spec)), hardware.precision.value]
+    if root is None or not all(folder.is_dir() for folder in folders):
         return None
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json") and file.is_file())
-    parts = [f"{file.relative_to(folder)} {sha256_file(file)}" for file in files]
-    parts += [name.removeprefix(str(folder)), hardware.precision.value, *texts]
-    return root / FOLDER / f"{fingerprint(part.encode() for part in parts)[:32]}.safetensors"
+    files = (file for folder in folders for file in sorted(folder.iterdir()))
+    parts += [f"{file.name} {sha256_file(file)}" for file in files if file.suffix in (".safetensors", ".json")]
+    return root / FOLDER / f"{fingerprint(part.encode() for part in [*parts, *texts])[:32]}.safetensors"

@@ -209,7 +209,7 @@ def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.M
     used: list[Any] = []
     monkeypatch.setattr(run, "choose_hardware", lambda *_: second)
 
-    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, checkpoint: Any) -> None:
+    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, *_: Any) -> None:
         used.append(hardware)
         on_step(Step(step=1, loss=1.0, tokens=1, seconds=1.0))
 
@@ -231,7 +231,7 @@ def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, proc
             self.before = lambda reference: (events.append("before"), measured.append(reference))
             self.after = lambda reference: (events.append("after"), measured.append(reference), None)[-1]
 
-    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, checkpoint: Any) -> None:
+    def train(reference: Any, data: Any, config: Any, hardware: Any, on_step: Any, *_: Any) -> None:
         events.append("train")
         on_step(Step(step=1, loss=1.0, tokens=1, seconds=1.0))
 
