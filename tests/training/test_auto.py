@@ -122,7 +122,7 @@ class Stopped(RunObserver):
 
 
 def test_a_killed_choice_resumes_to_the_same_weights(tiny_bert, corpus, tmp_path):
-    small = TuneConfig(batch_size=16, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
+    small = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
     rivals = {"slow": dataclasses.replace(small, lr=1e-5), "fast": small}
     job = Job(
         base=str(tiny_bert),

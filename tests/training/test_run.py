@@ -221,8 +221,8 @@ def test_other_processes_train_and_write_nothing(job: Job, monkeypatch: pytest.M
     assert not job.output.parent.exists()
 
 
-@pytest.mark.parametrize(("processes", "order"), [(1, ["before", "train", "after"]), (2, ["train", "before", "after"])])
-def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, processes, order):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, processes):
     events: list[str] = []
     measured: list[Any] = []
 
@@ -237,9 +237,9 @@ def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, proc
 
     hardware = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), processes=processes)
     monkeypatch.setattr(run, "choose_hardware", lambda *_: hardware)
-    monkeypatch.setattr(run, "split_corpus", lambda corpus: (corpus, []))
+    monkeypatch.setattr(run, "split_corpus", lambda corpus, _: (corpus, []))
     monkeypatch.setattr(run, "Gate", Gate)
     monkeypatch.setattr(run, "train", train)
     tune(dataclasses.replace(job, probe=ProbeChoice.AUTO))
-    assert events == order
-    assert (measured[0] is measured[1]) == (processes == 1)
+    assert events == ["train", "before", "after"]
+    assert measured[0] is not measured[1]
