@@ -23,6 +23,7 @@ from training.augment import (
 )
 from training.documents import draw_views
 from training.hardware import Hardware
+from training.hybrid import HybridScores
 from training.objective import SCORED, SINGLE, Objective, Variant
 from training.packed import POOLINGS, PackedTexts, pack, row_length
 from training.recipe import TuneConfig
@@ -51,12 +52,12 @@ def batches(
     config: TuneConfig,
     hardware: Hardware,
     skip: int = 0,
-    targets: torch.Tensor | None = None,
+    targets: torch.Tensor | HybridScores | None = None,
 ) -> Iterator[Batch]:
     """Yield this process's part of the batches of a run, which are the same in every run with the same seed.
 
     The first `skip` batches are drawn and not prepared, because an earlier run has finished them. `targets` are a
-    teacher's vectors of the data, float32 [examples, dim].
+    teacher's vectors of the data, float32 [examples, dim], or scores of documents, which also order them.
     """
     limit = min(config.max_tokens, reference.spec.max_tokens)
     reference = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, max_tokens=limit))
@@ -68,7 +69,10 @@ def batches(
     targets = targets_of(data) if targets is None else targets
     done = 0
     for _ in range(config.epochs):
-        order = rng.sample(range(len(data)), len(data))
+        if isinstance(targets, HybridScores):
+            order = targets.order(config.batch_size, rng)
+        else:
+            order = rng.sample(range(len(data)), len(data))
         for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
             examples = order[start : start + config.batch_size]
             views = [_views(data[example], reference, config, rng) for example in examples]
@@ -119,6 +123,8 @@ def check(reference: Reference, data: Sequence[Example], config: TuneConfig, har
 def _check_objective(dense: bool, data: Sequence[Example], objective: Objective) -> None:
     scored = isinstance(data[0], Scored)
     name = f"--objective {objective.value}"
+    if objective is Objective.HYBRID and not isinstance(data[0], Document):
+        raise InputError(f"{name} learns from titles and texts: pass --documents")
     if objective in SINGLE and not isinstance(data[0], str):
         raise InputError(f"{name} learns from single texts, not from pairs: use --objective mirror")
     if objective in SCORED and not scored:

@@ -16,6 +16,7 @@ HOW = {
     Objective.SELF_GUIDED: "self-guided tuning (SG-BERT)",
     Objective.COSENT: "tuning on scored pairs (CoSENT)",
     Objective.ANGLE: "tuning on scored pairs (AnglE)",
+    Objective.HYBRID: "tuning on its own ranking mixed with BM25",
     Objective.TEACHER: "distillation of another encoder's vectors",
 }
 

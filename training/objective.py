@@ -19,6 +19,8 @@ class Objective(str, Enum):
     """The cosine of a scored pair above that of every pair with a lower score (CoSENT)."""
     ANGLE = "angle"
     """CoSENT of cosines, plus CoSENT of angles in complex space (AnglE section 3)."""
+    HYBRID = "hybrid"
+    """The ranking of a batch's texts for each title, by the base's cosines and by words (`HybridScores`)."""
     TEACHER = "teacher"
     """Vectors of another encoder, and the cosines between them."""
 
@@ -104,6 +106,20 @@ def scored_loss(
         (a, b), (c, d) = first.chunk(2, dim=1), second.chunk(2, dim=1)
         loss = loss + cosent((a * c + b * d + b * c - a * d).sum(dim=1).abs(), scores, temperature)
     return loss
+
+
+def match_scores(first: torch.Tensor, second: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Compute the mean of KL(scores' || vectors') over the first texts, each a softmax over the second texts.
+
+    Args:
+        first: float [B, dim].
+        second: float [B, dim].
+        scores: float32 [B, B], of first and second texts, on the scale of cosines.
+        temperature: divides cosines and scores.
+    """
+    student = _cosines(first, second, temperature).log_softmax(dim=1)
+    teacher = (scores / temperature).log_softmax(dim=1)
+    return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def match_teacher(

@@ -69,6 +69,8 @@ class Recipe(str, Enum):
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
     DOCUMENTS = "documents"
     """Titles and texts of documents, in small batches: also lifts encoders that were trained on pairs (docs/log.md)."""
+    HYBRID = "hybrid"
+    """Documents in batches of alike texts, each title's ranking of them by the base and by words together."""
     AUTO = "auto"
     """The best of `RIVALS`, or the base as it is, by a probe on held-out texts."""
     SCORED = "scored"
@@ -144,6 +146,8 @@ class TuneConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}")
         if self.reference_masking and self.mask_views is not MaskViews.SECOND:
             raise InputError("--reference-masking masks only the second view: leave --mask-views out")
+        if self.objective is Objective.HYBRID and self.views != (View.TITLE,):
+            raise InputError("--objective hybrid ranks texts for titles: leave --views out")
         if self.lora and self.objective is Objective.SELF_GUIDED:
             raise InputError("--lora leaves the weights that --objective self-guided holds near the base's: drop it")
 
@@ -172,6 +176,17 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     Recipe.MIRROR_PLUS: dataclasses.replace(_SENTENCE, temperature=0.05, repetition=0.3),
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
     Recipe.DOCUMENTS: dataclasses.replace(_SENTENCE, batch_size=64, temperature=0.05, mask_length=0, max_tokens=96),
+    Recipe.HYBRID: dataclasses.replace(
+        _SENTENCE,
+        objective=Objective.HYBRID,
+        epochs=3,
+        batch_size=64,
+        lr=6e-5,
+        schedule=Schedule.LINEAR,
+        temperature=0.05,
+        mask_length=0,
+        max_tokens=96,
+    ),
     Recipe.SCORED: TuneConfig(
         objective=Objective.COSENT,
         epochs=2,
@@ -210,6 +225,7 @@ RIVALS: Mapping[bool, Mapping[str, TuneConfig]] = {
 IMPLIED: Mapping[Objective, Recipe] = {
     Objective.MIRROR: Recipe.SENTENCE,
     Objective.SELF_GUIDED: Recipe.SELF_GUIDED,
+    Objective.HYBRID: Recipe.HYBRID,
     Objective.COSENT: Recipe.SCORED,
     Objective.ANGLE: Recipe.SCORED,
     Objective.TEACHER: Recipe.TEACHER,

@@ -22,11 +22,13 @@ from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import os_error_message, whole_folder
+from training.augment import Document
 from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
 from training.gate import Gate, Outcome, ProbeChoice, Verdict, split_corpus
 from training.hardware import Hardware, choose_hardware
+from training.hybrid import HybridScores
 from training.job import Job, RunObserver, Start, Summary
 from training.objective import Objective
 from training.recipe import Projection
@@ -188,8 +190,12 @@ def _check_teacher(job: Job) -> None:
 
 def _taught(
     job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver
-) -> tuple[Reference, torch.Tensor | None]:
+) -> tuple[Reference, torch.Tensor | HybridScores | None]:
     """Return the encoder to tune, with a dense layer to a teacher's width if one is to be trained, and its targets."""
+    if job.config.objective is Objective.HYBRID:
+        documents = [one for one in corpus.examples if isinstance(one, Document)]
+        with hardware.autocast():
+            return reference, HybridScores(reference, documents, job.config.max_tokens)
     if job.teacher is None:
         return reference, None
     targets = teacher_vectors(

@@ -23,7 +23,8 @@ from training.drophead import DropHead, drop_heads
 from training.dropout import set_dropout
 from training.gradient_cache import accumulate
 from training.hardware import Hardware
-from training.objective import SCORED, Objective, match_teacher, nt_xent, scored_loss
+from training.hybrid import HybridScores
+from training.objective import SCORED, Objective, match_scores, match_teacher, nt_xent, scored_loss
 from training.packed import PackedTexts, encode_packed
 from training.recipe import Schedule, TuneConfig
 from training.self_guided import SelfGuided
@@ -44,11 +45,12 @@ def train(
     hardware: Hardware,
     on_step: Callable[[Step], None],
     checkpoint: Checkpoint | None = None,
-    targets: torch.Tensor | None = None,
+    targets: torch.Tensor | HybridScores | None = None,
 ) -> None:
     """Tune the reference's model and dense layers in place. On one machine's CPU, one seed gives the same weights.
 
-    The teacher objective needs `targets`, the teacher's vectors of the data: float32 [examples, dim].
+    The teacher objective needs `targets`, the teacher's vectors of the data: float32 [examples, dim]; the hybrid
+    objective its scores.
 
     Seeds torch's global generator, from which dropout draws, and leaves the model in evaluation mode on the CPU. A
     killed run resumes from its checkpoint, whose file is left there, and ends in the same weights as an undisturbed
@@ -183,6 +185,8 @@ class _Run:
                 return self.guide.loss(vectors[:, 0], views, groups)
         if objective is Objective.TEACHER:
             return match_teacher(vectors[:, 0], targets, temperature, groups)
+        if objective is Objective.HYBRID:
+            return match_scores(vectors[:, 0], vectors[:, 1], targets, temperature)
         if objective in SCORED:
             return scored_loss(objective, vectors[:, 0], vectors[:, 1], targets, temperature)
         negatives = batch.negatives.to(device).flatten()
@@ -278,14 +282,14 @@ def _identity(
     data: Sequence[Example],
     config: TuneConfig,
     hardware: Hardware,
-    targets: torch.Tensor | None,
+    targets: torch.Tensor | HybridScores | None,
 ) -> dict[str, Any]:
     """Return everything that determines a run, as JSON values."""
     weights = reference.model.state_dict() | nn.ModuleList(reference.dense).state_dict(prefix="dense.")
     base = (part for name, value in weights.items() for part in (name.encode(), value.contiguous().numpy().tobytes()))
     texts = [text.encode() for example in data for text in texts_of(example)]
     targets = targets_of(data) if targets is None else targets
-    if targets is not None:
+    if isinstance(targets, torch.Tensor):  # hybrid scores follow from base and corpus
         texts.append(targets.numpy().tobytes())
     settings = to_json(config) | {"device": hardware.device.value, "precision": hardware.precision.value}
     return {

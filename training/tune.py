@@ -265,7 +265,7 @@ def command(
     labels = [kind for kind, chosen in kinds.items() if chosen]
     if len(labels) + pairs > 1:
         raise InputError("--pairs, --scored-pairs, --triplets and --entailment exclude each other: pass one of them")
-    if recipe is None and documents:
+    if recipe is None and documents and objective in (None, Objective.MIRROR):
         recipe = Recipe.DOCUMENTS
     if recipe is None:
         implied = Objective.TEACHER if teacher else Objective.COSENT if scored_pairs else Objective.MIRROR

@@ -12,6 +12,7 @@ from mirror_runtime.bundle import Pooling
 from training.augment import Example, Scored
 from training.checkpoint import Checkpoint, Step
 from training.hardware import Hardware
+from training.hybrid import HybridScores
 from training.recipe import RECIPES, Device, Recipe, TuneConfig, TunePrecision
 from training.teacher import add_dense
 from training.trainer import train
@@ -44,11 +45,11 @@ def tune(
     pooling: Pooling = Pooling.MEAN,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
-    targets: torch.Tensor | None = None,
+    targets: torch.Tensor | HybridScores | None = None,
 ) -> tuple[Reference, list[Step]]:
     """Tune an encoder, with a dense layer if `targets` are of another width; return it and its steps."""
     reference = load(folder, pooling, max_tokens=config.max_tokens if pooling is Pooling.MEAN_PADDED else None)
-    if targets is not None and targets.shape[1] != reference.spec.dim:
+    if isinstance(targets, torch.Tensor) and targets.shape[1] != reference.spec.dim:
         reference = add_dense(reference, targets.shape[1], config.seed)
     steps: list[Step] = []
 

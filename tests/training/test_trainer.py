@@ -127,6 +127,8 @@ def test_recipes_are_the_published_ones() -> None:
         Recipe.SELF_GUIDED: (1, 128, 0, 0.01, 16, 5e-5),
         Recipe.MIRROR_PLUS: (1, 50, 5, 0.05, 200, 2e-5),
         Recipe.MIRROR_CLS: (1, 50, 5, 0.03, 200, 3e-5),
+        Recipe.DOCUMENTS: (1, 96, 0, 0.05, 64, 2e-5),
+        Recipe.HYBRID: (3, 96, 0, 0.05, 64, 6e-5),
         Recipe.SCORED: (2, 64, 0, 0.05, 64, 1e-4),
         Recipe.TEACHER: (3, 64, 0, 0.05, 128, 3e-4),
     }
