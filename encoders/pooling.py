@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def _weights(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
     return mask
 
 
-def project(pooled: torch.Tensor, dense: Sequence[nn.Module]) -> torch.Tensor:
+def project(pooled: torch.Tensor, dense: Iterable[nn.Module]) -> torch.Tensor:
     """Apply dense layers, float [batch, width] in and out."""
     for layer in dense:
         pooled = layer(pooled)

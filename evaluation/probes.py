@@ -32,6 +32,9 @@ BACKGROUND = 50_000
 CONTENT = "content"
 """The probe that ranks encoders as labelled sets do (docs/log.md, 2026-11-30)."""
 
+PARTS = "parts"
+"""The probe of documents: the second part by the first."""
+
 Record = tuple[str, ...]
 """A line, or the two parts of a document or pair."""
 
@@ -68,7 +71,7 @@ def build_probes(records: Sequence[Record], background: Sequence[Record], *, see
         "crop": [(crop(line, rng), line) for line in lines],
         "typos": [(misspell(line, rng), line) for line in lines],
         "halves": [(" ".join(first), " ".join(second)) for first, second in halves],
-        "parts": [(one[0], one[1]) for one in records if len(one) == 2],
+        PARTS: [(one[0], one[1]) for one in records if len(one) == 2],
     }
     probes = [_content(lines, background, rng)]
     for name, made in pairs.items():

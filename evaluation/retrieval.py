@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,32 @@ def score(one: Retrieval, scores: Scores, bootstrap: Bootstrap) -> list[Result]:
 
 
 def bm25(one: Retrieval) -> Scores:
-    """Score every document for every query by BM25 over lower-cased words, without stemming: the lexical yardstick."""
-    counter = require("sklearn.feature_extraction.text", "train").CountVectorizer(token_pattern=r"(?u)\b\w+\b")
-    counts = counter.fit_transform(one.documents).astype(np.float64).tocsr()
+    """Score every document for every query by BM25: the lexical yardstick."""
+    return WordScores(one.documents, one.queries).scores(np.arange(len(one.queries)), np.arange(len(one.documents)))
+
+
+class WordScores:
+    """BM25 of queries and documents, over lower-cased words, without stemming."""
+
+    def __init__(self, documents: Sequence[str], queries: Sequence[str]) -> None:
+        counter = require("sklearn.feature_extraction.text", "train").CountVectorizer(token_pattern=r"(?u)\b\w+\b")
+        self._documents = _weighted(counter.fit_transform(documents).astype(np.float64).tocsr())
+        self._queries = counter.transform(queries).astype(np.float64).tocsr()
+
+    def scores(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Scores:
+        """Score the documents of some rows for the queries of some rows: float64 [queries, documents]."""
+        found: Scores = (self._queries[queries] @ self._documents[documents].T).toarray()
+        return found
+
+
+def _weighted(counts: Any) -> Any:
+    """Weigh the words of documents, a sparse matrix of counts: BM25 is the sum of the weights of a query's words."""
     lengths = np.asarray(counts.sum(axis=1)).ravel()
     documents = np.diff(counts.tocsc().indptr)
     idf = np.log(1 + (len(lengths) - documents + 0.5) / (documents + 0.5))
     norms = np.repeat(K1 * (1 - B + B * lengths / lengths.mean()), np.diff(counts.indptr))
     counts.data = counts.data / (counts.data + norms) * idf[counts.indices]
-    scores: Scores = (counter.transform(one.queries).astype(np.float64) @ counts.T).toarray()
-    return scores
+    return counts
 
 
 def _records(path: Path) -> Iterator[tuple[str, str]]:

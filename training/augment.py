@@ -5,13 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-Pair: TypeAlias = tuple[str, str]
-"""Two texts with the same meaning, for supervised tuning: they are the two views, and nothing is masked."""
 
-Example: TypeAlias = str | Pair
-"""One item of a corpus, which has either texts or pairs."""
+class Document(NamedTuple):
+    """A document with a title, or its first sentence in the title's place; both parts have text."""
+
+    title: str
+    text: str
+
+
+class Scored(NamedTuple):
+    """Two texts, and how similar they are: only the order of scores counts."""
+
+    first: str
+    second: str
+    score: float
+
+
+Example: TypeAlias = str | tuple[str, ...] | Document | Scored
+"""One item of a corpus, which has one kind: a text; two texts with the same meaning, and any number that differ from
+the first in meaning (hard negatives); a document; or a scored pair. Only single texts get two views by masking."""
 
 MIN_CHARS = 30
 """Shorter texts are not masked, as in the published code: five characters would be too large a part."""
@@ -27,6 +41,13 @@ class MaskViews(str, Enum):
     """As in the published code."""
     BOTH = "both"
     """Each view with its own span."""
+
+
+def texts_of(example: Example) -> tuple[str, ...]:
+    """Return an example's texts: one, two, or two and their hard negatives."""
+    if isinstance(example, str):
+        return (example,)
+    return example[:2] if isinstance(example, Scored) else example
 
 
 def mask_span(text: str, mask_token: str, length: int, rng: random.Random) -> str:

@@ -6,53 +6,73 @@ from collections.abc import Sequence
 
 from evaluation.similarity import AGGREGATION, GEOMETRY, Report, difference
 from mirror_runtime.bundle import EncoderSpec
-from training.checkpoint import Step
 from training.corpus import Corpus, Overlap
 from training.gate import Outcome
 from training.recipe import Objective, TuneConfig
+
+HOW = {
+    Objective.MIRROR: "Mirror-BERT tuning",
+    Objective.SELF_GUIDED: "self-guided tuning (SG-BERT)",
+    Objective.COSENT: "tuning on scored pairs (CoSENT)",
+    Objective.ANGLE: "tuning on scored pairs (AnglE)",
+    Objective.HYBRID: "tuning on its own ranking mixed with BM25",
+    Objective.TEACHER: "distillation of another encoder's vectors",
+}
 
 
 def render_card(
     spec: EncoderSpec,
     config: TuneConfig,
     corpus: Corpus,
-    last: Step,
+    steps: int,
     *,
     curve: str,
     before: Report | None,
     after: Report | None,
     overlaps: Sequence[Overlap],
     outcome: Outcome | None,
+    choice: str | None,
 ) -> str:
     """Build the card's text, without front matter; before and after are None without evaluation sets."""
-    how = "Mirror-BERT tuning" if config.objective is Objective.MIRROR else "self-guided tuning (SG-BERT)"
-    text = "pairs of texts with the same meaning" if corpus.has_pairs else "lines of raw text, no labels"
+    how = HOW[config.objective]
+    text = "scored pairs of texts" if corpus.has_scores else "lines of raw text, no labels"
+    if corpus.has_pairs and not corpus.has_scores:
+        text = "pairs of texts with the same meaning"
+        text += ", some with hard negatives" if any(len(one) > 2 for one in corpus.examples) else ""
+    if corpus.has_documents:
+        text = "documents of a title and a text, no labels"
+    of = f"{len(corpus.examples):,} {text}"
+    about = f"A text encoder made from {spec.base_model} by {how}: {of}, {steps} steps."
     rows = {
         "vector": f"{spec.dim} numbers, unit length",
         "pooling": spec.pooling.value,
         "longest text": f"{spec.max_tokens} tokens ({config.max_tokens} while tuning)",
-        "recipe": _recipe(config),
+        "recipe": _recipe(config, corpus.has_documents) if steps else "none: the base as it is",
         "corpus": f"sha256 {corpus.sha256}",
     }
     parts = [
-        f"# {spec.base_model}, mirror-tuned",
-        f"A text encoder made from {spec.base_model} by {how}: {len(corpus.examples):,} {text}, {last.step} steps.",
+        f"# {spec.base_model}, {'mirror-tuned' if steps else 'left as it is'}",
+        about if steps else f"The weights of {spec.base_model}, unchanged: no recipe surely helped on {of}.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items()),
     ]
+    if choice is not None:
+        parts.append(f"## Which recipe?\n\n{choice}.")
     if outcome is not None:
         parts.append(f"## Did tuning help?\n\n{outcome}. The interval holds 95 % of a paired bootstrap.")
     if before is not None and after is not None:
         parts.append(_results(before, after, overlaps))
     parts += [
-        f"![loss]({curve})",
+        *([f"![loss]({curve})"] if steps else []),
         "`encoder.json` holds the settings that decide a vector; `train.json` and `metrics.jsonl` record the run.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _recipe(config: TuneConfig) -> str:
+def _recipe(config: TuneConfig, documents: bool) -> str:
     parts = [
         config.objective.value,
+        *([f"last {config.train_layers} layers"] if config.train_layers else []),
+        *([f"LoRA of rank {config.lora}, merged"] if config.lora else []),
         f"{config.batch_size} texts a step",
         f"learning rate {config.lr:g} ({config.schedule.value})",
         f"temperature {config.temperature:g}",
@@ -60,6 +80,7 @@ def _recipe(config: TuneConfig) -> str:
         f"drophead {config.drophead:g}",
         f"up to {config.repetition:.0%} of tokens repeated",
         f"{config.mask_length} characters masked",
+        *([f"views of a document: {', '.join(config.views)}"] if documents else []),
         f"seed {config.seed}",
     ]
     return ", ".join(parts)

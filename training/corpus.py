@@ -14,8 +14,10 @@ import numpy as np
 
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
-from training.augment import Example
+from training.augment import Document, Example, Scored, texts_of
+from training.documents import Documents
 from training.formats import Records, file_names
+from training.labels import Labels, example_of, labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +86,8 @@ class CorpusRequest:
 
     files: tuple[str, ...]  # paths or `hf:` names, see `Records`
     pairs: bool = False  # records are pairs of texts with the same meaning
+    documents: bool = False  # records are documents of two parts, see `Documents`
+    labels: Labels | None = None  # records are labelled
     columns: tuple[str, ...] = ()  # of JSON lines, Parquet and data sets
     sample: int | None = None  # number of distinct records to draw at random; None keeps all
     seed: int = 42  # of the sample
@@ -97,14 +101,14 @@ class FileCounts:
     name: str  # without its folder
     sha256: str  # of its bytes, or of a data set's texts
     lines: int  # lines or rows, including empty ones
-    empty: int  # lines of white space only
+    empty: int  # lines of white space only, documents of one part
     duplicates: int  # lines that repeat an earlier one of this or an earlier file
     excluded: int  # lines that contain an evaluation text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Distinct texts, or distinct pairs of texts."""
+    """Distinct texts, pairs of texts, documents or labelled records."""
 
     examples: tuple[Example, ...]  # stripped, without duplicates, in the order of the files
     files: tuple[FileCounts, ...]
@@ -114,18 +118,34 @@ class Corpus:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Every text; both of a pair."""
-        return tuple(text for one in self.examples for text in ((one,) if isinstance(one, str) else one))
+        """Every text; both of a pair or document."""
+        return tuple(text for one in self.examples for text in texts_of(one))
 
     @property
     def records(self) -> list[tuple[str, ...]]:
         """The examples as tuples of one text, or of two."""
-        return [(one,) if isinstance(one, str) else one for one in self.examples]
+        return [texts_of(one)[:2] for one in self.examples]
 
     @property
     def has_pairs(self) -> bool:
         """Whether the examples are pairs."""
-        return not isinstance(self.examples[0], str)
+        return not isinstance(self.examples[0], (str, Document))
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether the examples are documents."""
+        return isinstance(self.examples[0], Document)
+
+    @property
+    def unit(self) -> str:
+        """The word for an example."""
+        kinds = {"document": self.has_documents, "scored pair": self.has_scores, "pair": self.has_pairs}
+        return next((name for name, has in kinds.items() if has), "line")
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether the examples are scored pairs."""
+        return isinstance(self.examples[0], Scored)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -164,8 +184,17 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     """
     if not request.files:
         raise InputError("no corpus: pass at least one file")
-    names = [found for name in request.files for found in file_names(name)]
-    sources = [Records(name, pairs=request.pairs, columns=request.columns) for name in names]
+    if request.documents and (request.pairs or request.labels):
+        raise InputError("--documents is one kind of corpus, and pairs and labels are others: pass one of them")
+    sources: list[Documents | Records] = [
+        *(Documents(name, columns=request.columns) for name in request.files if request.documents),
+        *(
+            Records(found, pairs=request.pairs, columns=request.columns, labels=request.labels)
+            for name in request.files
+            if not request.documents
+            for found in file_names(name)
+        ),
+    ]
     if request.columns and not any(source.has_columns for source in sources):
         raise InputError("--column is for files with columns and data sets, and the corpus is plain text: drop it")
     excluded = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
@@ -174,20 +203,23 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     files = tuple(_read_file(source, excluded, sample, known) for source in sources)
     records = sample.records()
     _check(request, files, sample.offered, records)
+    examples = tuple(
+        Document(*record) if request.documents else example_of(request.labels, record) for record in records
+    )
     return Corpus(
-        examples=tuple((record[0], record[1]) if request.pairs else record[0] for record in records),
+        examples=examples,
         files=files,
         overlaps=excluded.overlaps(),
         sampled_from=sample.offered if len(records) < sample.offered else None,
-        sha256=digest(records),
+        sha256=digest(examples),
     )
 
 
-def digest(records: Iterable[Sequence[str]]) -> str:
-    """Return the sha256 of records, TAB between partners, a newline after each."""
+def digest(examples: Iterable[Example]) -> str:
+    """Return the sha256 of examples, TAB between their parts, a newline after each."""
     found = hashlib.sha256()
-    for record in records:
-        found.update("\t".join(record).encode() + b"\n")
+    for example in examples:
+        found.update("\t".join([example] if isinstance(example, str) else map(str, example)).encode() + b"\n")
     return found.hexdigest()
 
 
@@ -234,13 +266,15 @@ class _Sample:
         return [record for _, record in sorted(self._kept)]
 
 
-def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]) -> FileCounts:
+def _read_file(
+    source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
+) -> FileCounts:
     lines = empty = duplicates = excluded = 0
-    for record in source:
+    for record in labelled(source.labels, source, source.name):
         lines += 1
         if not all(record):
             if any(record):
-                raise InputError(f"corpus {source.name}, row {lines}: one text of the pair is empty")
+                raise InputError(f"corpus {source.name}, row {lines}: one text of the example is empty")
             empty += 1
             continue
         key = int.from_bytes(hashlib.blake2b("\t".join(record).encode(), digest_size=8).digest(), "little")
@@ -248,7 +282,7 @@ def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sam
             duplicates += 1
             continue
         known.add(key)
-        if excluded_texts.matches(record):
+        if excluded_texts.matches(record[:2] if source.labels is Labels.SCORES else record):
             excluded += 1
             continue
         sample.offer(record)
@@ -265,10 +299,13 @@ def _read_file(source: Records, excluded_texts: ContaminationCheck, sample: _Sam
 def _check(
     request: CorpusRequest, files: Sequence[FileCounts], distinct: int, records: Sequence[tuple[str, ...]]
 ) -> None:
-    name, what = ", ".join(request.files), "pair" if request.pairs else "line"
+    name = ", ".join(request.files)
+    what = "document" if request.documents else "pair" if request.pairs else "line"
     excluded = sum(file.excluded for file in files)
     if distinct < 2 and excluded:
         raise InputError(f"corpus {name}: {excluded} of {excluded + distinct} distinct {what}s are in --exclude files")
+    if not distinct and request.documents:
+        raise InputError(f"corpus {name} has no document with a title and a text, or with two sentences")
     if not distinct:
         raise InputError(f"corpus {name} is empty: it must be UTF-8 text, one sentence a line")
     if distinct == 1:

@@ -12,6 +12,7 @@ from mirror_runtime.corpus.corpus import find_files
 from mirror_runtime.corpus.files import STDIN, CorpusFile, Format, suffix_of
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from training.labels import COLUMNS, Labels
 
 HUB = "hf:"
 """Prefix of a data set's name: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
@@ -28,22 +29,31 @@ class Records:
     Args:
         name: a path (see `CorpusFile`), or `hf:` and a data set's name.
         pairs: two texts a record: separated by one TAB in a text file or `.tsv`, in two columns elsewhere.
-        columns: to read; empty means `text`, or `text1` and `text2`.
+        columns: to read; empty means `text`, `text1` and `text2`, or those of the labels.
+        labels: records are the columns of a labelled file, see `training.labels`; numbers become their text, and a
+            list in the last column its items.
     """
 
-    def __init__(self, name: str, *, pairs: bool = False, columns: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, *, pairs: bool = False, columns: Sequence[str] = (), labels: Labels | None = None
+    ) -> None:
         self.name = name
         self.pairs = pairs
-        self.columns = tuple(columns) or (PAIR_COLUMNS if pairs else TEXT_COLUMNS)
+        self.labels = labels
+        usual = COLUMNS[labels] if labels else PAIR_COLUMNS if pairs else TEXT_COLUMNS
+        self.columns = tuple(columns) or usual
         self._digest = hashlib.sha256()
         lines = Format.TEXT if pairs and suffix_of(Path(name)) == ".tsv" else None
-        self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines)
+        # In the published files of scored pairs quotes mean nothing.
+        self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines, tsv_quotes=labels is None)
         if self._file.path == STDIN:
             raise InputError("a corpus to tune on is read more than once: write standard input to a file")
-        if len(self.columns) != (2 if pairs else 1):
+        if labels and not self.has_columns:
+            raise InputError(f"corpus {name}: labels need .tsv, .csv, .jsonl or .parquet: {', '.join(self.columns)}")
+        if len(self.columns) != len(usual) and not (labels is Labels.TRIPLETS and len(self.columns) > len(usual)):
             raise InputError(
                 f"--column names {len(self.columns)} columns ({', '.join(self.columns)}): "
-                + ("pairs need two" if pairs else "name one, or two with --pairs")
+                + (f"name those of {', '.join(usual)}" if labels or pairs else "name one, or two with --pairs")
             )
 
     @property
@@ -71,8 +81,12 @@ class Records:
             else:
                 yield self._texts(row.values, row.where)
 
-    def _texts(self, values: Sequence[object], where: str) -> tuple[str, ...]:
-        return tuple(_text(where, name, value) for name, value in zip(self.columns, values, strict=True))
+    def _texts(self, values: Sequence[Any], where: str) -> tuple[str, ...]:
+        if self.labels:
+            values = [*values[:-1], *(values[-1] if isinstance(values[-1], list) else values[-1:])]
+            values = [str(value) if type(value) in (int, float) else value for value in values]
+        names = [*self.columns, *self.columns[-1:] * (len(values) - len(self.columns))]
+        return tuple(_text(where, name, value) for name, value in zip(names, values, strict=True))
 
     def _dataset(self) -> Iterator[tuple[str, ...]]:
         datasets = require("datasets", "train")

@@ -6,16 +6,23 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from encoders.reference import Reference
-from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
+from evaluation.vectors import DECIMALS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
+from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
+from training.documents import COLUMNS as DOCUMENT
+from training.documents import Documents, as_document
 from training.formats import PAIR_COLUMNS, Records, file_names
 from training.hardware import Hardware
 
@@ -26,8 +33,17 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
 
-DOCUMENT = ("title", "text")
-"""Fields of a document with parts, in JSON lines."""
+SPEARMAN = "spearman"
+"""The probe of scored pairs: the rank correlation of cosine and score."""
+
+CLAIMS: Mapping[str, str] = {
+    CONTENT: "of {items} texts that tuning never saw, {before} % were nearer to their content words than to themselves "
+    "with the rarest word replaced; now {after} %",
+    PARTS: "of {items} documents that tuning never saw, the text was found by the title with a mean reciprocal rank of "
+    "{before} (of 100); now {after}",
+    SPEARMAN: "on {items} scored pairs that tuning never saw, Spearman of cosine and score was {before}; now {after}",
+}
+"""What each probe of the gate shows, in one sentence."""
 
 
 class Verdict(str, Enum):
@@ -42,8 +58,9 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The probe `content` on held-out texts, before and after tuning; all figures are times 100."""
+    """A probe on held-out texts, before and after tuning; all figures are times 100."""
 
+    probe: str = CONTENT
     texts: int  # that were held out
     items: int  # of them, those that the probe asks about
     before: Estimate
@@ -62,7 +79,7 @@ class Outcome:
         """Return JSON values."""
         return {
             "held_out": self.texts,
-            "probe": CONTENT,
+            "probe": self.probe,
             "items": self.items,
             **flat("before", self.before),
             **flat("after", self.after),
@@ -72,11 +89,10 @@ class Outcome:
         }
 
     def __str__(self) -> str:
-        return (
-            f"{self.verdict.value}: of {self.items} texts that tuning never saw, {self.before.value:.1f} % were nearer "
-            f"to their content words than to themselves with the rarest word replaced; now {self.after.value:.1f} %, "
-            f"{self.gain:+}"
+        claim = CLAIMS[self.probe].format(
+            items=self.items, before=f"{self.before.value:.1f}", after=f"{self.after.value:.1f}"
         )
+        return f"{self.verdict.value}: {claim}, {self.gain:+}"
 
 
 class Gate:
@@ -91,17 +107,13 @@ class Gate:
         InputError: the texts are too short or too alike for the probe.
     """
 
-    def __init__(self, held_out: Sequence[Record], background: Sequence[Record], hardware: Hardware) -> None:
+    def __init__(self, held_out: Sequence[Record | Scored], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
-        self._probes: list[Probe] = []
-        with contextlib.suppress(InputError):  # it has no probe at all
-            self._probes = [one for one in build_probes(held_out, background) if one.name == CONTENT]
-        if not self._probes:
-            raise InputError(
-                f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
-                "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
-            )
+        self._pairs = [one for one in held_out if isinstance(one, Scored)]
+        self._probe = SPEARMAN if self._pairs else PARTS if isinstance(held_out[0], Document) else CONTENT
+        records = [tuple(map(str, one)) for one in held_out]
+        self._probes = [] if self._pairs else _probes(self._probe, records, background)
         self._hardware = hardware
         self._seconds = time.perf_counter() - begin
 
@@ -114,6 +126,7 @@ class Gate:
         after = self._measure(reference)
         (gain,) = gains(self._before, after)
         return Outcome(
+            probe=self._probe,
             texts=self._texts,
             items=after[0].samples,
             before=self._before[0].figure,
@@ -125,27 +138,62 @@ class Gate:
     def _measure(self, reference: Reference) -> list[Result]:
         begin = time.perf_counter()
         with self._hardware.autocast():
-            results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
+            if self._pairs:
+                results = [_spearman(self._pairs, reference.encode_unnormalized, Bootstrap())]
+            else:
+                results = evaluate_probes(self._probes, reference.encode_unnormalized, Bootstrap())
         self._seconds += time.perf_counter() - begin
         return results
 
 
-def split_corpus(corpus: Corpus) -> tuple[Corpus, list[Record]]:
-    """Take the texts to be held out from a corpus.
+def _probes(name: str, held_out: Sequence[Record], background: Sequence[Record]) -> list[Probe]:
+    probes: list[Probe] = []
+    with contextlib.suppress(InputError):  # it has no probe at all
+        probes = [one for one in build_probes(held_out, background) if one.name == name]
+    if not probes and name == PARTS:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have a text that no other one has, which "
+            "the probe needs: pass --probe none to tune unmeasured"
+        )
+    if not probes:
+        raise InputError(
+            f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
+            "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+        )
+    return probes
+
+
+def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
+    first, second, scores = zip(*pairs, strict=True)
+    left, right = unit_vectors(encode, first, second)
+    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
+    value = 100 * spearman(cosines, scores)
+    if np.isnan(value):
+        raise InputError("all held-out pairs have one score, or one cosine: pass --probe none to tune unmeasured")
+    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
+    return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
+
+
+def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[Record | Scored]]:
+    """Take the texts to be held out from a corpus: records without hard negatives, documents, or scored pairs.
+
+    `halves` is 2 where recipes are chosen by one half and the chosen one is measured on the other: twice as many.
 
     Raises:
         InputError: the corpus is too small.
     """
-    records = corpus.records
-    texts = len({record[-1] for record in records})
-    if texts < MIN_TEXTS:
+    texts = len({record[-1] for record in corpus.records})
+    if texts < halves * MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
-            f"{MIN_TEXTS} or more, or --probe none to tune unmeasured"
+            f"{halves * MIN_TEXTS} or more, or --probe none to tune unmeasured"
         )
-    held, rest = hold_out(records)
-    examples = tuple(one[0] if isinstance(corpus.examples[0], str) else (one[0], one[1]) for one in rest)
-    return dataclasses.replace(corpus, examples=examples, sha256=digest(rest)), held
+    chosen = _chosen(corpus.records, halves)
+    held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
+    rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
+    kinds = (Document, Scored)
+    records = [example if isinstance(example, kinds) else texts_of(example)[:2] for example in held]
+    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), records
 
 
 def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -154,29 +202,42 @@ def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
     and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
     """
-    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
-    count = min(MOST, max(FEWEST, round(SHARE * len(keys))))
-    chosen = set(sorted(keys, key=keys.__getitem__)[:count])
+    chosen = _chosen(records)
     held = [record for record in records if record[-1] in chosen]
     return held, [record for record in records if chosen.isdisjoint(record)]
+
+
+def _chosen(records: Sequence[Record], halves: int = 1) -> set[str]:
+    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
+    count = halves * min(MOST, max(FEWEST, round(SHARE * len(keys))))
+    return set(sorted(keys, key=keys.__getitem__)[:count])
 
 
 def read_own(paths: Sequence[str]) -> list[Record]:
     """Read a user's distinct texts, all files as one corpus: lines, or two texts a record, the first of which may lack.
 
     Two texts are those of lines with one TAB each, or the fields title and text, or text1 and text2, in a format with
-    columns.
+    columns, or a document of a Markdown file or a folder.
 
     Raises:
         InputError: a file cannot be read.
     """
-    records = (record for name in paths for path in file_names(name) for record in _read_file(path))
+    records = (record for name in paths for path in _names(name) for record in _read_file(path))
     return list(dict.fromkeys(tuple(filter(None, record)) for record in records if record[-1]))
 
 
+def _names(name: str) -> list[str]:
+    return [name] if Path(name).is_dir() and any(Path(name).rglob("*.md")) else file_names(name)
+
+
 def _read_file(path: str) -> list[Record]:
+    if Path(path).is_dir() or path.endswith(".md"):
+        return list(Documents(path))
     lines = Records(path)
     for columns in (DOCUMENT, PAIR_COLUMNS) if lines.has_columns else ((),):
         with contextlib.suppress(InputError):  # it has another layout
-            return list(Records(path, pairs=True, columns=columns))
+            found = list(Records(path, pairs=True, columns=columns))
+            if columns == DOCUMENT:
+                return [document if all(document := as_document(*one)) else one for one in found]
+            return found
     return list(lines)

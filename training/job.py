@@ -25,7 +25,8 @@ class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
-    """Texts are held out, and the probe `content` is measured on them."""
+    """Texts are held out, and a probe is measured on them: `parts` on documents, Spearman on scored pairs, else
+    `content`."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -38,9 +39,12 @@ class Job:
     revision: str | None = None
     pooling: Pooling | None = None  # required if the base does not record it
     corpus: CorpusRequest
+    teacher: str | None = None  # of the teacher objective: see `teacher_vectors`
     output: Path
     overwrite: bool = False
     config: TuneConfig
+    rivals: Mapping[str, TuneConfig] = dataclasses.field(default_factory=dict)  # to choose from in place of `config`
+    trial: str | None = None  # the rival that is tuned
     checkpoint_every: int | None = None  # steps between two checkpoints, which lie beside `output`; None writes none
     tensorboard: bool = False
     # Evaluation sets by group, measured before and after
@@ -58,19 +62,20 @@ class Start:
     hardware: Hardware  # with every `auto` decided
     steps: int  # of the whole run
     checkpoint: Path | None  # the file that the run resumes from; None for a fresh start
+    trial: str | None = None  # the rival that is tuned
 
 
 class RunObserver:
     """Receives a run's progress. This one ignores it; override any method."""
 
     def on_start(self, start: Start) -> None:
-        """Receive the state before the first step."""
+        """Receive the state before the first step; of each rival where there are several."""
 
     def on_step(self, step: Step) -> None:
         """Receive a step; after a resume first the steps before it."""
 
     def on_progress(self, encoder: str, done: int, total: int) -> None:
-        """Receive the number of encoded texts of an evaluation; `encoder` is "before" or "after"."""
+        """Receive the number of encoded texts of an evaluation; `encoder` is "before", "after" or "teacher"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +87,22 @@ class Summary:
     start: Start
     steps: int
     tokens: int  # of all views in all steps
-    loss: float  # of the last step
+    loss: float | None  # of the last step
     train_seconds: float  # of the training loop
     seconds: float  # from the start to the finished folder
     before: Report | None = None  # measures of the base; None without evaluation sets
     after: Report | None = None  # measures of the tuned encoder
     outcome: Outcome | None = None  # of the gate; None without one
+    trials: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)  # of the rivals, on texts of their own
+    chosen: str | None = None  # of the rivals; None if the base was left as it is
+
+    @property
+    def choice(self) -> str:
+        """Why a rival or the base was chosen, in one sentence."""
+        gains = ", ".join(f"{name} {trial.gain:+}" for name, trial in self.trials.items())
+        reason = "the largest gain of those surely above zero" if self.chosen else "no gain is surely above zero"
+        items = max(trial.items for trial in self.trials.values())
+        return f"chosen: {self.chosen or 'the base as it is'} ({reason}, on {items} other held-out texts: {gains})"
 
     def to_json(self) -> dict[str, Any]:
         """Return one flat JSON object; units are in the names."""
@@ -97,6 +112,8 @@ class Summary:
             for when, report in (("before", self.before), ("after", self.after))
             for group, mean in (report.means if report else {}).items()
         }
+        trials = {name: one.to_json() for name, one in self.trials.items()}
+        choice = {"chosen": self.chosen, "trials": trials} if trials else {}
         return {
             "output": str(self.output),
             "pooling": self.spec.pooling.value,
@@ -107,10 +124,11 @@ class Summary:
             "duplicates": corpus.counts["duplicates"],
             "steps": self.steps,
             "tokens": self.tokens,
-            "tokens_per_sec": round(self.tokens / self.train_seconds, 1),
+            "tokens_per_sec": round(self.tokens / self.train_seconds, 1) if self.steps else None,
             "loss": self.loss,
             **scores,
             "gate": self.outcome.to_json() if self.outcome else None,
+            **choice,
             "train_sec": round(self.train_seconds, 3),
             "total_sec": round(self.seconds, 3),
         }

@@ -12,6 +12,7 @@ from enum import Enum
 
 from mirror_runtime.errors import InputError
 from training.augment import MaskViews
+from training.documents import View
 
 
 class Objective(str, Enum):
@@ -21,6 +22,21 @@ class Objective(str, Enum):
     """Symmetric NT-Xent over both views (Mirror-BERT equation 1, in the form of its published code)."""
     SELF_GUIDED = "self-guided"
     """A text's vector against pooled layers of a frozen copy of the model (SG-BERT section 3)."""
+    COSENT = "cosent"
+    """The cosine of a scored pair above that of every pair with a lower score (CoSENT)."""
+    ANGLE = "angle"
+    """CoSENT of cosines, plus CoSENT of angles in complex space (AnglE section 3)."""
+    HYBRID = "hybrid"
+    """The ranking of a batch's texts for each title, by the base's cosines and by words (`HybridScores`)."""
+    TEACHER = "teacher"
+    """Vectors of another encoder, and the cosines between them."""
+
+
+SCORED = (Objective.COSENT, Objective.ANGLE)
+"""Learn from scored pairs."""
+
+SINGLE = (Objective.SELF_GUIDED, Objective.TEACHER)
+"""Learn from single texts, encoded once a step."""
 
 
 class Variant(str, Enum):
@@ -64,8 +80,17 @@ class Schedule(str, Enum):
     """To zero at the end, along half a cosine."""
 
 
+class Projection(str, Enum):
+    """How a teacher's vectors of another width are met."""
+
+    PCA = "pca"
+    """They are cut to the student's width along their principal axes; narrower ones are filled up with zeros."""
+    DENSE = "dense"
+    """The student gets a dense layer to their width behind its pooling, which is trained with it and stays."""
+
+
 class Recipe(str, Enum):
-    """The published recipes, and two of ours."""
+    """The published recipes, and ours."""
 
     SENTENCE = "sentence"
     PHRASE = "phrase"
@@ -78,6 +103,16 @@ class Recipe(str, Enum):
     that was tried, in the same time (docs/log.md)."""
     MIRROR_CLS = "mirror+cls"
     """The sentence recipe with a temperature of 0.03 and a rate of 3e-5, for [CLS], which `mirror+` does not help."""
+    DOCUMENTS = "documents"
+    """Titles and texts of documents, in small batches: also lifts encoders that were trained on pairs (docs/log.md)."""
+    HYBRID = "hybrid"
+    """Documents in batches of alike texts, each title's ranking of them by the base and by words together."""
+    AUTO = "auto"
+    """The best of `RIVALS`, or the base as it is, by a probe on held-out texts."""
+    SCORED = "scored"
+    """CoSENT on scored pairs."""
+    TEACHER = "teacher"
+    """Vectors and cosines of another encoder, from text alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +123,10 @@ class TuneConfig:
     variant: Variant = Variant.OPT3  # of the self-guided objective
     # Of the self-guided objective: weight of the squared distance between the weights and the base's
     drift: float = 0.1
+    projection: Projection = Projection.PCA  # of the teacher objective
+    train_layers: int | None = None  # number of last layers that are tuned; None tunes all weights
+    # Rank of the low-rank additions that are tuned in place of the layers' weights; None tunes weights
+    lora: int | None = None
     seed: int = 42  # of shuffling, span masks and dropout
     epochs: int = 1  # passes over the corpus
     batch_size: int = 200  # texts a step, over all processes; each has two vectors
@@ -98,6 +137,7 @@ class TuneConfig:
     weight_decay: float = 0.01  # of AdamW, on every parameter
     clip: float | None = None  # maximum L2 norm of a step's gradient; None disables clipping
     temperature: float = 0.04
+    views: tuple[View, ...] = (View.TITLE,)  # of a document; one is drawn each time
     mask_length: int = 5  # masked characters of a view; 0 for none. Pairs are never masked.
     mask_views: MaskViews = MaskViews.SECOND
     reference_masking: bool = False  # mask exactly like the published code, see `mask_span_literally`
@@ -115,6 +155,8 @@ class TuneConfig:
         infinite = float("inf")
         for name, valid, rule in (
             ("drift", 0 <= self.drift < infinite, "0 or more"),
+            ("train_layers", self.train_layers is None or self.train_layers >= 1, "at least 1"),
+            ("lora", self.lora is None or self.lora >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2: a text is learnt against others"),
             ("lr", 0 < self.lr < infinite, "a positive number, such as 2e-5"),
@@ -123,6 +165,7 @@ class TuneConfig:
             ("weight_decay", 0 <= self.weight_decay < infinite, "0 or more"),
             ("clip", self.clip is None or 0 < self.clip < infinite, "a positive number, such as 1"),
             ("temperature", 0 < self.temperature < infinite, "a positive number, such as 0.04"),
+            ("views", len(self.views) > 0, "at least one"),
             ("mask_length", self.mask_length >= 0, "0 or more"),
             ("repetition", 0 <= self.repetition <= 1, "a share of the tokens, 0 to 1"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and below 1"),
@@ -139,6 +182,10 @@ class TuneConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {rule}")
         if self.reference_masking and self.mask_views is not MaskViews.SECOND:
             raise InputError("--reference-masking masks only the second view: leave --mask-views out")
+        if self.objective is Objective.HYBRID and self.views != (View.TITLE,):
+            raise InputError("--objective hybrid ranks texts for titles: leave --views out")
+        if self.lora and self.objective is Objective.SELF_GUIDED:
+            raise InputError("--lora leaves the weights that --objective self-guided holds near the base's: drop it")
 
 
 _SENTENCE = TuneConfig()
@@ -164,4 +211,59 @@ RECIPES: Mapping[Recipe, TuneConfig] = {
     ),
     Recipe.MIRROR_PLUS: dataclasses.replace(_SENTENCE, temperature=0.05, repetition=0.3),
     Recipe.MIRROR_CLS: dataclasses.replace(_SENTENCE, temperature=0.03, lr=3e-5),
+    Recipe.DOCUMENTS: dataclasses.replace(_SENTENCE, batch_size=64, temperature=0.05, mask_length=0, max_tokens=96),
+    Recipe.HYBRID: dataclasses.replace(
+        _SENTENCE,
+        objective=Objective.HYBRID,
+        epochs=3,
+        batch_size=64,
+        lr=6e-5,
+        schedule=Schedule.LINEAR,
+        temperature=0.05,
+        mask_length=0,
+        max_tokens=96,
+    ),
+    Recipe.SCORED: TuneConfig(
+        objective=Objective.COSENT,
+        epochs=2,
+        batch_size=64,
+        lr=1e-4,
+        schedule=Schedule.LINEAR,
+        warmup=0.1,
+        temperature=0.05,
+        mask_length=0,
+        max_tokens=64,
+    ),
+    Recipe.TEACHER: TuneConfig(
+        objective=Objective.TEACHER,
+        epochs=3,
+        batch_size=128,
+        lr=3e-4,
+        schedule=Schedule.LINEAR,
+        warmup=0.1,
+        temperature=0.05,
+        mask_length=0,
+        dropout=0.0,
+        max_tokens=64,
+    ),
 }
+
+RIVALS: Mapping[bool, Mapping[str, TuneConfig]] = {
+    False: {recipe.value: RECIPES[recipe] for recipe in (Recipe.MIRROR_PLUS, Recipe.MIRROR_CLS)},
+    True: {
+        "documents": RECIPES[Recipe.DOCUMENTS],
+        "documents, title and cloze": dataclasses.replace(RECIPES[Recipe.DOCUMENTS], views=(View.TITLE, View.CLOZE)),
+        "mirror+": dataclasses.replace(RECIPES[Recipe.MIRROR_PLUS], views=(View.SAME,)),
+    },
+}
+"""What `auto` tries, on lines and on documents."""
+
+IMPLIED: Mapping[Objective, Recipe] = {
+    Objective.MIRROR: Recipe.SENTENCE,
+    Objective.SELF_GUIDED: Recipe.SELF_GUIDED,
+    Objective.HYBRID: Recipe.HYBRID,
+    Objective.COSENT: Recipe.SCORED,
+    Objective.ANGLE: Recipe.SCORED,
+    Objective.TEACHER: Recipe.TEACHER,
+}
+"""The recipe of an objective that is named alone."""

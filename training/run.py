@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +22,17 @@ from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import os_error_message, whole_folder
+from training.augment import Document
 from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
-from training.gate import Gate, split_corpus
+from training.gate import Gate, Outcome, Verdict, split_corpus
 from training.hardware import Hardware, choose_hardware
+from training.hybrid import HybridScores
 from training.job import Job, ProbeChoice, RunObserver, Start, Summary
+from training.recipe import Objective, Projection
 from training.run_folder import CURVE_PACKAGE, Events, open_events, write_run_folder
+from training.teacher import add_dense, fit_width, teacher_vectors
 from training.trainer import steps_in, train
 
 EVENTS_FOLDER = "tensorboard"
@@ -46,16 +52,19 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
     """
     begin = time.perf_counter()
     hardware = choose_hardware(job.config.device, job.config.precision)
-    corpus, gate = read_corpus(job.corpus), None
+    if job.rivals and (job.probe is ProbeChoice.NONE or hardware.processes > 1):
+        raise InputError("--recipe auto chooses by the probe, in one process: drop --probe none and the launcher")
+    corpus, gates = read_corpus(job.corpus), []
     if job.probe is not ProbeChoice.NONE:
-        corpus, held_out = split_corpus(corpus)
-        gate = Gate(held_out, corpus.records, hardware)
+        halves = 2 if job.rivals else 1
+        corpus, held_out = split_corpus(corpus, halves)
+        gates = [Gate(held_out[half::halves], corpus.records, hardware) for half in range(halves)]
     source = _tuned_source(job)
     if not hardware.writes:
-        return _tune(job, source, corpus, hardware, None, RunObserver(), begin, None)
+        return _tune(job, source, corpus, hardware, None, RunObserver(), begin, [])
     with whole_folder(job.output, overwrite=job.overwrite, marker=ENCODER_FILE) as folder:
-        summary = _tune(job, source, corpus, hardware, folder, observer or RunObserver(), begin, gate)
-    if checkpoint := _checkpoint(job):
+        summary = _tune(job, source, corpus, hardware, folder, observer or RunObserver(), begin, gates)
+    for checkpoint in filter(None, (_checkpoint(one) for one in _rivals(job))):
         checkpoint.path.unlink(missing_ok=True)
     return dataclasses.replace(summary, seconds=time.perf_counter() - begin)
 
@@ -68,53 +77,135 @@ def _tune(
     folder: Path | None,
     observer: RunObserver,
     begin: float,
-    gate: Gate | None,
+    gates: Sequence[Gate],
 ) -> Summary:
-    reference = Reference.load(source)
-    check(reference, corpus.examples, job.config, hardware)
+    base = Reference.load(source)
+    for one in _rivals(job):
+        check(base, corpus.examples, one.config, hardware)
+        _check_teacher(one)
     if folder is not None:
         require(CURVE_PACKAGE, "train")  # before the work rather than after it
-        _check_room(reference, job, folder)
-    checkpoint = _checkpoint(job)
-    start = _start(job, reference, corpus, hardware, checkpoint)
-    steps: list[Step] = []
+        _check_room(base, job, folder)
     with contextlib.ExitStack() as around:
         around.enter_context(_explained_errors(job.output))
         events = None
         if job.tensorboard and folder is not None:
             events = around.enter_context(open_events(folder / EVENTS_FOLDER))
-
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            if events is not None:
-                for name in ("loss", "tokens", "seconds"):
-                    events.add_scalar(name, getattr(step, name), step.step)
-            observer.on_step(step)
-
-        observer.on_start(start)
-        alone = hardware.processes == 1
-        if gate is not None and alone:
-            gate.before(reference)
-        train(reference, corpus.examples, job.config, hardware, on_step, checkpoint)
-        if gate is not None and not alone:  # before training, other processes would wait until their collective fails
-            gate.before(Reference.load(source))
+        trials: dict[str, Outcome] = {}
+        if job.rivals:
+            tuned = _best(job, base, corpus, hardware, observer, events, gates[0], trials)
+        else:
+            tuned = _train(job, base, corpus, hardware, observer, events)
+        outcome = None
+        if gates:  # not earlier: other processes would wait until their collective fails
+            gates[-1].before(base)
+            outcome = gates[-1].after(tuned.reference)
+        steps = tuned.steps
         summary = Summary(
             output=job.output,
-            spec=source.spec,
-            start=start,
+            spec=tuned.reference.spec,
+            start=tuned.start,
             steps=len(steps),
             tokens=sum(step.tokens for step in steps),
-            loss=steps[-1].loss,
-            train_seconds=steps[-1].seconds,
+            loss=steps[-1].loss if steps else None,
+            train_seconds=steps[-1].seconds if steps else 0.0,
             seconds=time.perf_counter() - begin,
-            outcome=gate.after(reference) if gate else None,
+            outcome=outcome,
+            trials=trials,
+            chosen=tuned.job.trial,
         )
         if folder is None:
             return summary
         if any(job.sets.values()):
-            summary = _evaluated(job, source, reference, summary, observer, events)
-        write_run_folder(folder, job, reference, summary, steps)
+            summary = _evaluated(job, source, tuned.reference, summary, observer, events)
+        write_run_folder(folder, tuned.job, tuned.reference, summary, steps)
     return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tuned:
+    """A tuned encoder."""
+
+    job: Job
+    reference: Reference
+    start: Start
+    steps: list[Step]
+
+
+def _rivals(job: Job) -> list[Job]:
+    """Return a job for each rival, or the job alone."""
+    if not job.rivals:
+        return [job]
+    return [dataclasses.replace(job, config=config, trial=name) for name, config in job.rivals.items()]
+
+
+def _best(
+    job: Job,
+    base: Reference,
+    corpus: Corpus,
+    hardware: Hardware,
+    observer: RunObserver,
+    events: Events | None,
+    gate: Gate,
+    trials: dict[str, Outcome],
+) -> _Tuned:
+    """Tune by each rival and return the best, or the base if the gate finds none better; fill `trials`."""
+    gate.before(base)
+    best, gain = None, 0.0
+    for rival in _rivals(job):
+        tuned = _train(rival, base, corpus, hardware, observer, events)
+        trials[str(rival.trial)] = outcome = gate.after(tuned.reference)
+        if outcome.verdict is Verdict.BETTER and outcome.gain.value > gain:
+            best, gain = tuned, outcome.gain.value
+    untouched = dataclasses.replace(tuned.start, steps=0)
+    return best or _Tuned(job=job, reference=base, start=untouched, steps=[])
+
+
+def _train(
+    job: Job, base: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver, events: Events
+) -> _Tuned:
+    reference = dataclasses.replace(base, model=copy.deepcopy(base.model), dense=copy.deepcopy(base.dense))
+    checkpoint = _checkpoint(job)
+    start = _start(job, reference, corpus, hardware, checkpoint)
+    steps: list[Step] = []
+
+    def on_step(step: Step) -> None:
+        steps.append(step)
+        if events is not None:
+            for name in ("loss", "tokens", "seconds"):
+                events.add_scalar("/".join(filter(None, (job.trial, name))), getattr(step, name), step.step)
+        observer.on_step(step)
+
+    observer.on_start(start)
+    reference, targets = _taught(job, reference, corpus, hardware, observer)
+    train(reference, corpus.examples, job.config, hardware, on_step, checkpoint, targets)
+    return _Tuned(job=job, reference=reference, start=start, steps=steps)
+
+
+def _check_teacher(job: Job) -> None:
+    if job.teacher is None and job.config.objective is Objective.TEACHER:
+        raise InputError("--objective teacher learns from another encoder: name it with --teacher")
+    if job.teacher is not None and job.config.objective is not Objective.TEACHER:
+        raise InputError(f"--objective {job.config.objective.value} has no teacher: drop --teacher or --objective")
+
+
+def _taught(
+    job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver
+) -> tuple[Reference, torch.Tensor | HybridScores | None]:
+    """Return the encoder to tune, with a dense layer to a teacher's width if one is to be trained, and its targets."""
+    if job.config.objective is Objective.HYBRID:
+        documents = [one for one in corpus.examples if isinstance(one, Document)]
+        with hardware.autocast():
+            return reference, HybridScores(reference, documents, job.config.max_tokens)
+    if job.teacher is None:
+        return reference, None
+    targets = teacher_vectors(
+        job.teacher, corpus.texts, hardware, lambda done, total: observer.on_progress("teacher", done, total)
+    )
+    width = targets.shape[1]
+    if job.config.projection is Projection.DENSE and width != reference.spec.dim:
+        return add_dense(reference, width, job.config.seed), targets
+    return reference, fit_width(targets, reference.spec.dim)
 
 
 def _start(job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, checkpoint: Checkpoint | None) -> Start:
@@ -125,6 +216,7 @@ def _start(job: Job, reference: Reference, corpus: Corpus, hardware: Hardware, c
         overlaps=corpus.overlap_with(sets),
         hardware=hardware,
         steps=steps_in(len(corpus.examples), job.config),
+        trial=job.trial,
         checkpoint=checkpoint.path if checkpoint and checkpoint.path.is_file() else None,
     )
 
@@ -154,7 +246,8 @@ def _checkpoint(job: Job) -> Checkpoint | None:
     if job.checkpoint_every is None:
         return None
     output = job.output.absolute()
-    return Checkpoint(path=output.with_name(f".{output.name}.checkpoint"), every=job.checkpoint_every)
+    name = ".".join(filter(None, (output.name, job.trial, "checkpoint")))
+    return Checkpoint(path=output.with_name(f".{name}"), every=job.checkpoint_every)
 
 
 def _check_room(reference: Reference, job: Job, folder: Path) -> None:
@@ -163,7 +256,7 @@ def _check_room(reference: Reference, job: Job, folder: Path) -> None:
     A checkpoint holds the weights and two moments of each.
     """
     weights = 4 * sum(value.numel() for value in reference.model.state_dict().values())
-    needed = weights + SPARE_BYTES + (3 * weights if job.checkpoint_every else 0)
+    needed = weights + SPARE_BYTES + (3 * weights * len(_rivals(job)) if job.checkpoint_every else 0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
@@ -189,7 +282,7 @@ def _tuned_source(job: Job) -> ResolvedEncoder:
     The recipe's `max_tokens` limits texts while tuning; the tuned encoder still reads as many tokens as its base. Only
     `mean_padded` couples the two: its vector depends on the padded length.
     """
-    limit = job.config.max_tokens
+    limit = max(one.config.max_tokens for one in _rivals(job))
     source = resolve(job.base, revision=job.revision, pooling=job.pooling, normalize=True)
     spec = source.spec
     if FAMILIES[spec.family].is_static:

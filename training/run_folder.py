@@ -75,19 +75,21 @@ def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary,
         summary.spec,
         job.config,
         start.corpus,
-        steps[-1],
+        len(steps),
         curve=CURVE_FILE,
         before=before,
         after=after,
         overlaps=start.overlaps,
         outcome=summary.outcome,
+        choice=summary.choice if summary.trials else None,
     )
-    write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card)
+    write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card, dense=tuned.dense)
     lines = [
         json.dumps({"step": s.step, "loss": s.loss, "tokens": s.tokens, "sec": round(s.seconds, 4)}) for s in steps
     ]
     (folder / METRICS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw_curve(steps, folder / CURVE_FILE)
+    if steps:
+        draw_curve(steps, folder / CURVE_FILE)
     if before is not None and after is not None:
         gains = zip(after.results, difference(before, after).sets, strict=True)
         _dump(
@@ -127,7 +129,8 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
     return {
         "base": summary.spec.base_model,
         "revision": summary.spec.revision,
-        "settings": to_json(job.config),
+        "teacher": job.teacher,
+        "settings": to_json(job.config) if summary.steps else None,  # none was used
         "corpus": {
             "sha256": corpus.sha256,
             "files": [dataclasses.asdict(file) for file in corpus.files],
@@ -136,6 +139,8 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
             "sampled_from": corpus.sampled_from,
             "texts": len(corpus.examples),
             "pairs": corpus.has_pairs,
+            "documents": corpus.has_documents,
+            "labels": job.corpus.labels.value if job.corpus.labels else None,
             "tokens": dataclasses.asdict(start.lengths),
         },
         "evaluation_sets_in_corpus": [_overlap(overlap) for overlap in start.overlaps],

@@ -10,21 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from encoders.pooling import project
 from encoders.reference import Reference
 from mirror_runtime.bundle import to_json
 from mirror_runtime.errors import InputError
-from training.augment import Example
-from training.batches import Batch, batches, check
+from training.augment import Example, texts_of
+from training.batches import Batch, batches, check, targets_of
 from training.checkpoint import Checkpoint, State, Step, fingerprint
 from training.drophead import DropHead, drop_heads
 from training.dropout import set_dropout
 from training.gradient_cache import accumulate
 from training.hardware import Hardware
-from training.objective import nt_xent
+from training.hybrid import HybridScores
+from training.objective import match_scores, match_teacher, nt_xent, scored_loss
 from training.packed import PackedTexts, encode_packed
-from training.recipe import Objective, Schedule, TuneConfig
+from training.recipe import SCORED, Objective, Schedule, TuneConfig
 from training.self_guided import SelfGuided
+from training.trained import trained_parts
 
 T = TypeVar("T")
 
@@ -41,8 +45,12 @@ def train(
     hardware: Hardware,
     on_step: Callable[[Step], None],
     checkpoint: Checkpoint | None = None,
+    targets: torch.Tensor | HybridScores | None = None,
 ) -> None:
-    """Tune the reference's model in place. On one machine's CPU, the same seed gives the same weights.
+    """Tune the reference's model and dense layers in place. On one machine's CPU, one seed gives the same weights.
+
+    The teacher objective needs `targets`, the teacher's vectors of the data: float32 [examples, dim]; the hybrid
+    objective its scores.
 
     Seeds torch's global generator, from which dropout draws, and leaves the model in evaluation mode on the CPU. A
     killed run resumes from its checkpoint, whose file is left there, and ends in the same weights as an undisturbed
@@ -55,7 +63,7 @@ def train(
     check(reference, data, config, hardware)
     run = _Run(reference, config, hardware, steps_in(len(data), config))
     done: list[Step] = []
-    identity = _identity(reference, data, config, hardware) if checkpoint else {}
+    identity = _identity(reference, data, config, hardware, targets) if checkpoint else {}
     state = checkpoint.load(identity) if checkpoint else None
     if state is not None:
         done.extend(state.steps)
@@ -66,7 +74,7 @@ def train(
         for step in done:
             on_step(step)
         begin = time.perf_counter() - (done[-1].seconds if done else 0)
-        for batch in _ahead(batches(reference, data, config, hardware, skip=len(done))):
+        for batch in _ahead(batches(reference, data, config, hardware, len(done), targets)):
             loss = run.step(batch, len(done) + 1)
             seconds = time.perf_counter() - begin
             done.append(Step(step=len(done) + 1, loss=loss, tokens=batch.tokens, seconds=seconds))
@@ -83,6 +91,7 @@ class _Run:
     def __init__(self, reference: Reference, config: TuneConfig, hardware: Hardware, steps: int) -> None:
         self.model: Any = reference.model  # transformers' decorators lose the types of its `to` and `eval`
         self.spec = reference.spec
+        self.dense = nn.ModuleList(reference.dense)
         self.config = config
         self.hardware = hardware
         self.steps = steps
@@ -91,15 +100,19 @@ class _Run:
         config = self.config
         torch.manual_seed(config.seed)
         self.model.to(self.hardware.device.value)
+        self.dense.to(self.hardware.device.value).requires_grad_(True)
         self.guide: SelfGuided | None = None
         if config.objective is Objective.SELF_GUIDED:
             self.guide = SelfGuided(self.model, config.variant, config.temperature, config.drift)
+        self.model.train()
+        self.around = contextlib.ExitStack()
+        self.around.enter_context(trained_parts(self.model, config.train_layers, config.lora))
         if self.hardware.rank:  # the head is the same in every process; dropout differs
             torch.manual_seed((config.seed + self.hardware.rank) % 2**63)
         self.generator = self.hardware.generator()
-        self.model_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.head_parameters = list(self.guide.head.parameters()) if self.guide else []
-        self.parameters = [*self.model_parameters, *self.head_parameters]
+        tuned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [*tuned, *self.dense.parameters(), *self.head_parameters]
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -107,14 +120,12 @@ class _Run:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        self.model.train()
-        self.around = contextlib.ExitStack()
         self.around.enter_context(set_dropout(self.model, config.dropout))
         self.drophead: DropHead | None = self.around.enter_context(drop_heads(self.model, config.drophead))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.around.close()
-        self.model.requires_grad_(True)
+        self.dense.to("cpu").requires_grad_(False)
         self.model.to("cpu")
         self.model.eval()
         if kind is None and not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
@@ -138,20 +149,15 @@ class _Run:
         length = batch.packed.input_ids.shape[1]
         rows = max(1, (config.micro_batch_tokens or batch.packed.input_ids.numel()) // length)
         places, pieces = zip(*batch.packed.split(rows), strict=True)
-        groups = batch.groups.to(self.model.device)
         views = None if guide is None else self._views(guide, pieces, places, batch)
 
         def encode(piece: int) -> torch.Tensor:
             return self._encode(pieces[piece])
 
         def loss_of(encoded: torch.Tensor) -> torch.Tensor:
-            vectors = self._gather(encoded.view(-1, batch.texts, encoded.shape[1]).transpose(0, 1))
-            if guide is None:
-                loss = nt_xent(vectors[:, 0], vectors[:, 1], config.temperature, groups)
-            else:
-                assert views is not None
-                with hardware.autocast():
-                    loss = guide.loss(vectors[:, 0], views, groups)
+            laid = encoded.new_zeros(batch.texts * batch.sides, encoded.shape[1])
+            laid = laid.index_copy(0, batch.places.to(encoded.device), encoded)
+            loss = self._loss(self._gather(laid.view(batch.texts, batch.sides, -1)), batch, views)
             if not math.isfinite(loss.item()):
                 raise InputError(
                     f"the loss is {loss.item()} at step {number}: nothing was written. Lower --lr (it is {config.lr})"
@@ -169,10 +175,31 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         return loss
 
+    def _loss(self, vectors: torch.Tensor, batch: Batch, views: torch.Tensor | None) -> torch.Tensor:
+        """Compute the loss of all processes' vectors, float32 [examples, sides, dim]."""
+        objective, temperature, device = self.config.objective, self.config.temperature, vectors.device
+        groups, targets = batch.groups.to(device), batch.targets.to(device)
+        if self.guide is not None:
+            assert views is not None
+            with self.hardware.autocast():
+                return self.guide.loss(vectors[:, 0], views, groups)
+        if objective is Objective.TEACHER:
+            return match_teacher(vectors[:, 0], targets, temperature, groups)
+        if objective is Objective.HYBRID:
+            return match_scores(vectors[:, 0], vectors[:, 1], targets, temperature)
+        if objective in SCORED:
+            return scored_loss(objective, vectors[:, 0], vectors[:, 1], targets, temperature)
+        negatives = batch.negatives.to(device).flatten()
+        there = negatives > -2
+        return nt_xent(
+            vectors[:, 0], vectors[:, 1], temperature, groups, vectors[:, 2:].flatten(0, 1)[there], negatives[there]
+        )
+
     def _encode(self, packed: PackedTexts) -> torch.Tensor:
         if self.drophead is not None:
             self.drophead.text_ids = packed.text_ids
-        return encode_packed(self.model, packed, self.spec.pooling, self.spec.layers)
+        pooled = encode_packed(self.model, packed, self.spec.pooling, self.spec.layers)
+        return project(pooled, self.dense).float()
 
     def _views(
         self, guide: SelfGuided, pieces: Sequence[PackedTexts], places: Sequence[torch.Tensor], batch: Batch
@@ -196,6 +223,7 @@ class _Run:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that the next step depends on, on the CPU."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"dense.{name}": value for name, value in self.dense.state_dict().items()}
         if self.guide is not None:
             tensors |= {f"head.{name}": value for name, value in self.guide.head.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
@@ -206,12 +234,13 @@ class _Run:
 
     def restore(self, state: State) -> None:
         """Restore the tensors that `tensors` returned."""
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "head": {}, "optimizer": {}}
+        parts: dict[str, dict[str, torch.Tensor]] = {part: {} for part in ("model", "dense", "head", "optimizer")}
         for path, value in state.tensors.items():
             part, _, name = path.partition(".")
             if part in parts:
                 parts[part][name] = value
         self.model.load_state_dict(parts["model"])
+        self.dense.load_state_dict(parts["dense"])
         if self.guide is not None:
             self.guide.head.load_state_dict(parts["head"])
         moments: dict[int, dict[str, torch.Tensor]] = {}
@@ -248,11 +277,20 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def _identity(reference: Reference, data: Sequence[Example], config: TuneConfig, hardware: Hardware) -> dict[str, Any]:
+def _identity(
+    reference: Reference,
+    data: Sequence[Example],
+    config: TuneConfig,
+    hardware: Hardware,
+    targets: torch.Tensor | HybridScores | None,
+) -> dict[str, Any]:
     """Return everything that determines a run, as JSON values."""
-    weights = reference.model.state_dict()
+    weights = reference.model.state_dict() | nn.ModuleList(reference.dense).state_dict(prefix="dense.")
     base = (part for name, value in weights.items() for part in (name.encode(), value.contiguous().numpy().tobytes()))
-    texts = (text.encode() for example in data for text in ([example] if isinstance(example, str) else example))
+    texts = [text.encode() for example in data for text in texts_of(example)]
+    targets = targets_of(data) if targets is None else targets
+    if isinstance(targets, torch.Tensor):  # hybrid scores follow from base and corpus
+        texts.append(targets.numpy().tobytes())
     settings = to_json(config) | {"device": hardware.device.value, "precision": hardware.precision.value}
     return {
         **settings,

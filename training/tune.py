@@ -1,4 +1,4 @@
-"""Tune a masked language model into a text encoder, from raw text: the command line."""
+"""Tune a masked language model into a text encoder, from raw text, labels or a teacher: the command line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
+from mirror_runtime.errors import InputError
 from training.augment import MaskViews
 from training.corpus import CorpusRequest, Overlap
+from training.documents import View
 from training.evaluate import load_sets, show
 from training.job import Job, ProbeChoice, RunObserver, Start, Summary
-from training.recipe import RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
+from training.labels import Labels
+from training.recipe import (
+    IMPLIED,
+    RECIPES,
+    RIVALS,
+    Device,
+    Objective,
+    Projection,
+    Recipe,
+    Schedule,
+    TuneConfig,
+    TunePrecision,
+    Variant,
+)
 
 if TYPE_CHECKING:
     from training.checkpoint import Step
@@ -45,6 +60,8 @@ def _default(name: str) -> str:
 def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "yes" if value else "no" if value is False else "none"
+    if isinstance(value, tuple):
+        return " ".join(map(_format, value))
     return str(value.value) if isinstance(value, Enum) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -58,8 +75,8 @@ def command(
     corpus: Annotated[
         list[str],
         typer.Option(
-            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .json, .parquet, any with .gz or "
-            ".zst, folders, patterns, or a data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are "
+            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .json, .parquet, any with .gz "
+            "or .zst, folders, patterns, or a data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are "
             "concatenated."
         ),
     ],
@@ -83,10 +100,46 @@ def command(
             "--pairs", help="Each line is `text1<TAB>text2`, texts with the same meaning.", rich_help_panel="Corpus"
         ),
     ] = False,
+    scored_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--scored-pairs",
+            help="The files have columns score, sentence1 and sentence2; 5,749 pairs at 64 are 89 steps an epoch.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    triplets: Annotated[
+        bool,
+        typer.Option(
+            "--triplets",
+            help="The files have columns anchor, positive and negative (in .jsonl also a list), or those that --column "
+            "names, such as anchor positive negative_1 negative_2: each negative is one for all texts of a step.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    entailment: Annotated[
+        bool,
+        typer.Option(
+            "--entailment",
+            help="The files have columns label, sentence1 and sentence2. What a text entails is its positive, what "
+            "contradicts it a negative, and neutral is left out.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
+    documents: Annotated[
+        bool,
+        typer.Option(
+            "--documents",
+            help="Documents with a title and a text: two columns; Markdown, one under each heading; or blocks of lines "
+            "between blank lines. Without a title, the first sentence is in its place. A folder stands for its .md, "
+            ".rst and .txt files.",
+            rich_help_panel="Corpus",
+        ),
+    ] = False,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="To read from .jsonl, .parquet and data sets. (text; with --pairs text1 text2)",
+            help="To read from files with columns. (text; with --pairs text1 text2; with labels as said there)",
             rich_help_panel="Corpus",
         ),
     ] = None,
@@ -128,7 +181,8 @@ def command(
     recipe: Annotated[
         Recipe | None,
         typer.Option(
-            help="Defaults of the options below. (sentence; with --objective self-guided: self-guided)",
+            help="Defaults of the options below. (sentence; scored with --scored-pairs; teacher with --teacher; "
+            "self-guided with --objective self-guided)",
             rich_help_panel="Recipe",
         ),
     ] = None,
@@ -136,6 +190,34 @@ def command(
     variant: Annotated[Variant | None, _setting("variant", "Form of the self-guided objective.")] = None,
     drift: Annotated[
         float | None, _setting("drift", "Of the self-guided objective: weight of the distance to the base's weights.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoder whose vectors are learnt from text alone: a folder, a bundle, or what evaluate.py takes. "
+            "Encodes the corpus once, and keeps the vectors in the user's cache: 20,000 of 768 numbers are 61 MB.",
+            rich_help_panel="Recipe",
+        ),
+    ] = None,
+    projection: Annotated[
+        Projection | None,
+        _setting(
+            "projection",
+            "If the teacher's vectors are wider: pca cuts 768 numbers to the student's 384, dense gives the student a "
+            "layer from 384 to 768.",
+        ),
+    ] = None,
+    train_layers: Annotated[
+        int | None,
+        _setting("train_layers", "Tune only so many last layers: with 2 of 6, four run without gradient and dropout."),
+    ] = None,
+    lora: Annotated[
+        int | None,
+        _setting(
+            "lora",
+            "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
+            "parameters. Needs about ten times the rate.",
+        ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
     epochs: Annotated[int | None, _setting("epochs", "Passes over the corpus.")] = None,
@@ -151,6 +233,10 @@ def command(
     weight_decay: Annotated[float | None, _setting("weight_decay", "Of AdamW, on every parameter.")] = None,
     clip: Annotated[float | None, _setting("clip", "Maximum norm of a step's gradient.")] = None,
     temperature: Annotated[float | None, _setting("temperature", "Divides the cosine.")] = None,
+    views: Annotated[
+        list[View] | None,
+        _setting("views", "How a document is learnt; of several, one is drawn for each document and epoch."),
+    ] = None,
     mask_length: Annotated[
         int | None, _setting("mask_length", "Masked characters in a view of 30 or more; 0 for none.")
     ] = None,
@@ -181,16 +267,26 @@ def command(
     precision: Annotated[TunePrecision | None, _setting("precision", "auto is bf16 if the device supports it.")] = None,
     device: Annotated[Device | None, _setting("device", "auto is the NVIDIA GPU if PyTorch finds one.")] = None,
 ) -> None:
-    """Tune a masked language model into a text encoder, without labels (Mirror-BERT, SG-BERT).
+    """Tune a masked language model into a text encoder: from raw text (Mirror-BERT, SG-BERT), labels or a teacher.
 
     Writes a folder that sentence-transformers loads and that records its pooling (encoder.json). Defaults are in
     parentheses: the sentence recipe's, then those of recipes that differ. The last line of stdout is one JSON object.
     """
     options = locals()
+    kinds = {Labels.SCORES: scored_pairs, Labels.TRIPLETS: triplets, Labels.ENTAILMENT: entailment}
+    labels = [kind for kind, chosen in kinds.items() if chosen]
+    if len(labels) + pairs > 1:
+        raise InputError("--pairs, --scored-pairs, --triplets and --entailment exclude each other: pass one of them")
+    if recipe is None and documents and objective in (None, Objective.MIRROR):
+        recipe = Recipe.DOCUMENTS
     if recipe is None:
-        recipe = Recipe.SELF_GUIDED if objective is Objective.SELF_GUIDED else Recipe.SENTENCE
+        implied = Objective.TEACHER if teacher else Objective.COSENT if scored_pairs else Objective.MIRROR
+        recipe = IMPLIED[objective or implied]
+    options["views"] = tuple(views) if views else None
     changes = {f.name: options[f.name] for f in dataclasses.fields(TuneConfig) if options[f.name] is not None}
-    config = dataclasses.replace(RECIPES[recipe], **changes)
+    rivals = RIVALS[documents] if recipe is Recipe.AUTO else {recipe.value: RECIPES[recipe]}
+    rivals = {name: dataclasses.replace(rival, **changes) for name, rival in rivals.items()}
+    config = next(iter(rivals.values()))
     job = Job(
         base=base,
         revision=revision,
@@ -198,14 +294,18 @@ def command(
         corpus=CorpusRequest(
             files=tuple(corpus),
             pairs=pairs,
+            documents=documents,
+            labels=labels[0] if labels else None,
             columns=tuple(column or ()),
             sample=sample,
             seed=config.seed,
             exclude=tuple(exclude or ()),
         ),
+        teacher=teacher,
         output=output,
         overwrite=overwrite,
         config=config,
+        rivals=rivals if recipe is Recipe.AUTO else {},
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
         sets=load_sets(sts or [], words or []) if sts or words else {},
@@ -229,15 +329,22 @@ class _Display(RunObserver):
         self.tasks: dict[str, TaskID] = {}
 
     def on_start(self, start: Start) -> None:
+        if "tuning" not in self.tasks:  # of several rivals, the corpus is described once
+            self._describe(start)
+        if start.checkpoint is not None:
+            self.progress.console.print(f"resuming from {start.checkpoint}", soft_wrap=True)
+        name = f"tuning ({start.trial})" if start.trial else "tuning"
+        self.tasks["tuning"] = self.progress.add_task(name, total=start.steps, note="")
+
+    def _describe(self, start: Start) -> None:
         corpus, lengths, hardware = start.corpus, start.lengths, start.hardware
         left_out = [f"{corpus.counts['duplicates']:,} duplicates", f"{corpus.counts['empty']:,} empty lines"]
         if corpus.overlaps:
             left_out.append(f"{corpus.counts['excluded']:,} with evaluation texts")
         show = self.progress.console.print
-        what = "pairs" if corpus.has_pairs else "lines"
         drawn = f", {len(corpus.examples):,} of them drawn" if corpus.sampled_from else ""
         show(
-            f"{corpus.sampled_from or len(corpus.examples):,} distinct {what} "
+            f"{corpus.sampled_from or len(corpus.examples):,} distinct {corpus.unit}s "
             f"({' and '.join([', '.join(left_out[:-1]), left_out[-1]])} left out){drawn}, {start.steps} steps on "
             f"{hardware.device.value} in {hardware.precision.value}"
             + (f" by {hardware.processes} processes" if hardware.processes > 1 else "")
@@ -250,16 +357,14 @@ class _Display(RunObserver):
             show(f"left out: {_overlap(overlap)}")
         for overlap in start.overlaps:
             show(f"in the corpus: {_overlap(overlap)}")
-        if start.checkpoint is not None:
-            show(f"resuming from {start.checkpoint}", soft_wrap=True)
-        self.tasks["tuning"] = self.progress.add_task("tuning", total=start.steps, note="")
 
     def on_step(self, step: Step) -> None:
         self.progress.update(self.tasks["tuning"], completed=step.step, note=f"loss {step.loss:.4f}")
 
     def on_progress(self, encoder: str, done: int, total: int) -> None:
         if encoder not in self.tasks:
-            self.tasks[encoder] = self.progress.add_task(f"evaluating {encoder}", total=total, note="")
+            what = "encoding by the teacher" if encoder == "teacher" else f"evaluating {encoder}"
+            self.tasks[encoder] = self.progress.add_task(what, total=total, note="")
         self.progress.update(self.tasks[encoder], completed=done)
 
 
@@ -284,11 +389,17 @@ def _run(job: Job, console: Console) -> Summary:
     if summary.before is not None and summary.after is not None:
         show([summary.before, summary.after], console)
     console.print(
-        f"{summary.steps} steps in {summary.train_seconds:.1f} s "
-        f"({summary.tokens / summary.train_seconds:,.0f} tokens/s), last loss {summary.loss:.4f}, "
-        f"{summary.seconds:.1f} s in all. Wrote {summary.output}",
+        (
+            f"{summary.steps} steps in {summary.train_seconds:.1f} s "
+            f"({summary.tokens / summary.train_seconds:,.0f} tokens/s), last loss {summary.loss:.4f}, "
+            if summary.steps
+            else ""
+        )
+        + f"{summary.seconds:.1f} s in all. Wrote {summary.output}",
         soft_wrap=True,
     )
+    if summary.trials:
+        console.print(summary.choice, soft_wrap=True)
     if summary.outcome is not None:
         console.print(str(summary.outcome), soft_wrap=True)
     return summary
@@ -296,7 +407,8 @@ def _run(job: Job, console: Console) -> Summary:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 2 if the input cannot be used, 3 if the result is worse."""
-    return run_command(application(command), argv, "tune.py", lists=dict.fromkeys(LISTS))
+    lists = {**dict.fromkeys(LISTS), "--views": [view.value for view in View]}
+    return run_command(application(command), argv, "tune.py", lists=lists)
 
 
 if __name__ == "__main__":

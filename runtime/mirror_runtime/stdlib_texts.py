@@ -43,9 +43,19 @@ class Documented:
     @property
     def summary(self) -> str:
         """Return the first sentence on one line, without a leading signature; empty if there is none."""
+        return self._parts[0]
+
+    @property
+    def body(self) -> str:
+        """Return what follows the first sentence, on one line; empty if nothing does."""
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[str, str]:
         text = _SIGNATURE.sub("", self.text, count=1).strip()
         end = _SENTENCE_END.search(text + "\n\n")
-        return " ".join(text[: end.start() + 1 if end else None].split())
+        cut = end.start() + 1 if end else len(text)
+        return " ".join(text[:cut].split()), " ".join(text[cut:].split())
 
 
 @cache

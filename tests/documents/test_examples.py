@@ -75,8 +75,8 @@ def test_serve_and_ask(gateway_bundle: Path, capsys: pytest.CaptureFixture[str])
 def test_tune_on_documents(tiny_bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = tmp_path / "docs"
     documents.mkdir()
-    sentences = [f"The {animal} sat on the mat. A man is playing a guitar and a {animal}." for animal in ("cat", "dog")]
-    (documents / "page.md").write_text("# Title\n\n" + "\n\n".join(sentences), encoding="utf-8")
+    sections = [f"# {animal}\n\nA man is playing a guitar and a {animal}.\n\n" for animal in ("cat", "dog")]
+    (documents / "page.md").write_text("".join(sections), encoding="utf-8")
     commands = {"training/tune.py": tune.main, "export/to_onnx.py": to_onnx.main}
 
     def in_process(command: list[str], *, cwd: Path, check: bool) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mirror_runtime.errors import InputError
-from tests.support.tuning import ANIMALS, FP32, load, tune, weights
+from tests.support.tuning import ANIMALS, FP32, PAIRS, SCORED, TARGETS, TEACHER, TRIPLETS, load, tune, weights
 from training.checkpoint import Checkpoint, State, Step, fingerprint
-from training.recipe import RECIPES, Recipe, TuneConfig
+from training.recipe import RECIPES, Objective, Recipe, TuneConfig
 from training.trainer import train
 
 MIRROR = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, epochs=2, drophead=0.2)
@@ -20,11 +20,22 @@ class Killed(BaseException):
     """Stands for SIGKILL: a run that saved its state while it ends would be seen at step 2."""
 
 
-@pytest.mark.parametrize(
-    "config", [dataclasses.replace(MIRROR, repetition=0.5), GUIDED, dataclasses.replace(MIRROR, micro_batch_tokens=64)]
-)
+SMALL = {"batch_size": 8, "max_tokens": 48, "epochs": 2}
+RUNS = {
+    "repetition": (ANIMALS, dataclasses.replace(MIRROR, repetition=0.5), None),
+    "self-guided": (ANIMALS, GUIDED, None),
+    "pieces": (ANIMALS, dataclasses.replace(MIRROR, micro_batch_tokens=64), None),
+    "negatives": (TRIPLETS, dataclasses.replace(MIRROR, lora=4, train_layers=1), None),
+    "angle": (PAIRS, dataclasses.replace(SCORED, **SMALL, objective=Objective.ANGLE), None),
+    "teacher": (ANIMALS, dataclasses.replace(TEACHER, **SMALL, dropout=0.1), TARGETS),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("die_at", [2, 5])
-def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(tiny_bert, tmp_path, monkeypatch, config, die_at):
+def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(tiny_bert, tmp_path, monkeypatch, name, die_at):
+    data, config, targets = RUNS[name]
+
     def die(step: Step) -> None:
         if step.step == die_at:
             raise Killed
@@ -32,10 +43,10 @@ def test_a_stopped_run_ends_in_the_weights_of_an_undisturbed_one(tiny_bert, tmp_
     monkeypatch.setattr("training.self_guided.HEAD_WIDTH", 32)
     checkpoint = Checkpoint(path=tmp_path / "state", every=3)
     with pytest.raises(Killed):
-        tune(tiny_bert, ANIMALS, config, checkpoint=checkpoint, on_step=die)
+        tune(tiny_bert, data, config, checkpoint=checkpoint, on_step=die, targets=targets)
     assert checkpoint.path.exists() == (die_at > 3)
-    resumed, steps = tune(tiny_bert, ANIMALS, config, checkpoint=checkpoint)
-    undisturbed, expected = tune(tiny_bert, ANIMALS, config)
+    resumed, steps = tune(tiny_bert, data, config, checkpoint=checkpoint, targets=targets)
+    undisturbed, expected = tune(tiny_bert, data, config, targets=targets)
     assert [(s.step, s.loss, s.tokens) for s in steps] == [(s.step, s.loss, s.tokens) for s in expected]
     assert [step.seconds for step in steps] == sorted(step.seconds for step in steps)
     assert torch.equal(weights(resumed), weights(undisturbed))

@@ -158,7 +158,7 @@ def test_pairs_come_from_tabs_and_from_two_columns(tmp_path: Path) -> None:
     assert corpus.texts == ("a cat", "one cat", "a dog", "one dog")
     rows = write(tmp_path / "p.jsonl", "".join(json.dumps({"q": a, "a": b}) + "\n" for a, b in expected))
     assert read(rows, pairs=True, columns=("q", "a")).examples == expected
-    with pytest.raises(InputError, match=r"--column names 1 columns.*pairs need two"):
+    with pytest.raises(InputError, match=r"--column names 1 columns.*those of text1, text2"):
         read(rows, pairs=True, columns=("q",))
 
 

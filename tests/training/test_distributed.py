@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.slow  # torchrun starts two processes that import torch
 
-each_recipe = pytest.mark.parametrize("recipe", ["sentence", "self-guided"])
+each_recipe = pytest.mark.parametrize("recipe", training_worker.RUNS)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from training.checkpoint import Step
 from training.hardware import Hardware, choose_hardware
 from training.objective import nt_xent
 from training.packed import POOLINGS
-from training.recipe import RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
+from training.recipe import IMPLIED, RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
 from training.self_guided import SelfGuided
 from training.trainer import learning_rate, steps_in, train
 
@@ -127,7 +127,12 @@ def test_recipes_are_the_published_ones() -> None:
         Recipe.SELF_GUIDED: (1, 128, 0, 0.01, 16, 5e-5),
         Recipe.MIRROR_PLUS: (1, 50, 5, 0.05, 200, 2e-5),
         Recipe.MIRROR_CLS: (1, 50, 5, 0.03, 200, 3e-5),
+        Recipe.DOCUMENTS: (1, 96, 0, 0.05, 64, 2e-5),
+        Recipe.HYBRID: (3, 96, 0, 0.05, 64, 6e-5),
+        Recipe.SCORED: (2, 64, 0, 0.05, 64, 1e-4),
+        Recipe.TEACHER: (3, 64, 0, 0.05, 128, 3e-4),
     }
+    assert all(RECIPES[recipe].objective is objective for objective, recipe in IMPLIED.items() if objective != "angle")
     assert [recipe for recipe, c in RECIPES.items() if c.repetition] == [Recipe.MIRROR_PLUS]
     guided = RECIPES[Recipe.SELF_GUIDED]
     assert (guided.objective, guided.variant, guided.drift) == (Objective.SELF_GUIDED, Variant.OPT3, 0.1)

@@ -89,12 +89,14 @@ class CorpusFile:
             object: `meta.text`.
         keep: further ones, which JSON objects may lack.
         declared: the format; None goes by the name, see `SUFFIXES`.
+        tsv_quotes: whether quotes enclose a field of TSV, as in CSV.
     """
 
     path: Path
     columns: tuple[str, ...] = ("text",)
     keep: tuple[str, ...] = ()
     declared: Format | None = None
+    tsv_quotes: bool = True
 
     @property
     def format(self) -> Format:
@@ -209,8 +211,10 @@ class CorpusFile:
 
     def _table(self, stream: BinaryIO, before: int) -> Iterator[tuple[int, tuple[object, ...]]]:
         csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072 characters
-        delimiter = "\t" if self.format is Format.TSV else ","
-        rows = csv.reader((line for _, line in self._lines(stream, before)), delimiter=delimiter)
+        is_tsv = self.format is Format.TSV
+        quoting: Any = csv.QUOTE_NONE if is_tsv and not self.tsv_quotes else csv.QUOTE_MINIMAL
+        lines = (line for _, line in self._lines(stream, before))
+        rows = csv.reader(lines, delimiter="\t" if is_tsv else ",", quoting=quoting)
         names = (*self.columns, *self.keep)
         try:
             header = next(rows, [])

@@ -1,0 +1,75 @@
+"""Scores of titles and texts by the base and by words: what an encoder learns from its own documents without labels."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from encoders.reference import Reference
+from evaluation.retrieval import WordScores
+from evaluation.vectors import unit_vectors
+from training.augment import Document
+
+SAMPLE = 2000
+"""Texts, evenly spaced, by which a title's scores are put on one scale."""
+
+LEXICAL = 0.4
+"""Weight of BM25 beside the cosine: 0.3 to 0.5 ranked Cranfield's documents best (docs/log.md, 2026-11-30)."""
+
+
+class HybridScores:
+    """The base's cosines of titles and texts, mixed with BM25: a ranking that is better than either.
+
+    For each title, both are put on one scale by their mean and deviation over a sample of all texts; their weighted
+    mean then gets the deviation that cosines have. Indexing with n documents gives their scores, float32 [n titles, n
+    texts].
+
+    Args:
+        base: the encoder before tuning. Texts are cut to `max_tokens`, and encoded in the caller's precision.
+        documents: what is tuned on.
+        max_tokens: a text's limit.
+    """
+
+    def __init__(self, base: Reference, documents: Sequence[Document], max_tokens: int) -> None:
+        titles, texts = zip(*documents, strict=True)
+        encode = limited(base, max_tokens)
+        self._titles, self._texts = unit_vectors(encode, titles, texts)
+        self._words = WordScores(texts, titles)
+        sample = np.arange(0, len(texts), -(-len(texts) // SAMPLE))
+        every = np.arange(len(titles))
+        cosines, words = self._titles @ self._texts[sample].T, self._words.scores(every, sample)
+        self._scales = [(one.mean(1, keepdims=True), one.std(1, keepdims=True) + 1e-9) for one in (cosines, words)]
+        self._spread = float(cosines.std(axis=1).mean())
+
+    def __getitem__(self, chosen: Sequence[int]) -> torch.Tensor:
+        rows = np.asarray(chosen)
+        parts = (self._titles[rows] @ self._texts[rows].T, self._words.scores(rows, rows))
+        cosines, words = (
+            (part - mean[rows]) / deviation[rows] for part, (mean, deviation) in zip(parts, self._scales, strict=True)
+        )
+        return torch.from_numpy((((1 - LEXICAL) * cosines + LEXICAL * words) * self._spread).astype(np.float32))
+
+    def order(self, size: int, rng: random.Random) -> list[int]:
+        """Return the documents in an order whose batches of `size` hold alike texts; the last ones fill no batch.
+
+        A batch is a random document and the nearest ones that are left: among others, ranking would teach little.
+        """
+        left = np.ones(len(self._texts), dtype=bool)
+        groups: list[list[int]] = []
+        while (rest := np.flatnonzero(left)).size >= size:
+            near = self._texts[rest] @ self._texts[rest[rng.randrange(rest.size)]]
+            groups.append(rest[np.argsort(-near, kind="stable")[:size]].tolist())
+            left[groups[-1]] = False
+        rng.shuffle(groups)
+        return [one for group in groups for one in group]
+
+
+def limited(reference: Reference, max_tokens: int) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """Return the reference's `encode_unnormalized` with another limit on tokens."""
+    spec = dataclasses.replace(reference.spec, max_tokens=min(max_tokens, reference.spec.max_tokens))
+    return dataclasses.replace(reference, spec=spec).encode_unnormalized

@@ -1,0 +1,135 @@
+"""Another encoder as a teacher: its vectors of a corpus, computed once and kept, fitted to the student's width."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+from encoders.pooling import make_dense
+from encoders.reference import Reference
+from encoders.source import ResolvedEncoder, resolve
+from evaluation.served import is_served, open_served
+from evaluation.vectors import encode_distinct
+from mirror_runtime.bundle import Activation, Dense, sha256_file, to_json
+from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.folders import replace_file
+from mirror_runtime.vectors import unit_rows
+from training.checkpoint import fingerprint
+from training.hardware import Hardware
+
+FOLDER = "teachers"
+"""In the user's cache folder: a file of vectors for each teacher and corpus. Any may be removed."""
+
+
+def teacher_vectors(
+    name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None]
+) -> torch.Tensor:
+    """Encode texts with a teacher, or read the vectors of an earlier run with the same teacher and texts.
+
+    Args:
+        name: a folder or hub name of an encoder that records its pooling, which PyTorch runs in the run's precision;
+            a bundle, BUNDLE:PRECISION, an endpoint or a Triton server, see `open_served`. Vectors of the last two are
+            not kept, since what serves them may change.
+        texts: distinct.
+        hardware: processes share the texts.
+        on_progress: called with the numbers of encoded and of all texts of this process.
+
+    Returns:
+        float32 [texts, dim], unit length, on the CPU.
+
+    Raises:
+        MirrorError: the teacher cannot be loaded or reached.
+    """
+    path = _cached(name, texts, hardware)
+    try:
+        kept = load_file(path)["vectors"] if path and path.is_file() else None
+    except Exception:  # a damaged file, whatever the library calls it
+        kept = None
+    if hardware.gather(torch.tensor([kept is not None])).all():
+        assert kept is not None
+        return torch.from_numpy(kept)
+    most = -(-len(texts) // hardware.processes)
+    own = [texts[i % len(texts)] for i in range(hardware.rank * most, (hardware.rank + 1) * most)]
+    found = unit_rows(_encode(name, own, hardware, on_progress)).astype(np.float32)
+    vectors = hardware.gather(torch.from_numpy(found))[: len(texts)].cpu()
+    if path is not None and hardware.writes:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(path, shared=True) as beside:
+                save_file({"vectors": vectors.numpy()}, beside)
+        except (OSError, InputError) as error:
+            logging.getLogger(__name__).warning("the teacher's vectors are not kept: %s", error)
+    return vectors
+
+
+def fit_width(vectors: torch.Tensor, width: int) -> torch.Tensor:
+    """Cut vectors to a width along the principal axes of their second moments, or fill them up with zeros.
+
+    Filling changes no cosine. Cutting changes cosines the least of all linear maps, since the axes are not centred.
+    """
+    dim = vectors.shape[1]
+    if dim <= width:
+        return torch.nn.functional.pad(vectors, (0, width - dim))
+    _, axes = torch.linalg.eigh(vectors.T @ vectors)  # ascending
+    cut: torch.Tensor = vectors @ axes[:, -width:]
+    return cut
+
+
+def add_dense(reference: Reference, width: int, seed: int) -> Reference:
+    """Put a dense layer to another width behind an encoder's pooling, with random orthogonal weights."""
+    before = reference.spec.dim
+    dense = Dense(in_features=before, out_features=width, bias=False, activation=Activation.IDENTITY)
+    weight = torch.empty(width, before)
+    nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
+    return dataclasses.replace(
+        reference,
+        spec=dataclasses.replace(reference.spec, dense=(*reference.spec.dense, dense), dim=width),
+        dense=(*reference.dense, make_dense(dense, weight, None)),
+    )
+
+
+def _encode(
+    name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None]
+) -> NDArray[np.float32]:
+    with ExitStack() as around:
+        served = open_served(name, around)
+        encode = served[0] if served else Reference.load(_resolve(name)).encode_unnormalized
+        if served is None:
+            around.enter_context(hardware.autocast())
+        found = encode_distinct(encode, texts, f"the teacher {name}", on_progress)
+    return np.stack([found[text] for text in texts])
+
+
+def _resolve(name: str) -> ResolvedEncoder:
+    try:
+        return resolve(name)
+    except BundleError as error:
+        raise InputError(f"--teacher {name} must be an encoder that records its pooling: {error}") from error
+
+
+def _cached(name: str, texts: Sequence[str], hardware: Hardware) -> Path | None:
+    """Return the file of these texts' vectors by this teacher; None if it has none."""
+    root = cache_folder(AUTO_CACHE)
+    if is_served(name):
+        folders = [Path(name if Path(name).is_dir() else name.rpartition(":")[0])]
+        parts = [name.removeprefix(str(folders[0]))]
+    else:
+        source = _resolve(name)
+        folders = [source.folder, *source.dense]
+        parts = [json.dumps(to_json(source.spec)), hardware.precision.value]
+    if root is None or not all(folder.is_dir() for folder in folders):
+        return None
+    files = (file for folder in folders for file in sorted(folder.iterdir()))
+    parts += [f"{file.name} {sha256_file(file)}" for file in files if file.suffix in (".safetensors", ".json")]
+    return root / FOLDER / f"{fingerprint(part.encode() for part in [*parts, *texts])[:32]}.safetensors"
