@@ -71,7 +71,7 @@ class HybridScores:
 
 
 def _packed_encoder(reference: Reference, max_tokens: int) -> Encode:
-    """Return an encoder of texts of up to `max_tokens` in packed rows, which is several times as fast as padded ones."""
+    """Return an encoder of texts of up to `max_tokens`, in packed rows: several times as fast as padded ones."""
     spec = dataclasses.replace(reference.spec, max_tokens=min(max_tokens, reference.spec.max_tokens))
     reference = dataclasses.replace(reference, spec=spec)
 
