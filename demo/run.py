@@ -102,7 +102,7 @@ def demo(
 ) -> None:
     """Tune an encoder on this Python's own docstrings, export it, serve it with Triton and query it.
 
-    Takes under 4 minutes on 2 cores: 100 s for tuning three ways, 40 s for the export.
+    Takes under 4 minutes on 2 cores: 80 s for tuning two ways, 40 s for the export.
     """
     if serve is Serve.TRITON:
         try:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from encoders.pooling import project
 from encoders.reference import Reference
 from evaluation.retrieval import WordScores
-from evaluation.vectors import unit_vectors
+from evaluation.vectors import Encode, unit_vectors
 from training.augment import Document
+from training.packed import encode_packed, pack, row_length
 
 SAMPLE = 2000
 """Texts, evenly spaced, by which a title's scores are put on one scale."""
@@ -37,8 +39,7 @@ class HybridScores:
 
     def __init__(self, base: Reference, documents: Sequence[Document], max_tokens: int) -> None:
         titles, texts = zip(*documents, strict=True)
-        encode = limited(base, max_tokens)
-        self._titles, self._texts = unit_vectors(encode, titles, texts)
+        self._titles, self._texts = unit_vectors(_packed_encoder(base, max_tokens), titles, texts)
         self._words = WordScores(texts, titles)
         sample = np.arange(0, len(texts), -(-len(texts) // SAMPLE))
         every = np.arange(len(titles))
@@ -69,7 +70,18 @@ class HybridScores:
         return [one for group in groups for one in group]
 
 
-def limited(reference: Reference, max_tokens: int) -> Callable[[Sequence[str]], NDArray[np.float32]]:
-    """Return the reference's `encode_unnormalized` with another limit on tokens."""
+def _packed_encoder(reference: Reference, max_tokens: int) -> Encode:
+    """Return an encoder of texts of up to `max_tokens`, in packed rows: several times as fast as padded ones."""
     spec = dataclasses.replace(reference.spec, max_tokens=min(max_tokens, reference.spec.max_tokens))
-    return dataclasses.replace(reference, spec=spec).encode_unnormalized
+    reference = dataclasses.replace(reference, spec=spec)
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        ids = reference.tokenize(texts)
+        length, pad_id = row_length(spec.pad_to or max(map(len, ids))), int(reference.tokenizer.pad_token_id)
+        with torch.inference_mode():
+            packed = pack(ids, length=length, pad_id=pad_id, pad_to=spec.pad_to)
+            pooled = encode_packed(reference.model, packed, spec.pooling, spec.layers)
+            vectors: NDArray[np.float32] = project(pooled, reference.dense).float().cpu().numpy()
+        return vectors
+
+    return encode

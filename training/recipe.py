@@ -252,7 +252,6 @@ RIVALS: Mapping[bool, Mapping[str, TuneConfig]] = {
     False: {recipe.value: RECIPES[recipe] for recipe in (Recipe.MIRROR_PLUS, Recipe.MIRROR_CLS)},
     True: {
         "documents": RECIPES[Recipe.DOCUMENTS],
-        "documents, title and cloze": dataclasses.replace(RECIPES[Recipe.DOCUMENTS], views=(View.TITLE, View.CLOZE)),
         "mirror+": dataclasses.replace(RECIPES[Recipe.MIRROR_PLUS], views=(View.SAME,)),
     },
 }
