@@ -162,7 +162,7 @@ def _best(
 
 
 def _train(
-    job: Job, base: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver, events: Events
+    job: Job, base: Reference, corpus: Corpus, hardware: Hardware, observer: RunObserver, events: Events | None
 ) -> _Tuned:
     reference = dataclasses.replace(base, model=copy.deepcopy(base.model), dense=copy.deepcopy(base.dense))
     checkpoint = _checkpoint(job)
