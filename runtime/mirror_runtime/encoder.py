@@ -170,15 +170,8 @@ class Encoder:
         return cls._open(folder, manifest, decision, LongTexts.TRUNCATE, None, path=path)
 
     @classmethod
-    def of_setting(
-        cls,
-        bundle: Path,
-        setting: Setting,
-        cache_dir: str | Path | None = AUTO_CACHE,
-        *,
-        invariant: bool = False,
-    ) -> Encoder:
-        """Load a bundle with exactly one setting, as `mirror plan` does to measure it. See `load` for `invariant`.
+    def of_setting(cls, bundle: Path, setting: Setting, cache_dir: str | Path | None = AUTO_CACHE) -> Encoder:
+        """Load a bundle with exactly one setting, as `mirror plan` does to measure it.
 
         Raises:
             BundleError: the folder is not a bundle, or its tokenizer is broken.
@@ -186,8 +179,7 @@ class Encoder:
         """
         manifest = read_manifest(bundle)
         decision = replace(decide_setting(manifest, setting), source=DecisionSource.ASKED)
-        cache = cache_folder(cache_dir)
-        return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache, invariant=invariant)
+        return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir))
 
     @classmethod
     def _open(

@@ -180,8 +180,8 @@ def _log_to_triton() -> None:
 def _load(bundle: Path, options: ServingOptions, version: str) -> Encoder:
     if options.backend is not Backend.PYTHON:
         return _load_with_backend(bundle, options, version)
-    if options.setting is not None:
-        return Encoder.of_setting(bundle, options.setting, invariant=options.invariant)
+    if options.setting is not None and not options.invariant:  # which has rows of its own
+        return Encoder.of_setting(bundle, options.setting)
     return Encoder.load(
         bundle,
         engine=options.engine,
