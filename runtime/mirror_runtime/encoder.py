@@ -253,7 +253,7 @@ class Encoder:
 
         Returns:
             [n, width] in the texts' order: float32 [n, dim], unless the encoder has another vector type, see
-            `mirror_runtime.vectors`. An empty string has a vector too, computed from the special tokens.
+            `mirror_runtime.vectors`. An empty string has one too: of the special tokens, or zeros.
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.

@@ -30,7 +30,7 @@ TESTED = [(family, pooling) for family in MODELS for pooling in ("mean", "last" 
 TESTED = TESTED if os.environ.get("MIRROR_ALL_FAMILIES") else SUITE
 """`MIRROR_ALL_FAMILIES=1` proves every family, also in bf16 (twelve minutes): see docs/reference/families.md."""
 
-PRECISIONS = (Precision.FP32,)
+PRECISIONS: tuple[Precision, ...] = (Precision.FP32,)
 if os.environ.get("MIRROR_ALL_FAMILIES") and has_bf16():
     PRECISIONS += (Precision.BF16,)
 
