@@ -75,7 +75,7 @@ TABLES = (
             Column("of the products' rate", "share of products", form="percent"),
             Column("worst cosine to fp32", "worst cosine to fp32", form=".6f"),
             Column("ready after s", "time until ready", form=".1f"),
-            Column("GPU memory MB", "memory", scale=1e-6),
+            Column("GPU memory taken, MB", "memory", scale=1e-6),
         ),
     ),
     Table(("model", "party"), (Column("GFLOP/s", "matrix products", "max"),)),
@@ -178,7 +178,8 @@ def _measure(recorder: Recorder, party: str, prepared: Prepared, build: Callable
     """Build a party, compare its vectors with the first one's, and time its passes."""
     with torch.inference_mode():
         if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()  # of the device: engines other than PyTorch allocate for themselves
         began = time.perf_counter()
         encode = build()
         vectors = encode()
@@ -203,7 +204,7 @@ def _measure(recorder: Recorder, party: str, prepared: Prepared, build: Callable
             float(np.median(rates)) * flop_per_token(prepared.model) / products[0].figure("max") / 1e9,
         )
     if device == "cuda":
-        fact("memory", torch.cuda.max_memory_allocated(), unit="B")
+        fact("memory", free - torch.cuda.mem_get_info()[0], unit="B")
 
 
 def _products(recorder: Recorder, device: str, tiny: bool) -> None:

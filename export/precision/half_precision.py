@@ -66,15 +66,7 @@ def write_half(source: Graph, path: Path, half: Precision, *, precision: Precisi
     for node in body:
         node.input[:] = [halves.get(name, name) for name in node.input]
         _retype(node, kind)
-    for chain in chains:
-        values, root = chain[0].input[0], chain[-1].output[0]
-        for node in chain:
-            node.input[:] = [f"{name}_full" if name == values else name for name in node.input]
-        chain[-1].output[0] = f"{root}_full"
-        body += [
-            graph.node("Cast", [values], [f"{values}_full"], to=TensorProto.FLOAT),
-            graph.node("Cast", [f"{root}_full"], [root], to=kind),
-        ]
+    body += [cast for chain in chains for cast in _keep_full(graph, chain, halved, kind)]
     for name in sorted(halved):
         # Back to fp32 for the head, and for values that are outputs of the graph.
         readers = [node for node in head if name in node.input]
@@ -101,13 +93,21 @@ def _rms_statistics(graph: Rewrite) -> list[list[NodeProto]]:
         chain = [producers[mean.input[0]], mean]
         while chain[-1].op_type != "Reciprocal" and len(after := readers[chain[-1].output[0]]) == 1:
             chain.append(after[0])
-        kinds = [node.op_type for node in chain]
-        if kinds != ["Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal"]:
-            raise EngineError(
-                f"{mean.name or mean.output[0]} is a mean of {' '.join(kinds)}, which is not an RMSNorm's"
-            )
-        chains.append(chain)
+        if [node.op_type for node in chain] == ["Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal"]:
+            chains.append(chain)
     return chains
+
+
+def _keep_full(graph: Rewrite, chain: list[NodeProto], halved: set[str], kind: int) -> list[NodeProto]:
+    """Put casts around nodes that stay fp32, and return the casts."""
+    values, root = chain[0].input[0], chain[-1].output[0]
+    for node in chain:
+        node.input[:] = [f"{name}_full" if name == values else name for name in node.input]
+    casts = [graph.node("Cast", [values], [f"{values}_full"], to=TensorProto.FLOAT)]
+    if root in halved:  # the last norm's root is of the head
+        chain[-1].output[0] = f"{root}_full"
+        casts.append(graph.node("Cast", [f"{root}_full"], [root], to=kind))
+    return casts
 
 
 def _halve(values: Array, kind: int, name: str) -> Array:

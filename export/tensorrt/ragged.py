@@ -109,7 +109,12 @@ def _replace(
 
     query = flat("query", node("Mul", queries, scaled.input[1], to="scaled"), _SWAP)
     key, value = flat("key", keys, _FROM_KEYS), flat("value", context.input[1], _SWAP)
-    forms = {"query_form": "packed_nhd", "kv_form": "packed_nhd", "causal_kind": "none", "TRT_decomposable": 0}
+    forms: dict[str, Any] = {
+        "query_form": "packed_nhd",
+        "kv_form": "packed_nhd",
+        "causal_kind": "none",
+        "TRT_decomposable": 0,
+    }
     attended = node(OPERATOR, query, key, value, "", *LENGTHS, to="attended", domain=DOMAIN, **forms)
     if half is not None:
         attended = node("Cast", attended, to="narrow", to_type=half)
