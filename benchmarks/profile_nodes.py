@@ -92,8 +92,7 @@ def profile(model: Any, precision: Precision, rows: int, length: int, runs: int)
         "segment_ids": places // TOKENS_A_TEXT + 1,
     }.items():
         request.get_tensor(name).data[...] = values
-    seconds, fastest = [], dict[str, float]()
-    kinds = {}
+    seconds, fastest, kinds = list[float](), dict[str, float](), dict[str, str]()
     for _ in range(runs):
         seconds += seconds_of(request.infer, 1)
         for node in request.profiling_info:
