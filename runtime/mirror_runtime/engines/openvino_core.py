@@ -1,8 +1,9 @@
 """The process's only `openvino.Core`, and its cache of ONNX graphs in OpenVINO's own format.
 
-A cached graph is parsed once; afterwards its weights are mapped from disk. The conversion does not change any vector,
-not even in the last bit. It saves the parsing and a copy of the weights in every process: mapped pages are shared by
-all processes of a machine, and the system can drop them when memory is short.
+A graph is rewritten when it is read: see `openvino_rewrite`. A cached graph is parsed and rewritten once; afterwards
+its weights are mapped from disk. The conversion does not change any vector, not even in the last bit. It saves the
+parsing and a copy of the weights in every process: mapped pages are shared by all processes of a machine, and the
+system can drop them when memory is short.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mirror_runtime.bundle import sha256_file
+from mirror_runtime.engines.openvino_rewrite import rewrite
 from mirror_runtime.errors import InputError, MirrorError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import whole_folder
@@ -41,7 +43,7 @@ def _core_of(openvino: Any) -> Any:
 
 
 def read_graph(graph: Path, cache: Path | None, before_reading: Callable[[], None] = lambda: None) -> Any:
-    """Read a graph; an ONNX file through `cache`, its own folder, named after its content. None for no cache.
+    """Read and rewrite a graph; an ONNX file through `cache`, a folder of its own, named after its content, or None.
 
     `before_reading` checks the file before it is read or converted; the cached files have hashes of their own. If the
     cache cannot be written, is damaged or belongs to another release of OpenVINO, the ONNX file is read, which
@@ -50,14 +52,14 @@ def read_graph(graph: Path, cache: Path | None, before_reading: Callable[[], Non
     core = shared_core()
     if cache is None or graph.suffix != ".onnx":
         before_reading()
-        return core.read_model(graph)
+        return rewrite(core.read_model(graph))
     openvino = require("openvino", "openvino")
-    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}-hashed"
+    folder = cache / f"openvino-{openvino.get_version().replace('/', '-')}-rewritten"
     kept = _read(core, folder)
     if kept is not None:
         return kept
     before_reading()
-    model = core.read_model(graph)
+    model = rewrite(core.read_model(graph))
     if not (folder / _HASHES).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # the remains of a cached graph
     try:

@@ -29,6 +29,7 @@ from export.tensorrt.checks import breaches, graph_precision
 from export.tensorrt.view import GraphView
 from mirror_runtime.bundle import Layout, Pooling, Precision, read_manifest
 from mirror_runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import PackedRows
@@ -86,6 +87,14 @@ def test_scales_are_constant_and_symmetric_and_the_bias_stands_before_the_split(
     assert all(producers[node.input[0]].op_type == "Add" for node in splits)
     readers = [node.op_type for node in graph.node for split in splits if set(split.output) & set(node.input)]
     assert readers == ["Reshape"] * 6
+
+
+def test_openvino_neither_splits_products_nor_moves_single_numbers_of_keys(int8):
+    nodes = read_graph(int8.path, None).get_ops()
+    assert not [node for node in nodes if node.get_type_name() == "VariadicSplit"]
+    orders = [node.input_value(1).get_node() for node in nodes if node.get_type_name() == "Transpose"]
+    assert orders
+    assert [0, 2, 3, 1] not in [order.data.tolist() for order in orders]
 
 
 @pytest.mark.parametrize("engine", [OnnxRuntimeEngine, OpenVinoEngine])
