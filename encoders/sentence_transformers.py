@@ -80,6 +80,7 @@ class RecordedEncoder:
     max_tokens: int | None  # None if no limit is recorded
     dim: int | None  # components that are kept; None for all
     template: str | None  # the default prompt; None if the folder has none
+    takes_prompt: bool  # whether the pooling covers a prompt's tokens
 
 
 def read_modules(root: Path) -> RecordedEncoder:
@@ -124,6 +125,7 @@ def read_modules(root: Path) -> RecordedEncoder:
         max_tokens=_read_transformer(folder),
         dim=_read_dim(config.get("truncate_dim"), config_file, normalize=normalize),
         template=_read_prompt(config, config_file, takes_prompt),
+        takes_prompt=takes_prompt,
     )
 
 

@@ -36,9 +36,9 @@ from export.tensorrt.builder import BuildError, BuildRequest, read_request, writ
 from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision, read_canaries, read_manifest, write_json
 from mirror_runtime.canaries import compare_canaries
+from mirror_runtime.corpus.corpus import BadTexts, open_corpus
 from mirror_runtime.corpus.encode_file import encode_file
 from mirror_runtime.corpus.encode_ray import _claimed
-from mirror_runtime.corpus.corpus import BadTexts, open_corpus
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.engines.plan_card import read_card
 from mirror_runtime.errors import MirrorError

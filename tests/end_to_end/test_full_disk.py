@@ -23,8 +23,8 @@ from benchmarks.report.storage import read_report
 from export import certificates, to_onnx, to_openvino, to_tensorrt, to_triton
 from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.cli.main import main as mirror
-from mirror_runtime.corpus.encode_ray import ShardJob, ShardWorker
 from mirror_runtime.corpus.corpus import BadTexts, open_corpus
+from mirror_runtime.corpus.encode_ray import ShardJob, ShardWorker
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.errors import InputError, MirrorError
 from mirror_runtime.plan import Setting, write_plan
