@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def local_bundle(bundle: str | Path) -> Path:
-    """Return a bundle's folder. What is no path here and reads `OWNER/NAME` or `OWNER/NAME@REVISION` is downloaded.
+    """Return a bundle's folder. What is not a path here but reads `OWNER/NAME` or `OWNER/NAME@REVISION` is downloaded.
 
     Only a commit as the revision names the same bundle for ever; for any other, a warning tells the commit.
 

@@ -29,8 +29,15 @@ def published(gateway_bundle, tmp_path, monkeypatch) -> Iterator[Path]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
-            if path.startswith("/api/models/owner/name"):
-                files = [{"rfilename": str(file.relative_to(folder))} for file in folder.rglob("*") if file.is_file()]
+            names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+            if path.startswith(f"/api/models/owner/name/tree/{COMMIT}"):
+                found = [
+                    {"type": "file", "path": name, "size": (folder / name).stat().st_size, "oid": name}
+                    for name in names
+                ]
+                content = json.dumps(found).encode()
+            elif path.startswith("/api/models/owner/name"):
+                files = [{"rfilename": name} for name in names]
                 content = json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": files}).encode()
             elif path.startswith(PREFIX):
                 content = (folder / path.removeprefix(PREFIX)).read_bytes()
