@@ -73,9 +73,8 @@ def langchain_openai(url: str, texts: Sequence[str]) -> Any:
     from langchain_openai import OpenAIEmbeddings
     from pydantic import SecretStr
 
-    embeddings = OpenAIEmbeddings(
-        model=MODEL, base_url=f"{url}/v1", api_key=SecretStr(KEY), check_embedding_ctx_length=False
-    )
+    access: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": SecretStr(KEY)}
+    embeddings = OpenAIEmbeddings(model=MODEL, check_embedding_ctx_length=False, **access)
     return [*embeddings.embed_documents(list(texts[:-1])), embeddings.embed_query(texts[-1])]
 
 
