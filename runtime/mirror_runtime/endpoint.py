@@ -143,7 +143,8 @@ class Endpoint:
                 detail = error.read(300).decode("utf-8", "replace")
             raise ServerError(f"{self.url}{path} answered with status {error.code}: {detail}") from error
         except (KeyError, TypeError) as error:
-            raise ServerError(f"{self.url}{path} does not answer as OpenAI's API or TEI's does ({error})") from error
+            api = "TEI" if self._tei else "OpenAI's API"
+            raise ServerError(f"{self.url}{path} does not answer as {api} does ({error})") from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {getattr(error, 'reason', error)}") from error
 
