@@ -80,6 +80,7 @@ class RecordedEncoder:
     max_tokens: int | None  # None if no limit is recorded
     dim: int | None  # components that are kept; None for all
     template: str | None  # the default prompt; None if the folder has none
+    takes_prompt: bool  # whether the pooling covers a prompt's tokens
     family: str | None = None  # of a static encoder, whose folder does not state it
 
 
@@ -130,6 +131,7 @@ def read_modules(root: Path) -> RecordedEncoder:
         max_tokens=_read_truncation(folder) if static else _read_transformer(folder),
         dim=_read_dim(config.get("truncate_dim"), config_file, normalize=normalize),
         template=_read_prompt(config, config_file, takes_prompt),
+        takes_prompt=takes_prompt,
         family="static" if static else None,
     )
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from encoders.families import FAMILIES
-from encoders.sentence_transformers import RecordedEncoder, dense_folder, read_json, read_modules, readable
+from encoders.sentence_transformers import PROMPT, RecordedEncoder, dense_folder, read_json, read_modules, readable
 from encoders.static import is_model2vec, read_model2vec, table_width
 from encoders.supported import check_config
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.prompts import read_prompts
 
 DEFAULT_TOKENS = 512
 """Limit of an encoder that records none, although it has more positions: shapes are compiled and proven up to it."""
@@ -31,6 +33,7 @@ class ResolvedEncoder:
     spec: EncoderSpec  # everything except weights and tokenizer that decides a vector
     dense: tuple[Path, ...] = ()  # folders of the weights of the head's dense layers, in order
     published: Path | None = None  # what its owner's library reads as exactly this encoder; None if none does
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by name; the default one is in the template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ def _read(
     published = root
     base_model = name_or_path if commit is not None else root.resolve().name
     dense: tuple[Path, ...] = ()
-    recorded = None
+    recorded: RecordedEncoder | None = None
     if (root / ENCODER_FILE).is_file():
         spec = read_encoder(root)
         config = _check_weights(root)
@@ -118,7 +121,10 @@ def _read(
     _check_limits(spec, config, root)
     known_elsewhere = (published / "modules.json").is_file() or (recorded is not None and recorded.family is not None)
     unchanged = max_tokens is None and spec == recorded_spec and known_elsewhere
-    return ResolvedEncoder(root, spec, dense, published if unchanged else None)
+    prompts = {name: text for name, text in read_prompts(published).items() if name != PROMPT}
+    if recorded is not None and not recorded.takes_prompt:  # its makers leave a prompt's tokens out
+        prompts = {}
+    return ResolvedEncoder(root, spec, dense, published if unchanged else None, prompts)
 
 
 def _new_spec(

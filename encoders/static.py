@@ -86,6 +86,7 @@ def read_model2vec(folder: Path) -> RecordedEncoder:
         max_tokens=limit,
         dim=None,
         template=None,
+        takes_prompt=True,
         family=Model2VecConfig.model_type,
     )
 

@@ -57,6 +57,7 @@ def write_layout(
     spec: EncoderSpec,
     card: str,
     dense: Sequence[nn.Sequential] = (),
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights (fp32), tokenizer, head and `encoder.json`.
 
@@ -70,6 +71,7 @@ def write_layout(
         spec: everything except weights and tokenizer that decides a vector.
         card: the model card's text, without front matter.
         dense: the head's dense layers, as `spec.dense` describes them.
+        prompts: by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, model)
@@ -83,7 +85,7 @@ def write_layout(
             "`modules.json`: read it with Mirror Runtime.\n"
         )
     else:
-        _write_modules(folder, spec, model.config.hidden_size)
+        _write_modules(folder, spec, model.config.hidden_size, prompts or {})
     (folder / "README.md").write_text(_front_matter(spec) + card.strip() + "\n", encoding="utf-8")
     write_json(spec, folder / ENCODER_FILE)
 
@@ -159,7 +161,7 @@ def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]
     )
 
 
-def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
+def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping[str, str]) -> None:
     static = FAMILIES[spec.family].is_static
     names = [("", "StaticEmbedding")] if static else [("", "Transformer"), ("1_Pooling", "Pooling")]
     names += [(dense_folder(i), "Dense") for i in range(len(spec.dense))]
@@ -201,7 +203,7 @@ def _write_settings(folder: Path, spec: EncoderSpec) -> None:
         {
             "model_type": "SentenceTransformer",
             "__version__": {},
-            "prompts": {} if prompt is None else {PROMPT: prompt},
+            "prompts": {**prompts} if prompt is None else {**prompts, PROMPT: prompt},
             "default_prompt_name": None if prompt is None else PROMPT,
             "similarity_fn_name": "cosine",
         },

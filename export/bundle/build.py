@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,12 +130,13 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
             write_json(whitening, folder / WHITENING_FILE)
         if testimony is not None:
             write_json(testimony, folder / WITNESS_FILE)
-        return _fill(folder, reference, pairs, request, on_progress)
+        return _fill(folder, reference, source.prompts, pairs, request, on_progress)
 
 
 def _fill(
     folder: Path,
     reference: Reference,
+    prompts: Mapping[str, str],
     pairs: tuple[tuple[EngineName, Precision], ...],
     request: Request,
     on_progress: OnProgress,
@@ -143,7 +144,13 @@ def _fill(
     """Export and prove an encoder, and write all files of its bundle to an unfinished folder."""
     spec = reference.spec
     write_layout(
-        folder, model=reference.model, tokenizer=reference.tokenizer, spec=spec, dense=reference.dense, card=""
+        folder,
+        model=reference.model,
+        tokenizer=reference.tokenizer,
+        spec=spec,
+        dense=reference.dense,
+        prompts=prompts,
+        card="",
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -30,8 +30,10 @@ from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
 from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
+from mirror_runtime.hub import local_bundle
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
+from mirror_runtime.prompts import choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer, iterate
@@ -89,13 +91,16 @@ class Encoder:
         manifest: the bundle's manifest.
         engine: the loaded engine; its `name` and `precision` are those requested, or those that "auto" chose.
         decision: why this engine runs, and with which row lengths.
+        prompts: the encoder's prompts, by name.
     """
 
     def __init__(
-        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, shape_set: ShapeSet
-    ) -> None:
+        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, shape_set: ShapeSet,
+        prompts: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.manifest = manifest
         self.decision = decision
+        self.prompts = prompts or {}
         self.engine = engine
         self._tokenizer = tokenizer
         self._shapes = shape_set
@@ -122,7 +127,7 @@ class Encoder:
         """Load a bundle.
 
         Args:
-            bundle: the folder that export wrote.
+            bundle: the folder that export wrote, or a published one's name, see `hub.local_bundle`.
             engine: the name of an `EngineName` ("onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino",
                 "tensorrt", or "fake" for tests), or "auto": the engine that `mirror plan` found best on this host, or
                 without a plan the one chosen by `mirror_runtime.selection`. See `decision`.
@@ -142,7 +147,7 @@ class Encoder:
             EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
             InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
         """
-        folder = Path(bundle)
+        folder = local_bundle(bundle)
         try:
             policy = LongTexts(long_texts)
         except ValueError:
@@ -171,12 +176,7 @@ class Encoder:
 
     @classmethod
     def of_setting(cls, bundle: Path, setting: Setting, cache_dir: str | Path | None = AUTO_CACHE) -> Encoder:
-        """Load a bundle with exactly one setting, as `mirror plan` does to measure it.
-
-        Raises:
-            BundleError: the folder is not a bundle, or its tokenizer is broken.
-            EngineError: the setting is not in the bundle, not installed or not supported here.
-        """
+        """Load a bundle with exactly one setting, as `mirror plan` does to measure it. Raises like `load`."""
         manifest = read_manifest(bundle)
         decision = replace(decide_setting(manifest, setting), source=DecisionSource.ASKED)
         return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir))
@@ -195,7 +195,7 @@ class Encoder:
     ) -> Encoder:
         spec = manifest.encoder
         check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
-        tokenizer = Tokenizer.of(folder, spec, long_texts)
+        tokenizer, prompts = Tokenizer.of(folder, spec, long_texts), read_prompts(folder)
         artifact = decision.artifact
         kept = None
         if artifact is not None:
@@ -214,7 +214,8 @@ class Encoder:
         if invariant and not engine.dynamic_shapes:
             engine.close()
             raise EngineError(f"{engine.name.value} cannot be invariant: choose onnxruntime or openvino")
-        return cls(manifest, decision, engine, tokenizer, shape_set.one_a_row() if invariant else shape_set)
+        shape_set = shape_set.one_a_row() if invariant else shape_set
+        return cls(manifest, decision, engine, tokenizer, shape_set, prompts)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -245,11 +246,12 @@ class Encoder:
         """Return a snapshot of the counters."""
         return self._counters.snapshot()
 
-    def encode(self, texts: Iterable[str]) -> Vectors:
+    def encode(self, texts: Iterable[str], *, prompt_name: str | None = None) -> Vectors:
         """Encode texts.
 
         Args:
             texts: any iterable of strings; generators are consumed once.
+            prompt_name: one of `prompts` to put before every text, such as "query".
 
         Returns:
             [n, width] in the texts' order: float32 [n, dim], unless the encoder has another vector type, see
@@ -257,10 +259,11 @@ class Encoder:
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.
-            InputError: `texts` is one string.
+            InputError: `texts` is one string, or there is no such prompt.
             EngineError: the engine failed.
         """
-        return self.encode_detailed(texts).vectors_or_raise()
+        prompt = choose_prompt(self.prompts, self.spec.template, name=prompt_name)
+        return self.encode_detailed(prompted(texts, prompt)).vectors_or_raise()
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
@@ -335,13 +338,10 @@ class Encoder:
         shape_set = self._bulk_shapes if bulk else self._shapes
         batches = self._pack(tokenized, shape_set)
         packed_at = time.perf_counter()
-        truncated = int(tokenized.truncated.sum())
-        if truncated:
+        if truncated := int(tokenized.truncated.sum()):
             _log.warning(
                 "%d of %d texts are longer than %d tokens and were truncated; long_texts='chunk' keeps all of them",
-                truncated,
-                len(texts),
-                self.spec.max_tokens,
+                *(truncated, len(texts), self.spec.max_tokens),
             )
         self._counters.add(
             texts=len(texts),

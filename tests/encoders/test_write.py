@@ -14,6 +14,7 @@ from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
 from mirror_runtime.bundle import Activation, Dense, Ditto, Pooling, VectorType, read_encoder
+from mirror_runtime.prompts import PROMPTS_FILE, read_prompts
 from mirror_runtime.vectors import cosines
 
 RAGGED = ["a", "", "the cat sat on the mat", "?!", "a man " * 40, "Dogs, playing the guitar by a RIVER", "  \t "]
@@ -48,6 +49,26 @@ def test_sentence_transformers_gives_the_reference_vectors(tiny_bert, tmp_path, 
     # Without encoder.json the folder records the same.
     (tmp_path / "run" / "encoder.json").unlink()
     assert resolve(str(tmp_path / "run")).spec.pooling is pooling
+
+
+def test_prompts_are_kept_unless_the_pooling_leaves_them_out(tiny_bert, tmp_path):
+    reference = written(tiny_bert, tmp_path / "run", Pooling.MEAN)
+    config, pooling = (tmp_path / "run" / name for name in (PROMPTS_FILE, "1_Pooling/config.json"))
+    (tmp_path / "run" / "encoder.json").unlink()
+    config.write_text(json.dumps({**read(config), "prompts": {"query": "find: "}}))
+    kept = resolve(str(tmp_path / "run")).prompts
+    options: dict[str, Any] = {
+        "model": reference.model,
+        "tokenizer": reference.tokenizer,
+        "spec": reference.spec,
+        "card": "",
+    }
+    write_layout(tmp_path / "again", prompts=kept, **options)
+    assert read_prompts(tmp_path / "again") == kept == {"query": "find: "}
+    found = peer(tmp_path / "again").encode(["a cat"], prompt_name="query")
+    np.testing.assert_allclose(found, reference.encode(["find: a cat"]), atol=1e-5)
+    pooling.write_text(json.dumps({**read(pooling), "include_prompt": False}))
+    assert resolve(str(tmp_path / "run")).prompts == {}
 
 
 def write_with_dense(base: Path, run: Path, **changes: Any) -> Reference:

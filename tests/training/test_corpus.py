@@ -70,9 +70,9 @@ def test_files_are_concatenated_and_those_that_cannot_be_read_are_clear_errors(t
     for name in ("absent.txt", "absent.parquet", "absent.txt.gz"):
         with pytest.raises(InputError, match=r"cannot be read: .*No such file"):
             read(tmp_path / name)
-    for name in (tmp_path / "-", "-"):
+    for dash in (tmp_path / "-", "-"):
         with pytest.raises(InputError, match=r"cannot be read|is read more than once"):
-            read(name)
+            read(dash)
     write(two, gzip.compress(b"a man\n"))
     assert [file.name for file in read(tmp_path).files] == ["one.txt", "two.txt.gz"]
 

@@ -96,6 +96,13 @@ def gateway(
             "Default on loopback: localhost, 127.0.0.1 and [::1]; elsewhere any.",
         ),
     ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Origin of a web page whose scripts may call this gateway: https://example.org.",
+        ),
+    ] = None,
     max_connections: Annotated[
         int,
         typer.Option(min=1, help="Open connections. Beyond it, the one that waits longest for its client is closed."),
@@ -170,6 +177,7 @@ def gateway(
             timeout_s=timeout,
             drain_s=drain,
             allowed_hosts=hosts_allowed_at(host, allowed_host or ()),
+            cors=tuple(cors or ()),
             max_connections=max_connections,
             max_peer_connections=max_peer_connections,
             max_header_bytes=max_header,

@@ -13,6 +13,7 @@ import typer
 from typer.models import OptionInfo
 
 from mirror_runtime.bundle import EngineName, Pooling, Precision
+from mirror_runtime.hub import local_bundle
 from mirror_runtime.tokenizer import LongTexts
 
 _ENGINES = ", ".join(engine.value for engine in EngineName if engine is not EngineName.FAKE)
@@ -38,7 +39,12 @@ def port_option(server: str) -> OptionInfo:
 # What is encoded, and how.
 BundleArgument: TypeAlias = Annotated[
     Path,
-    typer.Argument(metavar="BUNDLE", help="The bundle's folder, as export/to_onnx.py wrote it.", show_default=False),
+    typer.Argument(
+        metavar="BUNDLE",
+        help="The bundle's folder, as export/to_onnx.py wrote it, or OWNER/NAME@COMMIT of a hub.",
+        show_default=False,
+        callback=local_bundle,
+    ),
 ]
 EngineOption: TypeAlias = Annotated[str, _ENGINE]
 PrecisionOption: TypeAlias = Annotated[str, _PRECISION]

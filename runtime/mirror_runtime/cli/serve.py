@@ -22,6 +22,7 @@ from mirror_runtime.cli.options import (
 )
 from mirror_runtime.cli.run import timestamped_lines
 from mirror_runtime.client.protocol import MODEL_NAME
+from mirror_runtime.hub import local_bundle
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.repository.options import ServingOptions
@@ -36,6 +37,7 @@ def serve(
         typer.Argument(
             help="A bundle's folder, or a model repository that export/to_triton.py or mirror deploy wrote.",
             metavar="BUNDLE|REPO",
+            callback=local_bundle,
             show_default=False,
         ),
     ],

@@ -126,8 +126,8 @@ def _find(path: Path) -> list[Path]:
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
         if foreign := [file for file in found if suffix_of(file) not in SUFFIXES]:
             raise InputError(
-                f"{foreign[0]} is no corpus file ({', '.join(SUFFIXES)}, each also with .gz or .zst): name the files "
-                f"with a pattern, such as '{path}/*.csv'"
+                f"{foreign[0]} is not a corpus file ({', '.join(SUFFIXES)}, each also with .gz or .zst): name the "
+                f"files with a pattern, such as '{path}/*.csv'"
             )
     elif path == STDIN or path.is_file() or not glob.has_magic(str(path)):
         found = [path]

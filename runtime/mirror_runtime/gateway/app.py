@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,9 +18,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 import mirror_runtime
+from mirror_runtime.errors import InputError
 from mirror_runtime.gateway.bodies import json_route
 from mirror_runtime.gateway.buffers import HeldBytes
 from mirror_runtime.gateway.errors import (
@@ -31,6 +35,7 @@ from mirror_runtime.gateway.errors import (
 )
 from mirror_runtime.gateway.metrics import CONTENT_TYPE
 from mirror_runtime.gateway.middleware import Middleware, response_of
+from mirror_runtime.gateway.paths import UsualPaths
 from mirror_runtime.gateway.schema import (
     EmbeddingsAnswer,
     EmbeddingsRequest,
@@ -41,11 +46,20 @@ from mirror_runtime.gateway.schema import (
     Live,
     Model,
     Models,
+    SimilarityRequest,
 )
 from mirror_runtime.gateway.service import EncodingResult, GatewayService
+from mirror_runtime.prompts import choose_prompt
+from mirror_runtime.vectors import unit_rows
 
-OPEN_ROUTES = ("/health", "/health/live", "/metrics", "/docs", "/openapi.json")
+OPEN_ROUTES = ("/", "/health", "/health/live", "/metrics", "/docs", "/openapi.json")
 """Routes without a key: for probes, Prometheus and readers of the documentation."""
+
+HERE = (
+    "this gateway has one model, which gives one vector a text: POST /v1/embeddings (OpenAI), POST /embed and "
+    "/similarity (TEI), GET /v1/models, /info, /health, /docs. It neither reranks nor classifies"
+)
+"""What a request for another path is told."""
 
 T = TypeVar("T")
 
@@ -56,6 +70,10 @@ _ROWS_AT_ONCE = 32
 """Vectors serialised before other tasks run: 1 to 2 ms for 384 components."""
 
 _CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+}
 _VECTOR_HEADERS = {
     "X-Vector-Space": {
         "description": "The fingerprint: vectors of equal fingerprints can be compared.",
@@ -82,17 +100,27 @@ def make_app(service: GatewayService) -> ASGIApp:
         version=mirror_runtime.__version__,
         description="Text to vectors, with the APIs of OpenAI and of Text Embeddings Inference.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's loads scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.router.route_class = json_route(service.settings.max_batch)
+    app.router.route_class = json_route(service.settings.max_batch, service.settings.max_body_bytes)
     # Document that a key is required. The middleware has checked it already.
     keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
     _add_embedding_routes(app, service, keyed)
     _add_information_routes(app, service, keyed)
     _add_error_handlers(app)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
-    return Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES)
+    inner: ASGIApp = UsualPaths(Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES))
+    if not service.settings.cors:
+        return inner
+    return CORSMiddleware(
+        inner,
+        allow_origins=service.settings.cors,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-vector-space", "x-truncated", "x-request-id", "retry-after"],
+    )
 
 
 def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
@@ -114,15 +142,12 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Return vectors, as OpenAI's API does."""
         model = service.settings.model
-        if body.model != model:
+        if body.model is not None and body.model != model and not body.model.endswith(f"/{model}"):
             raise Refusal(
                 404, "model_not_found", f"the model here is {model!r}, not {printable(body.model)!r}", param="model"
             )
-        texts = [body.input] if isinstance(body.input, str) else body.input
         base64 = body.encoding_format == "base64"
-        caller = _held_for_answer(request, service, len(texts), _BASE64_BYTES if base64 else _JSON_BYTES)
-        work = service.encode(texts, caller, dimensions=body.dimensions)
-        result = await _while_connected(request, service, work)
+        result = await _encode(request, service, body, body.input, _BASE64_BYTES if base64 else _JSON_BYTES)
         return _vectors_response(await _openai_body(result, model, base64, turn), result)
 
     @app.post(
@@ -134,21 +159,44 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
     )
     async def embed(body: EmbedRequest, request: Request) -> Response:
         """Return vectors, as Text Embeddings Inference does."""
-        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-        caller = _held_for_answer(request, service, len(texts), _JSON_BYTES)
-        options = {"normalize": body.normalize, "truncate": body.truncate}
-        work = service.encode(texts, caller, dimensions=body.dimensions, **options)
-        result = await _while_connected(request, service, work)
+        result = await _encode(request, service, body, body.inputs, _JSON_BYTES)
         return _vectors_response(b"[%b]" % b",".join(await _json_rows(result.vectors, turn)), result)
+
+    @app.post("/similarity", response_model=list[float], responses=responses, dependencies=keyed, tags=["vectors"])
+    async def similarity(body: SimilarityRequest, request: Request) -> Response:
+        """Return the cosine of one text with each of the others, as Text Embeddings Inference does."""
+        texts = [body.inputs.source_sentence, *body.inputs.sentences]
+        result = await _encode(request, service, EmbedRequest.model_validate({"inputs": texts}), texts, _JSON_BYTES)
+        source, *others = unit_rows(result.vectors)
+        return _vectors_response(orjson.dumps([float(source @ other) for other in others]), result)
 
 
 def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
     """Add the routes that describe the gateway."""
+    created = int(time.time())
+
+    def _model() -> Model:
+        card, settings = service.backend.card, service.settings
+        return Model(
+            id=settings.model,
+            created=created,
+            fingerprint=card.fingerprint,
+            dimensions=[*settings.dimensions, card.dim],
+            max_tokens=card.max_tokens,
+        )
 
     @app.get("/v1/models", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def models() -> Models:
         """List the one model, as OpenAI's API does."""
-        return Models(data=[Model(id=service.settings.model)])
+        return Models(data=[_model()])
+
+    @app.get("/v1/models/{name:path}", responses=_refusals(401, 404), dependencies=keyed, tags=["facts"])
+    async def model(name: str) -> Model:
+        """Return the one model, as OpenAI's API does."""
+        if name != service.settings.model:
+            message = f"the model here is {service.settings.model!r}, not {printable(name)!r}"
+            raise Refusal(404, "model_not_found", message, param="model")
+        return _model()
 
     @app.get("/info", responses=_refusals(401), dependencies=keyed, tags=["facts"])
     async def info() -> Info:
@@ -160,6 +208,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             dim=card.dim,
             dimensions=[*settings.dimensions, card.dim],
             max_tokens=card.max_tokens,
+            prompts=list(card.prompts),
             normalized=card.normalized,
             long_texts=card.long_texts,
             engine=card.engine,
@@ -170,6 +219,13 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             max_body_bytes=settings.max_body_bytes,
             version=mirror_runtime.__version__,
         )
+
+    page = (Path(__file__).with_name("page.html")).read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def front() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
     @app.get("/health", responses=_refusals(503), tags=["facts"])
     async def health() -> Health:
@@ -206,7 +262,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(_: Request, error: HTTPException) -> Response:
-        refusal = Refusal(error.status_code, _CODES.get(error.status_code, "bad_request"), str(error.detail))
+        detail = HERE if error.status_code == 404 else str(error.detail)
+        refusal = Refusal(error.status_code, _CODES.get(error.status_code, "bad_request"), detail)
         response = response_of(refusal)
         response.headers.update(error.headers or {})
         return response
@@ -237,6 +294,34 @@ async def _json_rows(vectors: NDArray[np.float32], turn: asyncio.Lock) -> list[b
             if at % _ROWS_AT_ONCE == 0:
                 await asyncio.sleep(0)
     return rows
+
+
+async def _encode(
+    request: Request, service: GatewayService, body: EmbeddingsRequest | EmbedRequest, given: str | list[str], size: int
+) -> EncodingResult:
+    """Encode a request's texts with its parameters; `size` is the bytes of a component in its answer."""
+    texts = [given] if isinstance(given, str) else given
+    caller = _held_for_answer(request, service, len(texts), size)
+    limit = body.truncate_prompt_tokens
+    if body.truncate == "START" or (limit is not None and -1 < limit < service.backend.card.max_tokens):
+        message = f"texts are cut at their end, at {service.backend.card.max_tokens} tokens: leave this field out"
+        param = "truncate" if body.truncate == "START" else "truncate_prompt_tokens"
+        raise Refusal(400, "truncation_not_possible", message, param=param)
+    card = service.backend.card
+    try:
+        prompt = choose_prompt(card.prompts, card.template, name=body.prompt_name, input_type=body.input_type)
+    except InputError as error:
+        param = "prompt_name" if body.prompt_name else "input_type"
+        raise Refusal(400, "prompt_not_possible", printable(str(error)), param=param) from None
+    work = service.encode(
+        texts,
+        caller,
+        dimensions=body.dimensions,
+        normalize=body.normalize,
+        truncate={"NONE": False, "END": True}.get(str(body.truncate), body.truncate is not False),
+        prompt=prompt,
+    )
+    return await _while_connected(request, service, work)
 
 
 def _held_for_answer(request: Request, service: GatewayService, texts: int, component_bytes: int) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
@@ -36,6 +36,8 @@ class ModelCard:
     engine: str
     precision: str
     backend: str  # "in-process", or the server's address
+    prompts: Mapping[str, str] = field(default_factory=dict)  # by name; none of a Triton server's
+    template: str | None = None  # text that the encoder itself puts around every text
 
 
 class EncodingBackend(Protocol):
@@ -77,6 +79,8 @@ class InProcessBackend:
             engine=encoder.engine.name.value,
             precision=encoder.engine.precision.value,
             backend="in-process",
+            prompts=encoder.prompts,
+            template=spec.template,
         )
 
     async def encode(self, texts: Sequence[str]) -> Served:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,8 +24,8 @@ _BYTES_PER_TEXT = 16
 """Bytes outside of strings for each possible text: a comma, and what an odd client writes."""
 
 
-def json_route(max_texts: int) -> type[APIRoute]:
-    """Build the class of routes whose JSON bodies hold at most `max_texts` texts."""
+def json_route(max_texts: int, max_bytes: int) -> type[APIRoute]:
+    """Build the class of routes whose JSON bodies hold at most `max_texts` texts, in `max_bytes` once decompressed."""
     turn = asyncio.Lock()  # one at a time, so that other tasks run between two of them
 
     class JsonRoute(APIRoute):
@@ -38,6 +39,8 @@ def json_route(max_texts: int) -> type[APIRoute]:
                     body = await request.body()
                 except ClientDisconnect:
                     raise client_gone() from None
+                if coding := request.headers.get("content-encoding", "identity").strip().lower():
+                    body = _decoded(body, coding, max_bytes)
                 if body and "json" in request.headers.get("content-type", "").lower():
                     if len(body) <= _SHORT:
                         request._json = _parsed(body)
@@ -49,6 +52,24 @@ def json_route(max_texts: int) -> type[APIRoute]:
             return read_and_handle
 
     return JsonRoute
+
+
+def _decoded(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Decompress a body."""
+    if coding == "identity":
+        return body
+    if coding != "gzip":
+        raise Refusal(415, "encoding_not_supported", "Content-Encoding must be gzip, or absent")
+    try:
+        decoder = zlib.decompressobj(31)
+        content = decoder.decompress(body, max_bytes + 1)
+    except zlib.error:
+        raise Refusal(400, "invalid_body", "the body is not gzip, as its Content-Encoding says") from None
+    if len(content) > max_bytes:
+        raise Refusal(413, "body_too_large", f"the body has more than {max_bytes} bytes: send fewer texts per request")
+    if not decoder.eof:
+        raise Refusal(400, "invalid_body", "the gzip body is not whole")
+    return content
 
 
 def _parsed_if_plain(body: bytes, max_texts: int) -> Any:

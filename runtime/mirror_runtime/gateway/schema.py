@@ -35,12 +35,19 @@ Texts = Annotated[
     BeforeValidator(_texts),
     Field(description="A text, or a list of them. An empty text has a vector too."),
 ]
-Dimensions = Annotated[
-    int | None,
-    Field(ge=1, description="Keep the first N components: one of the values in /info, or null for all."),
-]
 
 
+def _exact(value: Any) -> Any:
+    """Accept a whole number that a client wrote as a string or a float."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Number = Annotated[int, BeforeValidator(_exact)]
+
+
+_TEXTS = ("input", "inputs")
 _NAMED = 3
 """Unknown fields that a refusal names; it counts the others."""
 
@@ -52,40 +59,80 @@ class _Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, body: Any) -> Any:
-        """Report several unknown fields at once: as one error each, 4 MB of them took 6 to 10 s."""
-        if isinstance(body, dict) and len(unknown := body.keys() - cls.model_fields.keys()) > 1:
+        """Drop nulls, which clients send for what they leave out, and report several unknown fields at once.
+
+        As one error each, 4 MB of them took 6 to 10 s.
+        """
+        if not isinstance(body, dict):
+            return body
+        body = {name: value for name, value in body.items() if value is not None or name in _TEXTS}
+        if len(unknown := body.keys() - cls.model_fields.keys()) > 1:
             first = [str(name) for name in body if name in unknown][:_NAMED]
             more = f" and {len(unknown) - len(first)} more" if len(unknown) > len(first) else ""
             message = f"{', '.join(map(printable, first))}{more}: these fields are not permitted"
             raise Refusal(422, "invalid_field", message, param=first[0])
         return body
 
+    dimensions: Number | None = Field(
+        None, ge=1, description="Keep the first N components: one of the values in /info, or null for all."
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Scale vectors to length 1; false only for encoders that do not. null: the encoder's choice.",
+    )
+    truncate: bool | Literal["NONE", "START", "END"] | None = Field(
+        None,
+        description="false or NONE: refuse a text over the encoder's limit (413). true, END or null: the gateway's "
+        "policy. START is refused: texts lose their end.",
+    )
+    truncation_direction: Literal["right", "Right"] | None = Field("right", description="Texts lose their end.")
+    truncate_prompt_tokens: Number | None = Field(
+        None, ge=-1, description="-1, or the encoder's limit or more: texts are cut there."
+    )
+    prompt_name: str | None = Field(None, description="A prompt of the encoder, see /info, to put before every text.")
+    input_type: str | None = Field(
+        None,
+        description="What the texts are: query, document, or their names in other APIs (passage, search_query, …). "
+        "The encoder's prompt for it is put before every text, if it has one.",
+    )
+    user: str | int | None = Field(None, description="Accepted for compatibility and ignored.")
+
 
 class EmbeddingsRequest(_Request):
     """OpenAI's request for vectors."""
 
     input: Texts
-    model: str = Field(description="The model's name, as in /v1/models.")
-    encoding_format: Literal["float", "base64"] = Field(
+    model: str | None = Field(
+        None,
+        description="The model's name, as in /v1/models, or openai/NAME and the like. null: the only one.",
+    )
+    encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="Numbers, or base64 of little-endian float32: a third of the bytes, and the exact values."
     )
-    dimensions: Dimensions = None
-    user: str | None = Field(None, description="Accepted for compatibility and ignored.")
 
 
 class EmbedRequest(_Request):
     """Text Embeddings Inference's request for vectors."""
 
     inputs: Texts
-    normalize: bool | None = Field(
-        None,
-        description="Scale vectors to length 1; false only for encoders that do not. null: the encoder's choice.",
-    )
-    truncate: bool | None = Field(
-        None,
-        description="false: refuse a text over the encoder's limit (413). true or null: the gateway's policy.",
-    )
-    dimensions: Dimensions = None
+
+
+class Pairs(BaseModel):
+    """One text, and those to compare it with."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    source_sentence: Annotated[str, BeforeValidator(_texts)]
+    sentences: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
+
+
+class SimilarityRequest(BaseModel):
+    """Text Embeddings Inference's request for cosines."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    inputs: Pairs
+    parameters: dict[str, None] | None = Field(None, description="Accepted if empty.")
 
 
 class Embedding(BaseModel):
@@ -118,8 +165,11 @@ class Model(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = 0
+    created: int = Field(description="When this gateway started, in seconds since 1970.")
     owned_by: str = "mirror-runtime"
+    fingerprint: str = Field(description="Name of the vector space: vectors with equal fingerprints can be compared.")
+    dimensions: list[int]
+    max_tokens: int
 
 
 class Models(BaseModel):
@@ -137,6 +187,7 @@ class Info(BaseModel):
     dim: int
     dimensions: list[int] = Field(description="Possible values of `dimensions` in a request.")
     max_tokens: int
+    prompts: list[str] = Field(description="Names of the encoder's prompts.")
     normalized: bool
     long_texts: str = Field(description="Policy for longer texts: truncate, error or chunk.")
     engine: str

@@ -69,6 +69,7 @@ class GatewayService:
         dimensions: int | None = None,
         normalize: bool | None = None,
         truncate: bool | None = None,
+        prompt: str = "",
     ) -> EncodingResult:
         """Encode a request's texts, at least one, with the request's own parameters, see `schema`.
 
@@ -81,7 +82,7 @@ class GatewayService:
         try:
             self._check(len(texts), dimensions, normalize)
             with self._counted(len(texts)):
-                served = await self.scheduler.encode(texts, caller)
+                served = await self.scheduler.encode([prompt + text for text in texts] if prompt else texts, caller)
                 _check_finite(served)
                 self._record_outcome(None)
             return self._finish(served, dimensions, normalize, truncate)

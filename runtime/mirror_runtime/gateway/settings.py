@@ -34,6 +34,7 @@ class GatewaySettings:
             see the failing health check.
         allowed_hosts: names that requests may have in their Host header; empty for any. On loopback, other names are
             those of a web page that reaches the gateway through its reader's browser (DNS rebinding).
+        cors: origins whose pages may call this gateway from a browser; "*" for any.
         max_connections: open connections. Beyond it, the one that has been idle or slow for longest is closed.
         max_peer_connections: likewise, of one address. A proxy is one address.
         max_header_bytes: bytes of a request's head. Browsers and proxies send less than 16,384.
@@ -56,6 +57,7 @@ class GatewaySettings:
     timeout_s: float = 30.0
     drain_s: float = 1.0
     allowed_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
     max_connections: int = 1024
     max_peer_connections: int = 512
     max_header_bytes: int = 32_768

@@ -4,6 +4,7 @@ import json
 import sys
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -131,7 +132,7 @@ def test_folders_patterns_and_standard_input(tmp_path, monkeypatch):
             gzip.compress(b"text\na\n") if name == "a.csv.gz" else "text\nb\n" if name == "b.csv" else '"c"\n',
         )
 
-    def texts(*names: object, **options: object) -> list[object]:
+    def texts(*names: Any, **options: Any) -> list[object]:
         return [row.values[0] for row in open_corpus(names, **options).rows()]
 
     assert texts(tmp_path) == ["a", "b", "c"]
@@ -139,7 +140,7 @@ def test_folders_patterns_and_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(zstd("text\nx\n")))))
     assert texts("-", declared=Format.CSV) == ["x"]
     (tmp_path / "README.md").touch()
-    with pytest.raises(InputError, match=r"README.md is no corpus file .* name the files with a pattern"):
+    with pytest.raises(InputError, match=r"README.md is not a corpus file .* name the files with a pattern"):
         open_corpus([tmp_path])
     for name in ("*.tsv", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)

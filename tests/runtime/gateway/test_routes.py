@@ -1,17 +1,22 @@
 """The routes other than OpenAI's: TEI's, information, metrics and the document."""
 
 import asyncio
+import gzip
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from mirror_runtime import __version__
+from mirror_runtime.errors import InputError
 from mirror_runtime.gateway.app import make_app
 from tests.support.fake_bundles import FINGERPRINT
 from tests.support.gateways import MODEL, changed_bundle, running, vectors
 
-POSTS, GETS = ("/v1/embeddings", "/embed"), ("/v1/models", "/info", "/health", "/health/live", "/metrics")
+POSTS = ("/v1/embeddings", "/embed", "/similarity")
+GETS = ("/v1/models", "/v1/models/{name}", "/info", "/health", "/health/live", "/metrics")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_vectors_of_an_unnormalised_encoder_can_be_scaled(gateway_bundle, tmp_pa
 def test_info_describes_the_model_and_the_limits(gateway):
     model = {"model": MODEL, "fingerprint": FINGERPRINT, "dim": 8, "dimensions": [4, 8], "normalized": True}
     served = {"engine": "fake", "precision": "fp32", "backend": "in-process", "version": __version__}
-    limits = {"max_batch": 100, "max_in_flight": 4096, "max_body_bytes": 4_000_000, "max_tokens": 64}
+    limits = {"max_batch": 100, "max_in_flight": 4096, "max_body_bytes": 4_000_000, "max_tokens": 64, "prompts": []}
     assert gateway.send("GET", "/info").json == {**model, **served, **limits, "long_texts": "truncate"}
 
 
@@ -117,4 +122,112 @@ def test_the_document_describes_every_response(gateway):
     vectors = document["paths"]["/v1/embeddings"]["post"]["responses"]
     assert set(vectors) == {"200", "400", "401", "404", "413", "422", "429", "500", "503"}
     assert vectors["422"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
-    assert gateway.send("GET", "/docs").body.startswith(b"\n    <!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_the_page_needs_nothing_from_elsewhere(gateway, path):
+    page = gateway.send("GET", path)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert not re.search(rb"https?://|src=|@import|url\(", page.body)
+    assert not re.search(rb"innerHTML|document\.write", page.body)  # texts are texts
+
+
+def test_models_say_which_space_they_are(gateway):
+    (model,) = gateway.send("GET", "/v1/models").json["data"]
+    assert {"id": MODEL, "fingerprint": FINGERPRINT, "dimensions": [4, 8], "max_tokens": 64}.items() <= model.items()
+    assert model["created"] > 1_700_000_000
+    assert gateway.send("GET", f"/v1/models/{MODEL}").json == model
+    assert gateway.send("GET", "/v1/models/other").error["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        *(("POST", path, {"input": "a"}) for path in ("/v1/embeddings/", "/embeddings", "//v1//embeddings")),
+        ("POST", "/openai/deployments/mini/embeddings?api-version=2024-10-21", {"input": "a"}),
+        *(("POST", path, {"inputs": "a"}) for path in ("/", "/embed/", "/invocations")),
+        *(("GET", path, None) for path in ("/models", "/ping", "/info/")),
+        *(("HEAD", path, None) for path in ("/health", "/v1/models")),
+    ],
+)
+def test_other_names_of_routes(gateway, method, path, body):
+    reply = gateway.send(method, path, body)
+    assert reply.status == 200
+    assert bool(reply.body) == (method != "HEAD")
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/embed_sparse", "/predict", "/v1/chat/completions"])
+def test_what_the_model_cannot_do_is_said(gateway, path):
+    reply = gateway.send("POST", path, {})
+    assert reply.status == 404
+    assert "gives one vector a text: POST /v1/embeddings" in reply.error["message"]
+
+
+def test_similarity_is_the_cosine(gateway):
+    texts = ["a cat", "a dog", "word " * 100]
+    reply = gateway.send("POST", "/similarity", {"inputs": {"source_sentence": texts[0], "sentences": texts}})
+    encoded = gateway.encoder.encode(texts)
+    np.testing.assert_allclose(reply.json, encoded @ encoded[0], atol=1e-6)
+    assert reply.headers["x-truncated"] == "1"
+
+
+NULLS = dict.fromkeys(["encoding_format", "dimensions", "user", "truncate", "prompt_name", "normalize", "input_type"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": None, **NULLS},
+        {"model": f"openai/{MODEL}", "user": 7, "dimensions": "8"},
+        {"dimensions": 8.0, "truncate": "END", "truncate_prompt_tokens": -1, "input_type": "search_query"},
+        {"truncate_prompt_tokens": 512, "truncation_direction": "right", "normalize": True},
+    ],
+)
+def test_fields_that_mean_what_the_gateway_does_are_accepted(gateway, fields):
+    reply = gateway.send("POST", "/v1/embeddings", {"input": "a", **fields})
+    assert reply.status == 200, reply.body
+    np.testing.assert_array_equal(vectors(reply.json["data"][0]["embedding"]), gateway.encoder.encode(["a"])[0])
+
+
+def test_a_compressed_body_is_read_within_the_limit(gateway):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    body = gzip.compress(b'{"input": "a"}')
+    assert gateway.send("POST", "/v1/embeddings", body, headers).status == 200
+    for content, status in ((body[:-4], 400), (b"no", 400), (gzip.compress(b" " * 4_100_000), 413)):
+        assert gateway.send("POST", "/v1/embeddings", content, headers).status == status
+    assert gateway.send("POST", "/v1/embeddings", body, {**headers, "Content-Encoding": "br"}).status == 415
+
+
+def test_only_named_origins_may_call_from_a_browser(gateway, gateway_bundle):
+    headers = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    assert gateway.send("OPTIONS", "/v1/embeddings", headers=headers).status == 405
+    with running(gateway_bundle, cors=("https://page.example",), keys=("a-key-of-sixteen-letters",)) as opened:
+        preflight = opened.send("OPTIONS", "/v1/embeddings", headers=headers)
+        assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (200, headers["Origin"])
+        assert opened.send("OPTIONS", "/embed", headers={**headers, "Origin": "https://evil.example"}).status == 400
+
+
+def test_prompts_by_name_and_by_what_a_text_is(gateway_bundle, tmp_path):
+    bundle = shutil.copytree(gateway_bundle, tmp_path / "bundle")
+    prompts = {"query": "find: ", "passage": "text: "}
+    (bundle / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    with running(bundle) as gateway:
+        for fields, prompt in (
+            ({"prompt_name": "query"}, "find: "),
+            ({"input_type": "search_query"}, "find: "),
+            ({"input_type": "document"}, "text: "),
+            ({"input_type": "classification"}, ""),
+            ({}, ""),
+        ):
+            expected = gateway.encoder.encode([f"{prompt}a"])
+            openai = gateway.send("POST", "/v1/embeddings", {"input": "a", **fields}).json["data"][0]["embedding"]
+            tei = gateway.send("POST", "/embed", {"inputs": "a", **fields}).json[0]
+            np.testing.assert_array_equal(vectors([openai, tei]), [expected[0], expected[0]])
+        expected = gateway.encoder.encode(["find: a"])
+        np.testing.assert_array_equal(gateway.encoder.encode(["a"], prompt_name="query"), expected)
+        with pytest.raises(InputError, match="no prompt 'other': its prompts are 'query', 'passage'"):
+            gateway.encoder.encode(["a"], prompt_name="other")
+        refused = gateway.send("POST", "/embed", {"inputs": "a", "prompt_name": "other"})
+        assert (refused.status, refused.error["param"]) == (400, "prompt_name")
+        assert gateway.send("GET", "/info").json["prompts"] == ["query", "passage"]
