@@ -42,7 +42,7 @@ class LowRank(nn.Module):
 
 @contextmanager
 def trained_parts(model: PreTrainedModel, layers: int | None, rank: int | None) -> Iterator[None]:
-    """Let only some parameters require a gradient while the block runs; then merge low-rank additions.
+    """Restrict which parameters are trained while the block runs; then merge low-rank additions.
 
     A layer below the trained ones, whose input needs no gradient either, runs without autograd, and without dropout.
 

@@ -1,13 +1,16 @@
 """A killed run resumes exactly."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mirror_runtime.errors import InputError
 from tests.support.tuning import ANIMALS, FP32, PAIRS, SCORED, TARGETS, TEACHER, TRIPLETS, load, tune, weights
+from training.augment import Example
 from training.checkpoint import Checkpoint, State, Step, fingerprint
 from training.recipe import RECIPES, Objective, Recipe, TuneConfig
 from training.trainer import train
@@ -20,8 +23,8 @@ class Killed(BaseException):
     """Stands for SIGKILL: a run that saved its state while it ends would be seen at step 2."""
 
 
-SMALL = {"batch_size": 8, "max_tokens": 48, "epochs": 2}
-RUNS = {
+SMALL: dict[str, Any] = {"batch_size": 8, "max_tokens": 48, "epochs": 2}
+RUNS: dict[str, tuple[Sequence[Example], TuneConfig, torch.Tensor | None]] = {
     "repetition": (ANIMALS, dataclasses.replace(MIRROR, repetition=0.5), None),
     "self-guided": (ANIMALS, GUIDED, None),
     "pieces": (ANIMALS, dataclasses.replace(MIRROR, micro_batch_tokens=64), None),

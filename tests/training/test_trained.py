@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,10 +77,10 @@ def test_a_folder_has_the_bytes_of_weights_merged_by_hand(tiny_bert: Path, tmp_p
     by_hand.model.load_state_dict(weights)
     for name, one in (("tuned", tuned), ("by_hand", by_hand)):
         write_layout(tmp_path / name, model=one.model, tokenizer=one.tokenizer, spec=one.spec, card="")
-    files = [path.relative_to(tmp_path / "tuned") for path in (tmp_path / "tuned").rglob("*") if path.is_file()]
-    assert {str(path) for path in files} > {"model.safetensors", "encoder.json"}
-    for path in files:
-        assert (tmp_path / "tuned" / path).read_bytes() == (tmp_path / "by_hand" / path).read_bytes()
+    files = [file.relative_to(tmp_path / "tuned") for file in (tmp_path / "tuned").rglob("*") if file.is_file()]
+    assert {str(file) for file in files} > {"model.safetensors", "encoder.json"}
+    for file in files:
+        assert (tmp_path / "tuned" / file).read_bytes() == (tmp_path / "by_hand" / file).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_what_cannot_be_trained_is_named(tiny_bert, layers, rank, pooled, messag
 
 def test_layers_that_share_weights_are_not_told_apart(tiny_bert: Path) -> None:
     reference = load(tiny_bert)
-    reference.model.encoder.layer[1] = reference.model.encoder.layer[0]
+    layers: Any = reference.model.get_submodule("encoder.layer")
+    layers[1] = layers[0]
     with pytest.raises(InputError, match="this encoder shares them"):
         train(reference, ANIMALS, dataclasses.replace(SMALL, train_layers=1), FP32, lambda step: None)
