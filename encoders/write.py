@@ -182,7 +182,7 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping
     )
     for path, _ in names:
         (folder / path).mkdir(exist_ok=True)
-    _write_settings(folder, spec)
+    _write_settings(folder, spec, prompts)
     if static:  # neither cuts texts nor pools: the limit is the tokenizer's
         return
     mode = next(name for name, pooling in POOLING_MODES.items() if pooling is spec.pooling)
@@ -196,7 +196,7 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping
     _dump(folder / "sentence_bert_config.json", {"max_seq_length": spec.max_tokens, "do_lower_case": False})
 
 
-def _write_settings(folder: Path, spec: EncoderSpec) -> None:
+def _write_settings(folder: Path, spec: EncoderSpec, prompts: Mapping[str, str]) -> None:
     prompt = None if spec.template is None else spec.template.removesuffix("{text}")
     _dump(
         folder / "config_sentence_transformers.json",
