@@ -102,7 +102,7 @@ def demo(
 ) -> None:
     """Tune an encoder on this Python's own docstrings, export it, serve it with Triton and query it.
 
-    Takes under 4 minutes on 2 cores: 80 s for tuning two ways, 40 s for the export.
+    Takes about 4 minutes on 2 idle cores, most of it for tuning two ways and for the export.
     """
     if serve is Serve.TRITON:
         try:
