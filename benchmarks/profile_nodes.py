@@ -1,8 +1,7 @@
 """Show where OpenVINO spends a batch's time, node by node: `python benchmarks/profile_nodes.py BUNDLE`.
 
-One core runs one batch after another. A node's time is the average of all runs but the first. The rate of products stands
-beside that of the ceiling's chain of bare products, with as many rows, measured in the same process. The last line of
-standard output is one JSON object.
+One core runs one batch after another. A node's time is the average of all runs but the first. The rate of products
+stands beside that of the ceiling's chain of bare products, with as many rows. The last line is one JSON object.
 """
 
 from __future__ import annotations
