@@ -1,8 +1,7 @@
 """Show where OpenVINO spends a batch's time, node by node: `python benchmarks/profile_nodes.py BUNDLE`.
 
-One core runs one batch after another. A node's time is its fastest run; the rate of products stands beside that of the
-ceiling's chain of bare products, with as many rows, measured in the same process. The last line of standard output is
-one JSON object.
+One core runs one batch after another. A node's time is the average of all runs but the first. The rate of products
+stands beside that of the ceiling's chain of bare products, with as many rows. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def profile(model: Any, precision: Precision, rows: int, length: int, runs: int)
     """Run one shape of a packed graph on one core.
 
     Returns:
-        The nodes by type and kernel, the slowest first, and the milliseconds of the fastest run.
+        The nodes by type and kernel, the slowest first, and the milliseconds of a run.
     """
     shaped = model.clone()
     shaped.reshape({value.get_any_name(): [rows, length] for value in shaped.inputs})
@@ -92,15 +91,16 @@ def profile(model: Any, precision: Precision, rows: int, length: int, runs: int)
         "segment_ids": places // TOKENS_A_TEXT + 1,
     }.items():
         request.get_tensor(name).data[...] = values
-    seconds, fastest, kinds = list[float](), dict[str, float](), dict[str, str]()
-    for _ in range(runs):
-        seconds += seconds_of(request.infer, 1)
-        for node in request.profiling_info:
-            took = node.real_time.total_seconds() * 1e6
-            fastest[node.node_name] = min(took, fastest.get(node.node_name, took))
-            kinds[node.node_name] = f"{node.node_type} {node.exec_type}"
+    request.infer()
+    first = {node.node_name: node.real_time.total_seconds() for node in request.profiling_info}
+    seconds = seconds_of(request.infer, runs)
+    took = {  # OpenVINO's counters are averages over all runs
+        node.node_name: 1e6 * ((runs + 1) * node.real_time.total_seconds() - first[node.node_name]) / runs
+        for node in request.profiling_info
+    }
+    kinds = {node.node_name: f"{node.node_type} {node.exec_type}" for node in request.profiling_info}
     flop = {node.get_friendly_name(): _flop(node) for node in compiled.get_runtime_model().get_ordered_ops()}
-    return _grouped((kinds[name], took, flop.get(name, 0)) for name, took in fastest.items()), 1e3 * min(seconds)
+    return _grouped((kinds[name], time, flop.get(name, 0)) for name, time in took.items()), 1e3 * sum(seconds) / runs
 
 
 def _flop(node: Any) -> int:
@@ -113,7 +113,7 @@ def _flop(node: Any) -> int:
 def _grouped(nodes: Iterable[tuple[str, float, int]]) -> list[Group]:
     groups: dict[str, Group] = {}
     for kind, took, flop in nodes:
-        if took:
+        if took > 0:
             old = groups.get(kind, Group(kind, 0, 0.0, 0))
             groups[kind] = Group(kind, old.nodes + 1, old.microseconds + took, old.flop + flop)
     return sorted(groups.values(), key=lambda group: -group.microseconds)

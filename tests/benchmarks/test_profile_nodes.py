@@ -11,13 +11,13 @@ from mirror_runtime.errors import InputError
 
 def test_the_operations_of_all_products_are_those_of_the_encoder(tiny_bundle):
     model = read_graph(tiny_bundle / "onnx/model_packed.onnx", None)
-    groups, milliseconds = profile(model, Precision.FP32, 2, 64, runs=2)
+    groups, milliseconds = profile(model, Precision.FP32, 2, 64, runs=10)
     shape = read_shape(tiny_bundle)
     assert shape is not None
     products = [group for group in groups if group.flop]
     assert sum(group.flop for group in products) == 2 * 64 * shape.flop_per_token
     assert sum(group.nodes for group in products) == 6 * shape.layers
-    assert 0 < products[0].microseconds / 1e3 < milliseconds
+    assert 0 < sum(group.microseconds for group in groups) / 1e3 < 1.1 * milliseconds
 
 
 @pytest.mark.parametrize("shape", ["16", "x64", "0x64", "16x64x2", "-1x16"])
