@@ -23,6 +23,7 @@ from benchmarks.plan import Variant
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import ServerError
 from mirror_runtime.gateway.settings import KEY_VARIABLE
+from mirror_runtime.triton.server.processes import alive
 from mirror_runtime.triton.server.server import Server, launcher
 from mirror_runtime.triton.server.workspace import SHARED_MEMORY
 
@@ -223,7 +224,7 @@ class ServedBundle:
             status = self._process.wait(END_S)
         seconds = time.monotonic() - began
         leftovers = (
-            *(f"process {process.pid} ({name})" for process, name in self._last.items() if process.is_running()),
+            *(f"process {process.pid} ({name})" for process, name in self._last.items() if alive(process.pid)),
             *(f"shared memory {region.name}" for region in self._shared_memory()),
             *(f"temporary file {path.name}" for path in sorted((self._folder / "tmp").iterdir())),
         )
