@@ -23,7 +23,7 @@ PROVEN = {
 
 SUITE = [("roberta", "mean"), ("modernbert", "mean"), ("qwen3", "last")]
 """BERT is the encoder of all other tests. These have all kinds of parts together: positions with an offset and no token
-types; pre-norm, rotary positions, a window, fused projections and gates; causal attention with grouped keys, and RMSNorm.
+types; pre-norm, rotary positions, a window, fused projections and gates; causal attention with grouped keys, RMSNorm.
 The forward pass that is traced equals Hugging Face's for every family (tests/encoders/test_families.py)."""
 
 TESTED = [(family, pooling) for family in MODELS for pooling in ("mean", "last" if family == "qwen3" else "cls")]
