@@ -41,7 +41,7 @@ _LOCAL = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 OUTPUTS = ("EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT")
 
 PROBE_TEXT = b"ready?"
-"""The text of a health check's inference, which every encoder can answer."""
+"""The text of a health check's inference, which every encoder can answer. Triton's model knows checks by it."""
 
 Parameters: TypeAlias = Mapping[str, "str | int | bool"]
 """Parameters of one request, by name."""

@@ -188,7 +188,7 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise Refusal(429, "too_many_pipelined", f"more than {_MAX_PIPELINED} requests wait on one connection")
         super().on_headers_complete()  # raises if it cannot parse the address
-        if 2 * len(self.pipeline) < _MAX_PIPELINED:
+        if 2 * len(self.pipeline) < _MAX_PIPELINED and self._pipelined_bytes() <= _MAX_PIPELINED_BYTES:
             self.flow.resume_reading()  # else nothing would tell that the client has left
         self._in_head, self._in_body, self._progressed = False, True, True
 
@@ -201,7 +201,7 @@ class Connection(HttpToolsProtocol):
         """Count a part of a body."""
         self._body_bytes += len(body)
         super().on_body(body)
-        if sum(len(cycle.body) for cycle, _ in self.pipeline) > _MAX_PIPELINED_BYTES:
+        if self._pipelined_bytes() > _MAX_PIPELINED_BYTES:
             self.flow.pause_reading()
 
     def on_message_complete(self) -> None:
@@ -235,6 +235,9 @@ class Connection(HttpToolsProtocol):
         self._all.count_dropped(reason)
         self._all.remove(self)
         self.transport.abort()
+
+    def _pipelined_bytes(self) -> int:
+        return sum(len(cycle.body) for cycle, _ in self.pipeline)
 
     def _settle(self) -> None:
         """Enter the phase that follows from what has been received and sent."""

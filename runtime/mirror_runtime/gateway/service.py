@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.client.exchange import Served
+from mirror_runtime.client.protocol import PROBE_TEXT
 from mirror_runtime.errors import EngineError, NotFiniteError
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import Refusal, refusal_of, unavailable
@@ -21,9 +22,6 @@ from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.scheduler import Scheduler
 from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.vectors import cut
-
-PROBE = "Is anybody there?"
-"""The text of a health check's inference."""
 
 FRESH_S = 1.0
 """How long a success or failure counts: one probe a second costs nothing, however many clients check."""
@@ -111,7 +109,7 @@ class GatewayService:
         async with self._probing:
             if time.monotonic() - self._outcome_at >= FRESH_S:
                 try:
-                    _check_finite(await asyncio.wait_for(self.backend.encode([PROBE]), PROBE_S))
+                    _check_finite(await asyncio.wait_for(self.backend.encode([PROBE_TEXT.decode()]), PROBE_S))
                     self.scheduler.note_progress()
                     self._record_outcome(None)
                 except Exception as error:  # any failure means unhealthy

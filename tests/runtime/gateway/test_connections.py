@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mirror_runtime.gateway.connections import Connection, Connections
 from tests.support.fake_bundles import EngineGate
 from tests.support.gateways import running, send
 from tests.support.mirror_serve import wait_until
@@ -185,6 +186,24 @@ def test_the_work_for_a_connection_that_its_client_has_closed_is_dropped(gateway
             gate.open()
         assert gateway.embed("a text").status == 200
         assert gate.runs == 2, "one of the pipeline, which was under way, and the last"
+
+
+def test_a_head_behind_a_full_pipeline_does_not_resume_reading(gateway_bundle, monkeypatch):
+    opened: list[Connection] = []
+    add = Connections.add
+    monkeypatch.setattr(Connections, "add", lambda all, one: (opened.append(one), add(all, one))[1])
+    with running(gateway_bundle) as gateway:
+        gate = EngineGate(gateway.encoder.engine)
+        gate.close()
+        small, full = b'{"inputs": "a"}', b'{"inputs": "a"}'.ljust(65_600)  # more than may wait, by less than its head
+        requests = [EMBED + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in (small, full)]
+        with connect(gateway, requests[0]) as connection:
+            wait_until(lambda: gate.runs)
+            connection.sendall(requests[1] + HEAD + b"\r\n")
+            wait_until(lambda: len(opened[-1].pipeline) == 2)
+            assert opened[-1].flow.read_paused
+            gate.open()
+            wait_until(lambda: opened[-1].answers == 3)
 
 
 def test_an_upgrade_is_ignored_and_its_body_kept(gateway):

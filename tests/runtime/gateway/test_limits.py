@@ -21,7 +21,9 @@ from mirror_runtime.gateway.errors import refusal_of
 from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.repeats import RepeatFilter
 from mirror_runtime.retry_after import RetryEstimator
+from mirror_runtime.triton.model.batching import EmbedRequest
 from tests.support.fake_bundles import FINGERPRINT, EngineGate
+from tests.support.fake_triton import tensor
 from tests.support.gateways import MODEL, running, send, vectors
 from tests.support.mirror_serve import wait_until
 
@@ -147,6 +149,15 @@ def test_health_is_an_inference_whose_outcome_counts_for_a_second(gated, clock):
     gate.failure = None
     clock.now += service.FRESH_S
     assert gateway.send("GET", "/health").status == 200
+
+
+def test_triton_knows_the_probe_for_one(gated, clock, monkeypatch):
+    gateway, _, _ = gated
+    asked: list[list[str]] = []
+    encode = gateway.service.backend.encode
+    monkeypatch.setattr(gateway.service.backend, "encode", lambda texts: (asked.append(texts), encode(texts))[1])
+    assert gateway.send("GET", "/health").status == 200
+    assert [EmbedRequest(texts=tensor(*(text.encode() for text in texts))).is_probe for texts in asked] == [True]
 
 
 def test_an_engine_failure_is_logged_under_the_request_id_and_not_sent(gated, caplog):

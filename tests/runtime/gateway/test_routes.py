@@ -5,13 +5,16 @@ import gzip
 import json
 import re
 import shutil
+import threading
 
 import numpy as np
 import pytest
 
 from mirror_runtime import __version__
 from mirror_runtime.errors import InputError
+from mirror_runtime.gateway import bodies
 from mirror_runtime.gateway.app import make_app
+from mirror_runtime.gateway.buffers import HeldBytes
 from tests.support.fake_bundles import FINGERPRINT
 from tests.support.gateways import MODEL, changed_bundle, running, vectors
 
@@ -197,6 +200,22 @@ def test_a_compressed_body_is_read_within_the_limit(gateway):
     for content, status in ((body[:-4], 400), (b"no", 400), (gzip.compress(b" " * 4_100_000), 413)):
         assert gateway.send("POST", "/v1/embeddings", content, headers).status == status
     assert gateway.send("POST", "/v1/embeddings", body, {**headers, "Content-Encoding": "br"}).status == 415
+
+
+def test_a_compressed_body_counts_as_what_it_becomes_and_is_decompressed_beside_the_loop(gateway, monkeypatch):
+    counted, threads = [], []
+    add, decompressed = HeldBytes.add, bodies._decompressed
+    monkeypatch.setattr(HeldBytes, "add", lambda held, more: (counted.append(more), add(held, more))[1])
+    monkeypatch.setattr(
+        bodies,
+        "_decompressed",
+        lambda *given: (threads.append(threading.current_thread().name), decompressed(*given))[1],
+    )
+    body = b" " * 1_000_000 + b'{"input": "a"}'
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert gateway.send("POST", "/v1/embeddings", gzip.compress(body), headers).status == 200
+    assert len(body) in counted
+    assert threads[0].startswith("asyncio")
 
 
 def test_only_named_origins_may_call_from_a_browser(gateway, gateway_bundle):

@@ -327,6 +327,31 @@ def test_a_model_that_drains_answers_what_it_accepted_rejects_the_rest_and_says_
     assert accepted.response.error is None
 
 
+def test_a_model_has_not_drained_while_its_last_reply_is_unsent(start, monkeypatch):
+    model = start()
+    gate = closed_gate(model, monkeypatch)
+    request, sending, may_send = FakeRequest(b"accepted"), threading.Event(), threading.Event()
+    write = model._response
+
+    def slow(*result: Any) -> Any:
+        sending.set()
+        assert may_send.wait(10)
+        return write(*result)
+
+    monkeypatch.setattr(model, "_response", slow)
+    assert model.execute([request]) == [None]
+    gate.open()
+    assert sending.wait(10)
+    assert model._budget.in_flight == 0
+    draining = threading.Thread(target=model._scheduler.drain)
+    draining.start()
+    draining.join(0.1)
+    assert draining.is_alive()
+    may_send.set()
+    draining.join(10)
+    assert request.answered.is_set()
+
+
 def test_unloading_answers_the_accepted_requests(start, monkeypatch):
     model = start()
     gate = closed_gate(model, monkeypatch)

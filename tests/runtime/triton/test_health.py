@@ -122,6 +122,18 @@ def test_a_process_that_stops_only_for_moments_is_not_broken(served, monkeypatch
     assert watch(served, 20)[0] == ""
 
 
+def test_a_process_seen_stopped_once_after_a_check_that_came_late_is_not_broken(served):
+    watchdog = Watchdog(served, POLICY, lambda: served.now)
+    served.answers_others = True
+    assert watchdog.check() == ""
+    served.now, served.is_stopped = served.now + 60, True
+    assert watchdog.check() == ""
+    served.now += POLICY.check_s
+    assert watchdog.check() == ""
+    served.now += POLICY.probe_s
+    assert "a signal has stopped" in watchdog.check()
+
+
 def test_a_dead_process_is_noticed_immediately(served):
     served.dead = "worker"
     assert watch(served, 60) == ("worker died", POLICY.check_s)

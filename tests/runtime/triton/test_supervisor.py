@@ -3,6 +3,7 @@
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,6 +109,22 @@ def test_only_killed_deployments_are_cleared_and_the_next_one_clears_them_too(tm
         assert list(scratch.iterdir()) == []
         assert not (repository / CANDIDATE_NAME).exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models"]
+
+
+@pytest.mark.parametrize(("each_s", "waits"), [([0.05, 0.03, 0.01], 3), ([0.05] * 100, 10)], ids=["replies", "retries"])
+def test_a_drained_server_is_left_to_send_its_replies_for_a_while(monkeypatch, tmp_path, each_s, waits):
+    """A clock that only sleeping moves; the server's processor time in each tenth of a second."""
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: round(sum(slept), 6), sleep=slept.append)
+    monkeypatch.setattr(server_module, "time", clock)
+    monkeypatch.setattr(
+        server_module, "cpu_seconds", lambda _: sum(each_s[: len(slept) - 1])
+    )  # the first is for requests
+    monkeypatch.setattr(server_module, "runners", lambda *_: [])
+    drained: Any = server_module.Server(tmp_path)
+    drained._process, drained._workspace = SimpleNamespace(pid=1), SimpleNamespace(folder=tmp_path)
+    assert drained.drain(30)
+    assert len(slept) == 1 + waits
 
 
 def test_too_few_descriptors_are_reported_before_anything_starts(monkeypatch, tmp_path):

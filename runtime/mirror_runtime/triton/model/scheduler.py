@@ -150,6 +150,7 @@ class Scheduler:
         self._most_on_large = max(1, workers - 1)
         self._changed = threading.Condition()
         self._closed = False
+        self._unsent = 0  # replies of queued requests
         self._counts: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._work, name=f"mirror-scheduler-{n}") for n in range(workers)]
         for thread in self._threads:
@@ -188,7 +189,7 @@ class Scheduler:
     def drain(self) -> None:
         """Reject new requests from now on, and return when the accepted ones are answered."""
         self._budget.close()
-        while self._budget.in_flight:
+        while self._budget.in_flight or self._unsent:  # in this order: a request is queued before its tokens are gone
             time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -215,6 +216,7 @@ class Scheduler:
         waiting = _Waiting(job=job, tokens=tokens, since=now, slices=slices, costs=costs, large=large)
         with self._changed:
             self._counts["admitted"] += 1
+            self._unsent += 1
             (self._large if large else self._small).append(waiting)
             self._changed.notify()
         return None
@@ -325,6 +327,9 @@ class Scheduler:
             waiting.job.reply(outcome)
         except Exception:
             _log.exception("a reply could not be sent")
+        finally:
+            with self._changed:
+                self._unsent -= 1
 
     def _count(self, outcome: str, times: int = 1) -> None:
         with self._changed:

@@ -48,7 +48,7 @@ class Watchdog:
         self._answered = 0
         self._alive_at = self._checked_at = clock()
         self._computed_s = server.workers_cpu_seconds()
-        self._runs_at = self._alive_at  # when no process was stopped
+        self._stopped_since: float | None = None  # the first sighting of a stopped process, if the last was one too
 
     def watch(self, stopping: threading.Event) -> str:
         """Wait until the server is broken and return the problem; empty if another thread has set `stopping`."""
@@ -80,8 +80,10 @@ class Watchdog:
         if self.prober.answered_at > self._alive_at:
             self._note_life(self.prober.answered_at)
         if not self._server.stopped():
-            self._runs_at = now
-        if now - self._runs_at >= self._policy.probe_s:
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since >= self._policy.probe_s:
             return "a signal has stopped one of its processes"
         silent_s = now - self._alive_at
         if silent_s < 2 * self._policy.probe_s or now - self._checked_at < self._policy.probe_s:

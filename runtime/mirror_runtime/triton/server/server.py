@@ -40,7 +40,11 @@ _FIRST_REQUESTS_S = 0.2
 """How long requests are still accepted that were sent before the signal, and are on their way to the model."""
 
 _LAST_REPLIES_S = 0.1
-"""How long replies may be on their way from the model to Triton, which waits for them when it is told to end."""
+"""How long Triton must be idle once the model has sent its last reply: it passes replies on meanwhile."""
+
+_STILL_BUSY = 0.2
+_LONGEST_BUSY_S = 1.0
+"""How long it may use more than that part of a core: clients that go on asking keep it busy as well."""
 
 _LOG_LINES = 20
 
@@ -236,7 +240,7 @@ class Server:
             if time.monotonic() > deadline or (cancelled and cancelled.is_set()):
                 return False
             time.sleep(_DRAIN_POLL_S)
-        time.sleep(_LAST_REPLIES_S)
+        self._wait_idle()
         return True
 
     def stop(self, *, grace_s: float = _EXIT_TIMEOUT_S * 2.0) -> None:
@@ -271,6 +275,13 @@ class Server:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _wait_idle(self) -> None:
+        deadline, busy = time.monotonic() + _LONGEST_BUSY_S, True
+        while busy and time.monotonic() < deadline:
+            used_s = cpu_seconds([self.pid])
+            time.sleep(_LAST_REPLIES_S)
+            busy = cpu_seconds([self.pid]) - used_s >= _STILL_BUSY * _LAST_REPLIES_S
 
     def _take_ports(self) -> None:
         """Replace zeros by free ports, and check that the others are free."""
