@@ -43,7 +43,8 @@ def write_ragged(source: Graph, path: Path, half: int | None = None) -> Graph:
         half: the graph's own type, to surround attention with casts to fp32 and back: see `ADDS_IN_FP32`.
 
     Raises:
-        EngineError: a layer's attention also has a window, a causal mask or a bias, which ragged attention would lose.
+        EngineError: a layer's attention also has a window, a causal mask or a bias, which ragged attention would lose, or
+            the last layer computes one token a text, as poolings that read one token (CLS, last) let it.
     """
     proto = onnx.load(source.path)
     producers = {out: node for node in proto.graph.node for out in node.output}
