@@ -79,7 +79,8 @@ def _is_constant(node: Any) -> bool:
         return True
     inputs = [value.get_node() for value in node.input_values()]
     if node.get_type_name() == "Reshape":
-        return _without_ones(node.get_input_shape(0)) == _without_ones(node.get_output_shape(0)) and _is_constant(inputs[0])
+        before, after = (_without_ones(shape) for shape in (node.get_input_shape(0), node.get_output_shape(0)))
+        return before == after and _is_constant(inputs[0])
     return node.get_type_name() in ("Convert", "Multiply", "Subtract") and all(map(_is_constant, inputs))
 
 

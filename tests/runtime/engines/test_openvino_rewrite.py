@@ -1,5 +1,7 @@
 """Graphs for OpenVINO are rewritten where that is known to be exact, and nowhere else."""
 
+from typing import Any
+
 import numpy as np
 import openvino
 import pytest
@@ -93,7 +95,10 @@ def test_an_int8_product_that_is_split_becomes_several(changes):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"int8": False}, {"second_reader": True}, {"axis": 0}, {"reshaped": True}], ids=str)
+OTHERS: list[dict[str, Any]] = [{"int8": False}, {"second_reader": True}, {"axis": 0}, {"reshaped": True}]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
 def test_other_products_stay_whole(changes):
     rewritten = rewrite(product(**changes))
     assert kinds(rewritten).count("MatMul") == kinds(rewritten).count("VariadicSplit") == 1
