@@ -1,10 +1,11 @@
-"""What only a GPU can tell, in one run of at most ten minutes: rate and parity of each way to run an encoder there.
+"""What only a GPU can tell: rate and parity of each way to run an encoder there. It begins nothing after 8 minutes.
 
     python benchmarks/gpu.py --output reports/gpu      # on a machine with an NVIDIA GPU
     python benchmarks/gpu.py --device cpu --tiny       # rehearses every step in seconds
 
 report.json and report.md are written after every step; the same command goes on after the last finished one. The last
-line of standard output is one JSON object with the figures.
+line of standard output is one JSON object with the figures. The exit status is 1 where a step was not
+measured, other than for a package that is not installed, or where vectors are below the floor of their precision.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -39,6 +41,7 @@ from benchmarks.gpu_passes import (
     flop_per_token,
     packed_vectors,
     padded_pass,
+    parity_floor,
     varlen_pass,
 )
 from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
@@ -53,7 +56,7 @@ from benchmarks.workload import WorkloadFacts
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.engines import load_engine
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, MissingExtra
 from mirror_runtime.extras import require
 from mirror_runtime.folders import replace_file
 from mirror_runtime.gpu import this_gpu
@@ -63,6 +66,7 @@ from mirror_runtime.vectors import cosines
 ROOT = Path(__file__).resolve().parents[1]
 SUITE, MACHINE, TUNING = "gpu", "machine", "training/tune.py"
 ROUNDS = 5
+COSINE = "worst cosine to fp32"
 ANCHOR = "Anchor: 1.4 M tokens/s of a BERT-base on one H200, published by Arctic Inference; its texts' lengths differ."
 TUNED_TEXTS = 10_000
 
@@ -73,7 +77,7 @@ TABLES = (
             Column("tokens/s", "tokens per second"),
             Column("slowest to fastest round", "tokens per second", "range"),
             Column("of the products' rate", "share of products", form="percent"),
-            Column("worst cosine to fp32", "worst cosine to fp32", form=".6f"),
+            Column(COSINE, COSINE, form=".6f"),
             Column("ready after s", "time until ready", form=".1f"),
             Column("GPU memory taken, MB", "memory", scale=1e-6),
         ),
@@ -83,34 +87,42 @@ TABLES = (
 )
 
 
+class Device(str, Enum):
+    """Where PyTorch computes."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 def run(
     output: Annotated[Path, typer.Option(help="Folder; a report there is continued.")] = Path("reports/gpu"),
-    device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal.")] = "cuda",
+    device: Annotated[Device, typer.Option(help="cpu is a rehearsal.")] = Device.CUDA,
     tiny: Annotated[bool, typer.Option("--tiny", help="A random encoder of two layers, and few texts.")] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Begin no step after so many minutes.")] = 8.0,
     batch_tokens: Annotated[int, typer.Option(min=64, help="Of a full batch on the device.")] = 16384,
     tune: Annotated[bool, typer.Option(help="Also tune an encoder of BERT-base's size.")] = True,
 ) -> None:
     """Measure every way to run an encoder on this GPU, and write one report."""
-    began, console = time.monotonic(), Console(stderr=True, highlight=False)
-    gpu = str(this_gpu()) if device == "cuda" else "no GPU: a rehearsal"
+    began, console, missing = time.monotonic(), Console(stderr=True, highlight=False), 0
+    gpu = str(this_gpu()) if device is Device.CUDA else "no GPU: a rehearsal"
     models = (TINY,) if tiny else (MINILM, BASE)
     check_output(output)
     recorder = Recorder()
     with tempfile.TemporaryDirectory(prefix="mirror-gpu-") as folder:
         scratch = Path(folder)
         prepared = {model: Prepared.of(model, scratch, batch_tokens, tiny=tiny) for model in models}
-        facts = _facts(gpu, device, tiny, prepared[models[0]].facts)
+        options = (f"device {device.value}", f"batches of {batch_tokens} tokens")
+        facts = _facts(gpu, options, tiny, prepared[models[0]].facts)
         if (output / REPORT_FILE).is_file():
             facts = _continue(read_report(output), facts, recorder)
         done = {(one.party, one.conditions["model"]) for one in recorder.measurements}
         steps: list[tuple[str, str, Callable[[], None]]] = [
-            ("bf16 products", MACHINE, partial(_products, recorder, device, tiny))
+            ("bf16 products", MACHINE, partial(_products, recorder, device.value, tiny))
         ]
         for model, party, build in (
-            (m, *step) for m in models for step in _parties(prepared[m], device, tiny, scratch)
+            (m, *step) for m in models for step in _parties(prepared[m], device.value, tiny, scratch)
         ):
-            steps.append((party, model, partial(_measure, recorder, party, prepared[model], build, device)))
+            steps.append((party, model, partial(_measure, recorder, party, prepared[model], build, device.value)))
         steps += [(TUNING, models[-1], partial(_tune, recorder, models[-1], scratch, tiny))] if tune else []
         for party, model, step in steps:
             if (party, model) in done:
@@ -121,7 +133,11 @@ def run(
             console.print(f"{time.monotonic() - began:6.1f} s  {model}: {party}", markup=False)
             # Whatever a library raises on its first contact with a GPU must not end the run.
             with recorder.failing(SUITE, f"{party} ({model})", Exception):
-                step()
+                try:
+                    step()
+                except MissingExtra:
+                    missing += 1
+                    raise
             _write(output, recorder, facts, began)
         report = _write(output, recorder, facts, began)
     figures = [
@@ -130,15 +146,20 @@ def run(
     ]
     line = {"report": str(output / REPORT_FILE), "gpu": gpu, "figures": figures, "failures": len(report.failures)}
     sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
+    wrong = [one for one in report.select(SUITE, COSINE) if not one.median >= parity_floor(one.party)]
+    for one in wrong:
+        console.print(f"{one.party}: worst cosine {one.median:.6f}, below {parity_floor(one.party)}", markup=False)
+    if wrong or len(report.failures) > missing:
+        raise typer.Exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0 when the report is written, 2 on a user's mistake, 130 when interrupted."""
+    """Run the command line: 0 when all is measured and right, 1 if not, 2 on a user's mistake, 130 if interrupted."""
     return run_command(application(run), argv, "benchmarks/gpu.py")
 
 
 def _parties(prepared: Prepared, device: str, tiny: bool, scratch: Path) -> list[tuple[str, Callable[[], Pass]]]:
-    """List who is measured on a model: the name, and what builds its pass. The first is the reference."""
+    """List who is measured on a model: the name, and what builds its pass. Their reference is fp32 on the CPU."""
     half = torch.float16
 
     def packed(dtype: torch.dtype, compiled: bool = False) -> Pass:
@@ -175,7 +196,7 @@ def _parties(prepared: Prepared, device: str, tiny: bool, scratch: Path) -> list
 
 
 def _measure(recorder: Recorder, party: str, prepared: Prepared, build: Callable[[], Pass], device: str) -> None:
-    """Build a party, compare its vectors with the first one's, and time its passes."""
+    """Build a party, compare its vectors with those of the reference on the CPU, and time its passes."""
     with torch.inference_mode():
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -196,7 +217,7 @@ def _measure(recorder: Recorder, party: str, prepared: Prepared, build: Callable
     products = [one for one in recorder.measurements if one.party == "bf16 products"]
     fact = partial(recorder.record, SUITE, party, conditions={"model": prepared.model})
     fact("tokens per second", *rates, unit="1/s", better=Better.HIGHER)
-    fact("worst cosine to fp32", worst)
+    fact(COSINE, worst)
     fact("time until ready", ready, unit="s")
     if products:
         fact(
@@ -236,12 +257,12 @@ def _tune(recorder: Recorder, model: str, scratch: Path, tiny: bool) -> None:
     recorder.record(SUITE, TUNING, "time", took, unit="s", conditions={"model": model, "texts": len(texts)})
 
 
-def _facts(gpu: str, device: str, tiny: bool, workload: WorkloadFacts) -> Facts:
+def _facts(gpu: str, options: tuple[str, ...], tiny: bool, workload: WorkloadFacts) -> Facts:
     subject = Subject(
         name=gpu, fingerprint="", base_model=MINILM, max_tokens=0, dim=0, artifacts=(), flop_per_token=None
     )
     settings = Settings(
-        suites=(SUITE,), variants=(device,), peers=("sentence-transformers",), sets_sha256=(), training=None,
+        suites=(SUITE,), variants=options, peers=("sentence-transformers",), sets_sha256=(), training=None,
         quick=tiny, rounds=ROUNDS, seed=0,
     )  # fmt: skip
     versions = {"gpu": gpu, **installed_versions((*MEASURED_WITH, "torch", "sentence-transformers"))}
@@ -270,7 +291,10 @@ def _write(output: Path, recorder: Recorder, facts: Facts, began: float) -> Repo
     write_report(report, output / REPORT_FILE)
     versions: Mapping[str, str] = facts.versions
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "gpu")
-    parts = [f"# Encoders on {versions['gpu']}", f"{facts.started}, commit {facts.source.commit}, {named}."]
+    parts = [
+        f"# Encoders on {versions['gpu']}",
+        f"{facts.started}, commit {facts.source.commit}, {', '.join(facts.settings.variants)}, {named}.",
+    ]
     grids = (build_grid(report, SUITE, table) for table in TABLES)
     parts += [table_lines(grid.head, grid.rows) for grid in grids if grid is not None]
     if report.failures:

@@ -22,6 +22,7 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from export.graph.trace import Graph, export_graph
 from export.precision.half_precision import write_half
+from export.proof.floors import FLOORS
 from export.tensorrt.artifact import Options, packed_profiles, request_for
 from export.tensorrt.builder import build
 from mirror_runtime.bundle import TOKENIZER_FILE, TOKENS_PER_SLOT, Layout, Pooling, Precision
@@ -38,12 +39,20 @@ SIZES = {MINILM: (6, 384, 1536), BASE: (12, 768, 3072), TINY: (2, 32, 64)}
 """Layers, width and width of the feed-forward block."""
 
 PADDED_TEXTS = 256
+PYTORCH_BF16 = 0.999
 
 
 def flop_per_token(model: str) -> int:
     """Return the operations of a token's matrix products, without attention."""
     layers, width, inner = SIZES[model]
     return 2 * layers * (4 * width**2 + 2 * width * inner)
+
+
+def parity_floor(party: str) -> float:
+    """Return the smallest cosine to fp32 that a party may have: that of the artifacts of its precision."""
+    if party.startswith("PyTorch") and "bf16" in party:  # it also adds the residuals up in bf16, as no artifact does
+        return PYTORCH_BF16
+    return next(floor for precision, floor in FLOORS.items() if precision.value in party)
 
 
 def encoder_folder(model: str, scratch: Path) -> Path:
@@ -74,7 +83,7 @@ class Prepared:
     tokenized: Tokenized
     batches: Sequence[PackedBatch]
     batch_tokens: int
-    vectors: Vectors | None = None  # of the first party: the reference of the others
+    vectors: Vectors | None = None  # of the reference on the CPU, from the first measured party on
     graphs: dict[Precision, Graph] = field(default_factory=dict)
 
     @classmethod

@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine.products import Sizes, compile_openvino, seconds_of
-from benchmarks.plan import read_shape
-from mirror_runtime.bundle import Precision, read_manifest
+from benchmarks.plan import packed_variants, read_shape
+from mirror_runtime.bundle import EngineName, Manifest, Precision, read_manifest
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.engines.openvino_core import read_graph, shared_core
 from mirror_runtime.errors import InputError
+from mirror_runtime.host import has_bf16
 from mirror_runtime.selection import choose
 
 SHAPES = ("16x64", "32x32", "4x256", "1x16")
@@ -46,7 +47,7 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="The folder that export/to_onnx.py wrote.", show_default=False)],
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Of the bundle, on OpenVINO. Default: bf16 and int8.", show_default=False),
+        typer.Option(help="Of the bundle, on OpenVINO. Default: all that run here.", show_default=False),
     ] = None,
     shape: Annotated[
         list[str] | None,
@@ -57,8 +58,9 @@ def run(
     """Print one table for each precision and shape."""
     console, found = Console(stderr=True, highlight=False), []
     encoder = read_shape(bundle)
-    for one in precision or (Precision.BF16, Precision.INT8):
-        artifact = choose(read_manifest(bundle), "openvino", one.value)[2]
+    manifest = read_manifest(bundle)
+    for one in precision or _precisions(manifest):
+        artifact = choose(manifest, "openvino", one.value)[2]
         assert artifact is not None  # only the fake engine has none
         model = read_graph(bundle / artifact.path, None)
         for rows, length in map(_sizes, shape or SHAPES):
@@ -81,7 +83,9 @@ def profile(model: Any, precision: Precision, rows: int, length: int, runs: int)
     shaped = model.clone()
     shaped.reshape({value.get_any_name(): [rows, length] for value in shaped.inputs})
     settings = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERF_COUNT": True}
-    hint = "f32" if precision is Precision.FP32 else "bf16"
+    if precision is Precision.BF16 and not has_bf16():
+        raise InputError("this CPU has no bf16 instructions: profile fp32 or int8")
+    hint = "bf16" if precision is not Precision.FP32 and has_bf16() else "f32"
     compiled = shared_core().compile_model(shaped, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint})
     request = compiled.create_infer_request()
     places = np.arange(length)
@@ -101,6 +105,15 @@ def profile(model: Any, precision: Precision, rows: int, length: int, runs: int)
     kinds = {node.node_name: f"{node.node_type} {node.exec_type}" for node in request.profiling_info}
     flop = {node.get_friendly_name(): _flop(node) for node in compiled.get_runtime_model().get_ordered_ops()}
     return _grouped((kinds[name], time, flop.get(name, 0)) for name, time in took.items()), 1e3 * sum(seconds) / runs
+
+
+def _precisions(manifest: Manifest) -> list[Precision]:
+    """Return the precisions of a bundle's packed artifacts for OpenVINO that this CPU runs."""
+    packed = (variant for variant in packed_variants(manifest) if variant.engine is EngineName.OPENVINO)
+    found = [one.precision for one in packed if one.precision is not Precision.BF16 or has_bf16()]
+    if not found:
+        raise InputError("the bundle has no packed artifact for OpenVINO that runs here: export one")
+    return found
 
 
 def _flop(node: Any) -> int:

@@ -236,6 +236,8 @@ def _token_limit(folder: Path, config: dict[str, Any]) -> int:
     path = folder / "tokenizer_config.json"
     limit = read_json(path, dict).get("model_max_length") if path.is_file() else None
     possible = _positions(config)
+    if FAMILIES[config["model_type"]].is_static:
+        limit = None  # its own library reads the limit elsewhere, and where there is none cuts nothing
     if isinstance(limit, (int, float)) and limit < UNLIMITED:
         possible = min(int(limit), possible)
     if possible > DEFAULT_TOKENS:

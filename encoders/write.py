@@ -85,7 +85,8 @@ def write_layout(
             "`modules.json`: read it with Mirror Runtime.\n"
         )
     else:
-        _write_modules(folder, spec, model.config.hidden_size, prompts or {})
+        _write_modules(folder, spec, model.config.hidden_size)
+    _write_settings(folder, spec, prompts or {})
     (folder / "README.md").write_text(_front_matter(spec) + card.strip() + "\n", encoding="utf-8")
     write_json(spec, folder / ENCODER_FILE)
 
@@ -161,7 +162,7 @@ def _write_dense(folder: Path, dense: Dense, weights: Mapping[str, torch.Tensor]
     )
 
 
-def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping[str, str]) -> None:
+def _write_modules(folder: Path, spec: EncoderSpec, width: int) -> None:
     static = FAMILIES[spec.family].is_static
     names = [("", "StaticEmbedding")] if static else [("", "Transformer"), ("1_Pooling", "Pooling")]
     names += [(dense_folder(i), "Dense") for i in range(len(spec.dense))]
@@ -182,7 +183,6 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping
     )
     for path, _ in names:
         (folder / path).mkdir(exist_ok=True)
-    _write_settings(folder, spec, prompts)
     if static:  # neither cuts texts nor pools: the limit is the tokenizer's
         return
     mode = next(name for name, pooling in POOLING_MODES.items() if pooling is spec.pooling)
@@ -197,7 +197,8 @@ def _write_modules(folder: Path, spec: EncoderSpec, width: int, prompts: Mapping
 
 
 def _write_settings(folder: Path, spec: EncoderSpec, prompts: Mapping[str, str]) -> None:
-    prompt = None if spec.template is None else spec.template.removesuffix("{text}")
+    template = spec.template or ""  # sentence-transformers has no prompt after the text
+    prompt = template.removesuffix("{text}") if template.endswith("{text}") else None
     _dump(
         folder / "config_sentence_transformers.json",
         {

@@ -116,7 +116,7 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
     if source.published is not None and witness.available(source.spec.family):
         on_progress(f"compare with {witness.library(source.spec.family)}")
         testimony = witness.question(source.published, reference)
-        if testimony.problem and not request.accept_difference:
+        if testimony is not None and testimony.problem and not request.accept_difference:
             raise ParityError(
                 f"{testimony.version} computes other vectors from {request.encoder}: "
                 f"{testimony.problem}. Find the setting that one of us reads otherwise, or keep our vectors with "

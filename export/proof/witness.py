@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,30 @@ def available(family: str) -> bool:
     return find_spec(library(family).replace("-", "_")) is not None
 
 
-def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> Testimony:
+def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> Testimony | None:
     """Compare the reference's vectors with those that the owner's library computes from the same folder.
 
     Args:
         folder: as its owner published it.
         reference: our own reading of it, without any override of what the folder records.
         texts: to compare; by default four dozen ragged ones and the edge cases.
+
+    Returns:
+        None where a static encoder's limit leaves no text to compare.
     """
     texts = tuple(texts) or (*CANARIES, *EDGE_CASES, *parity_texts(24, 8, 2))
-    if reference.is_static:  # model2vec cuts characters, sentence-transformers nothing: a character is 4 bytes at most
-        texts = tuple(text for text in texts if 4 * len(text) <= reference.spec.max_tokens)
-    package = library(reference.spec.family)
+    package, limit = library(reference.spec.family), reference.spec.max_tokens
+    if reference.is_static:  # sentence-transformers cuts nothing, and model2vec no text with as few characters
+        counts = map(len, reference.tokenize(texts))
+        short = (
+            count < limit and (package != "model2vec" or len(text) <= limit)
+            for text, count in zip(texts, counts, strict=True)
+        )
+        texts = tuple(compress(texts, short))
     version = f"{package} {metadata.version(package)}"
     ours = reference.encode(texts)
+    if not ours.any():  # no text that nobody cuts has tokens: zeros would agree with anybody's
+        return None
     try:
         theirs = np.asarray(_encode(package, folder, texts), np.float32)
     except Exception as error:  # whatever it raises about a folder is its opinion of the folder

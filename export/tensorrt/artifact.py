@@ -288,7 +288,9 @@ def build_plan(bundle: Path, options: Options, texts: tuple[str, ...] | None, on
         if options.ragged:
             installed = _check_version(ragged.OLDEST)
             half = HALVES.get(options.precision) if installed >= ragged.ADDS_IN_FP32 else None
-            graph = ragged.write_ragged(graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx", half)
+            graph = ragged.write_ragged(
+                graph, Path(scratch) / f"{graph.path.stem}_ragged.onnx", half, manifest.encoder.pooling
+            )
             request = request_for(graph, manifest.encoder, options)
         (staging / FOLDER).mkdir()
         plan = (staging / FOLDER / request.plan).absolute()

@@ -215,6 +215,7 @@ def trtexec_line(request: BuildRequest) -> str:
 
 def this_gpu() -> tuple[str, str]:
     """Return name and compute capability, such as "8.9", of the first GPU that this process may use."""
+    # As `mirror_runtime.gpu` asks, which a copy of this file in a GPU container does not have.
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -8,7 +8,7 @@ is `IAttention` with `AttentionIOForm.PACKED_NHD`, which the 11.4 binding has. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.graph.trace import Graph, save_graph, signature_of
+from mirror_runtime.bundle import ONE_TOKEN, Pooling
 from mirror_runtime.errors import EngineError
 
 OPERATOR, DOMAIN = "TRT_Attention", "trt"  # the parser finds it by its name; the domain keeps other readers away
@@ -34,28 +35,28 @@ _SWAP = [0, 2, 1, 3]  # [rows, heads, tokens, head dim] and [rows, tokens, heads
 _FROM_KEYS = [0, 3, 1, 2]  # from the transposed keys, [rows, heads, head dim, tokens]
 
 
-def write_ragged(source: Graph, path: Path, half: int | None = None) -> Graph:
+def write_ragged(source: Graph, path: Path, half: int | None = None, pooling: Pooling | None = None) -> Graph:
     """Write a packed graph with ragged attention; it has the `LENGTHS` as inputs, besides its own.
 
     Args:
         source: a packed graph.
         path: the file to write.
         half: the graph's own type, to surround attention with casts to fp32 and back: see `ADDS_IN_FP32`.
+        pooling: the encoder's, for the message.
 
     Raises:
-        EngineError: a layer's attention also has a window, a causal mask or a bias, which ragged attention would lose.
+        EngineError: a layer's attention also has a window, a causal mask or a bias, which ragged attention would lose,
+            or the pooling reads one token a text, so that the last layer has no queries of the others.
     """
     proto = onnx.load(source.path)
     producers = {out: node for node in proto.graph.node for out in node.output}
     softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
-    masks = {name for node in softmaxes for name in producers[node.input[0]].input} - {
-        name for node in softmaxes for name in _scores(producers, node)
-    }
-    if len(masks) != 1 or not _is_block_mask(producers, masks.pop()):
-        raise EngineError(
-            f"{source.path.name} has attention with a window, a causal mask or a bias of positions, which ragged "
-            "attention does not have: build the plan without --ragged"
-        )
+    masks = [set(producers[node.input[0]].input) - set(_scores(producers, node)) for node in softmaxes]
+    if not _are_block_masks(producers, masks):
+        problem = "attention with a window, a causal mask or a bias of positions, which ragged attention does not have"
+        if pooling is not None and pooling in ONE_TOKEN and _are_block_masks(producers, masks[:-1]):
+            problem = f"only one token a text in its last layer (pooling {pooling.value}), and ragged attention has all"
+        raise EngineError(f"{source.path.name} has {problem}: build the plan without --ragged")
     for number, softmax in enumerate(softmaxes):
         _replace(proto, producers, softmax, number, half)
     proto.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "all_tokens"))
@@ -75,6 +76,12 @@ def _scores(producers: Mapping[str, NodeProto], softmax: NodeProto) -> list[str]
 def _is_product(producers: Mapping[str, NodeProto], name: str) -> bool:
     scaled = producers.get(name)
     return scaled is not None and scaled.op_type == "Mul" and producers[scaled.input[0]].op_type == "MatMul"
+
+
+def _are_block_masks(producers: Mapping[str, NodeProto], masks: Sequence[set[str]]) -> bool:
+    """Return whether all layers have the same mask, which says no more than that two tokens are of one text."""
+    together = set().union(*masks)
+    return len(together) == 1 and _is_block_mask(producers, *together)
 
 
 def _is_block_mask(producers: Mapping[str, NodeProto], name: str) -> bool:

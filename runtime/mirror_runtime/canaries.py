@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import Canary
-from mirror_runtime.vectors import cosines, distance_problem
+from mirror_runtime.vectors import agreement, distance_problem
 
 DIFFERENT_MODEL_BELOW = 0.9
 """No precision and no CPU rounds this far: vectors below this cosine come from another model."""
@@ -48,7 +48,7 @@ def compare_canaries(vectors: NDArray[np.generic], canaries: Sequence[Canary], f
         )
     if not np.isfinite(found).all():
         return CanaryComparison(verdict=CanaryVerdict.BROKEN, problem="vectors are not finite")
-    worst = float(cosines(found, expected).min())
+    worst = float(agreement(found, expected).min())
     problem = distance_problem(found, expected, floor, [canary.text for canary in canaries])
     verdict = CanaryVerdict.AGREES
     if worst < min(DIFFERENT_MODEL_BELOW, floor):

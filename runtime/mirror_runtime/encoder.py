@@ -263,7 +263,7 @@ class Encoder:
             EngineError: the engine failed.
         """
         prompt = choose_prompt(self.prompts, self.spec.template, name=prompt_name)
-        return self.encode_detailed(prompted(texts, prompt)).vectors_or_raise()
+        return self.encode_detailed(prompted(iterate(texts), prompt)).vectors_or_raise()
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.

@@ -20,7 +20,7 @@ from mirror_runtime.canaries import DIFFERENT_MODEL_BELOW
 from mirror_runtime.errors import InputError, ServerError
 from mirror_runtime.folders import replace_file
 from mirror_runtime.strict_json import parse_json
-from mirror_runtime.vectors import cosines, unit_rows
+from mirror_runtime.vectors import SMALLEST_NORM, agreement, cosines, unit_rows
 
 T = TypeVar("T")
 
@@ -206,13 +206,16 @@ def _compare(kept: NDArray[np.float32], found: NDArray[np.float32], texts: Seque
     if kept.shape != found.shape:
         problem = f"vectors have {found.shape[-1]} components, and had {kept.shape[-1]}"
         return EndpointCheck(verdict=EndpointVerdict.ANOTHER_MODEL, problem=problem)
-    if not np.isfinite(found).all() or not found.any(axis=1).all():
+    nothing = ~kept.any(axis=1)  # static encoders return zeros for a text of unknown tokens only
+    if not np.isfinite(found).all() or not found.any() or not (found.any(axis=1) | nothing).all():
         return EndpointCheck(verdict=EndpointVerdict.BROKEN, problem="vectors are zero or not finite")
     short = slice(len(_SHORT))
-    all_cosines = cosines(kept, found)
+    all_cosines = agreement(found, kept)
     worst, worst_short = float(all_cosines.min()), float(all_cosines[short].min())
     matches = unit_rows(found) @ unit_rows(kept).T
-    lengths = np.linalg.norm(found, axis=1) / np.linalg.norm(kept, axis=1)
+    matches[np.ix_(~found.any(axis=1), nothing)] = 1.0
+    norms, before = (np.maximum(np.linalg.norm(vectors, axis=1), SMALLEST_NORM) for vectors in (found, kept))
+    lengths = norms / before
     whole = len(texts) > len(_SHORT)
     cuts = (cut_before(kept), cut_before(found)) if whole else (None, None)
     moved = np.flatnonzero(all_cosines < DIFFERENT_MODEL_BELOW)

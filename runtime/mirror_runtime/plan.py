@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mirror_runtime.bundle import MOST_TOKENS, Artifact, EngineName, Manifest, Precision, from_json, to_json
-from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.engines import ON_GPU
+from mirror_runtime.errors import BundleError, EngineError, InputError
 from mirror_runtime.folders import named_os_errors, replace_file
-from mirror_runtime.gpu import gpu_models
+from mirror_runtime.gpu import gpu_models, this_gpu
 from mirror_runtime.host import cpu_flags, cpu_model, usable_cores
 from mirror_runtime.packing import ROW_TOKENS, TOKEN_BUDGET
 from mirror_runtime.selection import AUTO, choose
@@ -223,7 +224,14 @@ def staleness(plan: HostPlan, fingerprint: str) -> str:
         for name in PACKAGES
         if plan.versions.get(name) != versions.get(name)
     ]
-    return f"it was measured with {', '.join(changed)}" if changed else ""
+    if changed:
+        return f"it was measured with {', '.join(changed)}"
+    try:
+        if plan.chosen.engine in ON_GPU:
+            this_gpu()
+    except EngineError as error:  # the machine has a GPU, but not this process: see CUDA_VISIBLE_DEVICES
+        return f"it runs on a GPU, and {error}"
+    return ""
 
 
 def find_plan(choice: str | Path | None, cache: Path | None, fingerprint: str) -> HostPlan | None:

@@ -42,6 +42,9 @@ ONNX Runtime in int8.
 EXACT = frozenset({Precision.FP32, Precision.FP16, Precision.BF16})
 """What the precision "auto" may choose: the others change vectors so much that the caller has to decide."""
 
+_EXTRAS = {EngineName.ONNXRUNTIME: "cpu", EngineName.OPENVINO: "openvino", EngineName.TENSORRT: "tensorrt"}
+"""What brings an engine; ONNX Runtime for GPUs is in the extra gpu."""
+
 PROVEN_ON = "gpu"
 """In an artifact's toolchain: the GPU that proved it."""
 
@@ -85,9 +88,8 @@ def choose(
         if why and name in ON_GPU:
             _log.warning("%s %s of the bundle is passed over: %s", name.value, runs_in.value, why)
     if obstacles[key]:
-        raise EngineError(
-            f"nothing in the bundle runs here: it has {proven}; {install_command('openvino')} (or the extra cpu)"
-        )
+        reasons = "; ".join(f"{name.value} {runs_in.value}: {why}" for (name, runs_in), why in obstacles.items())
+        raise EngineError(f"nothing in the bundle runs here: {reasons}")
     return (*key, packed[key])
 
 
@@ -97,7 +99,7 @@ def _obstacle(artifact: Artifact, *, named: bool) -> str:
     A caller who has named its engine hears from that engine if it is not installed.
     """
     if not named and not installed(artifact.engine):
-        return "its engine is not installed"
+        return f"its engine is not installed, {install_command(_EXTRAS.get(artifact.engine, 'gpu'))}"
     if artifact.engine not in ON_GPU:
         lacking = artifact.precision is Precision.BF16 and not has_bf16()
         return "the CPU has no bf16 instructions" if lacking else ""

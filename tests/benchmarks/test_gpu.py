@@ -11,6 +11,7 @@ import torch
 from benchmarks import gpu, gpu_passes
 from benchmarks.gpu_passes import Replayed, flop_per_token
 from benchmarks.report.storage import read_report
+from mirror_runtime.errors import MissingExtra
 from mirror_runtime.packing import PackedRows
 from tests.support.trace_cache import cached_traces
 
@@ -22,7 +23,7 @@ def rehearse(output: Path, *options: str) -> int:
 @pytest.mark.trace
 @pytest.mark.slow  # it loads sentence-transformers and runs eight ways
 def test_every_party_has_the_references_vectors_and_a_second_run_measures_what_is_left(monkeypatch, tmp_path, capsys):
-    assert rehearse(tmp_path / "gpu", "--minutes", "0") == 0
+    assert rehearse(tmp_path / "gpu", "--minutes", "0") == 1
     report = read_report(tmp_path / "gpu")
     assert not report.measurements
     assert {"no time was left: run the same command again"} == {failure.reason for failure in report.failures}
@@ -55,10 +56,27 @@ def test_a_party_that_fails_and_a_gpu_that_is_missing_are_named(monkeypatch, tmp
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu, "_parties", lambda *_: [("broken", broken)])
-    assert rehearse(tmp_path / "gpu") == 0
+    assert rehearse(tmp_path / "gpu") == 1
     assert "an illegal memory access was encountered" in (tmp_path / "gpu" / "report.md").read_text()
     assert gpu.main(["--output", str(tmp_path / "other")]) == 2
     assert "GPU" in capsys.readouterr().err
+    assert rehearse(tmp_path / "gpu", "--batch-tokens", "64") == 2
+    assert "has other settings" in capsys.readouterr().err
+    assert gpu.main(["--device", "cdua", "--tiny", "--output", str(tmp_path / "typo")]) == 2
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 1), (MissingExtra("tensorrt", "tensorrt"), 0)])
+def test_vectors_below_the_floor_fail_and_a_missing_package_does_not(monkeypatch, tmp_path, error, status):
+    def parties(prepared: gpu_passes.Prepared, *_: Any) -> list[Any]:
+        def build() -> gpu_passes.Pass:
+            if error is not None:
+                raise error
+            return lambda: np.ones((len(prepared.texts), 32), np.float32)
+
+        return [("PyTorch packed fp16", build)]
+
+    monkeypatch.setattr(gpu, "_parties", parties)
+    assert rehearse(tmp_path / "gpu") == status
 
 
 def test_a_token_of_bert_base_takes_170_million_operations():

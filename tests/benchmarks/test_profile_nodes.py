@@ -2,9 +2,10 @@
 
 import pytest
 
+from benchmarks import profile_nodes
 from benchmarks.plan import read_shape
 from benchmarks.profile_nodes import _sizes, profile
-from mirror_runtime.bundle import Precision
+from mirror_runtime.bundle import EngineName, Precision, read_manifest
 from mirror_runtime.engines.openvino_core import read_graph
 from mirror_runtime.errors import InputError
 
@@ -18,6 +19,17 @@ def test_the_operations_of_all_products_are_those_of_the_encoder(tiny_bundle):
     assert sum(group.flop for group in products) == 2 * 64 * shape.flop_per_token
     assert sum(group.nodes for group in products) == 6 * shape.layers
     assert 0 < sum(group.microseconds for group in groups) / 1e3 < 1.1 * milliseconds
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_by_default_it_profiles_what_the_bundle_has_for_openvino_and_the_cpu_runs(
+    make_bundle, make_artifact, monkeypatch, bf16
+):
+    fp32, half, int8 = Precision.FP32, Precision.BF16, Precision.INT8
+    pairs = [(EngineName.ONNXRUNTIME, fp32), (EngineName.OPENVINO, half), (EngineName.OPENVINO, int8)]
+    manifest = read_manifest(make_bundle(artifacts=tuple(make_artifact(*pair) for pair in pairs)))
+    monkeypatch.setattr(profile_nodes, "has_bf16", lambda: bf16)
+    assert profile_nodes._precisions(manifest) == ([half, int8] if bf16 else [int8])
 
 
 @pytest.mark.parametrize("shape", ["16", "x64", "0x64", "16x64x2", "-1x16"])

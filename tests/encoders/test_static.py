@@ -122,6 +122,13 @@ def test_a_bundle_has_the_vectors_of_its_encoder(family: str, tmp_path: Path) ->
         np.testing.assert_allclose(of_sentence_transformers(bundle)[:6], expected[:6], atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["static", "model2vec"])
+def test_a_limit_that_only_the_tokenizers_settings_state_is_not_the_encoders(family: str, tmp_path: Path) -> None:
+    write_tiny_static(family, tmp_path / "encoder", limit=None)
+    (tmp_path / "encoder" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10}))
+    assert resolve(str(tmp_path / "encoder")).spec.max_tokens == 512
+
+
 def test_other_precisions_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_static("static", tmp_path / "encoder")
     (texts := tmp_path / "texts.txt").write_text("the house\n")

@@ -67,6 +67,9 @@ def test_prompts_are_kept_unless_the_pooling_leaves_them_out(tiny_bert, tmp_path
     assert read_prompts(tmp_path / "again") == kept == {"query": "find: "}
     found = peer(tmp_path / "again").encode(["a cat"], prompt_name="query")
     np.testing.assert_allclose(found, reference.encode(["find: a cat"]), atol=1e-5)
+    options["spec"] = dataclasses.replace(reference.spec, pooling=Pooling.MEAN_PADDED, pad_to=reference.spec.max_tokens)
+    write_layout(tmp_path / "beyond", prompts=kept, **options)
+    assert read_prompts(tmp_path / "beyond") == kept, "also where sentence-transformers has no such pooling"
     pooling.write_text(json.dumps({**read(pooling), "include_prompt": False}))
     assert resolve(str(tmp_path / "run")).prompts == {}
 

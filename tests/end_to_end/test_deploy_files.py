@@ -12,7 +12,9 @@ import typer.main
 import yaml
 from click.testing import CliRunner
 
+from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.cli.main import app
+from mirror_runtime.engines import ON_GPU
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.triton.repository.container import CONTAINER_IMAGE
 from tests.support.paths import ROOT
@@ -86,6 +88,15 @@ def test_the_gpu_overlay_of_compose_matches_its_schema_and_takes_extras_that_exi
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     (extra,) = re.findall(r"^\$\{MIRROR_EXTRAS:-(\w+)\}$", overlay["triton"]["build"]["args"]["EXTRAS"])
     assert extra in (distribution("mirror-runtime").metadata.get_all("Provides-Extra") or ())
+
+
+@pytest.mark.parametrize("name", ["compose.gpu.yaml", "kubernetes-gpu/kustomization.yaml"])
+def test_a_repository_for_a_gpu_names_its_engine(name):
+    (options,) = re.findall(r"to_triton\.py BUNDLE --output models *(.*)", (DEPLOY / name).read_text())
+    assert options in (DEPLOY.parent / "docs/how-to/scale-out.md").read_text()
+    _, engine, _, precision = options.split()
+    assert EngineName(engine) in ON_GPU
+    assert Precision(precision) is Precision.FP16
 
 
 def test_our_containers_run_without_root_and_cannot_write_to_their_images(pod):

@@ -31,6 +31,7 @@ def check_served(encoder: Path, corpus: Path, texts: list[str], folder: Path) ->
     with cached_traces():
         fp32 = ["--precision", "fp32", "--parity-texts", str(corpus)]
         assert to_onnx.main([str(encoder), "--output", str(bundle), *fp32]) == 0
+    assert mirror.main(["verify", str(bundle)]) == 0, "also where a canary has a vector of zeros"
     assert mirror.main(["encode", str(bundle), str(corpus), "--output", str(output), "--engine", "onnxruntime"]) == 0
     chosen = ["--engine", "onnxruntime", "--precision", "fp32"]
     assert to_triton.main([str(bundle), "--output", str(models), *chosen]) == 0

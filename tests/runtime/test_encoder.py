@@ -59,14 +59,16 @@ def test_nothing_gives_an_empty_array_and_what_is_not_a_list_of_texts_is_named(e
             encoder.encode(texts)
 
 
-def test_a_frame_is_refused_where_iterating_would_encode_its_column_names(encoder):
+def test_a_frame_is_refused_where_iterating_would_encode_its_column_names(encoder, monkeypatch):
     import pandas
     import pyarrow
 
+    monkeypatch.setattr(encoder, "prompts", {"query": "find: "})
     columns = {"text": ["a", "b"]}
     for texts in (columns, pyarrow.table(columns), pandas.DataFrame(columns)):
-        with pytest.raises(InputError, match=r"pass one column, such as list\(texts\['text'\]\)"):
-            encoder.encode(texts)
+        for name in (None, "query"):
+            with pytest.raises(InputError, match=r"pass one column, such as list\(texts\['text'\]\)"):
+                encoder.encode(texts, prompt_name=name)
 
 
 def test_a_vector_that_is_not_finite_is_an_error_of_its_text_alone(encoder, monkeypatch):

@@ -104,6 +104,23 @@ def test_what_changed_is_told_apart(server, tmp_path, capsys, path, change, verd
     assert bool(report["problem"]) == (verdict != "agrees")
 
 
+def zeros_at(*places):
+    return lambda rows: [[0.0] * DIM if i in places and len(rows) > 3 else row for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("later", "verdict"),
+    [(zeros_at(5), "agrees"), (zeros_at(5, 7), "broken"), (zeros_at(), "another model")],
+)
+def test_zeros_agree_only_where_zeros_were_kept(server, tmp_path, capsys, later, verdict):
+    arguments = ["verify", "--endpoint", f"{server.url}/v1", "--canaries", str(tmp_path / "kept.json")]
+    server.order = zeros_at(5)
+    assert main(arguments) == 0
+    server.order = later
+    main(arguments)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"] == verdict
+
+
 def test_an_endpoint_that_cannot_be_kept_or_read_is_named(server, tmp_path, capsys):
     path = tmp_path / "kept.json"
     arguments = ["verify", "--endpoint", f"{server.url}/v1", "--canaries", str(path)]

@@ -18,6 +18,7 @@ from mirror_runtime.cli.main import main
 from mirror_runtime.cli.plan import pareto
 from mirror_runtime.planner import Budget, Planner
 from tests.support.fake_bundles import host_plan
+from tests.support.fake_gpu import FakeDriver, install_driver
 
 ORT = plans.Setting(engine=EngineName.ONNXRUNTIME, precision=Precision.FP32, streams=1)
 OV = plans.Setting(engine=EngineName.OPENVINO, precision=Precision.FP32, streams=2, row_tokens=32, batch_tokens=512)
@@ -81,6 +82,17 @@ def test_a_stale_plan_is_left_aside_and_the_log_says_why(tiny_bundle, plan, cach
     assert reason in caplog.text
     with pytest.raises(InputError, match="is not valid here"):
         Encoder.load(tiny_bundle, plan=path)
+
+
+def test_a_plan_for_a_gpu_that_this_process_may_not_use_is_left_aside(tiny_bundle, plan, cache, caplog, monkeypatch):
+    install_driver(monkeypatch, FakeDriver(100))  # as with CUDA_VISIBLE_DEVICES=
+    on_gpu = plans.Setting(engine=EngineName.ONNXRUNTIME_CUDA, precision=Precision.FP16, streams=1)
+    plans.write_plan(dataclasses.replace(plan, chosen=on_gpu), plans.plan_path(cache, plan.fingerprint))
+    with caplog.at_level(logging.WARNING):
+        assert plans.find_plan("auto", cache, plan.fingerprint) is None
+    assert "it runs on a GPU, and the driver shows this process no GPU" in caplog.text
+    install_driver(monkeypatch, FakeDriver())
+    assert plans.find_plan("auto", cache, plan.fingerprint) is not None
 
 
 def test_a_torn_plan_is_left_aside_and_an_unknown_format_refused(tiny_bundle, plan, cache, caplog):

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import pytest
@@ -37,8 +38,12 @@ def test_what_was_asked_for_is_chosen_even_where_it_will_fail_and_nothing_instal
     assert choose(manifest, "openvino", "auto")[:2] == OV32
     assert choose(manifest, "auto", "fp32")[:2] == ORT32
     monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: False)
-    with pytest.raises(EngineError, match=r"pip install .*\[openvino\]'"):
+    with pytest.raises(EngineError, match=r"onnxruntime fp32: its engine is not installed, pip install .*\[cpu\]'"):
         choose(manifest, "auto", "auto")
+    monkeypatch.setattr("mirror_runtime.selection.installed", lambda name: True)
+    only_half = dataclasses.replace(manifest, artifacts=manifest.artifacts[2:])
+    with pytest.raises(EngineError, match=r"nothing in the bundle runs here: openvino bf16: the CPU has no bf16"):
+        choose(only_half, "auto", "auto")
 
 
 def test_auto_never_takes_int8_or_padded_graphs_and_int8_is_there_for_the_asking(make_bundle, make_artifact):

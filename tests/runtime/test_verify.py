@@ -62,6 +62,13 @@ def test_what_the_canaries_say(change, verdict):
     assert bool(compared.problem) == (verdict is not CanaryVerdict.AGREES)
 
 
+@pytest.mark.parametrize(("found", "verdict"), [(0.0, CanaryVerdict.AGREES), (1.0, CanaryVerdict.ANOTHER_MODEL)])
+def test_a_static_encoders_text_without_tokens_stays_zeros(found, verdict):
+    canaries = (*CANARIES, contract.Canary(text="", vector=(0.0,) * 4))
+    vectors = np.concatenate([STORED, np.full((1, 4), found, np.float32)])
+    assert compare_canaries(vectors, canaries, 0.9999).verdict is verdict
+
+
 def test_a_good_bundle_agrees_but_not_without_its_engine(tiny_bundle, monkeypatch, capsys):
     assert main(["verify", str(tiny_bundle)]) == 0
     said = report(capsys)

@@ -126,14 +126,15 @@ class OnnxRuntimeGpuEngine:
         self._provider = PROVIDERS[name]
         if precision is Precision.FP8:
             raise EngineError(f"{name.value} does not run fp8 graphs: choose engine tensorrt")
-        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
-            self._onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's packages, which no search path has
         present = self._onnxruntime.get_available_providers()
         if self._provider.name not in present:
             raise EngineError(
                 f"the installed onnxruntime has no {self._provider.name} (it has {', '.join(present)}): "
                 f"{self._provider.cure}"
             )
+        # CUDA and cuDNN from NVIDIA's packages, which no search path has. Vendors' builds do without the function.
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it does not find
+            getattr(self._onnxruntime, "preload_dlls", lambda: None)()
         self.name = name
         self.precision: Precision = precision
         self.streams = streams or 1

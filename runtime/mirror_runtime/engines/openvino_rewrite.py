@@ -2,11 +2,13 @@
 
 Measured on MiniLM, 16 rows of 64 tokens, one core (2026-11-30): on AMX 1.06 times as fast in bf16 and 1.11 in int8;
 without AMX 1.04 in int8. In floating point no vector changes, not even in the last bit. In int8 the factor of the
-scores is applied to the keys before they are rounded to bf16, not after: one rounding less.
+scores is applied to the keys before they are rounded to bf16, not after: one rounding less, which moves vectors to
+a worst cosine of 0.9976 with those of the graph as it was (400 sentences, docs/log.md).
 """
 
 from __future__ import annotations
 
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
@@ -76,8 +78,15 @@ def _is_constant(node: Any) -> bool:
     if node.get_type_name() == "Constant":
         return True
     inputs = [value.get_node() for value in node.input_values()]
-    operands = inputs[:1] if node.get_type_name() == "Reshape" else inputs
-    return node.get_type_name() in ("Convert", "Multiply", "Reshape", "Subtract") and all(map(_is_constant, operands))
+    if node.get_type_name() == "Reshape":
+        before, after = (_without_ones(shape) for shape in (node.get_input_shape(0), node.get_output_shape(0)))
+        return before == after and _is_constant(inputs[0])
+    return node.get_type_name() in ("Convert", "Multiply", "Subtract") and all(map(_is_constant, inputs))
+
+
+def _without_ones(shape: Any) -> list[int]:
+    """Return a shape without its leading dimensions of 1, which numpy's broadcasting adds by itself."""
+    return list(dropwhile(lambda length: length == 1, shape))
 
 
 def _is_int8(node: Any) -> bool:
@@ -91,7 +100,8 @@ def _columns(operators: Any, node: Any, begin: int, end: int) -> Any:
     kind = node.get_type_name()
     if kind == "Constant":
         values = node.data
-        return operators.constant(values if values.size == 1 else np.ascontiguousarray(values[..., begin:end]))
+        one = values.ndim == 0 or values.shape[-1] == 1
+        return operators.constant(values if one else np.ascontiguousarray(values[..., begin:end]))
     inputs = node.input_values()[: 1 if kind in ("Convert", "Reshape") else 2]
     operands = [_columns(operators, value.get_node(), begin, end) for value in inputs]
     if kind == "Convert":

@@ -13,6 +13,7 @@ from export.bundle.build import Request, build
 from export.proof import witness
 from mirror_runtime.bundle import Pooling, Precision
 from mirror_runtime.errors import ParityError
+from tests.support.tiny_encoders import write_tiny_static
 
 TEXTS = ("the cat sat on the mat.", "", "a man is playing a guitar", "dog river " * 40)
 
@@ -33,10 +34,28 @@ def published(tiny_bert: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def asked(*arguments):
+    found = witness.question(*arguments)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("family", ["static", "model2vec"])
+def test_a_small_limit_leaves_texts_with_tokens_or_no_testimony(family, tmp_path):
+    if not witness.available(family):
+        pytest.skip(f"{witness.library(family)} is not installed")
+    folder = tmp_path / "static"
+    write_tiny_static(family, folder, limit=6)
+    reference = Reference.load(resolve(str(folder)))
+    found = asked(folder, reference)
+    assert (found.problem, found.texts >= 8) == ("", True)
+    assert witness.question(folder, reference, ("", "the cat sat on the mat")) is None
+
+
 def test_it_agrees_with_a_right_reading_on_ragged_texts(published):
     source = resolve(str(published))
     assert source.published == published
-    found = witness.question(published, Reference.load(source))
+    found = asked(published, Reference.load(source))
     assert (found.problem, found.texts >= 40, found.min_cosine > 0.999999) == ("", True, True)
 
 
@@ -54,13 +73,13 @@ def test_it_agrees_with_a_right_reading_on_ragged_texts(published):
 def test_every_wrong_reading_is_found(published, misread, problem):
     reference = Reference.load(resolve(str(published)))
     wrong = dataclasses.replace(reference, spec=dataclasses.replace(reference.spec, **misread))
-    assert witness.question(published, wrong, TEXTS).problem.startswith(problem)
+    assert asked(published, wrong, TEXTS).problem.startswith(problem)
 
 
 def test_a_folder_that_it_cannot_read_is_a_difference_too(published):
     reference = Reference.load(resolve(str(published)))
     (published / "1_Pooling" / "config.json").write_text("{}")
-    assert witness.question(published, reference, TEXTS).problem.startswith("it fails with ")
+    assert asked(published, reference, TEXTS).problem.startswith("it fails with ")
 
 
 def test_an_encoder_that_the_folder_does_not_record_has_no_witness(published, tiny_bert):

@@ -16,11 +16,14 @@ import pytest
 from export.tensorrt import builder, prove_plan
 from export.tensorrt.artifact import packed_profiles, padded_profiles
 from export.tensorrt.builder import BuildError, BuildRequest, build, read_request, trtexec_line
+from mirror_runtime import gpu
 from mirror_runtime.bundle import TensorSpec
 from mirror_runtime.engines import cuda_device, plan_card, tensorrt_engine
 from mirror_runtime.engines.plan_card import read_card
+from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import ShapeSet
 from mirror_runtime.vectors import cosines
+from tests.support import fake_gpu
 from tests.support.fake_gpu import install_tensorrt
 from tests.support.tensorrt_binding import VERSIONS, FakeTensorRT, binding
 
@@ -332,6 +335,16 @@ def test_the_stand_in_refuses_what_the_binding_refuses():
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)
     with pytest.raises(AttributeError, match=r"no Builder\.platform_has_fast_fp16"):
         _ = trt.Builder(logger).platform_has_fast_fp16
+
+
+def test_the_copied_builder_asks_the_driver_as_the_runtime_does(monkeypatch):
+    fake_gpu.install_driver(monkeypatch, fake_gpu.FakeDriver())
+    found = gpu.this_gpu()
+    assert builder.this_gpu() == (found.name, found.compute_capability)
+    fake_gpu.install_driver(monkeypatch, fake_gpu.FakeDriver(100))
+    for ask, error in ((gpu.this_gpu, EngineError), (builder.this_gpu, BuildError)):
+        with pytest.raises(error, match="CUDA_VISIBLE_DEVICES"):
+            ask()
 
 
 def test_no_gpu_is_one_clear_error(monkeypatch):

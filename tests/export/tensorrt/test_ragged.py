@@ -12,16 +12,20 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from encoders.reference import Reference
+from encoders.source import resolve
+from export.graph.trace import export_graph
 from export.precision.half_precision import write_half
 from export.tensorrt.artifact import packed_profiles
 from export.tensorrt.ragged import DOMAIN, LENGTHS, OPERATOR, write_ragged
 from export.tensorrt.view import GraphView, attribute
-from mirror_runtime.bundle import Precision
+from mirror_runtime.bundle import Layout, Pooling, Precision
 from mirror_runtime.errors import EngineError
 from mirror_runtime.packing import PackedRows, runs
 from mirror_runtime.vectors import cosines
 from tests.support.graphs import graph_of, rows, run, texts_of
 from tests.support.tensorrt_binding import VERSIONS, binding
+from tests.support.trace_cache import cached_traces
 
 
 class TRT_Attention(OpRun):
@@ -117,6 +121,15 @@ def test_attention_that_is_more_than_a_block_mask_is_refused(tiny_bundle: Path, 
     onnx.save(proto, tmp_path / "biased.onnx")
     with pytest.raises(EngineError, match="a window, a causal mask or a bias"):
         write_ragged(replace(source, path=tmp_path / "biased.onnx"), tmp_path / "ragged.onnx")
+
+
+@pytest.mark.trace
+def test_a_pooling_that_reads_one_token_is_the_reason_that_is_named(tiny_bert: Path, tmp_path: Path):
+    with cached_traces():
+        reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.CLS))
+        graph = export_graph(reference, Layout.PACKED, tmp_path / "cls.onnx")
+    with pytest.raises(EngineError, match=r"only one token a text in its last layer \(pooling cls\)"):
+        write_ragged(graph, tmp_path / "ragged.onnx", pooling=Pooling.CLS)
 
 
 def test_a_scale_stays_one(tiny_bundle: Path, tmp_path: Path):

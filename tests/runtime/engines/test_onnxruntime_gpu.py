@@ -90,7 +90,7 @@ def test_a_provider_that_onnxruntime_drops_is_an_error_and_no_fallback(monkeypat
             super().__init__(path, options, providers=["CPUExecutionProvider"])
 
     fake = types.SimpleNamespace(
-        **{name: getattr(onnxruntime, name) for name in ("SessionOptions", "OrtValue", "preload_dlls")},
+        **{name: getattr(onnxruntime, name) for name in ("SessionOptions", "OrtValue")},
         InferenceSession=Dropped,
         get_available_providers=lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"],
     )

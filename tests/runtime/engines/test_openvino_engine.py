@@ -16,9 +16,9 @@ from encoders.reference import Reference
 from encoders.source import resolve
 from export.graph.trace import export_graph
 from mirror_runtime import BundleError, Encoder, EngineError
-from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision
+from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, sha256_file
 from mirror_runtime.cache import cache_folder
-from mirror_runtime.engines import load_engine, openvino_engine
+from mirror_runtime.engines import load_engine, openvino_engine, openvino_rewrite
 from mirror_runtime.host import has_bf16
 from mirror_runtime.packing import PackedRows, ShapeSet, pack
 from mirror_runtime.vectors import cosines
@@ -204,6 +204,7 @@ def test_a_damaged_bundle_does_not_load_and_is_not_cached(tiny_bundle, tmp_path,
 def test_another_release_has_its_own_and_one_that_cannot_be_written_is_done_without(tiny_bundle, tmp_path, expected):
     vectors(tiny_bundle, tmp_path)
     (file,) = tmp_path.rglob("graph.xml")
+    assert file.parent.name.endswith(sha256_file(Path(openvino_rewrite.__file__))[:12])
     file.parent.rename(file.parent.with_name("openvino-1.0"))
     assert vectors(tiny_bundle, tmp_path).tobytes() == expected.tobytes()
     assert len(list(tmp_path.rglob("graph.xml"))) == 2

@@ -1,5 +1,7 @@
 """Graphs for OpenVINO are rewritten where that is known to be exact, and nowhere else."""
 
+from typing import Any
+
 import numpy as np
 import openvino
 import pytest
@@ -55,7 +57,7 @@ def test_other_transpositions_stay(model):
     assert orders(rewrite(model)) == before
 
 
-def product(*, int8=True, bias=True, second_reader=False, axis=-1):
+def product(*, int8=True, bias=True, second_reader=False, axis=-1, by_row=False, reshaped=False):
     rows = operators.parameter([2, 5, 64], np.float32)
     limits = np.float32(-4), np.float32(4)
     rounded = operators.fake_quantize(rows, *limits, *limits, 255)
@@ -63,9 +65,10 @@ def product(*, int8=True, bias=True, second_reader=False, axis=-1):
     if int8:
         stored = operators.convert(operators.constant(weights.astype(np.int8)), "f32")
         shifted = operators.subtract(stored, operators.constant(np.zeros(48, np.float32)))
-        scale = operators.reshape(
-            operators.constant(np.linspace(0.1, 2, 48, dtype=np.float32)), np.array([1, 48]), False
-        )
+        factors = np.linspace(0.1, 2, 64 if by_row or reshaped else 48, dtype=np.float32)
+        scale = operators.constant(factors[:, None] if by_row else factors)
+        if not by_row:
+            scale = operators.reshape(scale, np.array([64, 1] if reshaped else [1, 48]), False)
         matrix = operators.multiply(shifted, scale)
     else:
         matrix = operators.constant(weights.astype(np.float32))
@@ -79,12 +82,12 @@ def product(*, int8=True, bias=True, second_reader=False, axis=-1):
     return openvino.Model(ends, [rows], "product")
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_an_int8_product_that_is_split_becomes_several(bias):
+@pytest.mark.parametrize("changes", [{}, {"bias": False}, {"by_row": True}], ids=str)
+def test_an_int8_product_that_is_split_becomes_several(changes):
     draws = DRAW.bit_generator.state
-    plain = product(bias=bias)
+    plain = product(**changes)
     DRAW.bit_generator.state = draws
-    rewritten = rewrite(product(bias=bias))
+    rewritten = rewrite(product(**changes))
     assert "VariadicSplit" not in kinds(rewritten)
     assert kinds(rewritten).count("MatMul") == 3
     rows = [np.random.default_rng(1).normal(size=(2, 5, 64)).astype(np.float32)]
@@ -92,7 +95,10 @@ def test_an_int8_product_that_is_split_becomes_several(bias):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"int8": False}, {"second_reader": True}, {"axis": 0}], ids=str)
+OTHERS: list[dict[str, Any]] = [{"int8": False}, {"second_reader": True}, {"axis": 0}, {"reshaped": True}]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
 def test_other_products_stay_whole(changes):
     rewritten = rewrite(product(**changes))
     assert kinds(rewritten).count("MatMul") == kinds(rewritten).count("VariadicSplit") == 1

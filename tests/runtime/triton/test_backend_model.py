@@ -122,9 +122,10 @@ def test_onnxruntime_on_a_gpu_keeps_fp32_and_captures_nothing(manifest):
 
 
 def test_options_that_a_backend_does_not_support_are_rejected(manifest):
-    bundle, read = manifest(EngineName.OPENVINO, Precision.FP32)
-    with pytest.raises(InputError, match="no setting for fp32"):
-        rendered(bundle, read, backend=Backend.OPENVINO)
+    bundle, read = manifest(EngineName.OPENVINO, Precision.FP32, Precision.INT8)
+    for precision, message in (("fp32", "no setting for fp32"), ("int8", "certificate is of the rewritten graph")):
+        with pytest.raises(InputError, match=message):
+            rendered(bundle, read, backend=Backend.OPENVINO, precision=precision)
     with pytest.raises(EngineError, match="the bundle has none"):
         rendered(bundle, read, backend=Backend.TENSORRT)
     with pytest.raises(InputError, match="runs engine openvino, not fake"):

@@ -131,6 +131,11 @@ def find_artifact(manifest: Manifest, options: ServingOptions) -> Artifact:
             "Triton's OpenVINO backend has no setting for fp32: on CPUs with bf16 it would compute in bf16. "
             "Choose bf16, or the backend python"
         )
+    if options.backend is Backend.OPENVINO and fitting[0].precision is Precision.INT8:
+        raise InputError(
+            "Triton's OpenVINO backend runs the int8 graph as it was exported, and its certificate is of the rewritten "
+            "graph, whose vectors differ (see openvino_rewrite). Choose bf16, or the backend python"
+        )
     return fitting[0]
 
 
