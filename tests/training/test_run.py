@@ -236,7 +236,7 @@ def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, proc
 
     hardware = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), processes=processes)
     monkeypatch.setattr(run, "choose_hardware", lambda *_: hardware)
-    monkeypatch.setattr(run, "split_corpus", lambda corpus, _: (corpus, []))
+    monkeypatch.setattr(run, "split_corpus", lambda corpus, _: (corpus, [[]]))
     monkeypatch.setattr(run, "Gate", Gate)
     monkeypatch.setattr(run, "train", train)
     tune(dataclasses.replace(job, probe=ProbeChoice.AUTO))
