@@ -222,7 +222,7 @@ def command(
         _setting(
             "lora",
             "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
-            "parameters. Its quality was not measured; the paper's rates are about ten times higher.",
+            "parameters. Quality and the best rate were not measured.",
         ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
