@@ -125,7 +125,7 @@ def test_invalid_settings_name_their_option(setting: str) -> None:
 def test_a_dense_layer_that_is_not_finite_is_refused(tiny_bert: Path) -> None:
     def spoil(step: Step) -> None:
         with torch.no_grad():
-            reference.dense[0][0].weight[0, 0] = float("nan")
+            next(reference.dense[0].parameters())[0, 0] = float("nan")
 
     reference = add_dense(load(tiny_bert), 48, 1)
     with pytest.raises(InputError, match="weights are not finite at the end"):
