@@ -115,7 +115,7 @@ class WordScores:
         self._documents = _weighted(counter.fit_transform(documents).astype(np.float64).tocsr())
         self._queries = counter.transform(queries).astype(np.float64).tocsr()
 
-    def scores(self, queries: NDArray[np.int64], documents: NDArray[np.int64]) -> Scores:
+    def scores(self, queries: NDArray[np.int64], documents: NDArray[np.int64] | slice) -> Scores:
         """Score the documents of some rows for the queries of some rows: float64 [queries, documents]."""
         found: Scores = (self._queries[queries] @ self._documents[documents].T).toarray()
         return found

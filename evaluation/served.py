@@ -23,7 +23,12 @@ TRITON, HTTP = "triton://", ("http://", "https://")
 
 def is_served(name: str) -> bool:
     """Return whether `open_served` opens this name."""
-    return name.startswith((TRITON, *HTTP)) or _bundle(name) is not None
+    return is_remote(name) or _bundle(name) is not None
+
+
+def is_remote(name: str) -> bool:
+    """Return whether a server behind this name computes the vectors."""
+    return name.startswith((TRITON, *HTTP))
 
 
 def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | None] | None:

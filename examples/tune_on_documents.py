@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(base: str, documents: str, run: str, bundle: str, *options: str) -> None:
     """Tune `base` on the sections of every Markdown and text file below `documents`, and write `bundle`."""
     tune = ["training/tune.py", "--base", base, "--corpus", documents, "--documents", "--output", run, *options]
-    subprocess.run([sys.executable, *tune], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "export/to_onnx.py", run, "--output", bundle], cwd=ROOT, check=True)
+    for script, *arguments in (tune, ["export/to_onnx.py", run, "--output", bundle]):
+        if status := subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False).returncode:
+            raise SystemExit(status)  # 3: the tuned encoder is worse
 
 
 if __name__ == "__main__":

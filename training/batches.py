@@ -63,8 +63,8 @@ def batches(
     rng = random.Random(config.seed)
     depth: int = reference.model.config.num_hidden_layers
     draws_layers = config.objective is Objective.SELF_GUIDED and config.variant is not Variant.OPT3
-    # Second views repeat tokens; pairs never do.
-    repeats = config.repetition > 0 and config.objective is Objective.MIRROR and isinstance(data[0], str)
+    # Second views of one text repeat tokens; pairs never do.
+    repeats = config.repetition > 0 and config.objective is Objective.MIRROR
     targets = targets_of(data) if targets is None else targets
     done = 0
     for _ in range(config.epochs):
@@ -74,10 +74,11 @@ def batches(
             order = rng.sample(range(len(data)), len(data))
         for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
             examples = order[start : start + config.batch_size]
-            views = [_views(data[example], reference, config, rng) for example in examples]
+            drawn = [_drawn(data[example], config, rng) for example in examples]
+            views = [_views(one, reference, config, rng) for one in drawn]
             layers = [rng.randint(0, depth) for _ in examples] if draws_layers else []
             # Drawn here although tokens are repeated later: a skipped batch must advance the generator equally.
-            seeds = [rng.getrandbits(32) for _ in examples] if repeats else []
+            seeds = {i: rng.getrandbits(32) for i, one in enumerate(drawn) if repeats and isinstance(one, str)}
             done += 1
             if done > skip:
                 batch = _prepare(views, layers, seeds, reference, config, hardware)
@@ -114,7 +115,8 @@ def check(reference: Reference, data: Sequence[Example], config: TuneConfig, har
         raise InputError(f"--batch-size is {config.batch_size}: {hardware.processes} processes cannot share it evenly")
     _check_objective(spec.dense != (), data, config.objective)
     check_trained(reference.model, config.train_layers, config.lora, spec.layers)
-    masks = config.mask_length > 0 and not config.reference_masking and isinstance(data[0], str)
+    # The views of a document may be one text.
+    masks = config.mask_length > 0 and not config.reference_masking and isinstance(data[0], (str, Document))
     if masks and reference.tokenizer.mask_token is None:
         raise InputError("the tokenizer has no mask token: set --mask-length 0")
 
@@ -136,12 +138,15 @@ def _check_objective(dense: bool, data: Sequence[Example], objective: Objective)
         raise InputError(f"{name} cannot tune an encoder with dense layers behind its pooling: use --objective mirror")
 
 
+def _drawn(example: Example, config: TuneConfig, rng: random.Random) -> Example:
+    """Return a document's views, or the text that both of them are; other examples as they are."""
+    if not isinstance(example, Document):
+        return example
+    first, second = draw_views(example, config.views, rng)
+    return first if first == second else (first, second)
+
+
 def _views(example: Example, reference: Reference, config: TuneConfig, rng: random.Random) -> tuple[str, ...]:
-    if isinstance(example, Document):
-        first, second = draw_views(example, config.views, rng)
-        if first != second:
-            return first, second
-        example = first
     if not isinstance(example, str):
         return texts_of(example)
     if config.objective in SINGLE:
@@ -158,7 +163,7 @@ def _views(example: Example, reference: Reference, config: TuneConfig, rng: rand
 def _prepare(
     views: Sequence[tuple[str, ...]],
     layers: Sequence[int],
-    seeds: Sequence[int],
+    seeds: Mapping[int, int],
     reference: Reference,
     config: TuneConfig,
     hardware: Hardware,
@@ -168,7 +173,7 @@ def _prepare(
     tokens = dict(zip(slots, reference.tokenize([views[one][side] for one, side in slots]), strict=True))
     groups = group(*([tokens[one, side] for one in range(len(views))] for side in range(min(sides, 2))))
     negatives = _negative_groups(tokens, groups, sides)
-    for one, seed in enumerate(seeds):
+    for one, seed in seeds.items():
         tokens[one, 1] = repeat_tokens(tokens[one, 1], config.repetition, config.max_tokens, random.Random(seed))
     share = hardware.share(len(views))
     own = [(one, side) for one, side in slots if share.start <= one < share.stop]

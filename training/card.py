@@ -46,7 +46,7 @@ def render_card(
     rows = {
         "vector": f"{spec.dim} numbers, unit length",
         "pooling": spec.pooling.value,
-        "longest text": f"{spec.max_tokens} tokens ({config.max_tokens} while tuning)",
+        "longest text": f"{spec.max_tokens} tokens" + (f" ({config.max_tokens} while tuning)" if steps else ""),
         "recipe": _recipe(config, corpus.has_documents) if steps else "none: the base as it is",
         "corpus": f"sha256 {corpus.sha256}",
     }

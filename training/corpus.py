@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,9 @@ import numpy as np
 from evaluation.sets import read_texts
 from mirror_runtime.errors import InputError
 from training.augment import Document, Example, Scored, texts_of
-from training.documents import Documents
+from training.documents import Documents, split_sentences
 from training.formats import Records, file_names
-from training.labels import Labels, example_of, labelled
+from training.labels import Labels, contradictions, example_of, labelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ class FileCounts:
     name: str  # without its folder
     sha256: str  # of its bytes, or of a data set's texts
     lines: int  # lines or rows, including empty ones
-    empty: int  # lines of white space only, documents of one part
+    empty: int  # lines of white space only, documents of one part, rows without a label
     duplicates: int  # lines that repeat an earlier one of this or an earlier file
     excluded: int  # lines that contain an evaluation text
 
@@ -156,7 +157,7 @@ class Corpus:
     def overlap_with(self, files: Sequence[tuple[str, Sequence[str]]]) -> tuple[Overlap, ...]:
         """Look for the texts of evaluation sets, given with their names, in the examples."""
         check = ContaminationCheck(files)
-        check.matches(self.texts)
+        check.matches(chain.from_iterable(_compared(texts_of(one), self.has_documents) for one in self.examples))
         return check.overlaps()
 
 
@@ -200,7 +201,8 @@ def read_corpus(request: CorpusRequest) -> Corpus:
     excluded = ContaminationCheck((Path(name).name, read_texts(name)) for name in request.exclude)
     sample = _Sample(request.sample, request.seed)
     known: set[int] = set()
-    files = tuple(_read_file(source, excluded, sample, known) for source in sources)
+    contradicted = contradictions(sources) if request.labels is Labels.ENTAILMENT else {}
+    files = tuple(_read_file(source, excluded, sample, known, contradicted) for source in sources)
     records = sample.records()
     _check(request, files, sample.offered, records)
     examples = tuple(
@@ -267,10 +269,14 @@ class _Sample:
 
 
 def _read_file(
-    source: Records | Documents, excluded_texts: ContaminationCheck, sample: _Sample, known: set[int]
+    source: Records | Documents,
+    excluded_texts: ContaminationCheck,
+    sample: _Sample,
+    known: set[int],
+    contradicted: Mapping[str, Sequence[str]],
 ) -> FileCounts:
     lines = empty = duplicates = excluded = 0
-    for record in labelled(source.labels, source, source.name):
+    for record in labelled(source.labels, source, source.name, contradicted):
         lines += 1
         if not all(record):
             if any(record):
@@ -282,7 +288,8 @@ def _read_file(
             duplicates += 1
             continue
         known.add(key)
-        if excluded_texts.matches(record[:2] if source.labels is Labels.SCORES else record):
+        texts = record[:2] if source.labels is Labels.SCORES else record
+        if excluded_texts.matches(_compared(texts, isinstance(source, Documents))):
             excluded += 1
             continue
         sample.offer(record)
@@ -294,6 +301,13 @@ def _read_file(
         duplicates=duplicates,
         excluded=excluded,
     )
+
+
+def _compared(texts: tuple[str, ...], document: bool) -> Iterator[str]:
+    """Yield what is compared with evaluation texts: of a document also its sentences, which views may be."""
+    yield from texts
+    if document:
+        yield from split_sentences(texts[-1])
 
 
 def _check(

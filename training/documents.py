@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
+from mirror_runtime.corpus.files import CorpusFile, suffix_of
 from mirror_runtime.errors import InputError
 from training.augment import Document
-from training.formats import Records
+from training.formats import Records, file_names
 from training.labels import Labels
 
 COLUMNS = ("title", "text")
@@ -26,9 +27,11 @@ MIN_WORDS = 4
 CROPPED = (0.3, 0.6)
 """Least and largest share of the words that a crop keeps."""
 
-_HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
-_FENCE = re.compile(r"(```|~~~)")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)")
+_HEADING = re.compile(r" {0,3}#{1,6}\s+(.*?)\s*#*$")
+_FENCE = re.compile(r"\s*(```|~~~)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=\S)|(?<=[。！？])\s*(?=\S)")
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"\s*(?:[{_UNSPACED}]|[^\s{_UNSPACED}]+)")
 
 
 class View(str, Enum):
@@ -49,11 +52,19 @@ class View(str, Enum):
     """The text twice: dropout and the mask differ, as for lines of text."""
 
 
+def words_of(text: str) -> list[str]:
+    """Split a text into words, each with the space before it.
+
+    In scripts that write none between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer), a character is a word.
+    """
+    return _WORD.findall(text)
+
+
 def split_sentences(text: str) -> list[str]:
     """Split a text after full stops, question and exclamation marks; shorter parts join the sentence before."""
     found: list[str] = []
     for part in _SENTENCE_END.split(text):
-        if found and len(part.split()) < MIN_WORDS:
+        if found and len(words_of(part)) < MIN_WORDS:
             found[-1] += f" {part}"
         else:
             found.append(part)
@@ -68,34 +79,34 @@ def as_document(title: str, text: str) -> tuple[str, str]:
     if not title:
         title, *rest = split_sentences(text)
         text = " ".join(rest)
-    return (title, text) if title and len(text.split()) >= MIN_WORDS else ("", "")
+    return (title, text) if title and len(words_of(text)) >= MIN_WORDS else ("", "")
 
 
 class Documents:
     """Documents of a file or folder, as an iterable of `as_document`.
 
     Formats with columns have a title, which may be empty or lack, and a text; Markdown has a document under each
-    heading; in other text files a blank line ends a document. A folder stands for all its Markdown and text files.
+    heading; in other text files a blank line ends a document. A folder stands for all its Markdown and text files
+    whose names do not begin with a dot or an underscore.
 
     Args:
-        name: a path, or `hf:` and a data set's name.
+        name: a path or pattern, or `hf:` and a data set's name.
         columns: of the title and the text, or of the text alone; empty means `title` and `text`.
 
     Raises:
-        InputError: a folder without such files.
+        InputError: a folder without such files, or more columns.
     """
 
     labels: Labels | None = None
 
     def __init__(self, name: str, *, columns: Sequence[str] = ()) -> None:
         self.name = name
-        names = [name]
-        if Path(name).is_dir():
-            names = [str(path) for path in sorted(Path(name).rglob("*")) if path.suffix.lower() in SUFFIXES]
-            if not names:
-                raise InputError(f"corpus {name} has no {', '.join(SUFFIXES)} files: name the files themselves")
+        if len(columns) > 2:
+            raise InputError(
+                f"--column names {len(columns)} columns: with --documents name title and text, or the text"
+            )
         columns = tuple(columns) or COLUMNS
-        plain = [Records(one) for one in names]
+        plain = [Records(one) for one in file_names(name, SUFFIXES)]
         self._sources = [
             Records(one.name, pairs=len(columns) == 2, columns=columns) if one.has_columns else one for one in plain
         ]
@@ -117,9 +128,9 @@ class Documents:
             if source.has_columns:
                 parts: Iterator[tuple[str, ...]] = (("", *record)[-2:] for record in source)
             else:
-                markdown = source.name.removesuffix(".gz").lower().endswith(".md")
-                lines = (line for (line,) in source)
-                parts = _sections(lines) if markdown else _blocks(lines)
+                path = Path(source.name)
+                lines = (row.values[0].rstrip() for row in CorpusFile(path=path).rows())
+                parts = _sections(lines) if suffix_of(path) == ".md" else _blocks(map(str.strip, lines))
             yield from (as_document(title, text) for title, text in parts)
 
 
@@ -146,7 +157,7 @@ def _sections(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
                 yield title, " ".join(body)
             title, body = heading[1], []
         elif not fence and line:
-            body.append(line)
+            body.append(line.strip())
     if body:
         yield title, " ".join(body)
 
@@ -167,16 +178,16 @@ def _neighbour(document: Document, rng: random.Random) -> tuple[str, str]:
 def _run(words: Sequence[str], share: float, rng: random.Random) -> str:
     size = min(len(words), max(MIN_WORDS, round(share * len(words))))
     start = rng.randrange(len(words) - size + 1)
-    return " ".join(words[start : start + size])
+    return "".join(words[start : start + size]).strip()
 
 
 def _crops(document: Document, rng: random.Random) -> tuple[str, str]:
-    words = document.text.split()
+    words = words_of(document.text)
     return _run(words, rng.uniform(*CROPPED), rng), _run(words, rng.uniform(*CROPPED), rng)
 
 
 def _spans(document: Document, rng: random.Random) -> tuple[str, str]:
-    words = document.text.split()
+    words = words_of(document.text)
     return _run(words, rng.betavariate(2, 4), rng), _run(words, rng.betavariate(4, 2), rng)
 
 

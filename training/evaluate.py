@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from encoders.sentence_transformers import read_json
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled
 from evaluation.phrases import evaluate_choices, read_choices
 from evaluation.plot import draw
@@ -119,7 +120,7 @@ def command(
     tasks += [partial(evaluate_choices, one) for one in choices.values() if one is not None]
     tasks += [partial(measure, one) for measure, one in labelled]
     tasks += [partial(evaluate_robustness, one) for one in sets[Group.STS] if robust]
-    tasks += [_own_probes(own)] if own else []
+    tasks += [_own_probes(own, encoders)] if own else []
     if not any(sets.values()) and not tasks:
         raise InputError("nothing to evaluate on: pass --sts, --words or another option that names files")
     bootstrap = Bootstrap(resamples=resamples, seed=seed)
@@ -153,12 +154,17 @@ def load_sets(
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
 
 
-def _own_probes(paths: Sequence[str]) -> Task:
+def _own_probes(paths: Sequence[str], encoders: Sequence[str]) -> Task:
+    """Build the probes of the texts that the encoders' runs held out, where their folders say which."""
     from training.gate import hold_out, read_own  # imports torch, for which --help does not wait
+    from training.run_folder import REPORT_FILE
 
     records = read_own(paths)
+    reports = [read_json(path, dict) for name in encoders if (path := Path(name) / REPORT_FILE).is_file()]
+    held_out = [set(report["held_out"]) for report in reports if report.get("held_out")]
+    hashes = set.intersection(*held_out) if held_out else ()
     name = "+".join(Path(path).stem for path in paths)
-    return partial(evaluate_probes, build_probes(hold_out(records)[0], records), name=name)
+    return partial(evaluate_probes, build_probes(hold_out(records, hashes)[0], records), name=name)
 
 
 def _load(

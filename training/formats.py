@@ -28,7 +28,7 @@ class Records:
 
     Args:
         name: a path (see `CorpusFile`), or `hf:` and a data set's name.
-        pairs: two texts a record: separated by one TAB in a text file or `.tsv`, in two columns elsewhere.
+        pairs: two texts a record: in two columns, or separated by one TAB in a text file or a `.tsv` without `columns`.
         columns: to read; empty means `text`, `text1` and `text2`, or those of the labels.
         labels: records are the columns of a labelled file, see `training.labels`; numbers become their text, and a
             list in the last column its items.
@@ -43,7 +43,7 @@ class Records:
         usual = COLUMNS[labels] if labels else PAIR_COLUMNS if pairs else TEXT_COLUMNS
         self.columns = tuple(columns) or usual
         self._digest = hashlib.sha256()
-        lines = Format.TEXT if pairs and suffix_of(Path(name)) == ".tsv" else None
+        lines = Format.TEXT if pairs and not columns and suffix_of(Path(name)) == ".tsv" else None
         # In the published files of scored pairs quotes mean nothing.
         self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines, tsv_quotes=labels is None)
         if self._file.path == STDIN:
@@ -113,9 +113,13 @@ class Records:
             ) from error
 
 
-def file_names(name: str) -> list[str]:
-    """Return the files that a path, folder or pattern names, or a data set's name itself."""
-    return [name] if name.startswith(HUB) else list(map(str, find_files([name])))
+def file_names(name: str, only: Sequence[str] = ()) -> list[str]:
+    """Return the files that a path, pattern or folder names, or a data set's name: of a folder `only` such endings.
+
+    Raises:
+        InputError: there is none.
+    """
+    return [name] if name.startswith(HUB) else list(map(str, find_files([name], only)))
 
 
 def _pair(line: str, where: str) -> tuple[str, ...]:

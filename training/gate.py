@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,12 +18,13 @@ from encoders.reference import Reference
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
 from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
 from evaluation.vectors import DECIMALS, Encode, unit_vectors
+from mirror_runtime.corpus.files import suffix_of
 from mirror_runtime.errors import InputError
 from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
 from training.documents import COLUMNS as DOCUMENT
 from training.documents import Documents, as_document
-from training.formats import PAIR_COLUMNS, Records, file_names
+from training.formats import Records, file_names
 from training.hardware import Hardware
 
 SHARE = 0.05
@@ -32,6 +33,8 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
+
+UNMEASURED = "pass --probe none, with a recipe other than auto, to tune unmeasured"
 
 SPEARMAN = "spearman"
 """The probe of scored pairs: the rank correlation of cosine and score."""
@@ -62,6 +65,7 @@ class Outcome:
 
     probe: str = CONTENT
     texts: int  # that were held out
+    held_out: tuple[str, ...] = ()  # their hashes
     items: int  # of them, those that the probe asks about
     before: Estimate
     after: Estimate
@@ -110,7 +114,8 @@ class Gate:
     def __init__(self, held_out: Sequence[Record | Scored], background: Sequence[Record], hardware: Hardware) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
-        self._pairs = [one for one in held_out if isinstance(one, Scored)]
+        self._hashes = tuple(sorted({text_hash(texts_of(one)[-1]) for one in held_out}))
+        self._pairs = _independent([one for one in held_out if isinstance(one, Scored)])
         self._probe = SPEARMAN if self._pairs else PARTS if isinstance(held_out[0], Document) else CONTENT
         records = [tuple(map(str, one)) for one in held_out]
         self._probes = [] if self._pairs else _probes(self._probe, records, background)
@@ -128,6 +133,7 @@ class Gate:
         return Outcome(
             probe=self._probe,
             texts=self._texts,
+            held_out=self._hashes,
             items=after[0].samples,
             before=self._before[0].figure,
             after=after[0].figure,
@@ -153,14 +159,33 @@ def _probes(name: str, held_out: Sequence[Record], background: Sequence[Record])
     if not probes and name == PARTS:
         raise InputError(
             f"fewer than {MIN_ITEMS} of {len(held_out)} held-out documents have a text that no other one has, which "
-            "the probe needs: pass --probe none to tune unmeasured"
+            f"the probe needs: {UNMEASURED}"
         )
     if not probes:
         raise InputError(
             f"fewer than {MIN_ITEMS} of {len(held_out)} held-out texts have {MIN_WORDS} words or more, both "
-            "rare and common ones, which the probe needs: pass --probe none to tune unmeasured"
+            f"rare and common ones, which the probe needs: {UNMEASURED}"
         )
     return probes
+
+
+def _independent(pairs: Sequence[Scored]) -> list[Scored]:
+    """Return the pairs, whatever their order, of which no two share a text: the bootstrap takes them as independent.
+
+    Raises:
+        InputError: so few are left that they say little.
+    """
+    seen: set[str] = set()
+    found = []
+    for pair in sorted(pairs):
+        if seen.isdisjoint(pair[:2]):
+            found.append(pair)
+            seen.update(pair[:2])
+    if pairs and len(found) < MIN_ITEMS:
+        raise InputError(
+            f"of {len(pairs)} held-out pairs only {len(found)} share no text, and {MIN_ITEMS} are needed: {UNMEASURED}"
+        )
+    return found
 
 
 def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
@@ -169,15 +194,16 @@ def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> 
     cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
     value = 100 * spearman(cosines, scores)
     if np.isnan(value):
-        raise InputError("all held-out pairs have one score, or one cosine: pass --probe none to tune unmeasured")
+        raise InputError(f"all held-out pairs have one score, or one cosine: {UNMEASURED}")
     drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
     return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
 
 
-def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[Record | Scored]]:
+def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[list[Record | Scored]]]:
     """Take the texts to be held out from a corpus: records without hard negatives, documents, or scored pairs.
 
-    `halves` is 2 where recipes are chosen by one half and the chosen one is measured on the other: twice as many.
+    `halves` is 2 where recipes are chosen by one half and the chosen one is measured on the other: twice as many texts
+    in two lists. A (last) text is in one of them, whatever its titles and the order of the corpus.
 
     Raises:
         InputError: the corpus is too small.
@@ -186,31 +212,40 @@ def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[Record |
     if texts < halves * MIN_TEXTS:
         raise InputError(
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
-            f"{halves * MIN_TEXTS} or more, or --probe none to tune unmeasured"
+            f"{halves * MIN_TEXTS} or more, or {UNMEASURED.removeprefix('pass ')}"
         )
     chosen = _chosen(corpus.records, halves)
-    held = [example for example in corpus.examples if texts_of(example)[:2][-1] in chosen]
-    rest = tuple(example for example in corpus.examples if chosen.isdisjoint(texts_of(example)))
-    kinds = (Document, Scored)
-    records = [example if isinstance(example, kinds) else texts_of(example)[:2] for example in held]
-    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), records
+    rest = tuple(example for example in corpus.examples if not chosen.keys() & texts_of(example))
+    held: list[list[Record | Scored]] = [[] for _ in range(halves)]
+    for example in corpus.examples:
+        record = texts_of(example)[:2]
+        if record[-1] in chosen:
+            held[chosen[record[-1]]].append(example if isinstance(example, (Document, Scored)) else record)
+    return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), held
 
 
-def hold_out(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+def hold_out(records: Sequence[Record], hashes: Collection[str] = ()) -> tuple[list[Record], list[Record]]:
     """Split records into those held out and the rest, each in its order.
 
     The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
     and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
+    If any text has one of the `hashes`, those of a run, these texts are held out in their place.
     """
-    chosen = _chosen(records)
+    chosen = {record[-1] for record in records if hashes and text_hash(record[-1]) in hashes} or set(_chosen(records))
     held = [record for record in records if record[-1] in chosen]
     return held, [record for record in records if chosen.isdisjoint(record)]
 
 
-def _chosen(records: Sequence[Record], halves: int = 1) -> set[str]:
-    keys = {text: hashlib.blake2b(text.encode(), digest_size=8).digest() for *_, text in records}
+def text_hash(text: str) -> str:
+    """Return what decides whether a text is held out."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _chosen(records: Sequence[Record], halves: int = 1) -> dict[str, int]:
+    """Return the texts to hold out, each with its half."""
+    keys = {text: text_hash(text) for *_, text in records}
     count = halves * min(MOST, max(FEWEST, round(SHARE * len(keys))))
-    return set(sorted(keys, key=keys.__getitem__)[:count])
+    return {text: rank % halves for rank, text in enumerate(sorted(keys, key=keys.__getitem__)[:count])}
 
 
 def read_own(paths: Sequence[str]) -> list[Record]:
@@ -227,14 +262,17 @@ def read_own(paths: Sequence[str]) -> list[Record]:
 
 
 def _names(name: str) -> list[str]:
-    return [name] if Path(name).is_dir() and any(Path(name).rglob("*.md")) else file_names(name)
+    with contextlib.suppress(InputError):  # it has no Markdown
+        if Path(name).is_dir() and file_names(name, (".md",)):
+            return [name]
+    return file_names(name)
 
 
 def _read_file(path: str) -> list[Record]:
-    if Path(path).is_dir() or path.endswith(".md"):
+    if Path(path).is_dir() or suffix_of(Path(path)) == ".md":
         return list(Documents(path))
     lines = Records(path)
-    for columns in (DOCUMENT, PAIR_COLUMNS) if lines.has_columns else ((),):
+    for columns in (DOCUMENT, ()) if lines.has_columns else ((),):
         with contextlib.suppress(InputError):  # it has another layout
             found = list(Records(path, pairs=True, columns=columns))
             if columns == DOCUMENT:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from encoders.pooling import project
 from encoders.reference import Reference
-from evaluation.retrieval import WordScores
+from evaluation.retrieval import Scores, WordScores
 from evaluation.vectors import Encode, unit_vectors
 from training.augment import Document
 from training.packed import encode_packed, pack, row_length
 
-SAMPLE = 2000
-"""Texts, evenly spaced, by which a title's scores are put on one scale."""
+CHUNK = 16_000_000
+"""Scores in memory at once while their scale is measured: 128 MB an array."""
 
 LEXICAL = 0.4
 """Weight of BM25 beside the cosine: 0.3 to 0.5 ranked Cranfield's documents best (docs/log.md, 2026-11-30)."""
@@ -27,9 +27,8 @@ LEXICAL = 0.4
 class HybridScores:
     """The base's cosines of titles and texts, mixed with BM25: a ranking that is better than either.
 
-    For each title, both are put on one scale by their mean and deviation over a sample of all texts; their weighted
-    mean then gets the deviation that cosines have. Indexing with n documents gives their scores, float32 [n titles, n
-    texts].
+    For each title, both are put on one scale by their mean and deviation over all texts; their weighted mean then
+    gets the deviation that cosines have. Indexing with n documents gives their scores, float32 [n titles, n texts].
 
     Args:
         base: the encoder before tuning. Texts are cut to `max_tokens`, and encoded in the caller's precision.
@@ -41,17 +40,22 @@ class HybridScores:
         titles, texts = zip(*documents, strict=True)
         self._titles, self._texts = unit_vectors(_packed_encoder(base, max_tokens), titles, texts)
         self._words = WordScores(texts, titles)
-        sample = np.arange(0, len(texts), -(-len(texts) // SAMPLE))
-        every = np.arange(len(titles))
-        cosines, words = self._titles @ self._texts[sample].T, self._words.scores(every, sample)
-        self._scales = [(one.mean(1, keepdims=True), one.std(1, keepdims=True) + 1e-9) for one in (cosines, words)]
-        self._spread = float(cosines.std(axis=1).mean())
+        # Over all texts: where no text of a sample had a word of the title, the deviation would be zero.
+        moments = [
+            [(one.mean(1, keepdims=True), one.std(1, keepdims=True) + 1e-9) for one in self._parts(rows, slice(None))]
+            for rows in np.array_split(np.arange(len(texts)), -(-(len(texts) ** 2) // CHUNK))
+        ]
+        self._scales = [tuple(map(np.concatenate, zip(*one, strict=True))) for one in zip(*moments, strict=True)]
+        self._spread = float(self._scales[0][1].mean())
+
+    def _parts(self, rows: NDArray[np.int64], columns: NDArray[np.int64] | slice) -> tuple[Scores, Scores]:
+        return self._titles[rows] @ self._texts[columns].T, self._words.scores(rows, columns)
 
     def __getitem__(self, chosen: Sequence[int]) -> torch.Tensor:
         rows = np.asarray(chosen)
-        parts = (self._titles[rows] @ self._texts[rows].T, self._words.scores(rows, rows))
         cosines, words = (
-            (part - mean[rows]) / deviation[rows] for part, (mean, deviation) in zip(parts, self._scales, strict=True)
+            (part - mean[rows]) / deviation[rows]
+            for part, (mean, deviation) in zip(self._parts(rows, rows), self._scales, strict=True)
         )
         return torch.from_numpy((((1 - LEXICAL) * cosines + LEXICAL * words) * self._spread).astype(np.float32))
 
@@ -81,7 +85,7 @@ def _packed_encoder(reference: Reference, max_tokens: int) -> Encode:
         with torch.inference_mode():
             packed = pack(ids, length=length, pad_id=pad_id, pad_to=spec.pad_to)
             pooled = encode_packed(reference.model, packed, spec.pooling, spec.layers)
-            vectors: NDArray[np.float32] = project(pooled, reference.dense).float().cpu().numpy()
+            vectors: NDArray[np.float32] = project(pooled, reference.dense)[:, : spec.dim].float().cpu().numpy()
         return vectors
 
     return encode

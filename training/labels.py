@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from itertools import chain
 
 from mirror_runtime.errors import InputError
 from training.augment import Example, Scored
@@ -21,7 +22,7 @@ class Labels(str, Enum):
     """A text, one with the same meaning, and one or more that differ in meaning (hard negatives)."""
     ENTAILMENT = "entailment"
     """A label, a premise and a hypothesis. A premise and what it entails become a pair, with what contradicts the
-    premise as hard negatives (supervised SimCSE, section 4); neutral hypotheses are left out."""
+    premise, in any file, as hard negatives (supervised SimCSE, section 4); neutral hypotheses are left out."""
 
 
 COLUMNS: Mapping[Labels, tuple[str, ...]] = {
@@ -33,17 +34,33 @@ COLUMNS: Mapping[Labels, tuple[str, ...]] = {
 ENTAILS, NEUTRAL, CONTRADICTS = ("entailment", "0"), ("neutral", "1"), ("contradiction", "2")
 """Names of the labels, and their numbers in SNLI."""
 
+UNLABELLED = ("-", "-1")
+"""On which SNLI's annotators did not agree."""
 
-def labelled(labels: Labels | None, rows: Iterable[Record], name: str) -> Iterator[Record]:
-    """Check the rows of a corpus file, called `name`, and turn them into records.
+
+def labelled(
+    labels: Labels | None, rows: Iterable[Record], name: str, contradicted: Mapping[str, Sequence[str]]
+) -> Iterator[Record]:
+    """Check the rows of a corpus file, called `name`, and turn them into records; `contradicted`: `contradictions`.
 
     Yields:
-        The texts of an example, then its score if it has one. An empty row gives empty texts.
+        The texts of an example, then its score if it has one. An empty or unlabelled row gives empty texts.
 
     Raises:
         InputError: a score is not a number, a label is unknown, or a text is missing; the message names the row.
     """
+    if labels is Labels.ENTAILMENT:
+        return _entailment(rows, name, contradicted)
     return iter(rows) if labels is None else _READERS[labels](rows, name)
+
+
+def contradictions(files: Iterable[Iterable[Record]]) -> dict[str, list[str]]:
+    """Return what contradicts each premise in the rows of entailment files."""
+    found: dict[str, list[str]] = {}
+    for label, premise, hypothesis in chain.from_iterable(files):
+        if label.lower() in CONTRADICTS and hypothesis:
+            found.setdefault(premise, []).append(hypothesis)
+    return found
 
 
 def example_of(labels: Labels | None, record: Record) -> Example:
@@ -72,30 +89,24 @@ def _triplets(rows: Iterable[Record], name: str) -> Iterator[Record]:
         yield anchor, positive, *(found or [""])
 
 
-def _entailment(rows: Iterable[Record], name: str) -> Iterator[Record]:
-    entailed: dict[str, list[str]] = {}
-    contradicted: dict[str, list[str]] = {}
+def _entailment(rows: Iterable[Record], name: str, contradicted: Mapping[str, Sequence[str]]) -> Iterator[Record]:
     for number, (label, premise, hypothesis) in enumerate(rows, 1):
         if not (premise or hypothesis):
             continue
         if not (premise and hypothesis):
             raise InputError(f"corpus {name}, row {number}: one text of the pair is empty")
         if label.lower() in ENTAILS:
-            entailed.setdefault(premise, []).append(hypothesis)
-        elif label.lower() in CONTRADICTS:
-            contradicted.setdefault(premise, []).append(hypothesis)
-        elif label.lower() not in NEUTRAL:
+            yield premise, hypothesis, *contradicted.get(premise, [])
+        elif label in UNLABELLED:
+            yield "", ""
+        elif label.lower() not in (*NEUTRAL, *CONTRADICTS):
             raise InputError(
                 f"corpus {name}, row {number}: the label {label[:60]!r} is unknown: it must be entailment, neutral or "
                 "contradiction, or 0, 1 or 2"
             )
-    for premise, hypotheses in entailed.items():
-        for hypothesis in hypotheses:
-            yield premise, hypothesis, *contradicted.get(premise, [])
 
 
 _READERS: Mapping[Labels, Callable[[Iterable[Record], str], Iterator[Record]]] = {
     Labels.SCORES: _scored,
     Labels.TRIPLETS: _triplets,
-    Labels.ENTAILMENT: _entailment,
 }

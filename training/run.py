@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from encoders.families import FAMILIES
 from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
+from evaluation.served import is_remote
 from evaluation.similarity import evaluate
 from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
@@ -56,9 +57,8 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
         raise InputError("--recipe auto chooses by the probe, in one process: drop --probe none and the launcher")
     corpus, gates = read_corpus(job.corpus), []
     if job.probe is not ProbeChoice.NONE:
-        halves = 2 if job.rivals else 1
-        corpus, held_out = split_corpus(corpus, halves)
-        gates = [Gate(held_out[half::halves], corpus.records, hardware) for half in range(halves)]
+        corpus, held_out = split_corpus(corpus, 2 if job.rivals else 1)
+        gates = [Gate(half, corpus.records, hardware) for half in held_out]
     source = _tuned_source(job)
     if not hardware.writes:
         return _tune(job, source, corpus, hardware, None, RunObserver(), begin, [])
@@ -80,6 +80,10 @@ def _tune(
     gates: Sequence[Gate],
 ) -> Summary:
     base = Reference.load(source)
+    if base.tokenizer.mask_token is None:  # a rival that masks would be refused
+        job = dataclasses.replace(
+            job, rivals={name: dataclasses.replace(one, mask_length=0) for name, one in job.rivals.items()}
+        )
     for one in _rivals(job):
         check(base, corpus.examples, one.config, hardware)
         _check_teacher(one)
@@ -118,7 +122,7 @@ def _tune(
             return summary
         if any(job.sets.values()):
             summary = _evaluated(job, source, tuned.reference, summary, observer, events)
-        write_run_folder(folder, tuned.job, tuned.reference, summary, steps)
+        write_run_folder(folder, tuned.job, tuned.reference, summary, steps, source.prompts)
     return summary
 
 
@@ -187,6 +191,11 @@ def _check_teacher(job: Job) -> None:
         raise InputError("--objective teacher learns from another encoder: name it with --teacher")
     if job.teacher is not None and job.config.objective is not Objective.TEACHER:
         raise InputError(f"--objective {job.config.objective.value} has no teacher: drop --teacher or --objective")
+    if job.teacher is not None and job.checkpoint_every and is_remote(job.teacher):
+        raise InputError(
+            f"--checkpoint-every cannot resume with the teacher {job.teacher}: what serves it may change, so its "
+            "vectors are not kept. Pass a folder or bundle as teacher, or drop --checkpoint-every"
+        )
 
 
 def _taught(

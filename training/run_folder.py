@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -68,8 +68,10 @@ def open_events(folder: Path) -> Iterator[Events]:
         yield Events(file)
 
 
-def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step]) -> None:
-    """Write all files of a run, except TensorBoard's, into a folder."""
+def write_run_folder(
+    folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step], prompts: Mapping[str, str]
+) -> None:
+    """Write all files of a run, except TensorBoard's, into a folder; `prompts` are the base's, by name."""
     before, after, start = summary.before, summary.after, summary.start
     card = render_card(
         summary.spec,
@@ -83,7 +85,15 @@ def write_run_folder(folder: Path, job: Job, tuned: Reference, summary: Summary,
         outcome=summary.outcome,
         choice=summary.choice if summary.trials else None,
     )
-    write_layout(folder, model=tuned.model, tokenizer=tuned.tokenizer, spec=summary.spec, card=card, dense=tuned.dense)
+    write_layout(
+        folder,
+        model=tuned.model,
+        tokenizer=tuned.tokenizer,
+        spec=summary.spec,
+        card=card,
+        dense=tuned.dense,
+        prompts=prompts,
+    )
     lines = [
         json.dumps({"step": s.step, "loss": s.loss, "tokens": s.tokens, "sec": round(s.seconds, 4)}) for s in steps
     ]
@@ -143,6 +153,7 @@ def _report(job: Job, summary: Summary) -> dict[str, Any]:
             "labels": job.corpus.labels.value if job.corpus.labels else None,
             "tokens": dataclasses.asdict(start.lengths),
         },
+        "held_out": list(summary.outcome.held_out) if summary.outcome else [],
         "evaluation_sets_in_corpus": [_overlap(overlap) for overlap in start.overlaps],
         "result": {key: value for key, value in summary.to_json().items() if key != "output"},
         "threads": torch.get_num_threads(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from encoders.pooling import make_dense
 from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
 from evaluation.served import is_served, open_served
-from evaluation.vectors import encode_distinct
+from evaluation.vectors import Encode, encode_distinct
 from mirror_runtime.bundle import Activation, Dense, sha256_file, to_json
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.errors import BundleError, InputError
@@ -54,18 +55,27 @@ def teacher_vectors(
     Raises:
         MirrorError: the teacher cannot be loaded or reached.
     """
-    parts = []
-    for start in range(0, len(texts), KEPT_TEXTS):
+    identity, parts = _identity(name, hardware), []
+    with ExitStack() as around:
 
-        def show(done: int, _: int, start: int = start) -> None:
-            on_progress(start + done, len(texts))
+        @functools.cache
+        def teacher() -> Encode:  # not opened if all vectors are kept
+            return _open(name, hardware, around)
 
-        parts.append(_part(name, texts[start : start + KEPT_TEXTS], hardware, show))
+        for start in range(0, len(texts), KEPT_TEXTS):
+            part = texts[start : start + KEPT_TEXTS]
+
+            def encode(own: Sequence[str], start: int = start) -> NDArray[np.float32]:
+                found = encode_distinct(
+                    teacher(), own, f"the teacher {name}", lambda done, _: on_progress(start + done, len(texts))
+                )
+                return np.stack([found[text] for text in own])
+
+            parts.append(_part(encode, part, hardware, _cached(identity, part)))
     return torch.cat(parts)
 
 
-def _part(name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None]) -> torch.Tensor:
-    path = _cached(name, texts, hardware)
+def _part(encode: Encode, texts: Sequence[str], hardware: Hardware, path: Path | None) -> torch.Tensor:
     try:
         kept = load_file(path)["vectors"] if path and path.is_file() else None
     except Exception:  # a damaged file, whatever the library calls it
@@ -75,7 +85,7 @@ def _part(name: str, texts: Sequence[str], hardware: Hardware, on_progress: Call
         return torch.from_numpy(kept)
     most = -(-len(texts) // hardware.processes)
     own = [texts[i % len(texts)] for i in range(hardware.rank * most, (hardware.rank + 1) * most)]
-    found = unit_rows(_encode(name, own, hardware, on_progress)).astype(np.float32)
+    found = unit_rows(encode(own)).astype(np.float32)
     vectors = hardware.gather(torch.from_numpy(found))[: len(texts)].cpu()
     if path is not None and hardware.writes:
         try:
@@ -102,7 +112,8 @@ def fit_width(vectors: torch.Tensor, width: int) -> torch.Tensor:
 
 def add_dense(reference: Reference, width: int, seed: int) -> Reference:
     """Put a dense layer to another width behind an encoder's pooling, with random orthogonal weights."""
-    before = reference.spec.dim
+    layers = reference.spec.dense
+    before = layers[-1].out_features if layers else int(reference.model.config.hidden_size)  # without `truncate_dim`
     dense = Dense(in_features=before, out_features=width, bias=False, activation=Activation.IDENTITY)
     weight = torch.empty(width, before)
     nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
@@ -113,16 +124,12 @@ def add_dense(reference: Reference, width: int, seed: int) -> Reference:
     )
 
 
-def _encode(
-    name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None]
-) -> NDArray[np.float32]:
-    with ExitStack() as around:
-        served = open_served(name, around)
-        encode = served[0] if served else Reference.load(_resolve(name)).encode_unnormalized
-        if served is None:
-            around.enter_context(hardware.autocast())
-        found = encode_distinct(encode, texts, f"the teacher {name}", on_progress)
-    return np.stack([found[text] for text in texts])
+def _open(name: str, hardware: Hardware, around: ExitStack) -> Encode:
+    if served := open_served(name, around):
+        return served[0]
+    reference = Reference.load(_resolve(name))
+    around.enter_context(hardware.autocast())
+    return reference.encode_unnormalized
 
 
 def _resolve(name: str) -> ResolvedEncoder:
@@ -132,9 +139,8 @@ def _resolve(name: str) -> ResolvedEncoder:
         raise InputError(f"--teacher {name} must be an encoder that records its pooling: {error}") from error
 
 
-def _cached(name: str, texts: Sequence[str], hardware: Hardware) -> Path | None:
-    """Return the file of these texts' vectors by this teacher; None if it has none."""
-    root = cache_folder(AUTO_CACHE)
+def _identity(name: str, hardware: Hardware) -> list[str] | None:
+    """Return everything that determines a teacher's vectors; None if it is not known."""
     if is_served(name):
         folders = [Path(name if Path(name).is_dir() else name.rpartition(":")[0])]
         parts = [name.removeprefix(str(folders[0]))]
@@ -142,8 +148,15 @@ def _cached(name: str, texts: Sequence[str], hardware: Hardware) -> Path | None:
         source = _resolve(name)
         folders = [source.folder, *source.dense]
         parts = [json.dumps(to_json(source.spec)), hardware.precision.value]
-    if root is None or not all(folder.is_dir() for folder in folders):
+    if not all(folder.is_dir() for folder in folders):
         return None
     files = (file for folder in folders for file in sorted(folder.iterdir()))
-    parts += [f"{file.name} {sha256_file(file)}" for file in files if file.suffix in (".safetensors", ".json")]
-    return root / FOLDER / f"{fingerprint(part.encode() for part in [*parts, *texts])[:32]}.safetensors"
+    return parts + [f"{file.name} {sha256_file(file)}" for file in files if file.suffix in (".safetensors", ".json")]
+
+
+def _cached(identity: list[str] | None, texts: Sequence[str]) -> Path | None:
+    """Return the file of these texts' vectors; None if they are not kept."""
+    root = cache_folder(AUTO_CACHE)
+    if root is None or identity is None:
+        return None
+    return root / FOLDER / f"{fingerprint(part.encode() for part in [*identity, *texts])[:32]}.safetensors"

@@ -128,7 +128,8 @@ class _Run:
         self.dense.to("cpu").requires_grad_(False)
         self.model.to("cpu")
         self.model.eval()
-        if kind is None and not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+        written = {*self.model.parameters(), *self.parameters}
+        if kind is None and not all(bool(parameter.isfinite().all()) for parameter in written):
             raise InputError(
                 f"weights are not finite at the end: nothing was written. Lower --lr (it is {self.config.lr})"
             )
@@ -183,6 +184,7 @@ class _Run:
             assert views is not None
             with self.hardware.autocast():
                 return self.guide.loss(vectors[:, 0], views, groups)
+        vectors = vectors[..., : self.spec.dim]  # what a base with `truncate_dim` returns
         if objective is Objective.TEACHER:
             return match_teacher(vectors[:, 0], targets, temperature, groups)
         if objective is Objective.HYBRID:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 WORSE_STATUS = 3
 """Exit status of a run whose encoder is worse than its base."""
+
+MASKS = ("mask_length", "mask_views", "reference_masking", "repetition")
+"""Settings of the views of one text."""
 
 LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
 
@@ -209,14 +212,17 @@ def command(
     ] = None,
     train_layers: Annotated[
         int | None,
-        _setting("train_layers", "Tune only so many last layers: with 2 of 6, four run without gradient and dropout."),
+        _setting(
+            "train_layers",
+            "Tune only so many last layers: with 2 of 6, four run without gradient and dropout (saving not measured).",
+        ),
     ] = None,
     lora: Annotated[
         int | None,
         _setting(
             "lora",
             "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
-            "parameters. Needs about ten times the rate.",
+            "parameters. Quality and the best rate were not measured.",
         ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
@@ -277,6 +283,12 @@ def command(
     labels = [kind for kind, chosen in kinds.items() if chosen]
     if len(labels) + pairs > 1:
         raise InputError("--pairs, --scored-pairs, --triplets and --entailment exclude each other: pass one of them")
+    for clash, message in (
+        (documents and teacher, "--teacher is learnt from single texts, not from --documents: pass lines, or drop one"),
+        (recipe is Recipe.AUTO and (labels or teacher), "--recipe auto has no recipe for labels or a teacher: drop it"),
+    ):
+        if clash:
+            raise InputError(message)
     if recipe is None and documents and objective in (None, Objective.MIRROR):
         recipe = Recipe.DOCUMENTS
     if recipe is None:
@@ -287,6 +299,7 @@ def command(
     rivals = RIVALS[documents] if recipe is Recipe.AUTO else {recipe.value: RECIPES[recipe]}
     rivals = {name: dataclasses.replace(rival, **changes) for name, rival in rivals.items()}
     config = next(iter(rivals.values()))
+    _check_options(changes, config.objective, documents, bool(pairs or labels))
     job = Job(
         base=base,
         revision=revision,
@@ -319,6 +332,20 @@ def command(
     if summary.outcome is not None and summary.outcome.verdict is Verdict.WORSE and not accept_worse:
         sys.stderr.write("Keep the base, or pass --accept-worse\n")
         raise typer.Exit(WORSE_STATUS)
+
+
+def _check_options(changes: Mapping[str, Any], objective: Objective, documents: bool, pairs: bool) -> None:
+    """Check that no setting is given which the run would ignore."""
+    single = objective is Objective.MIRROR and not pairs
+    for names, used, needs in (
+        (("views",), documents, "--documents"),
+        (("projection",), objective is Objective.TEACHER, "--teacher"),
+        (("variant", "drift"), objective is Objective.SELF_GUIDED, "--objective self-guided"),
+        (MASKS, single, "--objective mirror, and lines or documents without labels"),
+    ):
+        for name in names if not used else ():
+            if name in changes:
+                raise InputError(f"--{name.replace('_', '-')} would change nothing: it needs {needs}. Leave it out")
 
 
 class _Display(RunObserver):

@@ -77,13 +77,14 @@ def test_tune_on_documents(tiny_bert: Path, texts: Path, tmp_path: Path, monkeyp
     documents.mkdir()
     sections = [f"# {animal}\n\nA man is playing a guitar and a {animal}.\n\n" for animal in ("cat", "dog")]
     (documents / "page.md").write_text("".join(sections), encoding="utf-8")
-    commands = {"training/tune.py": tune.main, "export/to_onnx.py": to_onnx.main}
+    commands = {"tune.py": tune.main, "to_onnx.py": to_onnx.main}
 
-    def in_process(command: list[str], *, cwd: Path, check: bool) -> None:
+    def in_process(command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:
         """Run the command here: a process of its own would import PyTorch for seconds, and other tests start both."""
-        assert (command[0], cwd, check) == (sys.executable, ROOT, True)
-        few = ["--precision", "fp32", "--parity-texts", str(texts)] if command[1] == "export/to_onnx.py" else []
-        assert commands[command[1]]([*command[2:], *few]) == 0
+        script = Path(command[1])
+        assert (command[0], check, script.is_relative_to(ROOT)) == (sys.executable, False, True)
+        few = ["--precision", "fp32", "--parity-texts", str(texts)] if script.name == "to_onnx.py" else []
+        return subprocess.CompletedProcess(command, commands[script.name]([*command[2:], *few]))
 
     monkeypatch.setattr(subprocess, "run", in_process)
     bundle = tmp_path / "bundle"
@@ -91,3 +92,9 @@ def test_tune_on_documents(tiny_bert: Path, texts: Path, tmp_path: Path, monkeyp
     with cached_traces():
         example("tune_on_documents").main(str(tiny_bert), str(documents), str(tmp_path / "run"), str(bundle), *options)
     assert (bundle / "manifest.json").is_file()
+
+
+def test_the_status_of_a_worse_encoder_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(SystemExit, match="3"):
+        example("tune_on_documents").main("base", "docs", "run", "bundle")

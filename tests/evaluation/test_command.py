@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import ROOT
-from training.evaluate import main
+from training.evaluate import _own_probes, main
+from training.gate import text_hash
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 TEXTS = ["the cat", "a dog", "cat dog", "a man", "the river", "playing a guitar", "mat", "on the mat"]
@@ -31,6 +32,24 @@ def words(tmp_path: Path) -> Path:
     path = tmp_path / "some-words.txt"
     path.write_text("".join(f"{a}\t{b}\t{n}\n" for a, b, n in zip("abcdefgh", "bdfhaceg", range(8), strict=True)))
     return path
+
+
+def test_own_texts_are_those_that_the_run_held_out(tmp_path):
+    texts = [f"a text of some words no. {i}" for i in range(300)]
+    own = tmp_path / "text.txt"
+    own.write_text("\n".join(texts))
+    for name, held_out in (("one", texts[:80]), ("two", texts[20:100])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(json.dumps({"held_out": [*map(text_hash, held_out)]}))
+
+    def asked(*encoders: str) -> set[str]:
+        task = _own_probes([str(own)], [str(tmp_path / encoder) for encoder in encoders])
+        (halves,) = (probe for probe in task.args[0] if probe.name == "crop")  # type: ignore[attr-defined]
+        return set(halves.answers)
+
+    assert asked("one", "absent") == set(texts[:80])
+    assert asked("one", "two") == set(texts[20:80])
+    assert len(asked("absent")) == 100
 
 
 def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monkeypatch, capsys):

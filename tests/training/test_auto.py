@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_the_best_rival_or_the_base_is_written_with_the_reason(
     if chosen is None:
         assert (result["steps"], result["loss"], report["settings"]) == (0, None, None)
         assert "left as it is" in card
+        assert "while tuning" not in card
     else:
         assert report["settings"]["views"] == [view.value for view in RIVALS[True][chosen].views]
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == result["steps"] > 0
@@ -96,7 +98,11 @@ def test_the_best_rival_or_the_base_is_written_with_the_reason(
     ("more", "message"),
     [
         (("--probe", "none"), "--recipe auto chooses by the probe"),
-        (("--sample", "119"), "119 distinct texts are too few .* pass 120 or more"),
+        (
+            ("--sample", "119"),
+            "119 distinct texts are too few .* pass 120 or more, or --probe none, with a recipe other",
+        ),
+        (("--teacher", "x"), "--teacher is learnt from single texts, not from --documents"),
         (("--max-tokens", "65"), "--max-tokens is 65"),
         (("--pairs",), "pass one of them"),
     ],
@@ -147,10 +153,32 @@ def test_a_killed_choice_resumes_to_the_same_weights(tiny_bert, corpus, tmp_path
     assert all((tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize("options", [("--scored-pairs",), ("--teacher", "x")])
+def test_auto_refuses_labels_and_a_teacher(tiny_bert, corpus, tmp_path, capsys, options):
+    files = ["--base", str(tiny_bert), "--corpus", str(corpus), "--output", str(tmp_path / "run")]
+    assert main([*files, "--recipe", "auto", *options]) == 2
+    assert "--recipe auto has no recipe for labels or a teacher" in capsys.readouterr().err
+
+
+def test_a_rival_masks_nothing_where_the_tokenizer_has_no_mask_token(tiny_bert, corpus, tmp_path, capsys, monkeypatch):
+    probed(monkeypatch, (0.2, 0.5, 0.9, 0.3, 0.9))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    config = base / "tokenizer_config.json"
+    known = json.loads(config.read_text())
+    config.write_text(json.dumps({**known, "mask_token": None}))
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
+    files = ["--base", str(base), "--corpus", str(corpus), "--output", str(tmp_path / "run")]
+    assert main([*files, *OPTIONS]) == 0, capsys.readouterr().err
+    settings = json.loads((tmp_path / "run" / "train.json").read_text())["settings"]
+    assert (settings["mask_length"], settings["repetition"]) == (0, 0.3)
+
+
 def test_halves_are_twice_what_one_run_holds_out(corpus):
     whole = gate.read_own([str(corpus)])
     documents = read_corpus(CorpusRequest(files=(str(corpus),), documents=True))
-    rest, held = split_corpus(documents, 2)
+    rest, halves = split_corpus(documents, 2)
+    held = [one for half in halves for one in half]
     assert (len(held), len(rest.examples)) == (100, len(whole) - 100)
-    assert set(split_corpus(documents)[1]) < set(held)
+    assert set(split_corpus(documents)[1][0]) < set(held)
     assert set(held) == {type(held[0])(*one) for one in held if one in whole}

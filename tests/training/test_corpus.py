@@ -205,6 +205,13 @@ def test_evaluation_texts_are_left_out_and_reported_and_pairs_for_either_text(tm
     pairs = write(tmp_path / "p.tsv", "a cat\tx\ny\ta cat\nkeep\tthis\nand\tthat\n")
     corpus = read(pairs, pairs=True, exclude=(str(write(tmp_path / "e.txt", "A cat\n")),))
     assert corpus.examples == (("keep", "this"), ("and", "that"))
+    text = write(
+        tmp_path / "d.md",
+        "# One\nThe dog is by a mat. A cat sat on a mat!\n# Two\nA man is here.\n# Three\nA dog is here.",
+    )
+    corpus = read(text, documents=True, exclude=(str(write(tmp_path / "e.txt", "a cat sat on a mat\n")),))
+    assert [one[0] for one in corpus.examples] == ["Two", "Three"]
+    assert read(text, documents=True).overlap_with([("x", ["a cat sat on a MAT"])])[0].found == 1
 
 
 def test_the_published_overlap_is_reproduced(shared: Path) -> None:

@@ -25,6 +25,8 @@ on two lines.
 ```
 # not a heading
 ```
+
+    # not one either
 ## Empty
 ## Second
 too short
@@ -36,6 +38,9 @@ A text of four words.
 @pytest.mark.parametrize(
     ("title", "text", "expected"),
     [
+        ("", "猫坐在垫子上。狗在河边跑！", ("猫坐在垫子上。", "狗在河边跑！")),
+        ("猫", "狗在河边跑", ("猫", "狗在河边跑")),
+        ("猫", "狗", ("", "")),
         ("a", "one two three four", ("a", "one two three four")),
         ("", "One sentence here. And another one here.", ("One sentence here.", "And another one here.")),
         ("a", "too short a", ("", "")),
@@ -60,7 +65,7 @@ def documents(path: Path, content: str | bytes) -> list[tuple[str, str]]:
 def test_each_format_has_its_documents(tmp_path: Path) -> None:
     sections = [
         ("Words before any heading are here.", "They have a second sentence as well."),
-        ("First *heading*", "A text under it, on two lines."),
+        ("First *heading*", "A text under it, on two lines. # not one either"),
         ("Third", "A text of four words."),
     ]
     assert documents(tmp_path / "x.md", MARKDOWN) == sections
@@ -82,10 +87,20 @@ def test_each_format_has_its_documents(tmp_path: Path) -> None:
         (expected[0][0], "And another\none here."),
         ("", ""),
     ]
-    (tmp_path / "inner").mkdir()
+    table = tmp_path / "x.tsv"
+    assert documents(table, "title\ttext\nt\ta text of five words\n") == [("t", "a text of five words")]
+    table.unlink()
+    (tmp_path / "inner" / "folder.md").mkdir(parents=True)
+    (tmp_path / "inner" / ".hidden").mkdir()
+    (tmp_path / "inner" / ".hidden" / "a.md").write_text("# Hidden\nthere is a text")
     (tmp_path / "inner" / "a.md").write_text("# In a folder\nthere is a text")
-    assert set(Documents(str(tmp_path))) == {("", ""), *sections, ("In a folder", "there is a text")}
+    assert set(Documents(str(tmp_path))) == {("", ""), *sections, *expected, ("In a folder", "there is a text")}
     assert read_own([str(tmp_path / "inner")]) == [("In a folder", "there is a text")]
+    assert list(Documents(str(tmp_path / "inner" / "*.md"))) == [("In a folder", "there is a text")]
+    zipped = tmp_path / "inner" / "a.md.gz"
+    zipped.write_bytes(gzip.compress(MARKDOWN.encode()))
+    assert [one for one in Documents(str(zipped)) if all(one)] == sections
+    assert read_own([str(zipped)])[0] == sections[0]
 
 
 def test_what_is_not_a_document_is_counted_and_nothing_else_is_an_error(tmp_path: Path) -> None:
@@ -99,7 +114,7 @@ def test_what_is_not_a_document_is_counted_and_nothing_else_is_an_error(tmp_path
     path.write_text("# A heading\n")
     for file, pairs, message in (
         (path, False, "has no document with a title and a text"),
-        (tmp_path / "empty", False, "has no .md, .rst, .txt files"),
+        (tmp_path / "empty", False, "no .md, .rst, .txt, file is there"),
         (path, True, "pass one of them"),
     ):
         with pytest.raises(InputError, match=message):
@@ -131,6 +146,15 @@ def test_each_view_is_what_it_says() -> None:
             assert 4 <= len(text.split()) <= 0.6 * 21 + 1
     short, long = zip(*(VIEWS[View.SPANS](DOCUMENT, rng) for _ in range(200)), strict=True)
     assert sum(map(len, short)) * 1.5 < sum(map(len, long))
+
+
+def test_a_run_of_a_text_without_spaces_is_a_part_of_it() -> None:
+    document = Document("猫", "猫坐在垫子上。狗在河边跑！人在弹吉他。")
+    for first, second in (VIEWS[View.CROPS](document, random.Random(seed)) for seed in range(20)):
+        assert {first, second} <= {document.text[i:j] for i in range(20) for j in range(i, 20)}
+        assert 4 <= len(first) <= 0.6 * len(document.text) + 2
+    with pytest.raises(InputError, match="--column names 3 columns: with --documents name title and text, or the text"):
+        Documents("x.jsonl", columns=("a", "b", "c"))
 
 
 def test_of_several_views_one_is_drawn() -> None:

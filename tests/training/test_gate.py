@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from evaluation.statistics import Bootstrap, Estimate
 from mirror_runtime.errors import InputError
 from tests.support.word_encoder import encode_words
 from training import run, trainer
+from training.augment import Document, Scored, texts_of
 from training.corpus import CorpusRequest, read_corpus
-from training.gate import FEWEST, MIN_TEXTS, MOST, Gate, Outcome, Verdict, hold_out, read_own, split_corpus
+from training.gate import FEWEST, MIN_TEXTS, MOST, Gate, Outcome, Verdict, hold_out, read_own, split_corpus, text_hash
 from training.hardware import choose_hardware
 from training.recipe import Device, TunePrecision
 from training.tune import main
@@ -66,7 +68,7 @@ def test_the_same_texts_are_held_out_in_any_order_and_with_titles(lines):
 
 def test_a_corpus_is_split_and_a_small_one_refused(corpus, lines):
     whole = read_corpus(CorpusRequest(files=(str(corpus),)))
-    rest, held = split_corpus(whole)
+    rest, (held,) = split_corpus(whole)
     assert set(rest.examples).isdisjoint(one[0] for one in held)
     assert len(rest.examples) + len(held) == MIN_TEXTS
     assert rest.sha256 != whole.sha256
@@ -74,11 +76,52 @@ def test_a_corpus_is_split_and_a_small_one_refused(corpus, lines):
     with pytest.raises(InputError, match=f"{MIN_TEXTS - 1} distinct texts are too few.*--probe none"):
         split_corpus(small)
     pairs = dataclasses.replace(whole, examples=tuple((f"q {line}", line) for line in lines))
-    rest, held = split_corpus(pairs)
+    rest, (held,) = split_corpus(pairs)
     assert (len(rest.examples[0]), len(held[0])) == (2, 2)
     labels = dataclasses.replace(whole, examples=tuple((line, f"label {i % 3}") for i, line in enumerate(lines)))
     with pytest.raises(InputError, match="3 distinct texts are too few"):
         split_corpus(labels)
+
+
+def test_halves_share_no_text_and_do_not_depend_on_order(corpus, lines):
+    whole = read_corpus(CorpusRequest(files=(str(corpus),)))
+    documents = [Document(f"{title} {line}", line) for i in range(3) for title in "ab" for line in lines[i::3]]
+    documents += [Document(f"c {line} too", f"{line} too") for line in lines]
+    corpora = [dataclasses.replace(whole, examples=tuple(one)) for one in (documents, documents[::-1])]
+    halves, again = ([set(half) for half in split_corpus(one, 2)[1]] for one in corpora)
+    texts = [{texts_of(document)[1] for document in half} for half in halves]
+    assert halves == again
+    assert texts[0].isdisjoint(texts[1])
+    assert [len(one) for one in texts] == [FEWEST, FEWEST]
+
+
+def test_a_runs_hashes_say_what_it_held_out(lines):
+    records = [(line,) for line in lines]
+    named = records[:60]
+    held, rest = hold_out(records, [text_hash(line) for (line,) in named])
+    assert (held, rest) == (named, records[60:])
+    assert hold_out(records, ["of another corpus"]) == hold_out(records)
+
+
+def test_spearman_is_of_pairs_that_share_no_text():
+    pairs = [Scored(f"{'cat ' * (1 + i % 3)}{i}", f"cat dog {i}", float(i % 3)) for i in range(60)]
+    shared = [Scored("cat", f"man {i}", 1.0) for i in range(40)]
+    gates = [Gate(list(held), [], HARDWARE) for held in (pairs, [*shared, *pairs], [*pairs, *shared][::-1])]
+    outcomes = []
+    for gate in gates:
+        gate.before(encoder(encode_words))
+        outcomes.append(gate.after(encoder(encode_words)))
+    assert [one.items for one in outcomes] == [60, 61, 61]
+    assert outcomes[1].before == outcomes[2].before
+    left, right = (encode_words(list(side)) for side in zip(*map(texts_of, pairs), strict=True))
+    cosines = (left * right).sum(1) / np.linalg.norm(left, axis=1) / np.linalg.norm(right, axis=1)
+    expected = spearmanr(cosines.round(6), [pair.score for pair in pairs]).statistic
+    assert outcomes[0].before.value == pytest.approx(100 * expected, abs=0.5)
+    assert outcomes[0].before.low <= outcomes[0].before.value <= outcomes[0].before.high
+    with pytest.raises(
+        InputError, match=r"of 40 held-out pairs only 1 share no text, and 50 are needed: .*--probe none"
+    ):
+        Gate(list(shared), [], HARDWARE)
 
 
 def test_no_pair_that_is_tuned_on_has_a_held_out_text_in_either_place(lines):
@@ -97,7 +140,7 @@ def test_own_files_give_the_texts_that_a_run_holds_out_of_them(lines, tmp_path):
     one.write_text("\n".join(pairs[:300]))
     two.write_text("\n".join(["", pairs[0], *pairs[300:]]))
     corpus = read_corpus(CorpusRequest(files=(str(one), str(two)), pairs=True))
-    assert hold_out(read_own([str(one), str(two)]))[0] == split_corpus(corpus)[1]
+    assert hold_out(read_own([str(one), str(two)]))[0] == split_corpus(corpus)[1][0]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +195,7 @@ def test_a_worse_encoder_is_written_with_its_verdict_and_status_3(
     report = json.loads((tmp_path / "run" / "train.json").read_text())
     assert report["result"]["gate"] == gate
     assert report["corpus"]["texts"] == MIN_TEXTS - FEWEST
+    assert report["held_out"] == sorted(text_hash(text) for (text,) in hold_out(read_own([str(corpus)]))[0])
     card = (tmp_path / "run" / "README.md").read_text()
     assert "## Did tuning help?\n\nworse: of 80 texts that tuning never saw" in card
 

@@ -41,6 +41,15 @@ def test_scores_are_the_mean_of_both_scales_whatever_the_batch(tiny_bert: Path, 
     np.testing.assert_allclose(scores[[5, 2]].numpy(), expected[np.ix_([5, 2], [5, 2])], atol=1e-4)
 
 
+def test_a_word_of_few_texts_gives_no_outlier_and_chunks_change_nothing(tiny_bert: Path, monkeypatch: Any) -> None:
+    documents = [*DOCUMENTS, Document("zzyzx", "a zzyzx by the river"), Document("unheard", "a mat by the river")]
+    every = list(range(len(documents)))
+    whole = HybridScores(load(tiny_bert), documents, 48)[every]
+    assert whole.abs().max() < 10  # a deviation of 0 would give 1e7
+    monkeypatch.setattr("training.hybrid.CHUNK", 100)
+    torch.testing.assert_close(HybridScores(load(tiny_bert), documents, 48)[every], whole, atol=1e-5, rtol=1e-4)
+
+
 def test_a_batch_holds_alike_texts_and_every_text_once(scores: HybridScores) -> None:
     order = scores.order(8, random.Random(1))
     assert sorted(order) == list(range(len(DOCUMENTS)))

@@ -69,6 +69,17 @@ def test_labels_are_read(tmp_path, name, content, labels, columns, expected):
     assert all(isinstance(text, str) for text in corpus.texts)
 
 
+def test_entailment_is_joined_over_files_and_rows_without_a_label_are_counted(tmp_path):
+    rows = (["0\tcat\tone", "-\tcat\tx", "-1\ta\tb"], ["2\tcat\tnone", "entailment\ta\tb"])
+    for name, lines in zip("ab", rows, strict=True):
+        (tmp_path / f"{name}.tsv").write_text("label\tsentence1\tsentence2\n" + "\n".join(lines))
+    for names in ("ab", "ba"):
+        files = tuple(str(tmp_path / f"{name}.tsv") for name in names)
+        corpus = read_corpus(CorpusRequest(files=files, labels=Labels.ENTAILMENT))
+        assert set(corpus.examples) == {("cat", "one", "none"), ("a", "b")}
+        assert corpus.counts["empty"] == 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "labels", "message"),
     [

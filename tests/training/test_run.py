@@ -22,6 +22,7 @@ from evaluation.sets import read_sets
 from evaluation.similarity import Group
 from mirror_runtime.bundle import Pooling
 from mirror_runtime.errors import EngineError, InputError, MissingExtra
+from mirror_runtime.prompts import PROMPTS_FILE
 from training import run, run_folder
 from training.checkpoint import Step
 from training.corpus import CorpusRequest
@@ -70,6 +71,13 @@ def sts(tmp_path: Path) -> Path:
     rows = [f"{(i * 7) % 6}\t{texts[i % 6]}\t{texts[(i * i + 1) % 6]}\n" for i in range(30)]
     path.write_text("score\tsentence1\tsentence2\n" + "".join(rows))
     return path
+
+
+def test_prompts_of_the_base_stay(job: Job, tiny_bert: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_bert, tmp_path / "base")
+    (base / PROMPTS_FILE).write_text(json.dumps({"prompts": {"query": "find: "}}))
+    tune(dataclasses.replace(job, base=str(base)))
+    assert resolve(str(job.output)).prompts == {"query": "find: "}
 
 
 def test_an_evaluated_run_reports_before_and_after(job: Job, sts: Path) -> None:
@@ -236,7 +244,7 @@ def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, proc
 
     hardware = dataclasses.replace(choose_hardware(Device.CPU, TunePrecision.FP32), processes=processes)
     monkeypatch.setattr(run, "choose_hardware", lambda *_: hardware)
-    monkeypatch.setattr(run, "split_corpus", lambda corpus, _: (corpus, []))
+    monkeypatch.setattr(run, "split_corpus", lambda corpus, _: (corpus, [[]]))
     monkeypatch.setattr(run, "Gate", Gate)
     monkeypatch.setattr(run, "train", train)
     tune(dataclasses.replace(job, probe=ProbeChoice.AUTO))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from encoders.reference import Reference
 from encoders.source import resolve
-from mirror_runtime.bundle import Pooling
+from mirror_runtime.bundle import Pooling, sha256_file
 from mirror_runtime.errors import InputError
 from tests.support.tuning import ANIMALS, FP32, TARGETS, TEACHER, load, tune
 from training.recipe import Objective, TuneConfig
@@ -67,6 +69,35 @@ def test_a_run_encodes_its_corpus_once_and_again_if_its_file_is_damaged(taught, 
         found = teacher_vectors(name, ANIMALS, FP32, lambda encoded, total: done.append(encoded))
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert bool(done) is damaged
+
+
+def test_a_teacher_is_loaded_and_hashed_once(tiny_bert: Path, taught, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("training.teacher.KEPT_TEXTS", 5)
+    counted: list[Path] = []
+    monkeypatch.setattr("training.teacher.sha256_file", lambda path: (counted.append(path), sha256_file(path))[1])
+    name = str(tmp_path / "teacher")
+    monkeypatch.setattr("training.teacher.Reference.load", Mock(side_effect=Reference.load))
+    whole = teacher_vectors(name, ANIMALS, FP32, lambda *_: None)
+    assert Reference.load.call_count == 1  # type: ignore[attr-defined]
+    assert len(counted) == len(set(counted))
+    assert torch.equal(teacher_vectors(name, ANIMALS, FP32, lambda *_: None), whole)
+    assert Reference.load.call_count == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("projection", ["pca", "dense"])
+def test_a_base_with_truncate_dim_learns_what_it_returns(tiny_bert: Path, taught, tmp_path, projection) -> None:
+    base = tmp_path / "teacher"
+    spec = json.loads((base / "encoder.json").read_text())
+    (base / "encoder.json").write_text(json.dumps({**spec, "dim": 16}))
+    options = [option for option in taught if option not in ("--pooling", "mean")]
+    options[1] = str(base)
+    options[options.index("--teacher") + 1] = f"{tmp_path}/wide"
+    shutil.copytree(base, tmp_path / "wide")
+    (tmp_path / "wide" / "encoder.json").write_text(json.dumps(spec))
+    output = str(tmp_path / "cut")
+    assert main([*options, "--projection", projection, "--output", output]) == 0
+    width = 16 if projection == "pca" else 32
+    assert Reference.load(resolve(output)).encode(ANIMALS[:3]).shape == (3, width)
 
 
 def test_a_dense_layer_is_read_by_sentence_transformers(taught, tmp_path, monkeypatch) -> None:

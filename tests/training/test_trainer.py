@@ -14,19 +14,22 @@ from encoders.reference import Reference
 from mirror_runtime.bundle import Ditto, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from tests.support.tuning import FP32, load, tune, weights
-from training.augment import Example, MaskViews
+from training.augment import Document, Example, MaskViews
 from training.batches import batches, group
 from training.checkpoint import Step
+from training.documents import View
 from training.hardware import Hardware, choose_hardware
 from training.objective import nt_xent
 from training.packed import POOLINGS
 from training.recipe import IMPLIED, RECIPES, Device, Objective, Recipe, Schedule, TuneConfig, TunePrecision, Variant
 from training.self_guided import SelfGuided
+from training.teacher import add_dense
 from training.trainer import learning_rate, steps_in, train
 
 BF16 = Hardware(device=Device.CPU, precision=TunePrecision.BF16)
 _LETTERS = random.Random(0)
 TEXTS = [" ".join(_LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4 + i % 20)) + f" {i % 10}" for i in range(40)]
+SAME = (View.SAME,)
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48)
 
 
@@ -97,6 +100,8 @@ def test_an_unsupported_head_is_refused_and_no_mask_token_unless_nothing_is_mask
     reference.tokenizer.mask_token = None
     with pytest.raises(InputError, match="no mask token: set --mask-length 0"):
         first_step(reference, TEXTS, SMALL)
+    with pytest.raises(InputError, match="no mask token: set --mask-length 0"):
+        first_step(reference, [Document("a title", text) for text in TEXTS], dataclasses.replace(SMALL, views=SAME))
     first_step(reference, TEXTS, dataclasses.replace(SMALL, mask_length=0))
     spec = dataclasses.replace(reference.spec, pooling=Pooling.DITTO, ditto=Ditto(layer=0, head=0))
     with pytest.raises(InputError, match="an encoder with pooling ditto cannot be tuned"):
@@ -115,6 +120,16 @@ def test_invalid_settings_name_their_option(setting: str) -> None:
     name, value = setting.split("=")
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is"):
         dataclasses.replace(SMALL, **{name: float(value)})  # type: ignore[arg-type]
+
+
+def test_a_dense_layer_that_is_not_finite_is_refused(tiny_bert: Path) -> None:
+    def spoil(step: Step) -> None:
+        with torch.no_grad():
+            next(reference.dense[0].parameters())[0, 0] = float("nan")
+
+    reference = add_dense(load(tiny_bert), 48, 1)
+    with pytest.raises(InputError, match="weights are not finite at the end"):
+        train(reference, TEXTS[:8], SMALL, FP32, spoil)
 
 
 def test_recipes_are_the_published_ones() -> None:
@@ -212,10 +227,11 @@ def test_pairs_are_the_two_views_and_nothing_is_masked(tiny_bert: Path) -> None:
         first_step(reference, pairs, dataclasses.replace(GUIDED, mask_length=0))
 
 
-def views(folder: Path, **settings: object) -> list[tuple[str, str]]:
+def views(folder: Path, documents: bool = False, **settings: object) -> list[tuple[str, str]]:
     """Return the views of one batch as text."""
     reference = load(folder)
-    texts = [f"the cat no. {i} is playing the guitar" for i in range(8)]
+    texts: list[Example] = [f"the cat no. {i} is playing the guitar" for i in range(8)]
+    texts = [Document("a title of eight words that no other has", str(text)) for text in texts] if documents else texts
     (batch,) = batches(reference, texts, dataclasses.replace(SMALL, **settings), FP32)  # type: ignore[arg-type]
     pieces = [batch.packed.input_ids[batch.packed.text_ids == text + 1] for text in range(16)]
     decoded = [str(reference.tokenizer.decode(piece)) for piece in pieces]
@@ -236,6 +252,11 @@ def test_masking_is_of_the_second_view_of_both_or_by_the_letter_and_repetition_o
     assert [first for first, _ in repeated] == [first for first, _ in plain]
     assert sum(len(second) > len(first) for first, second in repeated) >= 4
     assert views(tiny_bert, mask_length=0, repetition=0.5) == repeated
+    same = views(tiny_bert, documents=True, views=SAME, mask_length=0, repetition=0.5)
+    assert [first for first, _ in same] == [first for first, _ in plain]
+    assert sum(len(second) > len(first) for first, second in same) >= 4
+    titles = views(tiny_bert, documents=True, mask_length=0)
+    assert views(tiny_bert, documents=True, mask_length=0, repetition=0.5) == titles
 
 
 def test_the_learning_rate_rises_and_falls_as_scheduled() -> None:

@@ -103,6 +103,12 @@ def test_an_output_in_use_is_refused_and_replaced_on_demand(tiny_bert, corpus, t
         ("--pooling mean --sts absent.tsv", "evaluation set absent.tsv cannot be read"),
         ("--pooling mean --checkpoint-every 0", "--checkpoint-every is 0: it must be at least 1"),
         ("--pooling mean --sample 7", "fewer than one batch of 8"),
+        ("--pooling mean --views same", "--views would change nothing: it needs --documents"),
+        ("--pooling mean --projection dense", "--projection would change nothing: it needs --teacher"),
+        ("--pooling mean --drift 1", "--drift would change nothing: it needs --objective self-guided"),
+        ("--pooling mean --pairs --repetition 0.3", "--repetition would change nothing: it needs --objective mirror"),
+        ("--pooling cls --recipe self-guided --mask-length 3", "--mask-length would change nothing"),
+        ("--pooling mean --checkpoint-every 1 --teacher http://127.0.0.1:1/v1", "cannot resume with the teacher http"),
         ("--pooling middle", "mean_padded"),
     ],
 )

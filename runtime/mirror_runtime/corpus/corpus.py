@@ -110,21 +110,23 @@ def open_corpus(
     return Corpus(files=tuple(CorpusFile(path=path, **options) for path in find_files(names)))  # type: ignore[arg-type]
 
 
-def find_files(names: Sequence[str | Path]) -> list[Path]:
+def find_files(names: Sequence[str | Path], only: Sequence[str] = ()) -> list[Path]:
     """Return the files that paths, folders and patterns name, each folder's and pattern's in the order of their names.
 
-    Of a folder, those whose names begin with a dot or an underscore are left out.
+    Of a folder, those whose names begin with a dot or an underscore are left out, and those with other endings than
+    `only`, if it has any (see `suffix_of`).
 
     Raises:
         InputError: see `open_corpus`.
     """
-    return [path for name in names for path in _find(Path(name))]
+    return [path for name in names for path in _find(Path(name), only)]
 
 
-def _find(path: Path) -> list[Path]:
+def _find(path: Path, only: Sequence[str]) -> list[Path]:
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        if foreign := [file for file in found if suffix_of(file) not in SUFFIXES]:
+        found = [file for file in found if not only or suffix_of(file) in only]
+        if foreign := [file for file in found if suffix_of(file) not in (only or SUFFIXES)]:
             raise InputError(
                 f"{foreign[0]} is not a corpus file ({', '.join(SUFFIXES)}, each also with .gz or .zst): name the "
                 f"files with a pattern, such as '{path}/*.csv'"
@@ -136,7 +138,7 @@ def _find(path: Path) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     if not found:
-        raise InputError(f"{path}: no file is there")
+        raise InputError(f"{path}: no {', '.join([*only, 'file'])} is there")
     return found
 
 
