@@ -139,7 +139,7 @@ def test_the_page_needs_nothing_from_elsewhere(gateway, path):
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_page_calls_the_gateway_that_served_it_under_any_spelling_and_prefix(gateway):
     (base,) = re.findall(r"const base = (.*);", gateway.send("GET", "/docs/").body.decode())
-    script = f"for (const one of process.argv.slice(1)) {{ const location = {{ pathname: one }}; console.log({base}); }}"
+    script = f"for (const p of process.argv.slice(1)) {{ const location = {{ pathname: p }}; console.log({base}); }}"
     spellings = {"/": "/", "/docs": "/", "/docs/": "/", "//docs//": "/", "/at/": "/at/", "/at/docs": "/at/"}
     command = ["node", "-e", script, *spellings]
     bases = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
