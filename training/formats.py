@@ -44,8 +44,7 @@ class Records:
         self.columns = tuple(columns) or usual
         self._digest = hashlib.sha256()
         lines = Format.TEXT if pairs and not columns and suffix_of(Path(name)) == ".tsv" else None
-        # In the published files of scored pairs quotes mean nothing.
-        self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines, tsv_quotes=labels is None)
+        self._file = CorpusFile(path=Path(name), columns=self.columns, declared=lines)
         if self._file.path == STDIN:
             raise InputError("a corpus to tune on is read more than once: write standard input to a file")
         if labels and not self.has_columns:

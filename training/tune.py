@@ -78,8 +78,8 @@ def command(
     corpus: Annotated[
         list[str],
         typer.Option(
-            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .json, .parquet, any with .gz "
-            "or .zst, folders, patterns, or a data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are "
+            help="UTF-8 text (one sentence, phrase or word a line), .csv, .tsv, .jsonl, .json, any with .gz or .zst, "
+            ".parquet, folders, patterns, or a data set: hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT. Several are "
             "concatenated."
         ),
     ],

@@ -33,7 +33,7 @@ from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextE
 from mirror_runtime.hub import local_bundle
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
-from mirror_runtime.prompts import choose_prompt, prompted, read_prompts
+from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer, iterate
@@ -194,8 +194,8 @@ class Encoder:
         invariant: bool = False,
     ) -> Encoder:
         spec = manifest.encoder
-        check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE))
-        tokenizer, prompts = Tokenizer.of(folder, spec, long_texts), read_prompts(folder)
+        check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE, PROMPTS_FILE))
+        tokenizer, prompts = Tokenizer.of(folder, spec, long_texts), read_prompts(folder, manifest.files)
         artifact = decision.artifact
         kept = None
         if artifact is not None:

@@ -18,18 +18,21 @@ _log = logging.getLogger(__name__)
 
 
 def local_bundle(bundle: str | Path) -> Path:
-    """Return a bundle's folder. What is not a path here but reads `OWNER/NAME` or `OWNER/NAME@REVISION` is downloaded.
+    """Return a bundle's folder. What is not a path here but reads `OWNER/NAME@REVISION` is downloaded.
 
     Only a commit as the revision names the same bundle for ever; for any other, a warning tells the commit.
 
     Raises:
-        BundleError: the hub has no such bundle, cannot be reached, or its files differ from the manifest's hashes.
+        BundleError: the revision is missing; or the hub has no such bundle, cannot be reached, or its files differ from
+            the manifest's hashes.
     """
     path = Path(bundle)
     found = _NAME.fullmatch(str(bundle))
     if path.exists() or found is None:
         return path
     name, revision = found.groups()
+    if revision is None:  # a mistyped path must not ask a hub, where anybody may own such a name
+        raise BundleError(f"{bundle} is not a bundle: no such folder. A published one is {bundle}@COMMIT, of a hub")
     try:
         hub = require("huggingface_hub", "hub")
     except MissingExtra as error:
@@ -40,6 +43,6 @@ def local_bundle(bundle: str | Path) -> Path:
         problem = f"{bundle} is neither a folder here nor a bundle that the hub gives: {one_line(error)}"
         raise BundleError(problem) from error
     check_files(folder, read_manifest(folder))
-    if not _COMMIT.fullmatch(revision or ""):
+    if not _COMMIT.fullmatch(revision):
         _log.warning("%s is at commit %s today: pin it with %s@%s", bundle, folder.name, name, folder.name)
     return folder

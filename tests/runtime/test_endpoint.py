@@ -136,6 +136,8 @@ def test_an_endpoint_that_cannot_be_kept_or_read_is_named(server, tmp_path, caps
     assert "holds no canaries of an endpoint" in capsys.readouterr().err
     assert main(["verify"]) == 2
     assert "either a bundle or --endpoint" in capsys.readouterr().err
+    assert main(["verify", "--endpoint", server.url, "--fingerprint", "f" * 16]) == 2
+    assert "--fingerprint is a bundle's" in capsys.readouterr().err
 
 
 def test_our_gateway_agrees_with_itself(gateway_bundle, tmp_path, monkeypatch):

@@ -69,11 +69,11 @@ def published(gateway_bundle, tmp_path, monkeypatch) -> Iterator[Path]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", [f"owner/name@{COMMIT}", "owner/name"])
+@pytest.mark.parametrize("name", [f"owner/name@{COMMIT}", "owner/name@main"])
 def test_a_published_bundle_loads_by_name(published, tmp_path, caplog, name):
     with Encoder.load(name, engine="fake") as encoder, Encoder.load(published, engine="fake") as local:
         np.testing.assert_array_equal(encoder.encode(["a"]), local.encode(["a"]))
-    assert (f"pin it with owner/name@{COMMIT}" in caplog.text) == ("@" not in name)
+    assert (f"pin it with owner/name@{COMMIT}" in caplog.text) == (COMMIT not in name)
     (tmp_path / "in.txt").write_text("a\n")
     assert main(["encode", name, str(tmp_path / "in.txt"), "-o", str(tmp_path / "out.npy"), "--engine", "fake"]) == 0
 
@@ -84,6 +84,8 @@ def test_damaged_and_absent_ones_are_refused(published):
     with pytest.raises(BundleError, match=r"corrupted: tokenizer.json differ"):
         Encoder.load(f"owner/name@{COMMIT}", engine="fake")
     with pytest.raises(BundleError, match="neither a folder here nor a bundle that the hub gives"):
-        Encoder.load("owner/other", engine="fake")
+        Encoder.load("owner/other@main", engine="fake")
+    with pytest.raises(BundleError, match=r"no such folder\. A published one is owner/name@COMMIT"):
+        Encoder.load("owner/name", engine="fake")
     with pytest.raises(BundleError, match=r"is not a bundle|cannot be read"):
         Encoder.load("no/such/folder", engine="fake")

@@ -42,8 +42,8 @@ def encode(
         list[str],
         typer.Argument(
             metavar="IN...",
-            help="Files, folders or patterns: .txt (one text a line), .csv, .tsv, .jsonl, .json, .parquet, any with "
-            ".gz or .zst; - is standard input.",
+            help="Files, folders or patterns: .parquet, or .txt (one text a line), .csv, .tsv, .jsonl, .json, these "
+            "also with .gz or .zst; - is standard input.",
             show_default=False,
         ),
     ],

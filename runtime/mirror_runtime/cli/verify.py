@@ -58,6 +58,8 @@ def verify(
     """
     if (bundle is None) == (endpoint is None):
         raise InputError("pass either a bundle or --endpoint URL")
+    if endpoint is not None and fingerprint is not None:
+        raise InputError("--fingerprint is a bundle's: an endpoint is compared with its canaries instead")
     if bundle is None:
         _verify_endpoint(str(endpoint), canaries)
         return

@@ -42,6 +42,17 @@ class Corpus:
     """Files in their order, all of which hold the same columns. The first column is the text."""
 
     files: tuple[CorpusFile, ...]
+    folders: tuple[Path, ...] = ()  # those that were named as a whole
+
+    def check_output(self, output: Path) -> None:
+        """Check that an output does not lie in a folder of the input, whose files a later run would read.
+
+        Raises:
+            InputError: it does.
+        """
+        for folder in self.folders:
+            if output.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{output} lies in the input folder {folder}: choose another output")
 
     @property
     def keep(self) -> tuple[str, ...]:
@@ -107,14 +118,15 @@ def open_corpus(
         InputError: one does not exist, or holds no file that can be read.
     """
     options = {"columns": (column,), "keep": tuple(keep), "declared": declared}
-    return Corpus(files=tuple(CorpusFile(path=path, **options) for path in find_files(names)))  # type: ignore[arg-type]
+    files = tuple(CorpusFile(path=path, **options) for path in find_files(names))  # type: ignore[arg-type]
+    return Corpus(files=files, folders=tuple(path for path in map(Path, names) if path.is_dir()))
 
 
 def find_files(names: Sequence[str | Path], only: Sequence[str] = ()) -> list[Path]:
     """Return the files that paths, folders and patterns name, each folder's and pattern's in the order of their names.
 
-    Of a folder, those whose names begin with a dot or an underscore are left out, and those with other endings than
-    `only`, if it has any (see `suffix_of`).
+    Of a folder, those whose names begin with a dot or an underscore, unfinished `.partial` ones, and those with other
+    endings than `only`, if it has any (see `suffix_of`), are left out.
 
     Raises:
         InputError: see `open_corpus`.
@@ -128,8 +140,8 @@ def _find(path: Path, only: Sequence[str]) -> list[Path]:
         found = [file for file in found if not only or suffix_of(file) in only]
         if foreign := [file for file in found if suffix_of(file) not in (only or SUFFIXES)]:
             raise InputError(
-                f"{foreign[0]} is not a corpus file ({', '.join(SUFFIXES)}, each also with .gz or .zst): name the "
-                f"files with a pattern, such as '{path}/*.csv'"
+                f"{foreign[0]} is not a corpus file ({', '.join(SUFFIXES)}; all but the last with .gz or .zst): name "
+                f"the files with a pattern, such as '{path}/*.csv'"
             )
     elif path == STDIN or path.is_file() or not glob.has_magic(str(path)):
         found = [path]
@@ -143,7 +155,7 @@ def _find(path: Path, only: Sequence[str]) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.parts)
+    return any(part.startswith((".", "_")) or part.endswith(".partial") for part in path.parts)
 
 
 def check_errors(rows: Sequence[Row], errors: Mapping[int, TextError], bad_texts: BadTexts) -> None:

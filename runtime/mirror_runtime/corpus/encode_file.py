@@ -25,10 +25,10 @@ import numpy as np
 
 from mirror_runtime.corpus.corpus import BadTexts, Corpus, check_errors
 from mirror_runtime.corpus.files import STDIN, Row
-from mirror_runtime.corpus.results import HEADER, RECORD, Results, kept_bytes
-from mirror_runtime.corpus.sinks import check_sink
-from mirror_runtime.encoder import WINDOW, Encoder
-from mirror_runtime.errors import InputError
+from mirror_runtime.corpus.results import HEADER, RECORD, Results, kept_bytes, kept_errors
+from mirror_runtime.corpus.sinks import Sink, check_sink
+from mirror_runtime.encoder import WINDOW, Encoded, Encoder
+from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
 from mirror_runtime.strict_json import parse_json, short
 from mirror_runtime.vectors import dtype_of, width_of
@@ -104,7 +104,7 @@ def encode_file(
     }
     with locked_folder(folder), named_os_errors(folder):
         _start_or_resume(folder, run)
-        done = _encode(encoder, source, folder, bad_texts, on_progress)
+        done = _encode(encoder, source, folder, sink, bad_texts, on_progress)
         sink.write(Results(folder=folder, spec=encoder.spec, keep=source.keep), folder / "table")
         os.replace(folder / "table", output)
         for name in _FILES:  # the state last: without it a later run takes nothing else over
@@ -127,25 +127,33 @@ def _checked(output: Path, source: Corpus) -> Path:
         raise InputError(f"{output} is a directory: choose another output")
     if output.exists() and any(file.path != STDIN and output.samefile(file.path) for file in source.files):
         raise InputError(f"{output} is the input itself, which the vectors would replace: choose another output")
+    source.check_output(output)
     return output
 
 
-def _encode(
-    encoder: Encoder,
-    source: Corpus,
-    folder: Path,
-    bad_texts: BadTexts,
-    on_progress: Callable[[EncodeProgress], None],
-) -> EncodeProgress:
-    """Append windows to the partial files until the source is exhausted."""
+def encode_rows(encoder: Encoder, rows: Iterable[Row], window: int = WINDOW) -> Iterator[tuple[list[Row], Encoded]]:
+    """Encode the first value of rows, and yield each window's rows with its results."""
     read: deque[Row] = deque()
-    rows = source.rows()
 
     def texts() -> Iterator[object]:
         for row in rows:
             read.append(row)
             yield row.values[0]
 
+    for encoded in encoder.encode_stream(texts(), window):
+        yield [read.popleft() for _ in encoded.tokens], encoded
+
+
+def _encode(
+    encoder: Encoder,
+    source: Corpus,
+    folder: Path,
+    sink: Sink,
+    bad_texts: BadTexts,
+    on_progress: Callable[[EncodeProgress], None],
+) -> EncodeProgress:
+    """Append windows to the partial files until the source is exhausted."""
+    rows = source.rows()
     row_bytes = {"vectors": width_of(encoder.spec) * dtype_of(encoder.spec).itemsize, "tokens": 8, "truncated": 1}
     with ExitStack() as stack:
         files = [stack.enter_context(_open(folder / name)) for name in (*row_bytes, "kept")]
@@ -166,16 +174,15 @@ def _encode(
         for file in (*files, log):
             file.truncate()  # a killed run may have written more than it recorded
         on_progress(done)
-        for window in encoder.encode_stream(texts(), WINDOW):
-            taken = [read.popleft() for _ in range(len(window.tokens))]
-            check_errors(taken, window.errors, bad_texts)
-            skipped = window.errors if bad_texts is BadTexts.SKIP else ()
+        for taken, window in encode_rows(encoder, rows, WINDOW):
+            errors = _checked_errors(taken, window.errors, source.keep, bad_texts)
+            skipped = errors if bad_texts is BadTexts.SKIP else {}
             left = [at for at in range(len(taken)) if at not in skipped]
-            kept = kept_bytes([taken[at] for at in left], source.keep)
+            kept = kept_bytes([taken[at] for at in left], source.keep, ids=sink.ids)
             parts = [array[left].tobytes() for array in (window.vectors, window.tokens, window.truncated)] + [kept]
             for file, part in zip(files, parts, strict=True):
                 _write(file, part)
-            counts = len(taken), len(left), int(window.truncated[left].sum()), len(window.errors), len(kept)
+            counts = len(taken), len(left), int(window.truncated[left].sum()), len(errors), len(kept)
             checksums = _checksum(taken), crc32(b"".join(parts))
             record = np.array([(*counts, taken[-1].position, *checksums, 0)], RECORD)
             record["record"] = crc32(record.tobytes())
@@ -183,6 +190,18 @@ def _encode(
             done = _add(done, record[0])
             on_progress(done)
     return done
+
+
+def _checked_errors(
+    rows: Sequence[Row], errors: Mapping[int, TextError], keep: Sequence[str], bad_texts: BadTexts
+) -> Mapping[int, TextError]:
+    """Return a window's errors and those of its kept values, which must be skipped; raise for the first otherwise."""
+    check_errors(rows, errors, bad_texts)
+    unkept = kept_errors(rows, keep)
+    if unkept and bad_texts is not BadTexts.SKIP:
+        at, error = next(iter(unkept.items()))
+        raise InputError(f"{rows[at].where}: {error.reason}. Fix it, or leave such rows out with --bad-texts skip")
+    return {**unkept, **errors}
 
 
 def _start_or_resume(folder: Path, run: Mapping[str, object]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,8 +17,7 @@ from typing import Any
 
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.corpus.corpus import BadTexts, Corpus, Shard, check_errors
-from mirror_runtime.corpus.encode_file import EncodeProgress
-from mirror_runtime.corpus.files import Row
+from mirror_runtime.corpus.encode_file import EncodeProgress, encode_rows
 from mirror_runtime.corpus.results import Window
 from mirror_runtime.corpus.sinks import vector_table
 from mirror_runtime.encoder import Encoder
@@ -67,20 +65,13 @@ class ShardWorker:
     def _encode(self, shard: Shard) -> EncodeProgress:
         job = self._job
         truncated, failed = 0, 0
-        read: deque[Row] = deque()
-
-        def texts() -> Iterator[object]:
-            for row in job.source.rows(shard):
-                read.append(row)
-                yield row.values[0]
-
         with (
             # Ray may run a shard twice at once, after it lost contact with a worker.
             replace_file(shard_path(job.folder, shard), shared=True) as beside,
             vector_table(beside, self._encoder.spec) as append,
         ):
-            for window in self._encoder.encode_stream(texts()):
-                check_errors([read.popleft() for _ in window.tokens], window.errors, job.bad_texts)
+            for rows, window in encode_rows(self._encoder, job.source.rows(shard)):
+                check_errors(rows, window.errors, job.bad_texts)
                 append(Window(window.vectors, window.tokens, window.truncated, []))
                 truncated += int(window.truncated.sum())
                 failed += len(window.errors)
@@ -131,6 +122,7 @@ def encode_with_ray(
     read_manifest(bundle)  # report an invalid bundle here, not from a worker
     if output.exists():
         raise InputError(f"{output} exists: remove it or choose another output")
+    source.check_output(output)
     load_options = load_options or {}
     folder = output.with_name(output.name + ".partial")
     if source.keep or bad_texts is BadTexts.SKIP:

@@ -38,6 +38,7 @@ class Format(str, Enum):
     CSV = "csv"
     """Fields under a header line."""
     TSV = "tsv"
+    """Fields with TABs between them, under a header line. Quotes are part of a text."""
     PARQUET = "parquet"
 
 
@@ -89,14 +90,12 @@ class CorpusFile:
             object: `meta.text`.
         keep: further ones, which JSON objects may lack.
         declared: the format; None goes by the name, see `SUFFIXES`.
-        tsv_quotes: whether quotes enclose a field of TSV, as in CSV.
     """
 
     path: Path
     columns: tuple[str, ...] = ("text",)
     keep: tuple[str, ...] = ()
     declared: Format | None = None
-    tsv_quotes: bool = True
 
     @property
     def format(self) -> Format:
@@ -212,10 +211,10 @@ class CorpusFile:
     def _table(self, stream: BinaryIO, before: int) -> Iterator[tuple[int, tuple[object, ...]]]:
         csv.field_size_limit(2**31 - 1)  # a text may be longer than the default of 131,072 characters
         is_tsv = self.format is Format.TSV
-        quoting: Any = csv.QUOTE_NONE if is_tsv and not self.tsv_quotes else csv.QUOTE_MINIMAL
         lines = (line for _, line in self._lines(stream, before))
-        rows = csv.reader(lines, delimiter="\t" if is_tsv else ",", quoting=quoting)
-        names = (*self.columns, *self.keep)
+        form: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {"strict": True}
+        rows = csv.reader(lines, **form)
+        names, last = (*self.columns, *self.keep), 0
         try:
             header = next(rows, [])
             self._check_columns(names, header, self.where(1))
@@ -226,9 +225,10 @@ class CorpusFile:
                         f"{self.where(rows.line_num)}: {len(row)} fields under a header of {len(header)}: "
                         "quote a text that holds the separator"
                     )
-                yield rows.line_num, tuple(row[place] for place in places)
+                yield (last := rows.line_num), tuple(row[place] for place in places)
         except csv.Error as error:
-            raise InputError(f"{self.where(rows.line_num)}: {error}") from error
+            cure = "" if is_tsv else ": enclose a text that holds a quote in quotes, and double the quote"
+            raise InputError(f"{self.path}: the row after line {last} cannot be read ({error}){cure}") from error
 
     def _fields(self, value: object, number: int) -> tuple[object, ...]:
         """Take the columns out of a JSON value; one that is not an object is the text itself."""
@@ -252,7 +252,8 @@ class CorpusFile:
                 for scalars in zip(*(_array(batch, name) for name in names), strict=True):
                     number += 1
                     texts = map(_python_value, scalars[: len(self.columns)])
-                    yield Row((*texts, *scalars[len(self.columns) :]), self, number, int(number * share))
+                    kept = map(_kept_value, scalars[len(self.columns) :])
+                    yield Row((*texts, *kept), self, number, int(number * share))
         except (OSError, pyarrow.ArrowException) as error:
             raise InputError(f"{self.path} cannot be read after row {number}: {one_line(error)}") from error
 
@@ -318,6 +319,12 @@ def _python_value(value: Any) -> object:
     except (ValueError, OverflowError, KeyError) as error:
         return error
     return result
+
+
+def _kept_value(value: Any) -> object:
+    """Return an Arrow scalar itself, or the exception of one whose string is not UTF-8."""
+    found = _python_value(value)
+    return found if isinstance(found, UnicodeError) else value
 
 
 def _json_values(chunks: Iterator[str]) -> Iterator[object]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +14,16 @@ from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.corpus.files import Row
-from mirror_runtime.errors import InputError
+from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.extras import require
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 HEADER = 128
 """Bytes reserved for the .npy header before the vectors; the row count is only known at the end."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # lone ones: Python joins those of a pair
+
+_ID = re.compile("0|-?[1-9][0-9]{0,18}")
 
 _COUNTS = ("rows", "written", "truncated", "failed", "kept", "position", "texts", "data", "record")
 RECORD = np.dtype([(name, "<u8") for name in _COUNTS])
@@ -55,7 +60,12 @@ class Results:
         for batch in self._kept():
             for field in batch.schema:
                 types[field.name].add(field.type)
-        return pa.schema([(name, _common_type(found)) for name, found in types.items()])
+        schema = pa.schema([(name, _common_type(found)) for name, found in types.items()])
+        for batch in self._kept() if any(len(found) > 1 for found in types.values()) else ():
+            for at, column in enumerate(batch.columns):
+                if not _can_cast(column, schema.field(at).type):  # an integer beyond 2^53 among floats
+                    schema = schema.set(at, pa.field(schema.names[at], pa.string()))
+        return schema
 
     def __iter__(self) -> Iterator[Window]:
         """Yield the windows in order."""
@@ -89,18 +99,61 @@ class Results:
                 yield ipc.open_stream(stream.read(size)).read_next_batch()
 
 
-def kept_bytes(rows: Sequence[Row], keep: Sequence[str]) -> bytes:
-    """Return the kept columns of rows as one Arrow stream; b"" without any."""
+def kept_errors(rows: Sequence[Row], keep: Sequence[str]) -> Mapping[int, TextError]:
+    """Return an error for each row that has a kept value which no file can hold."""
+    errors = {}
+    for at, row in enumerate(rows if keep else ()):
+        for name, value in zip(keep, row.values[-len(keep) :], strict=True):
+            if not _is_utf8(value):
+                errors[at] = TextError(at, f"column {name!r} is not UTF-8, or has a lone surrogate")
+    return errors
+
+
+def _is_utf8(value: object) -> bool:
+    if isinstance(value, (dict, list)):
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return not isinstance(value, UnicodeError) and not (isinstance(value, str) and _SURROGATE.search(value))
+
+
+def kept_bytes(rows: Sequence[Row], keep: Sequence[str], *, ids: bool | None = None) -> bytes:
+    """Return the kept columns of rows as one Arrow stream; b"" without any.
+
+    Args:
+        rows: the rows.
+        keep: names of the kept columns.
+        ids: whether the first column must hold integers, or digits as CSV does: True; or may, as ids: False.
+
+    Raises:
+        InputError: a row's id is null, or is not an integer where it must be.
+    """
     if not keep:
         return b""
     pa, ipc = require("pyarrow", "cli"), require("pyarrow.ipc", "cli")
     values = zip(*(row.values[-len(keep) :] for row in rows), strict=True) if rows else [()] * len(keep)
-    batch = pa.RecordBatch.from_arrays([_array(list(column)) for column in values], list(keep))
+    first, *others = (_array(list(column)) for column in values)
+    first = first if ids is None else _ids(first, rows, required=ids)
+    batch = pa.RecordBatch.from_arrays([first, *others], list(keep))
     sink = pa.BufferOutputStream()
     with ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _ids(column: Any, rows: Sequence[Row], *, required: bool) -> Any:
+    """Return integers, or strings of their digits, as integers; other columns as they are, unless ids are required."""
+    pa = require("pyarrow", "cli")
+    is_integer = pa.types.is_integer(column.type)
+    if not (required or is_integer or pa.types.is_string(column.type)):
+        return column
+    values = column.to_pylist()
+    bad = next((at for at, one in enumerate(values) if not _ID.fullmatch(str(one)) or abs(int(one)) >= 2**63), None)
+    if bad is None:
+        return pa.array(map(int, values), pa.int64())
+    if required or (is_integer and values[bad] is None):
+        reason = f"{values[bad]!r} is not an integer of 64 bits: fix it, or keep another column first"
+        raise InputError(f"{rows[bad].where}: the id {reason}")
+    return column
 
 
 def _array(values: list[Any]) -> Any:
@@ -117,11 +170,22 @@ def _array(values: list[Any]) -> Any:
 
 def _strings(values: Iterable[Any]) -> Any:
     pa = require("pyarrow", "cli")
-    as_text = (v if isinstance(v, str) or v is None else json.dumps(v, default=str) for v in values)
+    return pa.array([None if value is None else as_text(value) for value in values], pa.string())
+
+
+def as_text(value: object) -> str:
+    """Write a value as a string: lists, objects, numbers as JSON, bytes in hexadecimal, others as Python's `str`."""
+    if isinstance(value, (dict, list, bool, int, float)):
+        return json.dumps(value, default=str)
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _can_cast(column: Any, type_: Any) -> bool:
     try:
-        return pa.array(list(as_text), pa.string())
-    except UnicodeEncodeError as error:
-        raise InputError(f"a kept column holds a lone surrogate ({error.reason}), which no file can hold") from error
+        _cast(column, type_)
+    except require("pyarrow", "cli").ArrowException:
+        return False
+    return True
 
 
 def _common_type(types: set[Any]) -> Any:

@@ -7,6 +7,7 @@ hold floats: int8 vectors are their components.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,16 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec, VectorType
-from mirror_runtime.corpus.results import HEADER, Results, Window
+from mirror_runtime.corpus.results import HEADER, Results, Window, as_text
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
 from mirror_runtime.vectors import components, dtype_of, width_of
 
 POINTS = 256
 """Points of one line of a Qdrant load file: 2 MB of 384 components."""
-
-RESERVED = ("embedding", "tokens", "truncated")
-"""Columns of the output, which no kept column may be called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +37,16 @@ class Sink:
     Attributes:
         write: writes results to a path.
         keeps: number of kept columns that it holds; None for any.
+        reserved: its own columns, which no kept column may be called.
+        ids: whether the first kept column must hold ids, which are integers: True; or may: False; None for no ids.
         binary: whether it holds binary vectors.
         needs: the module and the extra that it needs; None if numpy is enough.
     """
 
     write: Callable[[Results, Path], None]
     keeps: int | None = None
+    reserved: tuple[str, ...] = ()
+    ids: bool | None = None
     binary: bool = False
     needs: tuple[str, str] | None = None
 
@@ -66,7 +68,7 @@ def check_sink(output: Path, spec: EncoderSpec, keep: tuple[str, ...], *, skips:
         raise InputError("--bad-texts skip loses which vector is whose: name the rows' id with --keep, as to .parquet")
     if spec.vector_type is VectorType.BINARY and not sink.binary:
         raise InputError(f"{output.suffix} cannot hold binary vectors: write .npy or .parquet")
-    if wrong := [name for name in keep if name in RESERVED or keep.count(name) > 1]:
+    if wrong := [name for name in keep if name in sink.reserved or keep.count(name) > 1]:
         raise InputError(f"--keep {wrong[0]}: the output has a column of this name already")
     if sink.needs is not None:
         require(*sink.needs)
@@ -115,8 +117,6 @@ def _write_faiss(results: Results, path: Path) -> None:
     faiss = require("faiss", "faiss")
     index = faiss.IndexFlatIP(results.spec.dim)
     if results.keep:
-        if not require("pyarrow.types", "cli").is_integer(results.schema().types[0]):
-            raise InputError(f"FAISS's ids are integers, and --keep {results.keep[0]} has others: write .parquet")
         index = faiss.IndexIDMap2(index)
     for window, vectors in _floats(results):
         if results.keep:
@@ -159,10 +159,10 @@ def _write_qdrant(results: Results, path: Path) -> None:
                     raise InputError(
                         f"Qdrant's ids are integers from 0, and a row's is {point_id}: keep another column first"
                     )
-                points.append({"id": point_id, "vector": vector, "payload": row})
+                points.append({"id": point_id, "vector": vector, "payload": _finite(row)})
                 number += 1
             for at in range(0, len(points), POINTS):
-                stream.write(json.dumps({"points": points[at : at + POINTS]}, default=str) + "\n")
+                stream.write(json.dumps({"points": points[at : at + POINTS]}, default=as_text) + "\n")
 
 
 def _write_pgvector(results: Results, path: Path) -> None:
@@ -182,14 +182,17 @@ def _write_pgvector(results: Results, path: Path) -> None:
         stream.write("\\.\nCOMMIT;\n")
 
 
+_OWN = ("embedding", "tokens", "truncated")
+_SYSTEM = ("tableoid", "xmin", "cmin", "xmax", "cmax", "ctid")  # PostgreSQL has them in every table
+
 SINKS: Mapping[str, Sink] = MappingProxyType(
     {
         ".npy": Sink(write=_write_npy, keeps=0, binary=True),
-        ".parquet": Sink(write=_write_parquet, binary=True, needs=("pyarrow", "cli")),
-        ".faiss": Sink(write=_write_faiss, keeps=1, needs=("faiss", "faiss")),
-        ".lance": Sink(write=_write_lance, needs=("lancedb", "lancedb")),
-        ".qdrant": Sink(write=_write_qdrant),
-        ".sql": Sink(write=_write_pgvector),
+        ".parquet": Sink(write=_write_parquet, binary=True, reserved=_OWN, needs=("pyarrow", "cli")),
+        ".faiss": Sink(write=_write_faiss, keeps=1, ids=True, needs=("faiss", "faiss")),
+        ".lance": Sink(write=_write_lance, reserved=("vector", "_rowid", "_distance"), needs=("lancedb", "lancedb")),
+        ".qdrant": Sink(write=_write_qdrant, ids=False),
+        ".sql": Sink(write=_write_pgvector, reserved=("embedding", *_SYSTEM)),
     }
 )
 """The sinks by their output's ending."""
@@ -213,6 +216,15 @@ def _rows(results: Results, window: Window) -> Iterable[dict[str, Any]]:
     )
 
 
+def _finite(value: Any) -> Any:
+    """Put null in the place of NaN and infinity, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list) else value
+
+
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
@@ -233,7 +245,7 @@ def _copied(value: object) -> str:
         return "\\N"
     if isinstance(value, (bool, int, float)):
         return str(value).lower()
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = as_text(value)
     if "\0" in text:
         raise InputError(f"PostgreSQL holds no NUL, which a kept column has: {text[:60]!r}")
     return text.translate(_ESCAPED)

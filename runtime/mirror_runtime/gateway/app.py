@@ -208,7 +208,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             dim=card.dim,
             dimensions=[*settings.dimensions, card.dim],
             max_tokens=card.max_tokens,
-            prompts=list(card.prompts),
+            prompts=list(card.prompts or ()),
             normalized=card.normalized,
             long_texts=card.long_texts,
             engine=card.engine,
@@ -311,7 +311,7 @@ async def _encode(
     try:
         prompt = choose_prompt(card.prompts, card.template, name=body.prompt_name, input_type=body.input_type)
     except InputError as error:
-        param = "prompt_name" if body.prompt_name else "input_type"
+        param = "prompt_name" if body.prompt_name is not None else "input_type"
         raise Refusal(400, "prompt_not_possible", printable(str(error)), param=param) from None
     work = service.encode(
         texts,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
@@ -36,7 +36,7 @@ class ModelCard:
     engine: str
     precision: str
     backend: str  # "in-process", or the server's address
-    prompts: Mapping[str, str] = field(default_factory=dict)  # by name; none of a Triton server's
+    prompts: Mapping[str, str] | None = None  # by name; None if they are unknown, as behind Triton
     template: str | None = None  # text that the encoder itself puts around every text
 
 

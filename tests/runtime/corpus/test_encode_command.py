@@ -227,6 +227,14 @@ def test_the_input_is_never_replaced_by_its_vectors(bundle, tmp_path, capsys, li
     assert source.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["out.npy", "sub/out.npy"])
+def test_an_output_in_the_input_folder_is_refused(bundle, tmp_path, capsys, name):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "in.txt").write_text("a\n")
+    assert main(arguments(bundle, tmp_path, tmp_path / name)) == 2
+    assert "lies in the input folder" in capsys.readouterr().err
+
+
 def test_an_output_that_is_a_link_is_written_through(bundle, tmp_path):
     (tmp_path / "in.txt").write_text("a\nb\n")
     (tmp_path / "elsewhere").mkdir()

@@ -48,6 +48,8 @@ LINES = '\ufeff{"meta": {"body": "a"}, "id": 1}\n"b"\n\n{"meta": null, "n": 3}\n
         ("in.csv", 'id,text\r\n1,"a, ""b""\r\nc"\r\n\r\n2,\r\n', "text", ("id",), [('a, "b"\r\nc', "1"), ("", "2")]),
         ("in.csv.zst", zstd("text\none\n"), "text", (), ["one"]),
         ("in.tsv", "text\tn\na, b\t1\n", "text", (), ["a, b"]),
+        ("in.tsv", 'text\n"one\ntwo" "\nthree\n', "text", (), ['"one', 'two" "', "three"]),
+        ("in.csv", 'text\na "b" c"\n', "text", (), ['a "b" c"']),
         ("in.parquet", META, "meta.body", ("id",), [("a", 1), (None, 2), ("c", 3)]),
     ],
 )
@@ -106,6 +108,9 @@ def test_shards_cover_every_row_once_and_in_order_and_know_their_lines(tmp_path,
         ("in.jsonl", json.dumps({"body": "a"}).encode(), "line 1: no column 'text', only 'body'. Name .* --column"),
         ("in.csv", "body\na\n", "no column 'text', only 'body'"),
         ("in.csv", "text,n\na cat, a dog,1\n", "line 2: 3 fields under a header of 2: quote a text"),
+        ("in.csv", 'text\nfine\n"one\ntwo\n"three"\n', "the row after line 2 cannot be read"),
+        ("in.csv", 'text\nfine\n"one\ntwo\n', "the row after line 2 cannot be read .*double the quote"),
+        ("in.csv.gz", gzip.compress(b'te"xt,"text\n1,2\n'), "the row after line 0 cannot be read"),
         ("in.parquet", b"PAR1 no", "is not a Parquet file"),
         ("in.parquet", pa.table({"body": ["a"]}), "no column 'text', only 'body'"),
         ("absent.txt", None, "cannot be read: No such file"),
@@ -125,7 +130,7 @@ def test_a_column_to_keep_that_is_not_there_is_named(tmp_path, name, keep):
 
 
 def test_folders_patterns_and_standard_input(tmp_path, monkeypatch):
-    for name in ("b.csv", "a.csv.gz", "sub/c.jsonl", "_SUCCESS", ".hidden.csv"):
+    for name in ("b.csv", "a.csv.gz", "sub/c.jsonl", "_SUCCESS", ".hidden.csv", "o.npy.partial/vectors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(
             tmp_path / name,

@@ -1,5 +1,7 @@
 """Every sink is searched by its own library: a text's own vector finds the text's id."""
 
+import datetime
+import decimal
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,16 +85,23 @@ def test_parquet_holds_ids_columns_and_their_types(bundle, written, tmp_path):
     assert parquet.read_table(output).select(["day", "n"]).equals(small.select(["day", "n"]))
 
 
-def test_columns_without_one_type_become_strings(bundle, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("ids", "strings"),
+    [
+        ([None, None, 1, 2, "a", {"b": 1}, 2.5, 3], [None, None, "1", "2", "a", '{"b": 1}', "2.5", "3.0"]),
+        ([1, 2**60, 1.5], ["1", str(2**60), "1.5"]),  # no float is this integer
+        ([2**70, 1], [str(2**70), "1"]),
+    ],
+)
+def test_columns_without_one_type_become_strings(bundle, tmp_path, monkeypatch, ids, strings):
     monkeypatch.setattr(module, "WINDOW", 2)
-    ids = [None, None, 1, 2, "a", {"b": 1}, 2.5, 3]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": "x", "id": one}) + "\n" for one in ids))
     output = tmp_path / "out.parquet"
     assert (
         main(["encode", str(bundle), str(tmp_path / "in.jsonl"), "-o", str(output), "--engine", "fake", "--keep", "id"])
         == 0
     )
-    assert parquet.read_table(output)["id"].to_pylist() == [None, None, "1", "2", "a", '{"b": 1}', "2.5", "3.0"]
+    assert parquet.read_table(output)["id"].to_pylist() == strings
 
 
 def test_a_faiss_index_has_the_ids(written):
@@ -102,6 +111,90 @@ def test_a_faiss_index_has_the_ids(written):
     output, vector = written("out.faiss", "id")
     _, found = faiss.read_index(str(output)).search(vector, 1)
     assert found.tolist() == [[123]]
+
+
+def write_rows(path: Path, ids: list[object]) -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.table({"text": ["x"] * len(ids), "id": ids}), path)
+    elif path.suffix == ".csv":
+        path.write_text("text,id\n" + "".join(f"x,{one}\n" for one in ids))
+    else:
+        path.write_text("".join(json.dumps({"text": "x", "id": one}) + "\n" for one in ids))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("output", "name", "ids", "expected"),
+    [
+        ("out.faiss", "in.csv", [7, -10, 2**60], [7, -10, 2**60]),
+        ("out.faiss", "in.jsonl", [7, 8, 2**53 + 1, None], "line 4: the id None is not an integer"),
+        ("out.faiss", "in.jsonl", ["7", None], "line 2: the id None is not an integer"),
+        ("out.faiss", "in.csv", [7, 8, 9, "a"], "line 5: the id 'a' is not an integer"),
+        ("out.faiss", "in.csv", [7, "007"], "line 3: the id '007' is not an integer"),
+        ("out.faiss", "in.parquet", pa.array([1, 2**64 - 1], pa.uint64()), "row 2: the id 18446744073709551615 is not"),
+        ("out.qdrant", "in.csv", [7, 10], [7, 10]),
+        ("out.qdrant", "in.csv", [7, 10, "a", "b"], [0, 1, 2, 3]),
+        ("out.qdrant", "in.jsonl", [7, None], "line 2: the id None is not an integer"),
+    ],
+)
+def test_ids_are_integers_or_their_digits_or_a_row_is_named(
+    bundle, tmp_path, capsys, monkeypatch, output, name, ids, expected
+):
+    needs("faiss", "faiss")
+    import faiss
+
+    monkeypatch.setattr(module, "WINDOW", 2)
+    path = tmp_path / output
+    status = encode(bundle, write_rows(tmp_path / name, ids), path, "--keep", "id")
+    if isinstance(expected, str):
+        assert (status, path.exists()) == (2, False)
+        assert expected in capsys.readouterr().err
+    elif output == "out.faiss":
+        index: Any = faiss.read_index(str(path))
+        assert faiss.vector_to_array(index.id_map).tolist() == expected
+    else:
+        points = [point for line in path.read_text().splitlines() for point in json.loads(line)["points"]]
+        assert [point["id"] for point in points] == expected
+
+
+NOT_UTF8 = pa.Array.from_buffers(
+    pa.string(), 3, [None, pa.py_buffer(np.array([0, 1, 2, 3], np.int32)), pa.py_buffer(b"a\xffc")]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [("in.jsonl", ["a", "\ud800", "c"]), ("in.jsonl", ["a", {"b": ["\udfff"]}, "c"]), ("in.parquet", NOT_UTF8)],
+)
+def test_a_kept_value_that_no_file_can_hold_is_its_rows_fault(bundle, tmp_path, capsys, name, ids):
+    source, output = write_rows(tmp_path / name, ids), tmp_path / "out.sql"
+    for policy in ("stop", "zero"):
+        assert encode(bundle, source, tmp_path / f"{policy}.sql", "--keep", "id", "--bad-texts", policy) == 2
+        error = capsys.readouterr().err
+        assert "2: column 'id' is not UTF-8, or has a lone surrogate. Fix it, or leave such rows out" in error
+    assert encode(bundle, source, output, "--keep", "id", "--bad-texts", "skip") == 0
+    rows = output.read_text().partition("FROM stdin;\n")[2].splitlines()
+    assert [row.partition("\t")[0] for row in rows] == ["a", "c", "\\.", "COMMIT;"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "sql", "json_value"),
+    [
+        (pa.array([datetime.date(2026, 1, 2)]), "2026-01-02", "2026-01-02"),
+        (pa.array([decimal.Decimal("1.50")]), "1.50", "1.50"),
+        (pa.array([b"a\xff"]), "61ff", "61ff"),
+        (pa.array([float("nan")]), "nan", None),
+        (pa.array([{"a": [float("inf"), 1.5]}]), '{"a": [Infinity, 1.5]}', {"a": [None, 1.5]}),
+        (pa.array([True]), "true", True),
+    ],
+)
+def test_other_types_are_written_as_their_plain_text(bundle, tmp_path, ids, sql, json_value):
+    source = write_rows(tmp_path / "in.parquet", ids)
+    for output in ("out.sql", "out.qdrant"):
+        assert encode(bundle, source, tmp_path / output, "--keep", "id") == 0
+    row = (tmp_path / "out.sql").read_text().partition("FROM stdin;\n")[2]
+    assert row.partition("\t")[0] == sql
+    assert json.loads((tmp_path / "out.qdrant").read_text())["points"][0]["payload"] == {"id": json_value}
 
 
 def test_a_lancedb_table_has_the_columns(written):
@@ -182,6 +275,9 @@ def test_a_run_with_kept_columns_that_stopped_resumes_to_the_same_bytes(bundle, 
             "holds vectors and 1 id, and --keep names",
         ),
         ("out.qdrant", ["--keep", "nothing"], None),
+        ("out.lance", ["--keep", "vector"], "--keep vector: the output has a column of this name"),
+        ("out.sql", ["--keep", "ctid"], "--keep ctid: the output has a column of this name"),
+        ("out.qdrant", ["--keep", "tokens"], None),
     ],
 )
 def test_what_an_output_cannot_hold_is_refused(bundle, rows, tmp_path, capsys, output, options, message):

@@ -5,16 +5,19 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
 import threading
 
 import numpy as np
 import pytest
 
-from mirror_runtime import __version__
-from mirror_runtime.errors import InputError
+from mirror_runtime import Encoder, __version__
+from mirror_runtime.bundle import sha256_file
+from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.gateway import bodies
 from mirror_runtime.gateway.app import make_app
 from mirror_runtime.gateway.buffers import HeldBytes
+from mirror_runtime.prompts import PROMPTS_FILE
 from tests.support.fake_bundles import FINGERPRINT
 from tests.support.gateways import MODEL, changed_bundle, running, vectors
 
@@ -136,6 +139,16 @@ def test_the_page_needs_nothing_from_elsewhere(gateway, path):
     assert not re.search(rb"innerHTML|document\.write", page.body)  # texts are texts
 
 
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_page_calls_the_gateway_that_served_it_under_any_spelling_and_prefix(gateway):
+    (base,) = re.findall(r"const base = (.*);", gateway.send("GET", "/docs/").body.decode())
+    script = f"for (const p of process.argv.slice(1)) {{ const location = {{ pathname: p }}; console.log({base}); }}"
+    spellings = {"/": "/", "/docs": "/", "/docs/": "/", "//docs//": "/", "/at/": "/at/", "/at/docs": "/at/"}
+    command = ["node", "-e", script, *spellings]
+    bases = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert bases == list(spellings.values())
+
+
 def test_models_say_which_space_they_are(gateway):
     (model,) = gateway.send("GET", "/v1/models").json["data"]
     assert {"id": MODEL, "fingerprint": FINGERPRINT, "dimensions": [4, 8], "max_tokens": 64}.items() <= model.items()
@@ -229,13 +242,19 @@ def test_only_named_origins_may_call_from_a_browser(gateway, gateway_bundle):
 
 def test_prompts_by_name_and_by_what_a_text_is(gateway_bundle, tmp_path):
     bundle = shutil.copytree(gateway_bundle, tmp_path / "bundle")
-    prompts = {"query": "find: ", "passage": "text: "}
-    (bundle / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    prompts = {"query": "find: ", "passage": "text: ", "search_document": "own: "}
+    (bundle / PROMPTS_FILE).write_text(json.dumps({"prompts": prompts}))
+    with Encoder.load(bundle, engine="fake") as encoder:
+        assert encoder.prompts == {}, "the manifest has no hash of this file"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][PROMPTS_FILE] = sha256_file(bundle / PROMPTS_FILE)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     with running(bundle) as gateway:
         for fields, prompt in (
             ({"prompt_name": "query"}, "find: "),
             ({"input_type": "search_query"}, "find: "),
             ({"input_type": "document"}, "text: "),
+            ({"input_type": "search_document"}, "own: "),
             ({"input_type": "classification"}, ""),
             ({}, ""),
         ):
@@ -245,8 +264,11 @@ def test_prompts_by_name_and_by_what_a_text_is(gateway_bundle, tmp_path):
             np.testing.assert_array_equal(vectors([openai, tei]), [expected[0], expected[0]])
         expected = gateway.encoder.encode(["find: a"])
         np.testing.assert_array_equal(gateway.encoder.encode(["a"], prompt_name="query"), expected)
-        with pytest.raises(InputError, match="no prompt 'other': its prompts are 'query', 'passage'"):
+        with pytest.raises(InputError, match="no prompt 'other': its prompts are 'query', 'passage', "):
             gateway.encoder.encode(["a"], prompt_name="other")
         refused = gateway.send("POST", "/embed", {"inputs": "a", "prompt_name": "other"})
         assert (refused.status, refused.error["param"]) == (400, "prompt_name")
-        assert gateway.send("GET", "/info").json["prompts"] == ["query", "passage"]
+        assert gateway.send("GET", "/info").json["prompts"] == list(prompts)
+    (bundle / PROMPTS_FILE).write_text(json.dumps({"prompts": {"query": "ignore this: "}}))
+    with pytest.raises(BundleError, match=f"corrupted: {PROMPTS_FILE} differ"):
+        Encoder.load(bundle, engine="fake")
