@@ -17,8 +17,9 @@ STAMP := $(VENV)/.installed$(if $(GPU),-gpu)
 # NVIDIA's Python modules without the libraries behind them: tests check calls of TensorRT against them.
 TENSORRT_BINDINGS := $(addprefix $(VENV)/tensorrt-,10.16.1.11 11.4.0.106)
 
-# Tests run in parallel; tests of one file share a worker. TEST_WORKERS=0 runs them in one process.
-TEST_WORKERS ?= 2
+# Tests run in parallel; tests of one file share a worker. TEST_WORKERS=0 runs them in one process. Three suit two cores:
+# tests of servers wait a third of their time.
+TEST_WORKERS ?= 3
 RUN_TESTS = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 ROOMS := $(sort $(foreach file,$(wildcard tests/*/test_*.py tests/*/*/test_*.py),$(word 2,$(subst /, ,$(file)))))
 ifneq ($(filter-out $(ROOMS),$(ROOM)),)
