@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from encoders.sentence_transformers import WEIGHTS_FILE
 from mirror_runtime.bundle import Activation, Dense, EncoderSpec, Pooling, VectorType
 from mirror_runtime.errors import BundleError
 
@@ -20,8 +21,6 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
     Activation.RELU: nn.ReLU,
     Activation.GELU: nn.GELU,
 }
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ ACTIVATION_CLASSES = {
 }
 """Their class names in sentence-transformers folders."""
 
+WEIGHTS_FILE = "model.safetensors"
+
 KINDS = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize")
 """The supported modules, in their required order. Dropout does nothing at inference and may stand anywhere."""
 

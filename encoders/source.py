@@ -12,7 +12,7 @@ from typing import Any
 
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import PROMPT, RecordedEncoder, dense_folder, read_json, read_modules, readable
-from encoders.static import is_model2vec, read_model2vec, table_width
+from encoders.static_folder import is_model2vec, read_model2vec, table_width
 from encoders.supported import check_config
 from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
 from mirror_runtime.errors import BundleError, InputError

@@ -11,23 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutput
 
-from encoders.pooling import WEIGHTS_FILE
-from encoders.sentence_transformers import RecordedEncoder, read_json
-from mirror_runtime.bundle import Pooling
+from encoders.sentence_transformers import WEIGHTS_FILE
+from encoders.static_folder import MODEL2VEC, TABLES, table_width
 from mirror_runtime.errors import BundleError
-
-TABLES = ("embedding.weight", "embeddings")
-"""Names of the table: sentence-transformers' and model2vec's."""
-
-MODEL2VEC_TOKENS = 512
-"""model2vec's limit where its config.json states none."""
 
 
 class StaticConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
@@ -39,7 +31,7 @@ class StaticConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
 class Model2VecConfig(StaticConfig):  # type: ignore[no-untyped-call]
     """The same of an encoder that leaves the unknown token out."""
 
-    model_type = "model2vec"
+    model_type = MODEL2VEC
 
 
 class StaticModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -61,52 +53,6 @@ class StaticModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return BaseModelOutput(last_hidden_state=vectors, hidden_states=(vectors,))
 
 
-def is_model2vec(folder: Path) -> bool:
-    """Return whether model2vec wrote a folder."""
-    path = folder / "config.json"
-    return path.is_file() and read_json(path, dict).get("model_type") == Model2VecConfig.model_type
-
-
-def read_model2vec(folder: Path) -> RecordedEncoder:
-    """Read what a model2vec folder records.
-
-    Raises:
-        BundleError: its limit is not a number of tokens.
-    """
-    config = read_json(folder / "config.json", dict)
-    limit = config.get("max_length", MODEL2VEC_TOKENS)
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise BundleError(f"{folder}/config.json has max_length {limit!r}: it must be a number of tokens")
-    return RecordedEncoder(
-        folder=folder,
-        pooling=Pooling.MEAN,
-        dense=(),
-        dense_folders=(),
-        normalize=bool(config.get("normalize", False)),
-        max_tokens=limit,
-        dim=None,
-        template=None,
-        takes_prompt=True,
-        family=Model2VecConfig.model_type,
-    )
-
-
-def table_width(folder: Path) -> int:
-    """Return the components of a token's vector.
-
-    Raises:
-        BundleError: the file holds no table.
-    """
-    with safe_open(folder / WEIGHTS_FILE, "pt") as weights:
-        names = list(weights.keys())
-        shape: list[int] = next((weights.get_slice(name).get_shape() for name in TABLES if name in names), [])
-    if len(shape) != 2:
-        raise BundleError(
-            f"{folder / WEIGHTS_FILE} holds {', '.join(names)} and no table of token vectors ({' or '.join(TABLES)})"
-        )
-    return shape[1]
-
-
 def load_static_model(folder: Path, family: str) -> PreTrainedModel:
     """Load the table as fp32 [tokens, width], times the tokens' weights if there are any.
 
@@ -123,7 +69,7 @@ def load_static_model(folder: Path, family: str) -> PreTrainedModel:
         table = table[weights["mapping"].long()]
     if "weights" in weights:
         table = table.float() * weights["weights"].float()[:, None]
-    kind = Model2VecConfig if family == Model2VecConfig.model_type else StaticConfig
+    kind = Model2VecConfig if family == MODEL2VEC else StaticConfig
     sizes: dict[str, Any] = {"hidden_size": width, "vocab_size": len(table)}
     sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
     model = StaticModel(kind(**sizes), table.float().contiguous())

@@ -17,8 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from encoders.families import FAMILIES
-from encoders.pooling import WEIGHTS_FILE
-from encoders.sentence_transformers import ACTIVATION_CLASSES, LEGACY_POOLING_KEYS, POOLING_MODES, PROMPT, dense_folder
+from encoders.sentence_transformers import (
+    ACTIVATION_CLASSES,
+    LEGACY_POOLING_KEYS,
+    POOLING_MODES,
+    PROMPT,
+    WEIGHTS_FILE,
+    dense_folder,
+)
 from mirror_runtime.bundle import (
     ENCODER_FILE,
     TOKENIZER_FILE,

@@ -100,11 +100,8 @@ def test_two_encoders_end_in_one_json_line(tiny_bert, sts, words, tmp_path, monk
 
 @pytest.mark.process
 def test_the_script_runs_by_path_from_any_folder(tmp_path):
-    """Without PyTorch, whose import takes seconds: what is checked is that the script finds its packages."""
-    (tmp_path / "torch.py").write_text("raise SystemExit('the script found its packages')")
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert "the script found its packages" in done.stderr
+    environment = {"PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, SCRIPT, "--help"], cwd=tmp_path, env=environment, capture_output=True, check=True)
 
 
 @pytest.mark.parametrize(
