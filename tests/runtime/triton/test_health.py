@@ -95,7 +95,7 @@ def test_an_unanswered_probe_is_no_alarm_while_other_requests_are_answered(serve
         ({"error": FAILED, "answers_others": True, "cores": 0.9}, ["no inference has succeeded for"], 8),
         ({"error": DEAD, "cores": 0.9}, [], 2),
         ({"error": NotServed("answered NOT_FOUND"), "cores": 0.9}, ["answered NOT_FOUND"], 2),
-        ({"hangs": True, "is_stopped": True, "answers_others": True}, ["a signal has stopped one of its"], 1),
+        ({"hangs": True, "is_stopped": True, "answers_others": True}, ["a signal has stopped one of its"], 0.5),
         ({"hangs": True}, ["requests wait without an answer"], 8),
         ({"hangs": True, "cores": 0.9}, ["requests wait without an answer"], 24),
     ],

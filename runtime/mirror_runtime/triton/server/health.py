@@ -26,7 +26,7 @@ class HealthPolicy:
         probe_s: pause between two probes, each a real inference of one short text.
         silent_s: how long while nothing is computed (a deadlock, an engine that fails each time). If Triton reports
             that the model's process is dead or unloaded, two probes are enough. A process that a signal has stopped may
-            take the time of one to go on.
+            take half the pause between two to go on.
         computing_s: how long while the model's process uses the CPU, as in one batch of 256 long texts.
     """
 
@@ -83,7 +83,7 @@ class Watchdog:
             self._stopped_since = None
         elif self._stopped_since is None:
             self._stopped_since = now
-        elif now - self._stopped_since >= self._policy.probe_s:
+        elif now - self._stopped_since >= self._policy.probe_s / 2:
             return "a signal has stopped one of its processes"
         silent_s = now - self._alive_at
         if silent_s < 2 * self._policy.probe_s or now - self._checked_at < self._policy.probe_s:
