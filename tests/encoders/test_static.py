@@ -129,6 +129,7 @@ def test_a_limit_that_only_the_tokenizers_settings_state_is_not_the_encoders(fam
     assert resolve(str(tmp_path / "encoder")).spec.max_tokens == 512
 
 
+@pytest.mark.trace
 def test_other_precisions_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_static("static", tmp_path / "encoder")
     (texts := tmp_path / "texts.txt").write_text("the house\n")

@@ -139,6 +139,7 @@ def test_the_page_needs_nothing_from_elsewhere(gateway, path):
     assert not re.search(rb"innerHTML|document\.write", page.body)  # texts are texts
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_page_calls_the_gateway_that_served_it_under_any_spelling_and_prefix(gateway):
     (base,) = re.findall(r"const base = (.*);", gateway.send("GET", "/docs/").body.decode())
