@@ -222,7 +222,7 @@ def command(
         _setting(
             "lora",
             "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
-            "parameters. Quality and the best rate were not measured.",
+            "parameters. At 1e-3 as good as full tuning at 1e-4 (two seeds).",
         ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,

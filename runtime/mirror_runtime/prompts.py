@@ -42,7 +42,7 @@ def choose_prompt(
     `prompts` is None if they are unknown; `template` is the text that the encoder itself puts around every text.
 
     Raises:
-        InputError: the prompts are unknown, there is none of that name, or the encoder puts another before every text.
+        InputError: the prompts are unknown, none has that name, or the encoder puts another before every text.
     """
     if name is None and input_type is None:
         return ""
