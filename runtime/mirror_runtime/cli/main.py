@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mirror_runtime import __version__
+from mirror_runtime.cli import clone
 from mirror_runtime.cli.deploy import deploy
 from mirror_runtime.cli.doctor import doctor
 from mirror_runtime.cli.encode import encode
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (encode, verify, doctor, plan, serve, gateway, deploy):
     app.command()(command)
+clone.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mirror_runtime
+from mirror_runtime.cli.clone import SCRIPTS
 from mirror_runtime.cli.main import app, main
 from mirror_runtime.cli.run import application, repeat_list_options, run_command
 from mirror_runtime.errors import install_command
@@ -54,13 +56,35 @@ def test_the_version_is_printed(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself_and_refuses_unknown_options(command, capsys):
-    assert [getattr(registered.callback, "__name__", "") for registered in app.registered_commands] == COMMANDS
+    registered = [one.name or getattr(one.callback, "__name__", "") for one in app.registered_commands]
+    assert registered == [*COMMANDS, *SCRIPTS]
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Usage: mirror" in shown
     assert main([command, "-h"]) == 0
     assert capsys.readouterr().out == shown
     assert main([command, "--no-such-option"]) == 2
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_command_of_a_clone_becomes_its_script_with_all_arguments(command, monkeypatch):
+    def become(program: str, argv: list[str]) -> None:
+        ran.extend([program, *argv])
+
+    ran: list[str] = []
+    monkeypatch.setattr("os.execv", become)
+    assert main([command, "in", "--help", "-x", "--y=1", "out"]) == 0
+    program, same, script, *arguments = ran
+    assert program == same == sys.executable
+    assert Path(script).is_file()
+    assert script.endswith(SCRIPTS[command][0])
+    assert arguments == ["in", "--help", "-x", "--y=1", "out"]
+
+
+def test_without_a_clone_its_commands_name_the_cure(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(mirror_runtime, "__file__", str(tmp_path / "lib" / "mirror_runtime" / "__init__.py"))
+    assert main(["tune", "--base", "x"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
