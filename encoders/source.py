@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoders.card import CARD_FILE, Card, read_card
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import PROMPT, RecordedEncoder, dense_folder, read_json, read_modules, readable
 from encoders.static_folder import is_model2vec, read_model2vec, table_width
@@ -34,6 +35,7 @@ class ResolvedEncoder:
     dense: tuple[Path, ...] = ()  # folders of the weights of the head's dense layers, in order
     published: Path | None = None  # what its owner's library reads as exactly this encoder; None if none does
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by name; the default one is in the template
+    card: Card = dataclasses.field(default_factory=Card)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def _read(
     prompts = {name: text for name, text in read_prompts(published).items() if name != PROMPT}
     if recorded is not None and not recorded.takes_prompt:  # its makers leave a prompt's tokens out
         prompts = {}
-    return ResolvedEncoder(root, spec, dense, published if unchanged else None, prompts)
+    return ResolvedEncoder(root, spec, dense, published if unchanged else None, prompts, read_card(published))
 
 
 def _new_spec(
@@ -187,7 +189,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str]:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", CARD_FILE],
                 ignore_patterns=["onnx/*", "openvino/*"],
             )
         )

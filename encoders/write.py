@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from encoders.card import CARD_FILE, front_matter
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import (
     ACTIVATION_CLASSES,
@@ -64,6 +65,7 @@ def write_layout(
     card: str,
     dense: Sequence[nn.Sequential] = (),
     prompts: Mapping[str, str] | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights (fp32), tokenizer, head and `encoder.json`.
 
@@ -78,6 +80,7 @@ def write_layout(
         card: the model card's text, without front matter.
         dense: the head's dense layers, as `spec.dense` describes them.
         prompts: by name.
+        terms: license and languages of the base, as `encoders.card` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, model)
@@ -93,7 +96,7 @@ def write_layout(
     else:
         _write_modules(folder, spec, model.config.hidden_size)
     _write_settings(folder, spec, prompts or {})
-    (folder / "README.md").write_text(_front_matter(spec) + card.strip() + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(_front_matter(spec, terms or {}) + card.strip() + "\n", encoding="utf-8")
     write_json(spec, folder / ENCODER_FILE)
 
 
@@ -217,14 +220,18 @@ def _write_settings(folder: Path, spec: EncoderSpec, prompts: Mapping[str, str])
     )
 
 
-def _front_matter(spec: EncoderSpec) -> str:
+def _front_matter(spec: EncoderSpec, terms: Mapping[str, Any]) -> str:
     unsupported = bool(beyond_sentence_transformers(spec))
-    library = "transformers" if unsupported else "sentence-transformers"
-    lines = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
-    if spec.revision is not None:  # only a hub name is a valid base_model there
-        lines.append(f"base_model: {spec.base_model}")
-    tags = CARD_TAGS[1:3] if unsupported else CARD_TAGS
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", "", ""])
+    return front_matter(
+        {
+            **terms,
+            "library_name": "transformers" if unsupported else "sentence-transformers",
+            "pipeline_tag": "sentence-similarity",
+            # Only a hub name is a valid base_model there.
+            **({} if spec.revision is None else {"base_model": spec.base_model}),
+            "tags": list(CARD_TAGS[1:3] if unsupported else CARD_TAGS),
+        }
+    )
 
 
 def _dump(path: Path, value: Any, indent: int | None = 2) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from encoders.card import RUN_MARK
 from evaluation.similarity import AGGREGATION, GEOMETRY, Report, difference
 from mirror_runtime.bundle import EncoderSpec
 from training.corpus import Corpus, Overlap
@@ -62,6 +63,7 @@ def render_card(
     if before is not None and after is not None:
         parts.append(_results(before, after, overlaps))
     parts += [
+        RUN_MARK,
         *([f"![loss]({curve})"] if steps else []),
         "`encoder.json` holds the settings that decide a vector; `train.json` and `metrics.jsonl` record the run.",
     ]

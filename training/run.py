@@ -122,7 +122,7 @@ def _tune(
             return summary
         if any(job.sets.values()):
             summary = _evaluated(job, source, tuned.reference, summary, observer, events)
-        write_run_folder(folder, tuned.job, tuned.reference, summary, steps, source.prompts)
+        write_run_folder(folder, tuned.job, tuned.reference, summary, steps, source)
     return summary
 
 

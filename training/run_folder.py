@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from encoders.reference import Reference
+from encoders.source import ResolvedEncoder
 from encoders.write import write_layout
 from evaluation.similarity import difference
 from evaluation.statistics import flat
@@ -69,9 +70,9 @@ def open_events(folder: Path) -> Iterator[Events]:
 
 
 def write_run_folder(
-    folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step], prompts: Mapping[str, str]
+    folder: Path, job: Job, tuned: Reference, summary: Summary, steps: Sequence[Step], base: ResolvedEncoder
 ) -> None:
-    """Write all files of a run, except TensorBoard's, into a folder; `prompts` are the base's, by name."""
+    """Write all files of a run, except TensorBoard's, into a folder. Prompts and license are the base's."""
     before, after, start = summary.before, summary.after, summary.start
     card = render_card(
         summary.spec,
@@ -92,7 +93,8 @@ def write_run_folder(
         spec=summary.spec,
         card=card,
         dense=tuned.dense,
-        prompts=prompts,
+        prompts=base.prompts,
+        terms=base.card.terms,
     )
     lines = [
         json.dumps({"step": s.step, "loss": s.loss, "tokens": s.tokens, "sec": round(s.seconds, 4)}) for s in steps

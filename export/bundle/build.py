@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoders.reference import Reference
-from encoders.source import HeadSpec, resolve
+from encoders.source import HeadSpec, ResolvedEncoder, resolve
 from encoders.write import write_layout
 from evaluation.sets import EvaluationSet
 from export.bundle.card import WHITENING_FILE, WITNESS_FILE, write_card
@@ -130,13 +130,13 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
             write_json(whitening, folder / WHITENING_FILE)
         if testimony is not None:
             write_json(testimony, folder / WITNESS_FILE)
-        return _fill(folder, reference, source.prompts, pairs, request, on_progress)
+        return _fill(folder, reference, source, pairs, request, on_progress)
 
 
 def _fill(
     folder: Path,
     reference: Reference,
-    prompts: Mapping[str, str],
+    source: ResolvedEncoder,
     pairs: tuple[tuple[EngineName, Precision], ...],
     request: Request,
     on_progress: OnProgress,
@@ -149,8 +149,9 @@ def _fill(
         tokenizer=reference.tokenizer,
         spec=spec,
         dense=reference.dense,
-        prompts=prompts,
-        card="",
+        prompts=source.prompts,
+        terms=source.card.terms,
+        card=source.card.story,
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,

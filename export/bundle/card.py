@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from encoders.card import CARD_FILE
 from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Manifest, VectorType, to_json
 from mirror_runtime.errors import BundleError
 from mirror_runtime.strict_json import read_json
-
-CARD_FILE = "README.md"
 
 WHITENING_FILE = "whitening.json"
 """Records in a bundle what its whitening was fitted on. The weights are those of the last dense layer."""

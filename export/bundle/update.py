@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from export.bundle.card import CARD_FILE, write_card
+from encoders.card import CARD_FILE
+from export.bundle.card import write_card
 from mirror_runtime.bundle import MANIFEST_FILE, Artifact, read_manifest, sha256_file, write_json
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import named_os_errors

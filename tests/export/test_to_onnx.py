@@ -1,10 +1,12 @@
 """The export command: a JSON report as the last line, heads that the bundle serves, one clear line for bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from encoders.card import RUN_MARK, read_card
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from export.proof import floors
@@ -104,14 +106,19 @@ def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_
         "score\tsentence1\tsentence2\n5\tthe cat sat\ta cat sat\n3\ta man\ta dog\n0\tmat\ta guitar playing\n",
         encoding="utf-8",
     )
-    output = tmp_path / "bundle"
+    base, output = shutil.copytree(tiny_bert, tmp_path / "tiny-bert"), tmp_path / "bundle"
+    (base / "README.md").write_text(f"---\nlicense: mit\n---\nIt helped.\n{RUN_MARK}\n![loss](loss.png)\n")
     options = ["--pooling", "mean", "--precision", "fp32", "--parity-texts", str(pairs), "--sts", str(pairs)]
-    assert main([str(tiny_bert), "--output", str(output), *options]) == 0
+    assert main([str(base), "--output", str(output), *options]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     (score,) = report["artifacts"][0]["sts"]
     assert (score["name"], score["pairs"]) == ("pairs", 3)
     assert score["artifact"] == pytest.approx(score["reference"])
-    assert "| pairs | 3 |" in (output / "README.md").read_text(encoding="utf-8")
+    card = read_card(output)
+    assert card.terms == {"license": "mit"}
+    assert "It helped." in card.body.partition("exported")[0]
+    assert "| pairs | 3 |" in card.body
+    assert "loss.png" not in card.body
 
 
 @pytest.mark.parametrize(

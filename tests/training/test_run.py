@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from encoders.card import read_card
 from encoders.reference import Reference
 from encoders.source import resolve
 from evaluation.sets import read_sets
@@ -129,10 +130,16 @@ def test_a_corpus_of_pairs_and_a_curve_of_one_step(job: Job, tmp_path: Path) -> 
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("".join(f"the cat no. {i}\ta dog no. {i}\n" for i in range(20)))
     recorder = Recorder()
-    tune(dataclasses.replace(job, corpus=CorpusRequest(files=(str(pairs),), pairs=True)), recorder)
+    base = shutil.copytree(job.base, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    corpus = CorpusRequest(files=(str(pairs),), pairs=True)
+    tune(dataclasses.replace(job, base=str(base), corpus=corpus), recorder)
     assert recorder.started[0].corpus.examples[1] == ("the cat no. 1", "a dog no. 1")
     assert len(recorder.steps) == 2
-    assert "20 pairs of texts" in (job.output / "README.md").read_text(encoding="utf-8")
+    card = read_card(job.output)
+    assert card.terms == {"license": "mit"}
+    assert "20 pairs of texts" in card.story
+    assert "loss.png" not in card.story
 
 
 def test_a_stopped_run_resumes_and_reports_its_checkpoint(job: Job) -> None:

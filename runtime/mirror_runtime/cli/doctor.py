@@ -156,7 +156,7 @@ def _problems(packages: Mapping[str, str | None]) -> list[str]:
         # The name holds the process id of the region's server.
         left = sorted(p.name for p in _SHM.glob("mirror_*_*") if not Path("/proc", p.name.split("_")[1]).exists())
         if left:
-            problems.append(f"a killed server left {len(left)} regions: rm {_SHM}/{left[0]} and the like")
+            problems.append(f"killed servers left shared memory: rm {' '.join(f'{_SHM}/{name}' for name in left)}")
     return problems
 
 
@@ -187,7 +187,7 @@ def _on_gpu(
     if tensorrt and not (packages["tensorrt"] or "").startswith("10."):
         missing.append(f"TensorRT 10 (here: {packages['tensorrt'] or 'none'}): pip install 'tensorrt<11'")
     if isinstance(gpu, str):
-        missing.append(gpu)
+        missing.append("an NVIDIA GPU (see gpu above)")
     elif (major := _cuda_major(needed[0])) > gpu.cuda[0]:
         missing.append(f"a driver for CUDA {major} (here: {gpu.cuda[0]}.{gpu.cuda[1]})")
     return f"no: it needs {'; '.join(missing)}" if missing else "yes"
