@@ -39,7 +39,7 @@ def test_only_the_regions_of_dead_servers_are_a_problem(monkeypatch, tmp_path):
     before = doctor.diagnose().problems
     (tmp_path / "mirror_999999999_ab_1").touch()
     assert [problem for problem in doctor.diagnose().problems if problem not in before] == [
-        f"a killed server left 1 regions: rm {tmp_path}/mirror_999999999_ab_1 and the like"
+        f"killed servers left shared memory: rm {tmp_path}/mirror_999999999_ab_1"
     ]
 
 
@@ -60,14 +60,23 @@ CUDA_13 = ["nvidia-cuda-nvrtc~=13.0; extra == 'cuda'", "nvidia-cuda-runtime~=13.
         (GPU_PACKAGES, FakeDriver(), {"onnxruntime tensorrt": r"no: it needs TensorRT 10 \(here: 11\.4\.0\.106\)"}),
         (GPU_PACKAGES | {"tensorrt": "10.16.1.11"}, FakeDriver(), {"onnxruntime tensorrt": "yes"}),
         (GPU_PACKAGES, FakeDriver(cuda=12080), {"onnxruntime cuda": r"a driver for CUDA 13 \(here: 12\.8\)"}),
-        (GPU_PACKAGES, FakeDriver(100), dict.fromkeys(("tensorrt", "onnxruntime cuda"), "shows this process no GPU")),
-        ({}, None, {"tensorrt": r"cuda-bindings: .*; no NVIDIA GPU was found", "onnxruntime cuda": "no NVIDIA GPU"}),
+        (
+            GPU_PACKAGES,
+            FakeDriver(100),
+            {"tensorrt": "an NVIDIA", "onnxruntime cuda": "an NVIDIA", "gpu": "shows this process no GPU"},
+        ),
+        (
+            {},
+            None,
+            {"tensorrt": r"cuda-bindings: .*; an NVIDIA GPU \(see gpu", "onnxruntime cuda": "an NVIDIA GPU"},
+        ),
     ],
 )
 def test_all_that_an_engine_for_gpus_lacks_is_named(monkeypatch, installed, driver, abilities):
     monkeypatch.setattr(doctor, "_version", installed.get)
     monkeypatch.setattr(doctor, "requires", lambda package: CUDA_13)
     install_driver(monkeypatch, driver)
-    found = doctor.diagnose().abilities
+    diagnosis = doctor.diagnose()
+    found = {**diagnosis.machine, **diagnosis.abilities}
     for name, pattern in abilities.items():
         assert re.search(pattern, found[name]), found[name]
