@@ -23,6 +23,7 @@ from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, MirrorError, TextError, one_line
 from mirror_runtime.host import usable_cores
 from mirror_runtime.strict_json import read_object
+from mirror_runtime.words import WordMemory
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
@@ -101,6 +102,7 @@ class Tokenizer:
                 f"the template {template!r} has {taken} tokens: {max_tokens} in all leave no room for a text"
             )
         self._divide = _divisible_at(self._tokenizer)
+        self._words = WordMemory.of(self._tokenizer)
         self._pad_to = pad_to
         self._pad_id = 0 if pad_to is None else _padding_token(self._tokenizer, path.with_name(SPECIAL_TOKENS_FILE))
 
@@ -169,18 +171,26 @@ class Tokenizer:
         """
         divide = self._divide
         segmented = [divide is not None and len(whole) > LONG_CHARACTERS for whole in wholes]
-        at_once = [whole for whole, long in zip(wholes, segmented, strict=True) if not long]
-        encodings: Iterator[Any] = iter(self._tokenizer.encode_batch_fast(at_once, add_special_tokens=False))
+        encoded = self._encode_short([whole for whole, long in zip(wholes, segmented, strict=True) if not long])
         for whole, long in zip(wholes, segmented, strict=True):
             if divide is None or not long:
-                yield next(encodings).ids
+                yield next(encoded)
                 continue
             ids: list[int] = []
             segments = _segments(whole, divide)
             while group := list(islice(segments, usable_cores())):
-                for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
-                    ids += encoding.ids
+                ids += chain.from_iterable(self._encode_short(group))
             yield ids
+
+    def _encode_short(self, wholes: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the tokens of strings: from memory where that has their words, else from the library in one call."""
+        remembered = [None if self._words is None else self._words.encode(whole) for whole in wholes]
+        others = [whole for whole, ids in zip(wholes, remembered, strict=True) if ids is None]
+        encodings: Iterator[Any] = iter(
+            self._tokenizer.encode_batch_fast(others, add_special_tokens=False) if others else ()
+        )
+        for ids in remembered:
+            yield next(encodings).ids if ids is None else ids
 
     def _whole(self, text: object) -> str:
         return f"{self._before}{text}{self._after}" if self._before or self._after else str(text)
