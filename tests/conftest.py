@@ -114,6 +114,13 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "export_graphs", copied)
 
 
+@pytest.fixture(scope="session")
+def traces_from_cache() -> Iterator[None]:
+    """Take PyTorch's translation of a module that was traced before from the cache: see `tests.support.trace_cache`."""
+    with cached_traces():
+        yield
+
+
 @pytest.fixture
 def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle for the fake engine, with the packaged MiniLM's tokenizer."""
