@@ -239,8 +239,9 @@ def _tune(recorder: Recorder, model: str, scratch: Path, tiny: bool) -> None:
 
 def _facts(gpu: str, options: tuple[str, ...], tiny: bool, workload: WorkloadFacts) -> Facts:
     subject = Subject(
-        name=gpu, fingerprint="", base_model=MINILM, max_tokens=0, dim=0, artifacts=(), flop_per_token=None
-    )
+        name=", ".join((gpu, *options)), fingerprint="", base_model=MINILM, max_tokens=0, dim=0, artifacts=(),
+        flop_per_token=None,
+    )  # fmt: skip
     settings = Settings(
         suites=(SUITE,), variants=options, peers=("sentence-transformers",), sets_sha256=(), training=None,
         quick=tiny, rounds=ROUNDS, seed=0,
