@@ -14,9 +14,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -33,58 +32,38 @@ from rich.console import Console
 from benchmarks.gpu_passes import (
     BASE,
     MINILM,
+    SIZES,
     TINY,
     Pass,
     Prepared,
     Replayed,
     encoder_folder,
-    flop_per_token,
     packed_vectors,
     padded_pass,
     parity_floor,
     varlen_pass,
 )
-from benchmarks.machine.host import MEASURED_WITH, describe_host, describe_source, installed_versions
+from benchmarks.machine.host import MEASURED_WITH, ROOT, describe_run, installed_versions
 from benchmarks.recorder import Recorder
-from benchmarks.report.document import MARKDOWN_FILE, check_output
+from benchmarks.report.document import check_output, headline, write_folder
 from benchmarks.report.facts import Facts, Settings, Subject
 from benchmarks.report.record import Better
-from benchmarks.report.storage import REPORT_FILE, Report, read_report, write_report
-from benchmarks.report.tables import Column, Table, build_grid, table_lines
+from benchmarks.report.storage import REPORT_FILE, Report, resumed_report
 from benchmarks.workers import run_to_end
 from benchmarks.workload import WorkloadFacts
 from mirror_runtime.bundle import EngineName, Precision
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.engines import load_engine
-from mirror_runtime.errors import InputError, MissingExtra
+from mirror_runtime.errors import MissingExtra
 from mirror_runtime.extras import require
-from mirror_runtime.folders import replace_file
 from mirror_runtime.gpu import this_gpu
 from mirror_runtime.stdlib_texts import standard_library
 from mirror_runtime.vectors import cosines
 
-ROOT = Path(__file__).resolve().parents[1]
 SUITE, MACHINE, TUNING = "gpu", "machine", "training/tune.py"
 ROUNDS = 5
 COSINE = "worst cosine to fp32"
-ANCHOR = "Anchor: 1.4 M tokens/s of a BERT-base on one H200, published by Arctic Inference; its texts' lengths differ."
 TUNED_TEXTS = 10_000
-
-TABLES = (
-    Table(
-        ("model", "party"),
-        (
-            Column("tokens/s", "tokens per second"),
-            Column("slowest to fastest round", "tokens per second", "range"),
-            Column("of the products' rate", "share of products", form="percent"),
-            Column(COSINE, COSINE, form=".6f"),
-            Column("ready after s", "time until ready", form=".1f"),
-            Column("GPU memory taken, MB", "memory", scale=1e-6),
-        ),
-    ),
-    Table(("model", "party"), (Column("GFLOP/s", "matrix products", "max"),)),
-    Table(("model", "party", "texts"), (Column("s from start to saved folder", "time", form=".1f"),)),
-)
 
 
 class Device(str, Enum):
@@ -107,23 +86,30 @@ def run(
     gpu = str(this_gpu()) if device is Device.CUDA else "no GPU: a rehearsal"
     models = (TINY,) if tiny else (MINILM, BASE)
     check_output(output)
-    recorder = Recorder()
     with tempfile.TemporaryDirectory(prefix="mirror-gpu-") as folder:
         scratch = Path(folder)
         prepared = {model: Prepared.of(model, scratch, batch_tokens, tiny=tiny) for model in models}
         options = (f"device {device.value}", f"batches of {batch_tokens} tokens")
         facts = _facts(gpu, options, tiny, prepared[models[0]].facts)
+        earlier = Report(facts=facts, measurements=(), failures=())
         if (output / REPORT_FILE).is_file():
-            facts = _continue(read_report(output), facts, recorder)
+            earlier = resumed_report(output, facts)
+        recorder = Recorder(earlier.measurements)
+
+        def so_far() -> Report:
+            now = replace(earlier.facts, partial=False, wall_s=earlier.facts.wall_s + time.monotonic() - began)
+            return Report(facts=now, measurements=recorder.measurements, failures=tuple(recorder.failures))
+
         done = {(one.party, one.conditions["model"]) for one in recorder.measurements}
-        steps: list[tuple[str, str, Callable[[], None]]] = [
-            ("bf16 products", MACHINE, partial(_products, recorder, device.value, tiny))
+        steps = [
+            ("bf16 products", MACHINE, partial(_products, recorder, device.value, tiny)),
+            *(
+                (party, model, partial(_measure, recorder, party, prepared[model], build, device.value))
+                for model in models
+                for party, build in _parties(prepared[model], device.value, tiny, scratch)
+            ),
+            *([(TUNING, models[-1], partial(_tune, recorder, models[-1], scratch, tiny))] if tune else []),
         ]
-        for model, party, build in (
-            (m, *step) for m in models for step in _parties(prepared[m], device.value, tiny, scratch)
-        ):
-            steps.append((party, model, partial(_measure, recorder, party, prepared[model], build, device.value)))
-        steps += [(TUNING, models[-1], partial(_tune, recorder, models[-1], scratch, tiny))] if tune else []
         for party, model, step in steps:
             if (party, model) in done:
                 continue
@@ -138,14 +124,10 @@ def run(
                 except MissingExtra:
                     missing += 1
                     raise
-            _write(output, recorder, facts, began)
-        report = _write(output, recorder, facts, began)
-    figures = [
-        {"party": one.party, **one.conditions, "metric": one.metric, "median": one.median}
-        for one in report.measurements
-    ]
-    line = {"report": str(output / REPORT_FILE), "gpu": gpu, "figures": figures, "failures": len(report.failures)}
-    sys.stdout.write(json.dumps(line, allow_nan=False) + "\n")
+            write_folder(so_far(), output)
+        report = so_far()
+        write_folder(report, output)
+    sys.stdout.write(json.dumps({"gpu": gpu, **headline(report, output)}, allow_nan=False) + "\n")
     wrong = [one for one in report.select(SUITE, COSINE) if not one.median >= parity_floor(one.party)]
     for one in wrong:
         console.print(f"{one.party}: worst cosine {one.median:.6f}, below {parity_floor(one.party)}", markup=False)
@@ -220,10 +202,8 @@ def _measure(recorder: Recorder, party: str, prepared: Prepared, build: Callable
     fact(COSINE, worst)
     fact("time until ready", ready, unit="s")
     if products:
-        fact(
-            "share of products",
-            float(np.median(rates)) * flop_per_token(prepared.model) / products[0].figure("max") / 1e9,
-        )
+        flop_per_s = float(np.median(rates)) * SIZES[prepared.model].flop_per_token
+        fact("share of products", flop_per_s / products[0].figure("max") / 1e9)
     if device == "cuda":
         fact("memory", free - torch.cuda.mem_get_info()[0], unit="B")
 
@@ -259,49 +239,15 @@ def _tune(recorder: Recorder, model: str, scratch: Path, tiny: bool) -> None:
 
 def _facts(gpu: str, options: tuple[str, ...], tiny: bool, workload: WorkloadFacts) -> Facts:
     subject = Subject(
-        name=gpu, fingerprint="", base_model=MINILM, max_tokens=0, dim=0, artifacts=(), flop_per_token=None
-    )
+        name=", ".join((gpu, *options)), fingerprint="", base_model=MINILM, max_tokens=0, dim=0, artifacts=(),
+        flop_per_token=None,
+    )  # fmt: skip
     settings = Settings(
         suites=(SUITE,), variants=options, peers=("sentence-transformers",), sets_sha256=(), training=None,
         quick=tiny, rounds=ROUNDS, seed=0,
     )  # fmt: skip
-    versions = {"gpu": gpu, **installed_versions((*MEASURED_WITH, "torch", "sentence-transformers"))}
-    return Facts(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"), partial=False, resumed=(), wall_s=0.0,
-        host=describe_host(), versions=versions, source=describe_source(ROOT), subject=subject, workload=workload,
-        settings=settings,
-    )  # fmt: skip
-
-
-def _continue(earlier: Report, facts: Facts, recorder: Recorder) -> Facts:
-    """Take over what an earlier run has measured with the same code, machine and settings."""
-    same = ("versions", "source", "settings", "workload")
-    for name in same:
-        if getattr(earlier.facts, name) != getattr(facts, name):
-            raise InputError(f"the report in --output has other {name}: choose another folder")
-    for one in earlier.measurements:
-        recorder.add(one)
-    return replace(earlier.facts, resumed=(*earlier.facts.resumed, facts.started))
-
-
-def _write(output: Path, recorder: Recorder, facts: Facts, began: float) -> Report:
-    output.mkdir(parents=True, exist_ok=True)
-    facts = replace(facts, wall_s=facts.wall_s + time.monotonic() - began)
-    report = Report(facts=facts, measurements=recorder.measurements, failures=tuple(recorder.failures))
-    write_report(report, output / REPORT_FILE)
-    versions: Mapping[str, str] = facts.versions
-    named = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "gpu")
-    parts = [
-        f"# Encoders on {versions['gpu']}",
-        f"{facts.started}, commit {facts.source.commit}, {', '.join(facts.settings.variants)}, {named}.",
-    ]
-    grids = (build_grid(report, SUITE, table) for table in TABLES)
-    parts += [table_lines(grid.head, grid.rows) for grid in grids if grid is not None]
-    if report.failures:
-        parts.append(table_lines(("party", "why it was not measured"), [(f.party, f.reason) for f in report.failures]))
-    with replace_file(output / MARKDOWN_FILE) as beside:
-        beside.write_text("\n\n".join([*parts, ANCHOR]) + "\n", encoding="utf-8")
-    return report
+    packages = (*MEASURED_WITH, "torch", "sentence-transformers")
+    return describe_run(subject, workload, settings, {"gpu": gpu, **installed_versions(packages)})
 
 
 if __name__ == "__main__":

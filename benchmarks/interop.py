@@ -177,7 +177,7 @@ def _measure(cell: Cell, floor: float, consumer: Consumer, python: Path, bundle:
         with WorkerProcess(command, scratch / "log", environment={"HF_HOME": folder}, folder=scratch) as worker:
             worker.ask("load", TIMEOUT_S, model=str(bundle), backend=backend, texts=texts)
             worker.ask("dump", TIMEOUT_S, batch_size=BATCH_SIZE, output=str(output), texts=texts)
-            versions = worker.ask("packages", TIMEOUT_S)["versions"]
+            versions = worker.ask("versions", TIMEOUT_S)["versions"]
         vectors = np.load(output, allow_pickle=False)
     # A library that pools by itself returns floats, whatever type the graphs return.
     typed = round_vectors(vectors, spec) if np.issubdtype(vectors.dtype, np.floating) else vectors

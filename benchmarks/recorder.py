@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from benchmarks.report.record import Better, Condition, Failure, Measurement
@@ -16,8 +16,8 @@ class Recorder:
     what is finished.
     """
 
-    def __init__(self) -> None:
-        self._measurements: dict[tuple[object, ...], Measurement] = {}
+    def __init__(self, earlier: Iterable[Measurement] = ()) -> None:
+        self._measurements = {one.key: one for one in earlier}
         self.failures: list[Failure] = []
 
     @property

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.load.perf_analyzer import NAME as PERF_ANALYZER
 from benchmarks.machine.ceilings import SUITE as CEILINGS
 from benchmarks.machine.ceilings import measure_ceilings
-from benchmarks.machine.host import describe_host, describe_source, installed_versions
+from benchmarks.machine.host import describe_run
 from benchmarks.page import write_page
 from benchmarks.peers.environments import parse_environments
 from benchmarks.peers.specs import PEERS
@@ -40,7 +38,7 @@ from benchmarks.recorder import Recorder
 from benchmarks.report.document import MARKDOWN_FILE, check_output, headline, write_folder
 from benchmarks.report.facts import Facts, Settings, Subject
 from benchmarks.report.record import PEOPLE
-from benchmarks.report.storage import REPORT_FILE, Report, read_report, write_report
+from benchmarks.report.storage import REPORT_FILE, Report, resumed_report, write_report
 from benchmarks.suites.latency import run_latency
 from benchmarks.suites.peers import prepare_peers, run_peers
 from benchmarks.suites.quality import read_evaluation_sets, run_quality
@@ -65,17 +63,6 @@ SUITES: Mapping[Suite, Callable[[Plan, Recorder, Progress], None]] = {
     Suite.TRAINING: run_training,
 }
 """In the order in which they run: what needs a quiet machine first, what loads it most last."""
-
-MUST_AGREE = {
-    "bundle's fingerprint": attrgetter("subject.fingerprint"),
-    "workload": attrgetter("workload.texts_sha256"),
-    "settings": attrgetter("settings"),
-    "processor": attrgetter("host.cpu_model", "host.cores_online", "host.cores_usable"),
-    "memory and Python": attrgetter("host.memory_bytes", "host.python"),
-    "versions": attrgetter("versions"),
-    "commit": attrgetter("source.commit"),
-}
-"""What must be equal for an interrupted run to continue."""
 
 NEED_CEILINGS = {Suite.LATENCY, Suite.THROUGHPUT, Suite.PEERS}
 
@@ -144,12 +131,10 @@ def run(
 def execute(plan: Plan, output: Path, *, resume: bool, page: bool) -> None:
     """Measure, and write the report; exit with status 130 when interrupted, 1 when nothing could be measured."""
     began = time.perf_counter()
-    recorder, console = Recorder(), Console(stderr=True)
     unfinished = Path(f"{output.absolute()}.unfinished")
     before = (resume_run if resume else start_run)(unfinished, describe(plan))
+    recorder, console = Recorder(before.measurements), Console(stderr=True)
     finished = {one.suite for one in before.measurements}
-    for measurement in before.measurements:
-        recorder.add(measurement)
     recorder.failures += [failure for failure in before.failures if failure.suite in finished]
 
     def so_far(*, partial: bool) -> Report:
@@ -192,14 +177,10 @@ def start_run(unfinished: Path, facts: Facts) -> Report:
 
 
 def resume_run(unfinished: Path, facts: Facts) -> Report:
-    """Return what the interrupted run finished, after a check that this run is the same one."""
+    """Return what the interrupted run finished; see `resumed_report`."""
     if not (unfinished / REPORT_FILE).is_file():
         raise InputError(f"--resume: {unfinished} has no {REPORT_FILE}: leave the option out to start anew")
-    report = read_report(unfinished)
-    for what, of in MUST_AGREE.items():
-        if (then := of(report.facts)) != (now := of(facts)):
-            raise InputError(f"--resume: the {what} of the interrupted run was {then}, now it is {now}: start anew")
-    return replace(report, facts=replace(report.facts, resumed=(*report.facts.resumed, facts.started)))
+    return resumed_report(unfinished, facts)
 
 
 def measure(plan: Plan, finished: Set[str], recorder: Recorder, progress: Progress) -> Iterator[None]:
@@ -233,11 +214,7 @@ def describe(plan: Plan) -> Facts:
         training=None if plan.training is None else plan.training.describe(),
         quick=plan.quick, rounds=plan.rounds, seed=plan.seed,
     )  # fmt: skip
-    return Facts(
-        started=datetime.now(timezone.utc).isoformat(timespec="seconds"), partial=True, resumed=(), wall_s=0.0,
-        host=describe_host(), versions=installed_versions(), source=describe_source(ROOT), subject=subject,
-        workload=plan.workload.facts, settings=settings,
-    )  # fmt: skip
+    return describe_run(subject, plan.workload.facts, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     """Run test source in this process under the rules."""
 
     def run(source: str, *options: str) -> pytest.RunResult:
-        pytester.makeini("[pytest]\nmarkers =\n  slow: s\n  process: p\n  trace: t\n  serving: v\n")
+        pytester.makeini("[pytest]\nmarkers =\n  slow: s\n  process: p\n  trace: t\n  serving: v\n  tunes: u\n")
         pytester.makepyfile(source)
         plugins = ("-p", "tests.support.rules", "-p", "no:schemathesis", "-p", "no:langsmith_plugin")
         with monkeypatch.context() as patch:
@@ -55,8 +55,7 @@ def test_only_a_test_that_is_costly_itself_needs_the_mark(run):
 
 
 def test_a_fast_run_leaves_marked_tests_out_and_refuses_unmarked_processes(run):
-    result = run(
-        """
+    source = """
         import subprocess, pytest
 
         @pytest.mark.process
@@ -68,10 +67,14 @@ def test_a_fast_run_leaves_marked_tests_out_and_refuses_unmarked_processes(run):
 
         def test_uses_a_bundle(tiny_bundle):
             pass
-        """,
-        "--fast",
-    )
-    result.assert_outcomes(failed=1, deselected=2)
+
+        @pytest.mark.tunes
+        def test_tunes():
+            pass
+    """
+    run(source, "--fast", "--tunes").assert_outcomes(passed=1, failed=1, deselected=2)
+    result = run(source, "--fast")
+    result.assert_outcomes(failed=1, deselected=3)
     result.stdout.fnmatch_lines(["*this test starts a process*mark it `process`*"])
 
 

@@ -6,34 +6,31 @@ import csv
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.load.servers import Row
-from benchmarks.peers.environments import make_environment
+from benchmarks.peers.environments import find_environment
+from benchmarks.peers.specs import FOLDER
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.errors import PeerError
 
 NAME = "perf_analyzer"
-REQUIREMENTS = Path(__file__).resolve().parents[1] / "peers" / f"{NAME}.txt"
 TIMEOUT_S = 120.0
 
 _LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}
 
 
-def find_perf_analyzer(environment: Path | None, environments: Path, on_progress: Callable[[str], None]) -> Path:
-    """Return the binary of an environment that the user made, or of one that is made now and kept.
+def find_perf_analyzer(given: Mapping[str, Path], folder: Path, on_progress: Callable[[str], None]) -> Path:
+    """Return the binary of its environment; see `find_environment`.
 
     Raises:
         PeerError: the environment cannot be made, or does not have the binary.
     """
-    folder = environments.absolute() / NAME if environment is None else environment.absolute()
-    if environment is None:
-        make_environment(REQUIREMENTS, folder, on_progress)
-    program = folder / "bin" / NAME
+    program = find_environment(NAME, FOLDER, given, folder, on_progress).parent / NAME
     if not program.is_file():
-        raise PeerError(f"{folder} does not have {NAME}: the wheel in {REQUIREMENTS.name} has it on Linux x86-64 only")
+        raise PeerError(f"{program} does not exist: the wheel in {NAME}.txt has it on Linux x86-64 only")
     return program
 
 

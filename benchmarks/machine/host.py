@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.report.facts import Host, Source
+from benchmarks.report.facts import Facts, Host, Settings, Source, Subject
+from benchmarks.workload import WorkloadFacts
 from mirror_runtime.host import cpu_flags, cpu_model, cpu_quota_cores, memory_bytes, memory_limit_bytes, usable_cores
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SPEED_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 """CPU features that decide how fast matrix products run in fp32, bf16, fp16 and int8."""
@@ -21,6 +25,17 @@ THREAD_VARIABLES = ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "VECLIB_MAXIM
 """Environment variables by which libraries decide how many threads they start, and how these wait."""
 
 MEASURED_WITH = ("mirror-runtime", "numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt")
+
+
+def describe_run(
+    subject: Subject, workload: WorkloadFacts, settings: Settings, versions: Mapping[str, str] | None = None
+) -> Facts:
+    """Return the facts of a run that begins now."""
+    return Facts(
+        started=datetime.now(timezone.utc).isoformat(timespec="seconds"), partial=True, resumed=(), wall_s=0.0,
+        host=describe_host(), versions=versions or installed_versions(), source=describe_source(ROOT), subject=subject,
+        workload=workload, settings=settings,
+    )  # fmt: skip
 
 
 def describe_host() -> Host:

@@ -74,13 +74,17 @@ class Worker:
         seconds = time.perf_counter() - began
         return {"load_seconds": seconds, "precision": loaded.precision, "threads": loaded.threads}
 
-    def packages(self) -> Answer:
-        """Return versions of `PACKAGES`, and the bytes of all packages of this environment."""
+    def versions(self) -> Answer:
+        """Return the versions of `PACKAGES`."""
         versions = {}
         for package in PACKAGES:
             with suppress(metadata.PackageNotFoundError):
                 versions[package] = metadata.version(package)
-        return {"versions": versions, "bytes": installed_bytes()}
+        return {"versions": versions}
+
+    def size(self) -> Answer:
+        """Return the bytes of all packages of this environment: a large one takes a second."""
+        return {"bytes": installed_bytes()}
 
     def encode(self, batch_size: int, limit: int | None) -> Answer:
         """Encode the first `limit` texts (None: all) and measure the seconds."""

@@ -136,7 +136,8 @@ def _limits(report: Report) -> Part:
     """List what was not measured, and why."""
     settings = report.facts.settings
     rows = [(one.suite, one.party, one.reason.replace("\n", " ")) for one in report.failures]
-    rows += [(suite.value, "all", "not requested") for suite in Suite if suite.value not in settings.suites]
+    if report.facts.subject.fingerprint:  # a bundle's, which has suites
+        rows += [(suite.value, "all", "not requested") for suite in Suite if suite.value not in settings.suites]
     left_out = [name for name in report.facts.subject.artifacts if name not in settings.variants]
     rows += [("all", name, "left out by --engine or --precision") for name in left_out]
     note = (

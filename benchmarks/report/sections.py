@@ -17,7 +17,7 @@ from benchmarks.report.tables import Column, Table
 
 FOLDER = Path(__file__).resolve().parent
 
-TITLES = {"latency": "Latency of one text"}
+TITLES = {"latency": "Latency of one text", "gpu": "Ways to run an encoder on this GPU"}
 """Of the sections that have other titles than their suites."""
 
 PLOTS_OF: Mapping[str, tuple[str, ...]] = {

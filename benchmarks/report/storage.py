@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ MOST_KEPT = 100
 
 DEFAULTS: Mapping[str, Any] = {"conditions": {}, "reference": [], "count": 0, "figures": {}}
 """Keys of a measurement that the file leaves out where they are empty."""
+
+
+MUST_AGREE = {
+    "bundle's fingerprint": attrgetter("subject.fingerprint"),
+    "workload": attrgetter("workload.texts_sha256"),
+    "settings": attrgetter("settings"),
+    "processor": attrgetter("host.cpu_model", "host.cores_online", "host.cores_usable"),
+    "memory and Python": attrgetter("host.memory_bytes", "host.python"),
+    "versions": attrgetter("versions"),
+    "commit": attrgetter("source.commit"),
+}
+"""What must be equal for an interrupted run to continue."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,15 @@ def read_report(folder: Path) -> Report:
             raise InputError(f"{where} repeats an earlier one: {one.key}")
         seen.add(one.key)
     return report
+
+
+def resumed_report(folder: Path, facts: Facts) -> Report:
+    """Return the report that an interrupted run left, after a check that the run of `facts` is the same one."""
+    report = read_report(folder)
+    for what, of in MUST_AGREE.items():
+        if (then := of(report.facts)) != (now := of(facts)):
+            raise InputError(f"--resume: the {what} of the interrupted run was {then}, now it is {now}: start anew")
+    return replace(report, facts=replace(report.facts, resumed=(*report.facts.resumed, facts.started)))
 
 
 def write_report(report: Report, path: Path) -> None:

@@ -95,7 +95,7 @@ def prepare_peers(plan: Plan, recorder: Recorder, progress: Progress) -> Plan:
                             raise PeerError(f"its export left no {needed}")
                     backends.append(PeerBackend(party, command, model, name, package))
                     if Suite.STARTUP in plan.suites:
-                        starters.append(Starter(party, command, model, name, worker.ask("packages")["bytes"]))
+                        starters.append(Starter(party, command, model, name, worker.ask("size")["bytes"]))
     return replace(plan, peer_backends=tuple(backends), peer_starters=tuple(starters))
 
 
@@ -154,7 +154,7 @@ def _load(
         sweep[size] = min(passes[1:])
         done(f"{backend.party}, batch {size}")
     best = min(sweep, key=lambda size: sweep[size])
-    versions = worker.ask("packages")["versions"]
+    versions = worker.ask("versions")["versions"]
     fact = partial(recorder.record, SUITE, backend.party)
     fact("load time", answer["load_seconds"], unit="s")
     if answer["threads"] is not None:

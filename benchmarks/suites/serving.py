@@ -113,11 +113,8 @@ def run_serving(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Serve every variant in turn, or with `quick` the first; record what cannot be served."""
     pace, analyzer = QUICK if plan.quick else FULL, None
     with recorder.failing(SUITE, PERF_ANALYZER, OSError):
-        analyzer = find_perf_analyzer(
-            plan.environments.given.get(PERF_ANALYZER),
-            plan.environments.folder,
-            partial(progress.console.print, style="dim", markup=False),
-        )
+        say = partial(progress.console.print, style="dim", markup=False)
+        analyzer = find_perf_analyzer(plan.environments.given, plan.environments.folder, say)
     with loaded(plan, recorder, Suite.SERVING) as runners:
         for runner in runners[1:] if plan.quick else ():
             recorder.fail(SUITE, runner.variant.name, "a quick run measures one artifact")

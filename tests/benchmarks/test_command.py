@@ -24,7 +24,7 @@ from mirror_runtime import Encoder
 from mirror_runtime.bundle import EngineName, Pooling, Precision
 from mirror_runtime.vectors import cosines
 from tests.support.trace_cache import cached_traces
-from training import evaluate
+from training import evaluate, tune
 
 
 def last_json(out: str) -> dict[str, Any]:
@@ -237,14 +237,15 @@ def test_training_interleaves_our_recipe_and_the_published_one(run, monkeypatch,
     assert one(report, "training", "texts").median == 200
 
 
-@pytest.mark.slow  # two tuning runs, a process each
+@pytest.mark.slow  # two tuning runs, one in a process of its own
 def test_training_runs_for_real(run, tiny_bert, tuning_files, monkeypatch):
     def run_command(command: Sequence[str], name: str) -> None:
-        """Evaluate in this process: another one would import PyTorch for five seconds, twice."""
-        if name != "evaluate.py":
+        """Run ours in this process: another one would import PyTorch for five seconds, and other tests start it."""
+        ours = {"tune.py": tune.main, "evaluate.py": evaluate.main}
+        if name not in ours:
             run_to_end(command, name)
         else:
-            assert evaluate.main(command[2:]) == 0
+            assert ours[name](command[2:]) == 0
 
     monkeypatch.setattr(training, "run_to_end", run_command)
     status, output = run("--suite", "training", "--quick", "--base", str(tiny_bert), *tuning_files)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_passes
-from benchmarks.gpu_passes import Replayed, flop_per_token
+from benchmarks.gpu_passes import Replayed
 from benchmarks.report.storage import read_report
 from mirror_runtime.errors import MissingExtra
 from mirror_runtime.packing import PackedRows
@@ -61,7 +61,7 @@ def test_a_party_that_fails_and_a_gpu_that_is_missing_are_named(monkeypatch, tmp
     assert gpu.main(["--output", str(tmp_path / "other")]) == 2
     assert "GPU" in capsys.readouterr().err
     assert rehearse(tmp_path / "gpu", "--batch-tokens", "64") == 2
-    assert "has other settings" in capsys.readouterr().err
+    assert "the settings of the interrupted run" in capsys.readouterr().err
     assert gpu.main(["--device", "cdua", "--tiny", "--output", str(tmp_path / "typo")]) == 2
 
 
@@ -80,7 +80,7 @@ def test_vectors_below_the_floor_fail_and_a_missing_package_does_not(monkeypatch
 
 
 def test_a_token_of_bert_base_takes_170_million_operations():
-    assert flop_per_token(gpu_passes.BASE) == 12 * 2 * (4 * 768**2 + 2 * 768 * 3072) == 169_869_312
+    assert gpu_passes.SIZES[gpu_passes.BASE].flop_per_token == 12 * 2 * (4 * 768**2 + 2 * 768 * 3072) == 169_869_312
 
 
 def test_each_shape_is_captured_once_and_replayed_from_the_same_tensors(monkeypatch):

@@ -133,6 +133,12 @@ def test_an_interrupted_run_that_saw_nothing_has_a_report(tmp_path):
     assert (written["partial"], written["requests"], written["growth_mb_per_hour"]) == (True, 0, None)
 
 
+@pytest.fixture
+def gentle(monkeypatch):
+    """Offer a tenth of what the server can do: half of it is seconds of both cores."""
+    monkeypatch.setattr(soak, "SHARE", 0.1)
+
+
 def command(bundle: Path, output: Path, minutes: float) -> list[str]:
     texts = output.with_name("texts.txt")  # collecting the default ones takes seconds
     texts.write_text("".join(f"the quick brown fox number {i} {'jumps ' * (i % 9)}\n" for i in range(200)))
@@ -147,7 +153,7 @@ def read(output: Path) -> dict:
 
 @pytest.mark.serving
 @pytest.mark.slow  # a real server under load for six seconds
-def test_a_clean_run_is_within_its_thresholds(gateway_bundle, tmp_path, capsys):
+def test_a_clean_run_is_within_its_thresholds(gentle, gateway_bundle, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(command(gateway_bundle, output, 0.1)) == 0, capsys.readouterr().err
     headline = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -157,7 +163,7 @@ def test_a_clean_run_is_within_its_thresholds(gateway_bundle, tmp_path, capsys):
     ends = {"answered", "bad request refused"}
     assert ends <= report["outcomes"].keys() <= {*ends, "cancelled"}
     assert len(report["windows"]) >= 5
-    assert headline["requests"] == pytest.approx((0.6 + 0.5 * 6) * report["capacity_per_s"], rel=0.25)
+    assert headline["requests"] == pytest.approx((0.6 + 0.1 * 6) * report["capacity_per_s"], rel=0.25)
     for name in ("mirror serve", "tritonserver", MODEL, "all"):
         assert min(sample[name] for sample in report["memory_mb"]) > 1
     assert (report["ending"]["status"], report["ending"]["leftovers"]) == (0, [])
@@ -166,7 +172,9 @@ def test_a_clean_run_is_within_its_thresholds(gateway_bundle, tmp_path, capsys):
 
 @pytest.mark.serving
 @pytest.mark.slow  # a real server under load, interrupted
-def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(gateway_bundle, tmp_path, monkeypatch, capsys):
+def test_wrong_vectors_are_found_and_ctrl_c_leaves_a_partial_report(
+    gentle, gateway_bundle, tmp_path, monkeypatch, capsys
+):
     compute = ExpectedVectors.compute
 
     def spoilt(*arguments):

@@ -98,6 +98,7 @@ def test_vectors_are_those_of_the_owners_library(family: str, head: bool, option
 
 
 @pytest.mark.trace
+@pytest.mark.usefixtures("traces_from_cache")
 @pytest.mark.parametrize("family", ["static", "model2vec"])
 def test_a_bundle_has_the_vectors_of_its_encoder(family: str, tmp_path: Path) -> None:
     write_tiny_static(family, tmp_path / "encoder")
@@ -130,6 +131,7 @@ def test_a_limit_that_only_the_tokenizers_settings_state_is_not_the_encoders(fam
 
 
 @pytest.mark.trace
+@pytest.mark.usefixtures("traces_from_cache")
 def test_other_precisions_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tiny_static("static", tmp_path / "encoder")
     (texts := tmp_path / "texts.txt").write_text("the house\n")

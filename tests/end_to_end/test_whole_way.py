@@ -11,7 +11,8 @@ from mirror_runtime.bundle import read_manifest
 from mirror_runtime.cli import main as mirror
 from mirror_runtime.triton import Server
 from tests.support.gateways import running, vectors
-from tests.support.tiny_encoders import write_tiny_bert, write_tiny_encoder, write_tiny_static
+from tests.support.graphs import check_exact
+from tests.support.tiny_encoders import ragged_texts, write_tiny_bert, write_tiny_encoder, write_tiny_static
 from tests.support.trace_cache import cached_traces
 from training import tune
 
@@ -28,8 +29,9 @@ def corpus(tmp_path: Path) -> Path:
 def check_served(encoder: Path, corpus: Path, texts: list[str], folder: Path) -> None:
     """Export an encoder; the command line, Triton and the gateway answer with the vectors that it has in process."""
     bundle, models, output = folder / "bundle", folder / "models", folder / "vectors.npy"
+    (ragged := folder / "ragged.txt").write_text("\n".join(map(" ".join, map(str.split, ragged_texts()))), "utf-8")
     with cached_traces():
-        fp32 = ["--precision", "fp32", "--parity-texts", str(corpus)]
+        fp32 = ["--precision", "fp32", "--parity-texts", str(ragged)]
         assert to_onnx.main([str(encoder), "--output", str(bundle), *fp32]) == 0
     assert mirror.main(["verify", str(bundle)]) == 0, "also where a canary has a vector of zeros"
     assert mirror.main(["encode", str(bundle), str(corpus), "--output", str(output), "--engine", "onnxruntime"]) == 0
@@ -58,6 +60,7 @@ def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(famil
     options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16", "--probe", "none"]
     assert tune.main(["--base", str(base), "--corpus", str(corpus), "--output", str(run), *options]) == 0
     check_served(run, corpus, LINES, tmp_path)
+    check_exact(tmp_path / "bundle")
 
 
 @pytest.mark.serving

@@ -1,19 +1,14 @@
 """Fixtures of the tests of exports."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traces_from_cache() -> Iterator[None]:
-    """Take PyTorch's translation of a module that was traced before from the cache: see `tests.support.trace_cache`."""
-    from tests.support.trace_cache import cached_traces
-
-    with cached_traces():
-        yield
+def cache(traces_from_cache: None) -> None:
+    """Use the cache of traces in all tests of exports."""
 
 
 @pytest.fixture

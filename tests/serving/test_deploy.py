@@ -152,7 +152,7 @@ def test_models_are_controlled_only_with_the_key(old_server: MirrorServe) -> Non
 def test_a_deployment_that_is_killed_disturbs_nobody_and_the_next_one_clears_what_it_left(old_server, old, new):
     repository = old_server.source
     command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
-    with Client(old_server.grpc) as client, Load([lambda: client.encode_detailed(TEXTS[:4])]) as load:
+    with Client(old_server.grpc) as client, Load([lambda: client.encode_detailed(TEXTS[:4])], 0.02) as load:
         for stage in ("writing", "proving", "switching"):
             with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as deployer:
                 assert deployer.stderr is not None
@@ -184,7 +184,7 @@ def test_a_model_is_replaced_under_load(old_server: MirrorServe, old: Path, new:
         lambda: clients[1].encode_detailed(TEXTS, 5),
         lambda: clients[2].encode_detailed(TEXTS * 10, 1),  # spans the switch, and must not mix both models
     ]
-    with Load(callers, pause_s=0.02) as load:
+    with Load(callers, pause_s=0.1) as load:
         wait_until(lambda: len(load.outcomes) > 10)
         command = [sys.executable, "-m", "mirror_runtime.cli", "deploy", str(new), "--to", str(repository)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -26,7 +26,7 @@ def answer(request: Mapping[str, Any], texts: int) -> Any:
         if request["backend"] == "onnx":
             return {"error": "OSError: no such backend here"}
         return {"load_seconds": 2.0, "precision": "float32", "threads": None}
-    if op == "packages":
+    if op in ("versions", "size"):
         return {"versions": {"fake": "1"}, "bytes": 123}
     if op == "encode":
         size = request["batch_size"]

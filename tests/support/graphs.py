@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import onnx
 
+from encoders.families import FAMILIES
 from export.graph.trace import Graph
-from mirror_runtime.bundle import Layout, read_manifest
+from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
 from mirror_runtime.engines.onnxruntime_engine import open_session
 
 
@@ -31,3 +33,24 @@ def texts_of(output: np.ndarray) -> np.ndarray:
 
 def run(path: Path, feed: dict[str, np.ndarray]) -> np.ndarray:
     return open_session(path, threads=1).run(["embedding"], feed)[0]
+
+
+PROVEN = {
+    (EngineName.ONNXRUNTIME, Layout.PADDED),
+    (EngineName.ONNXRUNTIME, Layout.PACKED),
+    (EngineName.OPENVINO, Layout.PACKED),
+}
+
+
+def check_exact(bundle: Path) -> None:
+    """Check that all fp32 artifacts are there and exact, with the inputs of the family and no operators of ours."""
+    manifest = read_manifest(bundle)
+    exact = [artifact for artifact in manifest.artifacts if artifact.precision is Precision.FP32]
+    assert {(artifact.engine, artifact.layout) for artifact in exact} >= PROVEN
+    for artifact in exact:
+        assert artifact.parity.min_cosine >= 0.99999
+        assert artifact.parity.max_abs_diff < 1e-5
+        token_types = FAMILIES[manifest.encoder.family].token_types
+        names = [tensor.name for tensor in artifact.inputs]
+        assert ("token_type_ids" in names) == (artifact.layout is Layout.PADDED and token_types)
+        assert {entry.domain for entry in onnx.load(bundle / artifact.path).opset_import} == {""}

@@ -4,8 +4,8 @@
   smaller of wall-clock and CPU time, without session fixtures and cached folders (see `tests.support.stopwatch`):
   neither a busy machine nor the order of the tests changes the result.
 - Files run in an order that suits parallel workers.
-- `--fast` skips the tests that are marked, by hand or by a fixture of theirs, as tracing a graph, starting a server or
-  starting a process. A test that does one of these without the mark fails under `--fast`.
+- `--fast` skips the tests that are marked, by hand or by a fixture of theirs, as tracing a graph, tuning an encoder,
+  starting a server or a process. A test that traces or starts a process without the mark fails under `--fast`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests.support import stopwatch
 
 LIMIT_S = 10.0
 
-NOT_FAST = ("slow", "serving", "parity", "gpu", "trace", "process")
-"""Marks of the tests that `--fast` skips."""
+NOT_FAST = ("slow", "serving", "parity", "gpu", "trace", "process", "tunes")
+"""Marks of the tests that `--fast` skips; `--tunes` adds the last of them."""
 
 FIXTURES = {"trace": ("minilm_bundle", "tiny_bundle"), "serving": ("server",)}
 """Marks that a test gets from the fixtures it uses."""
@@ -40,6 +40,7 @@ _watching = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fast", action="store_true", help="skip tests that trace a graph, start a server or a process")
+    parser.addoption("--tunes", action="store_true", help="with --fast, run also the tests that tune an encoder")
     parser.addoption("--broken-files", type=int, default=12, help="broken files to feed each reader of files")
     parser.addoption("--fail-skipped", action="store_true", help="a skipped test fails: the machine has all it needs")
     parser.addoption("--two-models-seconds", type=float, default=2, help="of load on one model that calls another")
@@ -52,12 +53,18 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.addaudithook(_refuse_processes)
 
 
+def _left_out(config: pytest.Config) -> tuple[str, ...]:
+    """Return the marks of the tests that do not run."""
+    return () if not config.getoption("--fast") else NOT_FAST[:-1] if config.getoption("--tunes") else NOT_FAST
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Under `--fast`, do not import a file all of whose tests are marked: its libraries take seconds to load."""
-    if not config.getoption("--fast") or not collection_path.is_file():
+    left_out = _left_out(config)
+    if not left_out or not collection_path.is_file():
         return None
     marks = re.findall(r"^pytestmark = (.*)", collection_path.read_text(encoding="utf-8"), re.MULTILINE)
-    return True if set(re.findall(r"mark\.(\w+)", "".join(marks))) & set(NOT_FAST) else None
+    return True if set(re.findall(r"mark\.(\w+)", "".join(marks))) & set(left_out) else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,8 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if used.intersection(fixtures):
                 item.add_marker(mark)
     _order_files(items)
-    if config.getoption("--fast"):
-        slow = [item for item in items if any(map(item.get_closest_marker, NOT_FAST))]
+    if left_out := _left_out(config):
+        slow = [item for item in items if any(map(item.get_closest_marker, left_out))]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
 

@@ -22,6 +22,8 @@ from training.job import Job, ProbeChoice, RunObserver
 from training.recipe import RIVALS, Device, TuneConfig, TunePrecision
 from training.tune import main
 
+pytestmark = pytest.mark.tunes
+
 ANIMALS = ("cat", "dog", "man", "river", "mat", "guitar")
 OPTIONS = ("--recipe", "auto", "--documents", "--pooling", "mean", "--batch-size", "16", "--max-tokens", "48")
 

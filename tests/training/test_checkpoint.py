@@ -15,6 +15,8 @@ from training.checkpoint import Checkpoint, State, Step, fingerprint
 from training.recipe import RECIPES, Objective, Recipe, TuneConfig
 from training.trainer import train
 
+pytestmark = pytest.mark.tunes
+
 MIRROR = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, epochs=2, drophead=0.2)
 GUIDED = dataclasses.replace(RECIPES[Recipe.SELF_GUIDED], batch_size=8, max_tokens=48, epochs=2)
 

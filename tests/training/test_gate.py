@@ -21,6 +21,8 @@ from training.hardware import choose_hardware
 from training.recipe import Device, TunePrecision
 from training.tune import main
 
+pytestmark = pytest.mark.tunes
+
 HARDWARE = choose_hardware(Device.CPU, TunePrecision.FP32)
 RARE = ["cat", "dog", "man", "river", "mat", "guitar", "sat", "playing"]
 

@@ -17,6 +17,8 @@ from training.objective import nt_xent
 from training.packed import encode_packed, pack
 from training.recipe import TuneConfig, TunePrecision
 
+pytestmark = pytest.mark.tunes
+
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "man", "playing", "guitar", "river")
 TEXTS = [" ".join(WORDS[(i * j) % 10] for j in range(1, 3 + i % 9)) + f" {i}" for i in range(60)]
 

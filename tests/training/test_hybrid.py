@@ -19,6 +19,8 @@ from training.hybrid import LEXICAL, HybridScores
 from training.objective import match_scores
 from training.recipe import RECIPES, Objective, Recipe, TuneConfig
 
+pytestmark = pytest.mark.tunes
+
 DOCUMENTS = [
     Document(f"title {i} {line}", f"{line} by a river {i % 5} {'mat ' * (i % 3)}") for i, line in enumerate(ANIMALS)
 ]

@@ -34,6 +34,8 @@ from training.run import tune
 from training.run_folder import draw_curve
 from training.tune import main
 
+pytestmark = pytest.mark.tunes
+
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48, device=Device.CPU, precision=TunePrecision.FP32)
 EXTRA = r"is not installed: pip install .*\[train\]'"
 DISK = r"needs about \d+ MiB, and its disk has 1 MiB left"

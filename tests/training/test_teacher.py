@@ -19,6 +19,8 @@ from training.recipe import Objective, TuneConfig
 from training.teacher import fit_width, teacher_vectors
 from training.tune import main
 
+pytestmark = pytest.mark.tunes
+
 CONFIG = dataclasses.replace(TEACHER, batch_size=8, max_tokens=48, epochs=12, lr=2e-3)
 
 

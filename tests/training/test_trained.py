@@ -16,6 +16,8 @@ from training.recipe import TuneConfig
 from training.trained import SCALE, LowRank, check_trained, trained_parts
 from training.trainer import train
 
+pytestmark = pytest.mark.tunes
+
 SMALL = TuneConfig(batch_size=8, lr=1e-3, max_tokens=48)
 LAST = "encoder.layer.1."
 

@@ -26,6 +26,8 @@ from training.self_guided import SelfGuided
 from training.teacher import add_dense
 from training.trainer import learning_rate, steps_in, train
 
+pytestmark = pytest.mark.tunes
+
 BF16 = Hardware(device=Device.CPU, precision=TunePrecision.BF16)
 _LETTERS = random.Random(0)
 TEXTS = [" ".join(_LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4 + i % 20)) + f" {i % 10}" for i in range(40)]

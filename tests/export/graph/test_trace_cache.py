@@ -8,7 +8,6 @@ from export.graph import trace
 from mirror_runtime.bundle import Layout, Pooling
 from tests.support import trace_cache
 from tests.support.paths import ROOT
-from tests.support.tiny_encoders import write_tiny_encoder
 
 
 @pytest.fixture
@@ -18,9 +17,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.trace
-def test_a_cached_graph_is_byte_for_byte_the_real_one(tmp_path, monkeypatch):
-    write_tiny_encoder("mpnet", tmp_path / "mpnet", layers=1)
-    reference = Reference.load(resolve(str(tmp_path / "mpnet"), pooling=Pooling.MEAN))
+def test_a_cached_graph_is_byte_for_byte_the_real_one(tiny_bert, tmp_path, monkeypatch):
+    reference = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN))  # the cache has it for other tests
     with trace_cache.cached_traces():
         trace.export_graph(reference, Layout.PACKED, tmp_path / "cached.onnx")
         monkeypatch.setattr(trace, "_trace", trace._trace.real)  # type: ignore[attr-defined]
