@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from encoders.depth import at_depth
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
 from encoders.write import write_layout
@@ -54,6 +55,7 @@ class Request:
     revision: str | None = None
     pooling: Pooling | None = None
     head: HeadSpec | None = None
+    depth: int | None = None  # number of first layers to keep; None for all
     head_options: HeadOptions = field(default_factory=HeadOptions)
     max_tokens: int | None = None
     # Besides fp32; fp16 beside int8 also makes the int8 file for GPUs. None also proves the fp32 file in bf16, where
@@ -109,13 +111,14 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         head=request.head,
         max_tokens=request.max_tokens,
     )
-    reference = Reference.load(source)
+    whole = Reference.load(source)
+    reference = whole if request.depth is None else at_depth(whole, request.depth)
     if reference.is_static:
         pairs = tuple(pair for pair in pairs if Precision.FP32 in pair)
     testimony = None
     if source.published is not None and witness.available(source.spec.family):
         on_progress(f"compare with {witness.library(source.spec.family)}")
-        testimony = witness.question(source.published, reference)
+        testimony = witness.question(source.published, whole)
         if testimony is not None and testimony.problem and not request.accept_difference:
             raise ParityError(
                 f"{testimony.version} computes other vectors from {request.encoder}: "
