@@ -101,6 +101,8 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
             layers=_layers(source),
             dim=source.spec.dim,
             bf16=has_bf16(),
+            trained_dims=source.spec.trained_dims,
+            trained_depths=source.spec.trained_depths,
             students=len(request.students),
         )
         made = _make(table, output / CANDIDATES, places, failed, on_progress, run)

@@ -57,7 +57,14 @@ class Candidate:
 
 
 def candidates(
-    kinds: Sequence[Kind], *, layers: int, dim: int, bf16: bool, trained_dims: Sequence[int] = (), students: int = 0
+    kinds: Sequence[Kind],
+    *,
+    layers: int,
+    dim: int,
+    bf16: bool,
+    trained_dims: Sequence[int] = (),
+    trained_depths: Sequence[int] = (),
+    students: int = 0,
 ) -> tuple[Candidate, ...]:
     """List the candidates of some kinds, each after those that it needs.
 
@@ -66,7 +73,8 @@ def candidates(
         layers: of the encoder; 0 for a table of token vectors, which has fp32 and its vectors alone.
         dim: components of its vectors.
         bf16: whether this CPU can prove bf16.
-        trained_dims: shorter vectors for which it was trained.
+        trained_dims: shorter vectors for which it was trained; where it was, no elastic one is tuned.
+        trained_depths: fewer layers for which it was trained, likewise.
         students: number of other encoders that learn from it.
     """
     exact = (Precision.FP32,)
@@ -92,13 +100,22 @@ def candidates(
         made = _bundle("{source}", fast[:1], "--vector-type", kind)
         add(f"{kind}-vectors", Kind.VECTORS, made, precisions=fast[:1])
     if layers:
-        lengths = ("--matryoshka", *map(str, dims)) if dims else ()
-        tune = _learn("{source}", *lengths, *(("--depths", *map(str, depths)) if depths else ()))
-        add("elastic", Kind.ELASTIC, tune, _bundle("{here}/run", fast), dimensions=dims)
-        for depth in depths:
-            add(f"depth-{depth}", Kind.ELASTIC, _bundle("{elastic}/run", fast, "--depth", str(depth)))
+        elastic = "{source}"
+        if not (trained_dims or trained_depths):
+            elastic = "{elastic}/run"
+            lengths = ("--matryoshka", *map(str, dims)) if dims else ()
+            tune = _learn("{source}", *lengths, *(("--depths", *map(str, depths)) if depths else ()))
+            add("elastic", Kind.ELASTIC, tune, _bundle("{here}/run", fast), dimensions=dims)
+        for depth in trained_depths if elastic == "{source}" else depths:
+            add(f"depth-{depth}", Kind.ELASTIC, _bundle(elastic, fast, "--depth", str(depth)))
         smaller = ("--depth", str(max(1, layers // 2)), "--vocabulary", "{corpus}", "--output", "{here}/shrunk")
-        add("shrunk", Kind.SHRINK, ("training/shrink.py", "{source}", *smaller), _learn("{here}/shrunk"), _bundle("{here}/run", fast))
+        add(
+            "shrunk",
+            Kind.SHRINK,
+            ("training/shrink.py", "{source}", *smaller),
+            _learn("{here}/shrunk"),
+            _bundle("{here}/run", fast),
+        )
         twin = ("training/twin.py", "{encoder}/bundle", "--corpus", "{corpus}", "--output", "{here}/run")
         add("twin", Kind.TWIN, twin, _bundle("{here}/run", exact), precisions=exact)
     for number in range(1, students + 1):
