@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from mirror_runtime.errors import BundleError
+from mirror_runtime.strict_json import ADDED, read_json, read_object
 from mirror_runtime.strict_json import from_json as from_json  # re-exported, as are to_json and write_json
-from mirror_runtime.strict_json import read_json, read_object
 from mirror_runtime.strict_json import to_json as to_json
 from mirror_runtime.strict_json import write_json as write_json
 
@@ -33,6 +33,9 @@ MOST_TOKENS = 1 << 20
 """Bound of lengths and dimensions in files: beyond it a number is damage, which would take all memory."""
 
 LARGEST_FLOAT32 = 3.4028235e38
+
+SPACELESS = ("base_model", "revision", "twin_of")
+"""Fields of an `EncoderSpec` that determine no vector."""
 
 
 class Pooling(str, Enum):
@@ -159,6 +162,7 @@ class EncoderSpec:
             the text, never of the template.
         vector_type: the number format of the vectors that the graph returns.
         int8_scale: of `vector_type` int8; None for every other.
+        twin_of: the fingerprint of the encoder in whose vector space a static twin's vectors lie; None for every other.
     """
 
     base_model: str
@@ -175,6 +179,7 @@ class EncoderSpec:
     template: str | None = None
     vector_type: VectorType = VectorType.FLOAT32
     int8_scale: float | None = None
+    twin_of: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -343,6 +348,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash every file of a folder and of those in it, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
 def sha256_texts(texts: Iterable[str]) -> str:
     """Hash texts joined by newlines, as 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
@@ -351,11 +362,11 @@ def sha256_texts(texts: Iterable[str]) -> str:
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    The origin of the weights (`base_model`, `revision`) is left out: the same weights have the same vector space. Only
-    the `files`' hashes of safetensors files, the head's included, and of the tokenizer count.
+    The origin of the weights (`base_model`, `revision`, `twin_of`) is left out: the same weights have the same vector
+    space. Only the `files`' hashes of safetensors files, the head's included, and of the tokenizer count.
     """
     counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
-    vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
+    vector = {k: v for k, v in to_json(spec).items() if k not in SPACELESS}
     text = json.dumps([counted, vector], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
