@@ -34,7 +34,7 @@ from mirror_runtime.bundle import (
     Pooling,
     Precision,
     fingerprint,
-    sha256_file,
+    hash_files,
     write_json,
 )
 from mirror_runtime.engines import installed
@@ -159,7 +159,7 @@ def _fill(
         format_version=FORMAT_VERSION,
         created_by=f"mirror-runtime {__version__}",
         encoder=spec,
-        fingerprint=fingerprint(spec, _hashes(folder)),
+        fingerprint=fingerprint(spec, hash_files(folder)),
         files={},
         artifacts=(),
     )
@@ -211,7 +211,7 @@ def _fill(
     _write_canaries(folder, expected)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
-    manifest = dataclasses.replace(manifest, files=_hashes(folder))
+    manifest = dataclasses.replace(manifest, files=hash_files(folder))
     write_json(manifest, folder / MANIFEST_FILE)
     return Export(manifest=manifest, refused=tuple(refused))
 
@@ -242,11 +242,6 @@ def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
     for artifact in artifacts:
         if artifact.layout is Layout.PADDED:
             write_aliases(folder / artifact.path, artifact.precision)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def _write_canaries(folder: Path, expected: Expected) -> None:

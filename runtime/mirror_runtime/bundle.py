@@ -34,7 +34,7 @@ MOST_TOKENS = 1 << 20
 
 LARGEST_FLOAT32 = 3.4028235e38
 
-SPACELESS = ("base_model", "revision", "trained_dims", "trained_depths")
+SPACELESS = ("base_model", "revision", "trained_dims", "trained_depths", "twin_of")
 """Fields of an `EncoderSpec` that determine no vector."""
 
 
@@ -165,6 +165,7 @@ class EncoderSpec:
         trained_dims: numbers of leading components, fewer than `dim`, for which the encoder was trained too
             (Matryoshka), ascending. They and the depths determine no vector.
         trained_depths: numbers of layers, fewer than all, for which it was trained too, ascending.
+        twin_of: the fingerprint of the encoder in whose vector space a static twin's vectors lie; None for every other.
     """
 
     base_model: str
@@ -183,6 +184,7 @@ class EncoderSpec:
     int8_scale: float | None = None
     trained_dims: tuple[int, ...] = field(default=(), metadata=ADDED)
     trained_depths: tuple[int, ...] = field(default=(), metadata=ADDED)
+    twin_of: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -359,6 +361,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash every file of a folder and of those in it, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
 def sha256_texts(texts: Iterable[str]) -> str:
     """Hash texts joined by newlines, as 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
@@ -367,7 +375,7 @@ def sha256_texts(texts: Iterable[str]) -> str:
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    The origin of the weights (`base_model`, `revision`) and what else they were trained for are left out: the same
+    The origin of the weights (`base_model`, `revision`, `twin_of`) and what else they were trained for are left out: the same
     weights have the same vector space. Only the `files`' hashes of safetensors files, the head's included, and of the
     tokenizer count.
     """
