@@ -211,7 +211,9 @@ def test_a_whole_front_is_written_kept_and_chosen_from(whole, tmp_path, capsys):
     probe = {one["point"]: one for one in found["records"] if one["metric"] == "content, accuracy"}
     assert set(probe) == {"encoder fp32", "encoder fp32, 8 dims", "twin fp32"}
     assert probe["twin fp32"]["gain"] == probe["encoder fp32"]["gain"] == 0
-    assert (probe["twin fp32"]["share"], found["chosen"]["point"]) == (100, report["point"])
+    halves = {one["point"]: one["share"] for one in found["records"] if one["metric"] == "halves, MRR"}
+    assert halves["twin fp32"] == halves["encoder fp32"] == 100 != halves["encoder fp32, 8 dims"]
+    assert found["chosen"]["point"] == report["point"]
     sizes = {one["point"]: one["value"] for one in found["records"] if one["metric"] == "vector"}
     assert (sizes["encoder fp32"], sizes["encoder fp32, 8 dims"]) == (128, 32)
     cosine = {one["point"]: one["value"] for one in found["records"] if one["metric"] == "cosine to the encoder"}
