@@ -375,9 +375,9 @@ def sha256_texts(texts: Iterable[str]) -> str:
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    The origin of the weights (`base_model`, `revision`, `twin_of`) and what else they were trained for are left out: the
-    same weights have the same vector space. Only the `files`' hashes of safetensors files, the head's included, and of
-    the tokenizer count.
+    The origin of the weights (`base_model`, `revision`, `twin_of`) and what else they were trained for are left out:
+    the same weights have the same vector space. Only the `files`' hashes of safetensors files, the head's included, and
+    of the tokenizer count.
     """
     counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
     vector = {k: v for k, v in to_json(spec).items() if k not in SPACELESS}
