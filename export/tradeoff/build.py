@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from encoders.families import FAMILIES
@@ -95,6 +95,7 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
         raise InputError(f"{output} holds something else: choose another --output")
     failed: dict[str, str] = {}
     with locked_folder(output):
+        (output / CANDIDATES).mkdir(exist_ok=True)
         places = _places(request, source, held_out, output)
         table = candidates(
             request.kinds,
@@ -186,7 +187,6 @@ def _make(
 ) -> list[Made]:
     """Make candidates; a failed one is left out, with its reason in `failed`, and so are those that need it."""
     found = []
-    output.mkdir(exist_ok=True)
     for done, candidate in enumerate(table):
 
         def show(line: str = "", done: int = done, name: str = candidate.name) -> None:
@@ -273,10 +273,8 @@ def _time(
 
 
 def _rows(qualities: Sequence[tuple[Point, Quality]], speeds: dict[str, Speed]) -> tuple[Row, ...]:
-    best = max(
-        (speeds[point.engine_key] for point, _ in qualities if point.made.candidate.name == ENCODER),
-        key=lambda speed: speed.texts_per_s,
-    )
+    own = {point.engine_key for point, _ in qualities if point.made.candidate.name == ENCODER}
+    best = max((speed for key, speed in speeds.items() if key in own), key=lambda speed: speed.texts_per_s)
     rows = [
         Row(point=point, quality=quality, speed=speed, ratio=speed.over(best))
         for point, quality in qualities
@@ -295,7 +293,7 @@ def _write(front: Front, request: Request, output: Path) -> Front:
     problem = None
     if request.max_loss is not None or request.min_speed is not None:
         try:
-            front = Front(**{**vars(front), "choice": choose(front.rows, request.max_loss, request.min_speed)})
+            front = replace(front, choice=choose(front.rows, request.max_loss, request.min_speed))
         except InputError as error:
             problem = InputError(f"{error}. All are in {output / PAGE_FILE}")
     for name, text in ((PAGE_FILE, page(front)), (RECORDS_FILE, json.dumps(records(front), indent=1) + "\n")):

@@ -67,7 +67,7 @@ def run_script(command: Sequence[str], log: Path, on_line: Callable[[str], None]
     program += [sys.executable, str(ROOT / command[0]), *command[1:]]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     with (
-        log.open("a", encoding="utf-8") as file,
+        log.open("a", encoding="utf-8", buffering=1) as file,
         subprocess.Popen(program, **streams, text=True, encoding="utf-8", errors="replace") as child,
     ):
         assert child.stdout is not None
