@@ -125,8 +125,13 @@ def hidden_states(
         states.append(state)
         if index == attentions_of:
             probabilities = weights
-    states[-1] = _steps(model, family.last_steps, states[-1])
+    states[-1] = finish(model, states[-1])
     return states, probabilities
+
+
+def finish(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply the family's steps after the last layer to a layer's output, of any shape [..., width]."""
+    return _steps(model, FAMILIES[model.config.model_type].last_steps, hidden)
 
 
 def plain_attention(

@@ -60,6 +60,8 @@ class Reference:
         for layer in spec.layers:
             if not -depth - 1 <= layer <= depth:
                 raise BundleError(f"{name} has {depth} layers and no layer {layer}: layer 0 is the embeddings")
+        if max(spec.trained_depths, default=0) >= max(1, depth):
+            raise BundleError(f"{name} has {depth} layers, and records that it was trained for {spec.trained_depths}")
         if spec.ditto is not None and not (0 <= spec.ditto.layer < depth and 0 <= spec.ditto.head < heads):
             raise BundleError(
                 f"{name} has {depth} layers of {heads} heads, and no head {spec.ditto.layer}:{spec.ditto.head}: "

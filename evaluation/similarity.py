@@ -9,12 +9,12 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from evaluation import geometry
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import Bootstrap, Estimate, Result, estimate, flat, gains, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, encode_distinct
+from evaluation.vectors import DECIMALS, Encode, encode_distinct, unit_vectors
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.errors import InputError
 from mirror_runtime.vectors import unit_rows
@@ -187,6 +187,28 @@ def difference(before: Report, after: Report) -> Difference:
         means=means,
         tasks=tuple(gains(before.tasks, after.tasks)),
     )
+
+
+def score_pairs(
+    first: Sequence[str],
+    second: Sequence[str],
+    scores: ArrayLike,
+    encode: Encode,
+    bootstrap: Bootstrap,
+    key: tuple[str, str, str],
+) -> Result:
+    """Return the rank correlation of cosine and score, times 100, as the result of (task, set, metric).
+
+    Raises:
+        InputError: all scores or all cosines are equal.
+    """
+    left, right = unit_vectors(encode, first, second)
+    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
+    value = spearman(cosines, scores)
+    if np.isnan(value):
+        raise InputError(f"all pairs of {key[1]} have one score, or one cosine")
+    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
+    return bootstrap.result(*key, 100 * value, drawn, len(cosines))
 
 
 def _measure(

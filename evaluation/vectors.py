@@ -16,6 +16,12 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 DECIMALS = 6
 """Cosines are rounded to this many decimals: the rest is fp32 rounding, and equal texts must tie."""
 
+NEAREST = 10
+"""Texts around each one that two encoders are compared by."""
+
+TIE = 1e-6
+"""Cosines that differ by less are equal: float32 rounds them to that, and texts that differ in blanks tie exactly."""
+
 TEXTS_A_CALL = 256
 """Texts between two calls of `on_progress`."""
 
@@ -87,3 +93,27 @@ def ranks(
         own = np.take_along_axis(scores, answers[here, None], axis=1)
         found[here] = (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) + 1) / 2
     return found
+
+
+def top_overlap(found: NDArray[np.float32], target: NDArray[np.float32]) -> float:
+    """Return the share of each text's `NEAREST` other texts that another encoder has too; ties count as shared.
+
+    Args:
+        found: vectors [n, any width].
+        target: of the same texts, by the other encoder.
+    """
+    count = min(NEAREST, len(found) - 1)
+    if count < 1:
+        return 1.0
+    theirs, ours = _similarities(target), _similarities(found)
+    last = np.partition(theirs, -count, axis=1)[:, -count]
+    chosen = np.argpartition(ours, -count, axis=1)[:, -count:]
+    return float((np.take_along_axis(theirs, chosen, axis=1) >= last[:, None] - TIE).mean())
+
+
+def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the cosines of every two texts, and -2 of each with itself."""
+    unit = unit_rows(vectors)
+    similarities: NDArray[np.float32] = unit @ unit.T
+    np.fill_diagonal(similarities, -2.0)
+    return similarities

@@ -93,8 +93,16 @@ def run(
         int | None,
         typer.Option(
             min=1,
-            help="Keep the first components, such as 128 of 384, for encoders tuned for it (Matryoshka).",
+            help="Keep the first components, such as 128 of 384, for encoders tuned for it (tune.py --matryoshka).",
             show_default=False,
+        ),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep the first layers, such as 3 of 6, for encoders tuned for it (tune.py --depths).",
+            show_default="all",
         ),
     ] = None,
     vector_type: Annotated[
@@ -160,6 +168,7 @@ def run(
             ditto=parse_ditto(ditto) if ditto else None,
             template=template,
         ),
+        depth=depth,
         head_options=HeadOptions(
             whiten=read_texts(whiten) if whiten else None,
             whiten_dim=whiten_dim,

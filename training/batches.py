@@ -22,6 +22,7 @@ from training.augment import (
     texts_of,
 )
 from training.documents import draw_views
+from training.elastic import check_elastic
 from training.hardware import Hardware
 from training.hybrid import HybridScores
 from training.packed import POOLINGS, PackedTexts, pack, row_length
@@ -115,6 +116,7 @@ def check(reference: Reference, data: Sequence[Example], config: TuneConfig, har
         raise InputError(f"--batch-size is {config.batch_size}: {hardware.processes} processes cannot share it evenly")
     _check_objective(spec.dense != (), data, config.objective)
     check_trained(reference.model, config.train_layers, config.lora, spec.layers)
+    check_elastic(reference, config)
     # The views of a document may be one text.
     masks = config.mask_length > 0 and not config.reference_masking and isinstance(data[0], (str, Document))
     if masks and reference.tokenizer.mask_token is None:

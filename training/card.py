@@ -44,8 +44,11 @@ def render_card(
         text = "documents of a title and a text, no labels"
     of = f"{len(corpus.examples):,} {text}"
     about = f"A text encoder made from {spec.base_model} by {how}: {of}, {steps} steps."
+    fewer = {"numbers": spec.trained_dims, "layers": spec.trained_depths}
+    also = "; ".join(f"{', '.join(map(str, numbers))} {what}" for what, numbers in fewer.items() if numbers)
     rows = {
         "vector": f"{spec.dim} numbers, unit length",
+        **({"also trained for": f"the first {also}"} if also else {}),
         "pooling": spec.pooling.value,
         "longest text": f"{spec.max_tokens} tokens" + (f" ({config.max_tokens} while tuning)" if steps else ""),
         "recipe": _recipe(config, corpus.has_documents) if steps else "none: the base as it is",

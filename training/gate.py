@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from encoders.reference import Reference
+from evaluation.held_out import first_by_hash, text_hash
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, unit_vectors
+from evaluation.similarity import score_pairs
+from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from evaluation.vectors import Encode
 from mirror_runtime.corpus.files import suffix_of
 from mirror_runtime.errors import InputError
 from training.augment import Document, Scored, texts_of
@@ -190,13 +189,10 @@ def _independent(pairs: Sequence[Scored]) -> list[Scored]:
 
 def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
     first, second, scores = zip(*pairs, strict=True)
-    left, right = unit_vectors(encode, first, second)
-    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
-    value = 100 * spearman(cosines, scores)
-    if np.isnan(value):
-        raise InputError(f"all held-out pairs have one score, or one cosine: {UNMEASURED}")
-    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
-    return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
+    try:
+        return score_pairs(first, second, scores, encode, bootstrap, ("probe", "own", SPEARMAN))
+    except InputError as error:
+        raise InputError(f"{error}: {UNMEASURED}") from error
 
 
 def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[list[Record | Scored]]]:
@@ -236,16 +232,11 @@ def hold_out(records: Sequence[Record], hashes: Collection[str] = ()) -> tuple[l
     return held, [record for record in records if chosen.isdisjoint(record)]
 
 
-def text_hash(text: str) -> str:
-    """Return what decides whether a text is held out."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
 def _chosen(records: Sequence[Record], halves: int = 1) -> dict[str, int]:
     """Return the texts to hold out, each with its half."""
-    keys = {text: text_hash(text) for *_, text in records}
-    count = halves * min(MOST, max(FEWEST, round(SHARE * len(keys))))
-    return {text: rank % halves for rank, text in enumerate(sorted(keys, key=keys.__getitem__)[:count])}
+    texts = {record[-1] for record in records}
+    count = halves * min(MOST, max(FEWEST, round(SHARE * len(texts))))
+    return {text: rank % halves for rank, text in enumerate(first_by_hash(texts, count))}
 
 
 def read_own(paths: Sequence[str]) -> list[Record]:

@@ -92,7 +92,8 @@ def match_teacher(
     """Compute the mean of 1 - cosine of each vector and its target, plus the divergence of their neighbourhoods.
 
     A text's neighbourhood is the softmax over the other texts of its cosines with them over the temperature; the
-    divergence is the mean of KL(targets' || vectors').
+    divergence is the mean of KL(targets' || vectors'). Vectors of another width than the targets have no cosine with
+    them: then only the neighbourhoods count.
 
     Args:
         vectors: float [B, dim], of the student.
@@ -100,7 +101,9 @@ def match_teacher(
         temperature: divides the cosines.
         groups: int64 [B]: see `nt_xent`.
     """
-    distance = 1 - torch.nn.functional.cosine_similarity(vectors.float(), targets, dim=1).mean()
+    distance = vectors.new_zeros(())
+    if vectors.shape[1] == targets.shape[1]:
+        distance = 1 - torch.nn.functional.cosine_similarity(vectors.float(), targets, dim=1).mean()
     same = _same(groups)
     lowest = torch.finfo(torch.float32).min  # not -inf: a batch may be one text many times, and 0 x inf is NaN
     student, teacher = (

@@ -144,11 +144,16 @@ def encode_packed(model: Any, packed: PackedTexts, pooling: Pooling, layers: Seq
     Returns:
         float32 [texts, dim] in the order of the texts passed to `pack`, not normalised.
     """
+    return encode_depths(model, packed, pooling, layers, ())[0]
+
+
+def encode_depths(
+    model: Any, packed: PackedTexts, pooling: Pooling, layers: Sequence[int], depths: Sequence[int]
+) -> list[torch.Tensor]:
+    """Return what `encode_packed` returns, then the same of the encoder that ends after each number of layers."""
     states = hidden_states(model, packed)
-    hidden = states[layers[0]].float()
-    for layer in layers[1:]:
-        hidden = hidden + states[layer].float()
-    return pool_packed(hidden / len(layers) if len(layers) > 1 else hidden, packed, pooling)
+    ends = [states, *([*states[:depth], encoder_layers.finish(model, states[depth])] for depth in depths)]
+    return [pool_packed(torch.stack([end[i] for i in layers]).float().mean(0), packed, pooling) for end in ends]
 
 
 def hidden_states(model: Any, packed: PackedTexts) -> list[torch.Tensor]:

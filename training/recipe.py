@@ -124,6 +124,9 @@ class TuneConfig:
     # Of the self-guided objective: weight of the squared distance between the weights and the base's
     drift: float = 0.1
     projection: Projection = Projection.PCA  # of the teacher objective
+    # Numbers of leading components, and of first layers, for which the encoder is trained too: see `training.elastic`
+    matryoshka: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
     train_layers: int | None = None  # number of last layers that are tuned; None tunes all weights
     # Rank of the low-rank additions that are tuned in place of the layers' weights; None tunes weights
     lora: int | None = None
@@ -165,6 +168,8 @@ class TuneConfig:
             ("weight_decay", 0 <= self.weight_decay < infinite, "0 or more"),
             ("clip", self.clip is None or 0 < self.clip < infinite, "a positive number, such as 1"),
             ("temperature", 0 < self.temperature < infinite, "a positive number, such as 0.04"),
+            ("matryoshka", min(self.matryoshka, default=1) >= 1, "positive numbers, such as 64 128"),
+            ("depths", min(self.depths, default=1) >= 1, "positive numbers, such as 2 4"),
             ("views", len(self.views) > 0, "at least one"),
             ("mask_length", self.mask_length >= 0, "0 or more"),
             ("repetition", 0 <= self.repetition <= 1, "a share of the tokens, 0 to 1"),
@@ -184,6 +189,10 @@ class TuneConfig:
             raise InputError("--reference-masking masks only the second view: leave --mask-views out")
         if self.objective is Objective.HYBRID and self.views != (View.TITLE,):
             raise InputError("--objective hybrid ranks texts for titles: leave --views out")
+        if (self.matryoshka or self.depths) and self.objective is Objective.SELF_GUIDED:
+            raise InputError("--matryoshka and --depths do not go with --objective self-guided: use mirror or teacher")
+        if self.objective is Objective.ANGLE and any(dim % 2 for dim in self.matryoshka):
+            raise InputError("--objective angle halves a vector: --matryoshka must have even numbers")
         if self.lora and self.objective is Objective.SELF_GUIDED:
             raise InputError("--lora leaves the weights that --objective self-guided holds near the base's: drop it")
 

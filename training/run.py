@@ -27,6 +27,7 @@ from training.augment import Document
 from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
+from training.elastic import trained_depths, trained_dims
 from training.gate import Gate, Outcome, Verdict, split_corpus
 from training.hardware import Hardware, choose_hardware
 from training.hybrid import HybridScores
@@ -183,6 +184,12 @@ def _train(
     observer.on_start(start)
     reference, targets = _taught(job, reference, corpus, hardware, observer)
     train(reference, corpus.examples, job.config, hardware, on_step, checkpoint, targets)
+    spec = dataclasses.replace(
+        reference.spec,
+        trained_dims=trained_dims(job.config, reference),
+        trained_depths=trained_depths(job.config, reference),
+    )
+    reference = dataclasses.replace(reference, spec=spec)
     return _Tuned(job=job, reference=reference, start=start, steps=steps)
 
 

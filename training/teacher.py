@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +20,19 @@ from torch import nn
 from encoders.pooling import make_dense
 from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
-from evaluation.served import is_served, open_served
+from encoders.write import write_layout
+from evaluation.served import is_remote, is_served, open_served
 from evaluation.vectors import Encode, encode_distinct
-from mirror_runtime.bundle import Activation, Dense, sha256_file, to_json
+from mirror_runtime.bundle import (
+    MANIFEST_FILE,
+    Activation,
+    Dense,
+    hash_files,
+    read_manifest,
+    sha256_file,
+    to_json,
+)
+from mirror_runtime.bundle import fingerprint as space_of
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.folders import replace_file
@@ -97,6 +108,28 @@ def _part(encode: Encode, texts: Sequence[str], hardware: Hardware, path: Path |
     return vectors
 
 
+def load_teacher(name: str) -> tuple[Reference, str]:
+    """Load the PyTorch encoder behind a teacher's name, which gives its tokenizer, and name its vector space.
+
+    Returns:
+        The encoder, and the fingerprint that its bundle has, or will have if it is exported as it is.
+
+    Raises:
+        MirrorError: it is behind a server, or cannot be loaded.
+    """
+    if is_remote(name):
+        raise InputError(f"{name} is a server, which has no tokenizer to read: pass the encoder's folder or bundle")
+    folder = name if not is_served(name) or Path(name).is_dir() else name.rpartition(":")[0]
+    source = _resolve(folder)
+    reference = Reference.load(source)
+    if (Path(folder) / MANIFEST_FILE).is_file():
+        return reference, read_manifest(Path(folder)).fingerprint
+    with tempfile.TemporaryDirectory() as scratch:
+        model, tokenizer, dense = reference.model, reference.tokenizer, reference.dense
+        write_layout(Path(scratch), model=model, tokenizer=tokenizer, spec=source.spec, dense=dense, card="")
+        return reference, space_of(source.spec, hash_files(Path(scratch)))
+
+
 def fit_width(vectors: torch.Tensor, width: int) -> torch.Tensor:
     """Cut vectors to a width along the principal axes of their second moments, or fill them up with zeros.
 
@@ -136,7 +169,7 @@ def _resolve(name: str) -> ResolvedEncoder:
     try:
         return resolve(name)
     except BundleError as error:
-        raise InputError(f"--teacher {name} must be an encoder that records its pooling: {error}") from error
+        raise InputError(f"the teacher {name} must be an encoder that records its pooling: {error}") from error
 
 
 def _identity(name: str, hardware: Hardware) -> list[str] | None:

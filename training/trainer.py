@@ -21,11 +21,12 @@ from training.batches import Batch, batches, check, targets_of
 from training.checkpoint import Checkpoint, State, Step, fingerprint
 from training.drophead import DropHead, drop_heads
 from training.dropout import set_dropout
+from training.elastic import elastic_loss, trained_depths, trained_dims
 from training.gradient_cache import accumulate
 from training.hardware import Hardware
 from training.hybrid import HybridScores
 from training.objective import match_scores, match_teacher, nt_xent, scored_loss
-from training.packed import PackedTexts, encode_packed
+from training.packed import PackedTexts, encode_depths
 from training.recipe import SCORED, Objective, Schedule, TuneConfig
 from training.self_guided import SelfGuided
 from training.trained import trained_parts
@@ -92,6 +93,7 @@ class _Run:
         self.model: Any = reference.model  # transformers' decorators lose the types of its `to` and `eval`
         self.spec = reference.spec
         self.dense = nn.ModuleList(reference.dense)
+        self.dims, self.depths = trained_dims(config, reference), trained_depths(config, reference)
         self.config = config
         self.hardware = hardware
         self.steps = steps
@@ -177,14 +179,30 @@ class _Run:
         return loss
 
     def _loss(self, vectors: torch.Tensor, batch: Batch, views: torch.Tensor | None) -> torch.Tensor:
-        """Compute the loss of all processes' vectors, float32 [examples, sides, dim]."""
-        objective, temperature, device = self.config.objective, self.config.temperature, vectors.device
-        groups, targets = batch.groups.to(device), batch.targets.to(device)
+        """Compute the loss of all processes' vectors, float32 [examples, sides, depths x dim]."""
+        groups = batch.groups.to(vectors.device)
         if self.guide is not None:
             assert views is not None
             with self.hardware.autocast():
                 return self.guide.loss(vectors[:, 0], views, groups)
-        vectors = vectors[..., : self.spec.dim]  # what a base with `truncate_dim` returns
+        # What a base with `truncate_dim` returns
+        depths = [one[..., : self.spec.dim] for one in vectors.chunk(1 + len(self.depths), dim=-1)]
+
+        def distil(shallow: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+            first, second = (one[:, :2].flatten(0, 1) for one in (shallow, whole))
+            return match_teacher(
+                first, second, self.config.temperature, groups.repeat_interleave(len(first) // len(groups))
+            )
+
+        taught = self.config.objective is Objective.TEACHER  # which all depths learn from
+        return elastic_loss(
+            depths, self.dims, lambda one: self._loss_of(one, batch, groups), None if taught else distil
+        )
+
+    def _loss_of(self, vectors: torch.Tensor, batch: Batch, groups: torch.Tensor) -> torch.Tensor:
+        """Compute the loss of vectors float32 [examples, sides, any number of components]."""
+        objective, temperature, device = self.config.objective, self.config.temperature, vectors.device
+        targets = batch.targets.to(device)
         if objective is Objective.TEACHER:
             return match_teacher(vectors[:, 0], targets, temperature, groups)
         if objective is Objective.HYBRID:
@@ -200,8 +218,8 @@ class _Run:
     def _encode(self, packed: PackedTexts) -> torch.Tensor:
         if self.drophead is not None:
             self.drophead.text_ids = packed.text_ids
-        pooled = encode_packed(self.model, packed, self.spec.pooling, self.spec.layers)
-        return project(pooled, self.dense).float()
+        pooled = encode_depths(self.model, packed, self.spec.pooling, self.spec.layers, self.depths)
+        return torch.cat([project(one, self.dense).float() for one in pooled], dim=-1)
 
     def _views(
         self, guide: SelfGuided, pieces: Sequence[PackedTexts], places: Sequence[torch.Tensor], batch: Batch

@@ -49,7 +49,7 @@ WORSE_STATUS = 3
 MASKS = ("mask_length", "mask_views", "reference_masking", "repetition")
 """Settings of the views of one text."""
 
-LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words")
+LISTS = ("--corpus", "--column", "--exclude", "--sts", "--words", "--matryoshka", "--depths")
 
 
 def _default(name: str) -> str:
@@ -210,6 +210,20 @@ def command(
             "layer from 384 to 768.",
         ),
     ] = None,
+    matryoshka: Annotated[
+        list[int] | None,
+        _setting(
+            "matryoshka",
+            "Train for the first N components of a vector too: with 64 128, 384 numbers may be cut to 64 or 128.",
+        ),
+    ] = None,
+    depths: Annotated[
+        list[int] | None,
+        _setting(
+            "depths",
+            "Train for the first N layers too: with 2 4, to_onnx.py --depth 2 exports one without the last 4 of 6.",
+        ),
+    ] = None,
     train_layers: Annotated[
         int | None,
         _setting(
@@ -294,7 +308,7 @@ def command(
     if recipe is None:
         implied = Objective.TEACHER if teacher else Objective.COSENT if scored_pairs else Objective.MIRROR
         recipe = IMPLIED[objective or implied]
-    options["views"] = tuple(views) if views else None
+    options |= {name: tuple(options[name] or ()) or None for name in ("views", "matryoshka", "depths")}
     changes = {f.name: options[f.name] for f in dataclasses.fields(TuneConfig) if options[f.name] is not None}
     rivals = RIVALS[documents] if recipe is Recipe.AUTO else {recipe.value: RECIPES[recipe]}
     rivals = {name: dataclasses.replace(rival, **changes) for name, rival in rivals.items()}

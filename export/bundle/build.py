@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from encoders.depth import at_depth
 from encoders.reference import Reference
 from encoders.source import HeadSpec, ResolvedEncoder, resolve
 from encoders.write import write_layout
@@ -33,7 +34,7 @@ from mirror_runtime.bundle import (
     Pooling,
     Precision,
     fingerprint,
-    sha256_file,
+    hash_files,
     write_json,
 )
 from mirror_runtime.engines import installed
@@ -54,6 +55,7 @@ class Request:
     revision: str | None = None
     pooling: Pooling | None = None
     head: HeadSpec | None = None
+    depth: int | None = None  # number of first layers to keep; None for all
     head_options: HeadOptions = field(default_factory=HeadOptions)
     max_tokens: int | None = None
     # Besides fp32; fp16 beside int8 also makes the int8 file for GPUs. None also proves the fp32 file in bf16, where
@@ -109,13 +111,14 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         head=request.head,
         max_tokens=request.max_tokens,
     )
-    reference = Reference.load(source)
+    whole = Reference.load(source)
+    reference = whole if request.depth is None else at_depth(whole, request.depth)
     if reference.is_static:
         pairs = tuple(pair for pair in pairs if Precision.FP32 in pair)
     testimony = None
     if source.published is not None and witness.available(source.spec.family):
         on_progress(f"compare with {witness.library(source.spec.family)}")
-        testimony = witness.question(source.published, reference)
+        testimony = witness.question(source.published, whole)
         if testimony is not None and testimony.problem and not request.accept_difference:
             raise ParityError(
                 f"{testimony.version} computes other vectors from {request.encoder}: "
@@ -157,7 +160,7 @@ def _fill(
         format_version=FORMAT_VERSION,
         created_by=f"mirror-runtime {__version__}",
         encoder=spec,
-        fingerprint=fingerprint(spec, _hashes(folder)),
+        fingerprint=fingerprint(spec, hash_files(folder)),
         files={},
         artifacts=(),
     )
@@ -209,7 +212,7 @@ def _fill(
     _write_canaries(folder, expected)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
-    manifest = dataclasses.replace(manifest, files=_hashes(folder))
+    manifest = dataclasses.replace(manifest, files=hash_files(folder))
     write_json(manifest, folder / MANIFEST_FILE)
     return Export(manifest=manifest, refused=tuple(refused))
 
@@ -240,11 +243,6 @@ def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
     for artifact in artifacts:
         if artifact.layout is Layout.PADDED:
             write_aliases(folder / artifact.path, artifact.precision)
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
 
 
 def _write_canaries(folder: Path, expected: Expected) -> None:

@@ -74,13 +74,20 @@ def extend_head(reference: Reference, options: HeadOptions) -> tuple[Reference, 
     if options.whiten is not None:
         reference, record = whiten(reference, options.whiten, options.whiten_dim)
     if options.dim is not None:
-        if options.dim > reference.spec.dim:
-            raise InputError(f"--dim is {options.dim}: the vectors have {reference.spec.dim} components")
-        reference = _replace_spec(reference, dim=options.dim)
+        reference = _cut(reference, options.dim)
     kind = options.vector_type
     if kind is not None and kind is not reference.spec.vector_type:
         reference = _with_vector_type(reference, kind)
     return reference, record
+
+
+def _cut(reference: Reference, dim: int) -> Reference:
+    spec = reference.spec
+    if dim > spec.dim:
+        raise InputError(f"--dim is {dim}: the vectors have {spec.dim} components")
+    if spec.trained_dims and dim not in (*spec.trained_dims, spec.dim):
+        raise InputError(f"--dim is {dim}: {spec.base_model} was trained for {', '.join(map(str, spec.trained_dims))}")
+    return _replace_spec(reference, dim=dim, trained_dims=tuple(one for one in spec.trained_dims if one < dim))
 
 
 def whiten(reference: Reference, texts: Sequence[str], dim: int | None = None) -> tuple[Reference, WhiteningRecord]:
@@ -99,7 +106,10 @@ def whiten(reference: Reference, texts: Sequence[str], dim: int | None = None) -
     layer = make_dense(dense, torch.from_numpy(fit.weight), torch.from_numpy(fit.bias))
     whitened = dataclasses.replace(
         reference,
-        spec=dataclasses.replace(spec, dense=(*spec.dense, dense), dim=len(fit.bias), normalize=True),
+        # Whitened components and the states of earlier layers were not trained for.
+        spec=dataclasses.replace(
+            spec, dense=(*spec.dense, dense), dim=len(fit.bias), normalize=True, trained_dims=(), trained_depths=()
+        ),
         dense=(*reference.dense, layer),
     )
     return whitened, WhiteningRecord(
@@ -157,12 +167,14 @@ def _with_vector_type(reference: Reference, kind: VectorType) -> Reference:
             f"{reference.spec.base_model} records {reference.spec.vector_type.value} vectors, which cannot become "
             f"{kind.value}: export the encoder that it was exported from"
         )
-    scale = None
+    scale, trained = None, reference.spec.trained_dims
+    if kind is VectorType.BINARY:
+        trained = tuple(dim for dim in trained if dim % 8 == 0)  # whole bytes
     if kind is VectorType.INT8:
         # The largest component of real text becomes 127: nothing is clipped, and rounding errors are below 0.4 % of it.
         largest = np.abs(reference.encode(parity_texts(short=CALIBRATION_TEXTS, medium=8, long=1))).max()
         scale = float(np.float32(largest / 127))
-    return _replace_spec(reference, vector_type=kind, int8_scale=scale)
+    return _replace_spec(reference, vector_type=kind, int8_scale=scale, trained_dims=trained)
 
 
 def _replace_spec(reference: Reference, **changes: object) -> Reference:

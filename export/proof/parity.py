@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from encoders.reference import Reference
 from encoders.source import resolve
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import spearman
+from evaluation.vectors import top_overlap
 from export.proof.candidate import Candidate, Encode, Vectors
 from export.proof.floors import Floors
 from export.proof.proof_texts import CANARIES, parity_texts
@@ -21,7 +21,7 @@ from mirror_runtime.bundle import Layout, Manifest, Parity, StsScore, sha256_tex
 from mirror_runtime.cli.run import truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import ParityError
-from mirror_runtime.vectors import agreement, components, cosines, distance_problem, quoted, unit_rows
+from mirror_runtime.vectors import agreement, components, cosines, distance_problem, quoted
 
 STS_DROP = 0.5
 """Points of Spearman correlation that an artifact may lose on an evaluation set."""
@@ -31,11 +31,6 @@ INVARIANCE_TEXTS = 24
 
 PAIRS_PER_TEXT = 8
 """Random other texts that each text's similarity is ranked with."""
-
-NEAREST = 10
-
-TIE = 1e-6
-"""Cosines that differ by less are equal: float32 rounds them to that, and texts that differ in blanks tie exactly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +149,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
         floor=floor,
         neighbour_cosine=float(agreement(together, one_by_one).min()),
         spearman=_rank_correlation(vectors, expected.vectors),
-        top10_overlap=_top_overlap(vectors, expected.vectors),
+        top10_overlap=top_overlap(vectors, expected.vectors),
         sts=_scores(encode, expected, what),
     )
 
@@ -210,22 +205,3 @@ def _rank_correlation(found: Vectors, target: Vectors) -> float:
         return 1.0
     a, b = (np.concatenate([cosines(v[order], v[other]) for other in others]) for v in (found, target))
     return 1.0 if np.ptp(b) == 0 else float(np.nan_to_num(spearman(a, b)))
-
-
-def _top_overlap(found: Vectors, target: Vectors) -> float:
-    """Return the share of each text's `NEAREST` other texts that the reference has too; ties count as shared."""
-    count = min(NEAREST, len(found) - 1)
-    if count < 1:
-        return 1.0
-    theirs, ours = _similarities(target), _similarities(found)
-    last = np.partition(theirs, -count, axis=1)[:, -count]
-    chosen = np.argpartition(ours, -count, axis=1)[:, -count:]
-    return float((np.take_along_axis(theirs, chosen, axis=1) >= last[:, None] - TIE).mean())
-
-
-def _similarities(vectors: Vectors) -> NDArray[np.float32]:
-    """Return the cosines of every two texts, and -2 of each with itself."""
-    unit = unit_rows(vectors)
-    similarities: NDArray[np.float32] = unit @ unit.T
-    np.fill_diagonal(similarities, -2.0)
-    return similarities

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from mirror_runtime.errors import BundleError
+from mirror_runtime.strict_json import ADDED, read_json, read_object
 from mirror_runtime.strict_json import from_json as from_json  # re-exported, as are to_json and write_json
-from mirror_runtime.strict_json import read_json, read_object
 from mirror_runtime.strict_json import to_json as to_json
 from mirror_runtime.strict_json import write_json as write_json
 
@@ -33,6 +33,9 @@ MOST_TOKENS = 1 << 20
 """Bound of lengths and dimensions in files: beyond it a number is damage, which would take all memory."""
 
 LARGEST_FLOAT32 = 3.4028235e38
+
+SPACELESS = ("base_model", "revision", "trained_dims", "trained_depths", "twin_of")
+"""Fields of an `EncoderSpec` that determine no vector."""
 
 
 class Pooling(str, Enum):
@@ -159,6 +162,10 @@ class EncoderSpec:
             the text, never of the template.
         vector_type: the number format of the vectors that the graph returns.
         int8_scale: of `vector_type` int8; None for every other.
+        trained_dims: numbers of leading components, fewer than `dim`, for which the encoder was trained too
+            (Matryoshka), ascending. They and the depths determine no vector.
+        trained_depths: numbers of layers, fewer than all, for which it was trained too, ascending.
+        twin_of: the fingerprint of the encoder in whose vector space a static twin's vectors lie; None for every other.
     """
 
     base_model: str
@@ -175,6 +182,9 @@ class EncoderSpec:
     template: str | None = None
     vector_type: VectorType = VectorType.FLOAT32
     int8_scale: float | None = None
+    trained_dims: tuple[int, ...] = field(default=(), metadata=ADDED)
+    trained_depths: tuple[int, ...] = field(default=(), metadata=ADDED)
+    twin_of: str | None = field(default=None, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -193,8 +203,16 @@ class EncoderSpec:
             raise BundleError("layers is empty: name at least one, such as -1 for the last")
         if self.template is not None and self.template.count("{text}") != 1:
             raise BundleError(f"template is {self.template!r}: it must contain {{text}} once")
+        self._check_trained()
         self._check_dense()
         self._check_vector_type()
+
+    def _check_trained(self) -> None:
+        for name, numbers in (("trained_dims", self.trained_dims), ("trained_depths", self.trained_depths)):
+            if list(numbers) != sorted({*numbers}) or min(numbers, default=1) < 1:
+                raise BundleError(f"{name} is {list(numbers)}: it must hold ascending positive numbers")
+        if self.dim <= max(self.trained_dims, default=0):
+            raise BundleError(f"trained_dims holds {self.trained_dims[-1]}: vectors have {self.dim} components")
 
     def _check_dense(self) -> None:
         for first, second in zip(self.dense, self.dense[1:], strict=False):
@@ -343,6 +361,12 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_files(folder: Path) -> dict[str, str]:
+    """Hash every file of a folder and of those in it, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
 def sha256_texts(texts: Iterable[str]) -> str:
     """Hash texts joined by newlines, as 64 hexadecimal digits."""
     return hashlib.sha256("\n".join(texts).encode("utf-8")).hexdigest()
@@ -351,11 +375,12 @@ def sha256_texts(texts: Iterable[str]) -> str:
 def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     """Name a vector space by 16 hexadecimal digits: a hash of weights, tokenizer and spec.
 
-    The origin of the weights (`base_model`, `revision`) is left out: the same weights have the same vector space. Only
-    the `files`' hashes of safetensors files, the head's included, and of the tokenizer count.
+    The origin of the weights (`base_model`, `revision`, `twin_of`) and what else they were trained for are left out:
+    the same weights have the same vector space. Only the `files`' hashes of safetensors files, the head's included, and
+    of the tokenizer count.
     """
     counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
-    vector = {k: v for k, v in to_json(spec).items() if k not in ("base_model", "revision")}
+    vector = {k: v for k, v in to_json(spec).items() if k not in SPACELESS}
     text = json.dumps([counted, vector], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

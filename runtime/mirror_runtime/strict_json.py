@@ -1,6 +1,7 @@
 """JSON to frozen dataclasses and back, strictly: a missing key, an unknown key or a value of a wrong type is an error.
 
-Nothing has a default in a file, so that a file of another version is refused instead of half understood.
+Nothing has a default in a file, so that a file of another version is refused instead of half understood. The exception
+are fields that are marked `ADDED`: a file has them only where they say something.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from mirror_runtime.errors import BundleError
 
 T = TypeVar("T")
 
+ADDED: Mapping[str, bool] = types.MappingProxyType({"added": True})
+"""Metadata of a field that is left out of a file where it has its default, so that older files stay valid."""
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 200
 
@@ -27,7 +31,9 @@ _repr.maxstring = _repr.maxother = 200
 def to_json(value: Any) -> Any:
     """Convert dataclasses, enums, tuples and mappings to what `json.dumps` takes."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        stated = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        unsaid = {f.name for f in _added(type(value)) if stated[f.name] == f.default}
+        return {name: to_json(item) for name, item in stated.items() if name not in unsaid}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -138,15 +144,20 @@ def _object(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise BundleError(f"{where} is {short(data)}; expected an object")
     hints = typing.get_type_hints(kind)
-    differ = {"missing": hints.keys() - data.keys(), "unknown": data.keys() - hints.keys()}
+    optional = {f.name for f in _added(kind)}
+    differ = {"missing": hints.keys() - data.keys() - optional, "unknown": data.keys() - hints.keys()}
     if any(differ.values()):
         named = "; ".join(f"{what} {', '.join(sorted(keys))[:200]}" for what, keys in differ.items() if keys)
         raise BundleError(f"{where}: {named}")
-    values = {name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items()}
+    values = {name: _value(hint, data[name], f"{where}: {name}") for name, hint in hints.items() if name in data}
     try:
         return kind(**values)
     except BundleError as error:
         raise BundleError(f"{where}: {error}") from error
+
+
+def _added(kind: Any) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(kind) if f.metadata.get("added")]
 
 
 def _is_plain(data: Any, kind: Any) -> bool:

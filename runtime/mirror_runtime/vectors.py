@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import EncoderSpec, VectorType
+from mirror_runtime.errors import InputError
 
 LARGEST_INT8 = 127
 
@@ -90,6 +91,21 @@ def unit_rows(vectors: NDArray[Any]) -> NDArray[Any]:
     """Scale each row of floats [n, dim] to unit L2 norm, in their own data type; rows of zeros stay zeros."""
     units: NDArray[Any] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), SMALLEST_NORM)
     return units
+
+
+def check_cuts(cuts: Iterable[int], dim: int, trained: Collection[int], *, multiple: int = 1) -> None:
+    """Check that vectors of `dim` components may be cut to each of these numbers, as `--dimensions` names them.
+
+    Raises:
+        InputError: one of them is not smaller, not a multiple, or none of those that the encoder was trained for;
+            `trained` is empty for an encoder that records none, which may be cut to any number.
+    """
+    for number in cuts:
+        if trained and number not in trained:
+            raise InputError(f"--dimensions {number}: this encoder was trained for {', '.join(map(str, trained))}")
+        if not 0 < number < dim or number % multiple:
+            what = f", a multiple of {multiple}" if multiple > 1 else ""
+            raise InputError(f"--dimensions {number}: this encoder's vectors have {dim}; choose fewer{what}")
 
 
 def cut(vectors: Vectors, dimensions: int | None, *, normalize: bool) -> Vectors:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.held_out import text_hash
 from tests.support.paths import ROOT
 from training.evaluate import _own_probes, main
-from training.gate import text_hash
 
 SCRIPT = ROOT / "training" / "evaluate.py"
 TEXTS = ["the cat", "a dog", "cat dog", "a man", "the river", "playing a guitar", "mat", "on the mat"]

@@ -2,17 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from encoders.card import RUN_MARK, read_card
+from encoders.depth import keep_layers
 from encoders.reference import Reference
 from encoders.source import HeadSpec, resolve
+from encoders.write import write_layout
+from export.bundle.head_options import HeadOptions, extend_head
 from export.proof import floors
 from export.to_onnx import main
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import Ditto, Pooling, Precision, VectorType, check_files, read_manifest
+from mirror_runtime.bundle import (
+    Ditto,
+    Pooling,
+    Precision,
+    VectorType,
+    check_files,
+    fingerprint,
+    read_manifest,
+    sha256_file,
+)
 from mirror_runtime.cli.main import main as mirror
 from mirror_runtime.errors import InputError
 from mirror_runtime.vectors import components
@@ -60,6 +73,57 @@ def test_padding_layers_whitening_a_cut_and_int8_in_one_command(export, tmp_path
         assert found.dtype == np.int8
         np.testing.assert_allclose(components(found, spec), expected, atol=1.01 * (spec.int8_scale or 0))
         assert (components(found, spec) == expected).mean() > 0.99
+
+
+@pytest.fixture
+def elastic(tiny_bert, tmp_path):
+    """A run folder that records one shallower depth and one smaller dimension."""
+    whole = Reference.load(resolve(str(tiny_bert), pooling=Pooling.MEAN, max_tokens=32))
+    spec = replace(whole.spec, trained_depths=(1,), trained_dims=(16,))
+    write_layout(tmp_path / "run", model=whole.model, tokenizer=whole.tokenizer, spec=spec, card="")
+    return whole, tmp_path / "run"
+
+
+@pytest.mark.trace
+def test_a_depth_lacks_the_later_layers_and_has_the_vectors_of_the_shorter_encoder(elastic, texts_file, tmp_path):
+    (whole, run), output = elastic, tmp_path / "bundle"
+    options = ["--precision", "fp32", "--parity-texts", texts_file, "--depth", "1", "--output", str(output)]
+    assert main([str(run), *options]) == 0
+    manifest = read_manifest(output)
+    assert (manifest.encoder.trained_depths, manifest.encoder.trained_dims) == ((), (16,))
+    with Encoder.load(output, precision="fp32") as encoder:
+        found = encoder.encode(TEXTS)
+    np.testing.assert_allclose(found, keep_layers(whole, [0]).encode(TEXTS), atol=1e-5)
+    for weights in (output / "model.safetensors", output / "onnx" / "model.onnx"):
+        assert b"layer.0." in weights.read_bytes()
+        assert b"layer.1." not in weights.read_bytes()
+    hashes = {"model.safetensors": sha256_file(run / "model.safetensors"), "tokenizer.json": "same"}
+    assert manifest.fingerprint != fingerprint(manifest.encoder, hashes)
+    assert main([str(output), *options[:-1], str(tmp_path / "again")]) == 0, "its whole depth is 1"
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ("--depth 3", "--depth 3: tiny-bert was trained for 1, 2"),
+        ("--dim 8", "--dim is 8: tiny-bert was trained for 16"),
+    ],
+)
+def test_what_an_elastic_encoder_was_not_trained_for_is_refused_by_name(elastic, tmp_path, capsys, option, problem):
+    assert main([str(elastic[1]), *option.split(), "--output", str(tmp_path / "bundle")]) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_cut_a_whitening_and_bits_keep_only_what_was_trained(elastic):
+    whole = replace(elastic[0], spec=replace(elastic[0].spec, trained_dims=(12, 16), trained_depths=(1,)))
+    for options, dims, depths in (
+        (HeadOptions(dim=16), (12,), (1,)),
+        (HeadOptions(vector_type=VectorType.BINARY), (16,), (1,)),
+        (HeadOptions(whiten=tuple(map(str, range(100))), whiten_dim=4), (), ()),
+    ):
+        spec = extend_head(whole, options)[0].spec
+        assert (spec.trained_dims, spec.trained_depths) == (dims, depths)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +196,7 @@ def test_quality_before_and_after_is_in_the_report_and_the_card(tiny_bert, tiny_
         (["{tiny}", "--pooling", "mean", "--parity-texts", "missing.txt"], "missing.txt cannot be read"),
         (["{tiny}", "--pooling", "mean", "--layers", "first"], "--layers first: must be numbers"),
         (["{tiny}", "--pooling", "mean", "--layers", "1,9"], "no layer 9"),
+        (["{tiny}", "--pooling", "mean", "--depth", "1"], "was trained for 2 alone: tune.py --depths"),
         (["{tiny}", "--ditto", "1"], "--ditto 1: must be LAYER:HEAD"),
         (["{tiny}", "--pooling", "mean", "--dim", "33"], "--dim is 33: the vectors have 32"),
         (["{tiny}", "--pooling", "mean", "--whiten-dim", "4"], "pass --whiten CORPUS"),

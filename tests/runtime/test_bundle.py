@@ -29,12 +29,25 @@ def test_manifest_survives_the_round_trip(make_bundle, make_artifact):
         ({"pad_to": 64}, "set it for mean_padded only"),
         ({"max_tokens": 2}, "max_tokens is 2"),
         ({"pooling": ...}, "missing pooling"),
+        ({"trained_dims": [4, 2]}, "trained_dims is \\[4, 2\\]: it must hold ascending positive numbers"),
+        ({"trained_dims": [2, 8]}, "trained_dims holds 8: vectors have 8 components"),
+        ({"trained_depths": [0]}, "trained_depths is \\[0\\]"),
     ],
 )
 def test_the_reader_is_strict(change, message):
     data = {name: value for name, value in {**bundle.to_json(SPEC), **change}.items() if value is not ...}
     with pytest.raises(BundleError, match=message):
         bundle.from_json(bundle.EncoderSpec, data, "encoder.json")
+
+
+def test_fields_that_were_added_later_are_in_a_file_only_where_they_say_something():
+    old = bundle.to_json(SPEC)
+    assert not {"trained_dims", "trained_depths"} & old.keys()
+    assert bundle.from_json(bundle.EncoderSpec, old, "encoder.json") == SPEC
+    elastic = replace(SPEC, trained_dims=(4,), trained_depths=(1, 2))
+    assert bundle.to_json(elastic) == {**old, "trained_dims": [4], "trained_depths": [1, 2]}
+    assert bundle.from_json(bundle.EncoderSpec, bundle.to_json(elastic), "encoder.json") == elastic
+    assert bundle.fingerprint(elastic, FILES) == bundle.fingerprint(SPEC, FILES), "the vectors are the same"
 
 
 def test_no_bundle_a_broken_manifest_and_one_that_points_outside_are_clear_errors(make_bundle, tmp_path):

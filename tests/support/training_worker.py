@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[Recipe, Sequence[Example], dict[str, Any]]] = {
     "negatives": (Recipe.SENTENCE, TRIPLETS, {"lora": 4}),
     "angle": (Recipe.SCORED, PAIRS, {"objective": Objective.ANGLE, "train_layers": 1}),
     "teacher": (Recipe.TEACHER, ANIMALS, {}),
+    "elastic": (Recipe.SENTENCE, SHARED_TEXTS, {"matryoshka": (8,), "depths": (1,)}),
 }
 
 

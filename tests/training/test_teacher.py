@@ -118,7 +118,7 @@ def test_a_dense_layer_is_read_by_sentence_transformers(taught, tmp_path, monkey
     ("options", "message"),
     [
         ("--objective mirror", "--objective mirror has no teacher: drop --teacher"),
-        ("--teacher ./absent", "--teacher ./absent must be an encoder that records its pooling"),
+        ("--teacher ./absent", "the teacher ./absent must be an encoder that records its pooling"),
         ("--pairs", "line 1: a pair is two texts"),
         ("--scored-pairs --pairs", "--pairs, --scored-pairs, --triplets and --entailment exclude each other"),
     ],

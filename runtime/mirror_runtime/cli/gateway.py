@@ -62,7 +62,7 @@ def gateway(
         list[int] | None,
         typer.Option(
             help="A shorter vector that requests may choose, such as 128 of 384; may be repeated. Only for encoders "
-            "that were tuned for it (Matryoshka). By default, requests for fewer dimensions are refused."
+            "that were tuned for it (Matryoshka). By default, those that the model records, and no others."
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Maximum texts per request.")] = LIMITS.max_batch,

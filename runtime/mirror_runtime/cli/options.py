@@ -84,7 +84,7 @@ DimensionsOption: TypeAlias = Annotated[
     list[int] | None,
     typer.Option(
         help="A shorter vector that requests may choose, such as 128 of 384; may be repeated. Only for encoders that "
-        "were tuned for it (Matryoshka). By default, requests for fewer dimensions are refused."
+        "were tuned for it (Matryoshka). By default, those that the bundle records, and no others."
     ),
 ]
 InstancesOption: TypeAlias = Annotated[

@@ -181,7 +181,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             id=settings.model,
             created=created,
             fingerprint=card.fingerprint,
-            dimensions=[*settings.dimensions, card.dim],
+            dimensions=list(service.dimensions),
             max_tokens=card.max_tokens,
         )
 
@@ -206,7 +206,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             model=settings.model,
             fingerprint=card.fingerprint,
             dim=card.dim,
-            dimensions=[*settings.dimensions, card.dim],
+            dimensions=list(service.dimensions),
             max_tokens=card.max_tokens,
             prompts=list(card.prompts or ()),
             normalized=card.normalized,

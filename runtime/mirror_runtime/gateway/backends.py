@@ -19,6 +19,7 @@ from mirror_runtime.client.protocol import ClientOptions, read_facts
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
 from mirror_runtime.packing import TOKEN_BUDGET
+from mirror_runtime.selection import AUTO
 
 _POLL_S = 0.5
 
@@ -38,6 +39,7 @@ class ModelCard:
     backend: str  # "in-process", or the server's address
     prompts: Mapping[str, str] | None = None  # by name; None if they are unknown, as behind Triton
     template: str | None = None  # text that the encoder itself puts around every text
+    dimensions: tuple[int, ...] = ()  # shorter vectors that it was trained for, as far as it records them
 
 
 class EncodingBackend(Protocol):
@@ -81,6 +83,7 @@ class InProcessBackend:
             backend="in-process",
             prompts=encoder.prompts,
             template=spec.template,
+            dimensions=spec.trained_dims,
         )
 
     async def encode(self, texts: Sequence[str]) -> Served:
@@ -151,12 +154,17 @@ def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
             engine=parameters["engine"],
             precision=parameters["precision"],
             backend=f"triton {options.protocol}://{options.address}",
+            dimensions=_dimensions(parameters.get("dimensions", AUTO)),
         )
     except KeyError as error:
         raise ServerError(
             f"the configuration of model {options.model!r} at {options.address} has no {error.args[0]}: "
             "write its repository again with export/to_triton.py"
         ) from error
+
+
+def _dimensions(stated: str) -> tuple[int, ...]:
+    return () if stated == AUTO else tuple(map(int, stated.split(",")))
 
 
 def _check_vector_type(vector_type: VectorType) -> None:

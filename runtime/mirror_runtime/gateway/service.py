@@ -21,7 +21,7 @@ from mirror_runtime.gateway.errors import Refusal, refusal_of, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.scheduler import Scheduler
 from mirror_runtime.gateway.settings import GatewaySettings
-from mirror_runtime.vectors import cut
+from mirror_runtime.vectors import check_cuts, cut
 
 FRESH_S = 1.0
 """How long a success or failure counts: one probe a second costs nothing, however many clients check."""
@@ -49,7 +49,7 @@ class GatewayService:
     """Encodes requests within the gateway's limits. `draining` is true when the gateway is about to stop."""
 
     def __init__(self, backend: EncodingBackend, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
-        settings.check_dimensions(backend.card.dim)
+        check_cuts(settings.dimensions, backend.card.dim, backend.card.dimensions)
         self.backend = backend
         self.settings = settings
         self.metrics = metrics
@@ -58,6 +58,12 @@ class GatewayService:
         self._outcome_at = -FRESH_S
         self._problem: Exception | None = None
         self._probing = asyncio.Lock()
+
+    @property
+    def dimensions(self) -> tuple[int, ...]:
+        """What a request's `dimensions` may be; the last is the whole vector."""
+        card = self.backend.card
+        return (*(self.settings.dimensions or card.dimensions), card.dim)
 
     async def encode(
         self,
@@ -126,8 +132,8 @@ class GatewayService:
             raise Refusal(
                 413, "batch_too_large", f"{count} texts in one request: at most {settings.max_batch}", param="input"
             )
-        if dimensions not in (None, *settings.dimensions):
-            allowed = ", ".join(map(str, (*settings.dimensions, card.dim)))
+        if dimensions not in (None, *self.dimensions):
+            allowed = ", ".join(map(str, self.dimensions))
             raise Refusal(
                 400,
                 "dimensions_not_allowed",

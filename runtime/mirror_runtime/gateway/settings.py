@@ -22,8 +22,8 @@ class GatewaySettings:
 
     Attributes:
         model: the name that requests must pass as `model`.
-        dimensions: shorter vectors that requests may choose: the first N components. Only for encoders that
-            were tuned for it.
+        dimensions: shorter vectors that requests may choose: the first N components. Empty for those that the model
+            records that it was trained for.
         keys: API keys, each of which opens the gateway; empty for an open gateway.
         max_batch: maximum texts per request.
         max_in_flight: maximum texts accepted and not yet answered, over all requests of at most one slice (see
@@ -81,12 +81,6 @@ class GatewaySettings:
             )
         if not self.model:
             raise InputError("the model's name is empty: pass --model-name")
-
-    def check_dimensions(self, dim: int) -> None:
-        """Check that the shorter vectors are shorter than the encoder's."""
-        wrong = [cut for cut in self.dimensions if not 0 < cut < dim]
-        if wrong:
-            raise InputError(f"--dimensions {wrong[0]}: this encoder's vectors have {dim}; choose 1 to {dim - 1}")
 
 
 def hosts_allowed_at(host: str, named: Sequence[str]) -> tuple[str, ...]:

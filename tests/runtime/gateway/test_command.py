@@ -46,7 +46,11 @@ def test_the_options_of_the_encoder_reach_it(refused, gateway_bundle, monkeypatc
 
 def test_impossible_limits_and_int8_vectors_are_refused(refused, gateway_bundle, tmp_path):
     fake = (gateway_bundle, "--engine", "fake", "--port", 0)
-    assert "--dimensions 8: this encoder's vectors have 8; choose 1 to 7" in refused(*fake, "--dimensions", 8)
+    assert "--dimensions 8: this encoder's vectors have 8; choose fewer" in refused(*fake, "--dimensions", 8)
+    elastic = changed_bundle(gateway_bundle, tmp_path / "elastic", trained_dims=[2, 4])
+    assert "--dimensions 3: this encoder was trained for 2, 4" in refused(
+        elastic, "--engine", "fake", "--port", 0, "--dimensions", 3
+    )
     assert "less than the 100 texts" in refused(*fake, "--max-batch", 100, "--max-in-flight", 50)
     int8 = changed_bundle(gateway_bundle, tmp_path / "int8", vector_type="int8", int8_scale=0.01)
     assert "gives int8 vectors, which" in refused(int8, "--engine", "fake", "--port", 0)

@@ -31,6 +31,13 @@ def gateway(gateway_bundle):
         yield gateway
 
 
+def test_an_encoder_that_records_what_it_was_trained_for_allows_exactly_that(gateway_bundle, tmp_path):
+    with running(changed_bundle(gateway_bundle, tmp_path / "elastic", trained_dims=[2, 4])) as gateway:
+        assert gateway.send("GET", "/info").json["dimensions"] == [2, 4, 8]
+        assert len(gateway.embed("a", dimensions=2).json["data"][0]["embedding"]) == 2
+        assert "may have 2, 4, 8" in gateway.embed("a", dimensions=3).json["error"]["message"]
+
+
 def test_tei_returns_bare_vectors_and_refuses_texts_that_it_must_not_truncate(gateway):
     one = gateway.send("POST", "/embed", {"inputs": "a text"})
     many = gateway.send("POST", "/embed", {"inputs": ["a text", "b"], "normalize": True, "truncate": True})

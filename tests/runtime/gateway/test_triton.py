@@ -51,6 +51,9 @@ def test_the_card_is_read_from_the_configuration_once_the_server_is_up(server, m
     card = fetch_card(OPTIONS)
     assert (card.model, card.fingerprint, card.dim, card.max_tokens) == ("some/encoder", "first", 4, 64)
     assert (card.normalized, card.engine, card.precision, card.prompts) == (True, "openvino", "bf16", None)
+    assert card.dimensions == ()
+    server.parameters["dimensions"] = "1,2"
+    assert fetch_card(OPTIONS).dimensions == (1, 2)
     monkeypatch.setattr(backends, "_POLL_S", 0.01)
     server.calls = 0
     server.refusals = [UnavailableError("away")] * 3

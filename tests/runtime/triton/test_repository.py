@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -84,6 +85,11 @@ def test_the_configuration_of_the_model():
     assert config.instance_group[0].count == 3
     parameters = parameters_of(config)
     assert ServingOptions.of_parameters(parameters, config.max_batch_size) == options
+    elastic = replace(MINILM, encoder=replace(MINILM.encoder, trained_dims=(64, 128)))
+    for chosen, allowed in (((), "64,128"), ((64,), "64")):
+        assert parameters_of(parsed(render_config(elastic, ServingOptions(dimensions=chosen))))["dimensions"] == allowed
+    with pytest.raises(InputError, match="--dimensions 32: this encoder was trained for 64, 128"):
+        render_config(elastic, ServingOptions(dimensions=(32,)))
 
 
 def test_any_path_survives_the_configuration_and_warmup_is_length_prefixed_text_that_fits():

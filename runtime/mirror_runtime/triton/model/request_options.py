@@ -10,6 +10,7 @@ from typing import Any
 from mirror_runtime.bundle import EncoderSpec, VectorType
 from mirror_runtime.errors import InputError
 from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.vectors import check_cuts
 
 KNOWN = ("dimensions", "prompt", "truncate")
 LONGEST_PROMPT = 1000
@@ -69,12 +70,8 @@ def _dimensions(value: object, spec: EncoderSpec, trained: Collection[int]) -> i
 
 
 def check_trained(trained: Collection[int], spec: EncoderSpec) -> None:
-    """Check that vectors can be cut to each of these dimensions; an `InputError` names the first wrong one."""
-    multiple = 8 if spec.vector_type is VectorType.BINARY else 1
-    for number in trained:
-        if not 0 < number < spec.dim or number % multiple:
-            what = ", a multiple of 8" if multiple > 1 else ""
-            raise InputError(f"--dimensions {number}: this encoder's vectors have {spec.dim}; choose fewer{what}")
+    """Check that vectors can be cut to each of these dimensions, see `check_cuts`."""
+    check_cuts(trained, spec.dim, spec.trained_dims, multiple=8 if spec.vector_type is VectorType.BINARY else 1)
 
 
 def _prompt(value: object, spec: EncoderSpec) -> str:

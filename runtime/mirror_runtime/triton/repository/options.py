@@ -47,8 +47,8 @@ class ServingOptions:
         instances: processes that run the model, each on its own share of the cores.
         max_tokens_in_flight: most tokens of accepted, unanswered requests in all instances together; more are rejected.
         backend: runs the graph.
-        dimensions: shorter vectors that requests may choose, as numbers of leading components. Only for encoders that
-            were trained for them (Matryoshka), which nothing in a bundle tells.
+        dimensions: shorter vectors that requests may choose, as numbers of leading components; empty for those that
+            the encoder records that it was trained for (Matryoshka).
         invariant: make a text's vector equal to the bit whatever else is encoded, see `Encoder.load`.
     """
 

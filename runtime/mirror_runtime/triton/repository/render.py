@@ -79,6 +79,7 @@ model_warmup [
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
     """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`."""
+    options = replace(options, dimensions=options.dimensions or manifest.encoder.trained_dims)
     check_trained(options.dimensions, manifest.encoder)
     parameters = {
         "bundle": bundle,

@@ -1,0 +1,105 @@
+"""The table of a static twin: token vectors whose mean is nearest to a teacher's vectors, by ridge regression.
+
+The vector of a text of n tokens is the sum of their rows, divided by n. For a corpus that is a product X W of a sparse
+matrix of counts and the table, so the table that is nearest to the teacher's vectors Y is a linear least-squares
+problem: min |X W - Y|² + ridge |W - P|². The prior P holds the teacher's vector of each token alone, weighted by
+a / (a + its frequency) (SIF, Arora et al. 2017): it decides where the corpus says little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from mirror_runtime.extras import require
+
+FloatArray = NDArray[np.float32]
+
+RARE = 1e-3
+"""SIF's a: a token of this share of all tokens has half the weight of the rarest. 1e-2 and 1e-4 were worse (MiniLM)."""
+
+ITERATIONS, TOLERANCE = 60, 1e-3
+"""Of the conjugate gradients."""
+
+NEAREST = 10
+
+
+def share_matrix(tokenizer: Tokenizer, texts: Sequence[str], limit: int, size: int) -> Any:
+    """Return each token's share of each text, a sparse float32 matrix [texts, size] whose rows sum to 1, or to 0."""
+    rows = [encoding.ids[:limit] for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    lengths = np.array([len(row) for row in rows])
+    shares = np.repeat(1 / np.maximum(lengths, 1), lengths).astype(np.float32)
+    ids = np.fromiter((token for row in rows for token in row), np.int32, int(lengths.sum()))
+    found = require("scipy.sparse", "train").csr_matrix(
+        (shares, ids, np.concatenate([[0], lengths.cumsum()])), (len(rows), size)
+    )
+    found.sum_duplicates()
+    return found
+
+
+def weighted_prior(alone: FloatArray, shares: Any, vectors: FloatArray) -> FloatArray:
+    """Weight each token's own vector by its frequency, and scale all to the length of the texts' vectors.
+
+    Args:
+        alone: the teacher's vector of each token, [size, dim].
+        shares: see `share_matrix`.
+        vectors: the teacher's vectors of the texts, [texts, dim].
+    """
+    frequency = (np.asarray(shares.sum(axis=0)).ravel() + 1) / (shares.shape[0] + shares.shape[1])
+    prior: FloatArray = alone * (RARE / (RARE + frequency)).astype(np.float32)[:, None]
+    guess = shares @ prior
+    return prior * np.float32((guess * vectors).sum() / max((guess * guess).sum(), 1e-12))
+
+
+def fit_table(
+    shares: Any, vectors: FloatArray, prior: FloatArray, ridge: float, on_progress: Callable[[int, int], None]
+) -> FloatArray:
+    """Return the table, float32 [size, dim]; tokens that do not occur keep their prior.
+
+    Memory: about eight arrays of the size of the occurring tokens' rows.
+    """
+    linalg = require("scipy.sparse.linalg", "train")
+    occurring = np.unique(shares.indices)
+    shares = shares[:, occurring]
+    turned = shares.T.tocsr()
+    wanted = turned @ (vectors - shares @ prior[occurring])
+    done = 0
+
+    def product(flat: FloatArray) -> FloatArray:
+        rows = flat.reshape(wanted.shape)
+        result: FloatArray = (turned @ (shares @ rows) + np.float32(ridge) * rows).ravel()
+        return result
+
+    def on_iteration(_: FloatArray) -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, ITERATIONS)
+
+    # All columns are one vector to the library: their problems share the matrix, and so converge alike.
+    operator = linalg.LinearOperator((wanted.size, wanted.size), matvec=product, dtype=np.float32)
+    change, _ = linalg.cg(operator, wanted.ravel(), rtol=TOLERANCE, maxiter=ITERATIONS, callback=on_iteration)
+    table = prior.copy()
+    table[occurring] += change.reshape(wanted.shape)
+    return table
+
+
+def principal_axes(shares: Any, table: FloatArray, width: int) -> FloatArray:
+    """Return the axes [dim, width] that keep most of the texts' vectors; not centred, as cosines are not."""
+    vectors = shares @ table
+    _, axes = np.linalg.eigh(vectors.T @ vectors)  # ascending
+    return np.ascontiguousarray(axes[:, ::-1][:, :width])
+
+
+def agreement(twins: FloatArray, own: FloatArray, documents: FloatArray) -> tuple[float, float]:
+    """Compare twins' vectors with the teacher's `own` of the same texts, all of unit length.
+
+    Returns:
+        The mean cosine, and the mean share of the teacher's ten nearest documents that the twin's vector finds too.
+    """
+    nearest = [np.argsort(-(vectors @ documents.T), axis=1)[:, :NEAREST] for vectors in (twins, own)]
+    kept = [len({*a} & {*b}) / len(a) for a, b in zip(*(rows.tolist() for rows in nearest), strict=True)]
+    return float((twins * own).sum(axis=1).mean()), float(np.mean(kept))
