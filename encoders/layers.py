@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ Attention = Callable[
 """(query, key, value [R, heads, L, head dim], mask, dropout module, factor of the scores) -> (context of the same shape
 as query, probabilities [R, heads, L, L] or None)."""
 
-Rotations = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Cosines and sines of each position, float [positions, head dim], by the kind of layer."""
+PositionTables = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""What positions contribute that no text changes. Rotary: cosines and sines, float [positions, head dim], by kind of
+layer. Disentangled: keys and queries of all distances, float [heads, head dim, 2 x span], by the layer's number."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ class _Rows:
     key_heads: int  # heads of keys and values
     mask: torch.Tensor  # with the bias of relative positions
     masks: dict[tuple[bool, int | None], torch.Tensor]  # by causal and window: with what such layers hide
-    rotations: Rotations  # of each slot, [R, 1, L, head dim]
-    # Table of distances, float [2 x span, width], and the row of each pair, query before key, int64 [L, L]
-    disentangled: tuple[torch.Tensor, torch.Tensor] | None
+    kinds: Sequence[str]  # of layers
+    rotations: PositionTables  # of each slot, [R, 1, L, head dim]
+    # Tables of distances, and the column of each pair, query before key, int64 [L, L]
+    disentangled: tuple[PositionTables, torch.Tensor] | None
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -83,7 +85,7 @@ def hidden_states(
     attentions_of: int | None = None,
     pick: Pick | None = None,
     attention: Attention | None = None,
-    rotations: Rotations | None = None,
+    tables: PositionTables | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Run an encoder over rows that hold one or several texts each.
 
@@ -99,7 +101,7 @@ def hidden_states(
         pick: selects positions of the last layer's output; the others are not computed.
         attention: how to attend. None means `fused_attention` with a Boolean mask, and with a floating one
             `plain_attention`, whose matrix products engines recognise. Layer `attentions_of` always uses the latter.
-        rotations: of all positions, see `rotations_of`; None computes them.
+        tables: of all positions, see `position_tables`; None computes them.
 
     Returns:
         Like Hugging Face's `hidden_states`: float [R, L, dim] of the embeddings and of each layer (the last one
@@ -107,16 +109,15 @@ def hidden_states(
     """
     family = FAMILIES[model.config.model_type]
     layers, names = layers_of(model), layer_names(model)
-    kinds = getattr(model.config, "layer_types", None) or [""] * len(layers)
     attend = attention or (fused_attention if mask.dtype is torch.bool else plain_attention)
-    rows = _shared(model, family, position_ids, mask, rotations)
+    rows = _shared(model, family, position_ids, mask, tables)
     states = [_embed(model, family, input_ids, position_ids, token_type_ids)]
     probabilities = None
-    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+    for index, layer in enumerate(layers):
         state, weights = _run_layer(
             layer,
             names,
-            kind,
+            index,
             rows,
             states[-1],
             plain_attention if index == attentions_of else attend,
@@ -154,15 +155,21 @@ def fused_attention(
     return context, None
 
 
-def rotations_of(model: Any, positions: int) -> Rotations:
-    """Compute what rotary positions 0 to `positions` - 1 multiply queries and keys by; empty for other families.
+def position_tables(model: Any, positions: int) -> PositionTables:
+    """Compute the tables of positions 0 to `positions` - 1; empty for families without such positions."""
+    family = FAMILIES[model.config.model_type]
+    if family.rotary is not None:
+        return _rotations(model, model.get_submodule(family.rotary), positions)
+    if family.disentangled is not None:
+        return _projected_distances(model, family)
+    return {}
+
+
+def _rotations(model: Any, rotary: nn.Module, positions: int) -> PositionTables:
+    """Compute what rotary positions multiply queries and keys by.
 
     Computed in fp32: half precision does not hold the product of a position and a frequency.
     """
-    path = FAMILIES[model.config.model_type].rotary
-    if path is None:
-        return {}
-    rotary = model.get_submodule(path)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for kind in sorted(set(getattr(model.config, "layer_types", None) or [""])):
         own = hasattr(rotary, f"{kind}_inv_freq")
@@ -175,20 +182,41 @@ def rotations_of(model: Any, positions: int) -> Rotations:
     return found
 
 
+def _projected_distances(model: Any, family: Family) -> PositionTables:
+    """Project DeBERTa's table of distances by each layer, as keys and as queries."""
+    table, names = model.get_submodule(family.disentangled).weight, layer_names(model)
+    table = _steps(model, tuple(filter(None, (family.disentangled_norm,))), table)
+
+    def project(layer: nn.Module, own: str | None, shared: str, distances: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = (_optional(layer, own) or layer.get_submodule(shared))(distances)
+        return projected.view(len(table), model.config.num_attention_heads, -1).permute(1, 2, 0)
+
+    found = {}
+    for index, layer in enumerate(layers_of(model)):
+        kept = _apply(layer, names.position_dropout, table)
+        found[str(index)] = (
+            project(layer, names.position_key, names.key, kept),
+            project(layer, names.position_query, names.query, kept),
+        )
+    return found
+
+
 def _shared(
-    model: Any, family: Family, position_ids: torch.Tensor, mask: torch.Tensor, rotations: Rotations | None
+    model: Any, family: Family, position_ids: torch.Tensor, mask: torch.Tensor, tables: PositionTables | None
 ) -> _Rows:
     length, config = position_ids.shape[1], model.config
     if family.relative_bias is not None:
         mask = _add_bias(mask, _relative_bias(model.get_submodule(family.relative_bias), length, mask.device))
-    tables = (rotations_of(model, length) if rotations is None else rotations).items()
+    tables = position_tables(model, length) if tables is None else tables
+    rotary = tables.items() if family.rotary is not None else ()
     return _Rows(
         heads=config.num_attention_heads,
         key_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         mask=mask,
         masks={},
-        rotations={kind: (c[position_ids][:, None], s[position_ids][:, None]) for kind, (c, s) in tables},
-        disentangled=None if family.disentangled is None else _disentangled(model, family, length),
+        kinds=getattr(config, "layer_types", None) or [""] * len(layers_of(model)),
+        rotations={kind: (c[position_ids][:, None], s[position_ids][:, None]) for kind, (c, s) in rotary},
+        disentangled=(tables, _distance_columns(model, family, length)) if family.disentangled is not None else None,
     )
 
 
@@ -243,13 +271,13 @@ def _skip_padding(input_ids: torch.Tensor, position_ids: torch.Tensor, padding: 
 def _run_layer(
     layer: nn.Module,
     names: Layer,
-    kind: str,
+    index: int,
     rows: _Rows,
     hidden: torch.Tensor,
     attend: Attention,
     pick: Pick | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    module = layer.get_submodule
+    module, kind = layer.get_submodule, rows.kinds[index]
     inputs = _cast_once(_apply(layer, names.attention_residual.pre_norm, hidden))
     residual, query_inputs, mask = hidden, inputs, _visible(rows, module(names.attention))
     # OpenVINO 2026.4 rotates wrongly in fp32 where as many tokens are selected as there are heads (2026-11-30).
@@ -266,7 +294,8 @@ def _run_layer(
     scale = getattr(module(names.attention), "scaling", query.shape[-1] ** -0.5)
     if rows.disentangled is not None:
         scale = (3 * query.shape[-1]) ** -0.5
-        mask = _add_bias(mask, _position_scores(layer, names, rows.disentangled, query, key, pick) * scale)
+        tables, columns = rows.disentangled
+        mask = _add_bias(mask, _position_scores(*tables[str(index)], columns, query, key, pick) * scale)
     context, weights = attend(query, key, value, mask, _dropout(layer, names.attention_dropout), scale)
     context = context.transpose(1, 2).flatten(2)
     if pick is not None and late:
@@ -365,43 +394,35 @@ def _visible(rows: _Rows, attention: nn.Module) -> torch.Tensor:
     return rows.masks[causal, window]
 
 
-def _disentangled(model: Any, family: Family, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return DeBERTa's table of distances, and its row for each pair of slots."""
+def _distance_columns(model: Any, family: Family, length: int) -> torch.Tensor:
+    """Return the column of DeBERTa's tables of distances for each pair of slots, int64 [length, length]."""
     config, table = model.config, model.get_submodule(family.disentangled).weight
-    norm = _optional(model, family.disentangled_norm)
     furthest = max(config.max_relative_positions, 0) or config.max_position_embeddings
     span = len(table) // 2
     # A constant of the graph, as in `_relative_bias`.
     size = getattr(config, "position_buckets", 0)
     buckets = [disentangled_bucket(distance, size, furthest) for distance in range(-furthest, furthest + 1)]
-    rows = torch.tensor([min(max(bucket + span, 0), 2 * span - 1) for bucket in buckets], device=table.device)
+    columns = torch.tensor([min(max(bucket + span, 0), 2 * span - 1) for bucket in buckets], device=table.device)
     before = (-_distances(length, table.device)).clamp(-furthest, furthest)
-    return table if norm is None else norm(table), rows[before + furthest]
+    return columns[before + furthest]
 
 
 def _position_scores(
-    layer: nn.Module,
-    names: Layer,
-    disentangled: tuple[torch.Tensor, torch.Tensor],
+    position_keys: torch.Tensor,
+    position_queries: torch.Tensor,
+    columns: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     pick: Pick | None,
 ) -> torch.Tensor:
     """Return the scores of text with position and of position with text, [R, heads, queries, L] (DeBERTa, section 3.1).
 
-    Both read the same row of the table: buckets are odd functions of the distance.
+    Both read the same column of their table: buckets are odd functions of the distance.
     """
-    table, index = disentangled
-    table, heads = _apply(layer, names.position_dropout, table), query.shape[1]
-    index = index.expand(len(query), 1, -1, -1)
-    index = (index if pick is None else pick(index)).expand(-1, heads, -1, -1)
-
-    def project(own: str | None, shared: str) -> torch.Tensor:
-        projected: torch.Tensor = (_optional(layer, own) or layer.get_submodule(shared))(table)
-        return projected.view(len(table), heads, -1).permute(1, 2, 0)
-
-    to_position = torch.matmul(query, project(names.position_key, names.key)).gather(-1, index)
-    by_key = torch.matmul(key, project(names.position_query, names.query)).gather(-1, index.transpose(2, 3))
+    columns = columns.expand(len(query), 1, -1, -1)
+    columns = (columns if pick is None else pick(columns)).expand(-1, query.shape[1], -1, -1)
+    to_position = torch.matmul(query, position_keys).gather(-1, columns)
+    by_key = torch.matmul(key, position_queries).gather(-1, columns.transpose(2, 3))
     return to_position + by_key.transpose(2, 3)
 
 

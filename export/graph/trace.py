@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from encoders.families import FAMILIES
-from encoders.layers import BLOCKED, Pick, Rotations, hidden_states, rotations_of
+from encoders.layers import BLOCKED, Pick, PositionTables, hidden_states, position_tables
 from encoders.reference import Reference
 from export.graph.heads import Head, Segments
 from mirror_runtime.bundle import TOKENS_PER_SLOT, EncoderSpec, Layout, TensorSpec
@@ -79,7 +79,7 @@ def padded_states(
     token_type_ids: torch.Tensor | None = None,
     *,
     attentions_of: int | None = None,
-    rotations: Rotations | None = None,
+    tables: PositionTables | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Run `hidden_states` on rows of one text each: see `PaddedEncoder.forward`."""
     return hidden_states(
@@ -89,7 +89,7 @@ def padded_states(
         torch.where(attention_mask.to(torch.bool)[:, None, None, :], 0.0, BLOCKED),
         token_type_ids=token_type_ids,
         attentions_of=attentions_of,
-        rotations=rotations,
+        tables=tables,
     )
 
 
@@ -102,7 +102,7 @@ def packed_states(
     padding: torch.Tensor | None = None,
     attentions_of: int | None = None,
     pick: Pick | None = None,
-    rotations: Rotations | None = None,
+    tables: PositionTables | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Run `hidden_states` on rows of several texts each: see `PackedEncoder.forward`.
 
@@ -114,26 +114,28 @@ def packed_states(
     if padding is not None:
         visible = visible & ~padding[:, None, None, :]
     mask = torch.where(visible, 0.0, BLOCKED)
-    return hidden_states(
-        model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick, rotations=rotations
-    )
+    return hidden_states(model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick, tables=tables)
 
 
-class RotaryPositions(nn.Module):
-    """Rotations of all positions that a text may have, as constants: engines may compute them in half precision."""
+class Positions(nn.Module):
+    """The tables of all positions that a text may have, as constants: engines would compute them in half precision.
+
+    Disentangled ones are projected here, so that each projection of the graph reads text alone, which int8 can scale.
+    """
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
         positions = -(-max(reference.spec.max_tokens, reference.spec.pad_to or 0) // TABLE_STEP) * TABLE_STEP
-        for kind, tables in rotations_of(reference.model, positions).items():
-            for name, table in zip(("cosines", "sines"), tables, strict=True):
-                self.register_buffer(f"{kind}_{name}", table)
+        with torch.no_grad():
+            tables = position_tables(reference.model, positions)
+        self._names = tuple(tables)
+        for name, parts in tables.items():
+            for part, table in enumerate(parts):
+                self.register_buffer(f"{name}_{part}", table.contiguous())
 
-    def forward(self) -> Rotations:
-        """Return the tables by the kind of layer."""
-        tables = dict(self.named_buffers())
-        kinds = [name.removesuffix("_cosines") for name in tables if name.endswith("_cosines")]
-        return {kind: (tables[f"{kind}_cosines"], tables[f"{kind}_sines"]) for kind in kinds}
+    def forward(self) -> PositionTables:
+        """Return the tables: see `position_tables`."""
+        return {name: (self.get_buffer(f"{name}_0"), self.get_buffer(f"{name}_1")) for name in self._names}
 
 
 class PaddedEncoder(nn.Module):
@@ -143,7 +145,7 @@ class PaddedEncoder(nn.Module):
         super().__init__()
         self.encoder = reference.model
         self.head = Head(reference)
-        self.rotations = RotaryPositions(reference)
+        self.tables = Positions(reference)
         self.pad_id: int | None = reference.tokenizer.pad_token_id
 
     def forward(
@@ -175,7 +177,7 @@ class PaddedEncoder(nn.Module):
             attention_mask,
             token_type_ids,
             attentions_of=self.head.attentions_of,
-            rotations=self.rotations(),
+            tables=self.tables(),
         )
         vectors = self.head(states, segments, pruned=False, probabilities=probabilities)[:, 0]
         return states[-1][:, :length], vectors
@@ -188,7 +190,7 @@ class PackedEncoder(nn.Module):
         super().__init__()
         self.encoder = reference.model
         self.head = Head(reference)
-        self.rotations = RotaryPositions(reference)
+        self.tables = Positions(reference)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
         """Encode packed rows.
@@ -215,7 +217,7 @@ class PackedEncoder(nn.Module):
             padding=padding,
             attentions_of=self.head.attentions_of,
             pick=pick,
-            rotations=self.rotations(),
+            tables=self.tables(),
         )
         vectors: torch.Tensor = self.head(states, segments, pruned=pick is not None, probabilities=probabilities)
         return vectors

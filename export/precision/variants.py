@@ -70,11 +70,6 @@ def write_variant(
         raise EngineError(
             f"{precision.value} of a static encoder is not supported: it has no matrix product to make faster"
         )
-    if precision is not Precision.BF16 and FAMILIES[spec.family].disentangled is not None:
-        raise EngineError(
-            f"{precision.value} of the family {spec.family} is not supported: its projections also read positions, "
-            "which have no scales, and its fp16 graph was not proven within minutes"
-        )
     if precision in HALVES:
         for layout, name in variant.files.items():
             path = graphs[layout].path.with_name(name)

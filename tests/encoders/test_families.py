@@ -22,6 +22,7 @@ from encoders.layers import disentangled_bucket, hidden_states, layer_names, lay
 from encoders.reference import Reference, eager_attention
 from encoders.source import resolve
 from encoders.write import write_layout
+from export.graph.trace import Positions
 from mirror_runtime.bundle import TOKENIZER_FILE, Pooling
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
@@ -81,6 +82,24 @@ def test_packed_equals_hugging_face(reference: Reference, tiny_encoder: Make, fa
     # The first token of a causal encoder sees no other.
     assert differ(expected[0], expected[1]) or (family, pooling) == ("qwen3", Pooling.CLS)
     assert pooling is Pooling.MEAN_PADDED or len(packed.input_ids) < len(TEXTS)
+
+
+@pytest.mark.parametrize("family", [name for name in MODELS if FAMILIES[name].windowed])
+def test_texts_longer_than_a_window_see_what_hugging_face_lets_them_see(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ("cat " * 60, "dog " * 40 + "cat", "cat", "a dog")
+    packed = rows(reference, texts)
+    assert len(packed.input_ids) < len(texts)
+    exact = encode_packed(reference.model, packed, Pooling.MEAN).detach().numpy()
+    np.testing.assert_allclose(exact, reference.encode(texts), atol=1e-5)
+    for module in reference.model.modules():
+        if getattr(module, "sliding_window", None):
+            monkeypatch.setattr(module, "sliding_window", None)
+    unbounded = encode_packed(reference.model, packed, Pooling.MEAN).detach().numpy()
+    assert differ(exact[0], unbounded[0])
+    assert differ(exact[1], unbounded[1])
+    np.testing.assert_allclose(exact[2:], unbounded[2:], atol=1e-5)
 
 
 @each_family
@@ -214,6 +233,23 @@ def test_folders_that_sentence_transformers_writes_are_read_as_it_means_them(
     found = Reference.load(resolve(str(tmp_path)))
     assert (found.spec.max_tokens, found.spec.normalize, len(found.spec.dense)) == (40, normalize, dense)
     np.testing.assert_allclose(found.encode(TEXTS), peer.encode(list(TEXTS)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "deberta-v2"])
+def test_tables_of_positions_replace_what_layers_compute_of_them(reference: Reference, family: str) -> None:
+    model, packed = reference.model, rows(reference, TEXTS[:6])
+    inputs = packed.input_ids, packed.position_ids, packed.attention_mask()
+    names, reads = layer_names(model), []
+    keys = [layer.get_submodule(names.qkv or names.key) for layer in layers_of(model)]
+    hooks = [key.register_forward_hook(lambda _, given, __: reads.append(given[0].shape[-2])) for key in keys]
+    with torch.inference_mode():
+        tables = Positions(reference)()
+        reads.clear()
+        states, _ = hidden_states(model, *inputs, tables=tables)
+        assert reads == [packed.input_ids.shape[1]] * len(keys)  # the text alone: int8 has scales for nothing else
+        torch.testing.assert_close(states[-1], hidden_states(model, *inputs)[0][-1], atol=1e-5, rtol=0)
+    for hook in hooks:
+        hook.remove()
 
 
 def test_every_family_with_layers_is_tested() -> None:

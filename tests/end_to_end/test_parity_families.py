@@ -19,13 +19,14 @@ fused projections and gates. These have the rest: positions with an offset and n
 grouped keys, RMSNorm. The forward pass that is traced equals Hugging Face's for every family
 (tests/encoders/test_families.py)."""
 
-TESTED = [(family, pooling) for family in MODELS for pooling in ("mean", "last" if family == "qwen3" else "cls")]
-TESTED = TESTED if os.environ.get("MIRROR_ALL_FAMILIES") else SUITE
-"""`MIRROR_ALL_FAMILIES=1` proves every family, also in bf16 (twelve minutes): see docs/reference/families.md."""
-
 PRECISIONS: tuple[Precision, ...] = (Precision.FP32,)
-if os.environ.get("MIRROR_ALL_FAMILIES") and has_bf16():
-    PRECISIONS += (Precision.BF16,)
+TESTED = SUITE
+if os.environ.get("MIRROR_ALL_FAMILIES"):  # see docs/reference/families.md
+    HEADS = ("mean", "cls", "weighted_mean")
+    TESTED = [
+        (family, head.replace("cls", "last" if family == "qwen3" else "cls")) for head in HEADS for family in MODELS
+    ]
+    PRECISIONS += (Precision.FP16, Precision.INT8, *((Precision.BF16,) if has_bf16() else ()))
 
 
 @pytest.mark.parity
