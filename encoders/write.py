@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from encoders.families import FAMILIES
+from encoders.rerankers import classifier_of
 from encoders.sentence_transformers import (
     ACTIVATION_CLASSES,
     LEGACY_POOLING_KEYS,
@@ -52,6 +53,7 @@ TRUNCATION_LEFTOVERS = (
 FOLDER_LEFTOVERS = ("is_local", "local_files_only", "name_or_path", "auto_map")
 """Keys that describe where the tokenizer was loaded from."""
 
+RERANKER_TAGS: tuple[str, ...] = ("sentence-transformers", "cross-encoder", "reranker")
 CARD_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings-inference")
 
 
@@ -80,8 +82,12 @@ def write_layout(
         prompts: by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, model)
+    _write_weights(folder, classifier_of(model, dense) if spec.scores_pairs else model)
     _write_tokenizer(folder, tokenizer, spec)
+    if spec.scores_pairs:  # a plain folder, which sentence-transformers' CrossEncoder reads
+        (folder / "README.md").write_text(_front_matter(spec) + card.strip() + "\n", encoding="utf-8")
+        write_json(spec, folder / ENCODER_FILE)
+        return
     for index, (described, layer) in enumerate(zip(spec.dense, dense, strict=True)):
         _write_dense(folder / dense_folder(index), described, layer.state_dict())
     lacking = beyond_sentence_transformers(spec)
@@ -103,7 +109,7 @@ def beyond_sentence_transformers(spec: EncoderSpec) -> str:
         return "a mean that leaves unknown tokens out (`model2vec`)"
     if spec.pooling is Pooling.MEAN_PADDED:
         return f"an average over the text padded to {spec.pad_to} tokens (`mean_padded`)"
-    if spec.pooling not in POOLING_MODES.values():
+    if spec.pooling not in (*POOLING_MODES.values(), Pooling.RERANK):
         return f"the pooling `{spec.pooling.value}`"
     if spec.layers != (-1,):
         return f"an average of layers {', '.join(map(str, spec.layers))}"
@@ -220,10 +226,12 @@ def _write_settings(folder: Path, spec: EncoderSpec, prompts: Mapping[str, str])
 def _front_matter(spec: EncoderSpec) -> str:
     unsupported = bool(beyond_sentence_transformers(spec))
     library = "transformers" if unsupported else "sentence-transformers"
-    lines = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
+    task = "text-ranking" if spec.scores_pairs else "sentence-similarity"
+    lines = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     if spec.revision is not None:  # only a hub name is a valid base_model there
         lines.append(f"base_model: {spec.base_model}")
-    tags = CARD_TAGS[1:3] if unsupported else CARD_TAGS
+    known = RERANKER_TAGS if spec.scores_pairs else CARD_TAGS
+    tags = CARD_TAGS[1:3] if unsupported else known
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", "", ""])
 
 
