@@ -47,7 +47,7 @@ def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
             an input of the pooling.
     """
     hidden = torch.stack([tokens.states[layer] for layer in spec.layers]).mean(dim=0)
-    if spec.pooling is Pooling.CLS:
+    if spec.pooling in (Pooling.CLS, Pooling.RERANK):
         return hidden[:, 0]
     if spec.pooling is Pooling.LAST:
         return hidden[torch.arange(len(hidden)), tokens.mask.sum(dim=1) - 1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,16 @@ from transformers.utils import logging as transformers_logging
 
 from encoders.families import FAMILIES
 from encoders.layers import layer_names, layers_of
-from encoders.pooling import Tokens, finish, load_dense, pool, project, rounded
+from encoders.pooling import Tokens, finish, load_dense, make_dense, pool, project, rounded
+from encoders.rerankers import CLASSIFIER, linear_layers
 from encoders.sentence_transformers import read_json, readable
 from encoders.source import ResolvedEncoder
 from encoders.static import load_static_model, load_static_tokenizer, unknown_token
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
+from mirror_runtime.pairs import items_for
+from mirror_runtime.tokenizer import Item
 
 HEADS = frozenset({"cls", "lm_head", "classifier", "score", "pooler", "head", "decoder", "predictions"})
 """Weights with these prefixes belong to heads that no encoder here uses."""
@@ -102,16 +105,17 @@ class Reference:
             BundleError: the forward pass needs a weight or a special token that is missing.
         """
         with readable(source.folder):
-            reference = cls(
-                model=load_model(source),
-                tokenizer=load_tokenizer(source),
-                spec=source.spec,
-                dense=tuple(
-                    load_dense(dense, folder) for dense, folder in zip(source.spec.dense, source.dense, strict=True)
-                ),
-            )
+            model, spec = load_model(source), source.spec
+            if spec.scores_pairs:
+                layers = zip(spec.dense, linear_layers(model), strict=True)
+                dense = [make_dense(one, layer.weight, layer.bias) for one, layer in layers]
+                model = cast(PreTrainedModel, model.base_model)
+            else:
+                dense = [load_dense(one, folder) for one, folder in zip(spec.dense, source.dense, strict=True)]
+            reference = cls(model=model, tokenizer=load_tokenizer(source), spec=spec, dense=tuple(dense))
             reference._check_vocabulary()
-            if not np.isfinite(reference.encode(["one text"])).all():  # a config may only fail when it computes
+            # A config may only fail when it computes.
+            if not np.isfinite(reference.encode(items_for(spec, ["one text"]))).all():
                 raise BundleError(f"{source.folder} computes NaN or infinity for the text 'one text'")
         return reference
 
@@ -147,8 +151,8 @@ class Reference:
                 f"table has {rows} rows: resize it (resize_token_embeddings) or save the right tokenizer"
             )
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode texts.
+    def encode(self, texts: Sequence[Item]) -> NDArray[np.float32]:
+        """Encode texts. A reranker takes pairs of a query and a text, and returns their scores as one component.
 
         Texts longer than `spec.max_tokens` are truncated. Texts of similar length share a batch, which only saves time.
 
@@ -157,11 +161,11 @@ class Reference:
         """
         return self._encode(texts, lambda pooled: rounded(finish(pooled, self.dense, self.spec), self.spec))
 
-    def encode_uncut(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_uncut(self, texts: Sequence[Item]) -> NDArray[np.float32]:
         """Encode texts to float32 [n, width], through the last dense layer: neither cut nor normalised nor rounded."""
         return self._encode(texts, lambda pooled: project(pooled, self.dense))
 
-    def encode_unnormalized(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_unnormalized(self, texts: Sequence[Item]) -> NDArray[np.float32]:
         """Encode texts to float32 [n, dim], through the cut: neither normalised nor rounded to the vector type."""
         return self.encode_uncut(texts)[:, : self.spec.dim]
 
@@ -187,31 +191,46 @@ class Reference:
         rows = zip(texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True)
         return [_truncate(row, spans, added, begin, begin + len(text), limit) for text, row, spans, added in rows]
 
-    def _encode(self, texts: Sequence[str], head: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
-        ids = self.tokenize(texts)
+    def _tokenize_pairs(self, pairs: Sequence[Item]) -> tuple[list[list[int]], list[list[int]]]:
+        """Return each pair's token ids and token types; a long pair loses tokens of its longer part."""
+        queries, texts = zip(*pairs, strict=True) if pairs else ((), ())
+        joined: Any = self.tokenizer(
+            list(queries), list(texts), truncation=True, max_length=self.spec.max_tokens, return_token_type_ids=True
+        )
+        return joined["input_ids"], joined["token_type_ids"]
+
+    def _encode(self, texts: Sequence[Item], head: Callable[[torch.Tensor], torch.Tensor]) -> NDArray[np.float32]:
+        if self.spec.scores_pairs:
+            ids, types = self._tokenize_pairs(texts)
+        else:
+            ids, types = self.tokenize([str(text) for text in texts]), []
         lengths = np.array([self.spec.pad_to or len(row) for row in ids], np.int64)
         order = list(padded_batches(lengths))
         parts = []
         for batch in order:
             with torch.inference_mode():
-                parts.append(head(pool(self._run([ids[i] for i in batch]), self.spec)))
+                tokens = self._run([ids[i] for i in batch], [types[i] for i in batch if types])
+                parts.append(head(pool(tokens, self.spec)))
         if not parts:
             return np.zeros((0, self.spec.dim), np.float32)
         vectors = torch.cat(parts).float()  # under bf16 autocast a head may end in bf16, which NumPy does not have
         array: NDArray[np.float32] = vectors[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
         return array
 
-    def _run(self, ids: list[list[int]]) -> Tokens:
+    def _run(self, ids: list[list[int]], types: list[list[int]]) -> Tokens:
         spec = self.spec
         length = spec.pad_to or max(1, *map(len, ids))
         padding = [0 if self.is_static else self.tokenizer.pad_token_id]
         input_ids = torch.tensor([row + padding * (length - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+        options: dict[str, Any] = {}
+        if types and FAMILIES[spec.family].token_types:
+            options["token_type_ids"] = torch.tensor([row + [0] * (length - len(row)) for row in types])
         marked = attention = None
         if spec.pooling is Pooling.MASK:
             marked = self._marked(input_ids)
         if spec.ditto is None:
-            out = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+            out = self.model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, **options)
         else:
             with eager_attention(self.model):
                 out = self.model(
@@ -268,7 +287,8 @@ def load_model(source: ResolvedEncoder) -> PreTrainedModel:
         return _finite(load_static_model(source.folder, source.spec.family), source)
     try:
         with _quiet_transformers():
-            load: Any = getattr(transformers, FAMILIES[source.spec.family].loader).from_pretrained
+            loader = CLASSIFIER if source.spec.scores_pairs else FAMILIES[source.spec.family].loader
+            load: Any = getattr(transformers, loader).from_pretrained
             model, loading = load(
                 source.folder,
                 trust_remote_code=False,  # the native class, also where the folder names code

@@ -12,6 +12,7 @@ from typing import Any
 
 from encoders.card import CARD_FILE, Card, read_card
 from encoders.families import FAMILIES
+from encoders.rerankers import is_classifier, score_layers
 from encoders.sentence_transformers import PROMPT, RecordedEncoder, dense_folder, read_json, read_modules, readable
 from encoders.static_folder import is_model2vec, read_model2vec, table_width
 from encoders.supported import check_config
@@ -56,6 +57,7 @@ def resolve(
     max_tokens: int | None = None,
     normalize: bool | None = None,
     head: HeadSpec | None = None,
+    rerank: bool = False,
 ) -> ResolvedEncoder:
     """Find an encoder and determine exactly what it computes. Nothing that changes a vector is guessed.
 
@@ -67,6 +69,7 @@ def resolve(
         normalize: replaces the record; a plain folder records no normalisation.
         head: the other parts of the head; its pooling counts if `pooling` is None. It must agree with the record,
             except that an encoder without a template may get one.
+        rerank: whether it may be a cross-encoder, which scores pairs.
 
     Raises:
         BundleError: no loadable encoder is there, or it contradicts the arguments. The message names the cure.
@@ -75,7 +78,13 @@ def resolve(
     requested = head or HeadSpec()
     requested = dataclasses.replace(requested, pooling=pooling or requested.pooling)
     with readable(root):
-        return _read(name_or_path, root, commit, requested, max_tokens, normalize)
+        source = _read(name_or_path, root, commit, requested, max_tokens, normalize)
+    if source.spec.scores_pairs and not rerank:
+        raise BundleError(
+            f"{name_or_path} is a cross-encoder, which has no vectors: export it as a reranker with export/to_onnx.py, "
+            "or read it as an encoder with --pooling mean"
+        )
+    return source
 
 
 def _read(
@@ -97,9 +106,11 @@ def _read(
         _check_spec(spec, config, root)
         known = HeadSpec(pooling=spec.pooling, layers=spec.layers, ditto=spec.ditto, template=spec.template)
         _check_head(requested, known, root)
-        dense = tuple(root / dense_folder(i) for i in range(len(spec.dense)))
+        dense = () if spec.scores_pairs else tuple(root / dense_folder(i) for i in range(len(spec.dense)))
     else:
-        if is_model2vec(root):  # its modules.json lets sentence-transformers read it, with unknown tokens
+        if requested.pooling in (None, Pooling.RERANK) and is_classifier(_config_of(root)):
+            requested = dataclasses.replace(requested, pooling=Pooling.RERANK)
+        elif is_model2vec(root):  # its modules.json lets sentence-transformers read it, with unknown tokens
             recorded = read_model2vec(root)
         elif (root / "modules.json").is_file():
             recorded = read_modules(root)
@@ -122,6 +133,7 @@ def _read(
     )
     _check_limits(spec, config, root)
     known_elsewhere = (published / "modules.json").is_file() or (recorded is not None and recorded.family is not None)
+    known_elsewhere |= spec.scores_pairs
     unchanged = max_tokens is None and spec == recorded_spec and known_elsewhere
     prompts = {name: text for name, text in read_prompts(published).items() if name != PROMPT}
     if recorded is not None and not recorded.takes_prompt:  # its makers leave a prompt's tokens out
@@ -147,6 +159,8 @@ def _new_spec(
     limit = max_tokens or (recorded.max_tokens if recorded else None) or _token_limit(folder, config)
     dense = recorded.dense if recorded else ()
     family: str = config["model_type"]
+    if pooling is Pooling.RERANK:
+        dense = score_layers(config, config[FAMILIES[family].dim], folder)
     dim = dense[-1].out_features if dense else config[FAMILIES[family].dim]
     return EncoderSpec(
         base_model=name,
@@ -162,6 +176,13 @@ def _new_spec(
         dense=dense,
         template=(recorded.template if recorded else None) or head.template,
     )
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Read `config.json` where there is one."""
+    path = folder / "config.json"
+    config: dict[str, Any] = read_json(path, dict) if path.is_file() else {}
+    return config
 
 
 def _locate(name_or_path: str, revision: str | None) -> tuple[Path, str | None]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from encoders.card import CARD_FILE, front_matter
 from encoders.families import FAMILIES
+from encoders.rerankers import classifier_of
 from encoders.sentence_transformers import (
     ACTIVATION_CLASSES,
     LEGACY_POOLING_KEYS,
@@ -53,6 +54,7 @@ TRUNCATION_LEFTOVERS = (
 FOLDER_LEFTOVERS = ("is_local", "local_files_only", "name_or_path", "auto_map")
 """Keys that describe where the tokenizer was loaded from."""
 
+RERANKER_TAGS: tuple[str, ...] = ("sentence-transformers", "cross-encoder", "reranker")
 CARD_TAGS = ("sentence-transformers", "sentence-similarity", "feature-extraction", "text-embeddings-inference")
 
 
@@ -83,8 +85,12 @@ def write_layout(
         terms: license and languages of the base, as `encoders.card` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, model)
+    _write_weights(folder, classifier_of(model, dense) if spec.scores_pairs else model)
     _write_tokenizer(folder, tokenizer, spec)
+    if spec.scores_pairs:  # a plain folder, which sentence-transformers' CrossEncoder reads
+        (folder / CARD_FILE).write_text(_front_matter(spec, terms or {}) + card.strip() + "\n", encoding="utf-8")
+        write_json(spec, folder / ENCODER_FILE)
+        return
     for index, (described, layer) in enumerate(zip(spec.dense, dense, strict=True)):
         _write_dense(folder / dense_folder(index), described, layer.state_dict())
     lacking = beyond_sentence_transformers(spec)
@@ -106,7 +112,7 @@ def beyond_sentence_transformers(spec: EncoderSpec) -> str:
         return "a mean that leaves unknown tokens out (`model2vec`)"
     if spec.pooling is Pooling.MEAN_PADDED:
         return f"an average over the text padded to {spec.pad_to} tokens (`mean_padded`)"
-    if spec.pooling not in POOLING_MODES.values():
+    if spec.pooling not in (*POOLING_MODES.values(), Pooling.RERANK):
         return f"the pooling `{spec.pooling.value}`"
     if spec.layers != (-1,):
         return f"an average of layers {', '.join(map(str, spec.layers))}"
@@ -222,14 +228,15 @@ def _write_settings(folder: Path, spec: EncoderSpec, prompts: Mapping[str, str])
 
 def _front_matter(spec: EncoderSpec, terms: Mapping[str, Any]) -> str:
     unsupported = bool(beyond_sentence_transformers(spec))
+    known = RERANKER_TAGS if spec.scores_pairs else CARD_TAGS
     return front_matter(
         {
             **terms,
             "library_name": "transformers" if unsupported else "sentence-transformers",
-            "pipeline_tag": "sentence-similarity",
+            "pipeline_tag": "text-ranking" if spec.scores_pairs else "sentence-similarity",
             # Only a hub name is a valid base_model there.
             **({} if spec.revision is None else {"base_model": spec.base_model}),
-            "tags": list(CARD_TAGS[1:3] if unsupported else CARD_TAGS),
+            "tags": list(CARD_TAGS[1:3] if unsupported else known),
         }
     )
 

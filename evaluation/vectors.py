@@ -98,8 +98,10 @@ def ranks(
 def top_overlap(found: NDArray[np.float32], target: NDArray[np.float32]) -> float:
     """Return the share of each text's `NEAREST` other texts that another encoder has too; ties count as shared.
 
+    Of rerankers it is the share of the highest scores.
+
     Args:
-        found: vectors [n, any width].
+        found: vectors [n, any width]; scores [n, 1].
         target: of the same texts, by the other encoder.
     """
     count = min(NEAREST, len(found) - 1)
@@ -112,7 +114,9 @@ def top_overlap(found: NDArray[np.float32], target: NDArray[np.float32]) -> floa
 
 
 def _similarities(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the cosines of every two texts, and -2 of each with itself."""
+    """Return the cosines of every two texts, and -2 of each with itself; or a reranker's scores as one row."""
+    if vectors.shape[1] == 1:
+        return vectors.T
     unit = unit_rows(vectors)
     similarities: NDArray[np.float32] = unit @ unit.T
     np.fill_diagonal(similarities, -2.0)

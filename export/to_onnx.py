@@ -186,7 +186,7 @@ def run(
     began = time.perf_counter()
     export = build(request, timestamped_lines(console))
     seconds = time.perf_counter() - began
-    console.print(_table(export.manifest.artifacts))
+    console.print(_table(export.manifest.artifacts, scores=export.manifest.encoder.scores_pairs))
     for refused in export.refused:
         console.print(f"[red]refused:[/] {refused.name}", soft_wrap=True)
         console.print(f"  {refused.reason}", soft_wrap=True, markup=False)
@@ -212,8 +212,9 @@ def run(
         raise typer.Exit(1)
 
 
-def _table(artifacts: Sequence[Artifact]) -> Table:
-    table = Table("artifact", "MB", "cosine", "floor", "batch inv.", "ranks", "top 10", "STS", padding=(0, 0))
+def _table(artifacts: Sequence[Artifact], *, scores: bool) -> Table:
+    names = ("agreement", "largest off") if scores else ("cosine", "top 10")
+    table = Table("artifact", "MB", names[0], "floor", "batch inv.", "ranks", names[1], "STS", padding=(0, 0))
     for artifact in artifacts:
         parity = artifact.parity
         table.add_row(
@@ -223,7 +224,7 @@ def _table(artifacts: Sequence[Artifact]) -> Table:
             str(parity.floor),
             f"{parity.neighbour_cosine:.6f}",
             f"{parity.spearman:.4f}",
-            f"{parity.top10_overlap:.1%}",
+            f"{parity.max_abs_diff:.1e}" if scores else f"{parity.top10_overlap:.1%}",
             " ".join(f"{score.artifact - score.reference:+.2f}" for score in parity.sts) or "-",
         )
     return table

@@ -28,6 +28,7 @@ from mirror_runtime.bundle import (
     Artifact,
     Canaries,
     Canary,
+    EncoderSpec,
     EngineName,
     Layout,
     Manifest,
@@ -38,9 +39,10 @@ from mirror_runtime.bundle import (
     write_json,
 )
 from mirror_runtime.engines import installed
-from mirror_runtime.errors import EngineError, MissingExtra, ParityError
+from mirror_runtime.errors import EngineError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import has_bf16
+from mirror_runtime.pairs import canary_items
 
 OnProgress = Callable[[str], None]
 """Called with the name of each stage as it begins."""
@@ -110,7 +112,10 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         pooling=request.pooling,
         head=request.head,
         max_tokens=request.max_tokens,
+        rerank=True,
     )
+    if source.spec.scores_pairs:
+        _check_reranker(request)
     whole = Reference.load(source)
     reference = whole if request.depth is None else at_depth(whole, request.depth)
     if reference.is_static:
@@ -209,12 +214,20 @@ def _fill(
             prove(Candidate(graph, engine, precision) for graph, engine in proving if installed(engine))
     _keep_proven(folder, artifacts)
     on_progress("manifest")
-    _write_canaries(folder, expected)
+    _write_canaries(folder, expected, spec)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
     manifest = dataclasses.replace(manifest, files=hash_files(folder))
     write_json(manifest, folder / MANIFEST_FILE)
     return Export(manifest=manifest, refused=tuple(refused))
+
+
+def _check_reranker(request: Request) -> None:
+    """Refuse what is not made for a reranker: a head of vectors, and scales that are measured on single texts."""
+    if request.head_options != HeadOptions():
+        raise InputError("a reranker has one score and no vectors: leave out --whiten, --dim and --vector-type")
+    if low := {Precision.INT8, Precision.FP8} & set(request.precisions or ()):
+        raise InputError(f"a reranker is not quantised to {min(low).value}: choose fp32, bf16 or fp16")
 
 
 def _pairs(requested: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
@@ -245,7 +258,8 @@ def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
             write_aliases(folder / artifact.path, artifact.precision)
 
 
-def _write_canaries(folder: Path, expected: Expected) -> None:
+def _write_canaries(folder: Path, expected: Expected, spec: EncoderSpec) -> None:
     vectors = dict(zip(expected.texts, expected.vectors, strict=True))
-    canaries = (Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vectors[text])) for text in CANARIES)
+    items = zip(CANARIES, canary_items(spec, CANARIES), strict=True)
+    canaries = (Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vectors[item])) for text, item in items)
     write_json(Canaries(canaries=tuple(canaries)), folder / CANARIES_FILE)

@@ -27,6 +27,28 @@ COLUMNS = (
 )
 
 
+VECTOR_LEGEND = """\
+*Worst cosine*: the smallest cosine of any text's vector to the reference's. *Batch invariance*: the smallest cosine \
+between a text's vectors when encoded by itself and among other texts. *Ranks*: Spearman correlation of similarities \
+with the reference's. *Top 10*: the share of each text's ten nearest texts that the reference has too."""
+
+SCORE_LEGEND = """\
+Scores have no direction: in place of a cosine stands 1 - d² / 2, with d the difference from the reference's score in \
+standard deviations of all scores. *Largest difference* is that of one raw score. *Batch invariance*: of a pair's \
+scores by itself and among others. *Ranks*: Spearman correlation with the reference's scores. *Top 10*: the share of \
+the ten highest scores that the reference has too."""
+
+VECTOR_USE = """\
+from mirror_runtime import Encoder
+
+vectors = Encoder.load("path/to/this/folder").encode(["some text"])"""
+
+SCORE_USE = """\
+from mirror_runtime import Reranker
+
+scores = Reranker.load("path/to/this/folder").scores("a query", ["some text"])"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Testimony:
     """What the witness found: the content of `WITNESS_FILE`."""
@@ -77,18 +99,14 @@ against {parity.reference}, with the engine and options used for serving. Artifa
 
 {_certificates(artifacts)}
 
-*Worst cosine*: the smallest cosine of any text's vector to the reference's. *Batch invariance*: the smallest cosine \
-between a text's vectors when encoded by itself and among other texts. *Ranks*: Spearman correlation of similarities \
-with the reference's. *Top 10*: the share of each text's ten nearest texts that the reference has too.
+{SCORE_LEGEND if spec.scores_pairs else VECTOR_LEGEND}
 {_quality(artifacts)}{_witness(witness)}
 `mirror verify` on this folder checks every file and recomputes stored vectors on the serving machine.
 
 ## Use
 
 ```python
-from mirror_runtime import Encoder
-
-vectors = Encoder.load("path/to/this/folder").encode(["some text"])
+{SCORE_USE if spec.scores_pairs else VECTOR_USE}
 ```
 {_other_libraries(spec, artifacts)}"""
 
@@ -138,6 +156,7 @@ def summary(artifact: Artifact) -> dict[str, object]:
         "size": artifact.size,
         "min_cosine": artifact.parity.min_cosine,
         "floor": artifact.parity.floor,
+        "max_abs_diff": artifact.parity.max_abs_diff,
         "neighbour_cosine": artifact.parity.neighbour_cosine,
         "spearman": artifact.parity.spearman,
         "top10_overlap": artifact.parity.top10_overlap,
@@ -163,6 +182,10 @@ def _witness(found: Testimony | None) -> str:
 
 
 def _description(spec: EncoderSpec) -> str:
+    if spec.scores_pairs:
+        return (
+            f"One score per pair of a query and a text, {describe_head(spec)}, up to {spec.max_tokens} tokens together."
+        )
     kind = "numbers" if spec.vector_type is VectorType.FLOAT32 else f"components ({spec.vector_type.value})"
     return f"{spec.dim} {kind} per text, pooling {describe_head(spec)}, texts of up to {spec.max_tokens} tokens."
 
@@ -208,7 +231,12 @@ def _other_libraries(spec: EncoderSpec, artifacts: Sequence[Artifact]) -> str:
     padded = [artifact.path for artifact in artifacts if artifact.layout is Layout.PADDED]
     graph = next((path for path in padded if path.endswith(".onnx")), None)
     sections = []
-    if not beyond_sentence_transformers(spec):
+    if spec.scores_pairs:
+        sections.append(
+            "```python\nfrom sentence_transformers import CrossEncoder\n\n"
+            'scores = CrossEncoder("path/to/this/folder").predict([("a query", "some text")])\n```'
+        )
+    elif not beyond_sentence_transformers(spec):
         sections.append(
             "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
             'vectors = SentenceTransformer("path/to/this/folder").encode(["some text"])\n```'

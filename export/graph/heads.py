@@ -188,7 +188,7 @@ def token_index(reference: Reference) -> int | None:
     if pooling not in ONE_TOKEN:
         return None
     if pooling is not Pooling.MASK:
-        return 0 if pooling is Pooling.CLS else -1
+        return -1 if pooling is Pooling.LAST else 0
     assert reference.spec.template is not None
     before, _, _ = reference.spec.template.partition("{text}")
     (ids,) = reference.tokenize([""])

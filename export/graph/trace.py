@@ -53,10 +53,11 @@ class Graph(Signature):
 
 def signature(layout: Layout, spec: EncoderSpec, width: int) -> Signature:
     """Return the inputs and outputs that a graph must have, of an encoder with token vectors of `width` components."""
-    dtype, vector_width = dtype_of(spec).name, width_of(spec)
+    dtype, vector_width, typed = dtype_of(spec).name, width_of(spec), FAMILIES[spec.family].token_types
+    names: tuple[str, ...]
     if layout is Layout.PADDED:
         batch: tuple[str, str] = ("batch_size", "sequence_length")
-        names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if FAMILIES[spec.family].token_types else 2]
+        names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if typed else 2]
         vectors = TensorSpec(name="sentence_embedding", dtype=dtype, shape=(batch[0], vector_width))
         tokens = TensorSpec(name="last_hidden_state", dtype="float32", shape=(*batch, width))
         return Signature(
@@ -64,8 +65,9 @@ def signature(layout: Layout, spec: EncoderSpec, width: int) -> Signature:
             # Token vectors come first: sentence-transformers and OpenSearch take the first output as such.
             outputs=(tokens, vectors),
         )
+    names = ("input_ids", "position_ids", "segment_ids", "token_type_ids")[: 4 if typed and spec.scores_pairs else 3]
     return Signature(
-        inputs=tuple(_int64(name, ("rows", "length")) for name in ("input_ids", "position_ids", "segment_ids")),
+        inputs=tuple(_int64(name, ("rows", "length")) for name in names),
         outputs=(
             TensorSpec(name="embedding", dtype=dtype, shape=("rows", f"length // {TOKENS_PER_SLOT}", vector_width)),
         ),
@@ -98,6 +100,7 @@ def packed_states(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
     segment_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None = None,
     *,
     padding: torch.Tensor | None = None,
     attentions_of: int | None = None,
@@ -114,7 +117,16 @@ def packed_states(
     if padding is not None:
         visible = visible & ~padding[:, None, None, :]
     mask = torch.where(visible, 0.0, BLOCKED)
-    return hidden_states(model, input_ids, position_ids, mask, attentions_of=attentions_of, pick=pick, tables=tables)
+    return hidden_states(
+        model,
+        input_ids,
+        position_ids,
+        mask,
+        token_type_ids=token_type_ids,
+        attentions_of=attentions_of,
+        pick=pick,
+        tables=tables,
+    )
 
 
 class Positions(nn.Module):
@@ -192,7 +204,13 @@ class PackedEncoder(nn.Module):
         self.head = Head(reference)
         self.tables = Positions(reference)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segment_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Encode packed rows.
 
         Args:
@@ -200,6 +218,7 @@ class PackedEncoder(nn.Module):
             position_ids: 0, 1, … within each text.
             segment_ids: 1, 2, … for the texts of the row, 0 at empty positions. For `mean_padded` each text takes
                 `pad_to` positions, and its padding has its number negated.
+            token_type_ids: 1 on the second text of a pair; None unless the encoder is a reranker.
 
         Returns:
             [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
@@ -214,6 +233,7 @@ class PackedEncoder(nn.Module):
             input_ids,
             position_ids,
             segment_ids,
+            token_type_ids,
             padding=padding,
             attentions_of=self.head.attentions_of,
             pick=pick,

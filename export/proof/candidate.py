@@ -20,8 +20,9 @@ from mirror_runtime.engines.tensorrt_engine import LoadedPlan
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
+from mirror_runtime.pairs import PairTokenizer
 from mirror_runtime.selection import PROVEN_ON
-from mirror_runtime.tokenizer import LongTexts, Tokenized, Tokenizer
+from mirror_runtime.tokenizer import Item, LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import components
 
 Vectors = NDArray[np.float32]
@@ -29,8 +30,8 @@ Vectors = NDArray[np.float32]
 Run = Callable[[Mapping[str, NDArray[np.int64]]], Vectors]
 """Compute text vectors from a padded graph's inputs, by name."""
 
-Encode = Callable[[Sequence[str]], Vectors]
-"""Encode texts, in one ragged batch or several, to the components of their vectors, float32 [n, dim]."""
+Encode = Callable[[Sequence[Item]], Vectors]
+"""Encode texts or pairs, in one ragged batch or several, to the components of their vectors, float32 [n, dim]."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,15 @@ class Candidate:
             EngineError: the engine does not run padded graphs, or cannot open this one.
         """
         # Without `pad_to`: the graph itself pads where the pooling is defined by padding.
-        tokenizer = Tokenizer(bundle / TOKENIZER_FILE, spec.max_tokens, LongTexts.TRUNCATE, template=spec.template)
+        file, limit = bundle / TOKENIZER_FILE, spec.max_tokens
+        tokenizer = (
+            PairTokenizer(file, limit, LongTexts.TRUNCATE)
+            if spec.scores_pairs
+            else Tokenizer(file, limit, LongTexts.TRUNCATE, template=spec.template)
+        )
         with self._padded_run() as run:
 
-            def encode(texts: Sequence[str]) -> Vectors:
+            def encode(texts: Sequence[Item]) -> Vectors:
                 tokenized = tokenizer(texts)
                 if tokenized.errors:
                     raise InputError(f"a text used for the proof cannot be encoded: {min(tokenized.errors.items())[1]}")
@@ -137,5 +143,7 @@ def padded_feed(tokenized: Tokenized, pieces: NDArray[np.int64]) -> dict[str, ND
     input_ids[places] = np.concatenate([tokenized.ids[starts[i] :][: tokenized.lengths[i]] for i in pieces])
     own = lengths if tokenized.unpadded_lengths is None else tokenized.unpadded_lengths[pieces]
     mask = np.arange(lengths.max())[None, :] < own[:, None]
-    zeros = np.zeros_like(input_ids)
-    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": zeros}
+    types = np.zeros_like(input_ids)
+    if tokenized.first_lengths is not None:
+        types[np.arange(lengths.max())[None, :] >= tokenized.first_lengths[pieces][:, None]] = 1
+    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types * mask}

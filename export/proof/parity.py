@@ -21,6 +21,8 @@ from mirror_runtime.bundle import Layout, Manifest, Parity, StsScore, sha256_tex
 from mirror_runtime.cli.run import truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import ParityError
+from mirror_runtime.pairs import canary_items, items_for
+from mirror_runtime.tokenizer import Item, characters
 from mirror_runtime.vectors import agreement, components, cosines, distance_problem, quoted
 
 STS_DROP = 0.5
@@ -37,7 +39,7 @@ PAIRS_PER_TEXT = 8
 class Expected:
     """The reference vectors that artifacts are compared with."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Item, ...]
     vectors: Vectors  # [n, dim], the components of the reference's vectors
     reference: str  # what computed them, such as "PyTorch 2.13.0 fp32"
     sets: tuple[EvaluationSet, ...] = ()
@@ -55,13 +57,16 @@ class Expected:
         The canaries are included because `mirror verify` holds them to the floors on other machines.
         """
         release = torch.__version__.split("+")[0]
-        proving = tuple(dict.fromkeys((*(texts or parity_texts()), *CANARIES)))
+        spec = reference.spec
+        proving = tuple(
+            dict.fromkeys((*items_for(spec, tuple(texts or parity_texts())), *canary_items(spec, CANARIES)))
+        )
         return cls(
             texts=proving,
             vectors=reference.encode(proving),
             reference=f"PyTorch {release} fp32",
             sets=tuple(sets),
-            scores=tuple(_quality(reference.encode, chosen) for chosen in sets),
+            scores=tuple(_quality(reference.encode, chosen, pairs=spec.scores_pairs) for chosen in sets),
         )
 
     @classmethod
@@ -69,7 +74,7 @@ class Expected:
         cls, bundle: Path, texts: Sequence[str] | None = None, sets: Sequence[EvaluationSet] = ()
     ) -> Expected:
         """Encode with the encoder that a bundle contains: see `of`."""
-        return cls.of(Reference.load(resolve(str(bundle))), texts, sets)
+        return cls.of(Reference.load(resolve(str(bundle), rerank=True)), texts, sets)
 
 
 def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expected: Expected) -> Parity:
@@ -121,7 +126,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     vectors = encode(texts)
     check_finite(vectors, texts, what)
     _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
-    by_length = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+    by_length = sorted(range(len(texts)), key=lambda i: (characters(texts[i]), i))
     count = min(INVARIANCE_TEXTS, len(texts))
     picked = [by_length[i * len(texts) // count] for i in range(count)]
     sample = [texts[i] for i in picked]
@@ -142,7 +147,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     return Parity(
         reference=expected.reference,
         texts=len(texts),
-        texts_sha256=sha256_texts(texts),
+        texts_sha256=sha256_texts(text if isinstance(text, str) else "\n".join(text) for text in texts),
         min_cosine=float(similar.min()),
         mean_cosine=float(similar.mean()),
         max_abs_diff=float(np.abs(vectors - expected.vectors).max()),
@@ -154,7 +159,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
     )
 
 
-def check_finite(vectors: Vectors, texts: Sequence[str], what: str) -> None:
+def check_finite(vectors: Vectors, texts: Sequence[Item], what: str) -> None:
     """Raise a ParityError for NaN and infinity before anything is compared: comparisons with NaN are always false."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if bad.size:
@@ -164,7 +169,7 @@ def check_finite(vectors: Vectors, texts: Sequence[str], what: str) -> None:
         )
 
 
-def _check_distance(found: Vectors, target: Vectors, texts: Sequence[str], floor: float, problem: str) -> None:
+def _check_distance(found: Vectors, target: Vectors, texts: Sequence[Item], floor: float, problem: str) -> None:
     """Raise a ParityError that begins with `problem` if `distance_problem` finds one."""
     if named := distance_problem(found, target, floor, texts):
         raise ParityError(f"{problem} for {named}")
@@ -174,7 +179,7 @@ def _scores(encode: Encode, expected: Expected, what: str) -> tuple[StsScore, ..
     """Measure quality on the evaluation sets, and check that it does not drop by more than `STS_DROP`."""
     scores = []
     for chosen, before in zip(expected.sets, expected.scores, strict=True):
-        after = _quality(encode, chosen)
+        after = _quality(encode, chosen, pairs=expected.vectors.shape[1] == 1)
         # The negation is also true for NaN.
         if not before - after <= STS_DROP:
             raise ParityError(
@@ -186,8 +191,10 @@ def _scores(encode: Encode, expected: Expected, what: str) -> tuple[StsScore, ..
     return tuple(scores)
 
 
-def _quality(encode: Encode, chosen: EvaluationSet) -> float:
-    """Return the Spearman correlation of the pairs' cosines with human scores, in points."""
+def _quality(encode: Encode, chosen: EvaluationSet, *, pairs: bool) -> float:
+    """Return the Spearman correlation of the pairs' cosines, or a reranker's scores, with human scores, in points."""
+    if pairs:
+        return 100 * spearman(encode(list(zip(chosen.first, chosen.second, strict=True)))[:, 0], chosen.scores)
     texts = list(dict.fromkeys(chosen.texts))
     vectors = dict(zip(texts, encode(texts), strict=True))
     first, second = (np.array([vectors[text] for text in side]) for side in (chosen.first, chosen.second))
@@ -197,8 +204,10 @@ def _quality(encode: Encode, chosen: EvaluationSet) -> float:
 def _rank_correlation(found: Vectors, target: Vectors) -> float:
     """Return the rank correlation of the cosines between every text and some others, in a fixed random order.
 
-    It is 1 where all similarities are equal: they have no order to lose.
+    Of a reranker it is that of the scores. It is 1 where all similarities are equal: they have no order to lose.
     """
+    if found.shape[1] == 1:
+        return float(np.nan_to_num(spearman(found[:, 0], target[:, 0])))
     order = np.random.default_rng(0).permutation(len(found))
     others = [np.roll(order, shift) for shift in range(1, min(len(order) - 1, PAIRS_PER_TEXT) + 1)]
     if not others:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from encoders.reference import Reference
 from export.bundle.card import Testimony
 from export.proof.proof_texts import CANARIES, EDGE_CASES, parity_texts
-from mirror_runtime.vectors import agreement
+from mirror_runtime.pairs import items_for
+from mirror_runtime.tokenizer import Item
+from mirror_runtime.vectors import agreement, quoted
 
 PACKAGES = {"model2vec": "model2vec"}
 """The libraries that read a family, where it is not sentence-transformers."""
@@ -54,6 +57,7 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         None where a static encoder's limit leaves no text to compare.
     """
     texts = tuple(texts) or (*CANARIES, *EDGE_CASES, *parity_texts(24, 8, 2))
+    items: Sequence[Item] = items_for(reference.spec, texts)
     package, limit = library(reference.spec.family), reference.spec.max_tokens
     if reference.is_static:  # sentence-transformers cuts nothing, and model2vec no text with as few characters
         counts = map(len, reference.tokenize(texts))
@@ -61,13 +65,13 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
             count < limit and (package != "model2vec" or len(text) <= limit)
             for text, count in zip(texts, counts, strict=True)
         )
-        texts = tuple(compress(texts, short))
+        items = texts = tuple(compress(texts, short))
     version = f"{package} {metadata.version(package)}"
-    ours = reference.encode(texts)
+    ours = reference.encode(items)
     if not ours.any():  # no text that nobody cuts has tokens: zeros would agree with anybody's
         return None
     try:
-        theirs = np.asarray(_encode(package, folder, texts), np.float32)
+        theirs = np.asarray(_encode(package, folder, items, pairs=reference.spec.scores_pairs), np.float32)
     except Exception as error:  # whatever it raises about a folder is its opinion of the folder
         problem = f"it fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
@@ -76,21 +80,26 @@ def question(folder: Path, reference: Reference, texts: Sequence[str] = ()) -> T
         return Testimony(version=version, texts=len(texts), min_cosine=0.0, problem=problem)
     lengths = [np.linalg.norm(vectors, axis=1) for vectors in (ours, theirs)]
     similar = agreement(ours, theirs)
-    far = np.abs(lengths[0] - lengths[1]) > CLOSE * np.maximum(*lengths)
+    # A score may be near 0, and its agreement covers its size.
+    far = (ours.shape[1] > 1) & (np.abs(lengths[0] - lengths[1]) > CLOSE * np.maximum(*lengths))
     worst = int(similar.argmin())
     problem = ""
     if not similar[worst] >= FLOOR:
-        problem = f"cosine {similar[worst]:.6f} for {texts[worst][:60]!r}"
+        problem = f"cosine {similar[worst]:.6f} for {quoted(items[worst])}"
     elif far.any():
         at = int(far.argmax())
         problem = f"length {lengths[1][at]:.4f} where ours is {lengths[0][at]:.4f} for {texts[at][:60]!r}"
     return Testimony(version=version, texts=len(texts), min_cosine=float(similar[worst]), problem=problem)
 
 
-def _encode(package: str, folder: Path, texts: Sequence[str]) -> Any:
+def _encode(package: str, folder: Path, texts: Sequence[Item], *, pairs: bool) -> Any:
     # Imported only here: it takes two seconds, and exports of other folders do not need it.
     if package == "model2vec":
         return import_module(package).StaticModel.from_pretrained(str(folder)).encode(list(texts))
+    if pairs:
+        cross = import_module("sentence_transformers").CrossEncoder(str(folder), device="cpu", local_files_only=True)
+        logits = cross.predict(list(texts), batch_size=1, activation_fn=torch.nn.Identity(), show_progress_bar=False)
+        return np.reshape(logits, (-1, 1))
     peer = import_module("sentence_transformers").SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     # One text a batch: where it pads on the left, its own vectors depend on their neighbours.
     return peer.encode(list(texts), batch_size=1, show_progress_bar=False)

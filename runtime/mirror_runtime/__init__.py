@@ -18,6 +18,7 @@ from mirror_runtime.errors import (
     ServerError,
     TextError,
 )
+from mirror_runtime.reranker import Ranked, Reranker
 from mirror_runtime.stats import Stats
 from mirror_runtime.tokenizer import LongTexts
 
@@ -39,6 +40,8 @@ __all__ = [
     "MissingExtra",
     "OverloadedError",
     "ParityError",
+    "Ranked",
+    "Reranker",
     "ServerError",
     "Stats",
     "TextError",

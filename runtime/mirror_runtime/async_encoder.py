@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
+from mirror_runtime.pairs import validator_of
 from mirror_runtime.retry_after import RetryEstimator
-from mirror_runtime.tokenizer import LONG_CHARACTERS, validate_text
+from mirror_runtime.tokenizer import LONG_CHARACTERS, Item, characters
 from mirror_runtime.vectors import Vectors, dtype_of, width_of
 
 CONCURRENT_BATCHES = 2
@@ -34,9 +35,9 @@ _Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
 """A text's vector, its token count and whether it was truncated; or the error instead."""
 
 
-def estimate_tokens(text: str) -> int:
-    """Estimate a text's tokens from its length, special tokens included."""
-    return 2 + len(text) // CHARACTERS_PER_TOKEN
+def estimate_tokens(text: Item) -> int:
+    """Estimate the tokens of a text or a pair from its length, special tokens included."""
+    return 2 + characters(text) // CHARACTERS_PER_TOKEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class _Lane:
 
     batches: int  # at once
     batch_tokens: int  # at which a micro-batch starts without waiting longer
-    queue: dict[str, _Text] = field(default_factory=dict)  # oldest first
+    queue: dict[Item, _Text] = field(default_factory=dict)  # oldest first
     queued_tokens: int = 0
     running: int = 0  # micro-batches
     timer: asyncio.TimerHandle | None = None
@@ -140,7 +141,8 @@ class AsyncEncoder:
         self._max_waiting = max_waiting
         self._workers = ThreadPoolExecutor(CONCURRENT_BATCHES + 1, thread_name_prefix="mirror-async")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._texts: dict[str, _Text] = {}  # waiting and running ones
+        self._validate = validator_of(encoder.spec)
+        self._texts: dict[Item, _Text] = {}  # waiting and running ones
         self._load = RetryEstimator()  # tokens of all texts
         self._closed = False
         self._idle: asyncio.Future[None] | None = None
@@ -151,13 +153,13 @@ class AsyncEncoder:
         """A snapshot of the counters. The encoder has its own `stats`."""
         return AsyncStats(**self._counts, waiting=self._waiting, running=len(self._texts) - self._waiting)
 
-    async def encode(self, texts: Sequence[str]) -> Vectors:
+    async def encode(self, texts: Sequence[Item]) -> Vectors:
         """Encode texts together with those of other callers.
 
         Cancelling the call drops its texts that have not started and that no other call shares.
 
         Args:
-            texts: a list of strings; equal texts, of this call or of others, are computed once.
+            texts: a list of strings, or of pairs for a reranker; equal ones, also of other calls, are computed once.
 
         Returns:
             As `Encoder.encode`, in the texts' order; the array belongs to the caller.
@@ -170,7 +172,7 @@ class AsyncEncoder:
         """
         if not isinstance(texts, (str, bytes)):
             for position, text in enumerate(texts):
-                if (error := validate_text(position, text)) is not None:
+                if (error := self._validate(position, text)) is not None:
                     raise error  # before anything is queued
         return (await self.encode_detailed(texts)).vectors_or_raise()
 
@@ -198,11 +200,15 @@ class AsyncEncoder:
             vectors=np.zeros((count, width_of(spec)), dtype_of(spec)),
             tokens=np.zeros(count, np.int64),
             truncated=np.zeros(count, np.bool_),
-            errors={i: error for i, text in enumerate(texts) if (error := validate_text(i, text)) is not None},
+            errors={i: error for i, text in enumerate(texts) if (error := self._validate(i, text)) is not None},
             done=loop.create_future(),
             missing=0,
         )
-        good = {i: str(text) for i, text in enumerate(texts) if i not in call.errors}
+        good: dict[int, Item] = {
+            i: text if isinstance(text, str) else tuple(text)  # type: ignore[arg-type, misc]
+            for i, text in enumerate(texts)
+            if i not in call.errors
+        }
         call.missing = len(good)
         self._admit(good.values())
         for position, text in good.items():
@@ -247,7 +253,7 @@ class AsyncEncoder:
     def _waiting(self) -> int:
         return len(self._lane.queue) + len(self._long_lane.queue)
 
-    def _admit(self, texts: Collection[str]) -> None:
+    def _admit(self, texts: Collection[Item]) -> None:
         """Count a call, or refuse it before anything of it is queued."""
         if self._closed:
             raise EngineError("this AsyncEncoder is closed")
@@ -260,10 +266,10 @@ class AsyncEncoder:
             )
         self._counts.update(calls=1, texts=len(texts))
 
-    def _enqueue(self, text: str, call: _Call, position: int) -> None:
+    def _enqueue(self, text: Item, call: _Call, position: int) -> None:
         known = self._texts.get(text)
         if known is None:
-            lane = self._long_lane if len(text) > LONG_CHARACTERS else self._lane
+            lane = self._long_lane if characters(text) > LONG_CHARACTERS else self._lane
             known = self._texts[text] = lane.queue[text] = _Text(tokens=estimate_tokens(text), lane=lane)
             lane.queued_tokens += known.tokens
             self._load.enter(known.tokens)
@@ -271,7 +277,7 @@ class AsyncEncoder:
             self._counts["shared"] += 1
         known.targets.append((call, position))
 
-    def _withdraw(self, texts: Collection[str], call: _Call) -> None:
+    def _withdraw(self, texts: Collection[Item], call: _Call) -> None:
         """Remove a cancelled call. Texts without another call leave the queue."""
         for text in set(texts):
             known = self._texts.get(text)
@@ -300,7 +306,7 @@ class AsyncEncoder:
             lane.timer.cancel()
             lane.timer = None
         while lane.queue and lane.running < lane.batches:
-            batch: dict[str, _Text] = {}
+            batch: dict[Item, _Text] = {}
             tokens = 0
             while lane.queue and tokens < lane.batch_tokens:
                 text = next(iter(lane.queue))
@@ -312,7 +318,7 @@ class AsyncEncoder:
             self._counts["batches"] += 1
             self._workers.submit(self._compute, lane, batch)
 
-    def _compute(self, lane: _Lane, batch: dict[str, _Text]) -> None:
+    def _compute(self, lane: _Lane, batch: dict[Item, _Text]) -> None:
         """Compute one micro-batch in a worker thread."""
         outcomes: list[_Outcome]
         try:
@@ -324,7 +330,7 @@ class AsyncEncoder:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._deliver, lane, batch, outcomes)
 
-    def _deliver(self, lane: _Lane, batch: dict[str, _Text], outcomes: Sequence[_Outcome]) -> None:
+    def _deliver(self, lane: _Lane, batch: dict[Item, _Text], outcomes: Sequence[_Outcome]) -> None:
         """Pass results to their callers, in the event loop."""
         lane.running -= 1
         failed = all(isinstance(outcome, Exception) for outcome in outcomes)

@@ -58,9 +58,11 @@ class Pooling(str, Enum):
     DITTO = "ditto"
     """Mean weighted by each token's attention to itself in one head (Ditto, section 3.2). The weights are divided by
     their sum, unlike in the published code; cosines are the same."""
+    RERANK = "rerank"
+    """A cross-encoder's: the first token of a query and a text in one sequence, and `dense` makes one score of it."""
 
 
-ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK)
+ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK, Pooling.RERANK)
 """Poolings that read one token of each text, so that the last layer need not compute the others."""
 
 
@@ -199,6 +201,8 @@ class EncoderSpec:
             raise BundleError(f"ditto is {self.ditto} with pooling {self.pooling.value}: set it for ditto only")
         if self.pooling is Pooling.MASK and self.template is None:
             raise BundleError("pooling mask needs a template with the mask token, such as '{text} means [MASK].'")
+        if self.scores_pairs and (self.dim > 1 or not self.dense or self.normalize or self.template):
+            raise BundleError("pooling rerank computes one number of a pair: dim 1 after dense layers, as it is")
         if not self.layers:
             raise BundleError("layers is empty: name at least one, such as -1 for the last")
         if self.template is not None and self.template.count("{text}") != 1:
@@ -213,6 +217,11 @@ class EncoderSpec:
                 raise BundleError(f"{name} is {list(numbers)}: it must hold ascending positive numbers")
         if self.dim <= max(self.trained_dims, default=0):
             raise BundleError(f"trained_dims holds {self.trained_dims[-1]}: vectors have {self.dim} components")
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether it is a reranker: the input is a query and a text, the vector one score, see `reranker.Reranker`."""
+        return self.pooling is Pooling.RERANK
 
     def _check_dense(self) -> None:
         for first, second in zip(self.dense, self.dense[1:], strict=False):

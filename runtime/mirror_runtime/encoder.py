@@ -31,12 +31,13 @@ from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
 from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
 from mirror_runtime.hub import local_bundle
-from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
+from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape, with_token_types
+from mirror_runtime.pairs import PairTokenizer, tokenizer_of
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
-from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, LongTexts, Tokenized, Tokenizer, iterate
+from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, rows_not_finite, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ class Encoder:
     """
 
     def __init__(
-        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer, shape_set: ShapeSet,
-        prompts: Mapping[str, str] | None = None,
+        self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer | PairTokenizer,
+        shape_set: ShapeSet, prompts: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.manifest = manifest
         self.decision = decision
@@ -195,7 +196,7 @@ class Encoder:
     ) -> Encoder:
         spec = manifest.encoder
         check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE, PROMPTS_FILE))
-        tokenizer, prompts = Tokenizer.of(folder, spec, long_texts), read_prompts(folder, manifest.files)
+        tokenizer, prompts = tokenizer_of(folder, spec, long_texts), read_prompts(folder, manifest.files)
         artifact = decision.artifact
         kept = None
         if artifact is not None:
@@ -235,22 +236,18 @@ class Encoder:
     @property
     def rows(self) -> str:
         """Describe the row lengths and the tokens of a full batch, for people."""
-        if self._shapes.alone:
-            return f"one text, batches of {self._shapes.budget}"
-        intermediate = ", ".join(map(str, self._bulk_shapes.intermediate_lengths))
-        in_bulk = f" (many of a kind: {intermediate})" if intermediate else ""
-        return f"{', '.join(map(str, self._shapes.lengths))} tokens{in_bulk}, batches of {self._shapes.budget}"
+        return str(self._bulk_shapes)
 
     @property
     def stats(self) -> Stats:
         """Return a snapshot of the counters."""
         return self._counters.snapshot()
 
-    def encode(self, texts: Iterable[str], *, prompt_name: str | None = None) -> Vectors:
+    def encode(self, texts: Iterable[Item], *, prompt_name: str | None = None) -> Vectors:
         """Encode texts.
 
         Args:
-            texts: any iterable of strings; generators are consumed once.
+            texts: any iterable of strings, or for a reranker of pairs; generators are consumed once.
             prompt_name: one of `prompts` to put before every text, such as "query".
 
         Returns:
@@ -396,14 +393,15 @@ class Encoder:
             # three positions.
             positions = np.broadcast_to(np.arange(shape[1]) % 3, shape)
             ones = np.ones(shape, np.int64)
-            vectors = self.engine.run(PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones))
+            rows = PackedRows(input_ids=0 * ones, position_ids=positions, segment_ids=ones, token_type_ids=0 * ones)
+            vectors = self.engine.run(rows)
             if not np.isfinite(vectors).all():
                 raise EngineError(f"the vectors of {self.engine.name.value} hold NaN or infinity: run mirror verify")
 
         for _ in self._pool.map(run, self._shapes.shapes()):
             pass
 
-    def encode_shapes(self, texts: Sequence[str]) -> Iterator[tuple[tuple[int, int], NDArray[np.int64], Vectors]]:
+    def encode_shapes(self, texts: Sequence[Item]) -> Iterator[tuple[tuple[int, int], NDArray[np.int64], Vectors]]:
         """Run one batch of every shape that `encode` does not fill with the same texts, for a proof of all shapes.
 
         Each batch holds the longest texts that fit. A shape that `encode` runs only with empty rows is run again.
@@ -427,7 +425,7 @@ class Encoder:
         def run(shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.int64], Vectors]:
             batch = pack_shape(tokenized.ids, tokenized.lengths, shape, unpadded_lengths=tokenized.unpadded_lengths)
             held = text_of[batch.pieces]
-            return shape, held[held >= 0], self._run(batch)[held >= 0]
+            return shape, held[held >= 0], self._run(with_token_types(batch, tokenized.first_lengths))[held >= 0]
 
         windows = (self._tokenizer(texts[at : at + WINDOW]) for at in range(0, len(texts), WINDOW))
         batches = (batch.rows for window in windows for batch in self._pack(window, self._bulk_shapes))
@@ -467,7 +465,8 @@ class Encoder:
 
     def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
         ids, lengths, unpadded = tokenized.ids, tokenized.lengths, tokenized.unpadded_lengths
-        return pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
+        batches = pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
+        return [with_token_types(batch, tokenized.first_lengths) for batch in batches]
 
     def _run(self, batch: PackedBatch) -> Vectors:
         """Run one batch and return the vectors [m, width] of its pieces."""

@@ -26,18 +26,20 @@ TOKEN_BUDGET = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """The three inputs of a packed graph, each int64 [R, L].
+    """The inputs of a packed graph, each int64 [R, L].
 
     Attributes:
         input_ids: token ids; 0 where empty.
         position_ids: 0, 1, … within each piece; 0 where empty.
         segment_ids: 1, 2, … for the pieces of a row; 0 where empty. Padding that belongs to a piece, which only
             `mean_padded` has, carries the negated number: it attends to the piece, and nothing attends to it.
+        token_type_ids: 1 on the second text of a pair, else 0; None where pieces are texts.
     """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     segment_ids: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +102,13 @@ class ShapeSet:
         while lengths[-1] < max_tokens:
             lengths.append(min(2 * lengths[-1], _row_length(max_tokens, length_multiple)))
         return ShapeSet(lengths=tuple(lengths), budget=budget, length_multiple=length_multiple)
+
+    def __str__(self) -> str:
+        if self.alone:
+            return f"one text, batches of {self.budget}"
+        intermediate = ", ".join(map(str, self.intermediate_lengths))
+        in_bulk = f" (many of a kind: {intermediate})" if intermediate else ""
+        return f"{', '.join(map(str, self.lengths))} tokens{in_bulk}, batches of {self.budget}"
 
     def row_length(self, tokens: int) -> int:
         """Return the shortest allowed length of a row that holds so many tokens."""
@@ -236,6 +245,18 @@ def pack_shape(
     starts = np.cumsum(lengths) - lengths
     (batch,) = _fill(ids, starts, lengths, order[held], rows[held], [count], length, unpadded_lengths)
     return batch
+
+
+def with_token_types(batch: PackedBatch, first_lengths: NDArray[np.int64] | None) -> PackedBatch:
+    """Mark the second text of each pair of a batch; `first_lengths` [pieces] has each pair's tokens before it."""
+    if first_lengths is None:
+        return batch
+    rows, length = batch.rows.shape
+    firsts = np.full((rows, 1 + length // TOKENS_PER_SLOT), length)  # by segment; empty positions are segment 0
+    slots = batch.slots // (length // TOKENS_PER_SLOT), 1 + batch.slots % (length // TOKENS_PER_SLOT)
+    firsts[slots] = first_lengths[batch.pieces]
+    types = batch.rows.position_ids >= np.take_along_axis(firsts, batch.rows.segment_ids, axis=1)
+    return replace(batch, rows=replace(batch.rows, token_type_ids=types.astype(np.int64)))
 
 
 def _assign(sizes: NDArray[np.int64], shape_set: ShapeSet) -> tuple[NDArray[np.int64], list[int]]:

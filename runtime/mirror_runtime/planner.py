@@ -23,6 +23,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError, InputError, ParityError
 from mirror_runtime.host import usable_cores
+from mirror_runtime.pairs import canary_items, items_for
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
@@ -33,6 +34,7 @@ from mirror_runtime.plan import (
     objective,
     this_host,
 )
+from mirror_runtime.tokenizer import Item, characters
 from mirror_runtime.vectors import components
 
 ROW_LENGTHS = (32, 64, 128)
@@ -103,8 +105,9 @@ class Planner:
         self._canaries = read_canaries(bundle)
         if not self._canaries:
             raise BundleError(f"{bundle} has no canaries to check vectors against: export it again")
-        self._texts = _spread(texts, self._budget.texts)
-        self._singles = sorted(_spread(texts, 4 * self._budget.singles), key=len)[: self._budget.singles]
+        items = items_for(self._manifest.encoder, texts)
+        self._texts = _spread(items, self._budget.texts)
+        self._singles = sorted(_spread(items, 4 * self._budget.singles), key=characters)[: self._budget.singles]
         self._goal = goal
         self._floor = floor
         self._cache_dir = cache_dir
@@ -182,7 +185,7 @@ class Planner:
         """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
-            vectors = encoder.encode(canary.text for canary in self._canaries)
+            vectors = encoder.encode(canary_items(encoder.spec, [canary.text for canary in self._canaries]))
             check = compare_canaries(components(vectors, encoder.spec), self._canaries, self._floor)
             encoder.encode(self._texts)
             encoder.encode(self._singles[:1])
@@ -232,6 +235,6 @@ class Planner:
             self._best = leader
 
 
-def _spread(texts: Sequence[str], count: int) -> list[str]:
+def _spread(texts: Sequence[Item], count: int) -> list[Item]:
     """Pick evenly spaced texts; all of them if there are fewer."""
     return list(texts[:: max(1, len(texts) // count)][:count])

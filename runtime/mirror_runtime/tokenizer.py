@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from mirror_runtime.words import WordMemory
 
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 """The file that names the padding token, which `tokenizer.json` does not."""
+
+Item: TypeAlias = "str | tuple[str, str]"
+"""What gets a vector: a text, or for a reranker a pair of a query and a text."""
 
 LONG_CHARACTERS = 32_768
 """Longer texts are tokenised in segments of this length, 20 to 40 ms of work, and queue apart from the others."""
@@ -55,6 +58,7 @@ class Tokenized:
     ids: NDArray[np.int64]  # [sum of lengths], the pieces' tokens one after another, special tokens included
     lengths: NDArray[np.int64]  # [pieces], each piece's tokens, padding included
     unpadded_lengths: NDArray[np.int64] | None  # likewise before padding; None if nothing is padded
+    first_lengths: NDArray[np.int64] | None = None  # likewise before a pair's second text; None if pieces are texts
     part_text: NDArray[np.int64]  # [parts], the text of each part; ascending. A failed text has no part
     part_piece: NDArray[np.int64]  # [parts]
     tokens: NDArray[np.int64]  # [texts], of the whole text with special tokens, before truncation; 0 if it failed
@@ -121,9 +125,9 @@ class Tokenizer:
         part_text: list[int] = []
         part_piece: list[int] = []
         special = len(self._prefix) + len(self._suffix)
-        for i, ids in zip(good, self._encode([self._whole(texts[i]) for i in good]), strict=True):
-            tokens[i] = len(ids) + special
-            if len(ids) > self._body:
+        for i, own in zip(good, self.bodies([self._whole(texts[i]) for i in good]), strict=True):
+            tokens[i] = len(own) + special
+            if len(own) > self._body:
                 policy = self._long_texts if long_texts is None else long_texts[i]
                 if policy is LongTexts.ERROR:
                     errors[i] = TextError(
@@ -133,7 +137,7 @@ class Tokenizer:
                     )
                     tokens[i] = 0
                     continue
-                before, own, after = self._split(texts[i], ids)
+                before, own, after = self._split(texts[i], own)
                 room = self._body - len(before) - len(after)
                 if room < 1:
                     errors[i] = TextError(i, "merges with the template into more tokens than the encoder takes")
@@ -143,7 +147,7 @@ class Tokenizer:
                 parts = [before + own[at : at + room] + after for at in starts]
                 truncated[i] = len(own) > room and len(parts) == 1
             else:
-                parts = [ids]
+                parts = [own]
             part_piece += [numbers.setdefault(tuple(part), len(numbers)) for part in parts]
             part_text += [i] * len(parts)
         pieces = [[*self._prefix, *part, *self._suffix] for part in numbers]
@@ -152,9 +156,9 @@ class Tokenizer:
             unpadded_lengths = _lengths(pieces)
             # Where no special tokens are added, a text may have no tokens at all, and takes one place of a row.
             pieces = [piece + [self._pad_id] * ((self._pad_to or 1) - len(piece)) for piece in pieces]
-        lengths = _lengths(pieces)
+        ids, lengths = piece_arrays(pieces)
         return Tokenized(
-            ids=np.fromiter(chain.from_iterable(pieces), np.int64, int(lengths.sum())),
+            ids=ids,
             lengths=lengths,
             unpadded_lengths=unpadded_lengths,
             part_text=np.array(part_text, np.int64),
@@ -164,8 +168,10 @@ class Tokenizer:
             errors=errors,
         )
 
-    def _encode(self, wholes: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the tokens of whole strings; of very long ones segment by segment, where that gives the same tokens.
+    def bodies(self, wholes: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the tokens of whole strings without special ones.
+
+        Very long strings are tokenised segment by segment, where that gives the same tokens.
 
         A string of 4 MB at once takes 0.8 GB, and other threads wait while they are freed (2026-11-30).
         """
@@ -191,6 +197,17 @@ class Tokenizer:
         )
         for ids in remembered:
             yield next(encodings).ids if ids is None else ids
+
+    def pair_tokens(self, path: Path) -> tuple[list[int], list[int], list[int], bool]:
+        """Return the special tokens before, between and after two texts, and whether the second has another type."""
+        body = self._tokenizer.encode("a", add_special_tokens=False).ids
+        pair = self._tokenizer.encode("a", "a", add_special_tokens=True)
+        head, size = len(self._prefix) + len(body), len(body)
+        second = next((at for at in range(head + 1, len(pair.ids) - size + 1) if pair.ids[at : at + size] == body), 0)
+        types = [0] * second + [1] * (len(pair.ids) - second)
+        if not second or pair.ids[:head] != [*self._prefix, *body] or pair.type_ids not in (types, [0] * len(types)):
+            raise BundleError(f"{path} does not join two texts by special tokens: 'a' and 'a' become {pair.ids}")
+        return self._prefix, pair.ids[head:second], pair.ids[second + size :], pair.type_ids == types
 
     def _whole(self, text: object) -> str:
         return f"{self._before}{text}{self._after}" if self._before or self._after else str(text)
@@ -219,6 +236,11 @@ def iterate(texts: Iterable[object]) -> Iterator[object]:
     except TypeError:
         pass
     raise InputError(f"texts is one {kind}: pass a list, such as [text]")
+
+
+def characters(item: Item) -> int:
+    """Count the characters of a text, or of both texts of a pair."""
+    return len(item) if isinstance(item, str) else sum(map(len, item))
 
 
 def validate_text(index: int, text: object) -> TextError | None:
@@ -271,6 +293,12 @@ def _segments(text: str, divide: re.Pattern[str]) -> Iterator[str]:
         yield text[start : place.start()]
         start = place.start()
     yield text[start:]
+
+
+def piece_arrays(pieces: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tokens of pieces one after another, and each piece's number of tokens."""
+    lengths = _lengths(pieces)
+    return np.fromiter(chain.from_iterable(pieces), np.int64, int(lengths.sum())), lengths
 
 
 def _lengths(pieces: Sequence[Sequence[int]]) -> NDArray[np.int64]:

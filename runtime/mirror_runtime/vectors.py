@@ -148,13 +148,31 @@ def cosines(
 
 
 def agreement(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.floating[Any]]:
-    """Compute the cosine of each pair of rows like `cosines`, but 1 where both rows are zeros."""
+    """Compute the cosine of each pair of rows like `cosines`, but 1 where both rows are zeros.
+
+    A reranker's scores, [n, 1], have no direction: their agreement is 1 - d² / 2 with d the difference in standard
+    deviations of the expected ones, so that a floor bounds d as it bounds the distance of unit vectors.
+    """
+    if expected.shape[1] == 1:
+        close: NDArray[np.floating[Any]] = 1 - relative_distance(found, expected) ** 2 / 2
+        return close
     similar = cosines(found, expected)
     similar[~found.any(axis=1) & ~expected.any(axis=1)] = 1.0
     return similar
 
 
-def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, texts: Sequence[str]) -> str:
+def relative_distance(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
+    """Compute each row's distance from the expected one, relative to its length, or to the spread of all scores."""
+    exact = expected.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1)
+    if exact.shape[1] == 1 and lengths.size:
+        lengths = np.full(len(exact), exact.std() or lengths.max())
+    distances: NDArray[np.float64] = np.linalg.norm(found.astype(np.float64) - exact, axis=1)
+    distances /= np.maximum(lengths, SMALLEST_NORM)
+    return distances
+
+
+def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, texts: Sequence[object]) -> str:
     """Describe which vectors are too far from the expected ones.
 
     The cosine alone does not notice a missing normalisation; the difference relative to the expected vector's length
@@ -170,8 +188,7 @@ def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, 
         The message; empty where all vectors are close enough.
     """
     similar = agreement(found, expected)
-    lengths = np.maximum(np.linalg.norm(expected.astype(np.float64), axis=1), SMALLEST_NORM)
-    relative = np.linalg.norm(found.astype(np.float64) - expected, axis=1) / lengths
+    relative = relative_distance(found, expected)
     bound = math.sqrt(2 - 2 * floor)
     bad = (similar < floor) | (relative > bound)
     if not bad.any():
@@ -186,10 +203,10 @@ def distance_problem(found: NDArray[Any], expected: NDArray[Any], floor: float, 
     )
 
 
-def quoted(text: str, limit: int = 60) -> str:
+def quoted(text: object, limit: int = 60) -> str:
     """Quote a text for a message, shortened to about `limit` characters."""
     shown = repr(text)
-    return shown if len(shown) <= limit else f"{shown[:limit]}…' ({len(text)} characters)"
+    return shown if len(shown) <= limit else f"{shown[:limit]}…' ({len(shown) - 2} characters)"
 
 
 def rows_not_finite(vectors: Vectors) -> list[int]:

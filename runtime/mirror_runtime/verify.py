@@ -18,6 +18,7 @@ from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_can
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError
+from mirror_runtime.pairs import canary_items
 from mirror_runtime.vectors import components
 
 
@@ -86,7 +87,8 @@ def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> ArtifactChec
     try:
         # By its path, because a bundle may have several artifacts for one engine and precision.
         with Encoder.of_graph(bundle, manifest, artifact.engine, artifact.precision, artifact.path) as encoder:
-            vectors = components(encoder.encode(canary.text for canary in canaries), encoder.spec)
+            items = canary_items(encoder.spec, [canary.text for canary in canaries])
+            vectors = components(encoder.encode(items), encoder.spec)
     except EngineError as error:
         return ArtifactCheck(artifact=artifact, comparison=None, problem=str(error))
     comparison = compare_canaries(vectors, canaries, artifact.parity.floor)

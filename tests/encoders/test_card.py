@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from encoders.card import RUN_MARK, TERMS, Card, front_matter, read_card
-from encoders.pooling import Pooling
 from encoders.reference import Reference
 from encoders.source import resolve
 from encoders.write import write_layout
+from mirror_runtime.bundle import Pooling
 
 
 def test_the_license_and_the_story_go_from_base_to_run_to_bundle(tiny_bert, tmp_path):

@@ -58,12 +58,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Prefix of the classes in transformers and the sizes, by `model_type`."""
 
 
-def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
+def write_tiny_encoder(family: str, folder: Path, layers: int = 2, labels: int = 0) -> None:
     """Write a plain Hugging Face folder: random weights (2 layers, 32 wide) and a tokenizer trained on some English.
 
     Weights are drawn ten times wider than usual, so
     that attention and position change the vectors visibly. Embeddings of padding are not zero, so that reading them by
-    mistake changes vectors too.
+    mistake changes vectors too. With `labels`, it is a sequence classifier: with one, a cross-encoder.
     """
     prefix, sizes = MODELS[family]
     tokenizer = tokenizer_of(family)
@@ -79,14 +79,15 @@ def write_tiny_encoder(family: str, folder: Path, layers: int = 2) -> None:
         vocab_size=tokenizer.get_vocab_size(),
         initializer_range=0.2,
         pad_token_id=tokenizer.token_to_id(pad),
+        **({"num_labels": labels} if labels else {}),
         **sizes | {"n_layers" if family == "distilbert" else "num_hidden_layers": layers},
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{prefix}Model")(config)
+        model = getattr(transformers, f"{prefix}{'ForSequenceClassification' if labels else 'Model'}")(config)
         for table in (FAMILIES[family].words, FAMILIES[family].positions):
-            if table in dict(model.named_modules()):
-                torch.nn.init.normal_(model.get_submodule(table).weight, std=0.2)
+            if table in dict(model.base_model.named_modules()):
+                torch.nn.init.normal_(model.base_model.get_submodule(table).weight, std=0.2)
     model.save_pretrained(folder)
 
 

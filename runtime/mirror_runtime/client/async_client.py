@@ -79,10 +79,17 @@ class AsyncClient:
         truncate: bool | None = None,
         dimensions: int | None = None,
         prompt: str | None = None,
+        query: str | None = None,
     ) -> Vectors:
         """Encode texts: see `Client.encode`."""
         served = await self.encode_detailed(
-            texts, batch_size, deadline_s=deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt
+            texts,
+            batch_size,
+            deadline_s=deadline_s,
+            truncate=truncate,
+            dimensions=dimensions,
+            prompt=prompt,
+            query=query,
         )
         return served.vectors_or_raise()
 
@@ -95,6 +102,7 @@ class AsyncClient:
         truncate: bool | None = None,
         dimensions: int | None = None,
         prompt: str | None = None,
+        query: str | None = None,
     ) -> Served:
         """Encode texts; return vectors, token counts and errors: see `Client.encode_detailed`."""
         items = as_list(texts)
@@ -103,7 +111,12 @@ class AsyncClient:
         exchange = Exchange(
             items,
             CallOptions(
-                batch_size=batch_size, deadline_s=deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt
+                batch_size=batch_size,
+                deadline_s=deadline_s,
+                truncate=truncate,
+                dimensions=dimensions,
+                prompt=prompt,
+                query=query,
             ),
             self._options,
             self._facts,

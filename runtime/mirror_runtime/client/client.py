@@ -89,6 +89,7 @@ class Client:
         truncate: bool | None = None,
         dimensions: int | None = None,
         prompt: str | None = None,
+        query: str | None = None,
     ) -> Vectors:
         """Encode texts. See `encode_detailed` for the arguments and the other exceptions.
 
@@ -99,7 +100,13 @@ class Client:
             TextError: for the first text that cannot be encoded.
         """
         return self.encode_detailed(
-            texts, batch_size, deadline_s=deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt
+            texts,
+            batch_size,
+            deadline_s=deadline_s,
+            truncate=truncate,
+            dimensions=dimensions,
+            prompt=prompt,
+            query=query,
         ).vectors_or_raise()
 
     def encode_detailed(
@@ -111,6 +118,7 @@ class Client:
         truncate: bool | None = None,
         dimensions: int | None = None,
         prompt: str | None = None,
+        query: str | None = None,
     ) -> Served:
         """Encode texts; return vectors, token counts, and an error for each text that has no vector.
 
@@ -123,6 +131,7 @@ class Client:
             truncate: cut texts over the encoder's limit, or reject them; None leaves it to the server.
             dimensions: leading components to keep, one of those that the server allows; None keeps all.
             prompt: text to put in front of every text, such as "query: "; None for none.
+            query: what a reranker scores the texts against; its vectors are raw scores, [n, 1].
 
         Raises:
             InputError: `texts` is a single string, `batch_size` is more than the server takes, or it rejects an option.
@@ -137,7 +146,12 @@ class Client:
         exchange = Exchange(
             items,
             CallOptions(
-                batch_size=batch_size, deadline_s=deadline_s, truncate=truncate, dimensions=dimensions, prompt=prompt
+                batch_size=batch_size,
+                deadline_s=deadline_s,
+                truncate=truncate,
+                dimensions=dimensions,
+                prompt=prompt,
+                query=query,
             ),
             self._options,
             self._facts,

@@ -102,10 +102,12 @@ class CallOptions:
     truncate: bool | None
     dimensions: int | None
     prompt: str | None
+    query: str | None
 
     def parameters(self) -> Parameters:
         """Return the parameters that every request of the call carries."""
         options = {"truncate": self.truncate, "dimensions": self.dimensions, "prompt": self.prompt}
+        options["query"] = self.query
         return {name: value for name, value in options.items() if value is not None}
 
 

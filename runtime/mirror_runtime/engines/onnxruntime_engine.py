@@ -36,6 +36,7 @@ class OnnxRuntimeEngine:
         self.dynamic_shapes = True
         threads = max(1, usable_cores() // self.streams)
         self._session = open_session(graph, threads=threads, fused=precision is not Precision.FP8)
+        self._inputs = [tensor.name for tensor in self._session.get_inputs()]
         held = self._session.get_modelmeta().custom_metadata_map.get(PRECISION_KEY, Precision.FP32.value)
         if held != precision.value:
             raise EngineError(f"{graph.name} is a graph in {held}, not {precision.value}: request {held}")
@@ -43,7 +44,7 @@ class OnnxRuntimeEngine:
     def run(self, rows: PackedRows) -> NDArray[np.float32]:
         """Compute [R, L // 4, width] of the graph's vector type; see `Engine.run`."""
         try:
-            (out,) = self._session.run(["embedding"], vars(rows))  # the fields are named as the graph's inputs
+            (out,) = self._session.run(["embedding"], {name: getattr(rows, name) for name in self._inputs})
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             raise EngineError(f"onnxruntime failed on rows {rows.shape}: {error}") from error
         result: NDArray[np.float32] = out

@@ -37,6 +37,7 @@ from mirror_runtime.gateway.metrics import CONTENT_TYPE
 from mirror_runtime.gateway.middleware import Middleware, response_of
 from mirror_runtime.gateway.paths import UsualPaths
 from mirror_runtime.gateway.schema import (
+    CohereRerankRequest,
     EmbeddingsAnswer,
     EmbeddingsRequest,
     EmbedRequest,
@@ -46,10 +47,14 @@ from mirror_runtime.gateway.schema import (
     Live,
     Model,
     Models,
+    Rank,
+    RerankAnswer,
+    RerankRequest,
     SimilarityRequest,
 )
-from mirror_runtime.gateway.service import EncodingResult, GatewayService
+from mirror_runtime.gateway.service import REQUEST_ID, EncodingResult, GatewayService
 from mirror_runtime.prompts import choose_prompt
+from mirror_runtime.reranker import ranked
 from mirror_runtime.vectors import unit_rows
 
 OPEN_ROUTES = ("/", "/health", "/health/live", "/metrics", "/docs", "/openapi.json")
@@ -61,10 +66,18 @@ HERE = (
 )
 """What a request for another path is told."""
 
+HERE_RERANKER = (
+    "this gateway has a reranker, which scores texts against a query: POST /rerank (TEI), /v1/rerank and /v2/rerank "
+    "(Cohere), GET /v1/models, /info, /health, /docs. It has no vectors"
+)
+
 T = TypeVar("T")
 
 _JSON_BYTES, _BASE64_BYTES = 22, 6
 """Bytes of a component in an answer, rounded up: -0.012345678901234567 and a comma, and 4 bytes in base64."""
+
+_RANK_BYTES = 64
+"""Bytes of a score in an answer with its index and names, rounded up. Texts that are returned were counted as read."""
 
 _ROWS_AT_ONCE = 32
 """Vectors serialised before other tasks run: 1 to 2 ms for 384 components."""
@@ -98,7 +111,7 @@ def make_app(service: GatewayService) -> ASGIApp:
     app = FastAPI(
         title="Mirror Runtime gateway",
         version=mirror_runtime.__version__,
-        description="Text to vectors, with the APIs of OpenAI and of Text Embeddings Inference.",
+        description="Text to vectors or scores, with the APIs of OpenAI, Cohere and Text Embeddings Inference.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's loads scripts from elsewhere
         redoc_url=None,
@@ -107,9 +120,9 @@ def make_app(service: GatewayService) -> ASGIApp:
     app.router.route_class = json_route(service.settings.max_batch, service.settings.max_body_bytes)
     # Document that a key is required. The middleware has checked it already.
     keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
-    _add_embedding_routes(app, service, keyed)
+    (_add_rerank_routes if service.backend.card.scores_pairs else _add_embedding_routes)(app, service, keyed)
     _add_information_routes(app, service, keyed)
-    _add_error_handlers(app)
+    _add_error_handlers(app, HERE_RERANKER if service.backend.card.scores_pairs else HERE)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     inner: ASGIApp = UsualPaths(Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES))
     if not service.settings.cors:
@@ -141,11 +154,7 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
     )
     async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         """Return vectors, as OpenAI's API does."""
-        model = service.settings.model
-        if body.model is not None and body.model != model and not body.model.endswith(f"/{model}"):
-            raise Refusal(
-                404, "model_not_found", f"the model here is {model!r}, not {printable(body.model)!r}", param="model"
-            )
+        model = _check_model(service, body.model)
         base64 = body.encoding_format == "base64"
         result = await _encode(request, service, body, body.input, _BASE64_BYTES if base64 else _JSON_BYTES)
         return _vectors_response(await _openai_body(result, model, base64, turn), result)
@@ -169,6 +178,58 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
         result = await _encode(request, service, EmbedRequest.model_validate({"inputs": texts}), texts, _JSON_BYTES)
         source, *others = unit_rows(result.vectors)
         return _vectors_response(orjson.dumps([float(source @ other) for other in others]), result)
+
+
+def _add_rerank_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
+    """Add the routes that score texts against a query."""
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"headers": _VECTOR_HEADERS},
+        **_refusals(400, 401, 404, 413, 422, 429, 500, 503),
+    }
+
+    async def score(request: Request, query: str, texts: Sequence[str], truncate: bool | None) -> EncodingResult:
+        caller = _held_for_answer(request, service, len(texts), _RANK_BYTES)
+        work = service.encode([(query, text) for text in texts], caller, truncate=truncate)
+        return await _while_connected(request, service, work)
+
+    @app.post("/rerank", response_model=list[Rank], responses=responses, dependencies=keyed, tags=["scores"])
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """Return scores, best first, as Text Embeddings Inference does."""
+        result = await score(request, body.query, body.texts, body.truncate)
+        ranks = [
+            {"index": one.index, "score": one.score} | ({"text": body.texts[one.index]} if body.return_text else {})
+            for one in ranked(result.vectors[:, 0], raw_scores=body.raw_scores)
+        ]
+        return _vectors_response(orjson.dumps(ranks), result)
+
+    @app.post("/v1/rerank", response_model=RerankAnswer, responses=responses, dependencies=keyed, tags=["scores"])
+    @app.post("/v2/rerank", response_model=RerankAnswer, responses=responses, dependencies=keyed, tags=["scores"])
+    async def cohere(body: CohereRerankRequest, request: Request) -> Response:
+        """Return scores, best first, as Cohere's API does."""
+        model = _check_model(service, body.model)
+        texts = [one if isinstance(one, str) else one.text for one in body.documents]
+        result = await score(request, body.query, texts, None)
+        results = [
+            {"index": one.index, "relevance_score": one.score}
+            | ({"document": {"text": texts[one.index]}} if body.return_documents else {})
+            for one in ranked(result.vectors[:, 0], body.top_n)
+        ]
+        answer = {
+            "id": REQUEST_ID.get(),
+            "model": model,
+            "results": results,
+            "usage": {"prompt_tokens": result.tokens, "total_tokens": result.tokens},
+            "meta": {"api_version": {"version": request.url.path[2]}, "billed_units": {"search_units": 1}},
+        }
+        return _vectors_response(orjson.dumps(answer), result)
+
+
+def _check_model(service: GatewayService, asked: str | None) -> str:
+    """Return the model's name; a `Refusal` if a request names another one."""
+    model = service.settings.model
+    if asked is not None and asked != model and not asked.endswith(f"/{model}"):
+        raise Refusal(404, "model_not_found", f"the model here is {model!r}, not {printable(asked)!r}", param="model")
+    return model
 
 
 def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
@@ -249,7 +310,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
         return Response(service.metrics.page(service.backend.card), media_type=CONTENT_TYPE)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, here: str) -> None:
     """Answer every error in the same shape."""
 
     @app.exception_handler(Refusal)
@@ -262,7 +323,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(_: Request, error: HTTPException) -> Response:
-        detail = HERE if error.status_code == 404 else str(error.detail)
+        detail = here if error.status_code == 404 else str(error.detail)
         refusal = Refusal(error.status_code, _CODES.get(error.status_code, "bad_request"), detail)
         response = response_of(refusal)
         response.headers.update(error.headers or {})

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mirror_runtime.async_encoder import CONCURRENT_BATCHES, AsyncEncoder
 from mirror_runtime.bulk_room import SLICE_TOKENS
-from mirror_runtime.bundle import VectorType
+from mirror_runtime.bundle import Pooling, VectorType
 from mirror_runtime.client.async_client import AsyncClient
 from mirror_runtime.client.client import connect
 from mirror_runtime.client.exchange import BATCH_TOKENS, Served
@@ -20,6 +20,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
 from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.selection import AUTO
+from mirror_runtime.tokenizer import Item
 
 _POLL_S = 0.5
 
@@ -38,6 +39,7 @@ class ModelCard:
     precision: str
     backend: str  # "in-process", or the server's address
     prompts: Mapping[str, str] | None = None  # by name; None if they are unknown, as behind Triton
+    scores_pairs: bool = False  # a reranker: it takes pairs of a query and a text, and `dim` is 1
     template: str | None = None  # text that the encoder itself puts around every text
     dimensions: tuple[int, ...] = ()  # shorter vectors that it was trained for, as far as it records them
 
@@ -53,8 +55,8 @@ class EncodingBackend(Protocol):
     tokens_at_once: int
     slice_tokens: int
 
-    async def encode(self, texts: Sequence[str]) -> Served:
-        """Encode texts. The result's `errors` name the bad ones. Cancelling drops texts that have not started."""
+    async def encode(self, texts: Sequence[Item]) -> Served:
+        """Encode texts, or pairs of one query; `errors` has the bad ones. Cancelling drops those not yet started."""
 
     async def aclose(self) -> None:
         """Finish accepted texts and release everything."""
@@ -84,9 +86,10 @@ class InProcessBackend:
             prompts=encoder.prompts,
             template=spec.template,
             dimensions=spec.trained_dims,
+            scores_pairs=spec.scores_pairs,
         )
 
-    async def encode(self, texts: Sequence[str]) -> Served:
+    async def encode(self, texts: Sequence[Item]) -> Served:
         """Encode texts, see `EncodingBackend.encode`."""
         return Served(**vars(await self._async.encode_detailed(texts)), fingerprint=self.card.fingerprint)
 
@@ -109,9 +112,12 @@ class TritonBackend:
             options.url, protocol=options.protocol, model=options.model, timeout_s=options.timeout_s, patient=False
         )
 
-    async def encode(self, texts: Sequence[str]) -> Served:
+    async def encode(self, texts: Sequence[Item]) -> Served:
         """Encode texts, see `EncodingBackend.encode`."""
-        served = await self._client.encode_detailed(texts)
+        query = texts[0][0] if texts and self.card.scores_pairs else None
+        served = await self._client.encode_detailed(
+            [text if isinstance(text, str) else text[1] for text in texts], query=query
+        )
         if served.fingerprint not in (None, self.card.fingerprint):
             with contextlib.suppress(MirrorError):  # this answer is valid, and the next one fetches the card again
                 self.card = await asyncio.to_thread(fetch_card, self._options)
@@ -150,6 +156,7 @@ def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
             dim=facts.width,
             max_tokens=int(parameters["max_tokens"]),
             normalized=parameters["normalize"] == "true",
+            scores_pairs=parameters.get("pooling") == Pooling.RERANK.value,
             long_texts=parameters["long_texts"],
             engine=parameters["engine"],
             precision=parameters["precision"],

@@ -24,7 +24,7 @@ from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
 from mirror_runtime.gateway.fair_queue import FairQueue
 from mirror_runtime.retry_after import RetryEstimator
-from mirror_runtime.tokenizer import LONG_CHARACTERS, LongTexts
+from mirror_runtime.tokenizer import LONG_CHARACTERS, Item, LongTexts, characters
 
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
@@ -70,7 +70,7 @@ class Scheduler:
         """
         return time.monotonic() - self._progress_at if self._small.running or self._bulk.running else None
 
-    async def encode(self, texts: Sequence[str], caller: str) -> Served:
+    async def encode(self, texts: Sequence[Item], caller: str) -> Served:
         """Encode a request's texts, all with one model. Cancelling drops the slices that have not started.
 
         Raises:
@@ -95,15 +95,15 @@ class Scheduler:
                     return _joined(parts)
         raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
 
-    def _cut(self, texts: Sequence[str]) -> Iterator[Slice]:
+    def _cut(self, texts: Sequence[Item]) -> Iterator[Slice]:
         """Cut a request into slices of the backend's size or one text."""
         card = self._backend.card
         most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
         start = tokens = 0
         for at, text in enumerate(texts):
-            long = len(text) > LONG_CHARACTERS
+            long = characters(text) > LONG_CHARACTERS
             more = estimate_tokens(text) if most is None else min(estimate_tokens(text), most)
-            more += len(text) // CHARACTERS_TOKENISED
+            more += characters(text) // CHARACTERS_TOKENISED
             if at > start and (long or tokens + more > self._backend.slice_tokens):
                 yield Slice(start, at, tokens, long=False)
                 start, tokens = at, 0
@@ -135,7 +135,7 @@ class Scheduler:
         backend = self._backend
         return self._bulk_room.tokens(backend.tokens_at_once, backend.slice_tokens, self.load.rate)
 
-    async def _all(self, texts: Sequence[str], slices: Sequence[Slice], caller: str) -> Sequence[Served]:
+    async def _all(self, texts: Sequence[Item], slices: Sequence[Slice], caller: str) -> Sequence[Served]:
         """Encode slices, and cancel all if one fails."""
         lanes = (self._long if one.long else self._bulk for one in slices)
         pairs = zip(slices, lanes, strict=True)
@@ -146,7 +146,7 @@ class Scheduler:
             for task in tasks:
                 task.cancel()
 
-    async def _encode_slice(self, texts: Sequence[str], one: Slice, lane: FairQueue, caller: str) -> Served:
+    async def _encode_slice(self, texts: Sequence[Item], one: Slice, lane: FairQueue, caller: str) -> Served:
         """Encode a slice in its turn."""
         self.load.enter(one.tokens)
         done = self.load.drop  # cancelled and failed ones do not count for the rate

@@ -52,7 +52,7 @@ _NAMED = 3
 """Unknown fields that a refusal names; it counts the others."""
 
 
-class _Request(BaseModel):
+class _Body(BaseModel):
     # Refuse unknown fields: a client would believe that they do something.
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -73,6 +73,8 @@ class _Request(BaseModel):
             raise Refusal(422, "invalid_field", message, param=first[0])
         return body
 
+
+class _Request(_Body):
     dimensions: Number | None = Field(
         None, ge=1, description="Keep the first N components: one of the values in /info, or null for all."
     )
@@ -135,6 +137,55 @@ class SimilarityRequest(BaseModel):
     parameters: dict[str, None] | None = Field(None, description="Accepted if empty.")
 
 
+Query = Annotated[str, BeforeValidator(_texts), Field(description="What the texts are scored against.")]
+
+
+class RerankRequest(_Body):
+    """Text Embeddings Inference's request for scores."""
+
+    query: Query
+    texts: Annotated[list[str], BeforeValidator(_texts), Field(min_length=1)]
+    raw_scores: bool = Field(False, description="The model's own numbers; false: their sigmoid, between 0 and 1.")
+    return_text: bool = False
+    truncate: bool | None = Field(None, description="false: refuse a text over the limit with its query (413).")
+    truncation_direction: Literal["right", "Right"] | None = Field("right", description="Texts lose their end.")
+
+
+class Document(BaseModel):
+    """A text to score."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    text: str
+
+
+class CohereRerankRequest(_Body):
+    """Cohere's request for scores, which Jina's and vLLM's clients send too."""
+
+    query: Query
+    documents: Annotated[list[str | Document], Field(min_length=1)]
+    model: str | None = Field(None, description="The model's name, as in /v1/models. null: the only one.")
+    top_n: Number | None = Field(None, ge=1, description="How many of the best to return; null for all.")
+    return_documents: bool = False
+    user: str | None = Field(None, description="Accepted for compatibility and ignored.")
+
+
+class Rank(BaseModel):
+    """A text's position in the request, and its score. Answers are sorted by it, best first."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class RerankResult(BaseModel):
+    """A document's position in the request, and its score, between 0 and 1."""
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
 class Embedding(BaseModel):
     """One text's vector."""
 
@@ -148,6 +199,16 @@ class Usage(BaseModel):
 
     prompt_tokens: int
     total_tokens: int
+
+
+class RerankAnswer(BaseModel):
+    """Cohere's response, best document first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: Usage
+    meta: dict[str, Any]
 
 
 class EmbeddingsAnswer(BaseModel):

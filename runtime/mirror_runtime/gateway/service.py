@@ -21,6 +21,7 @@ from mirror_runtime.gateway.errors import Refusal, refusal_of, unavailable
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.scheduler import Scheduler
 from mirror_runtime.gateway.settings import GatewaySettings
+from mirror_runtime.tokenizer import Item
 from mirror_runtime.vectors import check_cuts, cut
 
 FRESH_S = 1.0
@@ -67,7 +68,7 @@ class GatewayService:
 
     async def encode(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Item],
         caller: str = "",
         *,
         dimensions: int | None = None,
@@ -75,7 +76,7 @@ class GatewayService:
         truncate: bool | None = None,
         prompt: str = "",
     ) -> EncodingResult:
-        """Encode a request's texts, at least one, with the request's own parameters, see `schema`.
+        """Encode a request's texts or pairs, at least one, with the request's own parameters, see `schema`.
 
         Requests of equal `caller` share one caller's part of the backend.
 
@@ -86,7 +87,7 @@ class GatewayService:
         try:
             self._check(len(texts), dimensions, normalize)
             with self._counted(len(texts)):
-                served = await self.scheduler.encode([prompt + text for text in texts] if prompt else texts, caller)
+                served = await self.scheduler.encode([f"{prompt}{text}" for text in texts] if prompt else texts, caller)
                 _check_finite(served)
                 self._record_outcome(None)
             return self._finish(served, dimensions, normalize, truncate)
@@ -115,7 +116,9 @@ class GatewayService:
         async with self._probing:
             if time.monotonic() - self._outcome_at >= FRESH_S:
                 try:
-                    _check_finite(await asyncio.wait_for(self.backend.encode([PROBE_TEXT.decode()]), PROBE_S))
+                    probe = PROBE_TEXT.decode()
+                    probes = [(probe, probe) if self.backend.card.scores_pairs else probe]
+                    _check_finite(await asyncio.wait_for(self.backend.encode(probes), PROBE_S))
                     self.scheduler.note_progress()
                     self._record_outcome(None)
                 except Exception as error:  # any failure means unhealthy

@@ -14,7 +14,7 @@ from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.client.protocol import PROBE_TEXT
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import NotFiniteError
-from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.tokenizer import Item, LongTexts
 from mirror_runtime.triton.model.request_options import DEFAULTS, RequestOptions
 from mirror_runtime.vectors import Vectors, cut
 
@@ -69,8 +69,8 @@ class EmbedRequest:
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of each text, prompt included."""
-        prompt = len(self.options.prompt.encode())
+        """Bytes of each text, prompt and query included."""
+        prompt = len(self.options.prompt.encode()) + len((self.options.query or "").encode())
         return [len(raw) + prompt for raw in self.texts.reshape(-1)]
 
     def estimated_tokens(self, max_tokens: int) -> int:
@@ -115,11 +115,11 @@ def embed(encoder: Encoder, requests: Sequence[EmbedRequest], long_texts: LongTe
     raises: then the whole batch has failed. `long_texts` is the policy for requests that name none.
     """
     outcomes: dict[int, EmbedResult | Failure] = {}
-    texts: list[str] = []
+    texts: list[Item] = []
     policies: list[LongTexts] = []
     spans: dict[int, slice] = {}
     for number, request in enumerate(requests):
-        decoded = _decode(request)
+        decoded = _decode(request, encoder.spec)
         if isinstance(decoded, Failure):
             outcomes[number] = decoded
         else:
@@ -150,11 +150,17 @@ def _select(encoded: Encoded, span: slice, request: EmbedRequest, spec: EncoderS
     )
 
 
-def _decode(request: EmbedRequest) -> list[str] | Failure:
-    texts: list[str] = []
+def _decode(request: EmbedRequest, spec: EncoderSpec) -> list[Item] | Failure:
+    texts: list[Item] = []
+    query = PROBE_TEXT.decode() if request.is_probe and request.options.query is None else request.options.query
+    if spec.scores_pairs and query is None:
+        return Failure(
+            kind=FailureKind.INVALID_ARG, message="parameter 'query' is missing: a reranker scores texts against it"
+        )
     for position, raw in enumerate(request.texts.reshape(-1), request.first):
         try:
-            texts.append(request.options.prompt + bytes(raw).decode("utf-8"))
+            text = request.options.prompt + bytes(raw).decode("utf-8")
+            texts.append((str(query), text) if spec.scores_pairs else text)
         except UnicodeDecodeError as error:
             at = f"byte {error.object[error.start]:#04x} at offset {error.start}"
             return _invalid(position, f"not valid UTF-8 ({at}): send the text encoded as UTF-8")

@@ -24,8 +24,8 @@ import triton_python_backend_utils as pb_utils
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import BundleError, InputError, MirrorError
+from mirror_runtime.pairs import tokenizer_of
 from mirror_runtime.plan import Decision
-from mirror_runtime.tokenizer import Tokenizer
 from mirror_runtime.triton.model.backend_model import find_artifact, packed_shape_set
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind
 from mirror_runtime.triton.model.bls_engine import BlsEngine
@@ -205,5 +205,5 @@ def _load_with_backend(bundle: Path, options: ServingOptions, version: str) -> E
         row_tokens=shape_set.lengths[0],
         batch_tokens=shape_set.budget,
     )
-    tokenizer = Tokenizer.of(bundle, manifest.encoder, options.long_texts)
+    tokenizer = tokenizer_of(bundle, manifest.encoder, options.long_texts)
     return Encoder(manifest, decision, engine, tokenizer, shape_set)

@@ -12,9 +12,10 @@ from mirror_runtime.errors import InputError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.vectors import check_cuts
 
-KNOWN = ("dimensions", "prompt", "truncate")
+KNOWN = ("dimensions", "prompt", "query", "truncate")
 LONGEST_PROMPT = 1000
-"""In characters. The prompt is tokenised with every text of the request."""
+LONGEST_QUERY = 10_000
+"""In characters. The prompt is tokenised with every text of the request, a query once."""
 
 _LONGEST_QUOTE = 60
 
@@ -26,6 +27,7 @@ class RequestOptions:
     long_texts: LongTexts | None = None  # None for the server's policy
     dimensions: int | None = None  # leading components to keep (Matryoshka); None for all
     prompt: str = ""  # put in front of every text, literally
+    query: str | None = None  # what a reranker scores the texts against
 
 
 DEFAULTS = RequestOptions()
@@ -49,6 +51,7 @@ def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = ()) -
         long_texts=_long_texts(parameters["truncate"]) if "truncate" in parameters else None,
         dimensions=_dimensions(parameters["dimensions"], spec, trained) if "dimensions" in parameters else None,
         prompt=_prompt(parameters["prompt"], spec) if "prompt" in parameters else "",
+        query=_query(parameters["query"], spec) if "query" in parameters else None,
     )
 
 
@@ -81,8 +84,18 @@ def _prompt(value: object, spec: EncoderSpec) -> str:
         )
     if len(value) > LONGEST_PROMPT:
         raise InputError(f"parameter 'prompt' has {len(value)} characters: it may have {LONGEST_PROMPT}")
+    if value and spec.scores_pairs:
+        raise InputError("parameter 'prompt' cannot be used here: put it before the query or the texts")
     if value and spec.template is not None:
         raise InputError("parameter 'prompt' cannot be used here: this encoder puts every text into its own template")
+    return value
+
+
+def _query(value: object, spec: EncoderSpec) -> str:
+    if not spec.scores_pairs:
+        raise InputError("parameter 'query' is for rerankers: this encoder has vectors, of the query as of any text")
+    if not isinstance(value, str) or len(value) > LONGEST_QUERY:
+        raise InputError(f"parameter 'query' must be a text of at most {LONGEST_QUERY} characters")
     return value
 
 

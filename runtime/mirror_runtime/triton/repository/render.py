@@ -89,6 +89,7 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         "base_model": manifest.encoder.base_model,
         "max_tokens": str(manifest.encoder.max_tokens),
         "normalize": str(manifest.encoder.normalize).lower(),
+        "pooling": manifest.encoder.pooling.value,
     }
     return _CONFIG.format(
         name=MODEL_NAME,
@@ -97,8 +98,8 @@ def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = 
         width=width_of(manifest.encoder),
         instances=options.instances,
         # With a second model there is none: models cannot reach each other before the server is ready, which waits for
-        # the warm-up.
-        warmup=_WARMUP if options.backend is Backend.PYTHON else "",
+        # the warm-up. A reranker's texts need a query, which is a parameter, and warm-ups have none.
+        warmup=_WARMUP if options.backend is Backend.PYTHON and not manifest.encoder.scores_pairs else "",
         parameters=",\n".join(
             # JSON escapes a string as protobuf's text format does.
             f'  {{ key: "{key}" value: {{ string_value: {json.dumps(value, ensure_ascii=False)} }} }}'

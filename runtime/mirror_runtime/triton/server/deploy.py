@@ -155,7 +155,8 @@ class _Proof:
     def check(self, address: str, model: str) -> tuple[float, list[Canary]]:
         """Compare a served model's canaries with the stored ones; return the worst cosine and those not truncated."""
         with Client(address, model=model, timeout_s=STARTUP_S) as client:
-            served = client.encode_detailed([canary.text for canary in self.canaries], self.batch_size)
+            query = self.canaries[0].text if self.manifest.encoder.scores_pairs else None
+            served = client.encode_detailed([canary.text for canary in self.canaries], self.batch_size, query=query)
         if served.errors:
             raise ParityError(f"the server rejects a canary: {served.errors[min(served.errors)]}")
         if served.fingerprint != self.manifest.fingerprint:
