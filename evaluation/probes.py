@@ -30,10 +30,13 @@ BACKGROUND = 50_000
 """Texts in which words are counted, evenly spaced: more would tell no more."""
 
 CONTENT = "content"
-"""The probe that ranks encoders as labelled sets do (docs/log.md, 2026-11-30)."""
+"""The probe of lines: is a text nearer to its content words, or to itself with the rarest word replaced?"""
 
 PARTS = "parts"
 """The probe of documents: the second part by the first."""
+
+PREDICTIVE = (CONTENT, PARTS)
+"""The probes that rank encoders as labelled sets do (docs/log.md, 2026-11-30)."""
 
 Record = tuple[str, ...]
 """A line, or the two parts of a document or pair."""

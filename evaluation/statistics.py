@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,21 @@ class Estimate:
     def __format__(self, sign: str) -> str:
         """Format as `value [low, high]` with two decimals; `+` shows the sign."""
         return f"{self.value:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+
+
+class Verdict(str, Enum):
+    """What a change did to a figure."""
+
+    BETTER = "better"
+    """The whole interval of the difference is above zero."""
+    UNCLEAR = "no clear change"
+    WORSE = "worse"
+    """The whole interval is below zero."""
+
+    @classmethod
+    def of(cls, gain: Estimate) -> Verdict:
+        """Judge a difference: better or worse only if its interval leaves out zero."""
+        return cls.WORSE if gain.high < 0 else cls.BETTER if gain.low > 0 else cls.UNCLEAR
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,10 @@ def unit_vectors(encode: Encode, *lists: Sequence[str]) -> list[NDArray[np.float
 
 
 def ranks(
-    queries: NDArray[np.float32], documents: NDArray[np.float32], answers: NDArray[np.int64]
+    queries: NDArray[np.float32],
+    documents: NDArray[np.float32],
+    answers: NDArray[np.int64],
+    left_out: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Return the rank, from 1, of each query's answer among all documents by cosine.
 
@@ -79,11 +82,14 @@ def ranks(
         queries: unit vectors [n, dim].
         documents: unit vectors [m, dim].
         answers: the row of each query's answer, [n].
+        left_out: a row that does not count for each query, such as its own, [n].
     """
     found = np.empty(len(queries))
     for start in range(0, len(queries), ROWS):
         here = slice(start, start + ROWS)
         scores = (queries[here] @ documents.T).round(DECIMALS)
+        if left_out is not None:
+            np.put_along_axis(scores, left_out[here, None], -np.inf, axis=1)
         own = np.take_along_axis(scores, answers[here, None], axis=1)
         found[here] = (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) + 1) / 2
     return found
