@@ -60,7 +60,7 @@ def evaluate_association(one: AssociationTest, encode: Encode, bootstrap: Bootst
     """Measure the effect size and the one-sided p-value, both times 100.
 
     A target's association is its mean cosine to attribute1 less that to attribute2. The effect size is the difference
-    of the two targets' mean associations over the deviation of all (-200 to 200; 0 is no bias), resampled over each
+    of the two targets' mean associations over the deviation of all (-200 to 200; 0 without bias), resampled over each
     list's targets. The p-value, without an interval, is the share of all splits of the targets in half whose difference
     is as large.
 

@@ -28,9 +28,9 @@ def draw(reports: Sequence[Report], yardsticks: Sequence[Result], path: Path) ->
         around = np.maximum([middle - [one.low for one in values], [one.high for one in values] - middle], 0)
         places = np.arange(len(values)) + 0.6 * (i + 0.5) / len(reports) - 0.3
         axes.errorbar(middle, places, xerr=around, fmt="o", markersize=4, capsize=2, label=report.label)
-    places = [names.index(f"{one.set}, {one.metric}") for one in yardsticks]
-    if places:
-        axes.plot([one.figure.value for one in yardsticks], places, "k|", markersize=12, label="BM25")
+    rows = [names.index(f"{one.set}, {one.metric}") for one in yardsticks]
+    if rows:
+        axes.plot([one.figure.value for one in yardsticks], rows, "k|", markersize=12, label="BM25")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("× 100, with 95 % intervals")

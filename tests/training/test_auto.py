@@ -129,7 +129,7 @@ def test_seeds_and_the_average_of_their_weights_are_rivals(tiny_bert, corpus, tm
         ["documents.5", "documents.6", "documents.soup"],
     )
     assert all(one["probe"] == "content" for one in (*result["trials"].values(), result["gate"]))
-    assert all("no." in question for question in asked[0])
+    assert all("sat on the" in question for question in asked[0]), "texts, not titles"
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, result["steps"] + 1))
     seconds = [json.loads(line)["sec"] for line in lines]
@@ -143,8 +143,8 @@ def test_seeds_and_the_average_of_their_weights_are_rivals(tiny_bert, corpus, tm
         assert main([*files, *options, *again]) == 0
         alone.append(load_file(tmp_path / "run" / "model.safetensors"))
     assert any(not np.array_equal(alone[0][name], alone[1][name]) for name in soup)
-    for name, value in soup.items():
-        np.testing.assert_allclose(value, (alone[0][name] + alone[1][name]) / 2, atol=1e-6)
+    for name, weight in soup.items():
+        np.testing.assert_allclose(weight, (alone[0][name] + alone[1][name]) / 2, atol=1e-6)
 
 
 class Stopped(RunObserver):

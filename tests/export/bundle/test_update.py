@@ -36,9 +36,16 @@ def test_new_files_and_artifacts_are_in_the_manifest_and_the_rest_is_as_before(m
 
 def test_the_card_keeps_what_witness_and_probes_said(make_bundle, make_artifact):
     bundle = make_bundle(artifacts=(artifact := make_artifact(EngineName.ONNXRUNTIME, Precision.FP32),))
-    key = {"path": artifact.path, "engine": artifact.engine, "precision": artifact.precision}
-    figures = {"items": 9, "before": 1.0, "after": 2.0, "gain": Estimate(value=1.0, low=0.5, high=1.5)}
-    cost = card.ProbeCost(**key, probe="content, accuracy", **figures)
+    cost = card.ProbeCost(
+        path=artifact.path,
+        engine=artifact.engine,
+        precision=artifact.precision,
+        probe="content, accuracy",
+        items=9,
+        before=1.0,
+        after=2.0,
+        gain=Estimate(value=1.0, low=0.5, high=1.5),
+    )
     write_json(card.ProbeCosts(reference="tests", texts_sha256="0", costs=(cost,)), bundle / card.PROBES_FILE)
     seen = card.Testimony(version="library 1", texts=5, min_cosine=1.0, problem="")
     write_json(seen, bundle / card.WITNESS_FILE)
