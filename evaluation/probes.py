@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.perturb import crop, misspell
 from evaluation.statistics import Bootstrap, Result
-from evaluation.vectors import DECIMALS, Encode, ranks, unit_vectors
+from evaluation.vectors import Encode, pair_cosines, ranks, unit_vectors
 from mirror_runtime.errors import InputError
 
 MIN_WORDS = 4
@@ -98,7 +98,7 @@ def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstra
     for probe in probes:
         questions, answers = next(vectors), next(vectors)
         if probe.decoys:
-            near, far = ((questions * others).sum(axis=1).round(DECIMALS) for others in (answers, next(vectors)))
+            near, far = (pair_cosines(questions, others) for others in (answers, next(vectors)))
             results.append(bootstrap.mean("probe", name, f"{probe.name}, accuracy", near > far))
         else:
             found = ranks(questions, answers, np.arange(len(questions)))

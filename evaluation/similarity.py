@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from evaluation import geometry
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import Bootstrap, Estimate, Result, estimate, flat, gains, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, encode_distinct
+from evaluation.vectors import Encode, encode_distinct, pair_cosines
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.errors import InputError
 from mirror_runtime.vectors import unit_rows
@@ -200,7 +200,7 @@ def _measure(
     vectors = np.stack([raw[text] for text in rows])
     units = unit_rows(vectors)
     first, second = (units[[rows[text] for text in side]] for side in (one.first, one.second))
-    cosines = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
+    cosines = pair_cosines(first, second)
     value = spearman(cosines, one.scores)
     if np.isnan(value):
         raise InputError(

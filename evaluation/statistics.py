@@ -86,6 +86,11 @@ class Bootstrap:
         drawn = resample_means(scores, self.resamples, self.rng())
         return self.result(task, name, metric, float(scores.mean()), drawn, len(scores))
 
+    def spearman(self, task: str, name: str, metric: str, cosines: ArrayLike, scores: ArrayLike) -> Result:
+        """Build the result of a rank correlation, times 100; neither side may be constant."""
+        drawn = 100 * resample_spearman(cosines, scores, self.resamples, self.rng())
+        return self.result(task, name, metric, 100 * spearman(cosines, scores), drawn, len(np.asarray(scores)))
+
     def result(
         self, task: str, name: str, metric: str, value: float, resampled: NDArray[np.float64], samples: int
     ) -> Result:

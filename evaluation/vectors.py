@@ -68,6 +68,12 @@ def unit_vectors(encode: Encode, *lists: Sequence[str]) -> list[NDArray[np.float
     return [unit_rows(np.stack([raw[text] for text in texts])) for texts in lists]
 
 
+def pair_cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cosine of the unit vectors in each row of two arrays, rounded to `DECIMALS`: float64 [n]."""
+    cosines: NDArray[np.float64] = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
+    return cosines
+
+
 def ranks(
     queries: NDArray[np.float32],
     documents: NDArray[np.float32],

@@ -13,8 +13,8 @@ import numpy as np
 
 from encoders.reference import Reference
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
-from evaluation.statistics import Bootstrap, Estimate, Result, Verdict, flat, gains, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, unit_vectors
+from evaluation.statistics import Bootstrap, Estimate, Result, Verdict, flat, gains
+from evaluation.vectors import Encode, pair_cosines, unit_vectors
 from mirror_runtime.errors import InputError
 from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
@@ -179,12 +179,10 @@ def _independent(pairs: Sequence[Scored]) -> list[Scored]:
 def _spearman(pairs: Sequence[Scored], encode: Encode, bootstrap: Bootstrap) -> Result:
     first, second, scores = zip(*pairs, strict=True)
     left, right = unit_vectors(encode, first, second)
-    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
-    value = 100 * spearman(cosines, scores)
-    if np.isnan(value):
+    cosines = pair_cosines(left, right)
+    if np.ptp(cosines) == 0 or np.ptp(scores) == 0:
         raise InputError(f"all held-out pairs have one score, or one cosine: {UNMEASURED}")
-    drawn = 100 * resample_spearman(cosines, scores, bootstrap.resamples, bootstrap.rng())
-    return bootstrap.result("probe", "own", SPEARMAN, value, drawn, len(pairs))
+    return bootstrap.spearman("probe", "own", SPEARMAN, cosines, scores)
 
 
 def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[list[Record | Scored]]]:

@@ -238,7 +238,6 @@ def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("one.tsv", ["label\ttext", *["pos\ta"] * 20], "has the label 'pos' only: a classifier needs two or more"),
         ("few.tsv", ["label\ttext", *["pos\ta"] * 20, "neg\tb"], "has 1 texts of 'neg': 10-fold validation needs 10"),
         ("head.tsv", ["text\tlabel", "a\tb"], "line 1: expected the header label<TAB>text"),
         ("blank.tsv", ["label\ttext", "a\t"], "line 2: expected label<TAB>text, neither empty"),
