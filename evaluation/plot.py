@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.similarity import Report
+from evaluation.statistics import Result
 from mirror_runtime.extras import require
 from mirror_runtime.folders import replace_file
 
 
-def draw(reports: Sequence[Report], path: Path) -> None:
-    """Draw a row for each figure and a point with its interval for each encoder, into a PNG file."""
+def draw(reports: Sequence[Report], yardsticks: Sequence[Result], path: Path) -> None:
+    """Draw a row for each figure, a point with its interval for each encoder, and BM25's figures, into a PNG file."""
     canvas = require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg
     first = reports[0]
     names = [f"{one.name}, Spearman" for one in first.results] + [f"{one.set}, {one.metric}" for one in first.tasks]
@@ -27,6 +28,9 @@ def draw(reports: Sequence[Report], path: Path) -> None:
         around = np.maximum([middle - [one.low for one in values], [one.high for one in values] - middle], 0)
         places = np.arange(len(values)) + 0.6 * (i + 0.5) / len(reports) - 0.3
         axes.errorbar(middle, places, xerr=around, fmt="o", markersize=4, capsize=2, label=report.label)
+    rows = [names.index(f"{one.set}, {one.metric}") for one in yardsticks]
+    if rows:
+        axes.plot([one.figure.value for one in yardsticks], rows, "k|", markersize=12, label="BM25")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("× 100, with 95 % intervals")

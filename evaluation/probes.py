@@ -11,7 +11,7 @@ import numpy as np
 
 from evaluation.perturb import crop, misspell
 from evaluation.statistics import Bootstrap, Result
-from evaluation.vectors import DECIMALS, Encode, ranks, unit_vectors
+from evaluation.vectors import Encode, pair_cosines, ranks, unit_vectors
 from mirror_runtime.errors import InputError
 
 MIN_WORDS = 4
@@ -30,10 +30,13 @@ BACKGROUND = 50_000
 """Texts in which words are counted, evenly spaced: more would tell no more."""
 
 CONTENT = "content"
-"""The probe that ranks encoders as labelled sets do (docs/log.md, 2026-11-30)."""
+"""The probe of lines: is a text nearer to its content words, or to itself with the rarest word replaced?"""
 
 PARTS = "parts"
 """The probe of documents: the second part by the first."""
+
+PREDICTIVE = (CONTENT, PARTS)
+"""The probes that rank encoders as labelled sets do (docs/log.md, 2026-11-30)."""
 
 Record = tuple[str, ...]
 """A line, or the two parts of a document or pair."""
@@ -95,7 +98,7 @@ def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstra
     for probe in probes:
         questions, answers = next(vectors), next(vectors)
         if probe.decoys:
-            near, far = ((questions * others).sum(axis=1).round(DECIMALS) for others in (answers, next(vectors)))
+            near, far = (pair_cosines(questions, others) for others in (answers, next(vectors)))
             results.append(bootstrap.mean("probe", name, f"{probe.name}, accuracy", near > far))
         else:
             found = ranks(questions, answers, np.arange(len(questions)))

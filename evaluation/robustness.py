@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
+from numpy.typing import NDArray
+
 from evaluation.perturb import PERTURBATIONS
 from evaluation.sets import EvaluationSet
-from evaluation.statistics import Bootstrap, Result, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, unit_vectors
+from evaluation.statistics import Bootstrap, Result
+from evaluation.vectors import Encode, pair_cosines, unit_vectors
 
 
 def evaluate_robustness(one: EvaluationSet, encode: Encode, bootstrap: Bootstrap) -> list[Result]:
@@ -20,15 +23,15 @@ def evaluate_robustness(one: EvaluationSet, encode: Encode, bootstrap: Bootstrap
     changed = {name: [change(text, rng) for text in texts] for name, change in PERTURBATIONS.items()}
     clean, *others = unit_vectors(encode, texts, *changed.values())
     pairs = len(one.scores)
-    results, whole = [], None
-    for name, vectors in (("", clean), *zip(changed, others, strict=True)):
-        cosines = (vectors[:pairs] * vectors[pairs:]).sum(axis=1).round(DECIMALS)
-        drawn = 100 * resample_spearman(cosines, one.scores, bootstrap.resamples, bootstrap.rng())
-        value = 100 * spearman(cosines, one.scores)
-        if whole is None:
-            whole = value, drawn
-            continue
-        title = f"{one.name}, {name}"
-        lost = bootstrap.result("robustness", title, "Spearman lost", whole[0] - value, whole[1] - drawn, pairs)
-        results += [lost, bootstrap.mean("robustness", title, "cosine", (clean * vectors).sum(axis=1))]
+
+    def measured(vectors: NDArray[np.float32]) -> Result:
+        cosines = pair_cosines(vectors[:pairs], vectors[pairs:])
+        return bootstrap.spearman("robustness", one.name, "Spearman", cosines, one.scores)
+
+    whole, results = measured(clean), []
+    for name, vectors in zip(changed, others, strict=True):
+        title, part = f"{one.name}, {name}", measured(vectors)
+        value, drawn = whole.figure.value - part.figure.value, whole.resampled - part.resampled
+        results.append(bootstrap.result("robustness", title, "Spearman lost", value, drawn, pairs))
+        results.append(bootstrap.mean("robustness", title, "cosine", (clean * vectors).sum(axis=1)))
     return results

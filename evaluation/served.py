@@ -23,7 +23,7 @@ TRITON, HTTP = "triton://", ("http://", "https://")
 
 def is_served(name: str) -> bool:
     """Return whether `open_served` opens this name."""
-    return is_remote(name) or _bundle(name) is not None
+    return is_remote(name) or bundle_of(name) is not None
 
 
 def is_remote(name: str) -> bool:
@@ -51,15 +51,15 @@ def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | Non
         return lambda texts: _floats(client.encode(texts)), None
     if name.startswith(HTTP):
         return Endpoint(name).encode, None
-    if (bundle := _bundle(name)) is None:
+    if (bundle := bundle_of(name)) is None:
         return None
     folder, precision = bundle
     encoder = around.enter_context(Encoder.load(folder, precision=precision))
     return partial(_components, encoder), encoder.spec
 
 
-def _bundle(name: str) -> tuple[str, str] | None:
-    """Return a bundle's folder and precision."""
+def bundle_of(name: str) -> tuple[str, str] | None:
+    """Return the folder and precision of a bundle that a name names."""
     for folder, precision in ((name, "auto"), name.rpartition(":")[::2]):
         if folder and (Path(folder) / MANIFEST_FILE).is_file():
             return folder, precision

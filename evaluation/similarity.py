@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from evaluation import geometry
 from evaluation.sets import EvaluationSet
 from evaluation.statistics import Bootstrap, Estimate, Result, estimate, flat, gains, resample_spearman, spearman
-from evaluation.vectors import DECIMALS, Encode, encode_distinct, unit_vectors
+from evaluation.vectors import Encode, encode_distinct, pair_cosines, unit_vectors
 from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.errors import InputError
 from mirror_runtime.vectors import unit_rows
@@ -203,7 +203,7 @@ def score_pairs(
         InputError: all scores or all cosines are equal.
     """
     left, right = unit_vectors(encode, first, second)
-    cosines = (left.astype(np.float64) * right).sum(axis=1).round(DECIMALS)
+    cosines = pair_cosines(left, right)
     value = spearman(cosines, scores)
     if np.isnan(value):
         raise InputError(f"all pairs of {key[1]} have one score, or one cosine")
@@ -222,7 +222,7 @@ def _measure(
     vectors = np.stack([raw[text] for text in rows])
     units = unit_rows(vectors)
     first, second = (units[[rows[text] for text in side]] for side in (one.first, one.second))
-    cosines = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
+    cosines = pair_cosines(first, second)
     value = spearman(cosines, one.scores)
     if np.isnan(value):
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,21 @@ class Estimate:
     def __format__(self, sign: str) -> str:
         """Format as `value [low, high]` with two decimals; `+` shows the sign."""
         return f"{self.value:{sign}.2f} [{self.low:{sign}.2f}, {self.high:{sign}.2f}]"
+
+
+class Verdict(str, Enum):
+    """What a change did to a figure."""
+
+    BETTER = "better"
+    """The whole interval of the difference is above zero."""
+    UNCLEAR = "no clear change"
+    WORSE = "worse"
+    """The whole interval is below zero."""
+
+    @classmethod
+    def of(cls, gain: Estimate) -> Verdict:
+        """Judge a difference: better or worse only if its interval leaves out zero."""
+        return cls.WORSE if gain.high < 0 else cls.BETTER if gain.low > 0 else cls.UNCLEAR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +85,11 @@ class Bootstrap:
         scores = 100 * np.asarray(items, dtype=np.float64)
         drawn = resample_means(scores, self.resamples, self.rng())
         return self.result(task, name, metric, float(scores.mean()), drawn, len(scores))
+
+    def spearman(self, task: str, name: str, metric: str, cosines: ArrayLike, scores: ArrayLike) -> Result:
+        """Build the result of a rank correlation, times 100; neither side may be constant."""
+        drawn = 100 * resample_spearman(cosines, scores, self.resamples, self.rng())
+        return self.result(task, name, metric, 100 * spearman(cosines, scores), drawn, len(np.asarray(scores)))
 
     def result(
         self, task: str, name: str, metric: str, value: float, resampled: NDArray[np.float64], samples: int

@@ -74,8 +74,17 @@ def unit_vectors(encode: Encode, *lists: Sequence[str]) -> list[NDArray[np.float
     return [unit_rows(np.stack([raw[text] for text in texts])) for texts in lists]
 
 
+def pair_cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the cosine of the unit vectors in each row of two arrays, rounded to `DECIMALS`: float64 [n]."""
+    cosines: NDArray[np.float64] = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
+    return cosines
+
+
 def ranks(
-    queries: NDArray[np.float32], documents: NDArray[np.float32], answers: NDArray[np.int64]
+    queries: NDArray[np.float32],
+    documents: NDArray[np.float32],
+    answers: NDArray[np.int64],
+    left_out: NDArray[np.int64] | None = None,
 ) -> NDArray[np.float64]:
     """Return the rank, from 1, of each query's answer among all documents by cosine.
 
@@ -85,11 +94,14 @@ def ranks(
         queries: unit vectors [n, dim].
         documents: unit vectors [m, dim].
         answers: the row of each query's answer, [n].
+        left_out: a row that does not count for each query, such as its own, [n].
     """
     found = np.empty(len(queries))
     for start in range(0, len(queries), ROWS):
         here = slice(start, start + ROWS)
         scores = (queries[here] @ documents.T).round(DECIMALS)
+        if left_out is not None:
+            np.put_along_axis(scores, left_out[here, None], -np.inf, axis=1)
         own = np.take_along_axis(scores, answers[here, None], axis=1)
         found[here] = (scores > own).sum(axis=1) + ((scores == own).sum(axis=1) + 1) / 2
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from export.bundle.card import WHITENING_FILE, describe_head, markdown_table, round_down, summary
+from export.bundle.card import (
+    WHITENING_FILE,
+    ProbeCosts,
+    describe_head,
+    markdown_table,
+    read_costs,
+    round_down,
+    summary,
+)
 from mirror_runtime.bundle import Artifact, EngineName, Layout, Manifest, Precision, read_manifest
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.errors import InputError
@@ -27,7 +36,26 @@ TEXT_COLUMNS = 3
 """Number of leading columns of an artifact that hold text; the others hold figures."""
 
 Set = tuple[str, str]
-"""An evaluation set: its name and its file's sha256."""
+"""An evaluation set or a probe: its name and the sha256 of its file or texts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certified:
+    """A bundle's manifest, and what its artifacts cost on the user's own texts."""
+
+    manifest: Manifest
+    costs: ProbeCosts
+
+    def figures(self, artifact: Artifact) -> dict[Set, tuple[str, str]]:
+        """Return the reference's figure on each set and probe, and the artifact's change."""
+        sets = {
+            (score.name, score.sha256): (f"{score.reference:.2f}", f"{score.artifact - score.reference:+.2f}")
+            for score in artifact.parity.sts
+        }
+        return sets | {
+            (name, self.costs.texts_sha256): (f"{cost.before:.2f}", f"{cost.gain:+}")
+            for name, cost in self.costs.of(artifact).items()
+        }
 
 
 def bundle_cells(name: str, manifest: Manifest) -> tuple[str, str, str]:
@@ -37,30 +65,22 @@ def bundle_cells(name: str, manifest: Manifest) -> tuple[str, str, str]:
     return name, head, f"{spec.dim} {spec.vector_type.value}"
 
 
-def artifact_cells(artifact: Artifact, fp32_sizes: Mapping[Layout, int], sets: Sequence[Set]) -> tuple[str, ...]:
+def artifact_cells(artifact: Artifact, bundle: Certified, sets: Sequence[Set]) -> tuple[str, ...]:
     """Return the cells of `ARTIFACT_COLUMNS`, and two for each set: the reference's score and the artifact's change.
 
-    They are "-" where the artifact was not measured on a set. Sizes are in bytes.
+    They are "-" where the artifact was not measured on a set.
     """
-    parity = artifact.parity
-    scores = {(score.name, score.sha256): score for score in parity.sts}
-    measured = [scores.get(chosen) for chosen in sets]
+    parity, fp32, figures = artifact.parity, fp32_sizes(bundle.manifest), bundle.figures(artifact)
     return (
         artifact.engine.value,
         artifact.precision.value,
         artifact.layout.value,
         f"{artifact.size / 1e6:.1f}",
-        f"{artifact.size / fp32_sizes[artifact.layout]:.1%}" if artifact.layout in fp32_sizes else "-",
+        f"{artifact.size / fp32[artifact.layout]:.1%}" if artifact.layout in fp32 else "-",
         round_down(parity.min_cosine),
         round_down(parity.floor),
         round_down(parity.neighbour_cosine),
-        *(
-            cell
-            for score in measured
-            for cell in (
-                ("-", "-") if score is None else (f"{score.reference:.2f}", f"{score.artifact - score.reference:+.2f}")
-            )
-        ),
+        *(cell for chosen in sets for cell in figures.get(chosen, ("-", "-"))),
     )
 
 
@@ -73,19 +93,21 @@ def fp32_sizes(manifest: Manifest) -> dict[Layout, int]:
     }
 
 
-def measured_sets(manifests: Sequence[Manifest]) -> dict[Set, str]:
-    """Return the titles of all bundles' evaluation sets; files with the same name have part of their hash in it."""
-    found = dict.fromkeys((s.name, s.sha256) for m in manifests for a in m.artifacts for s in a.parity.sts)
+def measured_sets(bundles: Sequence[Certified]) -> dict[Set, str]:
+    """Return the titles of all bundles' sets and probes; those with the same name have part of their hash in it."""
+    found = dict.fromkeys(
+        key for one in bundles for artifact in one.manifest.artifacts for key in one.figures(artifact)
+    )
     names = [name for name, _ in found]
     return {(name, digest): name if names.count(name) == 1 else f"{name} {digest[:8]}" for name, digest in found}
 
 
-def measured_texts(manifests: Mapping[str, Manifest]) -> list[str]:
+def measured_texts(bundles: Mapping[str, Certified]) -> list[str]:
     """Describe the texts that the cosines were measured on; worst cosines on different texts are not comparable."""
     found: dict[str, list[str]] = {}
-    for name, manifest in manifests.items():
+    for name, one in bundles.items():
         for parity in dict.fromkeys(
-            (a.parity.texts, a.parity.texts_sha256, a.parity.reference) for a in manifest.artifacts
+            (a.parity.texts, a.parity.texts_sha256, a.parity.reference) for a in one.manifest.artifacts
         ):
             texts, digest, reference = parity
             description = f"{texts:,} texts (sha256 {digest[:16]}…) against {reference}"
@@ -95,8 +117,8 @@ def measured_texts(manifests: Mapping[str, Manifest]) -> list[str]:
     return [f"Cosines of {description}: {', '.join(names)}." for description, names in found.items()]
 
 
-def read_bundles(folders: Sequence[Path]) -> dict[str, Manifest]:
-    """Read manifests by the folders' names, or by their paths where two share a name.
+def read_bundles(folders: Sequence[Path]) -> dict[str, Certified]:
+    """Read certificates by the folders' names, or by their paths where two share a name.
 
     Raises:
         BundleError: a folder is not a bundle.
@@ -107,39 +129,42 @@ def read_bundles(folders: Sequence[Path]) -> dict[str, Manifest]:
         if paths.count(path) > 1:
             raise InputError(f"{folder} is given twice")
     short = len({path.name for path in paths}) == len(paths)
-    return {path.name if short else str(path): read_manifest(path) for path in paths}
+    return {
+        path.name if short else str(path): Certified(manifest=read_manifest(path), costs=read_costs(path))
+        for path in paths
+    }
 
 
-def render(manifests: Mapping[str, Manifest]) -> str:
+def render(bundles: Mapping[str, Certified]) -> str:
     """Format the table in Markdown, with a row for each artifact."""
-    sets = measured_sets(list(manifests.values()))
+    sets = measured_sets(list(bundles.values()))
     head = [*BUNDLE_COLUMNS, "file", *ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
     rows = [
         (
-            *bundle_cells(name, manifest),
+            *bundle_cells(name, one.manifest),
             f"`{artifact.path}`",
-            *artifact_cells(artifact, fp32_sizes(manifest), list(sets)),
+            *artifact_cells(artifact, one, list(sets)),
         )
-        for name, manifest in manifests.items()
-        for artifact in manifest.artifacts
+        for name, one in bundles.items()
+        for artifact in one.manifest.artifacts
     ]
     return "\n".join(
-        [markdown_table(head, rows, left=len(BUNDLE_COLUMNS) + 1 + TEXT_COLUMNS), "", *measured_texts(manifests), ""]
+        [markdown_table(head, rows, left=len(BUNDLE_COLUMNS) + 1 + TEXT_COLUMNS), "", *measured_texts(bundles), ""]
     )
 
 
-def tables(manifests: Mapping[str, Manifest]) -> list[Table]:
+def tables(bundles: Mapping[str, Certified]) -> list[Table]:
     """Format the same for a terminal: a table for each bundle, whose title replaces what its rows would repeat."""
     result = []
-    for name, manifest in manifests.items():
-        sets = measured_sets([manifest])
-        title = escape(": ".join((name, ", ".join(bundle_cells(name, manifest)[1:]))))
+    for name, one in bundles.items():
+        sets = measured_sets([one])
+        title = escape(": ".join((name, ", ".join(bundle_cells(name, one.manifest)[1:]))))
         table = Table(title=title, title_justify="left", padding=(0, 0))
         head = [*ARTIFACT_COLUMNS, *(cell for title in sets.values() for cell in (title, "Δ"))]
         for i, column in enumerate(head):
             table.add_column(escape(column), justify="left" if i < TEXT_COLUMNS else "right")
-        for artifact in manifest.artifacts:
-            table.add_row(*map(escape, artifact_cells(artifact, fp32_sizes(manifest), list(sets))))
+        for artifact in one.manifest.artifacts:
+            table.add_row(*map(escape, artifact_cells(artifact, one, list(sets))))
         result.append(table)
     return result
 
@@ -157,32 +182,33 @@ def run(
 
     Worst cosine: the smallest cosine of any text's vector to the reference's. Floor: the smallest value allowed. Batch
     invariance: the smallest cosine between a text's vectors when encoded by itself and among other texts. For each
-    evaluation set: the reference's Spearman correlation, in points, and the artifact's change (Δ). The last line of
-    stdout is a JSON object.
+    evaluation set: the reference's Spearman correlation, in points, and the artifact's change (Δ). For each probe of
+    texts without labels (to_onnx.py --own): the encoder's figure, and what the artifact adds. The last line of stdout
+    is a JSON object.
 
     For example:
 
     python export/certificates.py bundles/mine
     python export/certificates.py bundles/* --output certificates.md
     """
-    manifests = read_bundles(bundles)
+    certified = read_bundles(bundles)
     if output is not None:
         with replace_file(output) as beside:
-            beside.write_text(render(manifests), encoding="utf-8")
+            beside.write_text(render(certified), encoding="utf-8")
     console = Console(stderr=True, highlight=False)
-    for table in tables(manifests):
+    for table in tables(certified):
         console.print(table)
-    for line in measured_texts(manifests):
+    for line in measured_texts(certified):
         console.print(line, markup=False, soft_wrap=True)
     report: dict[str, object] = {
         "bundles": [
             {
                 "bundle": str(folder),
-                "fingerprint": manifest.fingerprint,
-                **dict(zip(BUNDLE_COLUMNS[1:], bundle_cells(name, manifest)[1:], strict=True)),
-                "artifacts": [summary(artifact) for artifact in manifest.artifacts],
+                "fingerprint": one.manifest.fingerprint,
+                **dict(zip(BUNDLE_COLUMNS[1:], bundle_cells(name, one.manifest)[1:], strict=True)),
+                "artifacts": [summary(artifact, one.costs.of(artifact)) for artifact in one.manifest.artifacts],
             }
-            for folder, (name, manifest) in zip(bundles, manifests.items(), strict=True)
+            for folder, (name, one) in zip(bundles, certified.items(), strict=True)
         ],
         "output": None if output is None else str(output),
     }

@@ -17,14 +17,17 @@ from rich.table import Table
 
 from encoders.families import FAMILIES
 from encoders.source import HeadSpec
+from evaluation.probes import PREDICTIVE, Probe
 from evaluation.sets import read_sets
-from export.bundle.card import short_name, summary
+from export.bundle.card import ProbeCosts, short_name, summary
 from export.bundle.hub import check_hub, push
 from export.proof.proof_texts import read_texts
 from mirror_runtime.bundle import Artifact, Pooling, Precision, VectorType
 from mirror_runtime.cli.options import ProofSetsOption, ProofTextsOption, RevisionOption
 from mirror_runtime.cli.run import application, print_json, run_command, timestamped_lines
+from mirror_runtime.errors import InputError
 from mirror_runtime.host import peak_memory_bytes
+from training.own import own_probes
 
 
 def run(
@@ -127,6 +130,21 @@ def run(
         ),
     ] = None,
     sts: ProofSetsOption = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Your own texts, no labels, as for evaluate.py: what each artifact costs on a probe of them, with its "
+            "interval. Those that a run folder held out, where it says which."
+        ),
+    ] = None,
+    max_probe_loss: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Points of a probe of --own: an artifact that surely loses more (its whole interval) is left out.",
+            show_default="any number",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing bundle, once the new one is proven.")
     ] = False,
@@ -158,6 +176,8 @@ def run(
     console = Console(stderr=True, highlight=False)
     if push_to_hub is not None:
         check_hub(push_to_hub)
+    if max_probe_loss is not None and not own:
+        raise InputError("--max-probe-loss needs texts to measure on: pass --own FILE")
     request = Request(
         encoder=encoder,
         output=output,
@@ -180,13 +200,19 @@ def run(
         calibration=read_texts(calibration) if calibration else None,
         texts=read_texts(parity_texts) if parity_texts else None,
         sets=tuple(found for path in sts or () for found in read_sets(path)),
+        probes=_probes(own, encoder) if own else (),
+        max_probe_loss=max_probe_loss,
         overwrite=overwrite,
         accept_difference=accept_difference,
     )
     began = time.perf_counter()
     export = build(request, timestamped_lines(console))
     seconds = time.perf_counter() - began
-    console.print(_table(export.manifest.artifacts, scores=export.manifest.encoder.scores_pairs))
+    console.print(_table(export.manifest.artifacts, export.costs, scores=export.manifest.encoder.scores_pairs))
+    for artifact in export.manifest.artifacts:
+        for cost in export.costs.of(artifact).values():
+            if cost.is_worse:
+                console.print(f"[yellow]worse on your own texts:[/] {short_name(artifact)}: {cost}", soft_wrap=True)
     for refused in export.refused:
         console.print(f"[red]refused:[/] {refused.name}", soft_wrap=True)
         console.print(f"  {refused.reason}", soft_wrap=True, markup=False)
@@ -200,7 +226,7 @@ def run(
             "fingerprint": export.manifest.fingerprint,
             "seconds": round(seconds, 1),
             "peak_memory_mb": round(peak_memory_bytes() / 1e6),
-            "artifacts": [summary(artifact) for artifact in export.manifest.artifacts],
+            "artifacts": [summary(one, export.costs.of(one)) for one in export.manifest.artifacts],
             "refused": [
                 {"artifact": refused.name, "asked": refused.requested, "reason": refused.reason}
                 for refused in export.refused
@@ -212,9 +238,18 @@ def run(
         raise typer.Exit(1)
 
 
-def _table(artifacts: Sequence[Artifact], *, scores: bool) -> Table:
+def _probes(own: Sequence[str], encoder: str) -> tuple[Probe, ...]:
+    probes = tuple(probe for probe in own_probes(own, [encoder]) if probe.name in PREDICTIVE)
+    if not probes:
+        raise InputError(f"--own: the texts allow none of the probes {', '.join(PREDICTIVE)}: pass longer texts")
+    return probes
+
+
+def _table(artifacts: Sequence[Artifact], costs: ProbeCosts, *, scores: bool) -> Table:
     names = ("agreement", "largest off") if scores else ("cosine", "top 10")
-    table = Table("artifact", "MB", names[0], "floor", "batch inv.", "ranks", names[1], "STS", padding=(0, 0))
+    probes = list(dict.fromkeys(cost.probe for cost in costs.costs))
+    head = ("artifact", "MB", names[0], "floor", "batch inv.", "ranks", names[1], "STS", *probes)
+    table = Table(*head, padding=(0, 0))
     for artifact in artifacts:
         parity = artifact.parity
         table.add_row(
@@ -226,13 +261,14 @@ def _table(artifacts: Sequence[Artifact], *, scores: bool) -> Table:
             f"{parity.spearman:.4f}",
             f"{parity.max_abs_diff:.1e}" if scores else f"{parity.top10_overlap:.1%}",
             " ".join(f"{score.artifact - score.reference:+.2f}" for score in parity.sts) or "-",
+            *(f"{cost.gain:+}" for cost in costs.of(artifact).values()),
         )
     return table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 on success, 2 on an error that the message explains."""
-    lists = {"--precision": {precision.value for precision in Precision}, "--sts": None}
+    lists = {"--precision": {precision.value for precision in Precision}, "--sts": None, "--own": None}
     return run_command(application(run), argv, "to_onnx.py", lists=lists)
 
 

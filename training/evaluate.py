@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from encoders.sentence_transformers import read_json
+from evaluation.bias import evaluate_association, read_association_test
+from evaluation.evalrank import evaluate_rank
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled
 from evaluation.phrases import evaluate_choices, read_choices
 from evaluation.plot import draw
-from evaluation.probes import build_probes, evaluate_probes
+from evaluation.probes import evaluate_probes
 from evaluation.retrieval import bm25, evaluate_retrieval, read_retrieval, score
 from evaluation.robustness import evaluate_robustness
 from evaluation.served import is_served, open_served
@@ -37,13 +38,17 @@ from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import replace_file
+from training.own import own_probes
 
-LISTS = ("--sts", "--words", "--phrases", "--retrieval", "--classify", "--cluster", "--own")
+LISTS = ("--sts", "--words", "--phrases", "--retrieval", "--classify", "--cluster", "--bias", "--own")
 
 LEGEND = {
     "nDCG": "nDCG@10: how high and how well judged the first ten documents are. MRR@10: mean of 1 / rank of the first "
     "relevant one. recall@100: share of the relevant ones among the first hundred.",
     "acc@": "acc@k: the answer is among the k nearest of all names.",
+    "hits@": "hits@k: a text's paraphrase is among the k nearest of all texts of the set; MRR: mean of 1 / rank.",
+    "effect size": "effect size: by how many deviations target1 is nearer to attribute1 than target2 is (0: no bias); "
+    "p-value: share of splits of the targets that are as far.",
     "v-measure": "v-measure: do clusters find the labels?",
     "lost": "Spearman lost: what changing all texts costs, less is better; cosine: of text and changed text.",
     "content, acc": "content: share of your texts that are nearer to their content words alone than to themselves with "
@@ -82,6 +87,13 @@ def command(
         ),
     ] = None,
     cluster: Annotated[list[str] | None, typer.Option(help="`label<TAB>text` files, clustered by k-means.")] = None,
+    bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`list<TAB>text` files of the lists target1, target2, attribute1, attribute2: WEAT of words, SEAT "
+            "of sentences."
+        ),
+    ] = None,
     own: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,6 +103,9 @@ def command(
     ] = None,
     robust: Annotated[
         bool, typer.Option("--robust", help="Also measure what typos, capitals, white space and order cost on --sts.")
+    ] = False,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Also find each text's paraphrase among all texts of --sts (EvalRank).")
     ] = False,
     pooling: PoolingOption = None,
     revision: RevisionOption = None,
@@ -119,8 +134,12 @@ def command(
     tasks: list[Task] = [partial(evaluate_retrieval, one) for one in collections]
     tasks += [partial(evaluate_choices, one) for one in choices.values() if one is not None]
     tasks += [partial(measure, one) for measure, one in labelled]
+    tasks += [partial(evaluate_association, read_association_test(path)) for path in bias or []]
+    tasks += [partial(evaluate_rank, one) for one in sets[Group.STS] if rank]
     tasks += [partial(evaluate_robustness, one) for one in sets[Group.STS] if robust]
-    tasks += [_own_probes(own, encoders)] if own else []
+    if own:
+        name = "+".join(Path(path).stem for path in own)
+        tasks.append(partial(evaluate_probes, own_probes(own, encoders), name=name))
     if not any(sets.values()) and not tasks:
         raise InputError("nothing to evaluate on: pass --sts, --words or another option that names files")
     bootstrap = Bootstrap(resamples=resamples, seed=seed)
@@ -143,7 +162,7 @@ def command(
     if output is not None:
         _write(output, report)
     if plot is not None:
-        draw(_with_short_names(reports), plot)
+        draw(_with_short_names(reports), yardsticks, plot)
 
 
 def load_sets(
@@ -152,19 +171,6 @@ def load_sets(
     """Read sets of scored pairs by group."""
     files = {Group.STS: sts, Group.WORDS: words, Group.PHRASES: phrases}
     return {group: [one for path in paths for one in read_sets(path)] for group, paths in files.items()}
-
-
-def _own_probes(paths: Sequence[str], encoders: Sequence[str]) -> Task:
-    """Build the probes of the texts that the encoders' runs held out, where their folders say which."""
-    from training.gate import hold_out, read_own  # imports torch, for which --help does not wait
-    from training.run_folder import REPORT_FILE
-
-    records = read_own(paths)
-    reports = [read_json(path, dict) for name in encoders if (path := Path(name) / REPORT_FILE).is_file()]
-    held_out = [set(report["held_out"]) for report in reports if report.get("held_out")]
-    hashes = set.intersection(*held_out) if held_out else ()
-    name = "+".join(Path(path).stem for path in paths)
-    return partial(evaluate_probes, build_probes(hold_out(records, hashes)[0], records), name=name)
 
 
 def _load(

@@ -5,30 +5,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from encoders.reference import Reference
-from evaluation.held_out import first_by_hash, text_hash
+from evaluation.held_out import text_hash
 from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, PARTS, Probe, Record, build_probes, evaluate_probes
 from evaluation.similarity import score_pairs
-from evaluation.statistics import Bootstrap, Estimate, Result, flat, gains
+from evaluation.statistics import Bootstrap, Estimate, Result, Verdict, flat, gains
 from evaluation.vectors import Encode
-from mirror_runtime.corpus.files import suffix_of
 from mirror_runtime.errors import InputError
 from training.augment import Document, Scored, texts_of
 from training.corpus import Corpus, digest
-from training.documents import COLUMNS as DOCUMENT
-from training.documents import Documents, as_document
-from training.formats import Records, file_names
 from training.hardware import Hardware
-
-SHARE = 0.05
-FEWEST, MOST = 2 * MIN_ITEMS, 400
-"""Share of the distinct texts that is held out, and its limits: more would cost time and tell little more."""
+from training.own import FEWEST, choose
 
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
@@ -48,16 +39,6 @@ CLAIMS: Mapping[str, str] = {
 """What each probe of the gate shows, in one sentence."""
 
 
-class Verdict(str, Enum):
-    """What tuning did to the probe."""
-
-    BETTER = "better"
-    """The whole interval of the difference is above zero."""
-    UNCLEAR = "no clear change"
-    WORSE = "worse"
-    """The whole interval is below zero."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """A probe on held-out texts, before and after tuning; all figures are times 100."""
@@ -73,10 +54,8 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """Better or worse only if the interval of the gain leaves out zero."""
-        if self.gain.high < 0:
-            return Verdict.WORSE
-        return Verdict.BETTER if self.gain.low > 0 else Verdict.UNCLEAR
+        """What tuning did to the probe."""
+        return Verdict.of(self.gain)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -104,19 +83,29 @@ class Gate:
     Args:
         held_out: what the probe asks about.
         background: the texts that are tuned on, in which words are counted.
+        only_content: measure `content`, whatever the texts are.
         hardware: of the run. Texts are encoded on the CPU, in bf16 where the run tunes in it on the CPU, else in fp32.
 
     Raises:
         InputError: the texts are too short or too alike for the probe.
     """
 
-    def __init__(self, held_out: Sequence[Record | Scored], background: Sequence[Record], hardware: Hardware) -> None:
+    def __init__(
+        self,
+        held_out: Sequence[Record | Scored],
+        background: Sequence[Record],
+        hardware: Hardware,
+        *,
+        only_content: bool = False,
+    ) -> None:
         begin = time.perf_counter()
         self._texts = len(held_out)
         self._hashes = tuple(sorted({text_hash(texts_of(one)[-1]) for one in held_out}))
-        self._pairs = _independent([one for one in held_out if isinstance(one, Scored)])
-        self._probe = SPEARMAN if self._pairs else PARTS if isinstance(held_out[0], Document) else CONTENT
-        records = [tuple(map(str, one)) for one in held_out]
+        scored = [one for one in held_out if isinstance(one, Scored) and not only_content]
+        self._pairs = _independent(scored)
+        documents = isinstance(held_out[0], Document) and not only_content
+        self._probe = SPEARMAN if self._pairs else PARTS if documents else CONTENT
+        records = [texts_of(one) for one in held_out]
         self._probes = [] if self._pairs else _probes(self._probe, records, background)
         self._hardware = hardware
         self._seconds = time.perf_counter() - begin
@@ -210,7 +199,7 @@ def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[list[Rec
             f"{texts:,} distinct texts are too few to hold some out and measure whether tuning helps: pass "
             f"{halves * MIN_TEXTS} or more, or {UNMEASURED.removeprefix('pass ')}"
         )
-    chosen = _chosen(corpus.records, halves)
+    chosen = choose(corpus.records, halves)
     rest = tuple(example for example in corpus.examples if not chosen.keys() & texts_of(example))
     held: list[list[Record | Scored]] = [[] for _ in range(halves)]
     for example in corpus.examples:
@@ -218,55 +207,3 @@ def split_corpus(corpus: Corpus, halves: int = 1) -> tuple[Corpus, list[list[Rec
         if record[-1] in chosen:
             held[chosen[record[-1]]].append(example if isinstance(example, (Document, Scored)) else record)
     return dataclasses.replace(corpus, examples=rest, sha256=digest(rest)), held
-
-
-def hold_out(records: Sequence[Record], hashes: Collection[str] = ()) -> tuple[list[Record], list[Record]]:
-    """Split records into those held out and the rest, each in its order.
-
-    The held-out ones have the smallest hashes of their (last) text: the same texts give the same split in any order
-    and with any seed, with titles or without. Pairs that hold such a text in the other place are in neither part.
-    If any text has one of the `hashes`, those of a run, these texts are held out in their place.
-    """
-    chosen = {record[-1] for record in records if hashes and text_hash(record[-1]) in hashes} or set(_chosen(records))
-    held = [record for record in records if record[-1] in chosen]
-    return held, [record for record in records if chosen.isdisjoint(record)]
-
-
-def _chosen(records: Sequence[Record], halves: int = 1) -> dict[str, int]:
-    """Return the texts to hold out, each with its half."""
-    texts = {record[-1] for record in records}
-    count = halves * min(MOST, max(FEWEST, round(SHARE * len(texts))))
-    return {text: rank % halves for rank, text in enumerate(first_by_hash(texts, count))}
-
-
-def read_own(paths: Sequence[str]) -> list[Record]:
-    """Read a user's distinct texts, all files as one corpus: lines, or two texts a record, the first of which may lack.
-
-    Two texts are those of lines with one TAB each, or the fields title and text, or text1 and text2, in a format with
-    columns, or a document of a Markdown file or a folder.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    records = (record for name in paths for path in _names(name) for record in _read_file(path))
-    return list(dict.fromkeys(tuple(filter(None, record)) for record in records if record[-1]))
-
-
-def _names(name: str) -> list[str]:
-    with contextlib.suppress(InputError):  # it has no Markdown
-        if Path(name).is_dir() and file_names(name, (".md",)):
-            return [name]
-    return file_names(name)
-
-
-def _read_file(path: str) -> list[Record]:
-    if Path(path).is_dir() or suffix_of(Path(path)) == ".md":
-        return list(Documents(path))
-    lines = Records(path)
-    for columns in (DOCUMENT, ()) if lines.has_columns else ((),):
-        with contextlib.suppress(InputError):  # it has another layout
-            found = list(Records(path, pairs=True, columns=columns))
-            if columns == DOCUMENT:
-                return [document if all(document := as_document(*one)) else one for one in found]
-            return found
-    return list(lines)

@@ -21,12 +21,18 @@ if TYPE_CHECKING:  # these import torch, for which --help does not wait
     from training.hardware import Hardware
 
 
+REPORT_FILE = "train.json"
+"""Of a run folder: settings, corpus, held-out texts and results."""
+
+
 class ProbeChoice(str, Enum):
     """What a run is measured by without labels."""
 
     AUTO = "auto"
     """Texts are held out, and a probe is measured on them: `parts` on documents, Spearman on scored pairs, else
     `content`."""
+    CONTENT = "content"
+    """`content` also on documents and scored pairs."""
     NONE = "none"
     """Nothing is held out or measured."""
 
@@ -44,6 +50,7 @@ class Job:
     overwrite: bool = False
     config: TuneConfig
     rivals: Mapping[str, TuneConfig] = dataclasses.field(default_factory=dict)  # to choose from in place of `config`
+    seeds: int = 1  # that each rival is tuned with; of several, the average of the weights is a rival too
     trial: str | None = None  # the rival that is tuned
     checkpoint_every: int | None = None  # steps between two checkpoints, which lie beside `output`; None writes none
     tensorboard: bool = False

@@ -19,6 +19,7 @@ from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
 from evaluation.served import is_remote
 from evaluation.similarity import evaluate
+from evaluation.statistics import Verdict
 from mirror_runtime.bundle import ENCODER_FILE, Pooling
 from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
@@ -28,7 +29,7 @@ from training.batches import check
 from training.checkpoint import Checkpoint, Step
 from training.corpus import Corpus, measure_lengths, read_corpus
 from training.elastic import trained_depths, trained_dims
-from training.gate import Gate, Outcome, Verdict, split_corpus
+from training.gate import Gate, Outcome, split_corpus
 from training.hardware import Hardware, choose_hardware
 from training.hybrid import HybridScores
 from training.job import Job, ProbeChoice, RunObserver, Start, Summary
@@ -55,11 +56,14 @@ def tune(job: Job, observer: RunObserver | None = None) -> Summary:
     begin = time.perf_counter()
     hardware = choose_hardware(job.config.device, job.config.precision)
     if job.rivals and (job.probe is ProbeChoice.NONE or hardware.processes > 1):
-        raise InputError("--recipe auto chooses by the probe, in one process: drop --probe none and the launcher")
+        raise InputError(
+            "--recipe auto and --seeds choose by the probe, in one process: drop --probe none and the launcher"
+        )
     corpus, gates = read_corpus(job.corpus), []
     if job.probe is not ProbeChoice.NONE:
         corpus, held_out = split_corpus(corpus, 2 if job.rivals else 1)
-        gates = [Gate(half, corpus.records, hardware) for half in held_out]
+        only_content = job.probe is ProbeChoice.CONTENT
+        gates = [Gate(half, corpus.records, hardware, only_content=only_content) for half in held_out]
     source = _tuned_source(job)
     if not hardware.writes:
         return _tune(job, source, corpus, hardware, None, RunObserver(), begin, [])
@@ -138,10 +142,16 @@ class _Tuned:
 
 
 def _rivals(job: Job) -> list[Job]:
-    """Return a job for each rival, or the job alone."""
+    """Return a job for each seed of each rival, or the job alone."""
     if not job.rivals:
         return [job]
-    return [dataclasses.replace(job, config=config, trial=name) for name, config in job.rivals.items()]
+    return [
+        dataclasses.replace(
+            job, config=dataclasses.replace(config, seed=seed), trial=name if job.seeds == 1 else f"{name}.{seed}"
+        )
+        for name, config in job.rivals.items()
+        for seed in range(config.seed, config.seed + job.seeds)
+    ]
 
 
 def _best(
@@ -156,14 +166,42 @@ def _best(
 ) -> _Tuned:
     """Tune by each rival and return the best, or the base if the gate finds none better; fill `trials`."""
     gate.before(base)
-    best, gain = None, 0.0
+    best, gain, seeds = None, 0.0, list[_Tuned]()
     for rival in _rivals(job):
-        tuned = _train(rival, base, corpus, hardware, observer, events)
-        trials[str(rival.trial)] = outcome = gate.after(tuned.reference)
-        if outcome.verdict is Verdict.BETTER and outcome.gain.value > gain:
-            best, gain = tuned, outcome.gain.value
+        seeds.append(_train(rival, base, corpus, hardware, observer, events))
+        candidates = seeds[-1:]
+        if len(seeds) == job.seeds:
+            candidates += [_soup(seeds)] if job.seeds > 1 else []
+            seeds = []
+        for tuned in candidates:
+            trials[str(tuned.job.trial)] = outcome = gate.after(tuned.reference)
+            if outcome.verdict is Verdict.BETTER and outcome.gain.value > gain:
+                best, gain = tuned, outcome.gain.value
     untouched = dataclasses.replace(tuned.start, steps=0)
     return best or _Tuned(job=job, reference=base, start=untouched, steps=[])
+
+
+@torch.no_grad()
+def _soup(seeds: Sequence[_Tuned]) -> _Tuned:
+    """Average the weights of one recipe's seeds (model soup, Wortsman et al. 2022); its steps are those of all."""
+    first = seeds[0]
+    mixed = dataclasses.replace(
+        first.reference, model=copy.deepcopy(first.reference.model), dense=copy.deepcopy(first.reference.dense)
+    )
+    for place, module in enumerate((mixed.model, *mixed.dense)):
+        states = [(one.reference.model, *one.reference.dense)[place].state_dict() for one in seeds]
+        for name, value in module.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.stack([state[name] for state in states]).mean(0))
+    steps = list[Step]()
+    for one in seeds:
+        before = steps[-1].seconds if steps else 0.0
+        steps += [
+            dataclasses.replace(step, step=len(steps) + i, seconds=before + step.seconds)
+            for i, step in enumerate(one.steps, 1)
+        ]
+    trial = f"{str(first.job.trial).rpartition('.')[0]}.soup"
+    return _Tuned(job=dataclasses.replace(first.job, trial=trial), reference=mixed, start=first.start, steps=steps)
 
 
 def _train(

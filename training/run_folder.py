@@ -26,10 +26,10 @@ from mirror_runtime.extras import require
 from training.card import render_card
 from training.checkpoint import Step
 from training.corpus import Overlap
-from training.job import Job, Summary
+from training.job import REPORT_FILE, Job, Summary
 
 VERSIONED = ("mirror-runtime", "torch", "transformers", "tokenizers", "numpy", "accelerate", "safetensors")
-CURVE_FILE, METRICS_FILE, REPORT_FILE, EVALUATION_FILE = "loss.png", "metrics.jsonl", "train.json", "evaluation.json"
+CURVE_FILE, METRICS_FILE, EVALUATION_FILE = "loss.png", "metrics.jsonl", "evaluation.json"
 
 FLUSH_SECONDS = 5
 """Pause between two writes of events to the disk: short enough to watch a run."""

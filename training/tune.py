@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from evaluation.statistics import Verdict
 from mirror_runtime.cli.options import PoolingOption, RevisionOption
 from mirror_runtime.cli.run import application, run_command
 from mirror_runtime.errors import InputError
@@ -171,7 +172,8 @@ def command(
         ProbeChoice,
         typer.Option(
             help="auto holds out 5 % of the texts (100 to 400), measures a probe on them before and after, and ends "
-            "with status 3 if the tuned encoder is worse; none tunes unmeasured on all texts.",
+            "with status 3 if the tuned encoder is worse; content is the probe of lines on any texts; none tunes "
+            "unmeasured on all texts.",
             rich_help_panel="Evaluation",
         ),
     ] = ProbeChoice.AUTO,
@@ -181,6 +183,15 @@ def command(
             "--accept-worse", help="End with status 0 even if the probe is worse.", rich_help_panel="Evaluation"
         ),
     ] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tune so often, with --seed and the next ones, and keep the best of them, of the average of their "
+            "weights, or of the base, by the probe on texts of its own.",
+            rich_help_panel="Recipe",
+        ),
+    ] = 1,
     recipe: Annotated[
         Recipe | None,
         typer.Option(
@@ -332,14 +343,13 @@ def command(
         output=output,
         overwrite=overwrite,
         config=config,
-        rivals=rivals if recipe is Recipe.AUTO else {},
+        rivals=rivals if recipe is Recipe.AUTO or seeds > 1 else {},
+        seeds=seeds,
         checkpoint_every=checkpoint_every,
         tensorboard=tensorboard,
         sets=load_sets(sts or [], words or []) if sts or words else {},
         probe=probe,
     )
-    from training.gate import Verdict  # imports torch, for which --help does not wait
-
     summary = _run(job, Console(stderr=True, markup=False))
     if summary.start.hardware.writes:
         sys.stdout.write(json.dumps(summary.to_json(), ensure_ascii=False) + "\n")

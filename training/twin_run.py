@@ -22,8 +22,8 @@ from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import peak_memory_bytes
 from mirror_runtime.vectors import unit_rows
 from training.corpus import CorpusRequest, read_corpus
-from training.gate import hold_out
 from training.hardware import choose_hardware
+from training.own import hold_out
 from training.recipe import Device, TunePrecision
 from training.teacher import load_teacher, teacher_vectors
 from training.twin_table import agreement, fit_table, principal_axes, share_matrix, weighted_prior

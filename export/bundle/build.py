@@ -11,13 +11,15 @@ from encoders.depth import at_depth
 from encoders.reference import Reference
 from encoders.source import HeadSpec, ResolvedEncoder, resolve
 from encoders.write import write_layout
+from evaluation.probes import Probe
 from evaluation.sets import EvaluationSet
-from export.bundle.card import WHITENING_FILE, WITNESS_FILE, write_card
+from export.bundle.card import WHITENING_FILE, WITNESS_FILE, ProbeCost, ProbeCosts, write_card
 from export.bundle.head_options import HeadOptions, extend_head
 from export.graph.trace import export_graphs, graph_files
 from export.precision.variants import VARIANTS, provers, write_aliases, write_variant
 from export.proof import witness
 from export.proof.candidate import Candidate
+from export.proof.own_texts import OwnTexts
 from export.proof.parity import Expected, prove_artifact
 from export.proof.proof_texts import CANARIES
 from mirror_runtime import __version__
@@ -66,6 +68,8 @@ class Request:
     calibration: tuple[str, ...] | None = None  # texts to measure the scales of int8 and fp8 on; None: built-in ones
     texts: tuple[str, ...] | None = None  # to prove on, in addition to the canaries; None: built-in ones
     sets: tuple[EvaluationSet, ...] = ()  # scored pairs on which no artifact may lose quality
+    probes: tuple[Probe, ...] = ()  # on the user's own texts: what each artifact costs there is recorded
+    max_probe_loss: float | None = None  # points that an artifact may surely lose on one; None for any number
     overwrite: bool = False
     accept_difference: bool = False  # go on where sentence-transformers reads other vectors from the same folder
 
@@ -85,6 +89,7 @@ class Export:
 
     manifest: Manifest
     refused: tuple[Refused, ...]
+    costs: ProbeCosts  # of the artifacts, on the user's own texts
 
 
 def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
@@ -130,6 +135,9 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
                 f"{testimony.problem}. Find the setting that one of us reads otherwise, or keep our vectors with "
                 "--accept-difference, which the card will state"
             )
+    if request.probes:
+        on_progress("probes of your own texts")
+    own = OwnTexts.of(reference, request.probes, request.max_probe_loss)
     if request.head_options != HeadOptions():
         on_progress("extend the head")
     reference, whitening = extend_head(reference, request.head_options)
@@ -138,7 +146,7 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
             write_json(whitening, folder / WHITENING_FILE)
         if testimony is not None:
             write_json(testimony, folder / WITNESS_FILE)
-        return _fill(folder, reference, source, pairs, request, on_progress)
+        return _fill(folder, reference, source, pairs, own, request, on_progress)
 
 
 def _fill(
@@ -146,6 +154,7 @@ def _fill(
     reference: Reference,
     source: ResolvedEncoder,
     pairs: tuple[tuple[EngineName, Precision], ...],
+    own: OwnTexts,
     request: Request,
     on_progress: OnProgress,
 ) -> Export:
@@ -175,6 +184,7 @@ def _fill(
     on_progress("reference vectors")
     expected = Expected.of(reference, request.texts, request.sets)
     artifacts: list[Artifact] = []
+    costs: list[ProbeCost] = []
     refused: list[Refused] = []
 
     def refuse(name: str, precision: Precision, error: Exception) -> None:
@@ -186,12 +196,14 @@ def _fill(
             on_progress(f"prove {candidate}")
             try:
                 parity = prove_artifact(folder, candidate, manifest, expected)
+                found = own.costs(folder, candidate, manifest)
             except (ParityError, EngineError) as error:
                 if (candidate.engine, candidate.precision) == (EngineName.ONNXRUNTIME, Precision.FP32):
                     raise
                 refuse(str(candidate), candidate.precision, error)
             else:
                 artifacts.append(candidate.certified(folder, parity))
+                costs.extend(found)
 
     prove([Candidate(graphs[Layout.PADDED], *pairs[0]), *(Candidate(graphs[Layout.PACKED], *pair) for pair in pairs)])
     for precision in [precision for precision in VARIANTS if precision in (request.precisions or ())]:
@@ -215,11 +227,12 @@ def _fill(
     _keep_proven(folder, artifacts)
     on_progress("manifest")
     _write_canaries(folder, expected, spec)
+    record = own.write(folder, costs)
     manifest = dataclasses.replace(manifest, artifacts=tuple(artifacts))
     write_card(folder, manifest)
     manifest = dataclasses.replace(manifest, files=hash_files(folder))
     write_json(manifest, folder / MANIFEST_FILE)
-    return Export(manifest=manifest, refused=tuple(refused))
+    return Export(manifest=manifest, refused=tuple(refused), costs=record)
 
 
 def _check_reranker(request: Request) -> None:

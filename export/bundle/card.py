@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from encoders.card import CARD_FILE
-from mirror_runtime.bundle import Activation, Artifact, EncoderSpec, Layout, Manifest, VectorType, to_json
+from evaluation.statistics import Estimate, Verdict
+from mirror_runtime.bundle import (
+    Activation,
+    Artifact,
+    EncoderSpec,
+    EngineName,
+    Layout,
+    Manifest,
+    Precision,
+    VectorType,
+    to_json,
+)
 from mirror_runtime.errors import BundleError
 from mirror_runtime.strict_json import read_json
 
@@ -17,6 +28,9 @@ WHITENING_FILE = "whitening.json"
 
 WITNESS_FILE = "witness.json"
 """Records in a bundle what sentence-transformers computed from the same encoder, where it was installed."""
+
+PROBES_FILE = "probes.json"
+"""Records in a bundle what its artifacts cost on the user's own texts, where the export was given some."""
 
 MARK = "<!-- written by the exporter from here on -->"
 """Everything below this line is rewritten when artifacts are added."""
@@ -59,8 +73,55 @@ class Testimony:
     problem: str  # how its vectors differ; empty where they agree
 
 
-def write_card(folder: Path, manifest: Manifest) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ProbeCost:
+    """An artifact's figure on a probe beside the encoder's before its head was cut or rounded, both times 100."""
+
+    path: str  # of the artifact, as are engine and precision
+    engine: EngineName
+    precision: Precision
+    probe: str  # and its measure, such as "content, accuracy"
+    items: int  # questions
+    before: float
+    after: float
+    gain: Estimate  # with its paired interval
+
+    def __str__(self) -> str:
+        return f"{self.probe} goes from {self.before:.1f} to {self.after:.1f} ({self.gain:+})"
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the whole interval of the difference is below zero."""
+        return Verdict.of(self.gain) is Verdict.WORSE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeCosts:
+    """The content of `PROBES_FILE`."""
+
+    reference: str  # what `before` was measured with, such as "PyTorch 2.13.0 fp32, 384 numbers a text"
+    texts_sha256: str  # of the probes' texts, joined by newlines
+    costs: tuple[ProbeCost, ...]
+
+    def of(self, artifact: Artifact) -> dict[str, ProbeCost]:
+        """Return an artifact's costs by probe; none if it was added later."""
+        key = (artifact.path, artifact.engine, artifact.precision)
+        return {cost.probe: cost for cost in self.costs if (cost.path, cost.engine, cost.precision) == key}
+
+
+NO_COSTS = ProbeCosts(reference="", texts_sha256="", costs=())
+
+
+def read_costs(bundle: Path) -> ProbeCosts:
+    """Read `PROBES_FILE` of a bundle; without it there are no costs."""
+    file = bundle / PROBES_FILE
+    return read_json(ProbeCosts, file, "no probes") if file.is_file() else NO_COSTS
+
+
+def write_card(folder: Path, manifest: Manifest, bundle: Path | None = None) -> None:
     """Write a manifest's content to a bundle's README.md, below what is there; it replaces an earlier certificate.
+
+    `bundle` holds the records of witness and probes, if `folder` does not.
 
     Raises:
         OSError: it cannot be written.
@@ -70,18 +131,23 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         above = path.read_text(encoding="utf-8").partition(MARK)[0]
     except UnicodeDecodeError as error:
         raise BundleError(f"{path} is not UTF-8 at byte {error.start}: convert or remove it") from error
-    found = folder / WITNESS_FILE
+    found = (bundle or folder) / WITNESS_FILE
     seen = read_json(Testimony, found, "no witness") if found.is_file() else None
-    card = certificate_card(manifest.encoder, manifest.artifacts, manifest.fingerprint, seen)
+    costs = read_costs(bundle or folder)
+    card = certificate_card(manifest.encoder, manifest.artifacts, manifest.fingerprint, seen, costs)
     path.write_text(f"{above}{MARK}\n{card}", encoding="utf-8")
 
 
 def certificate_card(
-    spec: EncoderSpec, artifacts: Sequence[Artifact], fingerprint: str, witness: Testimony | None = None
+    spec: EncoderSpec,
+    artifacts: Sequence[Artifact],
+    fingerprint: str,
+    witness: Testimony | None = None,
+    costs: ProbeCosts = NO_COSTS,
 ) -> str:
     """Return the card's body in Markdown, without front matter, for artifacts that were compared on the same texts.
 
-    `witness` is the content of `WITNESS_FILE`.
+    `witness` and `costs` are the content of `WITNESS_FILE` and `PROBES_FILE`.
     """
     parity = artifacts[0].parity
     return f"""
@@ -100,7 +166,7 @@ against {parity.reference}, with the engine and options used for serving. Artifa
 {_certificates(artifacts)}
 
 {SCORE_LEGEND if spec.scores_pairs else VECTOR_LEGEND}
-{_quality(artifacts)}{_witness(witness)}
+{_quality(artifacts)}{_own_texts(artifacts, costs)}{_witness(witness)}
 `mirror verify` on this folder checks every file and recomputes stored vectors on the serving machine.
 
 ## Use
@@ -146,8 +212,10 @@ def round_down(cosine: float) -> str:
     return f"{math.floor((cosine + 1e-9) * 1e6) / 1e6:.6f}"
 
 
-def summary(artifact: Artifact) -> dict[str, object]:
-    """Return an artifact and its certificate for a command's JSON report."""
+def summary(artifact: Artifact, costs: Mapping[str, ProbeCost] | None = None) -> dict[str, object]:
+    """Return an artifact, its certificate and its costs by probe for a command's JSON report."""
+    names = ("items", "before", "after", "gain")
+    probes = {name: {key: to_json(cost)[key] for key in names} for name, cost in (costs or {}).items()}
     return {
         "path": artifact.path,
         "engine": artifact.engine.value,
@@ -161,6 +229,7 @@ def summary(artifact: Artifact) -> dict[str, object]:
         "spearman": artifact.parity.spearman,
         "top10_overlap": artifact.parity.top10_overlap,
         "sts": to_json(artifact.parity.sts),
+        "probes": probes,
     }
 
 
@@ -223,6 +292,23 @@ def _quality(artifacts: Sequence[Artifact]) -> str:
         rows.append((name, f"{known.pairs:,}", f"{known.reference:.2f}", *figures))
     table = markdown_table(("set", "pairs", "PyTorch", *map(short_name, artifacts)), rows, left=1)
     return f"\nSpearman correlation with human scores, in points:\n\n{table}\n"
+
+
+def _own_texts(artifacts: Sequence[Artifact], costs: ProbeCosts) -> str:
+    if not costs.costs:
+        return ""
+    rows = []
+    for probe, known in {cost.probe: cost for cost in costs.costs}.items():
+        found = [costs.of(artifact).get(probe) for artifact in artifacts]
+        rows.append(
+            (probe, f"{known.items:,}", f"{known.before:.2f}", *(f"{one.gain:+}" if one else "" for one in found))
+        )
+    table = markdown_table(("probe", "questions", "before", *map(short_name, artifacts)), rows, left=1)
+    return (
+        f"\nOn the maker's own texts, without labels: points of each probe before ({costs.reference}), and what each "
+        "artifact adds, with its paired 95 % interval. It costs something where the whole interval is below zero.\n\n"
+        f"{table}\n"
+    )
 
 
 def _other_libraries(spec: EncoderSpec, artifacts: Sequence[Artifact]) -> str:

@@ -59,7 +59,7 @@ def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) ->
     with named_os_errors(bundle):
         if (bundle / CARD_FILE).is_file():
             shutil.copyfile(bundle / CARD_FILE, staging / CARD_FILE)
-            write_card(staging, updated)
+            write_card(staging, updated, bundle)
         new_files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
         files |= {relative.as_posix(): sha256_file(staging / relative) for relative in new_files}
         # Everything is on the disk before the first file moves: a full disk leaves the old bundle.

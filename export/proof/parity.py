@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,18 +85,31 @@ def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expec
         ParityError: the vectors are not the reference's.
         EngineError: the engine cannot run the graph.
     """
-    spec, what = manifest.encoder, str(candidate)
-    floors = Floors.of(candidate.precision, spec)
+    what, floors = str(candidate), Floors.of(candidate.precision, manifest.encoder)
+    with opened(folder, candidate, manifest) as (encode, encoder):
+        if encoder is not None:
+            prove_shapes(encoder, expected, floors, what=what)
+        return prove(encode, expected, floors, what=what)
+
+
+@contextmanager
+def opened(folder: Path, candidate: Candidate, manifest: Manifest) -> Iterator[tuple[Encode, Encoder | None]]:
+    """Open a candidate as it will serve; with the runtime's encoder, which runs packed graphs only.
+
+    Raises:
+        EngineError: the engine cannot run the graph.
+    """
+    spec = manifest.encoder
     if candidate.graph.layout is Layout.PADDED:
         with candidate.padded_encode(folder, spec) as encode:
-            return prove(encode, expected, floors, what=what)
+            yield encode, None
+        return
     path = str(candidate.graph.path.absolute())
     with (
         truncations_counted_elsewhere(),  # the texts are too long on purpose
         Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, path) as encoder,
     ):
-        prove_shapes(encoder, expected, floors, what=what)
-        return prove(lambda texts: components(encoder.encode(texts), spec), expected, floors, what=what)
+        yield lambda texts: components(encoder.encode(texts), spec), encoder
 
 
 def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: str) -> None:

@@ -2,11 +2,7 @@
 
 import contextlib
 import http.client
-import json
-import threading
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ from evaluation.served import open_served
 from evaluation.statistics import Bootstrap
 from mirror_runtime import Encoder
 from mirror_runtime.errors import EngineError, InputError, ServerError
+from tests.support.endpoints import endpoint, vectors
 from tests.support.gateways import running
 
 TEXTS = ["the cat", "a man is playing a guitar", "", "the river"] + [f"dog no. {i}" for i in range(60)]
@@ -34,33 +31,6 @@ def opened(name: str, texts: list[str]) -> Any:
         found = open_served(name, around)
         assert found is not None
         return found[0](texts)
-
-
-@contextlib.contextmanager
-def endpoint(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[str]:
-    """Serve JSON answers to path and body."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            size = int(self.headers.get("Content-Length") or 0)
-            status, body = answer(self.path, json.loads(self.rfile.read(size) or b"null"))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(body).encode())
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/v1"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_a_bundle_and_the_gateway_give_the_vectors_and_figures_of_the_encoder(tiny_bundle, encoder, monkeypatch):
@@ -96,10 +66,6 @@ def test_a_triton_address_names_host_port_and_model(encoder, monkeypatch):
     opened("triton://host:1/other", TEXTS[:2])
     assert calls == [("host:8001", "embed"), ("host:1", "other")]
     np.testing.assert_array_equal(bits, np.where(encoder.encode(TEXTS[:2]) > 0, 1, -1))
-
-
-def vectors(dim: int, texts: int) -> Any:
-    return 200, {"data": [{"index": i, "embedding": [0.5] * dim} for i in range(texts)]}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.neighbors import NearestNeighbors
 
 from evaluation import geometry
 from evaluation.statistics import CHUNK, estimate, resample_spearman, spearman
@@ -70,6 +71,8 @@ def test_geometry_of_known_vectors() -> None:
     assert geometry.uniformity(one, np.random.default_rng(0)) == pytest.approx(0, abs=1e-6)
     assert geometry.isotropy(one) == pytest.approx(np.exp(-2), rel=1e-5)
     assert geometry.mean_norm(one + one + one) == pytest.approx(3)
+    assert geometry.effective_rank(square) == pytest.approx(2)
+    assert geometry.effective_rank(one) == pytest.approx(1)
     assert geometry.alignment(one, one) == 0
 
 
@@ -79,6 +82,12 @@ def test_geometry_is_that_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert geometry.anisotropy(vectors) == pytest.approx(cosines.mean(), abs=1e-6)
     exact = np.log(np.exp(-2 * (2 - 2 * cosines)).mean())
     assert geometry.uniformity(vectors, np.random.default_rng(0)) == pytest.approx(exact, abs=1e-5)
+    nearest = NearestNeighbors(n_neighbors=10, metric="cosine").fit(vectors).kneighbors(return_distance=False)
+    counts = np.bincount(nearest.ravel(), minlength=700)  # of others
+    assert geometry.hubness(vectors, np.random.default_rng(0)) == pytest.approx(stats.skew(counts), abs=0.01)
+    values = np.linalg.svd(vectors, compute_uv=False)
+    rank = np.exp(stats.entropy(values / values.sum()))
+    assert geometry.effective_rank(vectors) == pytest.approx(rank, rel=1e-3)
     monkeypatch.setattr(geometry, "MAX_TEXTS", 500)
     drawn = geometry.uniformity(vectors, np.random.default_rng(0))
     assert drawn == pytest.approx(exact, abs=0.05)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import v_measure_score
 
+from evaluation.bias import evaluate_association, read_association_test
+from evaluation.evalrank import evaluate_rank
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled, v_measure
 from evaluation.perturb import PERTURBATIONS
 from evaluation.phrases import Choices, evaluate_choices, read_choices
@@ -109,6 +111,69 @@ def test_an_encoder_of_words_is_robust_to_order_and_not_to_typos(tmp_path):
         assert found[f"s, {same}", "Spearman lost"] == 0
 
 
+def test_a_paraphrase_is_looked_for_among_all_other_texts(tmp_path):
+    rows = [f"5\t{a}\t{b}" for a, b in (("red cat", "cat red"), ("dog", "dog a"), ("a b", "dog c"), ("same", "same"))]
+    (one,) = read_sets(write(tmp_path / "s.tsv", "score\tsentence1\tsentence2", *rows, "1\tmat\triver"))
+    angles = {"red cat": 1, "cat red": 1, "dog": 40, "dog a": 60, "a b": 150, "dog c": 75, "same": 200, "mat": 10}
+
+    def encode(texts):
+        return np.array([[np.cos(t), np.sin(t)] for t in np.radians([angles.get(x, 300) for x in texts])], np.float32)
+
+    # Ranks: red cat 1 and 1; dog looks for dog a: 1, dog a for dog: 2 (dog c is nearer); a b for dog c: 2 (same is
+    # nearer), dog c for a b: 6 (dog a, dog, mat, red cat, cat red are nearer).
+    found = values(evaluate_rank(one, encode, BOOTSTRAP))
+    assert found["hits@1"] == pytest.approx(100 * 3 / 6, abs=1e-3)
+    assert found["hits@3"] == pytest.approx(100 * 5 / 6, abs=1e-3)
+    assert found["MRR"] == pytest.approx(100 * (1 + 1 + 1 + 1 / 2 + 1 / 2 + 1 / 6) / 6, abs=1e-3)
+    assert values(evaluate_rank(one, encode_equal, BOOTSTRAP))["MRR"] == pytest.approx(100 / 4.5, abs=1e-3)
+    (same,) = read_sets(write(tmp_path / "t.tsv", "score\tsentence1\tsentence2", "5\ta\ta", "1\ta\tb", "1\ta\tc"))
+    with pytest.raises(InputError, match="t has no two texts scored 80% of its highest score"):
+        evaluate_rank(same, encode, BOOTSTRAP)
+
+
+BIAS = [
+    "list\ttext",
+    *(
+        f"{name}\t{text}"
+        for name, texts in zip(
+            ("target1", "target2", "attribute1", "attribute2"), ("ab", "cd", "xy", "uv"), strict=True
+        )
+        for text in texts
+    ),
+]
+
+
+def test_an_effect_size_is_that_by_hand(tmp_path):
+    one = read_association_test(write(tmp_path / "weat.tsv", *BIAS))
+    angles = {"a": 0, "b": 60, "c": 30, "d": 90, "x": 0, "y": 0, "u": 90, "v": 90}
+
+    def encode(texts):
+        return np.array([[np.cos(t), np.sin(t)] for t in np.radians([angles[x] for x in texts])], np.float32)
+
+    effect, p_value = evaluate_association(one, encode, BOOTSTRAP)
+    # Associations cos - sin: a 1, b 0.5 - 0.8660, c 0.8660 - 0.5, d -1. Means 0.3170 and -0.3170; deviation 0.8695.
+    assert effect.figure.value == pytest.approx(100 * 0.633975 / 0.869472, abs=1e-3)
+    # Of the six splits' sums of target1, 0.6340 is reached by {a, b} itself and {a, c}: 1.3660.
+    assert p_value.figure.value == pytest.approx(100 * 2 / 6)
+    assert effect.figure.low < effect.figure.value < effect.figure.high
+    swapped = read_association_test(
+        write(tmp_path / "w.tsv", *(line.translate(str.maketrans("12", "21")) for line in BIAS))
+    )
+    assert evaluate_association(swapped, encode, BOOTSTRAP)[0].figure.value == pytest.approx(effect.figure.value)
+    with pytest.raises(InputError, match="every target of weat has one association"):
+        evaluate_association(one, encode_equal, BOOTSTRAP)
+
+
+def test_drawn_splits_give_the_p_value_of_all_splits(tmp_path, monkeypatch):
+    rows = [f"{name}\t{name} {WORDS[i]}" for name in ("target1", "target2") for i in range(6)]
+    rows += [f"attribute{k}\tattribute{k} target{k} no {i}" for k in (1, 2) for i in range(3)]
+    one = read_association_test(write(tmp_path / "seat.tsv", "list\ttext", *rows))
+    exact = evaluate_association(one, encode_words, BOOTSTRAP)[1].figure.value
+    monkeypatch.setattr("evaluation.bias.MAX_PARTITIONS", 900)  # of 924
+    assert exact == pytest.approx(100 / 924)
+    assert evaluate_association(one, encode_words, BOOTSTRAP)[1].figure.value == pytest.approx(exact, abs=0.3)
+
+
 def test_ranks_count_nearer_documents_and_ties_share_their_mean():
     documents = np.eye(3, dtype=np.float32)
     queries = np.array([[1, 0, 0], [0.8, 0.6, 0], [0, 0, 0]], np.float32)
@@ -173,7 +238,6 @@ def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("one.tsv", ["label\ttext", *["pos\ta"] * 20], "has the label 'pos' only: a classifier needs two or more"),
         ("few.tsv", ["label\ttext", *["pos\ta"] * 20, "neg\tb"], "has 1 texts of 'neg': 10-fold validation needs 10"),
         ("head.tsv", ["text\tlabel", "a\tb"], "line 1: expected the header label<TAB>text"),
         ("blank.tsv", ["label\ttext", "a\t"], "line 2: expected label<TAB>text, neither empty"),
@@ -184,12 +248,17 @@ def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
         ("turney.tsv", ["bigram\tanswer", "a b\tc"], "line 1: expected 3 columns"),
         ("names.tsv", ["name\tsynonym", "a\tb\tc"], "line 2: 3 fields where the header has 2"),
         ("names.tsv", ["name\tsynonym", "a\t "], "line 2: expected 2 columns"),
+        ("bias.tsv", ["word\tlist", "a\tb"], "line 1: expected the header list<TAB>text"),
+        ("bias.tsv", ["list\ttext", "target3\ta"], "line 2: expected one of target1, target2, attribute1"),
+        ("bias.tsv", BIAS[:-1], "has 2 of target1, 2 of target2, 2 of attribute1, 1 of attribute2: two or more"),
+        ("bias.tsv", [*BIAS, "target1\tz"], "has 3 of target1, 2 of target2.*as many of target1 as of target2"),
     ],
 )
 def test_a_malformed_file_is_one_clear_error(tmp_path, name, content, message):
     path = write(tmp_path / name, *content)
+    readers = {"turney.tsv": read_choices, "names.tsv": read_choices, "bias.tsv": read_association_test}
     with pytest.raises(InputError, match=message):
-        (read_choices if name in ("turney.tsv", "names.tsv") else read_labelled)(path)
+        readers.get(name, read_labelled)(path)
 
 
 @pytest.mark.parametrize(

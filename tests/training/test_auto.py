@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 
 from evaluation.statistics import Bootstrap
 from mirror_runtime.bundle import Pooling
-from training import gate, run
+from training import run
 from training.checkpoint import Step
 from training.corpus import CorpusRequest, read_corpus
 from training.gate import split_corpus
 from training.job import Job, ProbeChoice, RunObserver
-from training.recipe import RIVALS, Device, TuneConfig, TunePrecision
+from training.own import read_own
+from training.recipe import RECIPES, RIVALS, Device, Recipe, TuneConfig, TunePrecision
 from training.tune import main
 
 pytestmark = pytest.mark.tunes
@@ -31,7 +32,7 @@ OPTIONS = ("--recipe", "auto", "--documents", "--pooling", "mean", "--batch-size
 @pytest.fixture(autouse=True)
 def _small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.gate.MIN_TEXTS", 60)
-    monkeypatch.setattr("training.gate.FEWEST", 50)
+    monkeypatch.setattr("training.own.FEWEST", 50)
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_the_best_rival_or_the_base_is_written_with_the_reason(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--probe", "none"), "--recipe auto chooses by the probe"),
+        (("--probe", "none"), "--recipe auto and --seeds choose by the probe"),
         (
             ("--sample", "119"),
             "119 distinct texts are too few .* pass 120 or more, or --probe none, with a recipe other",
@@ -115,6 +116,37 @@ def test_what_auto_cannot_use_is_one_error(tiny_bert, corpus, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert not (tmp_path / "run").exists()
+
+
+def test_seeds_and_the_average_of_their_weights_are_rivals(tiny_bert, corpus, tmp_path, capsys, monkeypatch):
+    for name, value in (("COMMON_WORDS", 8), ("RARE", (2, 40)), ("MIN_ITEMS", 30)):
+        monkeypatch.setattr(f"evaluation.probes.{name}", value)
+    asked = probed(monkeypatch, (0.2, 0.5, 0.5, 0.9, 0.3, 0.9))
+    files = ["--base", str(tiny_bert), "--corpus", str(corpus), "--output", str(tmp_path / "run")]
+    options = [one for one in OPTIONS if one not in ("--recipe", "auto")]
+    assert main([*files, *options, "--seeds", "2", "--seed", "5", "--lr", "1e-3", "--probe", "content"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["chosen"], list(result["trials"])) == (
+        "documents.soup",
+        ["documents.5", "documents.6", "documents.soup"],
+    )
+    assert all(one["probe"] == "content" for one in (*result["trials"].values(), result["gate"]))
+    assert all("sat on the" in question for question in asked[0]), "texts, not titles"
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, result["steps"] + 1))
+    seconds = [json.loads(line)["sec"] for line in lines]
+    assert seconds == sorted(seconds)
+    soup = load_file(tmp_path / "run" / "model.safetensors")
+    alone = []
+    for seed in ("5", "6"):
+        probed(monkeypatch, (0.2, 0.9, 0.3, 0.9))
+        monkeypatch.setattr("training.tune.RIVALS", {True: {"documents": RECIPES[Recipe.DOCUMENTS]}})
+        again = ["--recipe", "auto", "--seed", seed, "--lr", "1e-3", "--overwrite"]
+        assert main([*files, *options, *again]) == 0
+        alone.append(load_file(tmp_path / "run" / "model.safetensors"))
+    assert any(not np.array_equal(alone[0][name], alone[1][name]) for name in soup)
+    for name, weight in soup.items():
+        np.testing.assert_allclose(weight, (alone[0][name] + alone[1][name]) / 2, atol=1e-6)
 
 
 class Stopped(RunObserver):
@@ -177,7 +209,7 @@ def test_a_rival_masks_nothing_where_the_tokenizer_has_no_mask_token(tiny_bert, 
 
 
 def test_halves_are_twice_what_one_run_holds_out(corpus):
-    whole = gate.read_own([str(corpus)])
+    whole = read_own([str(corpus)])
     documents = read_corpus(CorpusRequest(files=(str(corpus),), documents=True))
     rest, halves = split_corpus(documents, 2)
     held = [one for half in halves for one in half]

@@ -11,7 +11,7 @@ from mirror_runtime.errors import InputError
 from training.augment import Document
 from training.corpus import CorpusRequest, read_corpus
 from training.documents import VIEWS, Documents, View, as_document, draw_views, split_sentences
-from training.gate import read_own
+from training.own import read_own
 
 DOCUMENT = Document("A title", "The cat sat on the mat. A man is playing the guitar! Who was by the river today? So.")
 SENTENCES = ["The cat sat on the mat.", "A man is playing the guitar!", "Who was by the river today? So."]

@@ -11,14 +11,15 @@ import pytest
 from scipy.stats import spearmanr
 
 from evaluation.held_out import text_hash
-from evaluation.statistics import Bootstrap, Estimate
+from evaluation.statistics import Bootstrap, Estimate, Verdict
 from mirror_runtime.errors import InputError
 from tests.support.word_encoder import encode_words
 from training import run, trainer
 from training.augment import Document, Scored, texts_of
 from training.corpus import CorpusRequest, read_corpus
-from training.gate import FEWEST, MIN_TEXTS, MOST, Gate, Outcome, Verdict, hold_out, read_own, split_corpus
+from training.gate import MIN_TEXTS, Gate, Outcome, split_corpus
 from training.hardware import choose_hardware
+from training.own import FEWEST, MOST, hold_out, read_own
 from training.recipe import Device, TunePrecision
 from training.tune import main
 
