@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from export.bundle.card import CARD_FILE, write_card
+from export.bundle.card import CARD_FILE, WITNESS_FILE, write_card
 from mirror_runtime.bundle import MANIFEST_FILE, Artifact, read_manifest, sha256_file, write_json
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import named_os_errors
@@ -57,7 +57,9 @@ def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) ->
     updated = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))
     with named_os_errors(bundle):
         if (bundle / CARD_FILE).is_file():
-            shutil.copyfile(bundle / CARD_FILE, staging / CARD_FILE)
+            for name in (CARD_FILE, WITNESS_FILE):  # the card quotes the witness
+                if (bundle / name).is_file():
+                    shutil.copyfile(bundle / name, staging / name)
             write_card(staging, updated)
         new_files = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
         files |= {relative.as_posix(): sha256_file(staging / relative) for relative in new_files}
