@@ -22,6 +22,7 @@ from mirror_runtime.folders import whole_folder
 from mirror_runtime.host import peak_memory_bytes
 from mirror_runtime.vectors import unit_rows
 from training.corpus import CorpusRequest, read_corpus
+from training.gate import MIN_TEXTS
 from training.hardware import choose_hardware
 from training.own import hold_out
 from training.recipe import Device, TunePrecision
@@ -71,6 +72,8 @@ def make_twin(
     began = time.perf_counter()
     corpus = read_corpus(request)
     texts = list(dict.fromkeys(corpus.texts))
+    if len(texts) < MIN_TEXTS:
+        raise InputError(f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more")
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
         reference, space = load_teacher(teacher)
         spec, hardware = reference.spec, choose_hardware(Device.AUTO, TunePrecision.AUTO)

@@ -157,7 +157,7 @@ def certificate_card(
 
 Vector space **`{fingerprint}`**: a hash of weights, tokenizer and head. Vectors of encoders with the same fingerprint \
 can be compared. An index built with another fingerprint must be rebuilt.
-
+{_twin(spec)}
 ## Certificate
 
 Measured when this folder was written, on {parity.texts:,} ragged texts (sha256 `{parity.texts_sha256[:16]}…`), \
@@ -248,6 +248,15 @@ def _witness(found: Testimony | None) -> str:
     if found.problem:
         return f"\n**{who} computes other vectors**: {found.problem}. They were accepted at export.\n"
     return f"\n{who} computes the reference's vectors: worst cosine {found.min_cosine:.6f} of {found.texts} texts.\n"
+
+
+def _twin(spec: EncoderSpec) -> str:
+    if spec.twin_of is None:
+        return ""
+    return (
+        f"\nThis is the static twin of the encoder `{spec.twin_of}`: its vectors approximate that encoder's, and can "
+        "search an index of them.\n"
+    )
 
 
 def _description(spec: EncoderSpec) -> str:

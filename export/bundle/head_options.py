@@ -73,6 +73,7 @@ def extend_head(reference: Reference, options: HeadOptions) -> tuple[Reference, 
     record = None
     if options.whiten is not None:
         reference, record = whiten(reference, options.whiten, options.whiten_dim)
+        reference = _replace_spec(reference, twin_of=None)  # it has left the teacher's space
     if options.dim is not None:
         reference = _cut(reference, options.dim)
     kind = options.vector_type

@@ -25,6 +25,8 @@ MANIFEST_FILE = "manifest.json"
 ENCODER_FILE = "encoder.json"
 CANARIES_FILE = "canaries.json"
 TOKENIZER_FILE = "tokenizer.json"
+TWIN_FOLDER = "twin"
+"""In a bundle: the bundle of its static twin, see `mirror_runtime.twins`."""
 
 TOKENS_PER_SLOT = 4
 """A packed row of L tokens has L // 4 slots: at most so many texts share the row. The graph computes this from L."""
@@ -388,7 +390,8 @@ def fingerprint(spec: EncoderSpec, files: Mapping[str, str]) -> str:
     the same weights have the same vector space. Only the `files`' hashes of safetensors files, the head's included, and
     of the tokenizer count.
     """
-    counted = {k: v for k, v in files.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
+    own = {k: v for k, v in files.items() if not k.startswith(f"{TWIN_FOLDER}/")}
+    counted = {k: v for k, v in own.items() if k == TOKENIZER_FILE or k.endswith(".safetensors")}
     vector = {k: v for k, v in to_json(spec).items() if k not in SPACELESS}
     text = json.dumps([counted, vector], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.encoded import Encoded as Encoded  # re-exported, as is PendingWindow
+from mirror_runtime.encoded import PendingWindow as PendingWindow
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
 from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
@@ -38,49 +40,13 @@ from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_p
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
+from mirror_runtime.twins import Speed, TwinEncoder, check_speed, find_twin, twin_engine
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, rows_not_finite, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
 
 WINDOW = 2048
 """Texts tokenised and packed together: enough to fill rows to 98 %, few enough for flat memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """The result for a sequence of texts.
-
-    Attributes:
-        vectors: [n, width] of the encoder's vector type (by default float32 [n, dim], see `mirror_runtime.vectors`),
-            in the texts' order; zeros for a failed text.
-        tokens: int64 [n], tokens of the whole text with special tokens, before truncation; 0 for a failed text.
-        truncated: bool [n], whether tokens were cut off.
-        errors: the failed texts, by position; the other texts are encoded.
-    """
-
-    vectors: Vectors
-    tokens: NDArray[np.int64]
-    truncated: NDArray[np.bool_]
-    errors: Mapping[int, TextError]
-
-    def vectors_or_raise(self) -> Vectors:
-        """Return the vectors.
-
-        Raises:
-            TextError: for the first text that has none.
-        """
-        if self.errors:
-            raise self.errors[min(self.errors)]
-        return self.vectors
-
-
-@dataclass(frozen=True)
-class PendingWindow:
-    """Texts whose batches are queued, running or done: returned by `Encoder.begin`, taken by `Encoder.finish`."""
-
-    tokenized: Tokenized
-    batches: Sequence[PackedBatch]
-    outputs: Sequence[Future[Vectors]]
 
 
 class Encoder:
@@ -111,6 +77,7 @@ class Encoder:
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
         self._lifetime = Lifetime(engine)
+        self._twin: TwinEncoder | None = None
 
     @classmethod
     def load(
@@ -144,7 +111,7 @@ class Encoder:
                 CPU: one text a row, in batches of one shape for its length, which are slower; see `packing`.
 
         Raises:
-            BundleError: the folder is not a bundle, or its tokenizer is broken.
+            BundleError: the folder is not a bundle, its tokenizer is broken, or its twin is another encoder's.
             EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
             InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
         """
@@ -155,12 +122,21 @@ class Encoder:
             known = ", ".join(p.value for p in LongTexts)
             raise InputError(f"long_texts is {long_texts!r}: it must be one of {known}") from None
         manifest = read_manifest(folder)
+        twin = find_twin(folder, manifest)
         cache = cache_folder(cache_dir)
         followed = find_plan(plan, cache, manifest.fingerprint) if AUTO in (engine, precision) else None
         decision = decide(manifest, engine, precision, followed)
         if streams is not None:
             decision = replace(decision, streams=streams)
-        return cls._open(folder, manifest, decision, policy, cache, invariant=invariant)
+        encoder = cls._open(folder, manifest, decision, policy, cache, invariant=invariant)
+        if twin is not None:
+            encoder._twin = TwinEncoder(
+                lambda: cls.load(
+                    twin, engine=twin_engine(twin, engine), streams=streams, long_texts=policy,
+                    plan=None if plan is None else AUTO, cache_dir=cache_dir, invariant=invariant,
+                )
+            )  # fmt: skip
+        return encoder
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
@@ -243,12 +219,33 @@ class Encoder:
         """Return a snapshot of the counters."""
         return self._counters.snapshot()
 
-    def encode(self, texts: Iterable[Item], *, prompt_name: str | None = None) -> Vectors:
+    @property
+    def has_twin(self) -> bool:
+        """Return whether the bundle has a static twin, for `at`."""
+        return self._twin is not None
+
+    def at(self, speed: Speed | str) -> Encoder:
+        """Return the encoder of a speed: this one for "full", its static twin for "fast", opened at the first call.
+
+        Raises:
+            InputError: the speed is unknown, or the bundle has no twin.
+        """
+        if check_speed(speed) is Speed.FULL:
+            return self
+        if self._twin is None:
+            raise InputError("speed is 'fast', and this bundle has no static twin: add one with export/pair.py")
+        self._lifetime.check()
+        return self._twin.open()
+
+    def encode(
+        self, texts: Iterable[Item], *, prompt_name: str | None = None, speed: Speed | str = Speed.FULL
+    ) -> Vectors:
         """Encode texts.
 
         Args:
             texts: any iterable of strings, or for a reranker of pairs; generators are consumed once.
             prompt_name: one of `prompts` to put before every text, such as "query".
+            speed: "fast" for the bundle's static twin, see `at`.
 
         Returns:
             [n, width] in the texts' order: float32 [n, dim], unless the encoder has another vector type, see
@@ -256,11 +253,12 @@ class Encoder:
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.
-            InputError: `texts` is one string, or there is no such prompt.
+            InputError: `texts` is one string, or there is no such prompt or no twin.
             EngineError: the engine failed.
         """
-        prompt = choose_prompt(self.prompts, self.spec.template, name=prompt_name)
-        return self.encode_detailed(prompted(iterate(texts), prompt)).vectors_or_raise()
+        encoder = self.at(speed)
+        prompt = choose_prompt(encoder.prompts, encoder.spec.template, name=prompt_name)
+        return encoder.encode_detailed(prompted(iterate(texts), prompt)).vectors_or_raise()
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
@@ -436,6 +434,8 @@ class Encoder:
         """Release the engine. The encoder cannot be used afterwards. Closing twice is allowed."""
         if not self._lifetime.end():
             return
+        if self._twin is not None:
+            self._twin.close()
         self._pool.shutdown(cancel_futures=True)
         with ExitStack() as turns:  # wait for batches that run in their callers' threads
             for _ in range(self.engine.streams):

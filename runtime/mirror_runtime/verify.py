@@ -19,6 +19,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError
 from mirror_runtime.pairs import canary_items
+from mirror_runtime.twins import find_twin
 from mirror_runtime.vectors import components
 
 
@@ -53,8 +54,8 @@ def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Ar
         expected_fingerprint: the required vector space, such as the one that an index was built with; None for any.
 
     Returns:
-        A result for each packed artifact. One whose engine is not installed, or whose precision this CPU lacks, did
-        not run; its `problem` has the reason.
+        A result for each packed artifact, and for those of a static twin. One whose engine is not installed, or whose
+        precision this CPU lacks, did not run; its `problem` has the reason.
 
     Raises:
         BundleError: see above.
@@ -67,7 +68,9 @@ def verify(bundle: Path, *, expected_fingerprint: str | None = None) -> tuple[Ar
         )
     check_files(bundle, manifest)
     check_fingerprint(manifest)
-    return tuple(_check(bundle, manifest, a) for a in manifest.artifacts if a.layout is Layout.PACKED)
+    twin = find_twin(bundle, manifest)
+    own = tuple(_check(bundle, manifest, a) for a in manifest.artifacts if a.layout is Layout.PACKED)
+    return own if twin is None else own + verify(twin)
 
 
 def check_fingerprint(manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime import Encoder
-from mirror_runtime.gateway.backends import InProcessBackend
+from mirror_runtime.gateway.backends import backends_of
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.server import GatewayServer, listen
 from mirror_runtime.gateway.service import GatewayService
@@ -92,8 +92,8 @@ def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake",
     """Run a gateway on a bundle until the block ends."""
     encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
     chosen = GatewaySettings(**{"model": MODEL, "drain_s": 0.0, **settings})
-    backend = InProcessBackend(encoder, long_texts=long_texts, max_waiting=4 * chosen.max_in_flight + 1)
-    service = GatewayService(backend, chosen, GatewayMetrics())
+    backend, *twins = backends_of(encoder, long_texts=long_texts, max_waiting=4 * chosen.max_in_flight + 1)
+    service = GatewayService(backend, chosen, GatewayMetrics(), *twins)
     server = GatewayServer(service)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]

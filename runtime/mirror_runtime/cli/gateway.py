@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from mirror_runtime.extras import require
 from mirror_runtime.gateway.settings import GatewaySettings, hosts_allowed_at, read_keys
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.twins import Speed
 
 LIMITS = GatewaySettings(model="any")
 """The default limits."""
@@ -145,7 +147,7 @@ def gateway(
     """
     for package in ("fastapi", "uvicorn", "prometheus_client", "orjson"):
         require(package, "gateway")
-    from mirror_runtime.gateway.backends import EncodingBackend, InProcessBackend, TritonBackend, fetch_card
+    from mirror_runtime.gateway.backends import EncodingBackend, TritonBackend, backends_of, fetch_card
     from mirror_runtime.gateway.server import listen, run
 
     if (bundle is None) == (triton is None):
@@ -155,6 +157,7 @@ def gateway(
     keys = read_keys(api_key_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend: EncodingBackend
+    twins: Sequence[EncodingBackend] = ()
     # Truncations are counted in a header and in the metrics.
     with listen(host, port) as listener, truncations_counted_elsewhere():
         if bundle is not None:
@@ -162,8 +165,10 @@ def gateway(
                 bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts, invariant=invariant
             )
             encoder.warm_up()
+            if encoder.has_twin:
+                encoder.at(Speed.FAST).warm_up()
             # The gateway's own limits come first: its lanes admit less than twice as many texts each.
-            backend = InProcessBackend(encoder, long_texts=long_texts.value, max_waiting=4 * max_in_flight + 1)
+            backend, *twins = backends_of(encoder, long_texts=long_texts.value, max_waiting=4 * max_in_flight + 1)
         else:
             options = ClientOptions(url=triton, protocol=triton_protocol, model=triton_model, timeout_s=timeout)
             backend = TritonBackend(options, fetch_card(options, wait_s=wait))
@@ -189,4 +194,4 @@ def gateway(
             idle_s=keep_alive,
         )
         console = Console(highlight=False, soft_wrap=True)
-        run(backend, settings, listener, on_progress=lambda line: console.print(line, markup=False))
+        run(backend, settings, listener, on_progress=lambda line: console.print(line, markup=False), twins=twins)

@@ -106,7 +106,7 @@ def make_app(service: GatewayService) -> ASGIApp:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.backend.aclose()
+        await service.aclose()
 
     app = FastAPI(
         title="Mirror Runtime gateway",
@@ -270,6 +270,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             dimensions=list(service.dimensions),
             max_tokens=card.max_tokens,
             prompts=list(card.prompts or ()),
+            speeds=service.speeds,
             normalized=card.normalized,
             long_texts=card.long_texts,
             engine=card.engine,
@@ -368,7 +369,7 @@ async def _encode(
         message = f"texts are cut at their end, at {service.backend.card.max_tokens} tokens: leave this field out"
         param = "truncate" if body.truncate == "START" else "truncate_prompt_tokens"
         raise Refusal(400, "truncation_not_possible", message, param=param)
-    card = service.backend.card
+    card = service.at(body.speed).card
     try:
         prompt = choose_prompt(card.prompts, card.template, name=body.prompt_name, input_type=body.input_type)
     except InputError as error:
@@ -381,6 +382,7 @@ async def _encode(
         normalize=body.normalize,
         truncate={"NONE": False, "END": True}.get(str(body.truncate), body.truncate is not False),
         prompt=prompt,
+        speed=body.speed,
     )
     return await _while_connected(request, service, work)
 

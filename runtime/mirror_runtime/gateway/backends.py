@@ -21,6 +21,7 @@ from mirror_runtime.errors import InputError, MirrorError, ServerError, Unavaila
 from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import Item
+from mirror_runtime.twins import Speed
 
 _POLL_S = 0.5
 
@@ -97,6 +98,12 @@ class InProcessBackend:
         """Finish accepted texts and close the encoder."""
         await self._async.aclose()
         self._encoder.close()
+
+
+def backends_of(encoder: Encoder, *, long_texts: str, max_waiting: int) -> list[InProcessBackend]:
+    """Return the backend of an encoder, followed by that of its static twin if its bundle has one; see the class."""
+    encoders = [encoder, encoder.at(Speed.FAST)] if encoder.has_twin else [encoder]
+    return [InProcessBackend(one, long_texts=long_texts, max_waiting=max_waiting) for one in encoders]
 
 
 class TritonBackend:

@@ -97,6 +97,9 @@ class _Request(_Body):
         description="What the texts are: query, document, or their names in other APIs (passage, search_query, …). "
         "The encoder's prompt for it is put before every text, if it has one.",
     )
+    speed: Literal["full", "fast"] | None = Field(
+        None, description="fast: the encoder's static twin answers, see /info; X-Vector-Space is its fingerprint then."
+    )
     user: str | int | None = Field(None, description="Accepted for compatibility and ignored.")
 
 
@@ -249,6 +252,7 @@ class Info(BaseModel):
     dimensions: list[int] = Field(description="Possible values of `dimensions` in a request.")
     max_tokens: int
     prompts: list[str] = Field(description="Names of the encoder's prompts.")
+    speeds: dict[str, str] = Field(description="Possible values of `speed`, each with the answering fingerprint.")
     normalized: bool
     long_texts: str = Field(description="Policy for longer texts: truncate, error or chunk.")
     engine: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -62,8 +62,9 @@ def run(
     listener: socket.socket,
     *,
     on_progress: Callable[[str], None],
+    twins: Sequence[EncodingBackend] = (),
 ) -> None:
-    """Serve until SIGTERM, SIGHUP, SIGQUIT or Ctrl-C, then answer the requests under way and close the backend."""
+    """Serve until SIGTERM, SIGHUP, SIGQUIT or Ctrl-C, then answer the requests under way and close the backends."""
     connections = possible_connections(settings.max_connections)
     if connections < settings.max_connections:
         on_progress(f"few file descriptors: at most {connections} connections; raise ulimit -n to have more")
@@ -72,7 +73,7 @@ def run(
             max_connections=connections,
             max_peer_connections=min(settings.max_peer_connections, connections),
         )
-    service = GatewayService(backend, settings, GatewayMetrics())
+    service = GatewayService(backend, settings, GatewayMetrics(), *twins)
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     card = backend.card

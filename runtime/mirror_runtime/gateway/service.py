@@ -22,6 +22,7 @@ from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.scheduler import Scheduler
 from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.tokenizer import Item
+from mirror_runtime.twins import Speed
 from mirror_runtime.vectors import check_cuts, cut
 
 FRESH_S = 1.0
@@ -47,15 +48,26 @@ class EncodingResult:
 
 
 class GatewayService:
-    """Encodes requests within the gateway's limits. `draining` is true when the gateway is about to stop."""
+    """Encodes requests within the gateway's limits. `draining` is true when the gateway is about to stop.
 
-    def __init__(self, backend: EncodingBackend, settings: GatewaySettings, metrics: GatewayMetrics) -> None:
+    `twin` answers requests for the speed `fast`, within limits of its own.
+    """
+
+    def __init__(
+        self,
+        backend: EncodingBackend,
+        settings: GatewaySettings,
+        metrics: GatewayMetrics,
+        twin: EncodingBackend | None = None,
+    ) -> None:
         check_cuts(settings.dimensions, backend.card.dim, backend.card.dimensions)
         self.backend = backend
         self.settings = settings
         self.metrics = metrics
         self.draining = False
         self.scheduler = Scheduler(backend, settings.max_in_flight)
+        self.twin = twin
+        self._twin_scheduler = None if twin is None else Scheduler(twin, settings.max_in_flight)
         self._outcome_at = -FRESH_S
         self._problem: Exception | None = None
         self._probing = asyncio.Lock()
@@ -75,6 +87,7 @@ class GatewayService:
         normalize: bool | None = None,
         truncate: bool | None = None,
         prompt: str = "",
+        speed: str | None = None,
     ) -> EncodingResult:
         """Encode a request's texts or pairs, at least one, with the request's own parameters, see `schema`.
 
@@ -87,7 +100,9 @@ class GatewayService:
         try:
             self._check(len(texts), dimensions, normalize)
             with self._counted(len(texts)):
-                served = await self.scheduler.encode([f"{prompt}{text}" for text in texts] if prompt else texts, caller)
+                scheduler = self.scheduler if self.at(speed) is self.backend else self._twin_scheduler
+                assert scheduler is not None
+                served = await scheduler.encode([f"{prompt}{text}" for text in texts] if prompt else texts, caller)
                 _check_finite(served)
                 self._record_outcome(None)
             return self._finish(served, dimensions, normalize, truncate)
@@ -98,6 +113,31 @@ class GatewayService:
                 self._record_outcome(error)
                 _log.error("request %s: %s: %s", REQUEST_ID.get(), type(error).__name__, error)
             raise refusal from error
+
+    @property
+    def speeds(self) -> dict[str, str]:
+        """What a request's `speed` may be, each with the fingerprint of what answers."""
+        found = {Speed.FULL.value: self.backend.card.fingerprint}
+        return found if self.twin is None else found | {Speed.FAST.value: self.twin.card.fingerprint}
+
+    def at(self, speed: str | None) -> EncodingBackend:
+        """Return the backend of a speed.
+
+        Raises:
+            Refusal: it has none.
+        """
+        if speed in (None, Speed.FULL.value):
+            return self.backend
+        if self.twin is None:
+            message = "speed is fast, but the encoder here has no static twin: leave it out"
+            raise Refusal(400, "speed_not_possible", message, param="speed")
+        return self.twin
+
+    async def aclose(self) -> None:
+        """Finish accepted texts and release everything."""
+        if self.twin is not None:
+            await self.twin.aclose()
+        await self.backend.aclose()
 
     async def check_health(self) -> None:
         """Check that inferences succeed: those under way, the last one if it is recent, or else a new one."""

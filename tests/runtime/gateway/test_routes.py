@@ -79,6 +79,7 @@ def test_info_describes_the_model_and_the_limits(gateway):
     model = {"model": MODEL, "fingerprint": FINGERPRINT, "dim": 8, "dimensions": [4, 8], "normalized": True}
     served = {"engine": "fake", "precision": "fp32", "backend": "in-process", "version": __version__}
     limits = {"max_batch": 100, "max_in_flight": 4096, "max_body_bytes": 4_000_000, "max_tokens": 64, "prompts": []}
+    limits |= {"speeds": {"full": FINGERPRINT}}
     assert gateway.send("GET", "/info").json == {**model, **served, **limits, "long_texts": "truncate"}
 
 

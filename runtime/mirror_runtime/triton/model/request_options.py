@@ -10,9 +10,10 @@ from typing import Any
 from mirror_runtime.bundle import EncoderSpec, VectorType
 from mirror_runtime.errors import InputError
 from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.twins import Speed
 from mirror_runtime.vectors import check_cuts
 
-KNOWN = ("dimensions", "prompt", "query", "truncate")
+KNOWN = ("dimensions", "prompt", "query", "speed", "truncate")
 LONGEST_PROMPT = 1000
 LONGEST_QUERY = 10_000
 """In characters. The prompt is tokenised with every text of the request, a query once."""
@@ -47,6 +48,11 @@ def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = ()) -
     unknown = sorted(parameters.keys() - set(KNOWN))
     if unknown:
         raise InputError(f"unknown parameter {_quoted(unknown[0])}: known are {', '.join(KNOWN)}")
+    if parameters.get("speed", Speed.FULL.value) != Speed.FULL.value:
+        raise InputError(
+            f"parameter 'speed' is {_quoted(parameters['speed'])}: only the full encoder runs here; its static twin "
+            "answers in process (Encoder.at) and in a gateway with the bundle"
+        )
     return RequestOptions(
         long_texts=_long_texts(parameters["truncate"]) if "truncate" in parameters else None,
         dimensions=_dimensions(parameters["dimensions"], spec, trained) if "dimensions" in parameters else None,
