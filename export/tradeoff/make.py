@@ -115,7 +115,7 @@ def make(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         paths["here"] = str(folder)
-        began, refused = time.perf_counter(), {}
+        began, refused = time.perf_counter(), dict[str, str]()
         try:
             for command in candidate.commands:
                 refused |= _run([word.format_map(paths) for word in command], log, on_line, run)
