@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +18,13 @@ from typing import Any
 from export.tradeoff.candidates import Candidate
 from mirror_runtime.bundle import MANIFEST_FILE
 from mirror_runtime.errors import MirrorError, one_line
-from mirror_runtime.folders import replace_file, whole_folder
+from mirror_runtime.folders import replace_file
 from mirror_runtime.triton.server import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 DONE_FILE = "done.json"
-"""In a candidate's folder: how it was made. Written last."""
+"""In a candidate's folder: how it was made. Written last: without it the folder is a killed run's, and made anew."""
 
 REFUSED_STATUS = 1
 """Of an export that wrote its bundle without a precision that missed its floor."""
@@ -92,7 +93,7 @@ def make(
 
     Args:
         candidate: what to make.
-        output: the folder of all candidates.
+        output: the folder of all candidates, which no other process is writing.
         places: what the placeholders of its commands stand for, except `here`.
         on_line: called with each line that a command prints.
         run: runs one command.
@@ -111,17 +112,21 @@ def make(
     if done is None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("", encoding="utf-8")
-        with whole_folder(folder, overwrite=True, marker=DONE_FILE) as here:
-            began = time.perf_counter()
-            refused: dict[str, str] = {}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        paths["here"] = str(folder)
+        began, refused = time.perf_counter(), dict[str, str]()
+        try:
             for command in candidate.commands:
-                words = [word.format_map(paths | {"here": str(here)}) for word in command]
-                refused |= _run(words, log, on_line, run)
-            if not (here / "bundle" / MANIFEST_FILE).is_file():
+                refused |= _run([word.format_map(paths) for word in command], log, on_line, run)
+            if not (folder / "bundle" / MANIFEST_FILE).is_file():
                 raise CandidateError(f"its commands wrote no bundle: see {log}")
-            shown = [" ".join(command).format_map(paths | {"here": str(folder)}) for command in candidate.commands]
-            done = {"seconds": round(time.perf_counter() - began, 1), "commands": shown, "refused": refused}
-            keep(here / DONE_FILE, digest, done)
+        except CandidateError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shown = [" ".join(command).format_map(paths) for command in candidate.commands]
+        done = {"seconds": round(time.perf_counter() - began, 1), "commands": shown, "refused": refused}
+        keep(folder / DONE_FILE, digest, done)
     return Made(
         candidate=candidate,
         folder=folder,

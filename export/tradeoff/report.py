@@ -196,6 +196,7 @@ def _label(axes: Any, rows: Sequence[Row], best: Sequence[Row]) -> None:
     for row, place in sorted(zip(rows, zip(*_places(rows), strict=True), strict=True), key=lambda one: -one[1][1]):
         options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "center"}
         options |= {"color": INK if row in best else "#666666"}
+        options["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
         label = axes.annotate(row.point.name, place, xytext=(0, 0), **options)
         width = label.get_window_extent(renderer).width * 72 / axes.figure.dpi
         for ring in RINGS:

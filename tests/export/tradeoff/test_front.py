@@ -137,18 +137,23 @@ class Commands:
         return 1
 
 
-def test_what_is_there_is_kept_until_an_input_changes_and_a_kill_leaves_nothing(tmp_path):
+def test_what_is_there_is_kept_until_an_input_changes_and_what_a_kill_left_is_made_anew(tmp_path):
     run, places = Commands(), {"source": Place("/e", "1")}
     first = make(candidate(), tmp_path, places, run=run)
     assert first.refused == {"openvino int8 packed": "its cosine is 0.5"}
     assert make(candidate(), tmp_path, places, run=run) == first
     assert len(run.ran) == 1
     with pytest.raises(KeyboardInterrupt):
-        make(candidate("some", "kill {source} --output {here}/x"), tmp_path, places, run=run)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["some", "some.log"], "the finished one is still there"
-    assert make(candidate(), tmp_path, places, run=run) == first
-    assert make(candidate(), tmp_path, {"source": Place("/e", "2")}, run=run).digest != first.digest
-    assert run.ran == ["export/to_onnx.py", "kill", "export/to_onnx.py"]
+        make(
+            candidate("some", "export/to_onnx.py --output {here}/bundle", "kill --output {here}/x"),
+            tmp_path,
+            {},
+            run=run,
+        )
+    assert (tmp_path / "some" / "bundle").is_dir(), "killed between two commands"
+    again = make(candidate(), tmp_path, {"source": Place("/e", "2")}, run=run)
+    assert again.digest != first.digest
+    assert run.ran == ["export/to_onnx.py"] * 2 + ["kill", "export/to_onnx.py"]
 
 
 @pytest.mark.parametrize(
