@@ -1,9 +1,12 @@
 """Every family: in packed rows, each text has the vector and the gradient of Hugging Face's own forward pass."""
 
 import dataclasses
+import gc
 import importlib
 import json
 import operator
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -12,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
+from transformers import GteConfig, GteModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from encoders import families
 from encoders.families import FAMILIES
 from encoders.layers import disentangled_bucket, hidden_states, layer_names, layers_of, relative_bucket
 from encoders.reference import Reference, eager_attention
@@ -27,6 +33,7 @@ from mirror_runtime.bundle import TOKENIZER_FILE, Pooling
 from mirror_runtime.errors import BundleError
 from mirror_runtime.tokenizer import LongTexts, Tokenizer
 from mirror_runtime.vectors import cosines
+from tests.support.paths import ROOT
 from tests.support.tiny_encoders import MODELS, POSITIONS, ragged_texts
 from training.dropout import WordDropout, set_dropout
 from training.packed import PackedTexts, encode_packed, pack
@@ -250,6 +257,28 @@ def test_tables_of_positions_replace_what_layers_compute_of_them(reference: Refe
         torch.testing.assert_close(states[-1], hidden_states(model, *inputs)[0][-1], atol=1e-5, rtol=0)
     for hook in hooks:
         hook.remove()
+
+
+def test_an_entry_adds_a_family_and_no_code(
+    tiny_encoder: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that transformers learns tomorrow, here a renamed copy of GTE: the documented entry is all it needs."""
+    config: Any = type("CopiedConfig", (GteConfig,), {"model_type": "copied"})
+    model: Any = type("CopiedModel", (GteModel,), {"config_class": config})
+    transformers.AutoConfig.register("copied", config)
+    transformers.AutoModel.register(config, model)
+    folder = shutil.copytree(tiny_encoder("gte"), tmp_path / "copied")
+    model(config.from_pretrained(folder)).save_pretrained(folder)
+    with pytest.raises(BundleError, match=r"'copied': .* It has rotary positions; the nearest family is nomic_bert"):
+        resolve(str(folder), pooling=Pooling.MEAN)
+    (known,) = gc.get_referents(FAMILIES)  # what the read-only mapping shows
+    page = (ROOT / "docs" / "reference" / "families.md").read_text()
+    entry = "".join(re.findall(r"^\+( +(?:\"gte\"|layer=|layers=|positions=|rotary=|\),).*\n)", page, re.MULTILINE))
+    monkeypatch.setitem(known, "copied", eval(f"{{{entry}}}", vars(families))["gte"])
+    reference = Reference.load(resolve(str(folder), pooling=Pooling.MEAN))
+    assert isinstance(reference.model, model)
+    vectors = encode_packed(reference.model, rows(reference, TEXTS), Pooling.MEAN).detach().numpy()
+    np.testing.assert_allclose(vectors, reference.encode(TEXTS), atol=1e-5)
 
 
 def test_every_family_with_layers_is_tested() -> None:
