@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest, sha256_file
-from tests.support.fake_bundles import artifact, write_fake_bundle
+from tests.support.fake_bundles import RERANKER, artifact, write_fake_bundle
 from tests.support.paths import ROOT
 from tests.support.trace_cache import cached_folder, cached_traces
 
@@ -104,6 +104,12 @@ def tiny_graphs(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return graphs
 
     monkeypatch.setattr(build, "export_graphs", copied)
+
+
+@pytest.fixture(scope="session")
+def reranker_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reranker's bundle for the fake engine."""
+    return write_fake_bundle(minilm, tmp_path_factory.mktemp("reranker") / "bundle", **RERANKER)
 
 
 @pytest.fixture

@@ -184,7 +184,9 @@ def _witness(found: Testimony | None) -> str:
 
 def _description(spec: EncoderSpec) -> str:
     if spec.scores_pairs:
-        return f"One score per pair of a query and a text, {describe_head(spec)}, up to {spec.max_tokens} tokens together."
+        return (
+            f"One score per pair of a query and a text, {describe_head(spec)}, up to {spec.max_tokens} tokens together."
+        )
     kind = "numbers" if spec.vector_type is VectorType.FLOAT32 else f"components ({spec.vector_type.value})"
     return f"{spec.dim} {kind} per text, pooling {describe_head(spec)}, texts of up to {spec.max_tokens} tokens."
 
