@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mirror_runtime.bundle import Artifact, Layout, Pooling, Precision, read_manifest, sha256_file
-from tests.support.fake_bundles import artifact, write_fake_bundle
+from tests.support.fake_bundles import RERANKER, artifact, write_fake_bundle
 from tests.support.paths import ROOT
 from tests.support.trace_cache import cached_folder, cached_traces
 
@@ -119,6 +119,12 @@ def traces_from_cache() -> Iterator[None]:
     """Take PyTorch's translation of a module that was traced before from the cache: see `tests.support.trace_cache`."""
     with cached_traces():
         yield
+
+
+@pytest.fixture(scope="session")
+def reranker_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reranker's bundle for the fake engine."""
+    return write_fake_bundle(minilm, tmp_path_factory.mktemp("reranker") / "bundle", **RERANKER)
 
 
 @pytest.fixture

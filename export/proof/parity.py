@@ -205,7 +205,7 @@ def _scores(encode: Encode, expected: Expected, what: str) -> tuple[StsScore, ..
     return tuple(scores)
 
 
-def _quality(encode: Encode, chosen: EvaluationSet, *, pairs: bool) -> float:
+def _quality(encode: Encode, chosen: EvaluationSet, *, pairs: bool = False) -> float:
     """Return the Spearman correlation of the pairs' cosines, or a reranker's scores, with human scores, in points."""
     if pairs:
         return 100 * spearman(encode(list(zip(chosen.first, chosen.second, strict=True)))[:, 0], chosen.scores)

@@ -13,8 +13,10 @@ from mirror_runtime.bundle import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_FILE,
+    Activation,
     Artifact,
     Canaries,
+    Dense,
     EncoderSpec,
     EngineName,
     Layout,
@@ -38,6 +40,13 @@ FINGERPRINT = "0123456789abcdef"
 EQUAL = dict.fromkeys(("min_cosine", "mean_cosine", "neighbour_cosine", "spearman", "top10_overlap"), 1.0)
 PROOF: dict[str, Any] = {"reference": "tests", "texts": 1, "texts_sha256": "0" * 64, "floor": 0.99999}
 PARITY = Parity(max_abs_diff=0.0, **PROOF, **EQUAL)  # type: ignore[arg-type]
+
+
+RERANKER: dict[str, Any] = {
+    **{"dim": 1, "pooling": Pooling.RERANK, "normalize": False},
+    "dense": (Dense(in_features=8, out_features=1, bias=True, activation=Activation.IDENTITY),),
+}
+"""Fields of a reranker's spec."""
 
 
 def encoder_spec(**changes: Any) -> EncoderSpec:
@@ -82,16 +91,16 @@ def host_plan(**changes: Any) -> HostPlan:
 
 
 def write_fake_bundle(
-    tokenizer: Path, folder: Path, max_tokens: int = 64, dim: int = 8, artifacts: tuple[Artifact, ...] = ()
+    tokenizer: Path, folder: Path, max_tokens: int = 64, dim: int = 8, artifacts: tuple[Artifact, ...] = (), **spec: Any
 ) -> Path:
-    """Write a bundle without graphs, for the fake engine: a manifest and a tokenizer."""
+    """Write a bundle without graphs, for the fake engine: a manifest and a tokenizer, of an encoder with this spec."""
     folder.mkdir()
     shutil.copy(tokenizer / TOKENIZER_FILE, folder)
     write_json(Canaries(canaries=()), folder / CANARIES_FILE)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         created_by="tests",
-        encoder=encoder_spec(max_tokens=max_tokens, dim=dim),
+        encoder=encoder_spec(max_tokens=max_tokens, dim=dim, **spec),
         fingerprint=FINGERPRINT,
         files={file: sha256_file(folder / file) for file in (TOKENIZER_FILE, CANARIES_FILE)},
         artifacts=artifacts,

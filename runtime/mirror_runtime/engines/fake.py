@@ -10,7 +10,7 @@ from mirror_runtime.vectors import Vectors, round_vectors
 
 
 class FakeEngine:
-    """Hashes each segment's ids and positions to a unit vector, so that wrong packing or order changes the vector."""
+    """Hashes a segment's ids, positions and types to a unit vector or a score: wrong packing or order changes it."""
 
     def __init__(self, precision: Precision, streams: int | None, spec: EncoderSpec) -> None:
         self.name = EngineName.FAKE
@@ -28,9 +28,10 @@ class FakeEngine:
         for row in range(count):
             for segment in range(1, int(rows.segment_ids[row].max()) + 1):
                 mine = rows.segment_ids[row] == segment
-                key = ((rows.input_ids[row][mine] + 1) * (rows.position_ids[row][mine] + 1)).sum()
+                tokens = (rows.input_ids[row][mine] + 1) * (rows.position_ids[row][mine] + 1)
+                key = (tokens if rows.token_type_ids is None else tokens << rows.token_type_ids[row][mine]).sum()
                 vector = np.sin(phase * (1.0 + float(key % 9973)))
-                out[row, segment - 1] = vector / np.linalg.norm(vector)
+                out[row, segment - 1] = vector if self._spec.scores_pairs else vector / np.linalg.norm(vector)
         return round_vectors(out, self._spec)
 
     def close(self) -> None:

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.bundle import build as building
 from export.bundle.build import Request, build
+from export.bundle.head_options import HeadOptions
 from export.proof import parity
 from export.proof.proof_texts import CANARIES
-from mirror_runtime import Encoder
+from mirror_runtime import Encoder, Reranker
 from mirror_runtime.bundle import EngineName, Layout, Pooling, Precision, check_files, read_canaries, read_manifest
 from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
+from mirror_runtime.verify import verify
+from tests.support.tiny_encoders import write_tiny_encoder
 
 TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
 
@@ -200,3 +205,40 @@ def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(
     monkeypatch.setattr(building, "installed", lambda _: False)
     with pytest.raises(MissingExtra, match="openvino"):
         build(request(tiny_bert, tmp_path / "bundle", precisions=(Precision.BF16,)))
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tmp_path_factory):
+    write_tiny_encoder("bert", folder := tmp_path_factory.mktemp("cross") / "published", labels=1)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_cross_encoder_becomes_a_reranker_whose_packed_scores_are_pytorchs(cross_encoder, tmp_path):
+    request = Request(encoder=str(cross_encoder), output=tmp_path / "b", texts=TEXTS, precisions=(Precision.FP32,))
+    manifest = build(request).manifest
+    assert manifest.encoder.pooling is Pooling.RERANK
+    packed = next(made for made in manifest.artifacts if made.layout is Layout.PACKED)
+    assert [tensor.name for tensor in packed.inputs][3:] == ["token_type_ids"]
+    pairs = [(a, b) for a in TEXTS for b in TEXTS]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
+    tokenizer = Reference.load(resolve(str(cross_encoder), rerank=True)).tokenizer
+    options = {"truncation": True, "max_length": 64, "padding": True, "return_tensors": "pt"}
+    with torch.inference_mode():
+        expected = model(**tokenizer(*map(list, zip(*pairs, strict=True)), **options)).logits[:, 0].numpy()
+    with Reranker.load(request.output, engine="onnxruntime", precision="fp32") as reranker:
+        np.testing.assert_allclose(reranker.encoder.encode(pairs)[:, 0], expected, atol=1e-5)
+        np.testing.assert_allclose(reranker.scores(*pairs[5][:1], [pairs[5][1]], raw=True), expected[5:6], atol=1e-5)
+    assert all(check.agrees for check in verify(request.output))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"precisions": (Precision.INT8,)}, "not quantised to int8"),
+        ({"head_options": HeadOptions(dim=1)}, "one score and no vectors"),
+    ],
+)
+def test_what_a_reranker_has_not_is_refused(cross_encoder, tmp_path, changes, problem):
+    with pytest.raises(InputError, match=problem):
+        build(request(cross_encoder, tmp_path / "b", pooling=None, **changes))

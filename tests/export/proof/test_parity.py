@@ -15,7 +15,7 @@ from export.proof.parity import Expected, _quality, prove, prove_shapes
 from export.proof.proof_texts import EDGE_CASES, parity_texts, read_texts
 from mirror_runtime.bundle import Precision, VectorType
 from mirror_runtime.errors import InputError, ParityError
-from tests.support.fake_bundles import encoder_spec
+from tests.support.fake_bundles import RERANKER, encoder_spec
 
 SPEC = encoder_spec()
 FP32, INT8 = Floors.of(Precision.FP32, SPEC), Floors.of(Precision.INT8, SPEC)
@@ -152,7 +152,7 @@ def test_bits_are_held_to_the_angle_on_average_and_to_what_is_rare_there_one_by_
 def test_bits_of_500_texts_distinguish_a_larger_angle_from_a_smaller_one(precision, share, within):
     target, found = at_angle_of(math.cos(share * math.acos(FLOORS[precision])), texts=500)
     texts = tuple(f"text {i}" for i in range(500))
-    table = dict(zip(texts, found.astype(np.float32), strict=True))
+    table: dict[object, Any] = dict(zip(texts, found.astype(np.float32), strict=True))
     expected = Expected(texts=texts, vectors=target.astype(np.float32), reference="PyTorch")
     floors = dataclasses.replace(Floors.of(precision, BITS), reference=-1.0, batch_invariance=-1.0)
 
@@ -185,3 +185,24 @@ def test_texts_are_read_one_a_line_and_a_file_without_usable_ones_is_refused(tmp
         path.write_bytes(content)
         with pytest.raises(InputError, match=problem):
             read_texts(path)
+
+
+@pytest.mark.parametrize(("off", "within"), [(0.08, True), (0.12, False)])
+def test_scores_are_held_to_their_spread_and_not_to_a_direction(off, within):
+    spec = encoder_spec(**RERANKER)
+    pairs = tuple((f"query {i}", f"text {i}") for i in range(100))
+    scores = np.random.default_rng(0).normal(5, 2, (100, 1)).astype(np.float32)
+    found = scores.copy()
+    found[7] += off * scores.std()
+    table: dict[object, Any] = dict(zip(pairs, found, strict=True))
+    expected = Expected(texts=pairs, vectors=scores, reference="PyTorch")
+
+    def encode(chosen):
+        return np.stack([table[pair] for pair in chosen])
+
+    with nullcontext() if within else pytest.raises(ParityError, match=r"1 of 100 texts.*query 7"):
+        parity = prove(encode, expected, Floors.of(Precision.BF16, spec), what="x")
+        assert parity.min_cosine == pytest.approx(1 - off**2 / 2, abs=1e-4)
+        assert parity.max_abs_diff == pytest.approx(off * scores.std(), abs=1e-5)
+        assert 0.99 < parity.spearman < 1
+        assert parity.top10_overlap == 1.0

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mirror_runtime import Encoder
+from mirror_runtime.client.protocol import PROBE_TEXT
 from mirror_runtime.errors import InputError, OverloadedError
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import EmbedRequest, EmbedResult, Failure, FailureKind, embed
 from mirror_runtime.triton.model.instances import core_share
-from mirror_runtime.triton.model.request_options import RequestOptions
+from mirror_runtime.triton.model.request_options import RequestOptions, parse_options
 from mirror_runtime.triton.model.scheduler import TokenBudget
 from tests.support.fake_triton import tensor
 
@@ -197,3 +198,25 @@ def test_many_threads_lose_no_token():
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(work, range(4))) == [None] * 4
     assert budget.in_flight == 0
+
+
+def test_requests_of_a_reranker_share_a_batch_each_with_its_own_query(reranker_bundle):
+    with Encoder.load(reranker_bundle, engine="fake") as reranker:
+        batch = [request_of(b"one", b"two", query="q"), request_of(b"one", query="other"), request_of(PROBE_TEXT)]
+        first, second, probe = results(embed(reranker, batch, TRUNCATE))
+        expected = reranker.encode([("q", "one"), ("q", "two"), ("other", "one")])
+        assert np.array_equal(np.concatenate([first.vectors, second.vectors]), expected)
+        assert probe.vectors.shape == (1, 1)
+        (failure,) = embed(reranker, [request_of(b"one")], TRUNCATE)
+        assert failure == Failure(
+            kind=FailureKind.INVALID_ARG, message="parameter 'query' is missing: a reranker scores texts against it"
+        )
+        assert parse_options('{"query": "q"}', reranker.spec).query == "q"
+        for parameters, problem in (('{"query": 3}', "must be a text"), ('{"query": "", "prompt": "a"}', "'prompt'")):
+            with pytest.raises(InputError, match=problem):
+                parse_options(parameters, reranker.spec)
+
+
+def test_an_encoder_takes_no_query(encoder):
+    with pytest.raises(InputError, match="is for rerankers"):
+        parse_options('{"query": "q"}', encoder.spec)
