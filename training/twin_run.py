@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from encoders.pooling import make_dense
 from encoders.static import StaticConfig, StaticModel, load_static_tokenizer
@@ -56,7 +58,7 @@ def make_twin(
 
     Args:
         teacher: see `teacher_vectors`; a server is refused.
-        request: the corpus. 5 % of it (100 to 400 texts) is held out, and measures the twin.
+        request: the corpus. A first fit without 5 % of it (100 to 400 texts) is measured on them.
         output: the run folder.
         dimensions: numbers a token in the table; None for as many as the teacher's vectors have.
         ridge: the weight of the prior.
@@ -81,50 +83,30 @@ def make_twin(
             raise InputError(f"--dimensions is {dimensions}: the teacher's vectors have {spec.dim}; choose fewer")
         tokenizer = load_static_tokenizer(Tokenizer.from_str(reference.tokenizer.backend_tokenizer.to_str()))
         backend = tokenizer.backend_tokenizer
-        names = [backend.decode([token], skip_special_tokens=False) for token in range(len(tokenizer))]
-        distinct = list(dict.fromkeys(names))
-        own = teacher_vectors(teacher, distinct, hardware, partial(on_progress, "the teacher's tokens")).numpy()
-        row = {name: i for i, name in enumerate(distinct)}
-        alone = own[[row[name] for name in names]]
-        known = teacher_vectors(teacher, texts, hardware, partial(on_progress, "the teacher's texts")).numpy()
+        own = partial(teacher_vectors, teacher, hardware=hardware)
+        alone = _token_vectors(tokenizer, lambda names: own(names, on_progress=partial(on_progress, "tokens")))
+        known = own(texts, on_progress=partial(on_progress, "texts")).numpy()
 
         chosen = {text for (text,) in hold_out([(text,) for text in texts])[0]}
         held = np.array([text in chosen for text in texts])
         shares = share_matrix(backend, texts, spec.max_tokens, len(alone))
-        seen, targets = shares[~held], known[~held]
-        prior = weighted_prior(alone, seen, targets)
-        table = fit_table(seen, targets, prior, ridge, partial(on_progress, "fit"))
-        axes = np.eye(spec.dim, dtype=np.float32)
-        dense: tuple[Dense, ...] = ()
-        if dimensions is not None:
-            axes = principal_axes(seen, table, dimensions)
-            dense = (Dense(in_features=dimensions, out_features=spec.dim, bias=False, activation=Activation.IDENTITY),)
-        table = table @ axes
-        cosine, overlap = agreement(unit_rows(shares[held] @ table @ axes.T), known[held], targets)
+
+        def fit(rows: Any, vectors: NDArray[np.float32], stage: str) -> tuple[NDArray[np.float32], Any]:
+            prior = weighted_prior(alone, rows, vectors)
+            table = fit_table(rows, vectors, prior, ridge, partial(on_progress, stage))
+            return table, None if dimensions is None else principal_axes(rows, table, dimensions)
+
+        table, axes = fit(shares[~held], known[~held], "fit without the held-out texts")
+        vectors = shares[held] @ table
+        vectors = vectors if axes is None else vectors @ axes @ axes.T
+        cosine, overlap = agreement(unit_rows(vectors), known[held], known[~held])
         found = (
-            f"On {held.sum()} held-out texts, the mean cosine to the teacher's vectors is {cosine:.3f}, and they find "
-            f"{overlap:.1%} of the ten nearest texts that the teacher's find."
+            f"Fitted without {held.sum()} of these texts, its vectors of them have a mean cosine of {cosine:.3f} to "
+            f"that encoder's, and find {overlap:.1%} of the ten nearest other texts that its vectors find."
         )
-        sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
-        sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
-        write_layout(
-            folder,
-            model=StaticModel(StaticConfig(**sizes), torch.from_numpy(table)),
-            tokenizer=tokenizer,
-            spec=EncoderSpec(
-                base_model=spec.base_model,
-                revision=spec.revision,
-                family=StaticConfig.model_type,
-                pooling=Pooling.MEAN,
-                normalize=True,
-                max_tokens=spec.max_tokens,
-                dim=spec.dim,
-                dense=dense,
-                twin_of=space,
-            ),
-            dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],
-            card=CARD.format(base=spec.base_model, space=space, texts=len(texts), found=found),
-        )
+        table, axes = fit(shares, known, "fit")
+        card = CARD.format(base=spec.base_model, space=space, texts=len(texts), found=found)
+        _write(folder, tokenizer, spec, space, table, axes, card)
         report = {
             "output": str(output),
             "teacher": teacher,
@@ -132,7 +114,7 @@ def make_twin(
             "corpus": corpus.sha256,
             "texts": len(texts),
             "tokens": len(table),
-            "dimensions": table.shape[1],
+            "dimensions": dimensions or spec.dim,
             "ridge": ridge,
             "held_out": int(held.sum()),
             "cosine": round(cosine, 4),
@@ -143,3 +125,52 @@ def make_twin(
         }
         (folder / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def _token_vectors(
+    tokenizer: PreTrainedTokenizerFast, encode: Callable[[Sequence[str]], torch.Tensor]
+) -> NDArray[np.float32]:
+    """Return the teacher's vector of each token's text, [tokens, dim]."""
+    decode = tokenizer.backend_tokenizer.decode
+    names = [decode([token], skip_special_tokens=False) for token in range(len(tokenizer))]
+    row = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    vectors: NDArray[np.float32] = encode(list(row)).numpy()[[row[name] for name in names]]
+    return vectors
+
+
+def _write(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    teacher: EncoderSpec,
+    space: str,
+    table: NDArray[np.float32],
+    axes: NDArray[np.float32] | None,
+    card: str,
+) -> None:
+    """Write the run folder of a table, whole or as its product with `axes` and the dense layer that undoes it."""
+    dense: tuple[Dense, ...] = ()
+    if axes is not None:
+        width = axes.shape[1]
+        dense = (Dense(in_features=width, out_features=teacher.dim, bias=False, activation=Activation.IDENTITY),)
+        table = table @ axes
+    sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
+    sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
+    spec = EncoderSpec(
+        base_model=teacher.base_model,
+        revision=teacher.revision,
+        family=StaticConfig.model_type,
+        pooling=Pooling.MEAN,
+        normalize=True,
+        max_tokens=teacher.max_tokens,
+        dim=teacher.dim,
+        dense=dense,
+        twin_of=space,
+    )
+    write_layout(
+        folder,
+        model=StaticModel(StaticConfig(**sizes), torch.from_numpy(table)),
+        tokenizer=tokenizer,
+        spec=spec,
+        dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],
+        card=card,
+    )
