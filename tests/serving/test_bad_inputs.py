@@ -123,7 +123,12 @@ HTTP = [
     Http("fewer texts than the shape says", 400, "", body("a", shape=[2, 1])),
     Http("more texts than the shape says", 400, "", body("a", "b", shape=[1, 1])),
     Http("unknown output", 400, "unexpected inference output 'SUMMARY'", body("a", outputs=[{"name": "SUMMARY"}])),
-    Http("unknown parameter", 400, "known are dimensions, prompt, truncate", body("a", parameters={"normalise": True})),
+    Http(
+        "unknown parameter",
+        400,
+        "known are dimensions, prompt, query, truncate",
+        body("a", parameters={"normalise": True}),
+    ),
     Http("truncate as a string", 400, "'truncate' is 'no'", body("a", parameters={"truncate": "no"})),
     Http("dimensions of 0", 400, "this encoder's vectors may have 16", body("a", parameters={"dimensions": 0})),
     Http("too many dimensions", 400, "'dimensions' is 17", body("a", parameters={"dimensions": 17})),
