@@ -119,7 +119,7 @@ class Judge:
         found = []
         for point in points:
             lookup = _lookup(raw, point.dimensions)
-            cut = replace(spec, dim=point.dimensions or spec.dim)
+            cut = replace(spec, dim=point.dimensions or spec.dim, trained_dims=())
             results, sample = self._tasks.results(lookup), lookup(self._tasks.sample)
             same = spec.vector_type is not VectorType.BINARY and sample.shape == self._sample.shape
             found.append(

@@ -73,8 +73,7 @@ def page(front: Front) -> str:
         "![texts a second against quality](front.png)",
         "",
         f"{facts['texts']:,} texts, of which {facts['held_out']:,} were held out before anything was trained: quality "
-        f"is measured on these ({probe['samples']:,} questions; 95 % intervals, changes are paired). Half of the "
-        "questions of the probe `content` are answered by chance. "
+        f"is measured on these ({probe['samples']:,} questions; 95 % intervals, changes are paired). "
         f"Speeds: {facts['speed_texts']:,} texts, tokenising included, all candidates in turns, medians of "
         f"{facts['rounds']} rounds on {facts['cores']} cores of {facts['cpu']}; × is to the encoder's "
         f"{front.best.point.precision.value}. This run took {facts['seconds'] / 60:.1f} minutes; peak memory "

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from export.tradeoff.make import CandidateError, Made, Place, make, run_script
 from export.tradeoff.measure import Point, Quality, Speed, measure_speeds
 from export.tradeoff.report import Front, draw
 from mirror_runtime import Encoder
-from mirror_runtime.bundle import Precision
+from mirror_runtime.bundle import MANIFEST_FILE, Precision, read_manifest, write_json
 from mirror_runtime.errors import InputError
 from tests.support.paths import ROOT
 
@@ -192,11 +193,15 @@ def texts_file(tmp_path: Path) -> Path:
 def whole(tiny_bundle, texts_file, tmp_path, monkeypatch) -> Callable[..., tuple[int, Commands]]:
     """Run the command on copies of the tiny bundle in place of what its commands would write."""
     monkeypatch.setattr(measure, "ROUND_S", 0.001)
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "trained")
+    manifest = read_manifest(bundle)
+    spec = replace(manifest.encoder, trained_dims=(8, 16))
+    write_json(replace(manifest, encoder=spec), bundle / MANIFEST_FILE)
     table = [candidate(ENCODER, dimensions=(8,)), candidate("broken", "fail --output {here}/bundle"), candidate("twin")]
     monkeypatch.setattr(build, "candidates", lambda *_, **__: table)
 
     def run(*options: str) -> tuple[int, Commands]:
-        commands = Commands(tiny_bundle)
+        commands = Commands(bundle)
         monkeypatch.setattr(build.build, "__defaults__", (lambda *_: None, commands))
         files = ["--corpus", str(texts_file), "--output", str(tmp_path / "front")]
         return front.main([str(tiny_bundle), *files, *options]), commands
