@@ -20,6 +20,7 @@ from tests.support.triton_requests import running
 QUERY, TEXTS = "où est le dossier 📁", ["remove a directory", "a cat", "delete " * 90, ""]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_triton_and_the_gateway_return_the_scores_in_process(reranker_bundle, tmp_path, protocol):
     with Reranker.load(reranker_bundle, engine="fake") as reranker:
