@@ -64,7 +64,7 @@ def _format(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return "yes" if value else "no" if value is False else "none"
     if isinstance(value, tuple):
-        return " ".join(map(_format, value))
+        return " ".join(map(_format, value)) or "none"
     return str(value.value) if isinstance(value, Enum) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -103,8 +103,9 @@ def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options:
     small, report = shrink(tmp_path / "bert", "--pooling", "mean", *options)
     whole = Reference.load(resolve(str(tmp_path / "bert"), pooling=Pooling.MEAN))
     assert report["layers"] == kept
-    layers: Any = whole.model.encoder.layer
-    for found, number in zip(small.model.encoder.layer, kept, strict=True):
+    models: list[Any] = [small.model, whole.model]
+    found_layers, layers = (model.encoder.layer for model in models)
+    for found, number in zip(found_layers, kept, strict=True):
         for name, value in found.state_dict().items():
             assert (value == layers[number].state_dict()[name]).all()
     assert "taught" in (tmp_path / "small" / "README.md").read_text()
