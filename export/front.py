@@ -76,8 +76,8 @@ def run(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write the fastest bundle that loses at most so many points of the probe to OUTPUT/chosen: with 1, "
-            "79 of 80 may remain.",
+            help="Write the fastest bundle that loses at most so many points of either probe to OUTPUT/chosen: with "
+            "1, 79 of 80 may remain.",
             show_default=False,
         ),
     ] = None,
@@ -92,7 +92,8 @@ def run(
     """Make faster forms of an encoder, and draw their texts a second against quality on your own texts.
 
     Each is a bundle with its own certificate, and is compared with the encoder on texts that were held out before
-    anything was trained. A killed run goes on where it was; a candidate that fails is a line of the report.
+    anything was trained. A killed run goes on where it was; a candidate that fails is a line of the report. MiniLM and
+    1,200 docstrings took 14 minutes on 2 busy cores, 4.1 GB of memory and 2.7 GB of disk for 20 points.
     """
     from export.tradeoff.build import Request, build  # imports matplotlib, which --help does not wait for
 
@@ -152,13 +153,12 @@ def _progress(console: Console) -> Iterator[OnProgress]:
 
 
 def _table(front: Front) -> Table:
-    probe = front.rows[0].probe
-    table = Table("candidate", "texts/s", "×", "p50 ms", probe["metric"], "change", "% of it", title=front.encoder)
+    table = Table("candidate", "texts/s", "×", "p50 ms", "worse probe", "change", "% of it", title=front.encoder)
     for row in front.rows:
         share, change = row.probe["share"], f"{row.probe['gain']:+.1f}"
         change += f" [{row.probe['gain_low']:+.1f}, {row.probe['gain_high']:+.1f}]"
         speed = (f"{row.speed.texts_per_s:,.0f}", f"{row.ratio:.2f}", f"{row.speed.p50_ms:.2f}")
-        table.add_row(row.point.name, *speed, f"{row.value:.1f}", change, f"{share:.1f}" if share else "–")
+        table.add_row(row.point.name, *speed, row.metric, change, f"{share:.1f}" if share else "–")
     return table
 
 

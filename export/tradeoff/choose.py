@@ -21,23 +21,29 @@ class Row:
 
     @property
     def probe(self) -> Mapping[str, Any]:
-        """The figures of the probe that points are chosen by."""
-        return self.quality.results[0]
+        """The figures of the probe that loses most: one alone may rise where vectors become worse (docs/log.md)."""
+        probes = [one for one in self.quality.results if one["task"] == "probe"]
+        return min(probes, key=lambda one: float(one["gain"]))
 
     @property
     def value(self) -> float:
-        """The probe, times 100."""
-        return float(self.probe["value"])
+        """Points of that probe over the encoder; negative where it is worse."""
+        return float(self.probe["gain"])
 
     @property
     def loss(self) -> float:
-        """Points of the probe below the encoder."""
-        return -float(self.probe["gain"])
+        """Points of that probe below the encoder."""
+        return -self.value
+
+    @property
+    def metric(self) -> str:
+        """The name of that probe."""
+        return str(self.probe["metric"]).partition(",")[0]
 
     def __str__(self) -> str:
         return (
-            f"{self.point.name} ({self.speed.texts_per_s:,.0f} texts/s, {self.loss:.1f} points below the encoder "
-            f"[{-self.probe['gain_high']:.1f}, {-self.probe['gain_low']:.1f}])"
+            f"{self.point.name} ({self.speed.texts_per_s:,.0f} texts/s, {self.loss:.1f} points of {self.metric} below "
+            f"the encoder [{-self.probe['gain_high']:.1f}, {-self.probe['gain_low']:.1f}])"
         )
 
 

@@ -71,7 +71,7 @@ class Quality:
 class Tasks:
     """What quality is measured on."""
 
-    probes: tuple[Probe, ...]  # the first is the one that candidates are chosen by
+    probes: tuple[Probe, ...]
     sample: tuple[str, ...]  # whose neighbours and vectors are compared with the encoder's
     sets: tuple[EvaluationSet, ...] = ()
     collections: tuple[Retrieval, ...] = ()
