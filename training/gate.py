@@ -34,6 +34,9 @@ FEWEST, MOST = 2 * MIN_ITEMS, 400
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
 
+TOLERANCE = 1.0
+"""Points that the probe may lose: good runs of an encoder trained on pairs lose about one (docs/log.md, 2026-11-30)."""
+
 UNMEASURED = "pass --probe none, with a recipe other than auto, to tune unmeasured"
 
 SPEARMAN = "spearman"
@@ -56,7 +59,7 @@ class Verdict(str, Enum):
     """The whole interval of the difference is above zero."""
     UNCLEAR = "no clear change"
     WORSE = "worse"
-    """The whole interval is below zero."""
+    """The whole interval is more than `TOLERANCE` below zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +77,8 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """Better or worse only if the interval of the gain leaves out zero."""
-        if self.gain.high < 0:
+        """Better or worse only by the whole interval of the gain."""
+        if self.gain.high < -TOLERANCE:
             return Verdict.WORSE
         return Verdict.BETTER if self.gain.low > 0 else Verdict.UNCLEAR
 
