@@ -29,6 +29,9 @@ RARE = (2, 30)
 BACKGROUND = 50_000
 """Texts in which words are counted, evenly spaced: more would tell no more."""
 
+DECOYS = 3
+"""Decoys of a text: with one, chance decides so much that harm passes and good runs fail (docs/log.md, 2026-11-30)."""
+
 CONTENT = "content"
 """The probe of lines: is a text nearer to its content words, or to itself with the rarest word replaced?"""
 
@@ -49,13 +52,13 @@ class Probe:
     name: str
     questions: tuple[str, ...]
     answers: tuple[str, ...]
-    decoys: tuple[str, ...] = ()
+    decoys: tuple[str, ...] = ()  # the same number for each question, in the order of the questions
 
 
 def build_probes(records: Sequence[Record], background: Sequence[Record], *, seed: int = 0) -> list[Probe]:
     """Make the probes that the records allow, each with at least `MIN_ITEMS` questions.
 
-    content: is a line nearer to its content words alone, or to itself with its rarest word replaced?
+    content: is a line nearer to its content words alone, or to itself with its rarest word replaced, in three ways?
     crop, typos: the line by a run of its words, by a misspelt form. halves: the second half by the first.
     parts: of records of two parts, the second by the first.
 
@@ -98,8 +101,10 @@ def evaluate_probes(probes: Sequence[Probe], encode: Encode, bootstrap: Bootstra
     for probe in probes:
         questions, answers = next(vectors), next(vectors)
         if probe.decoys:
-            near, far = (pair_cosines(questions, others) for others in (answers, next(vectors)))
-            results.append(bootstrap.mean("probe", name, f"{probe.name}, accuracy", near > far))
+            decoys = next(vectors).reshape(len(questions), -1, questions.shape[1])
+            near = pair_cosines(questions[:, None], answers[:, None])
+            far = pair_cosines(questions[:, None], decoys)
+            results.append(bootstrap.mean("probe", name, f"{probe.name}, accuracy", (near > far).mean(axis=1)))
         else:
             found = ranks(questions, answers, np.arange(len(questions)))
             results.append(bootstrap.mean("probe", name, f"{probe.name}, MRR", 1 / found))
@@ -112,14 +117,15 @@ def _content(lines: Sequence[str], background: Sequence[Record], rng: random.Ran
     counts = Counter(word for one in background[::step] for word in dict.fromkeys(one[-1].lower().split()))
     common = {word for word, _ in counts.most_common(COMMON_WORDS)}
     rare = sorted(word for word, count in counts.items() if RARE[0] <= count <= RARE[1])
-    items = []
-    for line in lines if rare else ():
+    questions, answers, decoys = [], [], []
+    for line in lines if len(rare) > DECOYS else ():
         words = line.split()
         content = [word for word in words if word.lower() not in common]
         rarest = min(words, key=lambda word: (len(word) < 3, counts[word.lower()]))
-        other = rng.choice(rare)
-        if 0 < len(content) < len(words) and other != rarest.lower():
+        others = [word for word in rng.sample(rare, DECOYS + 1) if word != rarest.lower()][:DECOYS]
+        if 0 < len(content) < len(words):
             at = words.index(rarest)
-            items.append((line, " ".join(content), " ".join([*words[:at], other, *words[at + 1 :]])))
-    questions, answers, decoys = zip(*items, strict=True) if items else ((), (), ())
-    return Probe(name=CONTENT, questions=questions, answers=answers, decoys=decoys)
+            questions.append(line)
+            answers.append(" ".join(content))
+            decoys += [" ".join([*words[:at], other, *words[at + 1 :]]) for other in others]
+    return Probe(name=CONTENT, questions=tuple(questions), answers=tuple(answers), decoys=tuple(decoys))

@@ -39,12 +39,12 @@ class Verdict(str, Enum):
     """The whole interval of the difference is above zero."""
     UNCLEAR = "no clear change"
     WORSE = "worse"
-    """The whole interval is below zero."""
+    """The whole interval is below zero, or below the loss that is tolerated."""
 
     @classmethod
-    def of(cls, gain: Estimate) -> Verdict:
-        """Judge a difference: better or worse only if its interval leaves out zero."""
-        return cls.WORSE if gain.high < 0 else cls.BETTER if gain.low > 0 else cls.UNCLEAR
+    def of(cls, gain: Estimate, tolerance: float = 0.0) -> Verdict:
+        """Judge a difference: better if its interval is above zero, worse if it is below `-tolerance`."""
+        return cls.WORSE if gain.high < -tolerance else cls.BETTER if gain.low > 0 else cls.UNCLEAR
 
 
 @dataclass(frozen=True, kw_only=True)

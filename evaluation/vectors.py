@@ -75,8 +75,8 @@ def unit_vectors(encode: Encode, *lists: Sequence[str]) -> list[NDArray[np.float
 
 
 def pair_cosines(first: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the cosine of the unit vectors in each row of two arrays, rounded to `DECIMALS`: float64 [n]."""
-    cosines: NDArray[np.float64] = (first.astype(np.float64) * second).sum(axis=1).round(DECIMALS)
+    """Return the cosine of the unit vectors on the last axis of two arrays, rounded to `DECIMALS`: float64."""
+    cosines: NDArray[np.float64] = (first.astype(np.float64) * second).sum(axis=-1).round(DECIMALS)
     return cosines
 
 

@@ -24,6 +24,9 @@ from training.own import FEWEST, choose
 MIN_TEXTS = 5 * FEWEST
 """Smaller corpora would lose too many of their texts."""
 
+TOLERANCE = 1.0
+"""Points that the probe may lose: good runs of an encoder trained on pairs lose about one (docs/log.md, 2026-11-30)."""
+
 UNMEASURED = "pass --probe none, with a recipe other than auto, to tune unmeasured"
 
 SPEARMAN = "spearman"
@@ -54,8 +57,8 @@ class Outcome:
 
     @property
     def verdict(self) -> Verdict:
-        """What tuning did to the probe."""
-        return Verdict.of(self.gain)
+        """What tuning did to the probe; worse is more than `TOLERANCE` below zero."""
+        return Verdict.of(self.gain, TOLERANCE)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -11,7 +11,7 @@ from evaluation.evalrank import evaluate_rank
 from evaluation.labels import evaluate_clusters, evaluate_labels, read_labelled, v_measure
 from evaluation.perturb import PERTURBATIONS
 from evaluation.phrases import Choices, evaluate_choices, read_choices
-from evaluation.probes import MIN_ITEMS, build_probes, evaluate_probes
+from evaluation.probes import DECOYS, MIN_ITEMS, Probe, build_probes, evaluate_probes
 from evaluation.robustness import evaluate_robustness
 from evaluation.sets import read_sets
 from evaluation.statistics import Bootstrap, gains
@@ -208,6 +208,7 @@ def test_content_is_nearer_to_an_encoder_that_weighs_rare_words(monkeypatch):
     assert set("abcd").isdisjoint(answer)
     assert set(answer) < set(question)
     assert [a == b for a, b in zip(question, decoy, strict=True)].count(False) == 1
+    assert len({*content.decoys[:DECOYS], content.questions[0]}) == DECOYS + 1
 
     def weigh(texts):
         rare = [" ".join(word for word in text.split() if len(word) > 1) for text in texts]
@@ -216,6 +217,12 @@ def test_content_is_nearer_to_an_encoder_that_weighs_rare_words(monkeypatch):
     good, equal = (evaluate_probes([content], encode, BOOTSTRAP)[0].figure.value for encode in (weigh, encode_equal))
     assert good > 90
     assert equal == 0
+    first = Probe(name="content", questions=("q",), answers=("a",), decoys=("a", "d", "q"))
+    vectors = {"q": [1, 0], "a": [0.8, 0.6], "d": [0, 1]}
+    (third,) = evaluate_probes(
+        [first], lambda texts: np.array([vectors[text] for text in texts], np.float32), BOOTSTRAP
+    )
+    assert third.figure.value == pytest.approx(100 / 3)
 
 
 def test_words_of_one_count_are_ordered_alike_in_every_process(monkeypatch):

@@ -227,9 +227,9 @@ def test_only_texts_that_are_not_held_out_are_tuned_on(tiny_bert, corpus, lines,
     assert set(seen) == {text for (text,) in hold_out([(line,) for line in lines])[1]}
 
 
-def test_an_interval_that_holds_zero_is_no_verdict():
+def test_an_interval_that_holds_a_gain_or_a_loss_of_a_point_is_no_verdict():
     value = Estimate(value=1.0, low=0.5, high=1.5)
-    gains = {(-2.0, -0.1): Verdict.WORSE, (-2.0, 0.0): Verdict.UNCLEAR, (0.1, 2.0): Verdict.BETTER}
+    gains = {(-3.0, -1.1): Verdict.WORSE, (-3.0, -1.0): Verdict.UNCLEAR, (0.1, 2.0): Verdict.BETTER}
     for (low, high), verdict in gains.items():
         gain = Estimate(value=(low + high) / 2, low=low, high=high)
         outcome = Outcome(texts=9, items=9, before=value, after=value, gain=gain, seconds=0.1)
