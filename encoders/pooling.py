@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
+from encoders.rerankers import SCORE_HEADS
 from encoders.sentence_transformers import WEIGHTS_FILE
 from mirror_runtime.bundle import Activation, Dense, EncoderSpec, Pooling, VectorType
 from mirror_runtime.errors import BundleError
@@ -128,3 +130,12 @@ def load_dense(dense: Dense, folder: Path) -> nn.Sequential:
         return make_dense(dense, weights["linear.weight"], weights.get("linear.bias"))
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise BundleError(f"{path} does not hold a dense layer of the recorded shape: {error}") from error
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[nn.Linear, ...]:
+    """Return the layers that `score_layers` describes from a loaded classification model."""
+    head = SCORE_HEADS[model.config.model_type]
+    hidden, score = model.get_submodule(head.hidden), model.get_submodule(head.score)
+    assert isinstance(hidden, nn.Linear)
+    assert isinstance(score, nn.Linear)
+    return hidden, score

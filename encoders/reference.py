@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from encoders.families import FAMILIES
 from encoders.layers import layer_names, layers_of
-from encoders.pooling import Tokens, finish, load_dense, make_dense, pool, project, rounded
-from encoders.rerankers import CLASSIFIER, linear_layers
+from encoders.pooling import Tokens, finish, linear_layers, load_dense, make_dense, pool, project, rounded
+from encoders.rerankers import CLASSIFIER
 from encoders.sentence_transformers import read_json, readable
 from encoders.source import ResolvedEncoder
 from encoders.static import load_static_model, load_static_tokenizer, unknown_token

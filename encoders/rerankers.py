@@ -1,15 +1,11 @@
-"""Cross-encoders (rerankers): classification heads of transformers, read as dense layers on the first token."""
+"""Cross-encoders (rerankers), read as dense layers on the first token. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import transformers
-from torch import nn
-from transformers import PreTrainedModel
 
 from mirror_runtime.bundle import Activation, Dense
 from mirror_runtime.errors import BundleError
@@ -64,21 +60,3 @@ def score_layers(config: Mapping[str, Any], width: int, folder: Path) -> tuple[D
         Dense(in_features=width, out_features=width, bias=True, activation=head.activation),
         Dense(in_features=width, out_features=1, bias=True, activation=Activation.IDENTITY),
     )
-
-
-def linear_layers(model: PreTrainedModel) -> tuple[nn.Linear, ...]:
-    """Return the layers that `score_layers` describes from a loaded classification model."""
-    head = SCORE_HEADS[model.config.model_type]
-    hidden, score = model.get_submodule(head.hidden), model.get_submodule(head.score)
-    assert isinstance(hidden, nn.Linear)
-    assert isinstance(score, nn.Linear)
-    return hidden, score
-
-
-def classifier_of(model: PreTrainedModel, dense: Sequence[nn.Sequential]) -> PreTrainedModel:
-    """Put an encoder and its head's dense layers together to a classification model, as its owner published it."""
-    whole: PreTrainedModel = getattr(transformers, CLASSIFIER).from_config(model.config)
-    whole.base_model.load_state_dict(model.state_dict())
-    for layer, found in zip(linear_layers(whole), dense, strict=True):
-        layer.load_state_dict(found[0].state_dict())
-    return whole

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from encoders.card import CARD_FILE, front_matter
 from encoders.families import FAMILIES
-from encoders.rerankers import classifier_of
+from encoders.pooling import linear_layers
+from encoders.rerankers import CLASSIFIER
 from encoders.sentence_transformers import (
     ACTIVATION_CLASSES,
     LEGACY_POOLING_KEYS,
@@ -85,7 +87,7 @@ def write_layout(
         terms: license and languages of the base, as `encoders.card` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, classifier_of(model, dense) if spec.scores_pairs else model)
+    _write_weights(folder, _classifier_of(model, dense) if spec.scores_pairs else model)
     _write_tokenizer(folder, tokenizer, spec)
     if spec.scores_pairs:  # a plain folder, which sentence-transformers' CrossEncoder reads
         (folder / CARD_FILE).write_text(_front_matter(spec, terms or {}) + card.strip() + "\n", encoding="utf-8")
@@ -243,3 +245,12 @@ def _front_matter(spec: EncoderSpec, terms: Mapping[str, Any]) -> str:
 
 def _dump(path: Path, value: Any, indent: int | None = 2) -> None:
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _classifier_of(model: PreTrainedModel, dense: Sequence[nn.Sequential]) -> PreTrainedModel:
+    """Put an encoder and its head's dense layers together to a classification model, as its owner published it."""
+    whole: PreTrainedModel = getattr(transformers, CLASSIFIER).from_config(model.config)
+    whole.base_model.load_state_dict(model.state_dict())
+    for layer, found in zip(linear_layers(whole), dense, strict=True):
+        layer.load_state_dict(found[0].state_dict())
+    return whole

@@ -183,12 +183,15 @@ def _sorted(nodes: Iterable[NodeProto], known: set[str], outputs: Sequence[str])
     """Order nodes so that each comes after the nodes it reads, and leave out those that no output needs."""
     producers = {out: n for n in nodes for out in n.output}
     ordered: list[NodeProto] = []
-    done = {*known, ""}
+    done, opened = {*known, ""}, set[str]()
     stack = list(reversed(outputs))
     while stack:
         name = stack[-1]
         missing = [] if name in done else [read for read in producers[name].input if read not in done]
         if missing:
+            if name in opened:  # all that it reads was ordered before it came up again
+                raise EngineError(f"the graph has a cycle: {name} depends on itself")
+            opened.add(name)
             stack.extend(missing)
             continue
         stack.pop()

@@ -245,7 +245,8 @@ def _assigned(
         for node in nodes:
             readers.setdefault(index_of_layer[keys[node.output[0]]], []).append(node)
         for nth, (i, layers) in enumerate(readers.items()):
-            assigned.append((value, value if nth == 0 else f"{value}_{nth}", inputs[i], layers))
+            # Not `_1`: PyTorch numbers its values like that.
+            assigned.append((value, value if nth == 0 else f"{value}_group_{nth}", inputs[i], layers))
     return assigned
 
 

@@ -29,6 +29,10 @@ if os.environ.get("MIRROR_ALL_FAMILIES"):  # see docs/reference/families.md
     PRECISIONS += (Precision.FP16, Precision.INT8, *((Precision.BF16,) if has_bf16() else ()))
 
 
+BEYOND_BF16 = {("eurobert", "cls"): {"openvino bf16 packed"}}
+"""Random weights that PyTorch's own bf16 takes below the floor too: 0.9992 there, 0.9991 here (2026-11-30)."""
+
+
 @pytest.mark.parity
 @pytest.mark.trace
 @pytest.mark.usefixtures("traces_from_cache")
@@ -38,5 +42,5 @@ def test_both_layouts_are_exact(family: str, pooling: str, tmp_path: Path) -> No
     write_tiny_encoder(family, tmp_path / family, layers=2 if FAMILIES[family].rotary else 1)
     chosen: dict[str, Any] = {"pooling": Pooling(pooling), "texts": ragged_texts(), "precisions": PRECISIONS}
     exported = build(Request(encoder=str(tmp_path / family), output=tmp_path / "bundle", **chosen))
-    assert not exported.refused
+    assert {refused.name for refused in exported.refused} <= BEYOND_BF16.get((family, pooling), set())
     check_exact(tmp_path / "bundle")

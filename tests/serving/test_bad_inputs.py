@@ -126,7 +126,7 @@ HTTP = [
     Http(
         "unknown parameter",
         400,
-        "known are dimensions, prompt, query, truncate",
+        "known are dimensions, prompt, query, speed, truncate",
         body("a", parameters={"normalise": True}),
     ),
     Http("truncate as a string", 400, "'truncate' is 'no'", body("a", parameters={"truncate": "no"})),

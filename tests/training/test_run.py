@@ -243,7 +243,7 @@ def test_no_process_waits_while_another_measures_the_base(job, monkeypatch, proc
     measured: list[Any] = []
 
     class Gate:
-        def __init__(self, *_: Any) -> None:
+        def __init__(self, *_: Any, **__: Any) -> None:
             self.before = lambda reference: (events.append("before"), measured.append(reference))
             self.after = lambda reference: (events.append("after"), measured.append(reference), None)[-1]
 

@@ -35,6 +35,7 @@ from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.packing import PackedRows
 from mirror_runtime.vectors import cosines
 from tests.support.graphs import graph_of, rows, run, texts_of
+from tests.support.tiny_encoders import write_tiny_bert
 
 WORDS = ["the cat sat on the mat.", "a man is playing a guitar", "dog", "river 3 times, the dog?", "on on on on on on"]
 
@@ -252,11 +253,12 @@ def test_large_weights_go_beside_the_file_and_inputs_without_smoothing_have_no_p
 
 
 @pytest.mark.trace
-def test_both_graphs_of_an_encoder_that_computes_only_cls_are_quantised_and_halved(tiny_bert, tmp_path):
-    """Its last layer computes one token."""
+def test_both_graphs_of_an_encoder_that_computes_only_cls_are_quantised_and_halved(tmp_path):
+    """Its last layer computes one token, and is the only one: its norms are named `layer_norm` and `layer_norm_1`."""
+    write_tiny_bert(tmp_path / "encoder", layers=1)
     texts, words = (*WORDS, "", "the river and the dog are on the mat. " * 3), tuple(WORDS * 8)
     chosen: dict[str, Any] = {"precisions": (Precision.INT8, Precision.FP16), "texts": texts, "calibration": words}
-    built = build(Request(encoder=str(tiny_bert), output=tmp_path / "bundle", pooling=Pooling.CLS, **chosen))
+    built = build(Request(encoder=str(tmp_path / "encoder"), output=tmp_path / "bundle", pooling=Pooling.CLS, **chosen))
     assert not built.refused
     for precision, floor in ((Precision.INT8, 0.98), (Precision.FP16, 0.9999)):
         proven = {(a.layout, a.parity.min_cosine > floor) for a in built.manifest.artifacts if a.precision is precision}

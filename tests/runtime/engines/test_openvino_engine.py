@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-import time
+import threading
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock
@@ -83,9 +83,17 @@ def test_streams_that_never_agree_are_an_error_that_names_the_cure(tiny_bundle, 
         encoder.encode(TEXTS)
 
 
-def taking(seconds):
-    """A request that takes these seconds, round by round."""
-    return Mock(wait=Mock(side_effect=map(time.sleep, seconds)))
+def taking(seconds, clock):
+    """A request that takes these seconds by its thread's clock, round by round."""
+    return Mock(wait=Mock(side_effect=lambda: setattr(clock, "now", next(seconds))))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock a thread, so that the machine's load decides nothing."""
+    clock = threading.local()
+    monkeypatch.setattr(openvino_engine, "time", Mock(perf_counter=lambda: getattr(clock, "now", 0.0)))
+    return clock
 
 
 def test_what_openvino_cannot_run_is_an_engine_error():
@@ -104,15 +112,15 @@ def test_what_openvino_cannot_run_is_an_engine_error():
         ([(0.002, 0.002, 0.002), (0.002, 0.002, 0.002)], 3),  # too quick to tell
     ],
 )
-def test_streams_are_compared_until_all_have_run(seconds, rounds):
+def test_streams_are_compared_until_all_have_run(seconds, rounds, clock):
     output = np.ones((2, 4, 8), np.float32)
-    requests = [taking(each) for each in seconds]
+    requests = [taking(iter(each), clock) for each in seconds]
     slots = [openvino_engine._Slot(request, {}, output) for request in requests]
     ids = np.ones((2, 16), np.int64)
     rows = PackedRows(input_ids=ids, position_ids=ids, segment_ids=ids)
     assert openvino_engine._agree(slots, rows)
     assert [request.start_async.call_count for request in requests] == [rounds, rounds]
-    others = [openvino_engine._Slot(taking([0.05]), {}, output + i) for i in range(2)]
+    others = [openvino_engine._Slot(taking(iter([0.05]), clock), {}, output + i) for i in range(2)]
     assert not openvino_engine._agree(others, rows)
 
 

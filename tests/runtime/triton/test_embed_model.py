@@ -142,7 +142,7 @@ def test_newer_servers_get_the_fingerprint_as_a_parameter_too_and_too_much_text_
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"truncat": True}, r"unknown parameter 'truncat': known are dimensions, prompt, query, truncate"),
+        ({"truncat": True}, r"unknown parameter 'truncat': known are dimensions, prompt, query, speed, truncate"),
         ({"truncate": "no"}, "'truncate' is 'no': it must be true"),
         ({"dimensions": 9}, "'dimensions' is 9: this encoder's vectors may have 8; name those that it was trained for"),
         ({"dimensions": 4}, "'dimensions' is 4: this encoder's vectors may have 8; name those that it was trained for"),
