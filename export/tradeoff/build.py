@@ -189,8 +189,8 @@ def _places(
         found[name] = Place(str(path), sha256_texts(texts))
     for number, (name, source) in enumerate(zip((request.encoder, *request.students), sources, strict=True)):
         folder = Path(name).expanduser()
-        path = str(folder.absolute()) if folder.is_dir() else name
-        found[f"base-{number}" if number else "source"] = Place(path, digest_of(source.identity))
+        place = Place(str(folder.absolute()) if folder.is_dir() else name, digest_of(source.identity))
+        found[f"base-{number}" if number else "source"] = place
     return found
 
 

@@ -233,4 +233,4 @@ def _lookup(raw: Mapping[str, NDArray[np.float32]], dimensions: int | None = Non
 
 def _beside(result: Result, gain: Estimate, encoder: Result) -> Figure:
     share = 100 * result.figure.value / encoder.figure.value if encoder.figure.value > 0 else None
-    return Figure(**result.to_json(), **flat("gain", gain), share=share)
+    return Figure(**result.to_json() | flat("gain", gain), share=share)
