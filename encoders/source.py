@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from encoders.rerankers import is_classifier, score_layers
 from encoders.sentence_transformers import PROMPT, RecordedEncoder, dense_folder, read_json, read_modules, readable
 from encoders.static_folder import is_model2vec, read_model2vec, table_width
 from encoders.supported import check_config
-from mirror_runtime.bundle import ENCODER_FILE, TOKENIZER_FILE, Ditto, EncoderSpec, Pooling, read_encoder
+from mirror_runtime.bundle import (
+    ENCODER_FILE,
+    TOKENIZER_FILE,
+    Ditto,
+    EncoderSpec,
+    Pooling,
+    read_encoder,
+    sha256_file,
+    to_json,
+)
 from mirror_runtime.errors import BundleError, InputError
 from mirror_runtime.prompts import read_prompts
 
@@ -37,6 +47,18 @@ class ResolvedEncoder:
     published: Path | None = None  # what its owner's library reads as exactly this encoder; None if none does
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # by name; the default one is in the template
     card: Card = dataclasses.field(default_factory=Card)
+
+    @property
+    def identity(self) -> list[str]:
+        """Everything that decides a vector: the settings, and hashes of weights, tokenizer and configuration."""
+        settings = json.dumps([to_json(self.spec), dict(self.prompts)])
+        return [settings, *(line for folder in (self.folder, *self.dense) for line in hashed(folder))]
+
+
+def hashed(folder: Path) -> list[str]:
+    """Return the name and hash of every file of weights or settings in a folder."""
+    files = (file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".json"))
+    return [f"{file.name} {sha256_file(file)}" for file in files]
 
 
 @dataclass(frozen=True, kw_only=True)

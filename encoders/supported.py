@@ -24,6 +24,10 @@ FOREIGN_PARTS: Mapping[str, str] = {
 }
 """Keys of `config.json` that are set if the encoder has a part that no description can state."""
 
+CUTTABLE = ("WordPiece", "Unigram")
+"""Tokenizers that find the tokens of a word among all of them, so that a vocabulary can be cut. BPE builds long tokens
+from rarer, shorter ones."""
+
 ROTATION_KINDS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies do not depend on the text."""
 

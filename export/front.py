@@ -95,10 +95,13 @@ def run(
     anything was trained. A killed run goes on where it was; a candidate that fails is a line of the report. MiniLM and
     1,200 docstrings took 14 minutes on 2 busy cores, 4.1 GB of memory and 2.7 GB of disk for 20 points.
     """
-    from export.tradeoff.build import Request, build  # imports matplotlib, which --help does not wait for
+    from export.tradeoff.build import Request, build  # for which --help does not wait
 
     if students and kinds and Kind.STUDENT not in kinds:
         raise InputError("--students would change nothing: add student to --candidates")
+    for name, value, most in (("--max-loss", max_loss, 100), ("--min-speed", min_speed, 1e9)):
+        if value is not None and not 0 <= value <= most:  # nor NaN
+            raise InputError(f"{name} {value:g} is impossible: pass a number from 0 to {most:,.0f}")
     request = Request(
         encoder=encoder,
         texts=_read(corpus, column),
@@ -110,19 +113,19 @@ def run(
         max_loss=max_loss,
         min_speed=min_speed,
     )
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)  # names and reasons may hold brackets
     with truncations_counted_elsewhere(), _progress(console) as show:
         front = build(request, show)
     console.print(_table(front))
     for name, reason in front.failed.items():
-        console.print(f"{name} failed: {reason}", style="red", markup=False, soft_wrap=True)
+        console.print(f"{name} failed: {reason}", style="red", soft_wrap=True)
     console.print(front.sentence, soft_wrap=True)
     result = {"report": str(output / "report.md"), "points": len(front.rows), "failed": dict(front.failed)}
     if front.choice is not None:
         row, reason = front.choice
         command = f"mirror serve {output / 'chosen'} --precision {row.point.precision.value}"
         command += f" --dimensions {row.point.dimensions}" if row.point.dimensions else ""
-        console.print(f"chosen: {reason}\n  {command}", soft_wrap=True, markup=False)
+        console.print(f"chosen: {reason}\n  {command}", soft_wrap=True)
         result |= {"chosen": str(output / "chosen"), "point": row.point.name, "reason": reason, "command": command}
     print_json(result | dict(front.facts))
 
@@ -141,7 +144,7 @@ def _read(names: Sequence[str], column: str) -> tuple[str, ...]:
 @contextmanager
 def _progress(console: Console) -> Iterator[OnProgress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as bar:
+    with Progress(*columns, TextColumn("{task.fields[note]}", markup=False), console=console) as bar:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int, note: str) -> None:
@@ -153,12 +156,11 @@ def _progress(console: Console) -> Iterator[OnProgress]:
 
 
 def _table(front: Front) -> Table:
-    table = Table("candidate", "texts/s", "×", "p50 ms", "worse probe", "change", "% of it", title=front.encoder)
+    from export.tradeoff.choose import HEAD
+
+    table = Table(*HEAD, title=front.encoder)
     for row in front.rows:
-        share, change = row.probe["share"], f"{row.probe['gain']:+.1f}"
-        change += f" [{row.probe['gain_low']:+.1f}, {row.probe['gain_high']:+.1f}]"
-        speed = (f"{row.speed.texts_per_s:,.0f}", f"{row.ratio:.2f}", f"{row.speed.p50_ms:.2f}")
-        table.add_row(row.point.name, *speed, row.metric, change, f"{share:.1f}" if share else "–")
+        table.add_row(*row.shown)
     return table
 
 

@@ -28,10 +28,15 @@ def own_probes(paths: Sequence[str], encoders: Sequence[str]) -> list[Probe]:
         InputError: a file cannot be read, or the texts allow no probe.
     """
     records = read_own(paths)
-    reports = [read_json(path, dict) for name in encoders if (path := Path(name) / REPORT_FILE).is_file()]
-    held_out = [set(report["held_out"]) for report in reports if report.get("held_out")]
-    hashes = set.intersection(*held_out) if held_out else ()
-    return build_probes(hold_out(records, hashes)[0], records)
+    return build_probes(hold_out(records, held_out_hashes(encoders))[0], records)
+
+
+def held_out_hashes(encoders: Sequence[str]) -> set[str]:
+    """Return the hashes of the texts that all encoders' runs held out, of those whose folders say which."""
+    reports = [read_json(path, dict) for name in encoders if (path := Path(name).expanduser() / REPORT_FILE).is_file()]
+    # The report of a static twin has their number alone.
+    found = [set(hashes) for report in reports if isinstance(hashes := report.get("held_out"), list) and hashes]
+    return set.intersection(*found) if found else set()
 
 
 def hold_out(records: Sequence[Record], hashes: Collection[str] = ()) -> tuple[list[Record], list[Record]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import nn
 
 from encoders.pooling import make_dense
 from encoders.reference import Reference
-from encoders.source import ResolvedEncoder, resolve
+from encoders.source import ResolvedEncoder, hashed, resolve
 from encoders.write import write_layout
 from evaluation.served import is_remote, is_served, open_served
 from evaluation.vectors import Encode, encode_distinct
@@ -29,8 +28,6 @@ from mirror_runtime.bundle import (
     Dense,
     hash_files,
     read_manifest,
-    sha256_file,
-    to_json,
 )
 from mirror_runtime.bundle import fingerprint as space_of
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
@@ -174,17 +171,10 @@ def _resolve(name: str) -> ResolvedEncoder:
 
 def _identity(name: str, hardware: Hardware) -> list[str] | None:
     """Return everything that determines a teacher's vectors; None if it is not known."""
-    if is_served(name):
-        folders = [Path(name if Path(name).is_dir() else name.rpartition(":")[0])]
-        parts = [name.removeprefix(str(folders[0]))]
-    else:
-        source = _resolve(name)
-        folders = [source.folder, *source.dense]
-        parts = [json.dumps(to_json(source.spec)), hardware.precision.value]
-    if not all(folder.is_dir() for folder in folders):
-        return None
-    files = (file for folder in folders for file in sorted(folder.iterdir()))
-    return parts + [f"{file.name} {sha256_file(file)}" for file in files if file.suffix in (".safetensors", ".json")]
+    if not is_served(name):
+        return [*_resolve(name).identity, hardware.precision.value]
+    folder = Path(name if Path(name).is_dir() else name.rpartition(":")[0])
+    return [name.removeprefix(str(folder)), *hashed(folder)] if folder.is_dir() else None
 
 
 def _cached(identity: list[str] | None, texts: Sequence[str]) -> Path | None:

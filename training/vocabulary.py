@@ -17,11 +17,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from encoders.families import FAMILIES
 from encoders.reference import Reference
 from encoders.static import load_static_tokenizer
+from encoders.supported import CUTTABLE
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.errors import BundleError, InputError
-
-CUTTABLE = ("WordPiece", "Unigram")
-"""Tokenizers that find the tokens of a word among all of them. BPE builds long tokens from rarer, shorter ones."""
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 

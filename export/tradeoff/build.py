@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from encoders.families import FAMILIES
 from encoders.sentence_transformers import read_json
 from encoders.source import ResolvedEncoder, resolve
-from evaluation.held_out import first_by_hash
-from evaluation.probes import CONTENT, MIN_WORDS, build_probes
+from encoders.supported import CUTTABLE
+from evaluation.held_out import first_by_hash, text_hash
+from evaluation.probes import CONTENT, MIN_ITEMS, MIN_WORDS, build_probes
 from evaluation.retrieval import Retrieval
 from evaluation.sets import EvaluationSet
 from export.tradeoff.candidates import ENCODER, Candidate, Kind, candidates
@@ -33,20 +35,22 @@ from export.tradeoff.make import (
 )
 from export.tradeoff.measure import ROUNDS, Judge, Point, Quality, Speed, Tasks, measure_speeds, points_of
 from export.tradeoff.report import Front, draw, page, records
-from mirror_runtime.bundle import MANIFEST_FILE, Precision, sha256_file, sha256_texts
+from mirror_runtime.bundle import MANIFEST_FILE, TOKENIZER_FILE, Precision, sha256_texts
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import BundleError, InputError, MirrorError
+from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file, whole_folder
-from mirror_runtime.host import cpu_model, has_bf16, peak_memory_bytes, usable_cores
+from mirror_runtime.host import cpu_flags, cpu_model, has_bf16, peak_memory_bytes, usable_cores
+from mirror_runtime.plan import installed_versions
 from mirror_runtime.triton.repository.render import link_or_copy
+from training.own import held_out_hashes
 
 PAGE_FILE, PICTURE_FILE, RECORDS_FILE = "report.md", "front.png", "front.json"
 CANDIDATES, MEASURED, CHOSEN = "candidates", "measured", "chosen"
 """Folders of the output."""
 
 SHARE, FEWEST, MOST = 0.1, 200, 1000
-"""Share of the distinct texts that is held out, and its limits. What `tune.py` holds out of the same texts is among
-these, unless there are more than 20,000: then an encoder that it tuned on them has not seen the first 400."""
+"""Share of the distinct texts that is held out, and its limits, where the encoder's own run held out none of them."""
 
 CALIBRATION, SAMPLE = 300, 1000
 """Texts for the scales of int8, and for neighbours and cosines."""
@@ -86,9 +90,9 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
         MirrorError: the encoder itself cannot be exported or measured.
     """
     began, output = time.perf_counter(), request.output.absolute()
-    source = _resolve(request.encoder)
-    count = min(MOST, max(FEWEST, round(SHARE * len(request.texts))))
-    held_out = first_by_hash(request.texts, count)
+    source, *bases = map(_resolve, (request.encoder, *request.students))
+    require("matplotlib", "train")  # before the work rather than after it
+    held_out = _held_out(request)
     tasks = _tasks(request, held_out)
     used = output.exists() and (output.is_file() or any(output.iterdir()))
     if used and not (output / CANDIDATES).is_dir():
@@ -96,12 +100,13 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
     failed: dict[str, str] = {}
     with locked_folder(output):
         (output / CANDIDATES).mkdir(exist_ok=True)
-        places = _places(request, source, held_out, output)
+        places = _places(request, (source, *bases), held_out, output)
         table = candidates(
             request.kinds,
             layers=_layers(source),
             dim=source.spec.dim,
             bf16=has_bf16(),
+            cuttable=read_json(source.folder / TOKENIZER_FILE, dict)["model"]["type"] in CUTTABLE,
             trained_dims=source.spec.trained_dims,
             trained_depths=source.spec.trained_depths,
             students=len(request.students),
@@ -127,9 +132,20 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
 
 def _resolve(encoder: str) -> ResolvedEncoder:
     try:
-        return resolve(encoder)
+        found = resolve(encoder, rerank=True)
     except BundleError as error:
         raise InputError(f"{encoder} must be an encoder that records its pooling: {error}") from error
+    if found.spec.scores_pairs:
+        raise InputError(f"{encoder} is a reranker, which has no vectors to compare: pass an encoder")
+    return found
+
+
+def _held_out(request: Request) -> list[str]:
+    """Return the texts to measure on: what the encoder's run held out of them, if it learnt from their like."""
+    hashes = held_out_hashes([request.encoder])
+    own = first_by_hash((text for text in request.texts if text_hash(text) in hashes), MOST)
+    count = min(MOST, max(FEWEST, round(SHARE * len(request.texts))))
+    return own if len(own) >= MIN_ITEMS else first_by_hash(request.texts, count)
 
 
 def _layers(source: ResolvedEncoder) -> int:
@@ -156,7 +172,9 @@ def _tasks(request: Request, held_out: Sequence[str]) -> Tasks:
     )
 
 
-def _places(request: Request, source: ResolvedEncoder, held_out: Sequence[str], output: Path) -> dict[str, Place]:
+def _places(
+    request: Request, sources: Sequence[ResolvedEncoder], held_out: Sequence[str], output: Path
+) -> dict[str, Place]:
     """Write the texts for training, and describe what candidates are made from."""
     kept_back = set(held_out)
     rest = [text for text in request.texts if text not in kept_back]
@@ -169,11 +187,10 @@ def _places(request: Request, source: ResolvedEncoder, held_out: Sequence[str], 
         with replace_file(path) as beside:
             beside.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
         found[name] = Place(str(path), sha256_texts(texts))
-    bases = {f"base-{i}": (base, [Path(base)]) for i, base in enumerate(request.students, 1)}
-    for name, (encoder, folders) in {"source": (request.encoder, [source.folder, *source.dense]), **bases}.items():
-        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
-        digest = digest_of([sha256_file(file) for file in files if file.suffix in (".safetensors", ".json")])
-        found[name] = Place(str(Path(encoder).absolute()) if Path(encoder).is_dir() else encoder, digest)
+    for number, (name, source) in enumerate(zip((request.encoder, *request.students), sources, strict=True)):
+        folder = Path(name).expanduser()
+        place = Place(str(folder.absolute()) if folder.is_dir() else name, digest_of(source.identity))
+        found[f"base-{number}" if number else "source"] = place
     return found
 
 
@@ -217,28 +234,29 @@ def _judge(
         for point in points:
             groups.setdefault(point.engine_key, []).append(point)
         for precision in lacking:
-            reasons = [why for name, why in one.refused.items() if precision.value in name]
+            reasons = [why for name, why in one.record.refused.items() if precision.value in name]
             failed[f"{one.candidate.name} {precision.value}"] = "; ".join(reasons) or "is not in its bundle"
     found: list[tuple[Point, Quality]] = []
     for done, (key, points) in enumerate(groups.items()):
         on_progress("comparing", done, len(groups), key)
         path = output / f"{key.replace(' ', '-')}.json"
-        digest = digest_of(made[0].digest, points[0].made.digest, [point.dimensions for point in points], tasks.digest)
-        values = kept(path, digest)
-        if values is None:
+        inputs = (made[0].digest, points[0].made.digest, [point.dimensions for point in points], tasks.digest)
+        digest = digest_of(inputs, _machine())
+        values = kept(tuple[Quality, ...], path, digest)
+        if values is None or len(values) != len(points):
             try:
                 if judge is None:
                     with Point(made=made[0], precision=Precision.FP32).load() as encoder:
                         judge = Judge(tasks, encoder)
                 with points[0].load() as encoder:
-                    values = [asdict(one) for one in judge.judge(points, encoder)]
+                    values = tuple(judge.judge(points, encoder))
             except MirrorError as error:
                 if points[0].made is made[0]:
                     raise
                 failed[key] = str(error)
                 continue
             keep(path, digest, values)
-        found += [(point, Quality(**value)) for point, value in zip(points, values, strict=True)]
+        found += zip(points, values, strict=True)
     on_progress("comparing", len(groups), len(groups), "")
     return found
 
@@ -249,10 +267,10 @@ def _time(
     """Measure all encoders in one interleaved run; an earlier run's figures count if it had the same ones."""
     first = {point.engine_key: point for point in reversed(points)}
     identity = [[key, point.made.digest] for key, point in sorted(first.items())]
-    digest = digest_of(identity, sha256_texts(texts), cpu_model(), usable_cores(), ROUNDS)
+    digest = digest_of(identity, sha256_texts(texts), _machine(), ROUNDS)
     path = output / "speeds.json"
-    values = kept(path, digest)
-    if values is None:
+    values: dict[str, Speed] | None = kept(Mapping[str, Speed], path, digest)
+    if values is None or values.keys() != first.keys():
         with ExitStack() as around:
             opened: dict[str, Encoder] = {}
             for key in dict.fromkeys(point.engine_key for point in points):
@@ -260,16 +278,22 @@ def _time(
                 try:
                     opened[key] = around.enter_context(first[key].load())
                 except MirrorError as error:
+                    if first[key].made.candidate.name == ENCODER:
+                        raise
                     failed[key] = str(error)
-            measured = measure_speeds(
+            values = measure_speeds(
                 {key: encoder.encode for key, encoder in opened.items()},
                 texts,
                 lambda done: on_progress("timing", done, ROUNDS, f"{len(opened)} in turns"),
             )
-        values = {key: asdict(speed) for key, speed in measured.items()}
         if len(values) == len(first):
             keep(path, digest, values)
-    return {key: Speed(**value) for key, value in values.items()}
+    return values
+
+
+def _machine() -> list[Any]:
+    """Return what figures depend on besides bundles and texts."""
+    return [installed_versions(), cpu_model(), sorted(cpu_flags()), usable_cores()]
 
 
 def _rows(qualities: Sequence[tuple[Point, Quality]], speeds: dict[str, Speed]) -> tuple[Row, ...]:
@@ -301,6 +325,8 @@ def _write(front: Front, request: Request, output: Path) -> Front:
             beside.write_text(text, encoding="utf-8")
     with replace_file(output / PICTURE_FILE) as beside:
         draw(front).savefig(beside, format="png", dpi=120)
+    if front.choice is None and (output / CHOSEN).exists():
+        shutil.rmtree(output / CHOSEN)  # an earlier run's
     if problem is not None:
         raise problem
     if front.choice is not None:

@@ -65,6 +65,7 @@ def candidates(
     layers: int,
     dim: int,
     bf16: bool,
+    cuttable: bool = True,
     trained_dims: Sequence[int] = (),
     trained_depths: Sequence[int] = (),
     students: int = 0,
@@ -76,6 +77,7 @@ def candidates(
         layers: of the encoder; 0 for a table of token vectors, which has fp32 and its vectors alone.
         dim: components of its vectors.
         bf16: whether this CPU can prove bf16.
+        cuttable: whether its vocabulary can be cut to a corpus.
         trained_dims: shorter vectors for which it was trained; where it was, no elastic one is tuned.
         trained_depths: fewer layers for which it was trained, likewise.
         students: number of other encoders that learn from it.
@@ -84,21 +86,16 @@ def candidates(
     fast = (*[Precision.BF16] * bf16, Precision.INT8) if layers else exact
     dims = tuple(d for d in (dim // 6, dim // 3, dim * 2 // 3) if d >= SHORTEST)
     depths = tuple(dict.fromkeys(d for d in (layers // 3, layers // 2) if d))
-    table = [
-        Candidate(
-            name=ENCODER,
-            kind=Kind.PRECISION,
-            commands=(_bundle("{source}", tuple(dict.fromkeys((*exact, *fast)))),),
-            precisions=tuple(dict.fromkeys((*exact, *fast))),
-            dimensions=tuple(trained_dims),
-        )
-    ]
+    table: list[Candidate] = []
 
     def add(
         name: str, kind: Kind, *commands: tuple[str, ...], precisions: Sequence[Precision] = fast, **more: Any
     ) -> None:
         table.append(Candidate(name=name, kind=kind, commands=commands, precisions=tuple(precisions), **more))
 
+    every = tuple(dict.fromkeys((*exact, *fast)))
+    whole = _bundle("{source}", every)
+    add(ENCODER, Kind.PRECISION, whole, precisions=every, dimensions=tuple(trained_dims))
     for kind in ("int8", "binary"):
         made = _bundle("{source}", fast[:1], "--vector-type", kind)
         add(f"{kind}-vectors", Kind.VECTORS, made, precisions=fast[:1])
@@ -111,14 +108,9 @@ def candidates(
             add("elastic", Kind.ELASTIC, tune, _bundle("{here}/run", fast), dimensions=dims)
         for depth in trained_depths if elastic == "{source}" else depths:
             add(f"depth-{depth}", Kind.ELASTIC, _bundle(elastic, fast, "--depth", str(depth)))
-        smaller = ("--depth", str(max(1, layers // 2)), "--vocabulary", "{corpus}", "--output", "{here}/shrunk")
-        add(
-            "shrunk",
-            Kind.SHRINK,
-            ("training/shrink.py", "{source}", *smaller),
-            _learn("{here}/shrunk"),
-            _bundle("{here}/run", fast),
-        )
+        smaller = ("--depth", str(max(1, layers // 2)), *(("--vocabulary", "{corpus}") if cuttable else ()))
+        shrink = ("training/shrink.py", "{source}", *smaller, "--output", "{here}/shrunk")
+        add("shrunk", Kind.SHRINK, shrink, _learn("{here}/shrunk"), _bundle("{here}/run", fast))
         twin = ("training/twin.py", "{encoder}/bundle", "--corpus", "{corpus}", "--output", "{here}/run")
         add("twin", Kind.TWIN, twin, _bundle("{here}/run", exact), precisions=exact)
     for number in range(1, students + 1):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from export.tradeoff.measure import Point, Quality, Speed
+from export.tradeoff.measure import Figure, Point, Quality, Speed
 from mirror_runtime.errors import InputError
+
+HEAD = ("candidate", "texts/s", "×", "p50 ms", "worse probe", "change")
+"""Over `Row.shown`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,43 +22,41 @@ class Row:
     ratio: float  # of its rate to that of the encoder's fastest precision
 
     @property
-    def probe(self) -> Mapping[str, Any]:
-        """The figures of the probe that loses most: one alone may rise where vectors become worse (docs/log.md)."""
-        probes = [one for one in self.quality.results if one["task"] == "probe"]
-        return min(probes, key=lambda one: float(one["gain"]))
-
-    @property
-    def value(self) -> float:
-        """Points of that probe over the encoder; negative where it is worse."""
-        return float(self.probe["gain"])
+    def probe(self) -> Figure:
+        """The probe that loses most: one alone may rise where vectors become worse (docs/log.md)."""
+        return min((one for one in self.quality.results if one.task == "probe"), key=lambda one: one.gain)
 
     @property
     def loss(self) -> float:
         """Points of that probe below the encoder."""
-        return -self.value
+        return -self.probe.gain
 
     @property
-    def metric(self) -> str:
-        """The name of that probe."""
-        return str(self.probe["metric"]).partition(",")[0]
+    def shown(self) -> tuple[str, ...]:
+        """The cells that every table has: name, speed, its ratio, time of a text, that probe, its change."""
+        probe, speed = self.probe, self.speed
+        change = f"{probe.gain:+.1f} [{probe.gain_low:+.1f}, {probe.gain_high:+.1f}]"
+        rates = (f"{speed.texts_per_s:,.0f}", f"{self.ratio:.2f}", f"{speed.p50_ms:.2f}")
+        return self.point.name, *rates, probe.metric.partition(",")[0], change
 
     def __str__(self) -> str:
+        name, rate, _, _, metric, _ = self.shown
         return (
-            f"{self.point.name} ({self.speed.texts_per_s:,.0f} texts/s, {self.loss:.1f} points of {self.metric} below "
-            f"the encoder [{-self.probe['gain_high']:.1f}, {-self.probe['gain_low']:.1f}])"
+            f"{name} ({rate} texts/s, {self.loss:.1f} points of {metric} below the encoder "
+            f"[{-self.probe.gain_high:.1f}, {-self.probe.gain_low:.1f}])"
         )
 
 
 def _order(row: Row) -> tuple[float, float, int]:
     """Fastest first; of points that share an encoder, the better one, then the one with the shorter vectors."""
-    return -row.speed.texts_per_s, -row.value, row.quality.vector_bytes
+    return -row.speed.texts_per_s, row.loss, row.quality.vector_bytes
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """Return the rows that no other beats in speed and quality, fastest first; of equal ones, the shortest vectors."""
     front: list[Row] = []
     for row in sorted(rows, key=_order):
-        if not front or row.value > front[-1].value:
+        if not front or row.loss < front[-1].loss:
             front.append(row)
     return front
 

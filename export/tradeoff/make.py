@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from typing import Any
 
 from export.tradeoff.candidates import Candidate
 from mirror_runtime.bundle import MANIFEST_FILE
-from mirror_runtime.errors import MirrorError, one_line
+from mirror_runtime.errors import BundleError, MirrorError, one_line
 from mirror_runtime.folders import replace_file
+from mirror_runtime.strict_json import from_json, read_object, to_json
 from mirror_runtime.triton.server import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +31,9 @@ DONE_FILE = "done.json"
 
 REFUSED_STATUS = 1
 """Of an export that wrote its bundle without a precision that missed its floor."""
+
+BARS = frozenset("━█")
+"""Of a command's progress bars, which would be drawn into the one that is shown."""
 
 Run = Callable[[Sequence[str], Path, Callable[[str], None]], int]
 """Runs a command with its output in a log, calls back with each line, and returns the exit status."""
@@ -46,15 +52,22 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Record:
+    """How a candidate was made."""
+
+    seconds: float
+    commands: tuple[str, ...]  # as they were run
+    refused: Mapping[str, str]  # artifacts below their floor, with the reason
+
+
+@dataclass(frozen=True, kw_only=True)
 class Made:
     """A candidate that exists."""
 
     candidate: Candidate
     folder: Path
     digest: str  # of everything that it was made from
-    seconds: float
-    commands: tuple[str, ...]  # as they were run
-    refused: Mapping[str, str]  # artifacts below their floor, with the reason
+    record: Record
 
     @property
     def bundle(self) -> Path:
@@ -108,33 +121,29 @@ def make(
         raise CandidateError(f"needs {', '.join(sorted(missing))}, which failed")
     digest = digest_of(candidate.commands, {name: places[name].digest for name in sorted(candidate.places)})
     paths = {name: place.path for name, place in places.items()}
-    done = kept(folder / DONE_FILE, digest)
-    if done is None:
+    manifest = folder / "bundle" / MANIFEST_FILE
+    record: Record | None = kept(Record, folder / DONE_FILE, digest) if manifest.is_file() else None
+    if record is None:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir()
         paths["here"] = str(folder)
         began, refused = time.perf_counter(), dict[str, str]()
+        commands = [[word.format_map(paths) for word in command] for command in candidate.commands]
         try:
-            for command in candidate.commands:
-                refused |= _run([word.format_map(paths) for word in command], log, on_line, run)
-            if not (folder / "bundle" / MANIFEST_FILE).is_file():
+            for command in commands:
+                refused |= _run(command, log, on_line, run)
+            if not manifest.is_file():
                 raise CandidateError(f"its commands wrote no bundle: see {log}")
         except CandidateError:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
             raise
-        shown = [" ".join(command).format_map(paths) for command in candidate.commands]
-        done = {"seconds": round(time.perf_counter() - began, 1), "commands": shown, "refused": refused}
-        keep(folder / DONE_FILE, digest, done)
-    return Made(
-        candidate=candidate,
-        folder=folder,
-        digest=digest,
-        seconds=done["seconds"],
-        commands=tuple(done["commands"]),
-        refused=done["refused"],
-    )
+        seconds = round(time.perf_counter() - began, 1)
+        record = Record(seconds=seconds, commands=tuple(map(shlex.join, commands)), refused=refused)
+        keep(folder / DONE_FILE, digest, record)
+    return Made(candidate=candidate, folder=folder, digest=digest, record=record)
 
 
 def _run(words: Sequence[str], log: Path, on_line: Callable[[str], None], run: Run) -> dict[str, str]:
@@ -143,16 +152,20 @@ def _run(words: Sequence[str], log: Path, on_line: Callable[[str], None], run: R
 
     def read(line: str) -> None:
         lines.append(line)
-        on_line(line)
+        if BARS.isdisjoint(line):
+            on_line(line)
 
     status = run(words, log, read)
     exports = words[0] == "export/to_onnx.py"
-    if status not in (0, *[REFUSED_STATUS] * exports):
-        # An error is a line of its own; of a traceback the last line names the fault.
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
-        raise CandidateError(f"{words[0]} ended with status {status}: {one_line(''.join(errors))}")
-    report = json.loads(lines[-1]) if exports and lines else {}
-    return {one["artifact"]: one["reason"] for one in report.get("refused", ())}
+    if status == 0 and not exports:
+        return {}
+    if exports and status in (0, REFUSED_STATUS):
+        with contextlib.suppress(IndexError, KeyError, TypeError, ValueError):  # the last line is not its report
+            return {one["artifact"]: one["reason"] for one in json.loads(lines[-1])["refused"]}
+    # An error is a line of its own; of a traceback the last line names the fault.
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]
+    reason = one_line("; ".join(errors)) or "it printed nothing"
+    raise CandidateError(f"{words[0]} ended with status {status}: {reason} (see {log})")
 
 
 def digest_of(*values: Any) -> str:
@@ -160,20 +173,20 @@ def digest_of(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def kept(path: Path, digest: str) -> Any:
-    """Return what `keep` wrote under the same digest; None if there is nothing, or of another digest."""
+def kept(kind: Any, path: Path, digest: str) -> Any:
+    """Return the `kind` that `keep` wrote under the same digest; None if there is none, or a file is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_object(path, "nothing is kept")
+        return from_json(kind, found.get("value"), str(path)) if found.get("digest") == digest else None
+    except BundleError:
         return None
-    return found["value"] if isinstance(found, dict) and found.get("digest") == digest else None
 
 
 def keep(path: Path, digest: str, value: Any) -> None:
-    """Write a JSON value, with the digest of everything that it follows from."""
+    """Write a value of dataclasses, with the digest of everything that it follows from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as beside:
-        beside.write_text(json.dumps({"digest": digest, "value": value}) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(to_json({"digest": digest, "value": value})) + "\n", encoding="utf-8")
 
 
 def peak_child_memory_bytes() -> int:

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,7 @@ ROUND_S = 0.3
 """Shortest measurement of one point in one round: the texts are encoded again and again until then."""
 
 SINGLES = 24
-"""Texts encoded one by one in each round."""
+"""Texts encoded one by one in each round, from the shortest to the longest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +55,27 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quality:
-    """What a point's vectors are worth, beside the encoder's. Figures are times 100, with paired intervals."""
+class Figure:
+    """A figure of `Tasks`, times 100, its 95 % interval, and beside the encoder's."""
 
-    results: tuple[Mapping[str, Any], ...]  # one for each figure of `Tasks`: value, gain and share of the encoder's
+    task: str
+    set: str
+    metric: str
+    value: float
+    value_low: float
+    value_high: float
+    samples: int
+    gain: float  # over the encoder; the interval is paired
+    gain_low: float
+    gain_high: float
+    share: float | None  # of the encoder's, in %
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What a point's vectors are worth, beside the encoder's."""
+
+    results: tuple[Figure, ...]
     top10: float  # share of each text's ten nearest that the encoder has too, times 100
     cosine: float | None  # mean, to the encoder's vectors; None where the widths differ
     certified: float  # worst cosine to this candidate's own PyTorch reference, from its certificate
@@ -183,7 +199,8 @@ def measure_speeds(
         on_round: called with the number of rounds done.
         clock: returns seconds.
     """
-    singles = sorted(texts, key=len)[:: max(1, len(texts) // SINGLES)][:SINGLES]
+    evenly = np.linspace(0, len(texts) - 1, min(SINGLES, len(texts)))
+    singles = [sorted(texts, key=len)[round(place)] for place in evenly]
     rates: dict[str, list[float]] = {name: [] for name in encoders}
     alone: dict[str, list[float]] = {name: [] for name in encoders}
     for encode in encoders.values():  # shapes are compiled when they first occur
@@ -214,6 +231,6 @@ def _lookup(raw: Mapping[str, NDArray[np.float32]], dimensions: int | None = Non
     return lambda texts: np.stack([raw[text][:dimensions] for text in texts])
 
 
-def _beside(result: Result, gain: Estimate, encoder: Result) -> dict[str, Any]:
+def _beside(result: Result, gain: Estimate, encoder: Result) -> Figure:
     share = 100 * result.figure.value / encoder.figure.value if encoder.figure.value > 0 else None
-    return result.to_json() | flat("gain", gain) | {"share": share}
+    return Figure(**result.to_json() | flat("gain", gain), share=share)

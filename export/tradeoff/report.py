@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
-
 from export.tradeoff.candidates import ENCODER
-from export.tradeoff.choose import Row, choose, pareto
+from export.tradeoff.choose import HEAD, Row, choose, pareto
+from mirror_runtime.bundle import to_json
+from mirror_runtime.extras import require
 
 WITHIN = 1.0
 """Points of the probe that the result in one sentence may lose."""
@@ -50,7 +48,7 @@ class Front:
         def name(row: Row) -> str:
             return (
                 f"{row.point.name} encodes {row.speed.texts_per_s:,.0f} texts/s, {row.ratio:.1f} times the encoder's "
-                f"{self.best.point.precision.value}, and keeps {_number(row.probe['share'])} % of its quality"
+                f"{self.best.point.precision.value}, and keeps {_number(row.probe.share)} % of its quality"
             )
 
         more = "" if fastest is close else f"; the fastest of all, {name(fastest)}"
@@ -61,14 +59,8 @@ def page(front: Front) -> str:
     """Write the report as Markdown."""
     facts, probe = front.facts, front.rows[0].probe
     on_front = pareto(front.rows)
-    figures = [(one["set"], one["metric"]) for one in front.rows[0].quality.results]
-    head = ["candidate", "texts/s", "×", "p50 ms", "worse probe", "change", "top 10", "cosine"]
-    head += [f"{name}, {metric} (% of the encoder's)" for name, metric in figures] + [
-        "worst own cosine",
-        "B a vector",
-        "bundle MB",
-        "front",
-    ]
+    figures = [f"{one.set}, {one.metric} (% of the encoder's)" for one in front.rows[0].quality.results]
+    head = [*HEAD, "top 10", "cosine", *figures, "worst own cosine", "B a vector", "bundle MB", "front"]
     lines = [
         f"# Speed and quality of {front.encoder}",
         "",
@@ -78,7 +70,7 @@ def page(front: Front) -> str:
         "![texts a second against quality](front.png)",
         "",
         f"{facts['texts']:,} texts, of which {facts['held_out']:,} were held out before anything was trained: quality "
-        f"is measured on these ({probe['samples']:,} questions; 95 % intervals, changes are paired), by the "
+        f"is measured on these ({probe.samples:,} questions; 95 % intervals, changes are paired), by the "
         "probe that loses most. "
         f"Speeds: {facts['speed_texts']:,} texts, tokenising included, all candidates in turns, medians of "
         f"{facts['rounds']} rounds on {facts['cores']} cores of {facts['cpu']}; × is to the encoder's "
@@ -99,23 +91,18 @@ def page(front: Front) -> str:
     made = {row.point.made.candidate.name: row.point.made for row in front.rows}
     lines += ["## How each was made", ""]
     for one in made.values():
-        lines += [f"{one.candidate.name}, {one.seconds:.0f} s:", ""]
-        lines += [*(f"    python {line}" for line in one.commands), ""]
+        lines += [f"{one.candidate.name}, {one.record.seconds:.0f} s:", ""]
+        lines += [*(f"    python {line}" for line in one.record.commands), ""]
     return "\n".join(lines)
 
 
 def _cells(row: Row, on_front: bool) -> Iterator[str]:
-    quality, probe = row.quality, row.probe
-    yield row.point.name
-    yield f"{row.speed.texts_per_s:,.0f}"
-    yield f"{row.ratio:.2f}"
-    yield f"{row.speed.p50_ms:.2f}"
-    yield row.metric
-    yield f"{probe['gain']:+.1f} [{probe['gain_low']:+.1f}, {probe['gain_high']:+.1f}]"
+    quality = row.quality
+    yield from row.shown
     yield f"{quality.top10:.1f}"
     yield _number(quality.cosine, 4)
     for one in quality.results:
-        yield f"{one['value']:.1f} ({_number(one['share'])})"
+        yield f"{one.value:.1f} ({_number(one.share)})"
     yield f"{quality.certified:.4f}"
     yield f"{quality.vector_bytes:,}"
     yield f"{quality.bundle_bytes / 1e6:.0f}"
@@ -153,7 +140,7 @@ def records(front: Front) -> dict[str, Any]:
             for metric, (value, unit) in plain.items()
             if value is not None
         ]
-        found += [names | {"unit": "%"} | dict(one) for one in quality.results]
+        found += [names | {"unit": "%"} | to_json(one) for one in quality.results]
     return {
         "encoder": front.encoder,
         "result": front.sentence,
@@ -165,10 +152,10 @@ def records(front: Front) -> dict[str, Any]:
     }
 
 
-def draw(front: Front) -> Figure:
-    """Draw speed against quality, with the front as a line and a name beside each mark."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(front: Front) -> Any:
+    """Draw speed against quality, with the front as a line and a name beside each mark, into matplotlib's figure."""
+    figure = require("matplotlib.figure", "train").Figure(figsize=(9, 6), layout="constrained")
+    require("matplotlib.backends.backend_agg", "train").FigureCanvasAgg(figure)
     axes = figure.subplots()
     best = pareto(front.rows)
     axes.plot(*_places(best), color=FRONT, linewidth=1, zorder=1)
@@ -189,13 +176,13 @@ def draw(front: Front) -> Figure:
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [row.speed.texts_per_s for row in rows], [row.value for row in rows]
+    return [row.speed.texts_per_s for row in rows], [row.probe.gain for row in rows]
 
 
 def _label(axes: Any, rows: Sequence[Row], best: Sequence[Row]) -> None:
     """Put each name at the nearest place where it covers no mark, no other name and no edge."""
     marks = axes.transData.transform(list(zip(*_places(rows), strict=True)))
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
+    taken = [require("matplotlib.transforms", "train").Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
     renderer, frame = axes.figure.canvas.get_renderer(), axes.get_window_extent()
     for row, place in sorted(zip(rows, zip(*_places(rows), strict=True), strict=True), key=lambda one: -one[1][1]):
         options: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "va": "center"}

@@ -76,7 +76,7 @@ def test_a_run_encodes_its_corpus_once_and_again_if_its_file_is_damaged(taught, 
 def test_a_teacher_is_loaded_and_hashed_once(tiny_bert: Path, taught, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("training.teacher.KEPT_TEXTS", 5)
     counted: list[Path] = []
-    monkeypatch.setattr("training.teacher.sha256_file", lambda path: (counted.append(path), sha256_file(path))[1])
+    monkeypatch.setattr("encoders.source.sha256_file", lambda path: (counted.append(path), sha256_file(path))[1])
     name = str(tmp_path / "teacher")
     monkeypatch.setattr("training.teacher.Reference.load", Mock(side_effect=Reference.load))
     whole = teacher_vectors(name, ANIMALS, FP32, lambda *_: None)
