@@ -77,23 +77,23 @@ def command(
     from encoders.write import write_layout
     from training.vocabulary import cut_vocabulary
 
-    source = resolve(encoder, pooling=pooling, revision=revision)
-    whole = student = Reference.load(source)
-    total = len(layers_of(whole.model))
-    kept = spread(depth, total) if depth else layers or range(total)
-    if layers or depth:
-        student = keep_layers(student, kept)
-    if vocabulary:
-        prompts = [text.replace("{text}", "") for text in (whole.spec.template or "", *source.prompts.values())]
-        texts = read_corpus(CorpusRequest(files=tuple(vocabulary))).texts
-        student = cut_vocabulary(student, [*texts, *prompts])
-    sizes = {name: _sizes(one) for name, one in (("before", whole), ("after", student))}
-    tokens, numbers = (f"{after:,} of {before:,}" for before, after in zip(*sizes.values(), strict=True))
-    card = (
-        f"# {whole.spec.base_model}, made smaller\n\nLayers {' '.join(map(str, kept))} (from 0) of {total}, "
-        f"{tokens} tokens, {numbers} parameters. The whole encoder has not taught it yet: `tune.py --teacher` does.\n"
-    )
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
+        source = resolve(encoder, pooling=pooling, revision=revision)
+        whole = student = Reference.load(source)
+        total = len(layers_of(whole.model))
+        kept = spread(depth, total) if depth else layers or range(total)
+        if layers or depth:
+            student = keep_layers(student, kept)
+        if vocabulary:
+            prompts = [text.replace("{text}", "") for text in (whole.spec.template or "", *source.prompts.values())]
+            texts = read_corpus(CorpusRequest(files=tuple(vocabulary))).texts
+            student = cut_vocabulary(student, [*texts, *prompts])
+        sizes = {name: _sizes(one) for name, one in (("before", whole), ("after", student))}
+        tokens, numbers = (f"{after:,} of {before:,}" for before, after in zip(*sizes.values(), strict=True))
+        card = (
+            f"# {whole.spec.base_model}, made smaller\n\nLayers {' '.join(map(str, kept))} (from 0) of {total}, "
+            f"{tokens} tokens, {numbers} parameters. The whole encoder has not taught it: `tune.py --teacher` does.\n"
+        )
         write_layout(
             folder,
             model=student.model,
@@ -102,6 +102,7 @@ def command(
             card=card,
             dense=student.dense,
             prompts=source.prompts,
+            terms=source.card.terms,
         )
         _check(student, Reference.load(resolve(str(folder))))
     print_json(

@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from encoders.pooling import make_dense
+from encoders.source import ResolvedEncoder
 from encoders.static import StaticConfig, StaticModel, load_static_tokenizer
 from encoders.write import write_layout
+from evaluation.vectors import pair_cosines, top_overlap
 from mirror_runtime.bundle import ENCODER_FILE, Activation, Dense, EncoderSpec, Pooling
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
@@ -28,8 +30,8 @@ from training.gate import MIN_TEXTS
 from training.hardware import choose_hardware
 from training.own import hold_out
 from training.recipe import Device, TunePrecision
-from training.teacher import load_teacher, teacher_vectors
-from training.twin_table import agreement, fit_table, principal_axes, share_matrix, weighted_prior
+from training.teacher import load_teacher, principal_axes, teacher_vectors
+from training.twin_table import fit_table, share_matrix, weighted_prior
 
 REPORT_FILE = "twin.json"
 
@@ -72,18 +74,20 @@ def make_twin(
         MirrorError: teacher, corpus or output cannot be used; nothing was written.
     """
     began = time.perf_counter()
-    corpus = read_corpus(request)
-    texts = list(dict.fromkeys(corpus.texts))
-    if len(texts) < MIN_TEXTS:
-        raise InputError(f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more")
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
-        reference, space = load_teacher(teacher)
+        reference, space, source = load_teacher(teacher)
         spec, hardware = reference.spec, choose_hardware(Device.AUTO, TunePrecision.AUTO)
         if dimensions is not None and dimensions >= spec.dim:
             raise InputError(f"--dimensions is {dimensions}: the teacher's vectors have {spec.dim}; choose fewer")
+        corpus = read_corpus(request)
+        texts = list(dict.fromkeys(corpus.texts))
+        if len(texts) < MIN_TEXTS:
+            raise InputError(
+                f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more"
+            )
         tokenizer = load_static_tokenizer(Tokenizer.from_str(reference.tokenizer.backend_tokenizer.to_str()))
         backend = tokenizer.backend_tokenizer
-        own = partial(teacher_vectors, teacher, hardware=hardware)
+        own = partial(teacher_vectors, teacher, hardware=hardware, unit=spec.normalize)
         alone = _token_vectors(tokenizer, lambda names: own(names, on_progress=partial(on_progress, "tokens")))
         known = own(texts, on_progress=partial(on_progress, "texts")).numpy()
 
@@ -94,19 +98,22 @@ def make_twin(
         def fit(rows: Any, vectors: NDArray[np.float32], stage: str) -> tuple[NDArray[np.float32], Any]:
             prior = weighted_prior(alone, rows, vectors)
             table = fit_table(rows, vectors, prior, ridge, partial(on_progress, stage))
-            return table, None if dimensions is None else principal_axes(rows, table, dimensions)
+            if dimensions is None:
+                return table, None
+            return table, principal_axes(torch.from_numpy(rows @ table), dimensions).numpy()
 
         table, axes = fit(shares[~held], known[~held], "fit without the held-out texts")
         vectors = shares[held] @ table
         vectors = vectors if axes is None else vectors @ axes @ axes.T
-        cosine, overlap = agreement(unit_rows(vectors), known[held], known[~held])
+        cosine = float(pair_cosines(unit_rows(vectors), unit_rows(known[held])).mean())
+        overlap = top_overlap(vectors, known[held])
         found = (
             f"Fitted without {held.sum()} of these texts, its vectors of them have a mean cosine of {cosine:.3f} to "
-            f"that encoder's, and find {overlap:.1%} of the ten nearest other texts that its vectors find."
+            f"that encoder's, and {overlap:.1%} of each one's ten nearest others among them are the same."
         )
         table, axes = fit(shares, known, "fit")
         card = CARD.format(base=spec.base_model, space=space, texts=len(texts), found=found)
-        _write(folder, tokenizer, spec, space, table, axes, card)
+        _write(folder, tokenizer, source, space, table, axes, card)
         report = {
             "output": str(output),
             "teacher": teacher,
@@ -141,14 +148,14 @@ def _token_vectors(
 def _write(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
-    teacher: EncoderSpec,
+    source: ResolvedEncoder,
     space: str,
     table: NDArray[np.float32],
     axes: NDArray[np.float32] | None,
     card: str,
 ) -> None:
     """Write the run folder of a table, whole or as its product with `axes` and the dense layer that undoes it."""
-    dense: tuple[Dense, ...] = ()
+    teacher, dense = source.spec, tuple[Dense, ...]()
     if axes is not None:
         width = axes.shape[1]
         dense = (Dense(in_features=width, out_features=teacher.dim, bias=False, activation=Activation.IDENTITY),)
@@ -160,7 +167,7 @@ def _write(
         revision=teacher.revision,
         family=StaticConfig.model_type,
         pooling=Pooling.MEAN,
-        normalize=True,
+        normalize=teacher.normalize,
         max_tokens=teacher.max_tokens,
         dim=teacher.dim,
         dense=dense,
@@ -173,4 +180,5 @@ def _write(
         spec=spec,
         dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],
         card=card,
+        terms=source.card.terms,
     )

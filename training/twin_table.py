@@ -25,8 +25,6 @@ RARE = 1e-3
 ITERATIONS, TOLERANCE = 60, 1e-3
 """Of the conjugate gradients."""
 
-NEAREST = 10
-
 
 def share_matrix(tokenizer: Tokenizer, texts: Sequence[str], limit: int, size: int) -> Any:
     """Return each token's share of each text, a sparse float32 matrix [texts, size] whose rows sum to 1, or to 0."""
@@ -85,21 +83,3 @@ def fit_table(
     table = prior.copy()
     table[occurring] += change.reshape(wanted.shape)
     return table
-
-
-def principal_axes(shares: Any, table: FloatArray, width: int) -> FloatArray:
-    """Return the axes [dim, width] that keep most of the texts' vectors; not centred, as cosines are not."""
-    vectors = shares @ table
-    _, axes = np.linalg.eigh(vectors.T @ vectors)  # ascending
-    return np.ascontiguousarray(axes[:, ::-1][:, :width])
-
-
-def agreement(twins: FloatArray, own: FloatArray, documents: FloatArray) -> tuple[float, float]:
-    """Compare twins' vectors with the teacher's `own` of the same texts, all of unit length.
-
-    Returns:
-        The mean cosine, and the mean share of the teacher's ten nearest documents that the twin's vector finds too.
-    """
-    nearest = [np.argsort(-(vectors @ documents.T), axis=1)[:, :NEAREST] for vectors in (twins, own)]
-    kept = [len({*a} & {*b}) / len(a) for a, b in zip(*(rows.tolist() for rows in nearest), strict=True)]
-    return float((twins * own).sum(axis=1).mean()), float(np.mean(kept))
