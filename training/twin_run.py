@@ -160,8 +160,6 @@ def _write(
         width = axes.shape[1]
         dense = (Dense(in_features=width, out_features=teacher.dim, bias=False, activation=Activation.IDENTITY),)
         table = table @ axes
-    sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
-    sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
     spec = EncoderSpec(
         base_model=teacher.base_model,
         revision=teacher.revision,
@@ -175,7 +173,7 @@ def _write(
     )
     write_layout(
         folder,
-        model=StaticModel(StaticConfig(**sizes), torch.from_numpy(table)),
+        model=StaticModel(torch.from_numpy(table)),
         tokenizer=tokenizer,
         spec=spec,
         dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],

@@ -8,6 +8,7 @@ a / (a + its frequency) (SIF, Arora et al. 2017): it decides where the corpus sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,21 +66,22 @@ def fit_table(
     shares = shares[:, occurring]
     turned = shares.T.tocsr()
     wanted = turned @ (vectors - shares @ prior[occurring])
-    done = 0
+    steps = itertools.count(1)
 
     def product(flat: FloatArray) -> FloatArray:
         rows = flat.reshape(wanted.shape)
         result: FloatArray = (turned @ (shares @ rows) + np.float32(ridge) * rows).ravel()
         return result
 
-    def on_iteration(_: FloatArray) -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, ITERATIONS)
-
     # All columns are one vector to the library: their problems share the matrix, and so converge alike.
     operator = linalg.LinearOperator((wanted.size, wanted.size), matvec=product, dtype=np.float32)
-    change, _ = linalg.cg(operator, wanted.ravel(), rtol=TOLERANCE, maxiter=ITERATIONS, callback=on_iteration)
+    change, _ = linalg.cg(
+        operator,
+        wanted.ravel(),
+        rtol=TOLERANCE,
+        maxiter=ITERATIONS,
+        callback=lambda _: on_progress(next(steps), ITERATIONS),
+    )
     table = prior.copy()
     table[occurring] += change.reshape(wanted.shape)
     return table

@@ -122,8 +122,8 @@ def test_small_batches_are_answered_within_the_call(start):
     expected = model.encoder.encode(["one", "two", "three"])
     served = np.concatenate([response.output_tensors[0].array for response in (one, two)])
     np.testing.assert_array_equal(served, expected)
-    assert model._lanes[Speed.FULL].budget.in_flight == 0
-    assert model._lanes[Speed.FULL].scheduler.counts["admitted"] == 3
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].counts["admitted"] == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp32", "streams": 1, "row_tokens": 64, "batch_tokens": 1024}])
@@ -221,7 +221,7 @@ def test_larger_batches_and_those_that_arrive_meanwhile_go_to_the_workers(start,
     gate.open()
     assert large.answered.wait(10)
     assert small.answered.wait(10)
-    while model._lanes[Speed.FULL].budget.in_flight:
+    while model._schedulers[Speed.FULL].budget.in_flight:
         time.sleep(0.001)
     assert model.execute([FakeRequest(b"word")])[0].error is None
 
@@ -244,7 +244,7 @@ def test_expired_and_cancelled_requests_are_not_computed(start, monkeypatch):
     assert cancelled.response.error.code == FakeTritonError.CANCELLED
     assert live.response.error is None
     assert gate.runs == 3
-    assert model._lanes[Speed.FULL].budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
 
 
 def words(requests: int, each: int = 200) -> FakeRequest:
@@ -279,7 +279,7 @@ def test_small_requests_overtake_large_ones_and_a_large_one_is_answered_whole(st
         np.testing.assert_array_equal(request.response.output_tensors[0].array, model.encoder.encode(texts))
         assert request.response.output_tensors[1].array.shape == (200, 1)
     assert "text 60: not valid UTF-8" in str(bad.response.error)
-    assert model._lanes[Speed.FULL].budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
 
 
 def test_large_requests_leave_small_ones_their_budget_and_are_not_shut_out_by_them(start, monkeypatch):
@@ -378,8 +378,8 @@ def test_a_model_has_not_drained_while_its_last_reply_is_unsent(start, monkeypat
     assert model.execute([request]) == [None]
     gate.open()
     assert sending.wait(10)
-    assert model._lanes[Speed.FULL].budget.in_flight == 0
-    draining = threading.Thread(target=model._lanes[Speed.FULL].scheduler.drain)
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
+    draining = threading.Thread(target=model._schedulers[Speed.FULL].drain)
     draining.start()
     draining.join(0.1)
     assert draining.is_alive()
@@ -394,7 +394,7 @@ def test_unloading_answers_the_accepted_requests(start, monkeypatch):
     requests = [FakeRequest(b"word") for _ in range(20)]
     assert model.execute(requests) == [None] * 20
     threading.Timer(0.05, gate.open).start()
-    model._lanes[Speed.FULL].scheduler.close()
+    model._schedulers[Speed.FULL].close()
     assert all(request.response.error is None for request in requests)
 
 

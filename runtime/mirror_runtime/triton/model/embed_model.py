@@ -15,7 +15,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,18 @@ class TritonPythonModel:
         self._trained = options.dimensions
         # Server 2.51 has no response parameters; the output FINGERPRINT works with every version.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
-        # A twin has limits of its own, like a second model.
-        self._lanes = {speed: _Lane.of(one, options) for speed, one in zip(Speed, self._encoders(), strict=False)}
+        limit = max(1, options.max_tokens_in_flight // options.instances)
+        self._schedulers = {  # a twin has limits of its own, like a second model
+            speed: Scheduler(one, TokenBudget(limit), options.long_texts)
+            for speed, one in zip(Speed, self._encoders(), strict=False)
+        }
         self._drain_watch = DrainWatch(self._drain)
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
         self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)
-        for speed, lane in self._lanes.items():
-            engine = lane.encoder.engine
+        for one in self._encoders():
             pb_utils.Logger.log_info(
-                f"embed ({speed.value}): {engine.name.value} {engine.precision.value}, {engine.streams} streams, "
-                f"dim {lane.encoder.spec.dim}, {lane.encoder.fingerprint}"
+                f"embed: {one.engine.name.value} {one.engine.precision.value}, {one.engine.streams} streams, "
+                f"dim {one.spec.dim}, {one.fingerprint}"
             )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -97,8 +98,8 @@ class TritonPythonModel:
         """
         read = [self._read(request) for request in requests]
         submitted = {
-            speed: iter(lane.scheduler.submit(jobs))
-            for speed, lane in self._lanes.items()
+            speed: iter(scheduler.submit(jobs))
+            for speed, scheduler in self._schedulers.items()
             if (jobs := [job for job, _ in read if isinstance(job, Job) and job.request.options.speed is speed])
         }
         outcomes = [next(submitted[job.request.options.speed]) if isinstance(job, Job) else job for job, _ in read]
@@ -109,8 +110,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Answer the accepted requests, and release the engine."""
         self._drain_watch.close()
-        for lane in self._lanes.values():
-            lane.scheduler.close()
+        for scheduler in self._schedulers.values():
+            scheduler.close()
         self._reporter.close()
         self.encoder.close()
 
@@ -119,18 +120,18 @@ class TritonPythonModel:
         return (self.encoder, *([self.encoder.at(Speed.FAST)] if self.encoder.has_twin else []))
 
     def _drain(self) -> None:
-        for lane in reversed(self._lanes.values()):  # the twin's is empty first
-            lane.scheduler.drain()
+        for scheduler in reversed(self._schedulers.values()):  # the twin's is empty first
+            scheduler.drain()
 
     def _read(self, request: Any) -> tuple[Job | Failure, Callable[[Outcome], Any]]:
         """Read a request; return also what builds its response."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
-            parameters, fast = request.parameters(), Speed.FAST in self._lanes
+            parameters, fast = request.parameters(), Speed.FAST in self._schedulers
             options = parse_options(parameters, self.encoder.spec, self._trained, fast=fast)
             sender = request.get_response_sender()
             names = frozenset(request.requested_output_names())
-            respond = partial(self._response, names=names, space=self._lanes[options.speed].encoder.fingerprint)
+            respond = partial(self._response, names=names, space=self._schedulers[options.speed].encoder.fingerprint)
 
             def reply(outcome: Outcome) -> None:
                 sender.send(respond(outcome), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -172,37 +173,11 @@ class TritonPythonModel:
 
     def _snapshot(self) -> Counter[str]:
         found = Counter[str]()
-        for lane in self._lanes.values():
-            found.update(lane.snapshot())
+        for one in self._schedulers.values():
+            stats = one.encoder.stats
+            work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
+            found.update({**one.counts, **work, "in_flight": one.budget.in_flight})
         return found
-
-
-@dataclass(frozen=True)
-class _Lane:
-    """What answers the requests of one speed."""
-
-    encoder: Encoder
-    budget: TokenBudget
-    scheduler: Scheduler
-
-    @classmethod
-    def of(cls, encoder: Encoder, options: ServingOptions) -> _Lane:
-        budget = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
-        batch, streams = encoder.decision.batch_tokens, encoder.engine.streams
-        scheduler = Scheduler(
-            encoder,
-            budget,
-            long_texts=options.long_texts,
-            batch_tokens=batch * streams,
-            run_tokens=batch,
-            workers=streams + 1,
-        )
-        return cls(encoder, budget, scheduler)
-
-    def snapshot(self) -> Counter[str]:
-        stats = self.encoder.stats
-        work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
-        return Counter({**self.scheduler.counts, **work, "in_flight": self.budget.in_flight})
 
 
 def _failure(message: str) -> Failure:
