@@ -88,8 +88,8 @@ def command(
             prompts = [text.replace("{text}", "") for text in (whole.spec.template or "", *source.prompts.values())]
             texts = read_corpus(CorpusRequest(files=tuple(vocabulary))).texts
             student = cut_vocabulary(student, [*texts, *prompts])
-        sizes = {name: _sizes(one) for name, one in (("before", whole), ("after", student))}
-        tokens, numbers = (f"{after:,} of {before:,}" for before, after in zip(*sizes.values(), strict=True))
+        before, after = _sizes(whole), _sizes(student)
+        tokens, numbers = (f"{after[name]:,} of {before[name]:,}" for name in before)
         card = (
             f"# {whole.spec.base_model}, made smaller\n\nLayers {' '.join(map(str, kept))} (from 0) of {total}, "
             f"{tokens} tokens, {numbers} parameters. The whole encoder has not taught it: `tune.py --teacher` does.\n"
@@ -105,16 +105,8 @@ def command(
             terms=source.card.terms,
         )
         _check(student, Reference.load(resolve(str(folder))))
-    print_json(
-        {
-            "output": str(output),
-            "layers": list(kept),
-            "tokens": sizes["after"][0],
-            "parameters": sizes["after"][1],
-            "tokens_before": sizes["before"][0],
-            "parameters_before": sizes["before"][1],
-        }
-    )
+    report = {"output": str(output), "layers": list(kept)} | after
+    print_json(report | {f"{name}_before": size for name, size in before.items()})
 
 
 def spread(depth: int, total: int) -> list[int]:
@@ -124,9 +116,9 @@ def spread(depth: int, total: int) -> list[int]:
     return [round(i * (total - 1) / max(1, depth - 1)) for i in range(depth)]
 
 
-def _sizes(reference: Reference) -> tuple[int, int]:
-    """Return the numbers of tokens and of parameters."""
-    return reference.model.config.vocab_size, sum(value.numel() for value in reference.model.parameters())
+def _sizes(reference: Reference) -> dict[str, int]:
+    parameters = sum(value.numel() for value in reference.model.parameters())
+    return {"tokens": reference.model.config.vocab_size, "parameters": parameters}
 
 
 def _check(student: Reference, written: Reference) -> None:

@@ -31,7 +31,7 @@ from training.hardware import choose_hardware
 from training.own import hold_out
 from training.recipe import Device, TunePrecision
 from training.teacher import load_teacher, principal_axes, teacher_vectors
-from training.twin_table import fit_table, share_matrix, weighted_prior
+from training.twin_table import RIDGE, fit_table, share_matrix, weighted_prior
 
 REPORT_FILE = "twin.json"
 
@@ -52,7 +52,6 @@ def make_twin(
     output: Path,
     *,
     dimensions: int | None,
-    ridge: float,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -63,7 +62,6 @@ def make_twin(
         request: the corpus. A first fit without 5 % of it (100 to 400 texts) is measured on them.
         output: the run folder.
         dimensions: numbers a token in the table; None for as many as the teacher's vectors have.
-        ridge: the weight of the prior.
         overwrite: replace an existing run folder.
         on_progress: called with a stage, and how much of it is done.
 
@@ -97,7 +95,7 @@ def make_twin(
 
         def fit(rows: Any, vectors: NDArray[np.float32], stage: str) -> tuple[NDArray[np.float32], Any]:
             prior = weighted_prior(alone, rows, vectors)
-            table = fit_table(rows, vectors, prior, ridge, partial(on_progress, stage))
+            table = fit_table(rows, vectors, prior, RIDGE, partial(on_progress, stage))
             if dimensions is None:
                 return table, None
             return table, principal_axes(torch.from_numpy(rows @ table), dimensions).numpy()
@@ -122,7 +120,7 @@ def make_twin(
             "texts": len(texts),
             "tokens": len(table),
             "dimensions": dimensions or spec.dim,
-            "ridge": ridge,
+            "ridge": RIDGE,
             "held_out": int(held.sum()),
             "cosine": round(cosine, 4),
             "top10_overlap": round(overlap, 4),
