@@ -12,6 +12,7 @@ from torch import nn
 from encoders.families import FAMILIES
 from encoders.layers import layers_of
 from encoders.reference import Reference
+from mirror_runtime.bundle import EncoderSpec
 from mirror_runtime.errors import InputError
 
 
@@ -36,9 +37,10 @@ def at_depth(reference: Reference, depth: int) -> Reference:
 def keep_layers(reference: Reference, layers: Sequence[int]) -> Reference:
     """Return an encoder of some layers, counted from 0, with the same head; it records no trained depths or dimensions.
 
+    Layers that the head counts from the first are the same ones under new numbers; the last is the last that is left.
+
     Raises:
-        InputError: it has no such layers, none is named, or its layers share weights.
-        BundleError: the head reads a layer that is not left.
+        InputError: it has no such layers, none is named, its layers share weights, or the head reads another one.
     """
     base, family = reference.spec.base_model, FAMILIES[reference.spec.family]
     whole = len(layers_of(reference.model))
@@ -48,6 +50,7 @@ def keep_layers(reference: Reference, layers: Sequence[int]) -> Reference:
         raise InputError(
             f"layers {' '.join(map(str, layers))}: {base} has layers 0 to {whole - 1}; name some, in ascending order"
         )
+    spec = dataclasses.replace(_renumbered(reference.spec, layers), trained_depths=(), trained_dims=())
     model: Any = copy.deepcopy(reference.model)
     parent, _, name = family.layers.rpartition(".")
     found = layers_of(model)
@@ -55,5 +58,15 @@ def keep_layers(reference: Reference, layers: Sequence[int]) -> Reference:
     model.config.num_hidden_layers = len(layers)
     if kinds := getattr(model.config, "layer_types", None):
         model.config.layer_types = [kinds[layer] for layer in layers]
-    spec = dataclasses.replace(reference.spec, trained_depths=(), trained_dims=())
     return dataclasses.replace(reference, model=model, spec=spec)
+
+
+def _renumbered(spec: EncoderSpec, layers: Sequence[int]) -> EncoderSpec:
+    states = {0: 0} | {layer + 1: number for number, layer in enumerate(layers, 1)}  # of the embeddings, of each layer
+    read = [*spec.layers, *([] if spec.ditto is None else [spec.ditto.layer + 1])]
+    if missing := [state for state in read if state > 0 and state not in states]:
+        raise InputError(
+            f"the head of {spec.base_model} reads layer {missing[0] - 1} (counted from 0): keep that layer"
+        )
+    ditto = spec.ditto and dataclasses.replace(spec.ditto, layer=states[spec.ditto.layer + 1] - 1)
+    return dataclasses.replace(spec, layers=tuple(states.get(state, state) for state in spec.layers), ditto=ditto)

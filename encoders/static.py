@@ -39,8 +39,9 @@ class StaticModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     config_class = StaticConfig
 
-    def __init__(self, config: StaticConfig, table: torch.Tensor) -> None:
-        super().__init__(config)
+    def __init__(self, table: torch.Tensor, config: type[StaticConfig] = StaticConfig) -> None:
+        sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
+        super().__init__(config(**sizes, num_hidden_layers=0, num_attention_heads=1))
         self.embedding = nn.Embedding(len(table), table.shape[1], _weight=table, _freeze=True)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -61,7 +62,8 @@ def load_static_model(folder: Path, family: str) -> PreTrainedModel:
     Raises:
         BundleError: the file holds no table, or one of another data type.
     """
-    width, weights = table_width(folder), load_file(folder / WEIGHTS_FILE)
+    table_width(folder)  # raises where there is no table
+    weights = load_file(folder / WEIGHTS_FILE)
     table = next(weights[name] for name in TABLES if name in weights)
     if not (table.dtype.is_floating_point or table.dtype is torch.int8):
         raise BundleError(f"{folder / WEIGHTS_FILE} holds a table of {table.dtype}: it must be floating point or int8")
@@ -69,10 +71,7 @@ def load_static_model(folder: Path, family: str) -> PreTrainedModel:
         table = table[weights["mapping"].long()]
     if "weights" in weights:
         table = table.float() * weights["weights"].float()[:, None]
-    kind = Model2VecConfig if family == MODEL2VEC else StaticConfig
-    sizes: dict[str, Any] = {"hidden_size": width, "vocab_size": len(table)}
-    sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
-    model = StaticModel(kind(**sizes), table.float().contiguous())
+    model = StaticModel(table.float().contiguous(), Model2VecConfig if family == MODEL2VEC else StaticConfig)
     model.eval()  # type: ignore[no-untyped-call]
     return model
 

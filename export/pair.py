@@ -14,7 +14,7 @@ if __package__ in (None, ""):  # run by path: import from the repository root, n
 import typer
 
 from export.bundle.update import add_artifacts, updating
-from mirror_runtime.bundle import TWIN_FOLDER, check_files, read_manifest
+from mirror_runtime.bundle import MANIFEST_FILE, TWIN_FOLDER, check_files, read_manifest, sha256_file
 from mirror_runtime.cli.options import BundleArgument
 from mirror_runtime.cli.run import application, print_json, run_command
 from mirror_runtime.twins import check_twin
@@ -33,11 +33,15 @@ def run(
     full, fast = read_manifest(bundle), read_manifest(twin)
     check_twin(full, fast)
     check_files(twin, fast)
+    # Its own name puts it beside an earlier twin, which answers until the bundle's manifest is replaced.
+    folder = f"{TWIN_FOLDER}/{sha256_file(twin / MANIFEST_FILE)[:16]}"
     with updating(bundle) as staging:
-        for name in (*fast.files, "manifest.json"):
-            (staging / TWIN_FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(twin / name, staging / TWIN_FOLDER / name)
-        add_artifacts(bundle, staging, ())
+        for name in (*fast.files, MANIFEST_FILE):
+            (staging / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(twin / name, staging / folder / name)
+        add_artifacts(bundle, staging, (), instead_of=f"{TWIN_FOLDER}/")
+        for left in set((bundle / TWIN_FOLDER).iterdir()) - {bundle / folder}:
+            shutil.rmtree(left)
     print_json({"bundle": str(bundle), "fingerprint": full.fingerprint, "twin": fast.fingerprint})
 
 

@@ -77,23 +77,23 @@ def command(
     from encoders.write import write_layout
     from training.vocabulary import cut_vocabulary
 
-    source = resolve(encoder, pooling=pooling, revision=revision)
-    whole = student = Reference.load(source)
-    total = len(layers_of(whole.model))
-    kept = spread(depth, total) if depth else layers or range(total)
-    if layers or depth:
-        student = keep_layers(student, kept)
-    if vocabulary:
-        prompts = [text.replace("{text}", "") for text in (whole.spec.template or "", *source.prompts.values())]
-        texts = read_corpus(CorpusRequest(files=tuple(vocabulary))).texts
-        student = cut_vocabulary(student, [*texts, *prompts])
-    sizes = {name: _sizes(one) for name, one in (("before", whole), ("after", student))}
-    tokens, numbers = (f"{after:,} of {before:,}" for before, after in zip(*sizes.values(), strict=True))
-    card = (
-        f"# {whole.spec.base_model}, made smaller\n\nLayers {' '.join(map(str, kept))} (from 0) of {total}, "
-        f"{tokens} tokens, {numbers} parameters. The whole encoder has not taught it yet: `tune.py --teacher` does.\n"
-    )
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
+        source = resolve(encoder, pooling=pooling, revision=revision)
+        whole = student = Reference.load(source)
+        total = len(layers_of(whole.model))
+        kept = spread(depth, total) if depth else layers or range(total)
+        if layers or depth:
+            student = keep_layers(student, kept)
+        if vocabulary:
+            prompts = [text.replace("{text}", "") for text in (whole.spec.template or "", *source.prompts.values())]
+            texts = read_corpus(CorpusRequest(files=tuple(vocabulary))).texts
+            student = cut_vocabulary(student, [*texts, *prompts])
+        before, after = _sizes(whole), _sizes(student)
+        tokens, numbers = (f"{after[name]:,} of {before[name]:,}" for name in before)
+        card = (
+            f"# {whole.spec.base_model}, made smaller\n\nLayers {' '.join(map(str, kept))} (from 0) of {total}, "
+            f"{tokens} tokens, {numbers} parameters. The whole encoder has not taught it: `tune.py --teacher` does.\n"
+        )
         write_layout(
             folder,
             model=student.model,
@@ -102,18 +102,11 @@ def command(
             card=card,
             dense=student.dense,
             prompts=source.prompts,
+            terms=source.card.terms,
         )
         _check(student, Reference.load(resolve(str(folder))))
-    print_json(
-        {
-            "output": str(output),
-            "layers": list(kept),
-            "tokens": sizes["after"][0],
-            "parameters": sizes["after"][1],
-            "tokens_before": sizes["before"][0],
-            "parameters_before": sizes["before"][1],
-        }
-    )
+    report = {"output": str(output), "layers": list(kept)} | after
+    print_json(report | {f"{name}_before": size for name, size in before.items()})
 
 
 def spread(depth: int, total: int) -> list[int]:
@@ -123,9 +116,9 @@ def spread(depth: int, total: int) -> list[int]:
     return [round(i * (total - 1) / max(1, depth - 1)) for i in range(depth)]
 
 
-def _sizes(reference: Reference) -> tuple[int, int]:
-    """Return the numbers of tokens and of parameters."""
-    return reference.model.config.vocab_size, sum(value.numel() for value in reference.model.parameters())
+def _sizes(reference: Reference) -> dict[str, int]:
+    parameters = sum(value.numel() for value in reference.model.parameters())
+    return {"tokens": reference.model.config.vocab_size, "parameters": parameters}
 
 
 def _check(student: Reference, written: Reference) -> None:

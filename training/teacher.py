@@ -45,7 +45,7 @@ KEPT_TEXTS = 4096
 
 
 def teacher_vectors(
-    name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None]
+    name: str, texts: Sequence[str], hardware: Hardware, on_progress: Callable[[int, int], None], *, unit: bool = True
 ) -> torch.Tensor:
     """Encode texts with a teacher, or read the vectors of an earlier run with the same teacher and texts.
 
@@ -56,14 +56,17 @@ def teacher_vectors(
         texts: distinct.
         hardware: processes share the texts.
         on_progress: called with the numbers of encoded texts, at least so many, and of all texts.
+        unit: scale the vectors to unit length.
 
     Returns:
-        float32 [texts, dim], unit length, on the CPU.
+        float32 [texts, dim] on the CPU.
 
     Raises:
         MirrorError: the teacher cannot be loaded or reached.
     """
     identity, parts = _identity(name, hardware), []
+    if identity is not None and not unit:
+        identity.append("in their own lengths")
     with ExitStack() as around:
 
         @functools.cache
@@ -77,7 +80,8 @@ def teacher_vectors(
                 found = encode_distinct(
                     teacher(), own, f"the teacher {name}", lambda done, _: on_progress(start + done, len(texts))
                 )
-                return np.stack([found[text] for text in own])
+                vectors = np.stack([found[text] for text in own])
+                return unit_rows(vectors).astype(np.float32) if unit else vectors
 
             parts.append(_part(encode, part, hardware, _cached(identity, part)))
     return torch.cat(parts)
@@ -93,8 +97,7 @@ def _part(encode: Encode, texts: Sequence[str], hardware: Hardware, path: Path |
         return torch.from_numpy(kept)
     most = -(-len(texts) // hardware.processes)
     own = [texts[i % len(texts)] for i in range(hardware.rank * most, (hardware.rank + 1) * most)]
-    found = unit_rows(encode(own)).astype(np.float32)
-    vectors = hardware.gather(torch.from_numpy(found))[: len(texts)].cpu()
+    vectors = hardware.gather(torch.from_numpy(encode(own)))[: len(texts)].cpu()
     if path is not None and hardware.writes:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,11 +108,11 @@ def _part(encode: Encode, texts: Sequence[str], hardware: Hardware, path: Path |
     return vectors
 
 
-def load_teacher(name: str) -> tuple[Reference, str]:
+def load_teacher(name: str) -> tuple[Reference, str, ResolvedEncoder]:
     """Load the PyTorch encoder behind a teacher's name, which gives its tokenizer, and name its vector space.
 
     Returns:
-        The encoder, and the fingerprint that its bundle has, or will have if it is exported as it is.
+        The encoder, the fingerprint that its bundle has, or will have if it is exported as it is, and its folder.
 
     Raises:
         MirrorError: it is behind a server, or cannot be loaded.
@@ -120,24 +123,29 @@ def load_teacher(name: str) -> tuple[Reference, str]:
     source = _resolve(folder)
     reference = Reference.load(source)
     if (Path(folder) / MANIFEST_FILE).is_file():
-        return reference, read_manifest(Path(folder)).fingerprint
+        return reference, read_manifest(Path(folder)).fingerprint, source
     with tempfile.TemporaryDirectory() as scratch:
         model, tokenizer, dense = reference.model, reference.tokenizer, reference.dense
         write_layout(Path(scratch), model=model, tokenizer=tokenizer, spec=source.spec, dense=dense, card="")
-        return reference, space_of(source.spec, hash_files(Path(scratch)))
+        return reference, space_of(source.spec, hash_files(Path(scratch))), source
 
 
 def fit_width(vectors: torch.Tensor, width: int) -> torch.Tensor:
-    """Cut vectors to a width along the principal axes of their second moments, or fill them up with zeros.
-
-    Filling changes no cosine. Cutting changes cosines the least of all linear maps, since the axes are not centred.
-    """
+    """Cut vectors to a width along their principal axes, or fill them up with zeros, which changes no cosine."""
     dim = vectors.shape[1]
     if dim <= width:
         return torch.nn.functional.pad(vectors, (0, width - dim))
+    return vectors @ principal_axes(vectors, width)
+
+
+def principal_axes(vectors: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the axes [dim, width] of the largest second moments, the largest first.
+
+    Vectors along them change their cosines the least of all linear maps: the axes are not centred, as cosines are not.
+    """
     _, axes = torch.linalg.eigh(vectors.T @ vectors)  # ascending
-    cut: torch.Tensor = vectors @ axes[:, -width:]
-    return cut
+    largest: torch.Tensor = axes[:, -width:].flip(1)
+    return largest
 
 
 def add_dense(reference: Reference, width: int, seed: int) -> Reference:

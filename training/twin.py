@@ -17,9 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from mirror_runtime.cli.run import application, print_json, run_command
 from training.corpus import CorpusRequest
 
-RIDGE = 1e-3
-"""Best of 1e-3, 1e-2, 0.1 and 1 on STS-B, Cranfield and docstrings with MiniLM."""
-
 LISTS = ("--corpus", "--column", "--exclude")
 
 
@@ -42,9 +39,6 @@ def command(
             "leads back to the teacher's space. (all)",
         ),
     ] = None,
-    ridge: Annotated[
-        float, typer.Option(min=1e-9, help="Weight of the prior, which is each token's own vector.")
-    ] = RIDGE,
     column: Annotated[list[str] | None, typer.Option(help="To read from files with columns. (text)")] = None,
     documents: Annotated[bool, typer.Option("--documents", help="The files hold documents, as for tune.py.")] = False,
     sample: Annotated[int | None, typer.Option(help="Number of distinct lines to draw with --seed. (all)")] = None,
@@ -85,7 +79,6 @@ def command(
             request,
             output,
             dimensions=dimensions,
-            ridge=ridge,
             overwrite=overwrite,
             on_progress=on_progress,
         )

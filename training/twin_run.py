@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from encoders.pooling import make_dense
+from encoders.source import ResolvedEncoder
 from encoders.static import StaticConfig, StaticModel, load_static_tokenizer
 from encoders.write import write_layout
+from evaluation.vectors import pair_cosines, top_overlap
 from mirror_runtime.bundle import ENCODER_FILE, Activation, Dense, EncoderSpec, Pooling
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import whole_folder
@@ -28,8 +30,8 @@ from training.gate import MIN_TEXTS
 from training.hardware import choose_hardware
 from training.own import hold_out
 from training.recipe import Device, TunePrecision
-from training.teacher import load_teacher, teacher_vectors
-from training.twin_table import agreement, fit_table, principal_axes, share_matrix, weighted_prior
+from training.teacher import load_teacher, principal_axes, teacher_vectors
+from training.twin_table import RIDGE, fit_table, share_matrix, weighted_prior
 
 REPORT_FILE = "twin.json"
 
@@ -50,7 +52,6 @@ def make_twin(
     output: Path,
     *,
     dimensions: int | None,
-    ridge: float,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, Any]:
@@ -61,7 +62,6 @@ def make_twin(
         request: the corpus. A first fit without 5 % of it (100 to 400 texts) is measured on them.
         output: the run folder.
         dimensions: numbers a token in the table; None for as many as the teacher's vectors have.
-        ridge: the weight of the prior.
         overwrite: replace an existing run folder.
         on_progress: called with a stage, and how much of it is done.
 
@@ -72,18 +72,20 @@ def make_twin(
         MirrorError: teacher, corpus or output cannot be used; nothing was written.
     """
     began = time.perf_counter()
-    corpus = read_corpus(request)
-    texts = list(dict.fromkeys(corpus.texts))
-    if len(texts) < MIN_TEXTS:
-        raise InputError(f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more")
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
-        reference, space = load_teacher(teacher)
+        reference, space, source = load_teacher(teacher)
         spec, hardware = reference.spec, choose_hardware(Device.AUTO, TunePrecision.AUTO)
         if dimensions is not None and dimensions >= spec.dim:
             raise InputError(f"--dimensions is {dimensions}: the teacher's vectors have {spec.dim}; choose fewer")
+        corpus = read_corpus(request)
+        texts = list(dict.fromkeys(corpus.texts))
+        if len(texts) < MIN_TEXTS:
+            raise InputError(
+                f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more"
+            )
         tokenizer = load_static_tokenizer(Tokenizer.from_str(reference.tokenizer.backend_tokenizer.to_str()))
         backend = tokenizer.backend_tokenizer
-        own = partial(teacher_vectors, teacher, hardware=hardware)
+        own = partial(teacher_vectors, teacher, hardware=hardware, unit=spec.normalize)
         alone = _token_vectors(tokenizer, lambda names: own(names, on_progress=partial(on_progress, "tokens")))
         known = own(texts, on_progress=partial(on_progress, "texts")).numpy()
 
@@ -93,20 +95,23 @@ def make_twin(
 
         def fit(rows: Any, vectors: NDArray[np.float32], stage: str) -> tuple[NDArray[np.float32], Any]:
             prior = weighted_prior(alone, rows, vectors)
-            table = fit_table(rows, vectors, prior, ridge, partial(on_progress, stage))
-            return table, None if dimensions is None else principal_axes(rows, table, dimensions)
+            table = fit_table(rows, vectors, prior, RIDGE, partial(on_progress, stage))
+            if dimensions is None:
+                return table, None
+            return table, principal_axes(torch.from_numpy(rows @ table), dimensions).numpy()
 
         table, axes = fit(shares[~held], known[~held], "fit without the held-out texts")
         vectors = shares[held] @ table
         vectors = vectors if axes is None else vectors @ axes @ axes.T
-        cosine, overlap = agreement(unit_rows(vectors), known[held], known[~held])
+        cosine = float(pair_cosines(unit_rows(vectors), unit_rows(known[held])).mean())
+        overlap = top_overlap(vectors, known[held])
         found = (
             f"Fitted without {held.sum()} of these texts, its vectors of them have a mean cosine of {cosine:.3f} to "
-            f"that encoder's, and find {overlap:.1%} of the ten nearest other texts that its vectors find."
+            f"that encoder's, and {overlap:.1%} of each one's ten nearest others among them are the same."
         )
         table, axes = fit(shares, known, "fit")
         card = CARD.format(base=spec.base_model, space=space, texts=len(texts), found=found)
-        _write(folder, tokenizer, spec, space, table, axes, card)
+        _write(folder, tokenizer, source, space, table, axes, card)
         report = {
             "output": str(output),
             "teacher": teacher,
@@ -115,7 +120,7 @@ def make_twin(
             "texts": len(texts),
             "tokens": len(table),
             "dimensions": dimensions or spec.dim,
-            "ridge": ridge,
+            "ridge": RIDGE,
             "held_out": int(held.sum()),
             "cosine": round(cosine, 4),
             "top10_overlap": round(overlap, 4),
@@ -141,26 +146,24 @@ def _token_vectors(
 def _write(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,
-    teacher: EncoderSpec,
+    source: ResolvedEncoder,
     space: str,
     table: NDArray[np.float32],
     axes: NDArray[np.float32] | None,
     card: str,
 ) -> None:
     """Write the run folder of a table, whole or as its product with `axes` and the dense layer that undoes it."""
-    dense: tuple[Dense, ...] = ()
+    teacher, dense = source.spec, tuple[Dense, ...]()
     if axes is not None:
         width = axes.shape[1]
         dense = (Dense(in_features=width, out_features=teacher.dim, bias=False, activation=Activation.IDENTITY),)
         table = table @ axes
-    sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
-    sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
     spec = EncoderSpec(
         base_model=teacher.base_model,
         revision=teacher.revision,
         family=StaticConfig.model_type,
         pooling=Pooling.MEAN,
-        normalize=True,
+        normalize=teacher.normalize,
         max_tokens=teacher.max_tokens,
         dim=teacher.dim,
         dense=dense,
@@ -168,9 +171,10 @@ def _write(
     )
     write_layout(
         folder,
-        model=StaticModel(StaticConfig(**sizes), torch.from_numpy(table)),
+        model=StaticModel(torch.from_numpy(table)),
         tokenizer=tokenizer,
         spec=spec,
         dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],
         card=card,
+        terms=source.card.terms,
     )

@@ -44,7 +44,8 @@ def cut_vocabulary(reference: Reference, texts: Sequence[str]) -> Reference:
             f"{base} has a {kind} tokenizer, whose tokens build each other: only {' and '.join(CUTTABLE)} can be cut"
         )
     before = Tokenizer.from_str(json.dumps(state))
-    kept = {token for ids, _ in _encoded(before, texts) for token in ids} | _required(state)
+    kept = {token for ids, _ in _encoded(before, texts) for token in ids}
+    kept |= _required(state, before.get_vocab(with_added_tokens=False))
     if FAMILIES[reference.spec.family].skips_padding:  # whose positions start behind the padding token's number
         kept |= {*range(int(reference.tokenizer.pad_token_id) + 1)}
     numbers = {old: new for new, old in enumerate(sorted(kept))}
@@ -62,19 +63,13 @@ def _encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[tuple[list[
             yield one.ids, one.tokens
 
 
-def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
-    """Return the numbers of a tokenizer's own tokens."""
-    found = model["vocab"]
-    return dict(found) if isinstance(found, dict) else {piece: number for number, (piece, _) in enumerate(found)}
-
-
-def _required(state: Mapping[str, Any]) -> set[int]:
-    """Return the tokens that must stay whatever the texts.
+def _required(state: Mapping[str, Any], pieces: Mapping[str, int]) -> set[int]:
+    """Return those of a tokenizer's own `pieces` that must stay whatever the texts, and its added tokens.
 
     A token with a character that is not a token by itself stays as well: nothing could take its place.
     """
     model = state["model"]
-    pieces, mark = _pieces(model), model.get("continuing_subword_prefix") or ""
+    mark = model.get("continuing_subword_prefix") or ""
 
     def letters(piece: str) -> list[str]:
         inner = bool(mark) and piece.startswith(mark) and piece != mark

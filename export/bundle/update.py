@@ -42,17 +42,17 @@ def updating(bundle: Path) -> Iterator[Path]:
             yield folder
 
 
-def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact]) -> None:
+def add_artifacts(bundle: Path, staging: Path, artifacts: Sequence[Artifact], *, instead_of: str | None = None) -> None:
     """Move new files into a bundle, and add them and their artifacts to its manifest, which is written last.
 
     The files of `staging`, the folder from `updating`, move to the same relative paths in the bundle. Each artifact
-    replaces one of the same engine, precision and layout.
+    replaces one of the same engine, precision and layout. Files whose paths begin with `instead_of` leave the manifest.
 
     Raises:
         InputError: the bundle cannot be written.
     """
     manifest = read_manifest(bundle)
-    files = dict(manifest.files)
+    files = {k: v for k, v in manifest.files.items() if instead_of is None or not k.startswith(instead_of)}
     new = {(a.engine, a.precision, a.layout) for a in artifacts}
     kept = tuple(a for a in manifest.artifacts if (a.engine, a.precision, a.layout) not in new)
     updated = dataclasses.replace(manifest, artifacts=(*kept, *artifacts))

@@ -26,7 +26,7 @@ ENCODER_FILE = "encoder.json"
 CANARIES_FILE = "canaries.json"
 TOKENIZER_FILE = "tokenizer.json"
 TWIN_FOLDER = "twin"
-"""In a bundle: the bundle of its static twin, see `mirror_runtime.twins`."""
+"""In a bundle: holds the bundle of its static twin, see `mirror_runtime.twins`."""
 
 TOKENS_PER_SLOT = 4
 """A packed row of L tokens has L // 4 slots: at most so many texts share the row. The graph computes this from L."""

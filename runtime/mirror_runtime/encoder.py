@@ -40,7 +40,7 @@ from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_p
 from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
-from mirror_runtime.twins import Speed, TwinEncoder, check_speed, find_twin, twin_engine
+from mirror_runtime.twins import Speed, TwinEncoder, check_speed
 from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, rows_not_finite, unit_rows, width_of
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Encoder:
 
     def __init__(
         self, manifest: Manifest, decision: Decision, engine: Engine, tokenizer: Tokenizer | PairTokenizer,
-        shape_set: ShapeSet, prompts: Mapping[str, str] | None = None,
+        shape_set: ShapeSet, prompts: Mapping[str, str] | None = None, twin: TwinEncoder | None = None,
     ) -> None:  # fmt: skip
         self.manifest = manifest
         self.decision = decision
@@ -77,7 +77,7 @@ class Encoder:
         self._turns = threading.BoundedSemaphore(engine.streams)
         self._counters = Counters()
         self._lifetime = Lifetime(engine)
-        self._twin: TwinEncoder | None = None
+        self._twin = twin
 
     @classmethod
     def load(
@@ -100,7 +100,8 @@ class Encoder:
                 "tensorrt", or "fake" for tests), or "auto": the engine that `mirror plan` found best on this host, or
                 without a plan the one chosen by `mirror_runtime.selection`. See `decision`.
             precision: the name of a `Precision` ("fp32", "fp16", "bf16", "int8", "fp8"), or "auto". A precision that
-                is named runs, or loading fails; "auto" only ever chooses fp32 or bf16 by itself.
+                is named runs, or loading fails; "auto" only ever chooses fp32 or bf16 by itself. Names hold for a
+                static twin where its bundle has them, see `twin_setting`; its `engine` says what runs.
             streams: batches in flight; None lets the engine choose from this process's cores.
             long_texts: what happens to texts longer than `max_tokens`: "truncate" (counted, marked in
                 `Encoded.truncated` and logged), "error", or "chunk" (mean of the chunks' vectors).
@@ -122,21 +123,16 @@ class Encoder:
             known = ", ".join(p.value for p in LongTexts)
             raise InputError(f"long_texts is {long_texts!r}: it must be one of {known}") from None
         manifest = read_manifest(folder)
-        twin = find_twin(folder, manifest)
+        twin = TwinEncoder.of(
+            folder, manifest, cls.load, engine, precision, streams=streams, long_texts=policy,
+            plan=None if plan is None else AUTO, cache_dir=cache_dir, invariant=invariant,
+        )  # fmt: skip
         cache = cache_folder(cache_dir)
         followed = find_plan(plan, cache, manifest.fingerprint) if AUTO in (engine, precision) else None
         decision = decide(manifest, engine, precision, followed)
         if streams is not None:
             decision = replace(decision, streams=streams)
-        encoder = cls._open(folder, manifest, decision, policy, cache, invariant=invariant)
-        if twin is not None:
-            encoder._twin = TwinEncoder(
-                lambda: cls.load(
-                    twin, engine=twin_engine(twin, engine), streams=streams, long_texts=policy,
-                    plan=None if plan is None else AUTO, cache_dir=cache_dir, invariant=invariant,
-                )
-            )  # fmt: skip
-        return encoder
+        return cls._open(folder, manifest, decision, policy, cache, invariant=invariant, twin=twin)
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
@@ -155,8 +151,10 @@ class Encoder:
     def of_setting(cls, bundle: Path, setting: Setting, cache_dir: str | Path | None = AUTO_CACHE) -> Encoder:
         """Load a bundle with exactly one setting, as `mirror plan` does to measure it. Raises like `load`."""
         manifest = read_manifest(bundle)
+        names = (setting.engine.value, setting.precision.value)
+        twin = TwinEncoder.of(bundle, manifest, cls.load, *names, cache_dir=cache_dir)
         decision = replace(decide_setting(manifest, setting), source=DecisionSource.ASKED)
-        return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir))
+        return cls._open(bundle, manifest, decision, LongTexts.TRUNCATE, cache_folder(cache_dir), twin=twin)
 
     @classmethod
     def _open(
@@ -169,6 +167,7 @@ class Encoder:
         *,
         path: str = "",
         invariant: bool = False,
+        twin: TwinEncoder | None = None,
     ) -> Encoder:
         spec = manifest.encoder
         check_files(folder, manifest, (TOKENIZER_FILE, SPECIAL_TOKENS_FILE, PROMPTS_FILE))
@@ -192,7 +191,7 @@ class Encoder:
             engine.close()
             raise EngineError(f"{engine.name.value} cannot be invariant: choose onnxruntime or openvino")
         shape_set = shape_set.one_a_row() if invariant else shape_set
-        return cls(manifest, decision, engine, tokenizer, shape_set, prompts)
+        return cls(manifest, decision, engine, tokenizer, shape_set, prompts, twin)
 
     @property
     def artifact(self) -> Artifact | None:

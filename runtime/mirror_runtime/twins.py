@@ -1,4 +1,4 @@
-"""Two-speed bundles: a bundle whose folder `twin` is the bundle of its static twin.
+"""Two-speed bundles: a bundle whose folder `twin/HASH` is the bundle of its static twin, HASH being of its manifest.
 
 A request chooses between them by its `speed`; nothing ever changes to the twin by itself. The twin's vectors lie in the
 vector space of the full encoder, but have a fingerprint of their own.
@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mirror_runtime.bundle import MANIFEST_FILE, TWIN_FOLDER, EngineName, Manifest, check_files, read_manifest
 from mirror_runtime.errors import BundleError, InputError
+from mirror_runtime.selection import AUTO
 
 if TYPE_CHECKING:
     from mirror_runtime.encoder import Encoder
@@ -56,18 +57,26 @@ def find_twin(bundle: Path, manifest: Manifest) -> Path | None:
     Raises:
         BundleError: the twin is another encoder's, or was exchanged since it was added.
     """
-    if f"{TWIN_FOLDER}/{MANIFEST_FILE}" not in manifest.files:
+    found = [name for name in manifest.files if name.startswith(f"{TWIN_FOLDER}/") and name.endswith(MANIFEST_FILE)]
+    if not found:
         return None
-    folder = bundle / TWIN_FOLDER
-    check_files(bundle, manifest, (f"{TWIN_FOLDER}/{MANIFEST_FILE}",))
+    check_files(bundle, manifest, found)
+    folder = (bundle / found[0]).parent
     check_twin(manifest, read_manifest(folder))
     return folder
 
 
-def twin_engine(twin: Path, engine: str) -> str:
-    """Return the engine that runs a twin: the full encoder's where the twin's bundle has it, else "auto"."""
-    proven = {artifact.engine.value for artifact in read_manifest(twin).artifacts}
-    return engine if engine in (*proven, EngineName.FAKE.value) else "auto"
+def twin_setting(twin: Path, engine: str, precision: str) -> tuple[str, str]:
+    """Return the engine and precision of a twin: those named for the full encoder if its bundle has them, else "auto".
+
+    A table is usually exported in fp32 alone, whatever the full encoder runs in.
+    """
+    if engine == EngineName.FAKE.value:
+        return engine, precision
+    proven = read_manifest(twin).artifacts
+    engine = engine if engine in {one.engine.value for one in proven} else AUTO
+    fitting = {one.precision.value for one in proven if engine in (AUTO, one.engine.value)}
+    return engine, precision if precision in fitting else AUTO
 
 
 class TwinEncoder:
@@ -77,6 +86,16 @@ class TwinEncoder:
         self._load = load
         self._lock = threading.Lock()
         self._encoder: Encoder | None = None
+
+    @classmethod
+    def of(
+        cls, bundle: Path, manifest: Manifest, load: Callable[..., Encoder], engine: str, precision: str, **options: Any
+    ) -> TwinEncoder | None:
+        """Return the twin of a bundle, to be loaded like the full encoder: see `find_twin` and `twin_setting`."""
+        if (folder := find_twin(bundle, manifest)) is None:
+            return None
+        engine, precision = twin_setting(folder, engine, precision)
+        return cls(lambda: load(folder, engine=engine, precision=precision, **options))
 
     def open(self) -> Encoder:
         """Return the encoder, loaded once."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from mirror_runtime import Encoder
 from mirror_runtime.bundle import (
     CANARIES_FILE,
     MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Canaries,
+    Canary,
     EngineName,
     Precision,
     check_files,
@@ -22,35 +26,30 @@ from mirror_runtime.bundle import (
     write_json,
 )
 from mirror_runtime.errors import BundleError, EngineError, InputError
-from mirror_runtime.triton.model.request_options import parse_options
-from tests.support.fake_bundles import FINGERPRINT, artifact
+from mirror_runtime.twins import twin_setting
+from tests.support.fake_bundles import FINGERPRINT, TWIN, artifact, change_bundle
 from tests.support.gateways import running
-
-TWIN = "fedcba9876543210"
-
-
-def change(bundle: Path, *, fingerprint: str = TWIN, **encoder: object) -> Path:
-    """Change a manifest's fingerprint and fields of its encoder."""
-    manifest = read_manifest(bundle)
-    changed = dataclasses.replace(manifest.encoder, **encoder)  # type: ignore[arg-type]
-    write_json(dataclasses.replace(manifest, encoder=changed, fingerprint=fingerprint), bundle / MANIFEST_FILE)
-    return bundle
 
 
 @pytest.fixture
 def pair(make_bundle) -> tuple[Path, Path]:
     """A bundle, and one of its twin."""
     proven = (artifact(EngineName.ONNXRUNTIME, Precision.FP32),)
-    return make_bundle(artifacts=proven), change(make_bundle(name="fast", artifacts=proven), twin_of=FINGERPRINT)
+    return make_bundle(artifacts=proven), change_bundle(make_bundle(name="fast", artifacts=proven), twin_of=FINGERPRINT)
 
 
-def test_a_paired_bundle_answers_at_both_speeds_and_keeps_its_own_fingerprint(pair, monkeypatch):
+def folder_of(twin: Path) -> str:
+    """The folder of a twin in its encoder's bundle."""
+    return f"twin/{sha256_file(twin / MANIFEST_FILE)[:16]}"
+
+
+def test_a_paired_bundle_answers_at_both_speeds_and_keeps_its_own_fingerprint(pair):
     bundle, twin = pair
     before = read_manifest(bundle)
     assert main([str(bundle), str(twin)]) == 0
     after = read_manifest(bundle)
     check_files(bundle, after)
-    added = {f"twin/{path.name}" for path in twin.iterdir()}
+    added = {f"{folder_of(twin)}/{path.name}" for path in twin.iterdir()}
     assert after.files.keys() - before.files.keys() == added
     assert fingerprint(after.encoder, {**after.files, "twin/model.safetensors": "0"}) == fingerprint(
         after.encoder, before.files
@@ -86,14 +85,14 @@ def test_a_paired_bundle_answers_at_both_speeds_and_keeps_its_own_fingerprint(pa
 def test_another_twin_is_refused_when_it_is_added_and_when_it_is_loaded(pair, capsys, changes, message):
     bundle, twin = pair
     before = (bundle / MANIFEST_FILE).read_bytes()
-    change(twin, **changes)
+    change_bundle(twin, **changes)
     assert main([str(bundle), str(twin)]) == 2
     assert message in capsys.readouterr().err
     assert (bundle / MANIFEST_FILE).read_bytes() == before
     assert not (bundle / "twin").exists()
-    shutil.copytree(twin, bundle / "twin")
+    shutil.copytree(twin, bundle / "twin" / "other")
     manifest = json.loads(before)
-    manifest["files"]["twin/manifest.json"] = sha256_file(bundle / "twin" / MANIFEST_FILE)
+    manifest["files"]["twin/other/manifest.json"] = sha256_file(twin / MANIFEST_FILE)
     (bundle / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(BundleError) as refused:
         Encoder.load(bundle, engine="fake")
@@ -105,13 +104,68 @@ def test_an_exchanged_twin_is_noticed_and_a_bundle_without_one_is_not_fast(pair)
     with Encoder.load(bundle, engine="fake") as encoder, pytest.raises(InputError, match="has no static twin"):
         encoder.encode(["a"], speed="fast")
     assert main([str(bundle), str(twin)]) == 0
-    change(bundle / "twin", twin_of=FINGERPRINT, fingerprint="1" * 16)
-    with pytest.raises(BundleError, match=f"twin/{MANIFEST_FILE} differ from the manifest"):
+    inside = bundle / folder_of(twin)
+    change_bundle(inside, twin_of=FINGERPRINT, fingerprint="1" * 16)
+    with pytest.raises(BundleError, match=f"{MANIFEST_FILE} differ from the manifest"):
         Encoder.load(bundle, engine="fake")
-    shutil.copy(twin / MANIFEST_FILE, bundle / "twin")
-    (bundle / "twin" / CANARIES_FILE).write_text("{}")
+    shutil.copy(twin / MANIFEST_FILE, inside)
+    (inside / CANARIES_FILE).write_text("{}")
     with pytest.raises(BundleError, match=r"canaries\.json differ"):
         check_files(bundle, read_manifest(bundle))
+
+
+def test_another_twin_takes_the_place_of_the_first_one_even_if_a_kill_interrupts_it(pair, monkeypatch):
+    bundle, twin = pair
+    assert main([str(bundle), str(twin)]) == 0
+    manifest = read_manifest(twin)
+    write_json(Canaries(canaries=(Canary(text="a", vector=(1.0,)),)), twin / CANARIES_FILE)
+    files = {TOKENIZER_FILE: manifest.files[TOKENIZER_FILE], "new.json": sha256_file(twin / CANARIES_FILE)}
+    (twin / CANARIES_FILE).rename(twin / "new.json")
+    write_json(dataclasses.replace(manifest, files=files, fingerprint="1" * 16), twin / MANIFEST_FILE)
+
+    class Killed(BaseException): ...
+
+    def killed_at_the_last(source: Path, target: Path, move=os.replace) -> None:
+        if target == bundle / MANIFEST_FILE:
+            raise Killed
+        move(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", killed_at_the_last)
+        with pytest.raises(Killed):
+            main([str(bundle), str(twin)])
+    for space in (TWIN, "1" * 16):
+        check_files(bundle, read_manifest(bundle))
+        with Encoder.load(bundle, engine="fake") as encoder:
+            assert encoder.at("fast").fingerprint == space
+        assert main([str(bundle), str(twin)]) == 0
+    listed = {name for name in read_manifest(bundle).files if name.startswith("twin/")}
+    assert listed == {str(path.relative_to(bundle)) for path in (bundle / "twin").rglob("*") if path.is_file()}
+    assert listed == {f"{folder_of(twin)}/{name}" for name in (*files, MANIFEST_FILE)}
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (("auto", "auto"), ("auto", "auto")),
+        (("openvino", "int8"), ("openvino", "auto")),
+        (("onnxruntime", "bf16"), ("onnxruntime", "auto")),
+        (("openvino", "bf16"), ("openvino", "bf16")),
+        (("auto", "fp32"), ("auto", "fp32")),
+        (("tensorrt", "fp16"), ("auto", "auto")),
+    ],
+)
+def test_engine_and_precision_hold_for_a_twin_where_its_bundle_has_them(make_bundle, named, expected):
+    proven = [artifact(EngineName.OPENVINO, precision) for precision in (Precision.FP32, Precision.BF16)]
+    bundle = make_bundle(artifacts=(artifact(EngineName.ONNXRUNTIME, Precision.FP32), *proven))
+    assert twin_setting(bundle, *named) == expected
+
+
+def test_a_named_precision_is_that_of_both_where_both_have_it(pair):
+    bundle, twin = pair
+    assert main([str(bundle), str(twin)]) == 0
+    with Encoder.load(bundle, engine="fake", precision="int8") as encoder:
+        assert encoder.engine.precision is encoder.at("fast").engine.precision is Precision.INT8
 
 
 def test_a_gateway_answers_at_the_requested_speed_and_says_which(pair, monkeypatch):
@@ -133,10 +187,3 @@ def test_a_gateway_answers_at_the_requested_speed_and_says_which(pair, monkeypat
         assert gateway.embed("a", speed="fast").headers["x-vector-space"] == TWIN
         assert gateway.embed("a", speed="medium").status == 422
         assert gateway.send("GET", "/info").json["speeds"] == {"full": FINGERPRINT, "fast": TWIN}
-
-
-def test_triton_refuses_the_twin_by_name(pair):
-    spec = read_manifest(pair[0]).encoder
-    assert parse_options('{"speed": "full"}', spec).prompt == ""
-    with pytest.raises(InputError, match="parameter 'speed' is 'fast': only the full encoder runs here"):
-        parse_options('{"speed": "fast"}', spec)

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mirror_runtime.bundle import (
     Pooling,
     Precision,
     TensorSpec,
+    read_manifest,
     sha256_file,
     write_json,
 )
@@ -36,6 +38,8 @@ NAMES = ("input_ids", "position_ids", "segment_ids")
 
 FINGERPRINT = "0123456789abcdef"
 """Of bundles for the fake engine."""
+TWIN = "fedcba9876543210"
+"""Of a twin."""
 
 EQUAL = dict.fromkeys(("min_cosine", "mean_cosine", "neighbour_cosine", "spearman", "top10_overlap"), 1.0)
 PROOF: dict[str, Any] = {"reference": "tests", "texts": 1, "texts_sha256": "0" * 64, "floor": 0.99999}
@@ -107,6 +111,14 @@ def write_fake_bundle(
     )
     write_json(manifest, folder / MANIFEST_FILE)
     return folder
+
+
+def change_bundle(bundle: Path, fingerprint: str = TWIN, **spec: Any) -> Path:
+    """Change a manifest's fingerprint and fields of its encoder."""
+    manifest = read_manifest(bundle)
+    changed = replace(manifest, encoder=replace(manifest.encoder, **spec), fingerprint=fingerprint)
+    write_json(changed, bundle / MANIFEST_FILE)
+    return bundle
 
 
 def busy_texts() -> list[bytes]:

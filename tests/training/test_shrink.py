@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from encoders.card import read_card
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.proof.proof_texts import parity_texts
@@ -100,6 +101,7 @@ def test_a_character_without_a_token_of_its_own_keeps_what_holds_it(tmp_path: Pa
 @pytest.mark.parametrize(("options", "kept"), [(["--layers", "0", "3"], [0, 3]), (["--depth", "3"], [0, 2, 3])])
 def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options: list[str], kept: list[int]) -> None:
     write_tiny_encoder("bert", tmp_path / "bert", layers=4)
+    (tmp_path / "bert" / "README.md").write_text("---\nlicense: mit\n---\nbody")
     small, report = shrink(tmp_path / "bert", "--pooling", "mean", *options)
     whole = Reference.load(resolve(str(tmp_path / "bert"), pooling=Pooling.MEAN))
     assert report["layers"] == kept
@@ -110,6 +112,7 @@ def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options:
             assert (value == layers[number].state_dict()[name]).all()
     assert "taught" in (tmp_path / "small" / "README.md").read_text()
     assert read_encoder(tmp_path / "small").trained_depths == ()
+    assert read_card(tmp_path / "small").terms == {"license": "mit"}
 
 
 def test_an_encoder_that_is_not_read_as_it_was_written_is_refused(tiny_encoder, tmp_path, monkeypatch, capsys) -> None:
@@ -118,6 +121,18 @@ def test_an_encoder_that_is_not_read_as_it_was_written_is_refused(tiny_encoder, 
     assert main([str(tiny_encoder("bert")), *options]) == 2
     assert "keep layer 0" in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
+
+
+def test_the_output_and_a_reranker_are_refused_before_any_work(tmp_path: Path, capsys: Any) -> None:
+    write_tiny_encoder("bert", tmp_path / "reranker", labels=1)
+    options = ["--depth", "1", "--output", str(tmp_path / "small")]
+    assert main([str(tmp_path / "reranker"), *options]) == 2
+    assert "reranker is a cross-encoder, which has no vectors" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "mine.txt").write_text("mine")
+    assert main(["./absent", *options]) == 2
+    assert "is not empty" in capsys.readouterr().err
 
 
 def test_layers_spread_from_the_first_to_the_last() -> None:

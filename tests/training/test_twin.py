@@ -1,5 +1,6 @@
 """A static twin: fitted by least squares, in the teacher's own space and named after it, and refused for another."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,14 +9,16 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
+from encoders.card import read_card
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.to_onnx import main as export
-from mirror_runtime.bundle import MANIFEST_FILE, read_encoder, read_manifest
+from mirror_runtime.bundle import ENCODER_FILE, MANIFEST_FILE, read_encoder, read_manifest, write_json
+from tests.support.tiny_encoders import write_tiny_encoder
 from tests.support.tuning import ANIMALS
 from training.teacher import load_teacher
 from training.twin import main
-from training.twin_table import RARE, fit_table, principal_axes, share_matrix, weighted_prior
+from training.twin_table import RARE, fit_table, share_matrix, weighted_prior
 
 
 @pytest.fixture
@@ -45,8 +48,6 @@ def test_the_table_is_the_solution_of_the_least_squares_and_absent_tokens_keep_t
     np.testing.assert_allclose(table, expected, atol=5e-3)
     np.testing.assert_array_equal(table[5], prior[5])
     assert [at for at, _ in done] == list(range(1, len(done) + 1))
-    axes = principal_axes(shares, table, 4)
-    np.testing.assert_allclose(axes @ axes.T, np.eye(4), atol=1e-5)
 
 
 def test_shares_are_those_of_the_text_up_to_its_limit(tiny_bundle: Path) -> None:
@@ -80,12 +81,37 @@ def test_a_twin_lies_in_its_teachers_space_and_names_it_from_bundle_or_folder_al
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == first
 
 
+def test_a_twin_has_the_lengths_and_the_license_of_a_teacher_that_does_not_normalise(
+    tiny_bundle: Path, corpus: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "folder", ignore=shutil.ignore_patterns(MANIFEST_FILE))
+    write_json(dataclasses.replace(read_encoder(folder), normalize=False), folder / ENCODER_FILE)
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\nbody")
+    texts, output = corpus.read_text().splitlines(), tmp_path / "twin"
+    own = Reference.load(resolve(str(folder))).encode(texts)
+    assert abs(np.linalg.norm(own, axis=1) - 1).min() > 0.2, "the teacher's lengths differ from 1"
+    assert main([str(folder), "--corpus", str(corpus), "--output", str(output)]) == 0
+    twin = Reference.load(resolve(str(output)))
+    assert not twin.spec.normalize
+    vectors = twin.encode(texts)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1).mean(), np.linalg.norm(own, axis=1).mean(), rtol=0.1)
+    assert np.linalg.norm(vectors - own, axis=1).mean() < 0.5 * np.linalg.norm(own, axis=1).mean()
+    assert read_card(output).terms == {"license": "mit", "language": "en"}
+
+
+def test_the_output_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["./absent", "--corpus", "absent.txt", "--output", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("teacher", "options", "message"),
     [
         ("", ["--sample", "400"], "400 distinct texts are too few for a table of tokens: pass 500 or more"),
         ("http://127.0.0.1:1/v1", [], "is a server, which has no tokenizer to read"),
-        ("./absent", [], "the teacher ./absent must be an encoder that records its pooling"),
+        ("./absent", ["--corpus", "absent.txt"], "the teacher ./absent must be an encoder that records its pooling"),
+        ("RERANKER", [], "reranker is a cross-encoder, which has no vectors"),
         ("", ["--dimensions", "32"], "--dimensions is 32: the teacher's vectors have 32; choose fewer"),
     ],
 )
@@ -93,6 +119,9 @@ def test_mistakes_are_named_and_nothing_is_written(
     tiny_bundle: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], teacher, options, message
 ) -> None:
     output = tmp_path / "out"
+    if teacher == "RERANKER":
+        teacher = str(tmp_path / "reranker")
+        write_tiny_encoder("bert", Path(teacher), labels=1)
     assert main([teacher or str(tiny_bundle), "--corpus", str(corpus), "--output", str(output), *options]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()

@@ -19,6 +19,10 @@ SCRIPTS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "tune": ("training/tune.py", "Tune an encoder on your text. (clone)"),
         "evaluate": ("training/evaluate.py", "Measure encoders, on labels or on your text alone. (clone)"),
         "export": ("export/to_onnx.py", "Write a bundle: ONNX graphs and their certificates. (clone)"),
+        "front": ("export/front.py", "Make faster forms of an encoder, and draw speed against quality. (clone)"),
+        "shrink": ("training/shrink.py", "Leave out layers and tokens of an encoder. (clone)"),
+        "twin": ("training/twin.py", "Make a static twin of an encoder, in its vector space. (clone)"),
+        "pair": ("export/pair.py", "Put an encoder and its twin into one bundle. (clone)"),
     }
 )
 """The script behind each command, and what it does."""

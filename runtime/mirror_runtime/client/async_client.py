@@ -80,6 +80,7 @@ class AsyncClient:
         dimensions: int | None = None,
         prompt: str | None = None,
         query: str | None = None,
+        speed: str | None = None,
     ) -> Vectors:
         """Encode texts: see `Client.encode`."""
         served = await self.encode_detailed(
@@ -90,6 +91,7 @@ class AsyncClient:
             dimensions=dimensions,
             prompt=prompt,
             query=query,
+            speed=speed,
         )
         return served.vectors_or_raise()
 
@@ -103,6 +105,7 @@ class AsyncClient:
         dimensions: int | None = None,
         prompt: str | None = None,
         query: str | None = None,
+        speed: str | None = None,
     ) -> Served:
         """Encode texts; return vectors, token counts and errors: see `Client.encode_detailed`."""
         items = as_list(texts)
@@ -117,6 +120,7 @@ class AsyncClient:
                 dimensions=dimensions,
                 prompt=prompt,
                 query=query,
+                speed=speed,
             ),
             self._options,
             self._facts,

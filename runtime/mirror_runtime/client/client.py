@@ -90,6 +90,7 @@ class Client:
         dimensions: int | None = None,
         prompt: str | None = None,
         query: str | None = None,
+        speed: str | None = None,
     ) -> Vectors:
         """Encode texts. See `encode_detailed` for the arguments and the other exceptions.
 
@@ -107,6 +108,7 @@ class Client:
             dimensions=dimensions,
             prompt=prompt,
             query=query,
+            speed=speed,
         ).vectors_or_raise()
 
     def encode_detailed(
@@ -119,6 +121,7 @@ class Client:
         dimensions: int | None = None,
         prompt: str | None = None,
         query: str | None = None,
+        speed: str | None = None,
     ) -> Served:
         """Encode texts; return vectors, token counts, and an error for each text that has no vector.
 
@@ -132,6 +135,7 @@ class Client:
             dimensions: leading components to keep, one of those that the server allows; None keeps all.
             prompt: text to put in front of every text, such as "query: "; None for none.
             query: what a reranker scores the texts against; its vectors are raw scores, [n, 1].
+            speed: "fast" for the static twin of a two-speed bundle, whose fingerprint the reply has.
 
         Raises:
             InputError: `texts` is a single string, `batch_size` is more than the server takes, or it rejects an option.
@@ -152,6 +156,7 @@ class Client:
                 dimensions=dimensions,
                 prompt=prompt,
                 query=query,
+                speed=speed,
             ),
             self._options,
             self._facts,

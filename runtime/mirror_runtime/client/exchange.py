@@ -103,11 +103,12 @@ class CallOptions:
     dimensions: int | None
     prompt: str | None
     query: str | None
+    speed: str | None
 
     def parameters(self) -> Parameters:
         """Return the parameters that every request of the call carries."""
         options = {"truncate": self.truncate, "dimensions": self.dimensions, "prompt": self.prompt}
-        options["query"] = self.query
+        options |= {"query": self.query, "speed": self.speed}
         return {name: value for name, value in options.items() if value is not None}
 
 

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from export.pair import main as pair
 from mirror_runtime import EngineError, InputError, bulk_room
 from mirror_runtime.bundle import read_manifest
 from mirror_runtime.tokenizer import LongTexts
@@ -23,7 +24,8 @@ from mirror_runtime.triton.model.log import TritonHandler
 from mirror_runtime.triton.model.request_options import check_trained
 from mirror_runtime.triton.repository.options import ServingOptions
 from mirror_runtime.triton.repository.render import render_config
-from tests.support.fake_bundles import EngineGate
+from mirror_runtime.twins import Speed
+from tests.support.fake_bundles import FINGERPRINT, TWIN, EngineGate, change_bundle
 from tests.support.fake_triton import (
     FakeFamily,
     FakeLogger,
@@ -34,6 +36,8 @@ from tests.support.fake_triton import (
     fake_backend_utils,
 )
 from tests.support.mirror_serve import wait_until
+
+SPEEDS = (None, "fast", "full")
 
 
 @pytest.fixture
@@ -53,9 +57,9 @@ def start(pb_utils, make_bundle):
     """Start the model on a bundle for the fake engine."""
     models: list[Any] = []
 
-    def starting(**options: Any) -> Any:
+    def starting(bundle: Path | None = None, **options: Any) -> Any:
         model = new_model()
-        model.initialize(arguments(make_bundle(), ServingOptions(**{"engine": "fake", **options})))
+        model.initialize(arguments(bundle or make_bundle(), ServingOptions(**{"engine": "fake", **options})))
         models.append(model)
         return model
 
@@ -118,8 +122,38 @@ def test_small_batches_are_answered_within_the_call(start):
     expected = model.encoder.encode(["one", "two", "three"])
     served = np.concatenate([response.output_tensors[0].array for response in (one, two)])
     np.testing.assert_array_equal(served, expected)
-    assert model._budget.in_flight == 0
-    assert model._scheduler.counts["admitted"] == 3
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].counts["admitted"] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32", "streams": 1, "row_tokens": 64, "batch_tokens": 1024}])
+def test_a_twin_answers_what_asks_for_it_under_its_own_name_and_within_its_own_limits(
+    start, make_bundle, monkeypatch, options
+):
+    bundle, outputs = make_bundle(), ("EMBEDDING", "TOKENS", "TRUNCATED", "FINGERPRINT")
+    assert pair([str(bundle), str(change_bundle(make_bundle(name="twin"), twin_of=FINGERPRINT))]) == 0
+    model = start(bundle, **options)
+    twin = model.encoder.at("fast")
+    run = twin.engine.run
+    monkeypatch.setattr(twin.engine, "run", lambda rows: -run(rows))
+    requests = [FakeRequest(b"one", outputs=outputs, **({} if speed is None else {"speed": speed})) for speed in SPEEDS]
+    for speed, response in zip(SPEEDS, serve(model, *requests), strict=True):
+        space, sign = (TWIN, -1) if speed == "fast" else (FINGERPRINT, 1)
+        assert response.output_tensors[3].array.tolist() == [[space.encode()]]
+        np.testing.assert_array_equal(response.output_tensors[0].array, sign * model.encoder.encode(["one"]))
+    gate = closed_gate(model, monkeypatch)
+    waiting = FakeRequest(b"busy")
+    assert model.execute([waiting]) == [None]
+    (quick,) = serve(model, FakeRequest(b"one", speed="fast"))
+    assert quick.error is None
+    assert not waiting.answered.is_set()
+    draining = threading.Thread(target=model._drain)
+    draining.start()
+    gate.open()
+    draining.join(10)
+    assert waiting.answered.is_set()
+    late = [FakeRequest(b"late", speed=speed) for speed in ("full", "fast")]
+    assert {one.error.code for one in serve(model, *late)} == {FakeTritonError.UNAVAILABLE}
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp32", "streams": 1, "row_tokens": 64, "batch_tokens": 1024}])
@@ -142,6 +176,8 @@ def test_newer_servers_get_the_fingerprint_as_a_parameter_too_and_too_much_text_
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"speed": "fast"}, "parameter 'speed' is 'fast': no static twin runs here"),
+        ({"speed": ["slow"]}, "parameter 'speed' is ['slow']: it must be full or fast"),
         ({"truncat": True}, r"unknown parameter 'truncat': known are dimensions, prompt, query, speed, truncate"),
         ({"truncate": "no"}, "'truncate' is 'no': it must be true"),
         ({"dimensions": 9}, "'dimensions' is 9: this encoder's vectors may have 8; name those that it was trained for"),
@@ -185,7 +221,7 @@ def test_larger_batches_and_those_that_arrive_meanwhile_go_to_the_workers(start,
     gate.open()
     assert large.answered.wait(10)
     assert small.answered.wait(10)
-    while model._budget.in_flight:
+    while model._schedulers[Speed.FULL].budget.in_flight:
         time.sleep(0.001)
     assert model.execute([FakeRequest(b"word")])[0].error is None
 
@@ -208,7 +244,7 @@ def test_expired_and_cancelled_requests_are_not_computed(start, monkeypatch):
     assert cancelled.response.error.code == FakeTritonError.CANCELLED
     assert live.response.error is None
     assert gate.runs == 3
-    assert model._budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
 
 
 def words(requests: int, each: int = 200) -> FakeRequest:
@@ -243,7 +279,7 @@ def test_small_requests_overtake_large_ones_and_a_large_one_is_answered_whole(st
         np.testing.assert_array_equal(request.response.output_tensors[0].array, model.encoder.encode(texts))
         assert request.response.output_tensors[1].array.shape == (200, 1)
     assert "text 60: not valid UTF-8" in str(bad.response.error)
-    assert model._budget.in_flight == 0
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
 
 
 def test_large_requests_leave_small_ones_their_budget_and_are_not_shut_out_by_them(start, monkeypatch):
@@ -333,17 +369,17 @@ def test_a_model_has_not_drained_while_its_last_reply_is_unsent(start, monkeypat
     request, sending, may_send = FakeRequest(b"accepted"), threading.Event(), threading.Event()
     write = model._response
 
-    def slow(*result: Any) -> Any:
+    def slow(*result: Any, **names: Any) -> Any:
         sending.set()
         assert may_send.wait(10)
-        return write(*result)
+        return write(*result, **names)
 
     monkeypatch.setattr(model, "_response", slow)
     assert model.execute([request]) == [None]
     gate.open()
     assert sending.wait(10)
-    assert model._budget.in_flight == 0
-    draining = threading.Thread(target=model._scheduler.drain)
+    assert model._schedulers[Speed.FULL].budget.in_flight == 0
+    draining = threading.Thread(target=model._schedulers[Speed.FULL].drain)
     draining.start()
     draining.join(0.1)
     assert draining.is_alive()
@@ -358,7 +394,7 @@ def test_unloading_answers_the_accepted_requests(start, monkeypatch):
     requests = [FakeRequest(b"word") for _ in range(20)]
     assert model.execute(requests) == [None] * 20
     threading.Timer(0.05, gate.open).start()
-    model._scheduler.close()
+    model._schedulers[Speed.FULL].close()
     assert all(request.response.error is None for request in requests)
 
 

@@ -14,7 +14,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from mirror_runtime.triton.model.metrics import MetricsReporter
 from mirror_runtime.triton.model.request_options import parse_options
 from mirror_runtime.triton.model.scheduler import Job, Outcome, Scheduler, TokenBudget
 from mirror_runtime.triton.repository.options import Backend, ServingOptions
+from mirror_runtime.twins import Speed
 
 _log = logging.getLogger(__name__)
 
@@ -68,29 +70,26 @@ class TritonPythonModel:
             if options.backend is Backend.PYTHON:
                 # Triton's own warm-up sends single texts only. Here every shape is known, so that ready means warm.
                 # A second model warms itself up, and cannot be reached before the server is ready.
-                self.encoder.warm_up()
+                for one in self._encoders():
+                    one.warm_up()
         except MirrorError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._fingerprint, self._trained = self.encoder.fingerprint, options.dimensions
+        self._trained = options.dimensions
         # Server 2.51 has no response parameters; the output FINGERPRINT works with every version.
         self._takes_parameters = "parameters" in (pb_utils.InferenceResponse.__init__.__doc__ or "")
-        self._budget = TokenBudget(max(1, options.max_tokens_in_flight // options.instances))
-        engine = self.encoder.engine
-        self._scheduler = Scheduler(
-            self.encoder,
-            self._budget,
-            long_texts=options.long_texts,
-            batch_tokens=self.encoder.decision.batch_tokens * engine.streams,
-            run_tokens=self.encoder.decision.batch_tokens,
-            workers=engine.streams + 1,
-        )
-        self._drain_watch = DrainWatch(self._scheduler.drain)
+        limit = max(1, options.max_tokens_in_flight // options.instances)
+        self._schedulers = {  # a twin has limits of its own, like a second model
+            speed: Scheduler(one, TokenBudget(limit), options.long_texts)
+            for speed, one in zip(Speed, self._encoders(), strict=False)
+        }
+        self._drain_watch = DrainWatch(self._drain)
         names = {"model": "model_name", "version": "model_version", "instance": "model_instance_name"}
         self._reporter = MetricsReporter(pb_utils, {label: args[name] for label, name in names.items()}, self._snapshot)
-        pb_utils.Logger.log_info(
-            f"embed: {engine.name.value} {engine.precision.value}, {engine.streams} streams, "
-            f"dim {self.encoder.spec.dim}, {self._fingerprint}"
-        )
+        for one in self._encoders():
+            pb_utils.Logger.log_info(
+                f"embed: {one.engine.name.value} {one.engine.precision.value}, {one.engine.streams} streams, "
+                f"dim {one.spec.dim}, {one.fingerprint}"
+            )
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer, accept or reject requests: a response for each, or None if a worker will answer it.
@@ -98,30 +97,44 @@ class TritonPythonModel:
         Never raises: Triton would fail the whole batch and show clients the path of this file.
         """
         read = [self._read(request) for request in requests]
-        submitted = iter(self._scheduler.submit([job for job, _ in read if isinstance(job, Job)]))
-        outcomes = [next(submitted) if isinstance(job, Job) else job for job, _ in read]
+        submitted = {
+            speed: iter(scheduler.submit(jobs))
+            for speed, scheduler in self._schedulers.items()
+            if (jobs := [job for job, _ in read if isinstance(job, Job) and job.request.options.speed is speed])
+        }
+        outcomes = [next(submitted[job.request.options.speed]) if isinstance(job, Job) else job for job, _ in read]
         return [
-            None if outcome is None else self._response(outcome, names)
-            for (_, names), outcome in zip(read, outcomes, strict=True)
+            None if outcome is None else respond(outcome) for (_, respond), outcome in zip(read, outcomes, strict=True)
         ]
 
     def finalize(self) -> None:
         """Answer the accepted requests, and release the engine."""
         self._drain_watch.close()
-        self._scheduler.close()
+        for scheduler in self._schedulers.values():
+            scheduler.close()
         self._reporter.close()
         self.encoder.close()
 
-    def _read(self, request: Any) -> tuple[Job | Failure, frozenset[str]]:
-        """Read a request, and the names of the outputs that it requests."""
+    def _encoders(self) -> tuple[Encoder, ...]:
+        """Return the encoder, and its static twin if it has one."""
+        return (self.encoder, *([self.encoder.at(Speed.FAST)] if self.encoder.has_twin else []))
+
+    def _drain(self) -> None:
+        for scheduler in reversed(self._schedulers.values()):  # the twin's is empty first
+            scheduler.drain()
+
+    def _read(self, request: Any) -> tuple[Job | Failure, Callable[[Outcome], Any]]:
+        """Read a request; return also what builds its response."""
         try:
             texts = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy()
-            options = parse_options(request.parameters(), self.encoder.spec, self._trained)
+            parameters, fast = request.parameters(), Speed.FAST in self._schedulers
+            options = parse_options(parameters, self.encoder.spec, self._trained, fast=fast)
             sender = request.get_response_sender()
             names = frozenset(request.requested_output_names())
+            respond = partial(self._response, names=names, space=self._schedulers[options.speed].encoder.fingerprint)
 
             def reply(outcome: Outcome) -> None:
-                sender.send(self._response(outcome, names), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                sender.send(respond(outcome), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
             job = Job(
                 request=EmbedRequest(texts=texts, options=options),
@@ -130,38 +143,41 @@ class TritonPythonModel:
                 timeout_s=request.timeout() / 1e6 or None,
             )
         except InputError as error:
-            return Failure(kind=FailureKind.INVALID_ARG, message=str(error)), frozenset()
+            return Failure(kind=FailureKind.INVALID_ARG, message=str(error)), self._response
         except Exception:
-            return _failure("the request could not be read"), frozenset()
-        return job, names
+            return _failure("the request could not be read"), self._response
+        return job, respond
 
-    def _response(self, outcome: Outcome, names: frozenset[str]) -> Any:
+    def _response(self, outcome: Outcome, names: frozenset[str] = frozenset(), space: str = "") -> Any:
         """Build the response; a result that cannot be written becomes a failure, so that every caller gets a reply."""
         if isinstance(outcome, EmbedResult):
             try:
-                return self._success(outcome, names)
+                return self._success(outcome, names, space)
             except Exception:
                 outcome = _failure("the reply could not be written")
         code = getattr(pb_utils.TritonError, outcome.kind.value)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(outcome.message, code))
 
-    def _success(self, outcome: EmbedResult, names: frozenset[str]) -> Any:
+    def _success(self, outcome: EmbedResult, names: frozenset[str], space: str) -> Any:
         tensors = [
             pb_utils.Tensor("EMBEDDING", np.ascontiguousarray(outcome.vectors)),
             pb_utils.Tensor("TOKENS", outcome.tokens),
             pb_utils.Tensor("TRUNCATED", outcome.truncated),
         ]
         if "FINGERPRINT" in names:
-            fingerprints = np.full(outcome.tokens.shape, self._fingerprint.encode(), np.object_)
+            fingerprints = np.full(outcome.tokens.shape, space.encode(), np.object_)
             tensors.append(pb_utils.Tensor("FINGERPRINT", fingerprints))
         if self._takes_parameters:
-            return pb_utils.InferenceResponse(tensors, parameters={"fingerprint": self._fingerprint})
+            return pb_utils.InferenceResponse(tensors, parameters={"fingerprint": space})
         return pb_utils.InferenceResponse(tensors)
 
     def _snapshot(self) -> Counter[str]:
-        stats = self.encoder.stats
-        work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
-        return Counter({**self._scheduler.counts, **work, "in_flight": self._budget.in_flight})
+        found = Counter[str]()
+        for one in self._schedulers.values():
+            stats = one.encoder.stats
+            work = {"tokens": stats.tokens, "slots": stats.slots, "batches": stats.executions}
+            found.update({**one.counts, **work, "in_flight": one.budget.in_flight})
+        return found
 
 
 def _failure(message: str) -> Failure:

@@ -29,15 +29,17 @@ class RequestOptions:
     dimensions: int | None = None  # leading components to keep (Matryoshka); None for all
     prompt: str = ""  # put in front of every text, literally
     query: str | None = None  # what a reranker scores the texts against
+    speed: Speed = Speed.FULL
 
 
 DEFAULTS = RequestOptions()
 
 
-def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = ()) -> RequestOptions:
+def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = (), *, fast: bool = False) -> RequestOptions:
     """Parse a request's JSON parameters, strictly. An `InputError` names the wrong one and the valid values.
 
-    `trained` has the numbers of dimensions, fewer than all, for which the encoder was trained.
+    `trained` has the numbers of dimensions, fewer than all, for which the encoder was trained; `fast` says whether a
+    static twin runs beside it.
     """
     try:
         parameters: dict[str, Any] = json.loads(text) if text else {}
@@ -48,16 +50,12 @@ def parse_options(text: str, spec: EncoderSpec, trained: Collection[int] = ()) -
     unknown = sorted(parameters.keys() - set(KNOWN))
     if unknown:
         raise InputError(f"unknown parameter {_quoted(unknown[0])}: known are {', '.join(KNOWN)}")
-    if parameters.get("speed", Speed.FULL.value) != Speed.FULL.value:
-        raise InputError(
-            f"parameter 'speed' is {_quoted(parameters['speed'])}: only the full encoder runs here; its static twin "
-            "answers in process (Encoder.at) and in a gateway with the bundle"
-        )
     return RequestOptions(
         long_texts=_long_texts(parameters["truncate"]) if "truncate" in parameters else None,
         dimensions=_dimensions(parameters["dimensions"], spec, trained) if "dimensions" in parameters else None,
         prompt=_prompt(parameters["prompt"], spec) if "prompt" in parameters else "",
         query=_query(parameters["query"], spec) if "query" in parameters else None,
+        speed=_speed(parameters["speed"], fast) if "speed" in parameters else Speed.FULL,
     )
 
 
@@ -103,6 +101,14 @@ def _query(value: object, spec: EncoderSpec) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_QUERY:
         raise InputError(f"parameter 'query' must be a text of at most {LONGEST_QUERY} characters")
     return value
+
+
+def _speed(value: object, fast: bool) -> Speed:
+    if value not in tuple(Speed):
+        raise InputError(f"parameter 'speed' is {_quoted(value)}: it must be full or fast")
+    if value == Speed.FAST and not fast:
+        raise InputError("parameter 'speed' is 'fast': no static twin runs here; export/pair.py adds one to a bundle")
+    return Speed(value)
 
 
 def _quoted(value: object) -> str:

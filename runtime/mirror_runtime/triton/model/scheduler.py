@@ -125,24 +125,16 @@ class Scheduler:
     one slice or a moment's work of large ones is under way, so that neither kind waits for all of the other. One
     worker takes no large ones. While one waits for the engine, another tokenises or replies.
 
-    A worker computes what it takes at once: `run_tokens` estimated tokens of large requests, a full run of the engine,
-    and `batch_tokens` of small ones, a full run for each of its streams.
+    A worker computes what it takes at once: of large requests a full run of the engine, by estimated tokens, and of
+    small ones a full run for each of its streams.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        budget: TokenBudget,
-        *,
-        long_texts: LongTexts,
-        batch_tokens: int,
-        run_tokens: int,
-        workers: int,
-    ) -> None:
-        self._encoder = encoder
-        self._budget = budget
+    def __init__(self, encoder: Encoder, budget: TokenBudget, long_texts: LongTexts) -> None:
+        self.encoder = encoder
+        self.budget = budget
         self._long_texts = long_texts
-        self._batch_tokens, self._run_tokens = batch_tokens, run_tokens
+        workers, self._run_tokens = encoder.engine.streams + 1, encoder.decision.batch_tokens
+        self._batch_tokens = encoder.engine.streams * self._run_tokens
         self._small: deque[_Waiting] = deque()
         self._large: deque[_Waiting] = deque()
         self._bulk_room = BulkRoom()
@@ -169,27 +161,27 @@ class Scheduler:
         which takes no time.
         """
         now = time.monotonic()
-        max_tokens = self._encoder.spec.max_tokens
+        max_tokens = self.encoder.spec.max_tokens
         sizes = [job.request.estimated_tokens(max_tokens) for job in jobs]
         if any(size <= SLICE_TOKENS and not job.request.is_probe for job, size in zip(jobs, sizes, strict=True)):
             self._bulk_room.note_small()
         tokens = sum(sizes)
-        if self._budget.in_flight + tokens > min(INLINE_TOKENS * self._encoder.engine.streams, self._budget.limit):
+        if self.budget.in_flight + tokens > min(INLINE_TOKENS * self.encoder.engine.streams, self.budget.limit):
             return [self._enqueue(job, size, now) for job, size in zip(jobs, sizes, strict=True)]
         try:
-            self._budget.acquire(tokens)
+            self.budget.acquire(tokens)
         except OverloadedError as error:  # it fits: the server is stopping
             return [self._refused(error) for _ in jobs]
         self._count("admitted", len(jobs))
         try:
             return list(self._compute([job.request for job in jobs]))
         finally:
-            self._budget.release(tokens)
+            self.budget.release(tokens)
 
     def drain(self) -> None:
         """Reject new requests from now on, and return when the accepted ones are answered."""
-        self._budget.close()
-        while self._budget.in_flight or self._unsent:  # in this order: a request is queued before its tokens are gone
+        self.budget.close()
+        while self.budget.in_flight or self._unsent:  # in this order: a request is queued before its tokens are gone
             time.sleep(_POLL_S)
 
     def close(self) -> None:
@@ -207,10 +199,10 @@ class Scheduler:
             return Failure(kind=FailureKind.INVALID_ARG, message=message)
         large = tokens > SLICE_TOKENS
         try:
-            self._budget.acquire(tokens, large=large)
+            self.budget.acquire(tokens, large=large)
         except OverloadedError as error:
             return self._refused(error)
-        max_tokens = self._encoder.spec.max_tokens
+        max_tokens = self.encoder.spec.max_tokens
         slices = job.request.slices(max_tokens, SLICE_TOKENS) if large else [job.request]
         costs = [one.estimated_tokens(max_tokens) for one in slices] if large else [tokens]
         waiting = _Waiting(job=job, tokens=tokens, since=now, slices=slices, costs=costs, large=large)
@@ -272,7 +264,7 @@ class Scheduler:
         cost = self._large[0].costs[self._large[0].taken]
         running = self._large_running + taken
         most = self._run_tokens * self._most_on_large
-        room = self._bulk_room.tokens(most, SLICE_TOKENS, self._budget.large_rate)
+        room = self._bulk_room.tokens(most, SLICE_TOKENS, self.budget.large_rate)
         return not running or (running + cost <= room and (not taken or taken + cost <= self._run_tokens))
 
     def _is_live(self, waiting: _Waiting) -> bool:
@@ -296,7 +288,7 @@ class Scheduler:
         if not batch:
             return []
         try:
-            return embed(self._encoder, batch, self._long_texts)
+            return embed(self.encoder, batch, self._long_texts)
         except Exception:
             # The outermost call of a thread: whatever happened, each caller gets a reply and the log gets the reason.
             _log.exception("a batch of %d requests failed", len(batch))
@@ -322,7 +314,7 @@ class Scheduler:
             waiting.settled = True
             self._counts.update([count] if count else [])
         # Release first: a caller that has its reply may send the next request.
-        self._budget.release(waiting.tokens, large=waiting.large)
+        self.budget.release(waiting.tokens, large=waiting.large)
         try:
             waiting.job.reply(outcome)
         except Exception:
