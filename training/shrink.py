@@ -102,6 +102,7 @@ def command(
             card=card,
             dense=student.dense,
             prompts=source.prompts,
+            terms=source.card.terms,
         )
         _check(student, Reference.load(resolve(str(folder))))
     print_json(

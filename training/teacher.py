@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from encoders.card import Card
 from encoders.pooling import make_dense
 from encoders.reference import Reference
 from encoders.source import ResolvedEncoder, resolve
@@ -108,11 +109,11 @@ def _part(encode: Encode, texts: Sequence[str], hardware: Hardware, path: Path |
     return vectors
 
 
-def load_teacher(name: str) -> tuple[Reference, str]:
+def load_teacher(name: str) -> tuple[Reference, str, Card]:
     """Load the PyTorch encoder behind a teacher's name, which gives its tokenizer, and name its vector space.
 
     Returns:
-        The encoder, and the fingerprint that its bundle has, or will have if it is exported as it is.
+        The encoder; the fingerprint that its bundle has, or will have if it is exported as it is; and its card.
 
     Raises:
         MirrorError: it is behind a server, or cannot be loaded.
@@ -123,11 +124,11 @@ def load_teacher(name: str) -> tuple[Reference, str]:
     source = _resolve(folder)
     reference = Reference.load(source)
     if (Path(folder) / MANIFEST_FILE).is_file():
-        return reference, read_manifest(Path(folder)).fingerprint
+        return reference, read_manifest(Path(folder)).fingerprint, source.card
     with tempfile.TemporaryDirectory() as scratch:
         model, tokenizer, dense = reference.model, reference.tokenizer, reference.dense
         write_layout(Path(scratch), model=model, tokenizer=tokenizer, spec=source.spec, dense=dense, card="")
-        return reference, space_of(source.spec, hash_files(Path(scratch)))
+        return reference, space_of(source.spec, hash_files(Path(scratch))), source.card
 
 
 def fit_width(vectors: torch.Tensor, width: int) -> torch.Tensor:

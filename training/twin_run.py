@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def make_twin(
     if len(texts) < MIN_TEXTS:
         raise InputError(f"{len(texts):,} distinct texts are too few for a table of tokens: pass {MIN_TEXTS} or more")
     with whole_folder(output, overwrite=overwrite, marker=ENCODER_FILE) as folder:
-        reference, space = load_teacher(teacher)
+        reference, space, about = load_teacher(teacher)
         spec, hardware = reference.spec, choose_hardware(Device.AUTO, TunePrecision.AUTO)
         if dimensions is not None and dimensions >= spec.dim:
             raise InputError(f"--dimensions is {dimensions}: the teacher's vectors have {spec.dim}; choose fewer")
@@ -106,7 +106,7 @@ def make_twin(
         )
         table, axes = fit(shares, known, "fit")
         card = CARD.format(base=spec.base_model, space=space, texts=len(texts), found=found)
-        _write(folder, tokenizer, spec, space, table, axes, card)
+        _write(folder, tokenizer, spec, space, table, axes, card, about.terms)
         report = {
             "output": str(output),
             "teacher": teacher,
@@ -146,6 +146,7 @@ def _write(
     table: NDArray[np.float32],
     axes: NDArray[np.float32] | None,
     card: str,
+    terms: Mapping[str, Any],
 ) -> None:
     """Write the run folder of a table, whole or as its product with `axes` and the dense layer that undoes it."""
     dense: tuple[Dense, ...] = ()
@@ -173,4 +174,5 @@ def _write(
         spec=spec,
         dense=[make_dense(one, torch.from_numpy(axes), None) for one in dense],
         card=card,
+        terms=terms,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from encoders.card import read_card
 from encoders.reference import Reference
 from encoders.source import resolve
 from export.proof.proof_texts import parity_texts
@@ -100,6 +101,7 @@ def test_a_character_without_a_token_of_its_own_keeps_what_holds_it(tmp_path: Pa
 @pytest.mark.parametrize(("options", "kept"), [(["--layers", "0", "3"], [0, 3]), (["--depth", "3"], [0, 2, 3])])
 def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options: list[str], kept: list[int]) -> None:
     write_tiny_encoder("bert", tmp_path / "bert", layers=4)
+    (tmp_path / "bert" / "README.md").write_text("---\nlicense: mit\n---\n")
     small, report = shrink(tmp_path / "bert", "--pooling", "mean", *options)
     whole = Reference.load(resolve(str(tmp_path / "bert"), pooling=Pooling.MEAN))
     assert report["layers"] == kept
@@ -109,6 +111,7 @@ def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options:
         for name, value in found.state_dict().items():
             assert (value == layers[number].state_dict()[name]).all()
     assert "taught" in (tmp_path / "small" / "README.md").read_text()
+    assert read_card(tmp_path / "small").terms == {"license": "mit"}
     assert read_encoder(tmp_path / "small").trained_depths == ()
 
 
