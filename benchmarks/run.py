@@ -50,6 +50,7 @@ from benchmarks.workload import Shape, bundle_tokenizer, load_workload
 from mirror_runtime.bundle import TOKENIZER_FILE, EngineName, Pooling, Precision, read_manifest
 from mirror_runtime.cli.run import application, run_command, truncations_counted_elsewhere
 from mirror_runtime.errors import InputError
+from mirror_runtime.pairs import check_has_vectors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +117,7 @@ def run(
     known = {PERF_ANALYZER, *(spec.name for spec in PEERS)}
     environments = Environments(given=parse_environments(peer_env or [], "--peer-env", known), folder=env_dir)
     manifest = read_manifest(bundle)
+    check_has_vectors(manifest.encoder)
     tokenizer = bundle_tokenizer(bundle / TOKENIZER_FILE, manifest.encoder.max_tokens)
     sets = read_evaluation_sets(sts or (), words or (), quick=quick) if Suite.QUALITY in suites else ()
     with tempfile.TemporaryDirectory(prefix="mirror-bench-") as scratch:

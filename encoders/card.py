@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ RUN_MARK = "<!-- about the files of this run from here on -->"
 
 TERMS = ("license", "license_name", "license_link", "language")
 """Keys of a card's front matter that hold for an encoder made from this one."""
+
+FRONT_MATTER = re.compile(r"\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +41,18 @@ class Card:
 def read_card(folder: Path) -> Card:
     """Read an encoder's card. A card that is missing or cannot be read is empty: it decides no vector."""
     try:
-        text = (folder / CARD_FILE).read_text(encoding="utf-8")
+        text = (folder / CARD_FILE).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return Card()
     except (OSError, UnicodeDecodeError) as error:
         log.warning("%s cannot be read, so its license is not passed on: %s", folder / CARD_FILE, error)
         return Card()
-    if not text.startswith("---\n"):
+    found = FRONT_MATTER.match(text)
+    if found is None:
         return Card(body=text)
-    front, end, body = text.removeprefix("---\n").partition("\n---\n")
+    body = text[found.end() :]
     try:
-        values = yaml.safe_load(front) if end else None
+        values = yaml.load(found[1], yaml.BaseLoader)  # texts only: Norwegian, `no`, is not false
     except yaml.YAMLError as error:
         log.warning("%s: its front matter is not YAML, so its license is not passed on: %s", folder / CARD_FILE, error)
         return Card(body=body)

@@ -47,6 +47,8 @@ def read_choices(path: str) -> Choices | None:
     for number, fields in rows:
         if not all(field.strip() for field in fields[:columns]):
             raise InputError(f"{file}, line {number}: expected {columns} columns with TABs between, none empty")
+        if kind == TURNEY and not set(fields[2].split("|")) - set(fields[0].split()):
+            raise InputError(f"{file}, line {number}: every distractor is a word of {fields[0].strip()!r} itself")
     texts = [[field.strip() for field in fields] for _, fields in rows]
     if kind == TURNEY:
         wrong = tuple(tuple(fields[2].split("|")) for fields in texts)

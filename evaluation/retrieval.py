@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from evaluation.statistics import Bootstrap, Result
 from evaluation.vectors import DECIMALS, ROWS, Encode, unit_vectors
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.tokenizer import validate_text
 
 CUT, DEEP = 10, 100
 """Ranks that nDCG and MRR, and recall, look at."""
@@ -46,14 +47,18 @@ def read_retrieval(path: str, split: str = "test") -> Retrieval:
         InputError: a file is missing, empty or malformed, or a judgement names an id that does not exist.
     """
     folder = Path(path)
-    corpus = dict(_records(folder / "corpus.jsonl"))
-    queries = dict(_records(folder / "queries.jsonl"))
+    corpus, queries = (_records(folder / f"{name}.jsonl") for name in ("corpus", "queries"))
     rows = {name: i for i, name in enumerate(corpus)}
     judged: dict[str, dict[int, int]] = {}
     qrels = folder / "qrels" / f"{split}.tsv"
-    for number, fields in read_rows(qrels)[1:]:
+    for row, (number, fields) in enumerate(read_rows(qrels)):
         where = f"{qrels}, line {number}"
-        if len(fields) != 3 or not re.fullmatch("-?[0-9]+", fields[2].strip()):
+        graded = len(fields) == 3 and re.fullmatch("-?[0-9]+", fields[2].strip())
+        if row == 0:
+            if graded:
+                raise InputError(f"{where}: a judgement in place of the header query-id<TAB>corpus-id<TAB>score")
+            continue
+        if not graded:
             raise InputError(f"{where}: expected query id, document id and a whole number, with TABs between")
         query, document, grade = fields[0], fields[1], int(fields[2])
         for name, known, what in ((query, queries, "query"), (document, rows, "document")):
@@ -131,19 +136,26 @@ def _weighted(counts: Any) -> Any:
     return counts
 
 
-def _records(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield id and text of each line; a title comes before the text."""
+def _records(path: Path) -> dict[str, str]:
+    """Return the texts of a file's lines by id; a title comes before the text."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from error
-    if not any(line.strip() for line in lines):
-        raise InputError(f"{path} is empty: it must have a JSON object with _id and text in each line")
+    found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-            yield str(value["_id"]), f"{value.get('title') or ''} {value['text']}".strip()
+            name, title, text = str(value["_id"]), value.get("title") or "", value["text"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: expected a JSON object with _id and text") from error
+        if error := validate_text(0, title) or validate_text(0, text):
+            raise InputError(f"{path}, line {number}: the text {error.reason}")
+        if name in found:
+            raise InputError(f"{path}, line {number}: a second text with _id {name!r}: ids must differ")
+        found[name] = f"{title} {text}".strip()
+    if not any(re.search(r"\w", text) for text in found.values()):
+        raise InputError(f"{path} has no words: it must have a JSON object with _id and text in each line")
+    return found

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.vectors import Encode
-from mirror_runtime.bundle import MANIFEST_FILE, EncoderSpec
+from mirror_runtime.bundle import MANIFEST_FILE, EncoderSpec, read_manifest
 from mirror_runtime.client import Client
 from mirror_runtime.client.protocol import MODEL_NAME
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.endpoint import Endpoint
+from mirror_runtime.pairs import check_has_vectors
 from mirror_runtime.vectors import Vectors, components
 
 TRITON, HTTP = "triton://", ("http://", "https://")
@@ -54,6 +55,7 @@ def open_served(name: str, around: ExitStack) -> tuple[Encode, EncoderSpec | Non
     if (bundle := bundle_of(name)) is None:
         return None
     folder, precision = bundle
+    check_has_vectors(read_manifest(Path(folder)).encoder)
     encoder = around.enter_context(Encoder.load(folder, precision=precision))
     return partial(_components, encoder), encoder.spec
 

@@ -23,6 +23,7 @@ from mirror_runtime.cli.options import ColumnOption
 from mirror_runtime.cli.run import application, print_json, run_command, truncations_counted_elsewhere
 from mirror_runtime.corpus.corpus import open_corpus
 from mirror_runtime.errors import InputError
+from mirror_runtime.tokenizer import validate_text
 
 if TYPE_CHECKING:
     from export.tradeoff.build import OnProgress
@@ -135,9 +136,9 @@ def _read(names: Sequence[str], column: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for row in open_corpus(names, column).rows():
         text = row.values[0]
-        if not isinstance(text, str):
-            raise InputError(f"{row.where}: is {type(text).__name__}, not text")
-        found[" ".join(text.split())] = None
+        if error := validate_text(0, text):
+            raise InputError(f"{row.where}: {error.reason}")
+        found[" ".join(str(text).split())] = None
     return tuple(filter(None, found))
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from export.bundle.card import summary
 from export.proof.proof_texts import read_texts
 from export.tensorrt.builder import HARDWARE, trtexec_line
-from mirror_runtime.bundle import EngineName, Layout, Precision
+from mirror_runtime.bundle import EngineName, Layout, Precision, read_manifest
 from mirror_runtime.cli.options import BundleArgument, ProofTextsOption
 from mirror_runtime.cli.run import application, print_json, run_command, timestamped_lines
 from mirror_runtime.errors import EngineError, InputError
@@ -94,6 +94,8 @@ def run(
         raise InputError("--check and --script exclude each other")
     if ragged and (padded or script is not None or engine is not Target.TENSORRT):
         raise InputError("--ragged is for packed plans that are built on this machine")
+    if read_manifest(bundle).encoder.scores_pairs:
+        raise EngineError(f"{bundle} is a reranker, which is proven on CPUs only: serve it as it is")
     layout = Layout.PADDED if padded else Layout.PACKED
     if check:
         _check(bundle, layout)

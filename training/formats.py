@@ -12,6 +12,7 @@ from mirror_runtime.corpus.corpus import find_files
 from mirror_runtime.corpus.files import STDIN, CorpusFile, Format, suffix_of
 from mirror_runtime.errors import InputError
 from mirror_runtime.extras import require
+from mirror_runtime.tokenizer import validate_text
 from training.labels import COLUMNS, Labels
 
 HUB = "hf:"
@@ -138,4 +139,6 @@ def _text(where: str, column: str, value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"{where}: column {column!r} holds a {type(value).__name__}, expected text")
+    if error := validate_text(0, value):
+        raise InputError(f"{where}: column {column!r} {error.reason}")
     return value.strip()

@@ -236,9 +236,9 @@ def _fill(
 
 
 def _check_reranker(request: Request) -> None:
-    """Refuse what is not made for a reranker: a head of vectors, and scales that are measured on single texts."""
-    if request.head_options != HeadOptions():
-        raise InputError("a reranker has one score and no vectors: leave out --whiten, --dim and --vector-type")
+    """Refuse what is not made for a reranker: a head or probes of vectors, and scales measured on single texts."""
+    if request.head_options != HeadOptions() or request.probes:
+        raise InputError("a reranker has one score and no vectors: leave out --whiten, --dim, --vector-type and --own")
     if low := {Precision.INT8, Precision.FP8} & set(request.precisions or ()):
         raise InputError(f"a reranker is not quantised to {min(low).value}: choose fp32, bf16 or fp16")
 

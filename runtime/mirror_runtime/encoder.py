@@ -333,9 +333,10 @@ class Encoder:
         batches = self._pack(tokenized, shape_set)
         packed_at = time.perf_counter()
         if truncated := int(tokenized.truncated.sum()):
+            cure = "" if self.spec.scores_pairs else "; long_texts='chunk' keeps all of them"
             _log.warning(
-                "%d of %d texts are longer than %d tokens and were truncated; long_texts='chunk' keeps all of them",
-                *(truncated, len(texts), self.spec.max_tokens),
+                "%d of %d texts are longer than %d tokens and were truncated%s",
+                *(truncated, len(texts), self.spec.max_tokens, cure),
             )
         self._counters.add(
             texts=len(texts),

@@ -12,6 +12,9 @@ from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, TextError
 from mirror_runtime.tokenizer import Item, LongTexts, Tokenized, Tokenizer, piece_arrays, validate_text
 
+LONGEST_QUERY = 10_000
+"""In characters, of a request to a server: a longer one would be tokenised again for each part of its texts."""
+
 
 def tokenizer_of(folder: Path, spec: EncoderSpec, long_texts: LongTexts) -> Tokenizer | PairTokenizer:
     """Load the tokenizer of a bundle or a run folder, for packed rows: of texts, or of pairs for a reranker."""
@@ -33,6 +36,15 @@ def items_for(spec: EncoderSpec, texts: Sequence[str]) -> list[Item]:
 def canary_items(spec: EncoderSpec, texts: Sequence[str]) -> list[Item]:
     """Make inputs of a bundle's canaries; a reranker scores each as an answer to the first."""
     return [(texts[0], text) for text in texts] if spec.scores_pairs else list(texts)
+
+
+def check_has_vectors(spec: EncoderSpec) -> None:
+    """Refuse a reranker, by an `InputError`, where vectors of texts are needed."""
+    if spec.scores_pairs:
+        raise InputError(
+            f"{spec.base_model} is a reranker, which scores pairs and has no vectors: load it with "
+            "mirror_runtime.Reranker, or serve it with mirror gateway"
+        )
 
 
 def validate_pair(index: int, pair: object) -> TextError | None:

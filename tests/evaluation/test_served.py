@@ -111,6 +111,11 @@ def test_an_endpoint_of_several_models_or_none_is_one_clear_error():
         opened(url, TEXTS)
 
 
+def test_a_reranker_has_nothing_to_measure(reranker_bundle):
+    with ExitStack() as around, pytest.raises(InputError, match="is a reranker, which scores pairs and has no vectors"):
+        open_served(f"{reranker_bundle}:fp32", around)
+
+
 def test_other_names_are_left_to_the_reference(tmp_path):
     with ExitStack() as around:
         assert open_served(str(tmp_path), around) is None

@@ -253,6 +253,7 @@ def test_documents_have_a_probe_of_their_own_and_too_few_texts_none():
         ("comma.csv", ["label,text", "pos,good, very"], "line 2: 3 fields where .* or quote texts that hold"),
         ("turney.tsv", ["bigram\tanswer\twrong", "a b\tc"], "line 2: 2 fields where the header has 3"),
         ("turney.tsv", ["bigram\tanswer", "a b\tc"], "line 1: expected 3 columns"),
+        ("turney.tsv", ["bigram\tanswer\twrong", "a b\tc\tb|a"], "line 2: every distractor is a word of 'a b' itself"),
         ("names.tsv", ["name\tsynonym", "a\tb\tc"], "line 2: 3 fields where the header has 2"),
         ("names.tsv", ["name\tsynonym", "a\t "], "line 2: expected 2 columns"),
         ("bias.tsv", ["word\tlist", "a\tb"], "line 1: expected the header list<TAB>text"),

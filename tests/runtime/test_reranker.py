@@ -74,7 +74,9 @@ def test_ranks_are_those_of_the_raw_scores(reranker):
         reranker.scores(QUERY, "text")
 
 
-def test_a_bad_pair_harms_no_other(reranker):
+def test_a_bad_pair_harms_no_other_and_a_long_one_is_told_no_cure_that_there_is_not(reranker, caplog):
+    assert reranker.encoder.encode_detailed([(QUERY, "long " * 90)]).truncated.all()
+    assert "1 of 1 texts are longer than 64 tokens and were truncated" in caplog.text
     items: list[object] = [(QUERY, "a"), "text", (QUERY, 3), ("\ud800", "a"), (QUERY, "b", "c"), (QUERY, "b")]
     result = reranker.encoder.encode_detailed(items)
     assert {at: error.reason[:22] for at, error in result.errors.items()} == {
@@ -84,6 +86,7 @@ def test_a_bad_pair_harms_no_other(reranker):
         4: "is tuple, not a pair: ",
     }
     assert np.array_equal(result.vectors[[0, 5], 0], reranker.scores(QUERY, ["a", "b"], raw=True))
+    assert "chunk" not in caplog.text
     with pytest.raises(TextError, match="text 1: is NoneType"):
         reranker.scores(QUERY, ["a", None])
 

@@ -91,6 +91,7 @@ def test_json_lines_are_objects_or_strings(tmp_path: Path) -> None:
         ("text.jsonl", "[1]", "line 2: column 'text' holds a list, expected text"),
         ("text.jsonl", '{"body": "x"}', "line 2: no column 'text', only 'body'. Name the right one with --column"),
         ("text.jsonl", '{"text": 7}', "line 2: column 'text' holds a int, expected text"),
+        ("text.jsonl", '{"text": "\\ud800"}', "line 2: column 'text' contains a lone surrogate at character 0"),
         ("pairs.tsv", "no tab here", "line 2: a pair is two texts .* this line has 0 TABs"),
         ("pairs.tsv", "a\tb\tc", "this line has 2 TABs"),
         ("pairs.tsv", "a\t", "this line has 1 TABs"),

@@ -111,8 +111,8 @@ def test_layers_are_those_that_were_chosen(tmp_path: Path, shrink: Any, options:
         for name, value in found.state_dict().items():
             assert (value == layers[number].state_dict()[name]).all()
     assert "taught" in (tmp_path / "small" / "README.md").read_text()
-    assert read_encoder(tmp_path / "small").trained_depths == ()
     assert read_card(tmp_path / "small").terms == {"license": "mit"}
+    assert read_encoder(tmp_path / "small").trained_depths == ()
 
 
 def test_an_encoder_that_is_not_read_as_it_was_written_is_refused(tiny_encoder, tmp_path, monkeypatch, capsys) -> None:

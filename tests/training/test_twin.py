@@ -64,10 +64,12 @@ def test_a_twin_lies_in_its_teachers_space_and_names_it_from_bundle_or_folder_al
     folder = shutil.copytree(tiny_bundle, tmp_path / "folder", ignore=shutil.ignore_patterns(MANIFEST_FILE))
     space = read_manifest(tiny_bundle).fingerprint
     assert load_teacher(str(folder))[1] == space, "the folder's fingerprint is the one that its bundle has"
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     options = [str(tiny_bundle), "--corpus", str(corpus)]
     assert main([*options, "--output", str(tmp_path / "a")]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert main([*options, "--output", str(tmp_path / "b"), "--dimensions", "16"]) == 0
+    assert main([str(folder), *options[1:], "--output", str(tmp_path / "b"), "--dimensions", "16"]) == 0
+    assert read_card(tmp_path / "b").terms == {"license": "mit"}
     teacher, texts = Reference.load(resolve(str(folder))), corpus.read_text().splitlines()
     for name, cosine in (("a", 0.9), ("b", 0.85)):
         spec = read_encoder(tmp_path / name)

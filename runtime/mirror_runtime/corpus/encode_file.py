@@ -30,6 +30,7 @@ from mirror_runtime.corpus.sinks import Sink, check_sink
 from mirror_runtime.encoder import WINDOW, Encoded, Encoder
 from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
+from mirror_runtime.pairs import check_has_vectors
 from mirror_runtime.strict_json import parse_json, short
 from mirror_runtime.vectors import dtype_of, width_of
 
@@ -81,10 +82,11 @@ def encode_file(
         The final counts.
 
     Raises:
-        InputError: a row cannot be read or encoded; another process writes the same output; or an earlier, unfinished
-            run has another input or other settings.
+        InputError: the encoder is a reranker; a row cannot be read or encoded; another process writes the same output;
+            or an earlier, unfinished run has another input or other settings.
         EngineError: the engine failed. The vectors so far stay, and the next run resumes there.
     """
+    check_has_vectors(encoder.spec)
     output = _checked(output, source)
     skips = bad_texts is BadTexts.SKIP
     sink = check_sink(output, encoder.spec, source.keep, skips=skips)

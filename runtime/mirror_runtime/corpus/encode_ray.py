@@ -24,6 +24,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
 from mirror_runtime.folders import locked_folder, replace_file
+from mirror_runtime.pairs import check_has_vectors
 from mirror_runtime.strict_json import read_object
 
 SHARD_ROWS = 65_536
@@ -119,7 +120,7 @@ def encode_with_ray(
     """
     ray = require("ray", "ray")
     require("ray.data", "ray")
-    read_manifest(bundle)  # report an invalid bundle here, not from a worker
+    check_has_vectors(read_manifest(bundle).encoder)  # an invalid bundle is reported here too, not from a worker
     if output.exists():
         raise InputError(f"{output} exists: remove it or choose another output")
     source.check_output(output)

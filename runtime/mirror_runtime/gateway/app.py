@@ -117,12 +117,14 @@ def make_app(service: GatewayService) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.router.route_class = json_route(service.settings.max_batch, service.settings.max_body_bytes)
+    reranks = service.backend.card.scores_pairs
+    strings = (2 if reranks else 1) * service.settings.max_batch  # a document may be an object with a text
+    app.router.route_class = json_route(strings, service.settings.max_body_bytes)
     # Document that a key is required. The middleware has checked it already.
     keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
-    (_add_rerank_routes if service.backend.card.scores_pairs else _add_embedding_routes)(app, service, keyed)
+    (_add_rerank_routes if reranks else _add_embedding_routes)(app, service, keyed)
     _add_information_routes(app, service, keyed)
-    _add_error_handlers(app, HERE_RERANKER if service.backend.card.scores_pairs else HERE)
+    _add_error_handlers(app, HERE_RERANKER if reranks else HERE)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     inner: ASGIApp = UsualPaths(Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES))
     if not service.settings.cors:

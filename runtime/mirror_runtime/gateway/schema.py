@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import PydanticCustomError
 
 from mirror_runtime.gateway.errors import Refusal, printable
+from mirror_runtime.pairs import LONGEST_QUERY
 from mirror_runtime.tokenizer import validate_text
 
 
@@ -140,7 +141,9 @@ class SimilarityRequest(BaseModel):
     parameters: dict[str, None] | None = Field(None, description="Accepted if empty.")
 
 
-Query = Annotated[str, BeforeValidator(_texts), Field(description="What the texts are scored against.")]
+Query = Annotated[
+    str, Field(max_length=LONGEST_QUERY, description="What the texts are scored against."), BeforeValidator(_texts)
+]
 
 
 class RerankRequest(_Body):

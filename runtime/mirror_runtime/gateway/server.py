@@ -27,6 +27,10 @@ _BACKLOG = 2048
 _ACCEPTS = 4
 """Connections accepted at once. asyncio takes as many as the backlog before it closes one that is too many."""
 
+VECTOR_PATHS = (("OpenAI", "/v1"), ("TEI", "/embed"))
+RERANK_PATHS = (("Cohere", "/v2/rerank"), ("TEI", "/rerank"))
+"""What clients of each API call, for the operator."""
+
 _LAST_REQUESTS_S = 0.2
 
 _FILES = 48
@@ -80,8 +84,8 @@ def run(
 
     def announce() -> None:
         on_progress(f"serving {settings.model!r} ({card.engine} {card.precision}, {card.backend}); Ctrl-C stops it")
-        on_progress(f"OpenAI   {url}/v1")
-        on_progress(f"TEI      {url}/embed")
+        for api, path in RERANK_PATHS if card.scores_pairs else VECTOR_PATHS:
+            on_progress(f"{api:8} {url}{path}")
         on_progress(f"more     {url}/docs, /info, /health, /metrics")
         if not is_loopback(host) and not settings.keys:
             on_progress(f"no API key is set: anyone who reaches {host}:{port} is served")

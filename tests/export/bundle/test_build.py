@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from encoders.reference import Reference
 from encoders.source import resolve
+from evaluation.probes import Probe
 from export.bundle import build as building
 from export.bundle.build import Request, build
 from export.bundle.head_options import HeadOptions
@@ -237,6 +238,7 @@ def test_a_cross_encoder_becomes_a_reranker_whose_packed_scores_are_pytorchs(cro
     [
         ({"precisions": (Precision.INT8,)}, "not quantised to int8"),
         ({"head_options": HeadOptions(dim=1)}, "one score and no vectors"),
+        ({"probes": (Probe(name="content", questions=("a",), answers=("b",)),)}, "leave out .* and --own"),
     ],
 )
 def test_what_a_reranker_has_not_is_refused(cross_encoder, tmp_path, changes, problem):

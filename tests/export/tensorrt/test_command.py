@@ -63,6 +63,13 @@ def run(*arguments: object) -> int:
     return to_tensorrt.main([str(argument) for argument in arguments])
 
 
+def test_a_reranker_is_refused_by_every_way(reranker_bundle, tmp_path, capsys):
+    for options in ((), ("--check",), ("--script", tmp_path / "script"), ("--engine", "onnxruntime-cuda")):
+        assert run(reranker_bundle, *options) == 2
+        assert "is a reranker, which is proven on CPUs only" in capsys.readouterr().err
+    assert not (tmp_path / "script").exists()
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_plan_is_built_proven_added_and_served(monkeypatch, bundle, texts, tmp_path, capsys, version):
     gpu = with_gpu(monkeypatch, bundle, version=version)

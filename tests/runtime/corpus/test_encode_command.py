@@ -52,6 +52,13 @@ def test_parquet_holds_vectors_token_counts_and_truncation_and_an_empty_file_no_
     assert np.load(tmp_path / "out.npy").shape == (0, 8)
 
 
+def test_a_reranker_is_refused_once_and_before_anything_is_written(reranker_bundle, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    assert main(arguments(reranker_bundle, tmp_path / "in.txt", tmp_path / "out.npy", "--bad-texts", "zero")) == 2
+    assert "fake is a reranker, which scores pairs and has no vectors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
 @pytest.mark.process
 def test_a_run_resumed_after_a_kill_writes_the_array_of_an_uninterrupted_run(bundle, tmp_path, capsys):
     corpus = tmp_path / "in.txt"

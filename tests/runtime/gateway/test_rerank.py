@@ -1,8 +1,15 @@
 """The gateway's routes for a reranker, in the shapes of TEI and of Cohere."""
 
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 
+from mirror_runtime.gateway import server
 from mirror_runtime.reranker import Reranker
 from tests.support import gateways
 
@@ -47,6 +54,7 @@ def test_coheres_answer_has_the_best_documents(gateway, version):
         ("/rerank", {"query": QUERY, "texts": []}, 422, "at least one text"),
         ("/rerank", {"query": QUERY, "texts": ["a"], "top_n": 1}, 422, "top_n"),
         ("/rerank", {"texts": ["a"]}, 422, "query"),
+        ("/rerank", {"query": "a" * 10_001, "texts": ["a"]}, 422, "at most 10000 characters"),
         ("/rerank", {"query": QUERY, "texts": TEXTS, "truncate": False}, 413, "text 2 has"),
         ("/v2/rerank", {"query": QUERY, "documents": ["a"], "model": "other"}, 404, "the model here is 'mini'"),
         ("/v2/rerank", {"query": QUERY, "documents": ["a", "\ud800"]}, 400, "text 1: contains a lone surrogate"),
@@ -57,6 +65,57 @@ def test_coheres_answer_has_the_best_documents(gateway, version):
 def test_what_cannot_be_is_refused_by_name(gateway, path, body, status, message):
     reply = gateway.send("POST", path, body)
     assert (reply.status, message in reply.error["message"]) == (status, True), reply.body
+
+
+def test_as_many_documents_are_objects_as_texts_are_allowed(gateway):
+    documents = [{"text": f"a document of more than thirty letters {i}"} for i in range(2048)]
+    reply = gateway.send("POST", "/v2/rerank", {"query": QUERY, "documents": documents, "top_n": 1})
+    assert reply.status == 200, reply.body
+
+
+PAGE = """
+const [origin, page] = process.argv.slice(1), nodes = {}, ask = fetch;
+const made = () => ({ inside: [], append(...x) { this.inside.push(...x); }, replaceChildren(...x) { this.inside = x; },
+  addEventListener(_, work) { this.submit = work; }, textContent: "", value: "" });
+globalThis.document = { getElementById: (id) => nodes[id] ??= made(), createElement: made };
+globalThis.location = { pathname: "/" };
+globalThis.fetch = (path, options) => ask(origin + path, options);
+(0, eval)(page);
+document.getElementById("query").value = "delete a folder";
+document.getElementById("lines").value = "remove a directory\\na cat\\n";
+const text = (node) => node.textContent + (node.inside ?? []).map(text).join(" ");
+const drawn = setInterval(async () => {
+  if (!nodes.document?.inside.length) return;
+  clearInterval(drawn);
+  await nodes.search.submit({ preventDefault() {} });
+  console.log(JSON.stringify([nodes.compare.hidden, nodes.found.inside.map(text).join()]));
+}, 5);
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("kind", ["reranker", "encoder"])
+def test_the_page_ranks_lines_and_compares_texts_only_where_there_are_vectors(gateway, gateway_bundle, kind):
+    with contextlib.ExitStack() as around:
+        served = gateway if kind == "reranker" else around.enter_context(gateways.running(gateway_bundle))
+        (script,) = re.findall(r"<script>(.*)</script>", served.send("GET", "/").body.decode(), re.DOTALL)
+        ran = subprocess.run(["node", "-e", PAGE, served.url, script], capture_output=True, text=True, check=True)
+        hidden, found = json.loads(ran.stdout)
+    assert hidden == (kind == "reranker")
+    assert found.split()[0] == ("score" if hidden else "cosine")
+    assert {"remove a directory", "a cat"} <= {line.strip() for line in re.split(r"-?\d\.\d{4}", found)}
+
+
+def test_the_operator_is_told_the_routes_that_there_are(gateway, gateway_bundle, monkeypatch):
+    told: list[str] = []
+    with gateways.running(gateway_bundle) as other, monkeypatch.context() as patched:
+        patched.setattr(server.GatewayServer, "run", lambda self, _: self._on_started())
+        for served in (gateway, other):
+            with server.listen("127.0.0.1", 0) as listener:
+                server.run(served.service.backend, served.service.settings, listener, on_progress=told.append)
+    paths = [path for line in told for path in re.findall(r"^(?!more).* http://127.0.0.1:\d+(/.*)", line)]
+    assert paths == ["/v2/rerank", "/rerank", "/v1", "/embed"]
 
 
 def test_health_and_facts_work_and_an_encoders_gateway_does_not_rerank(gateway, gateway_bundle):

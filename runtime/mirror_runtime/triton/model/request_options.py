@@ -9,14 +9,14 @@ from typing import Any
 
 from mirror_runtime.bundle import EncoderSpec, VectorType
 from mirror_runtime.errors import InputError
+from mirror_runtime.pairs import LONGEST_QUERY
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.twins import Speed
 from mirror_runtime.vectors import check_cuts
 
 KNOWN = ("dimensions", "prompt", "query", "speed", "truncate")
 LONGEST_PROMPT = 1000
-LONGEST_QUERY = 10_000
-"""In characters. The prompt is tokenised with every text of the request, a query once."""
+"""In characters. The prompt is tokenised with every text of the request."""
 
 _LONGEST_QUOTE = 60
 
