@@ -21,6 +21,7 @@ from mirror_runtime.errors import (
 from mirror_runtime.reranker import Ranked, Reranker
 from mirror_runtime.stats import Stats
 from mirror_runtime.tokenizer import LongTexts
+from mirror_runtime.vector_cache import CacheStats, VectorCache
 
 if TYPE_CHECKING:
     from mirror_runtime.async_encoder import AsyncEncoder, AsyncStats
@@ -31,6 +32,7 @@ __all__ = [
     "AsyncEncoder",
     "AsyncStats",
     "BundleError",
+    "CacheStats",
     "Encoded",
     "Encoder",
     "EngineError",
@@ -45,6 +47,7 @@ __all__ = [
     "ServerError",
     "Stats",
     "TextError",
+    "VectorCache",
     "__version__",
 ]
 

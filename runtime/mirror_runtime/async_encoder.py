@@ -194,6 +194,13 @@ class AsyncEncoder:
         """
         if isinstance(texts, (str, bytes)):
             raise InputError(f"texts is one {type(texts).__name__}: pass a list, such as [text]")
+        if self._encoder.cached is None:
+            return await self.compute(texts)
+        looked_up = self._encoder.cached.look_up(texts)
+        return looked_up.complete(await self.compute(looked_up.missing))
+
+    async def compute(self, texts: Sequence[object]) -> Encoded:
+        """Do as `encode_detailed`, without the vector cache."""
         loop = self._own_loop()
         count, spec = len(texts), self._encoder.spec
         call = _Call(

@@ -41,7 +41,8 @@ from mirror_runtime.selection import AUTO
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.twins import Speed, TwinEncoder, check_speed
-from mirror_runtime.vectors import Vectors, components, dtype_of, round_vectors, rows_not_finite, unit_rows, width_of
+from mirror_runtime.vector_cache import CachedVectors, VectorCache
+from mirror_runtime.vectors import Vectors, dtype_of, join_parts, rows_not_finite, width_of
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Encoder:
         engine: the loaded engine; its `name` and `precision` are those requested, or those that "auto" chose.
         decision: why this engine runs, and with which row lengths.
         prompts: the encoder's prompts, by name.
+        cached: its part of a vector cache; None without one.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Encoder:
         self._counters = Counters()
         self._lifetime = Lifetime(engine)
         self._twin = twin
+        self.cached: CachedVectors | None = None
 
     @classmethod
     def load(
@@ -91,6 +94,7 @@ class Encoder:
         plan: str | Path | None = AUTO,
         cache_dir: str | Path | None = AUTO_CACHE,
         invariant: bool = False,
+        vector_cache: VectorCache | None = None,
     ) -> Encoder:
         """Load a bundle.
 
@@ -110,11 +114,14 @@ class Encoder:
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
             invariant: make a text's vector equal to the bit whatever else is encoded, on ONNX Runtime or OpenVINO on a
                 CPU: one text a row, in batches of one shape for its length, which are slower; see `packing`.
+            vector_cache: where vectors are kept, so that a text that comes again is not computed again; not used by
+                `encode_stream`. Encoders may share one.
 
         Raises:
             BundleError: the folder is not a bundle, its tokenizer is broken, or its twin is another encoder's.
             EngineError: the engine or precision is unknown, not in the bundle, not installed or not supported here.
-            InputError: `long_texts` is unknown, or the named plan was made for another host or bundle.
+            InputError: `long_texts` is unknown, the named plan was made for another host or bundle, or the cache is too
+                small for one vector.
         """
         folder = local_bundle(bundle)
         try:
@@ -125,14 +132,17 @@ class Encoder:
         manifest = read_manifest(folder)
         twin = TwinEncoder.of(
             folder, manifest, cls.load, engine, precision, streams=streams, long_texts=policy,
-            plan=None if plan is None else AUTO, cache_dir=cache_dir, invariant=invariant,
+            plan=None if plan is None else AUTO, cache_dir=cache_dir, invariant=invariant, vector_cache=vector_cache,
         )  # fmt: skip
         cache = cache_folder(cache_dir)
         followed = find_plan(plan, cache, manifest.fingerprint) if AUTO in (engine, precision) else None
         decision = decide(manifest, engine, precision, followed)
         if streams is not None:
             decision = replace(decision, streams=streams)
-        return cls._open(folder, manifest, decision, policy, cache, invariant=invariant, twin=twin)
+        cached = None if vector_cache is None else vector_cache.of(manifest, decision, policy, invariant)
+        encoder = cls._open(folder, manifest, decision, policy, cache, invariant=invariant, twin=twin)
+        encoder.cached = cached
+        return encoder
 
     @classmethod
     def of_graph(cls, folder: Path, manifest: Manifest, engine: EngineName, precision: Precision, path: str) -> Encoder:
@@ -266,6 +276,12 @@ class Encoder:
             InputError: `texts` is one string.
             EngineError: the engine failed.
         """
+        if self.cached is None:
+            return self._encode_all(texts)
+        looked_up = self.cached.look_up(list(iterate(texts)))
+        return looked_up.complete(self._encode_all(looked_up.missing))
+
+    def _encode_all(self, texts: Iterable[object]) -> Encoded:
         parts: list[Encoded] = []
         errors: dict[int, TextError] = {}
         at = 0
@@ -370,7 +386,7 @@ class Encoder:
         pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
         for batch, output in zip(window.batches, outputs, strict=True):
             pieces[batch.pieces] = output
-        vectors = self._join(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens))
+        vectors = join_parts(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens), self.spec)
         errors = dict(tokenized.errors)
         for at in rows_not_finite(vectors):
             errors[at] = NotFiniteError(at)
@@ -476,24 +492,3 @@ class Encoder:
             out = self.engine.run(batch.rows)
         self._counters.add(infer_s=time.perf_counter() - began)
         return out.reshape(-1, out.shape[-1])[batch.slots]
-
-    def _join(self, parts: Vectors, part_text: NDArray[np.int64], texts: int) -> Vectors:
-        """Combine the vectors [parts, width] of texts' parts into one vector a text, [texts, width].
-
-        Chunks become their mean, computed on components, normalised if the encoder normalises, in its vector type.
-        """
-        counts = np.bincount(part_text, minlength=texts)
-        if texts == part_text.size and counts.max(initial=1) == 1:
-            return parts
-        vectors = np.zeros((texts, parts.shape[1]), parts.dtype)
-        single = counts[part_text] == 1
-        vectors[part_text[single]] = parts[single]
-        several = np.flatnonzero(counts > 1)
-        if several.size:
-            sums = np.zeros((texts, self.spec.dim), np.float32)
-            np.add.at(sums, part_text[~single], components(parts[~single], self.spec))
-            means = sums[several] / counts[several, None]
-            if self.spec.normalize:
-                means = unit_rows(means)
-            vectors[several] = round_vectors(means, self.spec)
-        return vectors

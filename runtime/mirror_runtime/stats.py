@@ -11,7 +11,7 @@ class Stats:
     """The work of an encoder since it was loaded.
 
     Attributes:
-        texts: texts received.
+        texts: texts received, without those that the vector cache had.
         failed: texts with an error.
         truncated: texts that lost tokens.
         tokens: tokens computed, without padding.

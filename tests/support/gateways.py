@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime import Encoder
+from mirror_runtime import Encoder, VectorCache
 from mirror_runtime.gateway.backends import backends_of
 from mirror_runtime.gateway.metrics import GatewayMetrics
 from mirror_runtime.gateway.server import GatewayServer, listen
@@ -88,9 +88,16 @@ class Gateway:
 
 
 @contextlib.contextmanager
-def running(bundle: Path, *, long_texts: str = "truncate", engine: str = "fake", **settings: Any) -> Iterator[Gateway]:
+def running(
+    bundle: Path,
+    *,
+    long_texts: str = "truncate",
+    engine: str = "fake",
+    vector_cache: VectorCache | None = None,
+    **settings: Any,
+) -> Iterator[Gateway]:
     """Run a gateway on a bundle until the block ends."""
-    encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts)
+    encoder = Encoder.load(bundle, engine=engine, long_texts=long_texts, vector_cache=vector_cache)
     chosen = GatewaySettings(**{"model": MODEL, "drain_s": 0.0, **settings})
     backend, *twins = backends_of(encoder, long_texts=long_texts, max_waiting=4 * chosen.max_in_flight + 1)
     service = GatewayService(backend, chosen, GatewayMetrics(), *twins)

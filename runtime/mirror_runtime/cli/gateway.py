@@ -27,6 +27,7 @@ from mirror_runtime.gateway.settings import GatewaySettings, hosts_allowed_at, r
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.twins import Speed
+from mirror_runtime.vector_cache import VectorCache
 
 LIMITS = GatewaySettings(model="any")
 """The default limits."""
@@ -139,6 +140,15 @@ def gateway(
     streams: StreamsOption = None,
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
     invariant: InvariantOption = False,
+    vector_cache: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="BYTES",
+            help="Keep the vectors of texts asked for last, in so much memory: 1000000000 holds half a million of 384 "
+            "components. Default: none.",
+        ),
+    ] = None,
 ) -> None:
     """Serve embeddings over HTTP as OpenAI's API and Text Embeddings Inference do, until Ctrl-C or SIGTERM.
 
@@ -154,6 +164,8 @@ def gateway(
         raise InputError("pass either a bundle or --triton HOST:PORT")
     if invariant and triton is not None:
         raise InputError("--invariant belongs to the model: pass it to mirror serve, which runs it")
+    if vector_cache is not None and triton is not None:
+        raise InputError("--vector-cache needs the bundle in this process, and not --triton")
     keys = read_keys(api_key_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     backend: EncodingBackend
@@ -162,8 +174,9 @@ def gateway(
     with listen(host, port) as listener, truncations_counted_elsewhere():
         if bundle is not None:
             encoder = Encoder.load(
-                bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts, invariant=invariant
-            )
+                bundle, engine=engine, precision=precision, streams=streams, long_texts=long_texts, invariant=invariant,
+                vector_cache=None if vector_cache is None else VectorCache(vector_cache),
+            )  # fmt: skip
             encoder.warm_up()
             if encoder.has_twin:
                 encoder.at(Speed.FAST).warm_up()

@@ -22,6 +22,7 @@ from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.selection import AUTO
 from mirror_runtime.tokenizer import Item
 from mirror_runtime.twins import Speed
+from mirror_runtime.vector_cache import CachedVectors
 
 _POLL_S = 0.5
 
@@ -53,11 +54,15 @@ class EncodingBackend(Protocol):
     """
 
     card: ModelCard
+    cached: CachedVectors | None
     tokens_at_once: int
     slice_tokens: int
 
     async def encode(self, texts: Sequence[Item]) -> Served:
-        """Encode texts, or pairs of one query; `errors` has the bad ones. Cancelling drops those not yet started."""
+        """Encode texts, or pairs of one query; `errors` has the bad ones. Cancelling drops those not yet started.
+
+        `cached` is not asked: whoever calls does so first, because what it has need not wait for a turn.
+        """
 
     async def aclose(self) -> None:
         """Finish accepted texts and release everything."""
@@ -72,6 +77,7 @@ class InProcessBackend:
         spec = encoder.spec
         _check_vector_type(spec.vector_type)
         self._encoder = encoder
+        self.cached = encoder.cached
         self._async = AsyncEncoder(encoder, max_waiting=max_waiting)
         self.tokens_at_once = (CONCURRENT_BATCHES + 1) * TOKEN_BUDGET * encoder.engine.streams
         self.card = ModelCard(
@@ -92,7 +98,7 @@ class InProcessBackend:
 
     async def encode(self, texts: Sequence[Item]) -> Served:
         """Encode texts, see `EncodingBackend.encode`."""
-        return Served(**vars(await self._async.encode_detailed(texts)), fingerprint=self.card.fingerprint)
+        return Served(**vars(await self._async.compute(texts)), fingerprint=self.card.fingerprint)
 
     async def aclose(self) -> None:
         """Finish accepted texts and close the encoder."""
@@ -109,6 +115,7 @@ def backends_of(encoder: Encoder, *, long_texts: str, max_waiting: int) -> list[
 class TritonBackend:
     """A model on a Triton server. A replaced model is noticed at its first answer."""
 
+    cached = None
     tokens_at_once = 4 * BATCH_TOKENS  # requests of one call that the client has under way
     slice_tokens = 1024  # a millisecond's work for the gateway
 

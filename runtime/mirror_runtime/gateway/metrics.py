@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from mirror_runtime.gateway.backends import ModelCard
+from mirror_runtime.vector_cache import VectorCache
 
 __all__ = ["CONTENT_TYPE", "GatewayMetrics"]
 
@@ -57,7 +62,24 @@ class GatewayMetrics:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
+    def show_cache(self, cache: VectorCache) -> None:
+        """Show a cache's counters, too."""
+        self.registry.register(_CacheMetrics(cache))
+
     def page(self, card: ModelCard) -> bytes:
         """Render the page that Prometheus scrapes."""
         self._info.info({"fingerprint": card.fingerprint, "engine": card.engine, "precision": card.precision})
         return generate_latest(self.registry)
+
+
+class _CacheMetrics(Collector):
+    def __init__(self, cache: VectorCache) -> None:
+        self._cache = cache
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the counters of the cache, once for each page."""
+        now, name = self._cache.stats, "mirror_gateway_cache"
+        yield CounterMetricFamily(f"{name}_hits", "Texts that the vector cache had.", now.hits)
+        yield CounterMetricFamily(f"{name}_misses", "Texts that it had not.", now.misses)
+        yield GaugeMetricFamily(f"{name}_entries", "Vectors in it.", now.entries)
+        yield GaugeMetricFamily(f"{name}_bytes", "What they take.", now.bytes)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class GatewayService:
         self.metrics = metrics
         self.draining = False
         self.scheduler = Scheduler(backend, settings.max_in_flight)
+        if backend.cached is not None:
+            metrics.show_cache(backend.cached.cache)
         self.twin = twin
         self._twin_scheduler = None if twin is None else Scheduler(twin, settings.max_in_flight)
         self._outcome_at = -FRESH_S
@@ -100,11 +102,8 @@ class GatewayService:
         try:
             self._check(len(texts), dimensions, normalize)
             with self._counted(len(texts)):
-                scheduler = self.scheduler if self.at(speed) is self.backend else self._twin_scheduler
-                assert scheduler is not None
-                served = await scheduler.encode([f"{prompt}{text}" for text in texts] if prompt else texts, caller)
-                _check_finite(served)
-                self._record_outcome(None)
+                items = [f"{prompt}{text}" for text in texts] if prompt else texts
+                served = await self._encode(self.at(speed), items, caller)
             return self._finish(served, dimensions, normalize, truncate)
         except Exception as error:  # the edge of the service: every failure must become a response
             refusal = refusal_of(error)
@@ -113,6 +112,19 @@ class GatewayService:
                 self._record_outcome(error)
                 _log.error("request %s: %s: %s", REQUEST_ID.get(), type(error).__name__, error)
             raise refusal from error
+
+    async def _encode(self, backend: EncodingBackend, texts: Sequence[Item], caller: str) -> Served:
+        """Encode with a backend what its cache has not: only that waits for a turn."""
+        looked_up = None if backend.cached is None else backend.cached.look_up(texts)
+        if missing := texts if looked_up is None else looked_up.missing:
+            scheduler = self.scheduler if backend is self.backend else self._twin_scheduler
+            assert scheduler is not None
+            served = await scheduler.encode(missing, caller)
+            _check_finite(served)
+            self._record_outcome(None)
+        else:
+            served = await backend.encode([])
+        return served if looked_up is None else replace(served, **vars(looked_up.complete(served)))
 
     @property
     def speeds(self) -> dict[str, str]:

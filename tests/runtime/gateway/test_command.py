@@ -32,16 +32,19 @@ def test_exactly_one_backend_is_required(refused, gateway_bundle):
     assert "pass either a bundle or --triton" in refused()
     assert "pass either a bundle or --triton" in refused(gateway_bundle, "--triton", "127.0.0.1:8001")
     assert "pass it to mirror serve" in refused("--triton", "127.0.0.1:8001", "--invariant")
+    assert "--vector-cache needs the bundle" in refused("--triton", "127.0.0.1:8001", "--vector-cache", 5000)
     assert "protocol is 'pigeon'" in refused("--triton", "h:1", "--triton-protocol", "pigeon", "--port", 0)
 
 
 def test_the_options_of_the_encoder_reach_it(refused, gateway_bundle, monkeypatch):
     def load(_bundle, **options):
-        raise InputError(f"{options['engine']} {options['invariant']}")
+        cache = options["vector_cache"]
+        raise InputError(f"{options['engine']} {options['invariant']} {cache and cache.max_bytes}")
 
     monkeypatch.setattr(Encoder, "load", load)
-    assert "fake True" in refused(gateway_bundle, "--engine", "fake", "--invariant", "--port", 0)
-    assert "fake False" in refused(gateway_bundle, "--engine", "fake", "--port", 0)
+    cached = ("--invariant", "--vector-cache", 5000)
+    assert "fake True 5000" in refused(gateway_bundle, "--engine", "fake", *cached, "--port", 0)
+    assert "fake False None" in refused(gateway_bundle, "--engine", "fake", "--port", 0)
 
 
 def test_impossible_limits_and_int8_vectors_are_refused(refused, gateway_bundle, tmp_path):

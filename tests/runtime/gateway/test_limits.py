@@ -226,6 +226,7 @@ def test_a_draining_gateway_answers_and_closes_its_connections(gated):
 class Hung:
     """A backend that never answers."""
 
+    cached = None
     tokens_at_once = slice_tokens = 1024
     card = ModelCard(
         model=MODEL,
