@@ -77,7 +77,7 @@ def run(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            help="Write the fastest bundle that loses at most so many points of either probe to OUTPUT/chosen: with "
+            help="Write the fastest bundle that loses at most so many points of any figure to OUTPUT/chosen: with "
             "1, 79 of 80 may remain.",
             show_default=False,
         ),

@@ -59,8 +59,7 @@ SPEED_TEXTS, SPEED_CHARACTERS = 1024, 60_000
 """Texts encoded together in each round, and about how long they are together."""
 
 PROBES = (CONTENT, "halves")
-"""Of the probes those that rank encoders as labelled sets do (docs/how-to/evaluate.md); the one that
-loses most decides."""
+"""Of the probes those that rank encoders as labelled sets do (docs/how-to/evaluate.md)."""
 
 OnProgress = Callable[[str, int, int, str], None]
 """Called with a stage, the steps of it that are done, their number, and what is being done."""

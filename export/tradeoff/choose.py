@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from export.tradeoff.measure import Figure, Point, Quality, Speed
 from mirror_runtime.errors import InputError
 
-HEAD = ("candidate", "texts/s", "×", "p50 ms", "worse probe", "change")
+HEAD = ("candidate", "texts/s", "×", "p50 ms", "loses most of", "change")
 """Over `Row.shown`."""
 
 
@@ -22,28 +22,34 @@ class Row:
     ratio: float  # of its rate to that of the encoder's fastest precision
 
     @property
-    def probe(self) -> Figure:
-        """The probe that loses most: one alone may rise where vectors become worse (docs/log.md)."""
-        return min((one for one in self.quality.results if one.task == "probe"), key=lambda one: one.gain)
+    def worst(self) -> Figure:
+        """The figure that loses most: others may rise where vectors become worse (docs/log.md)."""
+        return min(self.quality.results, key=lambda one: one.gain)
+
+    @property
+    def lost(self) -> str:
+        """What that figure is called."""
+        metric = self.worst.metric.partition(",")[0]
+        return metric if self.worst.task == "probe" else f"{self.worst.set} {metric}"
 
     @property
     def loss(self) -> float:
-        """Points of that probe below the encoder."""
-        return -self.probe.gain
+        """Points of that figure below the encoder."""
+        return -self.worst.gain
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The cells that every table has: name, speed, its ratio, time of a text, that probe, its change."""
-        probe, speed = self.probe, self.speed
-        change = f"{probe.gain:+.1f} [{probe.gain_low:+.1f}, {probe.gain_high:+.1f}]"
+        """The cells that every table has: name, speed, its ratio, time of a text, that figure, its change."""
+        worst, speed = self.worst, self.speed
+        change = f"{worst.gain:+.1f} [{worst.gain_low:+.1f}, {worst.gain_high:+.1f}]"
         rates = (f"{speed.texts_per_s:,.0f}", f"{self.ratio:.2f}", f"{speed.p50_ms:.2f}")
-        return self.point.name, *rates, probe.metric.partition(",")[0], change
+        return self.point.name, *rates, self.lost, change
 
     def __str__(self) -> str:
-        name, rate, _, _, metric, _ = self.shown
+        name, rate, *_ = self.shown
         return (
-            f"{name} ({rate} texts/s, {self.loss:.1f} points of {metric} below the encoder "
-            f"[{-self.probe.gain_high:.1f}, {-self.probe.gain_low:.1f}])"
+            f"{name} ({rate} texts/s, {self.loss:.1f} points of {self.lost} below the "
+            f"encoder [{-self.worst.gain_high:.1f}, {-self.worst.gain_low:.1f}])"
         )
 
 

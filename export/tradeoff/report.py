@@ -13,7 +13,7 @@ from mirror_runtime.bundle import to_json
 from mirror_runtime.extras import require
 
 WITHIN = 1.0
-"""Points of the probe that the result in one sentence may lose."""
+"""Points of its worst figure that the result in one sentence may lose."""
 
 INK, MUTED, FRONT = "#1a1a1a", "#9a9a9a", "#0b62a4"
 
@@ -48,7 +48,8 @@ class Front:
         def name(row: Row) -> str:
             return (
                 f"{row.point.name} encodes {row.speed.texts_per_s:,.0f} texts/s, {row.ratio:.1f} times the encoder's "
-                f"{self.best.point.precision.value}, and keeps {_number(row.probe.share)} % of its quality"
+                f"{self.best.point.precision.value}, and keeps {_number(row.worst.share)} % of "
+                f"{row.lost}, which loses most"
             )
 
         more = "" if fastest is close else f"; the fastest of all, {name(fastest)}"
@@ -57,7 +58,7 @@ class Front:
 
 def page(front: Front) -> str:
     """Write the report as Markdown."""
-    facts, probe = front.facts, front.rows[0].probe
+    facts, asked = front.facts, max(one.samples for one in front.rows[0].quality.results if one.task == "probe")
     on_front = pareto(front.rows)
     figures = [f"{one.set}, {one.metric} (% of the encoder's)" for one in front.rows[0].quality.results]
     head = [*HEAD, "top 10", "cosine", *figures, "worst own cosine", "B a vector", "bundle MB", "front"]
@@ -70,8 +71,8 @@ def page(front: Front) -> str:
         "![texts a second against quality](front.png)",
         "",
         f"{facts['texts']:,} texts, of which {facts['held_out']:,} were held out before anything was trained: quality "
-        f"is measured on these ({probe.samples:,} questions; 95 % intervals, changes are paired), by the "
-        "probe that loses most. "
+        f"is measured on these ({asked:,} questions; 95 % intervals, changes are paired) and on "
+        "labelled sets, if any were named; the figure that loses most decides. "
         f"Speeds: {facts['speed_texts']:,} texts, tokenising included, all candidates in turns, medians of "
         f"{facts['rounds']} rounds on {facts['cores']} cores of {facts['cpu']}; × is to the encoder's "
         f"{front.best.point.precision.value}. This run took {facts['seconds'] / 60:.1f} minutes; peak memory "
@@ -164,7 +165,7 @@ def draw(front: Front) -> Any:
         axes.scatter(*_places([front.choice[0]]), s=140, facecolors="none", edgecolors=INK, zorder=3)
     axes.set_xscale("log")
     axes.set_xlabel("texts per second, tokenising included")
-    axes.set_ylabel("points over the encoder on held-out texts, of the probe that loses most")
+    axes.set_ylabel("points over the encoder on held-out texts, of the figure that loses most")
     axes.set_title(f"{front.encoder} on {front.facts['cores']} cores of {front.facts['cpu']}", loc="left", fontsize=10)
     axes.margins(x=0.2, y=0.15)
     axes.grid(alpha=0.25, which="both")
@@ -176,7 +177,7 @@ def draw(front: Front) -> Any:
 
 
 def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    return [row.speed.texts_per_s for row in rows], [row.probe.gain for row in rows]
+    return [row.speed.texts_per_s for row in rows], [row.worst.gain for row in rows]
 
 
 def _label(axes: Any, rows: Sequence[Row], best: Sequence[Row]) -> None:

@@ -55,6 +55,14 @@ ROWS = [row(ENCODER, 100, 80), row("slower", 90, 79), row("half", 200, 79.2), ro
 ROWS += [row("tiny", 900, 60), row("worse", 800, 59)]
 
 
+def test_a_labelled_set_that_loses_more_than_the_probes_decides():
+    probe = ROWS[0].quality.results[-1]
+    labelled = replace(probe, task="retrieval", set="cranfield", metric="nDCG@10", gain=-14.0)
+    lossy = replace(ROWS[2], quality=replace(ROWS[2].quality, results=(probe, labelled)))
+    assert (lossy.loss, lossy.lost) == (14.0, "cranfield nDCG@10")
+    assert choose([ROWS[0], lossy], 1, None)[0] is ROWS[0]
+
+
 def test_the_front_is_what_no_other_beats_and_of_equals_the_shortest():
     assert [one.point.made.candidate.name for one in pareto(ROWS)] == ["tiny", "cut", ENCODER]
 
@@ -89,7 +97,7 @@ def test_no_name_of_the_picture_covers_another_or_a_mark():
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert len(boxes) == 15
     assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-    marks = axes.transData.transform([(one.speed.texts_per_s, one.probe.gain) for one in rows])
+    marks = axes.transData.transform([(one.speed.texts_per_s, one.worst.gain) for one in rows])
     assert not [mark for mark in marks for box in boxes if box.contains(*mark)]
 
 
