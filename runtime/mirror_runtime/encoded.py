@@ -43,6 +43,23 @@ class Encoded:
         return self.vectors
 
 
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Join the results of texts that follow one another: at least one part, which is returned itself if it is alone."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.tokens) for part in parts)]).tolist()
+    return Encoded(
+        vectors=np.concatenate([part.vectors for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        truncated=np.concatenate([part.truncated for part in parts]),
+        errors={
+            at + i: type(error)(at + i, error.reason)
+            for at, part in zip(starts, parts, strict=False)
+            for i, error in part.errors.items()
+        },
+    )
+
+
 @dataclass(frozen=True)
 class PendingWindow:
     """Texts whose batches are queued, running or done: returned by `Encoder.begin`, taken by `Encoder.finish`."""

@@ -29,9 +29,10 @@ from mirror_runtime.bundle import (
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
 from mirror_runtime.encoded import Encoded as Encoded  # re-exported, as is PendingWindow
 from mirror_runtime.encoded import PendingWindow as PendingWindow
+from mirror_runtime.encoded import joined
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
-from mirror_runtime.errors import EngineError, InputError, NotFiniteError, TextError
+from mirror_runtime.errors import EngineError, InputError, NotFiniteError
 from mirror_runtime.hub import local_bundle
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape, with_token_types
 from mirror_runtime.pairs import PairTokenizer, tokenizer_of
@@ -282,23 +283,9 @@ class Encoder:
         return looked_up.complete(self._encode_all(looked_up.missing))
 
     def _encode_all(self, texts: Iterable[object]) -> Encoded:
-        parts: list[Encoded] = []
-        errors: dict[int, TextError] = {}
-        at = 0
-        for part in self.encode_stream(texts):
-            errors.update({at + i: type(error)(at + i, error.reason) for i, error in part.errors.items()})
-            parts.append(part)
-            at += len(part.vectors)
-        if len(parts) == 1:
-            return parts[0]
-        return Encoded(
-            vectors=np.concatenate(
-                [p.vectors for p in parts] or [np.zeros((0, width_of(self.spec)), dtype_of(self.spec))]
-            ),
-            tokens=np.concatenate([p.tokens for p in parts] or [np.zeros(0, np.int64)]),
-            truncated=np.concatenate([p.truncated for p in parts] or [np.zeros(0, np.bool_)]),
-            errors=errors,
-        )
+        none = np.zeros((0, width_of(self.spec)), dtype_of(self.spec))
+        empty = Encoded(vectors=none, tokens=np.zeros(0, np.int64), truncated=np.zeros(0, np.bool_), errors={})
+        return joined(list(self.encode_stream(texts)) or [empty])
 
     def encode_stream(self, texts: Iterable[object], window: int = WINDOW) -> Iterator[Encoded]:
         """Encode an iterable of any length with flat memory.

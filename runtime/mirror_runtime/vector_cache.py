@@ -126,14 +126,14 @@ class CachedVectors:
         hits = [i for i, record in enumerate(records) if record is not None]
         missing = [i for i, record in enumerate(records) if record is None]
         found = np.frombuffer(b"".join(record for record in records if record is not None), self._record)
-        return LookUp(self.cache, keys, hits, found, missing, [texts[i] for i in missing])
+        to_encode = [text for text, record in zip(texts, records, strict=True) if record is None]
+        return LookUp(self.cache, keys, hits, found, missing, to_encode)
 
     def _key(self, item: object) -> bytes | None:
         """Return the digest of the space and a text or pair; None if it is neither."""
-        if self._pairs != isinstance(item, (tuple, list)):
-            return None
-        parts = item if isinstance(item, (tuple, list)) else [item]
-        if len(parts) != 1 + self._pairs or not all(isinstance(part, str) for part in parts):
+        pair = isinstance(item, (tuple, list))
+        parts: Any = item if pair else (item,)
+        if pair != self._pairs or len(parts) != 1 + pair or not all(isinstance(part, str) for part in parts):
             return None
         digest = self._prefix.copy()
         try:
@@ -151,7 +151,7 @@ class LookUp:
 
     _cache: VectorCache
     _keys: Sequence[bytes | None]
-    hits: Sequence[int]
+    _hits: Sequence[int]
     _found: NDArray[Any]
     _missing: Sequence[int]
     missing: Sequence[Any]
@@ -166,7 +166,7 @@ class LookUp:
                 records[key] = data[at * size : (at + 1) * size]
         self._cache.keep(records)
         every = np.empty(len(self._keys), new.dtype)
-        every[self.hits], every[self._missing] = self._found, new
+        every[self._hits], every[self._missing] = self._found, new
         return Encoded(
             vectors=np.ascontiguousarray(every["vectors"]),
             tokens=every["tokens"].copy(),

@@ -4,6 +4,7 @@ import asyncio
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,13 +32,13 @@ def encoders(minilm, tmp_path_factory):
     """Pairs of encoders with and without a cache of six entries, which all share; each option has its own vectors."""
     folder, cache = tmp_path_factory.mktemp("cached"), VectorCache(6 * ENTRY)
     proven = (artifact(EngineName.ONNXRUNTIME, Precision.FP32),)
-    for name, changes in {"one": {}, "other": {}, "twin": {"twin_of": FINGERPRINT}}.items():
-        write_fake_bundle(minilm, folder / name, artifacts=proven, **changes)
+    for name, of in {"one": None, "other": None, "twin": FINGERPRINT}.items():
+        write_fake_bundle(minilm, folder / name, artifacts=proven, twin_of=of)
         if name != "one":
             manifest = read_manifest(folder / name)
             write_json(replace(manifest, fingerprint=f"{name:0<16}"), folder / name / MANIFEST_FILE)
     assert pair([str(folder / "one"), str(folder / "twin")]) == 0
-    variants = [
+    variants: list[dict[str, Any]] = [
         {},
         {"bundle": "other"},
         {"precision": "bf16"},
@@ -54,8 +55,8 @@ def encoders(minilm, tmp_path_factory):
             bundle, speed = folder / options.pop("bundle", "one"), options.pop("speed", "full")
             encoder = Encoder.load(bundle, **options).at(speed)
             encoder.prompts = {"query": "find: "}
-            run = encoder.engine.run
-            encoder.engine.run = lambda rows, run=run, salt=salt: run(rows) + np.float32(salt)
+            engine: Any = encoder.engine
+            engine.run = lambda rows, run=engine.run, salt=salt: run(rows) + np.float32(salt)
             found.append(encoder)
         pairs.append(tuple(found))
     return cache, pairs
@@ -101,7 +102,7 @@ def test_a_text_that_comes_again_is_not_computed_and_the_one_unused_for_longest_
 
 
 def test_a_reranker_does_not_confuse_pairs(reranker_bundle):
-    pairs = [("1,a", "b"), ("1", "a,b"), ("a", "b"), ("ab", ""), ["a", "b"]]
+    pairs: list[Any] = [("1,a", "b"), ("1", "a,b"), ("a", "b"), ("ab", ""), ["a", "b"]]
     with Encoder.load(reranker_bundle, engine="fake") as plain:
         expected = plain.encode(pairs)
     cache = VectorCache(10_000)

@@ -54,15 +54,15 @@ class EncodingBackend(Protocol):
     """
 
     card: ModelCard
-    cached: CachedVectors | None
     tokens_at_once: int
     slice_tokens: int
 
-    async def encode(self, texts: Sequence[Item]) -> Served:
-        """Encode texts, or pairs of one query; `errors` has the bad ones. Cancelling drops those not yet started.
+    @property
+    def cached(self) -> CachedVectors | None:
+        """Its part of a vector cache. `encode` does not ask it: what it has need not wait for a turn."""
 
-        `cached` is not asked: whoever calls does so first, because what it has need not wait for a turn.
-        """
+    async def encode(self, texts: Sequence[Item]) -> Served:
+        """Encode texts, or pairs of one query; `errors` has the bad ones. Cancelling drops those not yet started."""
 
     async def aclose(self) -> None:
         """Finish accepted texts and release everything."""

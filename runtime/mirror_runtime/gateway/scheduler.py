@@ -15,11 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.bulk_room import BulkRoom
 from mirror_runtime.client.exchange import REPLACEMENTS, Served
+from mirror_runtime.encoded import joined
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
 from mirror_runtime.gateway.fair_queue import FairQueue
@@ -92,7 +91,8 @@ class Scheduler:
                 newest = _fingerprint(reversed(parts.values()))
                 parts = {start: part for start, part in parts.items() if part.fingerprint in (None, newest)}
                 if len(parts) == len(slices):
-                    return _joined(parts)
+                    inner = [parts[start] for start in sorted(parts)]
+                    return Served(**vars(joined(inner)) | {"fingerprint": _fingerprint(inner)})
         raise unavailable("backend_unavailable", "the model was replaced again and again: try again later")
 
     def _cut(self, texts: Sequence[Item]) -> Iterator[Slice]:
@@ -180,19 +180,6 @@ class Scheduler:
         """Note that an inference has ended."""
         self._progress_at = time.monotonic()
         self._stuck_s = 0.0
-
-
-def _joined(parts: dict[int, Served]) -> Served:
-    """Put slices, by their first text, into one result."""
-    inner = [parts[start] for start in sorted(parts)]
-    errors = {at + i: type(e)(at + i, e.reason) for at in parts for i, e in parts[at].errors.items()}
-    return Served(
-        vectors=np.concatenate([part.vectors for part in inner]),
-        tokens=np.concatenate([part.tokens for part in inner]),
-        truncated=np.concatenate([part.truncated for part in inner]),
-        errors=errors,
-        fingerprint=_fingerprint(inner),
-    )
 
 
 def _fingerprint(parts: Iterable[Served]) -> str | None:
