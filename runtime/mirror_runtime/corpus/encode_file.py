@@ -27,6 +27,7 @@ from mirror_runtime.corpus.corpus import BadTexts, Corpus, check_errors
 from mirror_runtime.corpus.files import STDIN, Row
 from mirror_runtime.corpus.results import HEADER, RECORD, Results, kept_bytes, kept_errors
 from mirror_runtime.corpus.sinks import Sink, check_sink
+from mirror_runtime.encoded import check_text_vectors
 from mirror_runtime.encoder import WINDOW, Encoded, Encoder
 from mirror_runtime.errors import InputError, TextError
 from mirror_runtime.folders import locked_folder, named_os_errors, replace_file
@@ -85,6 +86,7 @@ def encode_file(
             run has another input or other settings.
         EngineError: the engine failed. The vectors so far stay, and the next run resumes there.
     """
+    check_text_vectors(encoder.spec)
     output = _checked(output, source)
     skips = bad_texts is BadTexts.SKIP
     sink = check_sink(output, encoder.spec, source.keep, skips=skips)

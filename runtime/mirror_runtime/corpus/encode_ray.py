@@ -20,6 +20,7 @@ from mirror_runtime.corpus.corpus import BadTexts, Corpus, Shard, check_errors
 from mirror_runtime.corpus.encode_file import EncodeProgress, encode_rows
 from mirror_runtime.corpus.results import Window
 from mirror_runtime.corpus.sinks import vector_table
+from mirror_runtime.encoded import check_text_vectors
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import EngineError, InputError, MirrorError
 from mirror_runtime.extras import require
@@ -119,7 +120,7 @@ def encode_with_ray(
     """
     ray = require("ray", "ray")
     require("ray.data", "ray")
-    read_manifest(bundle)  # report an invalid bundle here, not from a worker
+    check_text_vectors(read_manifest(bundle).encoder)  # report an invalid bundle here, not from a worker
     if output.exists():
         raise InputError(f"{output} exists: remove it or choose another output")
     source.check_output(output)

@@ -15,11 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from mirror_runtime.async_encoder import estimate_tokens
 from mirror_runtime.bulk_room import BulkRoom
 from mirror_runtime.client.exchange import REPLACEMENTS, Served
+from mirror_runtime.encoded import concatenated
 from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
 from mirror_runtime.gateway.fair_queue import FairQueue
@@ -185,14 +184,7 @@ class Scheduler:
 def _joined(parts: dict[int, Served]) -> Served:
     """Put slices, by their first text, into one result."""
     inner = [parts[start] for start in sorted(parts)]
-    errors = {at + i: type(e)(at + i, e.reason) for at in parts for i, e in parts[at].errors.items()}
-    return Served(
-        vectors=np.concatenate([part.vectors for part in inner]),
-        tokens=np.concatenate([part.tokens for part in inner]),
-        truncated=np.concatenate([part.truncated for part in inner]),
-        errors=errors,
-        fingerprint=_fingerprint(inner),
-    )
+    return Served(**vars(concatenated(inner)) | {"fingerprint": _fingerprint(inner)})
 
 
 def _fingerprint(parts: Iterable[Served]) -> str | None:
