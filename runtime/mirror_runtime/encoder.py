@@ -40,7 +40,7 @@ from mirror_runtime.pairs import PairTokenizer, tokenizer_of
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
-from mirror_runtime.spans import Spans, token_spans
+from mirror_runtime.spans import Spans, check_token_vectors, token_spans
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.twins import Speed, TwinEncoder, check_speed, find_twin, twin_engine
@@ -279,9 +279,10 @@ class Encoder:
             TextError, EngineError: as for `encode`.
             InputError: also where the pooling is another one.
         """
+        check_token_vectors(self.spec)
         prompt = choose_prompt(self.prompts, self.spec.template, name=prompt_name)
         whole = list(prompted(iterate(texts), prompt))
-        return token_spans(self.spec, self.encode_detailed(whole), self._tokenizer, whole, len(prompt))
+        return token_spans(self.encode_detailed(whole), self._tokenizer, whole, len(prompt))
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.

@@ -30,15 +30,20 @@ class Spans:
     offsets: NDArray[np.int64]
 
 
-def token_spans(
-    spec: EncoderSpec, encoded: Encoded, tokenizer: Tokenizer | PairTokenizer, texts: Sequence[object], skip: int
-) -> list[Spans]:
-    """Join the vectors of tokens with their characters after `skip`; raise for the first bad text."""
-    if not spec.per_token or isinstance(tokenizer, PairTokenizer):
+def check_token_vectors(spec: EncoderSpec) -> None:
+    """Raise an `InputError` for an encoder whose tokens have no vectors of their own."""
+    if not spec.per_token:
         raise InputError(
             f"this encoder's pooling is {spec.pooling.value}, which leaves no vectors of tokens: export it with "
             "--pooling tokens"
         )
+
+
+def token_spans(
+    encoded: Encoded, tokenizer: Tokenizer | PairTokenizer, texts: Sequence[object], skip: int
+) -> list[Spans]:
+    """Join the vectors of tokens with their characters after `skip`; raise for the first bad text."""
     encoded.vectors_or_raise()
+    assert isinstance(tokenizer, Tokenizer)  # pairs have no vectors of tokens
     offsets = map(np.concatenate, tokenizer.offsets([str(text) for text in texts], skip))
     return [Spans(*pair) for pair in zip(encoded.by_text(), offsets, strict=True)]
