@@ -42,13 +42,16 @@ def pool(tokens: Tokens, spec: EncoderSpec) -> torch.Tensor:
     """Average layers and pool token vectors into one vector a text, as `Pooling` defines.
 
     Returns:
-        float [batch, width], before dense layers, cut and normalisation.
+        float [batch, width], before dense layers, cut and normalisation. For `tokens` [tokens of the batch, width],
+        text after text, without padding.
 
     Raises:
         ValueError: `mean_padded` with another length than `pad_to`, which would be another vector; or `tokens` lacks
             an input of the pooling.
     """
     hidden = torch.stack([tokens.states[layer] for layer in spec.layers]).mean(dim=0)
+    if spec.per_token:
+        return hidden[tokens.mask.bool()]
     if spec.pooling in (Pooling.CLS, Pooling.RERANK):
         return hidden[:, 0]
     if spec.pooling is Pooling.LAST:

@@ -30,6 +30,7 @@ from encoders.static import load_static_model, load_static_tokenizer, unknown_to
 from encoders.write import SPECIAL_TOKENS
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec, Pooling
 from mirror_runtime.errors import BundleError
+from mirror_runtime.packing import ranges
 from mirror_runtime.pairs import items_for
 from mirror_runtime.tokenizer import Item
 
@@ -81,6 +82,8 @@ class Reference:
         self._check_tokens(spec, name)
 
     def _check_tokens(self, spec: EncoderSpec, name: str) -> None:
+        if spec.per_token and self.is_static:
+            raise BundleError(f"{name} is static: its tokens' vectors are a table, and pooling tokens needs no bundle")
         if spec.pooling is Pooling.MEAN_PADDED and self._hides_from_padding():
             raise BundleError(f"{name} has padding that does not see its text: pooling mean_padded is not supported")
         taken = len(self.tokenizer((spec.template or "").replace("{text}", ""))["input_ids"])
@@ -157,9 +160,16 @@ class Reference:
         Texts longer than `spec.max_tokens` are truncated. Texts of similar length share a batch, which only saves time.
 
         Returns:
-            float32 [n, dim], in the order of the texts: the values that the vector type represents.
+            float32 [n, dim], in the order of the texts: the values that the vector type represents. For `tokens`
+            [tokens of all texts, dim], text after text: see `vector_counts`.
         """
         return self._encode(texts, lambda pooled: rounded(finish(pooled, self.dense, self.spec), self.spec))
+
+    def vector_counts(self, texts: Sequence[Item]) -> NDArray[np.int64]:
+        """Return the number of vectors of each text, [n]: its tokens for pooling `tokens`, else 1."""
+        if not self.spec.per_token:
+            return np.ones(len(texts), np.int64)
+        return np.array([*map(len, self.tokenize([str(text) for text in texts]))], np.int64)
 
     def encode_uncut(self, texts: Sequence[Item]) -> NDArray[np.float32]:
         """Encode texts to float32 [n, width], through the last dense layer: neither cut nor normalised nor rounded."""
@@ -214,7 +224,11 @@ class Reference:
         if not parts:
             return np.zeros((0, self.spec.dim), np.float32)
         vectors = torch.cat(parts).float()  # under bf16 autocast a head may end in bf16, which NumPy does not have
-        array: NDArray[np.float32] = vectors[torch.from_numpy(np.concatenate(order)).argsort()].numpy()
+        done = np.concatenate(order)
+        counts = lengths if self.spec.per_token else np.ones_like(lengths)
+        starts = np.empty_like(counts)
+        starts[done] = np.cumsum(counts[done]) - counts[done]
+        array: NDArray[np.float32] = vectors[torch.from_numpy(ranges(starts, counts))].numpy()
         return array
 
     def _run(self, ids: list[list[int]], types: list[list[int]]) -> Tokens:

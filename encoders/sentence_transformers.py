@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,46 +84,39 @@ class RecordedEncoder:
     template: str | None  # the default prompt; None if the folder has none
     takes_prompt: bool  # whether the pooling covers a prompt's tokens
     family: str | None = None  # of a static encoder, whose folder does not state it
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # what PyLate puts before queries and documents
 
 
-def read_modules(root: Path) -> RecordedEncoder:
+def read_modules(root: Path, *, tokens: bool = False) -> RecordedEncoder:
     """Read a sentence-transformers folder.
+
+    A folder without a Pooling module, such as PyLate's (ColBERT), records pooling `tokens`. With `tokens` it is read
+    so anyway: up to its Pooling module, with unit vectors.
 
     Raises:
         BundleError: the folder is malformed, or has a module or setting that is not supported.
     """
-    found: list[tuple[str, Path]] = []
-    for module in read_json(root / "modules.json", list):
-        name = module.get("type") if isinstance(module, dict) else None
-        path = module.get("path", "") if isinstance(module, dict) else None
-        if not isinstance(name, str) or not isinstance(path, str):
-            raise BundleError(f"{root}/modules.json has the entry {module!r}: it needs a type and a path")
-        if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise BundleError(f"{root}/modules.json has the path {path!r}, which leaves the folder")
-        package, kind = name.split(".", 1)[0], name.rsplit(".", 1)[-1]
-        if package != "sentence_transformers" or kind not in (*KINDS, "Dropout"):
-            raise BundleError(
-                f"{root} has a module {name}: only sentence_transformers' {', '.join(KINDS[:-1])} and "
-                f"{KINDS[-1]} are supported"
-            )
-        if kind != "Dropout" and (kind, "Normalize") != (found[-1][0] if found else "", kind):
-            found.append((kind, root / path))  # a second Normalize changes nothing
+    found = _list_modules(root)
     order = [kind for kind, _ in found]
     static = order[:1] == ["StaticEmbedding"] and "Pooling" not in order
-    if "Pooling" not in order and not static:
-        raise BundleError(f"{root}/modules.json has no Pooling module, so it has no single vector for a text")
+    tokens |= order[:1] == ["Transformer"] and "Pooling" not in order
+    if tokens and "Pooling" in order:
+        found = found[: order.index("Pooling")]
+        order = [kind for kind, _ in found]
     if order != sorted(order, key=KINDS.index) or any(order.count(kind) > 1 for kind in KINDS if kind != "Dense"):
         raise BundleError(f"{root}/modules.json lists {', '.join(order)}: the order must be {', '.join(KINDS)}")
     if "StaticEmbedding" in order and not static:
         raise BundleError(f"{root}/modules.json lists {', '.join(order)}: a StaticEmbedding has nothing to pool")
     folder = next((path for kind, path in found if kind in KINDS[:2]), root)
-    pooling, takes_prompt = Pooling.MEAN, True
-    if not static:
+    pooling, takes_prompt = (Pooling.TOKENS if tokens else Pooling.MEAN), True
+    if not static and not tokens:
         pooling, takes_prompt = _read_pooling(next(path for kind, path in found if kind == "Pooling") / "config.json")
     dense = tuple(path for kind, path in found if kind == "Dense")
     config_file = root / "config_sentence_transformers.json"
     config = read_json(config_file, dict) if config_file.is_file() else {}
-    normalize = "Normalize" in order
+    normalize = "Normalize" in order or tokens
+    if config.get("attend_to_expansion_tokens"):
+        raise BundleError(f"{config_file} has attend_to_expansion_tokens, with which padding changes vectors")
     return RecordedEncoder(
         folder=folder,
         pooling=pooling,
@@ -135,7 +128,31 @@ def read_modules(root: Path) -> RecordedEncoder:
         template=_read_prompt(config, config_file, takes_prompt),
         takes_prompt=takes_prompt,
         family="static" if static else None,
+        prefixes={name: config[f"{name}_prefix"] for name in DEFAULT_PROMPTS if config.get(f"{name}_prefix")},
     )
+
+
+def _list_modules(root: Path) -> list[tuple[str, Path]]:
+    """Return kind and folder of each module that counts."""
+    found: list[tuple[str, Path]] = []
+    for module in read_json(root / "modules.json", list):
+        name = module.get("type") if isinstance(module, dict) else None
+        path = module.get("path", "") if isinstance(module, dict) else None
+        if not isinstance(name, str) or not isinstance(path, str):
+            raise BundleError(f"{root}/modules.json has the entry {module!r}: it needs a type and a path")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise BundleError(f"{root}/modules.json has the path {path!r}, which leaves the folder")
+        package, kind = name.split(".", 1)[0], name.rsplit(".", 1)[-1]
+        if (package, kind) != ("pylate", "Dense") and (
+            package != "sentence_transformers" or kind not in (*KINDS, "Dropout")
+        ):
+            raise BundleError(
+                f"{root} has a module {name}: only sentence_transformers' {', '.join(KINDS[:-1])} and "
+                f"{KINDS[-1]} are supported"
+            )
+        if kind != "Dropout" and (kind, "Normalize") != (found[-1][0] if found else "", kind):
+            found.append((kind, root / path))  # a second Normalize changes nothing
+    return found
 
 
 def _read_pooling(path: Path) -> tuple[Pooling, bool]:

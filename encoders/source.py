@@ -79,7 +79,7 @@ def resolve(
     max_tokens: int | None = None,
     normalize: bool | None = None,
     head: HeadSpec | None = None,
-    rerank: bool = False,
+    text_vectors: bool = True,
 ) -> ResolvedEncoder:
     """Find an encoder and determine exactly what it computes. Nothing that changes a vector is guessed.
 
@@ -91,7 +91,7 @@ def resolve(
         normalize: replaces the record; a plain folder records no normalisation.
         head: the other parts of the head; its pooling counts if `pooling` is None. It must agree with the record,
             except that an encoder without a template may get one.
-        rerank: whether it may be a cross-encoder, which scores pairs.
+        text_vectors: whether texts must have vectors: else it may be a cross-encoder, or have vectors of tokens.
 
     Raises:
         BundleError: no loadable encoder is there, or it contradicts the arguments. The message names the cure.
@@ -101,10 +101,15 @@ def resolve(
     requested = dataclasses.replace(requested, pooling=pooling or requested.pooling)
     with readable(root):
         source = _read(name_or_path, root, commit, requested, max_tokens, normalize)
-    if source.spec.scores_pairs and not rerank:
+    if source.spec.scores_pairs and text_vectors:
         raise BundleError(
             f"{name_or_path} is a cross-encoder, which has no vectors: export it as a reranker with export/to_onnx.py, "
             "or read it as an encoder with --pooling mean"
+        )
+    if source.spec.per_token and text_vectors:
+        raise BundleError(
+            f"{name_or_path} with pooling tokens has no vector of a text: only export/to_onnx.py takes it; name "
+            "another pooling, such as --pooling mean"
         )
     return source
 
@@ -122,8 +127,9 @@ def _read(
     base_model = name_or_path if commit is not None else root.resolve().name
     dense: tuple[Path, ...] = ()
     recorded: RecordedEncoder | None = None
-    if (root / ENCODER_FILE).is_file():
-        spec = read_encoder(root)
+    spec = read_encoder(root) if (root / ENCODER_FILE).is_file() else None
+    # The tokens of an encoder that pools them are those of its transformer alone.
+    if spec is not None and (requested.pooling is not Pooling.TOKENS or spec.per_token):
         config = _check_weights(root)
         _check_spec(spec, config, root)
         known = HeadSpec(pooling=spec.pooling, layers=spec.layers, ditto=spec.ditto, template=spec.template)
@@ -135,7 +141,7 @@ def _read(
         elif is_model2vec(root):  # its modules.json lets sentence-transformers read it, with unknown tokens
             recorded = read_model2vec(root)
         elif (root / "modules.json").is_file():
-            recorded = read_modules(root)
+            recorded = read_modules(root, tokens=requested.pooling is Pooling.TOKENS)
         folder = recorded.folder if recorded else root
         config = _check_weights(folder, recorded.family if recorded else None)
         if recorded:
@@ -155,9 +161,10 @@ def _read(
     )
     _check_limits(spec, config, root)
     known_elsewhere = (published / "modules.json").is_file() or (recorded is not None and recorded.family is not None)
-    known_elsewhere |= spec.scores_pairs
+    known_elsewhere = (known_elsewhere or spec.scores_pairs) and not spec.per_token
     unchanged = max_tokens is None and spec == recorded_spec and known_elsewhere
     prompts = {name: text for name, text in read_prompts(published).items() if name != PROMPT}
+    prompts |= recorded.prefixes if recorded is not None else {}
     if recorded is not None and not recorded.takes_prompt:  # its makers leave a prompt's tokens out
         prompts = {}
     return ResolvedEncoder(root, spec, dense, published if unchanged else None, prompts, read_card(published))
@@ -189,7 +196,7 @@ def _new_spec(
         revision=None,
         family=family,
         pooling=pooling,
-        normalize=recorded is not None and recorded.normalize,
+        normalize=recorded.normalize if recorded else pooling is Pooling.TOKENS,  # late interaction compares cosines
         max_tokens=limit,
         dim=min(dim, (recorded.dim if recorded else None) or dim),
         pad_to=limit if pooling is Pooling.MEAN_PADDED else None,

@@ -127,6 +127,13 @@ def reranker_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return write_fake_bundle(minilm, tmp_path_factory.mktemp("reranker") / "bundle", **RERANKER)
 
 
+@pytest.fixture(scope="session")
+def tokens_bundle(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of an encoder with vectors of tokens, for the fake engine."""
+    folder = tmp_path_factory.mktemp("tokens") / "bundle"
+    return write_fake_bundle(minilm, folder, pooling=Pooling.TOKENS)
+
+
 @pytest.fixture
 def make_bundle(minilm: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a bundle for the fake engine, with the packaged MiniLM's tokenizer."""

@@ -117,10 +117,10 @@ def build(request: Request, on_progress: OnProgress = lambda _: None) -> Export:
         pooling=request.pooling,
         head=request.head,
         max_tokens=request.max_tokens,
-        rerank=True,
+        text_vectors=False,
     )
-    if source.spec.scores_pairs:
-        _check_reranker(request)
+    if source.spec.scores_pairs or source.spec.per_token:
+        _check_unusual(request, source.spec)
     whole = Reference.load(source)
     reference = whole if request.depth is None else at_depth(whole, request.depth)
     if reference.is_static:
@@ -235,12 +235,17 @@ def _fill(
     return Export(manifest=manifest, refused=tuple(refused), costs=record)
 
 
-def _check_reranker(request: Request) -> None:
-    """Refuse what is not made for a reranker: a head or probes of vectors, and scales measured on single texts."""
+def _check_unusual(request: Request, spec: EncoderSpec) -> None:
+    """Refuse what is made for vectors of texts alone: of a reranker, and of an encoder with vectors of tokens."""
+    what, has = (
+        ("pooling tokens", "no vector of a text") if spec.per_token else ("a reranker", "one score and no vectors")
+    )
     if request.head_options != HeadOptions() or request.probes:
-        raise InputError("a reranker has one score and no vectors: leave out --whiten, --dim, --vector-type and --own")
+        raise InputError(f"{what} has {has}: leave out --whiten, --dim, --vector-type and --own")
     if low := {Precision.INT8, Precision.FP8} & set(request.precisions or ()):
-        raise InputError(f"a reranker is not quantised to {min(low).value}: choose fp32, bf16 or fp16")
+        raise InputError(f"{what} is not quantised to {min(low).value}: choose fp32, bf16 or fp16")
+    if spec.per_token and request.sets:
+        raise InputError(f"{what} has {has} to compare with another's: leave out --sts")
 
 
 def _pairs(requested: tuple[Precision, ...] | None) -> tuple[tuple[EngineName, Precision], ...]:
@@ -272,7 +277,7 @@ def _keep_proven(folder: Path, artifacts: Iterable[Artifact]) -> None:
 
 
 def _write_canaries(folder: Path, expected: Expected, spec: EncoderSpec) -> None:
-    vectors = dict(zip(expected.texts, expected.vectors, strict=True))
+    vectors = dict(zip(expected.texts, expected.means, strict=True))
     items = zip(CANARIES, canary_items(spec, CANARIES), strict=True)
     canaries = (Canary(text=text, vector=tuple(float(f"{x:.8g}") for x in vectors[item])) for text, item in items)
     write_json(Canaries(canaries=tuple(canaries)), folder / CANARIES_FILE)

@@ -57,6 +57,16 @@ from mirror_runtime import Encoder
 
 vectors = Encoder.load("path/to/this/folder").encode(["some text"])"""
 
+TOKEN_LEGEND = """\
+*Worst cosine*: the smallest cosine of any token's vector to the reference's. *Batch invariance*: the smallest cosine \
+between a token's vectors when its text is encoded by itself and among other texts. *Ranks*: Spearman correlation of \
+tokens' similarities with the reference's. *Top 10*: the share of a token's ten nearest that the reference has too."""
+
+TOKEN_USE = """\
+from mirror_runtime import Encoder
+
+(one,) = Encoder.load("path/to/this/folder").encode_tokens(["some text"])  # one.vectors, one.offsets"""
+
 SCORE_USE = """\
 from mirror_runtime import Reranker
 
@@ -150,6 +160,11 @@ def certificate_card(
     `witness` and `costs` are the content of `WITNESS_FILE` and `PROBES_FILE`.
     """
     parity = artifacts[0].parity
+    legend, use = VECTOR_LEGEND, VECTOR_USE
+    if spec.scores_pairs:
+        legend, use = SCORE_LEGEND, SCORE_USE
+    elif spec.per_token:
+        legend, use = TOKEN_LEGEND, TOKEN_USE
     return f"""
 # {spec.base_model}, exported
 
@@ -165,14 +180,14 @@ against {parity.reference}, with the engine and options used for serving. Artifa
 
 {_certificates(artifacts)}
 
-{SCORE_LEGEND if spec.scores_pairs else VECTOR_LEGEND}
+{legend}
 {_quality(artifacts)}{_own_texts(artifacts, costs)}{_witness(witness)}
 `mirror verify` on this folder checks every file and recomputes stored vectors on the serving machine.
 
 ## Use
 
 ```python
-{SCORE_USE if spec.scores_pairs else VECTOR_USE}
+{use}
 ```
 {_other_libraries(spec, artifacts)}"""
 
@@ -264,6 +279,8 @@ def _description(spec: EncoderSpec) -> str:
         return (
             f"One score per pair of a query and a text, {describe_head(spec)}, up to {spec.max_tokens} tokens together."
         )
+    if spec.per_token:
+        return f"{spec.dim} numbers per token, {describe_head(spec)}, texts of up to {spec.max_tokens} tokens."
     kind = "numbers" if spec.vector_type is VectorType.FLOAT32 else f"components ({spec.vector_type.value})"
     return f"{spec.dim} {kind} per text, pooling {describe_head(spec)}, texts of up to {spec.max_tokens} tokens."
 
@@ -337,8 +354,9 @@ def _other_libraries(spec: EncoderSpec, artifacts: Sequence[Artifact]) -> str:
             'vectors = SentenceTransformer("path/to/this/folder").encode(["some text"])\n```'
         )
     if graph is not None:
+        second = "`token_embeddings`, the head's" if spec.per_token else "`sentence_embedding`, the pooled vectors"
         sections.append(
-            f"Any ONNX runtime can run `{graph}`. Its first output holds token vectors, its second, "
-            "`sentence_embedding`, the pooled vectors."
+            f"Any ONNX runtime can run `{graph}`. Its first output holds the transformer's token vectors, its second, "
+            f"{second}."
         )
     return "".join(f"\n{section}\n" for section in sections)

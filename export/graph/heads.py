@@ -111,16 +111,21 @@ class Head(nn.Module):
             probabilities: attention of the layer that Ditto reads, float [R, heads, L, L].
 
         Returns:
-            [R, K, width of the vector type]; zeros for slots without a text.
+            [R, K, width of the vector type]; zeros for slots without a text. For `tokens` [R, L, width]; zeros for
+            places without a token.
         """
-        pooled = self._pool(states, segments, pruned, probabilities)
+        if self.spec.per_token:
+            pooled = _average([states[layer] for layer in self.spec.layers])
+        else:
+            pooled = self._pool(states, segments, pruned, probabilities)
         for layer in self.dense:
             pooled = layer(pooled)
         pooled = pooled[..., : self.spec.dim]
         # Dense layers with a bias, and the selected first position, leave values in empty slots. A text without tokens,
         # which only static encoders have, is a slot with padding.
         held = segments.padded_tokens if self.static else segments.tokens
-        pooled = pooled * held.any(-1, keepdim=True).to(pooled.dtype)
+        held = held.any(1).unsqueeze(-1) if self.spec.per_token else held.any(-1, keepdim=True)
+        pooled = pooled * held.to(pooled.dtype)
         if self.spec.normalize:
             pooled = pooled / (pooled * pooled).sum(-1, keepdim=True).sqrt().clamp(min=EPSILON)
         return _convert(pooled, self.spec)

@@ -59,6 +59,8 @@ def signature(layout: Layout, spec: EncoderSpec, width: int) -> Signature:
         batch: tuple[str, str] = ("batch_size", "sequence_length")
         names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if typed else 2]
         vectors = TensorSpec(name="sentence_embedding", dtype=dtype, shape=(batch[0], vector_width))
+        if spec.per_token:
+            vectors = TensorSpec(name="token_embeddings", dtype=dtype, shape=(*batch, vector_width))
         tokens = TensorSpec(name="last_hidden_state", dtype="float32", shape=(*batch, width))
         return Signature(
             inputs=tuple(_int64(name, batch) for name in names),
@@ -66,11 +68,10 @@ def signature(layout: Layout, spec: EncoderSpec, width: int) -> Signature:
             outputs=(tokens, vectors),
         )
     names = ("input_ids", "position_ids", "segment_ids", "token_type_ids")[: 4 if typed and spec.scores_pairs else 3]
+    slots = "length" if spec.per_token else f"length // {TOKENS_PER_SLOT}"
     return Signature(
         inputs=tuple(_int64(name, ("rows", "length")) for name in names),
-        outputs=(
-            TensorSpec(name="embedding", dtype=dtype, shape=("rows", f"length // {TOKENS_PER_SLOT}", vector_width)),
-        ),
+        outputs=(TensorSpec(name="embedding", dtype=dtype, shape=("rows", slots, vector_width)),),
     )
 
 
@@ -174,7 +175,7 @@ class PaddedEncoder(nn.Module):
 
         Returns:
             Token vectors float32 [batch_size, sequence_length, width], and text vectors [batch_size, width of the
-            vector type].
+            vector type]; for `tokens` the head's token vectors [batch_size, sequence_length, dim].
         """
         length = input_ids.shape[1]
         pad_to = self.head.spec.pad_to
@@ -191,8 +192,8 @@ class PaddedEncoder(nn.Module):
             attentions_of=self.head.attentions_of,
             tables=self.tables(),
         )
-        vectors = self.head(states, segments, pruned=False, probabilities=probabilities)[:, 0]
-        return states[-1][:, :length], vectors
+        vectors = self.head(states, segments, pruned=False, probabilities=probabilities)
+        return states[-1][:, :length], vectors if self.head.spec.per_token else vectors[:, 0]
 
 
 class PackedEncoder(nn.Module):
@@ -221,7 +222,8 @@ class PackedEncoder(nn.Module):
             token_type_ids: 1 on the second text of a pair; None unless the encoder is a reranker.
 
         Returns:
-            [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros.
+            [rows, length // TOKENS_PER_SLOT, width of the vector type]; empty slots are zeros. For `tokens` [rows,
+            length, width].
         """
         segments = self.head.counted(Segments.from_packed(position_ids, segment_ids), input_ids)
         padding = None

@@ -31,7 +31,8 @@ Run = Callable[[Mapping[str, NDArray[np.int64]]], Vectors]
 """Compute text vectors from a padded graph's inputs, by name."""
 
 Encode = Callable[[Sequence[Item]], Vectors]
-"""Encode texts or pairs, in one ragged batch or several, to the components of their vectors, float32 [n, dim]."""
+"""Encode texts or pairs, in one ragged batch or several, to the components of their vectors, float32 [n, dim]; for
+pooling `tokens` of all tokens, text after text."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,21 @@ class Candidate:
                 tokenized = tokenizer(texts)
                 if tokenized.errors:
                     raise InputError(f"a text used for the proof cannot be encoded: {min(tokenized.errors.items())[1]}")
-                vectors = np.zeros((tokenized.lengths.size, spec.dim), np.float32)
+                of = tokenized.tokens_of if spec.per_token else np.asarray
+                size = tokenized.ids.size if spec.per_token else tokenized.lengths.size
+                vectors = np.zeros((size, spec.dim), np.float32)
                 for batch in padded_batches(tokenized.lengths):
                     feed = padded_feed(tokenized, batch)
-                    vectors[batch] = components(run({item.name: feed[item.name] for item in self.graph.inputs}), spec)
-                return vectors[tokenized.part_piece]  # each text is one part: too long ones are truncated
+                    found = run({item.name: feed[item.name] for item in self.graph.inputs})
+                    found = found[feed["attention_mask"].astype(bool)] if spec.per_token else found
+                    vectors[of(batch)] = components(found, spec)
+                return vectors[of(tokenized.part_piece)]  # each text is one part: too long ones are truncated
 
             yield encode
 
     @contextmanager
     def _padded_run(self) -> Iterator[Run]:
-        path, output = self.graph.path, "sentence_embedding"
+        path, output = self.graph.path, self.graph.outputs[-1].name
         if self.engine is EngineName.TENSORRT:
             plan = LoadedPlan(path, streams=1)
             try:

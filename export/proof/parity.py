@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from encoders.reference import Reference
 from encoders.source import resolve
@@ -19,6 +20,7 @@ from export.proof.candidate import Candidate, Encode, Vectors
 from export.proof.floors import Floors
 from export.proof.proof_texts import CANARIES, parity_texts
 from mirror_runtime.bundle import Layout, Manifest, Parity, StsScore, sha256_texts
+from mirror_runtime.canaries import mean_rows
 from mirror_runtime.cli.run import truncations_counted_elsewhere
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import ParityError
@@ -36,18 +38,38 @@ PAIRS_PER_TEXT = 8
 """Random other texts that each text's similarity is ranked with."""
 
 
+NEIGHBOURS = 8192
+"""Vectors among which the nearest ones are compared."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """The reference vectors that artifacts are compared with."""
 
     texts: tuple[Item, ...]
-    vectors: Vectors  # [n, dim], the components of the reference's vectors
+    vectors: Vectors  # [n, dim], the components of the reference's vectors; for `tokens` of all tokens
     reference: str  # what computed them, such as "PyTorch 2.13.0 fp32"
+    counts: NDArray[np.int64] | None = None  # [n], vectors of each text; None where each has one
     sets: tuple[EvaluationSet, ...] = ()
     scores: tuple[float, ...] = ()  # the reference's Spearman correlation on each set, in points
 
     def __post_init__(self) -> None:
-        check_finite(self.vectors, self.texts, f"the reference ({self.reference})")
+        check_finite(self.vectors, self.labels, f"the reference ({self.reference})")
+
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """Return the text of each vector."""
+        return np.repeat(np.arange(len(self.texts)), 1 if self.counts is None else self.counts)
+
+    @property
+    def labels(self) -> Sequence[Item]:
+        """Return the text of each vector, to quote."""
+        return self.texts if self.counts is None else [self.texts[i] for i in self.owners]
+
+    @property
+    def means(self) -> Vectors:
+        """Return one vector a text, [n, dim]: its own, or the mean of its tokens'."""
+        return self.vectors if self.counts is None else mean_rows(self.vectors, self.counts)
 
     @classmethod
     def of(
@@ -65,6 +87,7 @@ class Expected:
         return cls(
             texts=proving,
             vectors=reference.encode(proving),
+            counts=reference.vector_counts(proving) if spec.per_token else None,
             reference=f"PyTorch {release} fp32",
             sets=tuple(sets),
             scores=tuple(_quality(reference.encode, chosen, pairs=spec.scores_pairs) for chosen in sets),
@@ -75,7 +98,7 @@ class Expected:
         cls, bundle: Path, texts: Sequence[str] | None = None, sets: Sequence[EvaluationSet] = ()
     ) -> Expected:
         """Encode with the encoder that a bundle contains: see `of`."""
-        return cls.of(Reference.load(resolve(str(bundle), rerank=True)), texts, sets)
+        return cls.of(Reference.load(resolve(str(bundle), text_vectors=False)), texts, sets)
 
 
 def prove_artifact(folder: Path, candidate: Candidate, manifest: Manifest, expected: Expected) -> Parity:
@@ -109,7 +132,7 @@ def opened(folder: Path, candidate: Candidate, manifest: Manifest) -> Iterator[t
         truncations_counted_elsewhere(),  # the texts are too long on purpose
         Encoder.of_graph(folder, manifest, candidate.engine, candidate.precision, path) as encoder,
     ):
-        yield lambda texts: components(encoder.encode(texts), spec), encoder
+        yield lambda texts: components(encoder.encode_detailed(texts).vectors_or_raise(), spec), encoder
 
 
 def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: str) -> None:
@@ -119,8 +142,9 @@ def prove_shapes(encoder: Encoder, expected: Expected, floors: Floors, *, what: 
         ParityError: a vector is not finite, or its distance to the reference exceeds the floor.
         EngineError: the engine cannot run a shape.
     """
+    labels = expected.labels
     for shape, indices, vectors in encoder.encode_shapes(expected.texts):
-        texts = [expected.texts[i] for i in indices]
+        texts = [labels[i] for i in indices]
         rows = f"{what} in rows of {shape[0]} x {shape[1]} tokens"
         found = components(vectors, encoder.spec)
         check_finite(found, texts, rows)
@@ -136,22 +160,28 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
             texts share its batch; the average distance exceeds its floor; or the artifact loses more than `STS_DROP`
             points on an evaluation set.
     """
-    texts, floor = expected.texts, floors.reference
+    texts, labels, floor = expected.texts, expected.labels, floors.reference
     vectors = encode(texts)
-    check_finite(vectors, texts, what)
-    _check_distance(vectors, expected.vectors, texts, floor, f"{what} differs from {expected.reference}")
+    if vectors.shape != expected.vectors.shape:
+        raise ParityError(
+            f"{what} computes vectors of shape {vectors.shape} where {expected.reference} computes "
+            f"{expected.vectors.shape}"
+        )
+    check_finite(vectors, labels, what)
+    _check_distance(vectors, expected.vectors, labels, floor, f"{what} differs from {expected.reference}")
     by_length = sorted(range(len(texts)), key=lambda i: (characters(texts[i]), i))
     count = min(INVARIANCE_TEXTS, len(texts))
-    picked = [by_length[i * len(texts) // count] for i in range(count)]
-    sample = [texts[i] for i in picked]
+    picked = sorted(by_length[i * len(texts) // count] for i in range(count))
+    rows = np.flatnonzero(np.isin(expected.owners, picked))  # of their vectors
+    sample, quotes = [texts[i] for i in picked], [labels[i] for i in rows]
     together = encode(sample)
     one_by_one = np.concatenate([encode([text]) for text in sample])
-    check_finite(together, sample, what)
-    check_finite(one_by_one, sample, what)
+    check_finite(together, quotes, what)
+    check_finite(one_by_one, quotes, what)
     problem = f"{what}: vectors depend on the other texts of a batch"
-    _check_distance(together, one_by_one, sample, floors.batch_invariance, problem)
+    _check_distance(together, one_by_one, quotes, floors.batch_invariance, problem)
     problem = f"{what}: texts encoded one by one differ from {expected.reference}"
-    _check_distance(one_by_one, expected.vectors[picked], sample, floor, problem)
+    _check_distance(one_by_one, expected.vectors[rows], quotes, floor, problem)
     similar = agreement(vectors, expected.vectors)
     if similar.mean() < floors.mean:
         raise ParityError(
@@ -168,7 +198,7 @@ def prove(encode: Encode, expected: Expected, floors: Floors, *, what: str) -> P
         floor=floor,
         neighbour_cosine=float(agreement(together, one_by_one).min()),
         spearman=_rank_correlation(vectors, expected.vectors),
-        top10_overlap=top_overlap(vectors, expected.vectors),
+        top10_overlap=top_overlap(vectors[:: _every(vectors)], expected.vectors[:: _every(vectors)]),
         sts=_scores(encode, expected, what),
     )
 
@@ -213,6 +243,11 @@ def _quality(encode: Encode, chosen: EvaluationSet, *, pairs: bool = False) -> f
     vectors = dict(zip(texts, encode(texts), strict=True))
     first, second = (np.array([vectors[text] for text in side]) for side in (chosen.first, chosen.second))
     return 100 * spearman(cosines(first, second), chosen.scores)
+
+
+def _every(vectors: Vectors) -> int:
+    """Return the step that takes at most `NEIGHBOURS` of some vectors: all similarities of 17,000 take 1.2 GB."""
+    return -(-len(vectors) // NEIGHBOURS)
 
 
 def _rank_correlation(found: Vectors, target: Vectors) -> float:

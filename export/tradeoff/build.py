@@ -131,11 +131,12 @@ def build(request: Request, on_progress: OnProgress = lambda *_: None, run: Run 
 
 def _resolve(encoder: str) -> ResolvedEncoder:
     try:
-        found = resolve(encoder, rerank=True)
+        found = resolve(encoder, text_vectors=False)
     except BundleError as error:
         raise InputError(f"{encoder} must be an encoder that records its pooling: {error}") from error
-    if found.spec.scores_pairs:
-        raise InputError(f"{encoder} is a reranker, which has no vectors to compare: pass an encoder")
+    if found.spec.scores_pairs or found.spec.per_token:
+        what = "is a reranker" if found.spec.scores_pairs else "has vectors of tokens"
+        raise InputError(f"{encoder} {what}, and no vectors of texts to compare: pass an encoder")
     return found
 
 

@@ -19,6 +19,7 @@ from mirror_runtime.errors import (
     TextError,
 )
 from mirror_runtime.reranker import Ranked, Reranker
+from mirror_runtime.spans import Spans
 from mirror_runtime.stats import Stats
 from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.vector_cache import CacheStats, VectorCache
@@ -45,6 +46,7 @@ __all__ = [
     "Ranked",
     "Reranker",
     "ServerError",
+    "Spans",
     "Stats",
     "TextError",
     "VectorCache",

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mirror_runtime.encoded import check_text_vectors
 from mirror_runtime.encoder import Encoded, Encoder
 from mirror_runtime.errors import EngineError, InputError, OverloadedError, TextError
 from mirror_runtime.packing import TOKEN_BUDGET
@@ -32,7 +33,7 @@ CHARACTERS_PER_TOKEN = 4
 """For estimates before tokenising; 3.5 to 5 in English prose."""
 
 _Outcome: TypeAlias = "tuple[Vectors, int, bool] | Exception"
-"""A text's vector, its token count and whether it was truncated; or the error instead."""
+"""A text's vector or vectors, its token count and whether it was truncated; or the error instead."""
 
 
 def estimate_tokens(text: Item) -> int:
@@ -71,7 +72,7 @@ class AsyncStats:
 class _Call:
     """One call, which collects its results until the last text is done."""
 
-    vectors: Vectors
+    vectors: Any  # [n, width], or with pooling `tokens` a list of the texts' arrays
     tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
     errors: dict[int, TextError]
@@ -168,8 +169,9 @@ class AsyncEncoder:
             TextError: the first text that cannot be encoded. Other callers are not affected.
             OverloadedError: too many texts wait already. Raised immediately, and nothing was queued.
             EngineError: the engine failed, or this is closed or belongs to another event loop.
-            InputError: `texts` is one string.
+            InputError: `texts` is one string, or the pooling is `tokens`.
         """
+        check_text_vectors(self._encoder.spec)
         if not isinstance(texts, (str, bytes)):
             for position, text in enumerate(texts):
                 if (error := self._validate(position, text)) is not None:
@@ -203,8 +205,9 @@ class AsyncEncoder:
         """Do as `encode_detailed`, without the vector cache."""
         loop = self._own_loop()
         count, spec = len(texts), self._encoder.spec
+        none = np.zeros((0, width_of(spec)), dtype_of(spec))
         call = _Call(
-            vectors=np.zeros((count, width_of(spec)), dtype_of(spec)),
+            vectors=[none] * count if spec.per_token else np.zeros((count, width_of(spec)), dtype_of(spec)),
             tokens=np.zeros(count, np.int64),
             truncated=np.zeros(count, np.bool_),
             errors={i: error for i, text in enumerate(texts) if (error := self._validate(i, text)) is not None},
@@ -229,7 +232,14 @@ class AsyncEncoder:
                 self._counts["cancelled"] += 1
                 self._withdraw(good.values(), call)
                 raise
-        return Encoded(vectors=call.vectors, tokens=call.tokens, truncated=call.truncated, errors=call.errors)
+        counts = np.array([len(vectors) for vectors in call.vectors], np.int64) if spec.per_token else None
+        return Encoded(
+            vectors=np.concatenate([none, *call.vectors]) if spec.per_token else call.vectors,
+            tokens=call.tokens,
+            truncated=call.truncated,
+            errors=call.errors,
+            counts=counts,
+        )
 
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, and release the threads."""
@@ -330,7 +340,7 @@ class AsyncEncoder:
         outcomes: list[_Outcome]
         try:
             encoded = self._encoder.finish(self._encoder.begin(list(batch), direct=True))
-            found = zip(encoded.vectors, encoded.tokens.tolist(), encoded.truncated.tolist(), strict=True)
+            found = zip(encoded.by_text(), encoded.tokens.tolist(), encoded.truncated.tolist(), strict=True)
             outcomes = [encoded.errors.get(i, outcome) for i, outcome in enumerate(found)]
         except Exception as error:  # the edge of a thread: every caller must get a result
             outcomes = [error] * len(batch)

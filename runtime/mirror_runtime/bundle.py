@@ -62,6 +62,9 @@ class Pooling(str, Enum):
     their sum, unlike in the published code; cosines are the same."""
     RERANK = "rerank"
     """A cross-encoder's: the first token of a query and a text in one sequence, and `dense` makes one score of it."""
+    TOKENS = "tokens"
+    """None: every token of the text keeps a vector of its own, special tokens too, for late interaction (ColBERT,
+    section 3.2). `dense`, `dim` and `normalize` apply to each."""
 
 
 ONE_TOKEN = (Pooling.CLS, Pooling.LAST, Pooling.MASK, Pooling.RERANK)
@@ -225,6 +228,11 @@ class EncoderSpec:
         """Whether it is a reranker: the input is a query and a text, the vector one score, see `reranker.Reranker`."""
         return self.pooling is Pooling.RERANK
 
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has a vector and the text has none, see `Encoder.encode_tokens`."""
+        return self.pooling is Pooling.TOKENS
+
     def _check_dense(self) -> None:
         for first, second in zip(self.dense, self.dense[1:], strict=False):
             if first.out_features != second.in_features:
@@ -235,6 +243,8 @@ class EncoderSpec:
             raise BundleError(f"dim is {self.dim}, more than the {self.dense[-1].out_features} outputs of dense")
 
     def _check_vector_type(self) -> None:
+        if self.per_token and self.vector_type is not VectorType.FLOAT32:
+            raise BundleError(f"pooling tokens has float32 vectors, not {self.vector_type.value}")
         if (self.vector_type is VectorType.INT8) != (self.int8_scale is not None):
             raise BundleError(
                 f"int8_scale is {self.int8_scale} with {self.vector_type.value} vectors: set it for int8 only"

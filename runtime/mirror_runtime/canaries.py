@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mirror_runtime.bundle import Canary
-from mirror_runtime.vectors import agreement, distance_problem
+from mirror_runtime.encoder import Encoder
+from mirror_runtime.pairs import canary_items
+from mirror_runtime.vectors import agreement, components, distance_problem
 
 DIFFERENT_MODEL_BELOW = 0.9
 """No precision and no CPU rounds this far: vectors below this cosine come from another model."""
@@ -36,6 +38,24 @@ class CanaryComparison:
     problem: str = ""  # for people; empty where the vectors agree
     min_cosine: float | None = None  # the worst canary's; None where the vectors cannot be compared
     max_abs_diff: float | None = None  # of one component; None likewise
+
+
+def mean_rows(vectors: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Average each text's vectors: float32 [sum of counts, dim], `counts` [n] of at least 1, to [n, dim]."""
+    sums: NDArray[np.float32] = np.add.reduceat(vectors, np.cumsum(counts) - counts)
+    return sums / counts[:, None].astype(np.float32)
+
+
+def encode_canaries(encoder: Encoder, canaries: Sequence[Canary]) -> NDArray[np.float32]:
+    """Compute the vectors that a bundle stores of its canaries, [n, dim]: with pooling `tokens` the mean of each one's.
+
+    Raises:
+        EngineError: the engine failed.
+        TextError: it computed a vector that is not finite.
+    """
+    encoded = encoder.encode_detailed(canary_items(encoder.spec, [canary.text for canary in canaries]))
+    vectors = components(encoded.vectors_or_raise(), encoder.spec)
+    return vectors if encoded.counts is None else mean_rows(vectors, encoded.counts)
 
 
 def compare_canaries(vectors: NDArray[np.generic], canaries: Sequence[Canary], floor: float) -> CanaryComparison:

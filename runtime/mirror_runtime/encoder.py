@@ -27,23 +27,25 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
+from mirror_runtime.chunks import join
 from mirror_runtime.encoded import Encoded as Encoded  # re-exported, as is PendingWindow
 from mirror_runtime.encoded import PendingWindow as PendingWindow
-from mirror_runtime.encoded import joined
+from mirror_runtime.encoded import check_text_vectors, joined
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
 from mirror_runtime.errors import EngineError, InputError, NotFiniteError
 from mirror_runtime.hub import local_bundle
-from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape, with_token_types
+from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.pairs import PairTokenizer, tokenizer_of
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
+from mirror_runtime.spans import Spans, check_token_vectors, token_spans
 from mirror_runtime.stats import Counters, Stats
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.twins import Speed, TwinEncoder, check_speed
 from mirror_runtime.vector_cache import CachedVectors, VectorCache
-from mirror_runtime.vectors import Vectors, dtype_of, join_parts, rows_not_finite, width_of
+from mirror_runtime.vectors import Vectors, dtype_of, rows_not_finite, width_of
 
 _log = logging.getLogger(__name__)
 
@@ -263,12 +265,33 @@ class Encoder:
 
         Raises:
             TextError: naming the first text that cannot be encoded. `encode_detailed` encodes the others.
-            InputError: `texts` is one string, or there is no such prompt or no twin.
+            InputError: `texts` is one string, there is no such prompt or no twin, or the pooling is `tokens`.
             EngineError: the engine failed.
         """
         encoder = self.at(speed)
+        check_text_vectors(encoder.spec)
         prompt = choose_prompt(encoder.prompts, encoder.spec.template, name=prompt_name)
         return encoder.encode_detailed(prompted(iterate(texts), prompt)).vectors_or_raise()
+
+    def encode_tokens(self, texts: Iterable[str], *, prompt_name: str | None = None) -> list[Spans]:
+        """Encode texts to a vector for each token, with an encoder whose pooling is `tokens`.
+
+        Args:
+            texts: any iterable of strings. All of their vectors are held at once: encode a large corpus in parts.
+            prompt_name: as for `encode`. Its tokens have vectors too.
+
+        Returns:
+            For each text the vectors, float32 [tokens, dim], and the characters of each token; see `Spans`. A text
+            split by `long_texts="chunk"` has the tokens of all chunks, each with its special ones.
+
+        Raises:
+            TextError, EngineError: as for `encode`.
+            InputError: also where the pooling is another one.
+        """
+        check_token_vectors(self.spec)
+        prompt = choose_prompt(self.prompts, self.spec.template, name=prompt_name)
+        whole = list(prompted(iterate(texts), prompt))
+        return token_spans(self.encode_detailed(whole), self._tokenizer, whole, len(prompt))
 
     def encode_detailed(self, texts: Iterable[object]) -> Encoded:
         """Encode texts and report on each: tokens, truncation, errors. A bad text does not raise.
@@ -283,9 +306,7 @@ class Encoder:
         return looked_up.complete(self._encode_all(looked_up.missing))
 
     def _encode_all(self, texts: Iterable[object]) -> Encoded:
-        none = np.zeros((0, width_of(self.spec)), dtype_of(self.spec))
-        empty = Encoded(vectors=none, tokens=np.zeros(0, np.int64), truncated=np.zeros(0, np.bool_), errors={})
-        return joined(list(self.encode_stream(texts)) or [empty])
+        return joined(list(self.encode_stream(texts)) or [Encoded.empty(self.spec)])
 
     def encode_stream(self, texts: Iterable[object], window: int = WINDOW) -> Iterator[Encoded]:
         """Encode an iterable of any length with flat memory.
@@ -370,16 +391,25 @@ class Encoder:
         with self._lifetime.until_closed():
             outputs = [output.result() for output in window.outputs]
         began = time.perf_counter()
-        pieces = np.zeros((tokenized.lengths.size, width_of(self.spec)), dtype_of(self.spec))
+        per_token, texts = self.spec.per_token, len(tokenized.tokens)
+        size = (tokenized.ids if per_token else tokenized.lengths).size
+        found = np.zeros((size, width_of(self.spec)), dtype_of(self.spec))
         for batch, output in zip(window.batches, outputs, strict=True):
-            pieces[batch.pieces] = output
-        vectors = join_parts(pieces[tokenized.part_piece], tokenized.part_text, len(tokenized.tokens), self.spec)
+            found[batch.pieces] = output
+        counts = None
+        if per_token:
+            vectors, counts = found[tokenized.tokens_of(tokenized.part_piece)], tokenized.kept_tokens
+        else:
+            vectors = join(found[tokenized.part_piece], tokenized, self.spec)
         errors = dict(tokenized.errors)
-        for at in rows_not_finite(vectors):
-            errors[at] = NotFiniteError(at)
-            vectors[at] = 0
+        if bad := rows_not_finite(vectors):
+            owners = np.repeat(np.arange(texts), 1 if counts is None else counts)
+            errors |= {at: NotFiniteError(at) for at in owners[bad].tolist()}
+            vectors[np.isin(owners, owners[bad])] = 0
         self._counters.add(unpack_s=time.perf_counter() - began, failed=len(errors) - len(tokenized.errors))
-        return Encoded(vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors)
+        return Encoded(
+            vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors, counts=counts
+        )
 
     def warm_up(self) -> None:
         """Run every shape once except those for `bulk`, so that no later `begin` waits for a compilation.
@@ -411,22 +441,21 @@ class Encoder:
             texts: texts, preferably of all lengths; bad texts and those of several pieces are skipped.
 
         Yields:
-            A shape (rows, row length); int64 [m], the positions of its texts; their vectors [m, width].
+            A shape (rows, row length); int64 [m], the rows of `Encoded.vectors` that it computed; these [m, width].
 
         Raises:
             EngineError: the engine failed.
         """
         self._lifetime.check()
         tokenized = self._tokenizer(texts)
-        part_text, part_piece = tokenized.part_text, tokenized.part_piece
-        whole = np.bincount(part_text, minlength=len(texts))[part_text] == 1
-        text_of = np.full(tokenized.lengths.size, -1)
-        text_of[part_piece[whole]] = part_text[whole]
+        per_token = self.spec.per_token
+        row_of = tokenized.result_rows(per_token=per_token)
 
         def run(shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.int64], Vectors]:
             batch = pack_shape(tokenized.ids, tokenized.lengths, shape, unpadded_lengths=tokenized.unpadded_lengths)
-            held = text_of[batch.pieces]
-            return shape, held[held >= 0], self._run(with_token_types(batch, tokenized.first_lengths))[held >= 0]
+            batch = tokenized.locate(batch, per_token=per_token)
+            held = row_of[batch.pieces]
+            return shape, held[held >= 0], self._run(batch)[held >= 0]
 
         windows = (self._tokenizer(texts[at : at + WINDOW]) for at in range(0, len(texts), WINDOW))
         batches = (batch.rows for window in windows for batch in self._pack(window, self._bulk_shapes))
@@ -469,10 +498,10 @@ class Encoder:
     def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
         ids, lengths, unpadded = tokenized.ids, tokenized.lengths, tokenized.unpadded_lengths
         batches = pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
-        return [with_token_types(batch, tokenized.first_lengths) for batch in batches]
+        return [tokenized.locate(batch, per_token=self.spec.per_token) for batch in batches]
 
     def _run(self, batch: PackedBatch) -> Vectors:
-        """Run one batch and return the vectors [m, width] of its pieces."""
+        """Run one batch and return the vectors [m, width] of its pieces or tokens."""
         with self._turns:
             self._lifetime.check()
             began = time.perf_counter()

@@ -247,6 +247,21 @@ def pack_shape(
     return batch
 
 
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """List the numbers from each start on, as many as its length, one range after another."""
+    before = np.cumsum(lengths) - lengths
+    found: NDArray[np.int64] = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    return found
+
+
+def with_token_slots(batch: PackedBatch, tokens: NDArray[np.int64]) -> PackedBatch:
+    """Locate the vectors of a batch's tokens in the output of a graph that has one for each place.
+
+    `tokens` are their numbers, piece after piece; they take the place of the pieces.
+    """
+    return replace(batch, pieces=tokens, slots=np.flatnonzero(batch.rows.segment_ids))
+
+
 def with_token_types(batch: PackedBatch, first_lengths: NDArray[np.int64] | None) -> PackedBatch:
     """Mark the second text of each pair of a batch; `first_lengths` [pieces] has each pair's tokens before it."""
     if first_lengths is None:
@@ -396,9 +411,9 @@ def _fill(
     before = np.cumsum(sizes) - sizes  # tokens before each piece
     first = np.searchsorted(rows, rows)  # the first piece of its row
     slot_of = np.arange(pieces.size) - first
-    within = np.arange(sizes.sum()) - np.repeat(before, sizes)
-    source = np.repeat(starts[pieces], sizes) + within
-    target = np.repeat(rows * length + before - before[first], sizes) + within
+    within = ranges(np.zeros_like(sizes), sizes)
+    source = ranges(starts[pieces], sizes)
+    target = ranges(rows * length + before - before[first], sizes)
     arrays = np.zeros((3, sum(counts) * length), np.int64)
     arrays[0, target] = ids[source]
     arrays[1, target] = within

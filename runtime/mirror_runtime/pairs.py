@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
+from mirror_runtime.encoded import check_text_vectors
 from mirror_runtime.errors import BundleError, InputError, TextError
 from mirror_runtime.tokenizer import Item, LongTexts, Tokenized, Tokenizer, piece_arrays, validate_text
 
@@ -39,7 +40,8 @@ def canary_items(spec: EncoderSpec, texts: Sequence[str]) -> list[Item]:
 
 
 def check_has_vectors(spec: EncoderSpec) -> None:
-    """Refuse a reranker, by an `InputError`, where vectors of texts are needed."""
+    """Raise an `InputError` where vectors of texts are needed and the encoder has scores of pairs, or of tokens."""
+    check_text_vectors(spec)
     if spec.scores_pairs:
         raise InputError(
             f"{spec.base_model} is a reranker, which scores pairs and has no vectors: load it with "

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from mirror_runtime.bundle import EngineName, Layout, read_canaries, read_manifest
 from mirror_runtime.cache import AUTO_CACHE
-from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries
+from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries, encode_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError, InputError, ParityError
 from mirror_runtime.host import usable_cores
-from mirror_runtime.pairs import canary_items, items_for
+from mirror_runtime.pairs import items_for
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
@@ -35,7 +35,6 @@ from mirror_runtime.plan import (
     this_host,
 )
 from mirror_runtime.tokenizer import Item, characters
-from mirror_runtime.vectors import components
 
 ROW_LENGTHS = (32, 64, 128)
 BATCH_TOKENS = (512, 1024, 2048)
@@ -185,10 +184,9 @@ class Planner:
         """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
-            vectors = encoder.encode(canary_items(encoder.spec, [canary.text for canary in self._canaries]))
-            check = compare_canaries(components(vectors, encoder.spec), self._canaries, self._floor)
-            encoder.encode(self._texts)
-            encoder.encode(self._singles[:1])
+            check = compare_canaries(encode_canaries(encoder, self._canaries), self._canaries, self._floor)
+            _run(encoder, self._texts)
+            _run(encoder, self._singles[:1])
         except EngineError as error:
             self.refused[f"{setting.engine.value} {setting.precision.value}"] = str(error)
             return None
@@ -196,11 +194,11 @@ class Planner:
 
     def _measure(self, candidate: _Candidate) -> None:
         began = time.perf_counter()
-        candidate.encoder.encode(self._texts)
+        _run(candidate.encoder, self._texts)
         candidate.bulk_s.append(time.perf_counter() - began)
         for text in self._singles:
             began = time.perf_counter()
-            candidate.encoder.encode([text])
+            _run(candidate.encoder, [text])
             candidate.single_s.append(time.perf_counter() - began)
 
     def _summary(self, candidate: _Candidate) -> Trial:
@@ -233,6 +231,10 @@ class Planner:
         bar = self._objective(self._best) if self._best is not None else math.inf
         if self._objective(leader) < bar - MARGIN * abs(bar) or self._best is None:
             self._best = leader
+
+
+def _run(encoder: Encoder, texts: Sequence[Item]) -> None:
+    encoder.encode_detailed(texts).vectors_or_raise()
 
 
 def _spread(texts: Sequence[Item], count: int) -> list[Item]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, MirrorError, TextError, one_line
 from mirror_runtime.host import usable_cores
+from mirror_runtime.packing import PackedBatch, ranges, with_token_slots, with_token_types
 from mirror_runtime.strict_json import read_object
 from mirror_runtime.words import WordMemory
 
@@ -30,6 +31,8 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 
 Item: TypeAlias = "str | tuple[str, str]"
 """What gets a vector: a text, or for a reranker a pair of a query and a text."""
+
+_T = TypeVar("_T")
 
 LONG_CHARACTERS = 32_768
 """Longer texts are tokenised in segments of this length, 20 to 40 ms of work, and queue apart from the others."""
@@ -64,6 +67,34 @@ class Tokenized:
     tokens: NDArray[np.int64]  # [texts], of the whole text with special tokens, before truncation; 0 if it failed
     truncated: NDArray[np.bool_]  # [texts]
     errors: Mapping[int, TextError]  # of the failed texts, by position
+
+    @property
+    def kept_tokens(self) -> NDArray[np.int64]:
+        """Return the tokens of each text's parts together, [texts]: 0 for a failed text."""
+        counts = np.zeros(len(self.tokens), np.int64)
+        np.add.at(counts, self.part_text, self.lengths[self.part_piece])
+        return counts
+
+    def locate(self, batch: PackedBatch, *, per_token: bool) -> PackedBatch:
+        """Complete a batch: a pair's token types, and where the vectors of tokens will be if each has one."""
+        if per_token:
+            return with_token_slots(batch, self.tokens_of(batch.pieces))
+        return with_token_types(batch, self.first_lengths)
+
+    def result_rows(self, *, per_token: bool) -> NDArray[np.int64]:
+        """Return the row of the result that each piece, or each token, becomes; -1 in texts of several parts."""
+        whole = np.bincount(self.part_text, minlength=len(self.tokens))[self.part_text] == 1
+        to, of = self.part_text[whole], self.part_piece[whole]
+        if per_token:
+            counts = self.kept_tokens
+            to, of = ranges((np.cumsum(counts) - counts)[to], self.lengths[of]), self.tokens_of(of)
+        found = np.full(self.ids.size if per_token else self.lengths.size, -1)
+        found[of] = to
+        return found
+
+    def tokens_of(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where in `ids` the tokens of some pieces are, piece after piece."""
+        return ranges((np.cumsum(self.lengths) - self.lengths)[pieces], self.lengths[pieces])
 
 
 class Tokenizer:
@@ -137,15 +168,12 @@ class Tokenizer:
                     )
                     tokens[i] = 0
                     continue
-                before, own, after = self._split(texts[i], own)
-                room = self._body - len(before) - len(after)
-                if room < 1:
+                parts = self._parts(texts[i], own, policy)
+                if not parts:
                     errors[i] = TextError(i, "merges with the template into more tokens than the encoder takes")
                     tokens[i] = 0
                     continue
-                starts = range(0, len(own), room) if policy is LongTexts.CHUNK else (0,)
-                parts = [before + own[at : at + room] + after for at in starts]
-                truncated[i] = len(own) > room and len(parts) == 1
+                truncated[i] = len(parts) == 1
             else:
                 parts = [own]
             part_piece += [numbers.setdefault(tuple(part), len(numbers)) for part in parts]
@@ -212,13 +240,43 @@ class Tokenizer:
     def _whole(self, text: object) -> str:
         return f"{self._before}{text}{self._after}" if self._before or self._after else str(text)
 
-    def _split(self, text: object, ids: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Split a whole string's tokens: the template's before the text, the text's own, the template's after it."""
-        if not self._before and not self._after:
-            return [], ids, []
-        encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
-        first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
-        return ids[:first], ids[first:last], ids[last:]
+    def offsets(self, texts: Sequence[str], skip: int = 0) -> list[list[NDArray[np.int64]]]:
+        """Return the characters of each token of each part of valid texts, by the tokenizer's own policy.
+
+        Args:
+            texts: those that `__call__` took without an error.
+            skip: characters at the start of every text that are not the caller's, such as a prompt.
+
+        Returns:
+            For each text's parts int64 [tokens, 2], half-open ranges of the characters after `skip`; 0, 0 for special
+            tokens, the template's and those of what is skipped.
+        """
+        begin = len(self._before) + skip
+        found = []
+        wholes = [self._whole(text) for text in texts]
+        for text, encoding in zip(texts, self._tokenizer.encode_batch(wholes, add_special_tokens=False), strict=True):
+            spans = (np.array(encoding.offsets, np.int64).reshape(-1, 2) - begin).clip(0, len(text) - skip)
+            spans[spans[:, 0] == spans[:, 1]] = 0
+            own = [*map(tuple, spans.tolist())]
+            parts = [own] if len(own) <= self._body else self._parts(text, own, self._long_texts)
+            special = [(0, 0)] * len(self._prefix), [(0, 0)] * len(self._suffix)
+            found.append([np.array([*special[0], *part, *special[1]], np.int64).reshape(-1, 2) for part in parts])
+        return found
+
+    def _parts(self, text: object, own: list[_T], policy: LongTexts) -> list[list[_T]]:
+        """Cut what belongs to the tokens of a long string, without special ones, by a policy that keeps it.
+
+        Each part has the template's tokens. There is none where these leave no room.
+        """
+        first, last = 0, len(own)
+        if self._before or self._after:
+            encoding = self._tokenizer.encode(self._whole(text), add_special_tokens=False)
+            first, last = text_span(encoding.offsets, len(self._before), len(self._before) + len(str(text)))
+        room = self._body - first - (len(own) - last)
+        if room < 1:
+            return []
+        starts = range(first, last, room) if policy is LongTexts.CHUNK else (first,)
+        return [own[:first] + own[at : min(at + room, last)] + own[last:] for at in starts]
 
 
 def iterate(texts: Iterable[object]) -> Iterator[object]:

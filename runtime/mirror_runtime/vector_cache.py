@@ -73,8 +73,10 @@ class VectorCache:
         """Return the part for one encoder's vectors: of its fingerprint, as it is decided, with options by `repr`.
 
         Raises:
-            InputError: one of its vectors is larger than the cache.
+            InputError: one of its vectors is larger than the cache, or its texts have no vector of their own.
         """
+        if manifest.encoder.per_token:
+            raise InputError("a vector cache holds one vector of a text, and pooling tokens has one of each token")
         graph = None if decision.artifact is None else manifest.files.get(decision.artifact.path)
         ran = (decision.engine, decision.precision, decision.row_tokens, decision.batch_tokens)
         part = CachedVectors(self, (manifest.fingerprint, graph, *ran, *options), manifest.encoder)

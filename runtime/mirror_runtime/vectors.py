@@ -93,28 +93,6 @@ def unit_rows(vectors: NDArray[Any]) -> NDArray[Any]:
     return units
 
 
-def join_parts(parts: Vectors, part_text: NDArray[np.int64], texts: int, spec: EncoderSpec) -> Vectors:
-    """Combine the vectors [parts, width] of texts' parts into one vector a text, [texts, width].
-
-    Chunks become their mean, computed on components, normalised if the encoder normalises, in its vector type.
-    """
-    counts = np.bincount(part_text, minlength=texts)
-    if texts == part_text.size and counts.max(initial=1) == 1:
-        return parts
-    vectors = np.zeros((texts, parts.shape[1]), parts.dtype)
-    single = counts[part_text] == 1
-    vectors[part_text[single]] = parts[single]
-    several = np.flatnonzero(counts > 1)
-    if several.size:
-        sums = np.zeros((texts, spec.dim), np.float32)
-        np.add.at(sums, part_text[~single], components(parts[~single], spec))
-        means = sums[several] / counts[several, None]
-        if spec.normalize:
-            means = unit_rows(means)
-        vectors[several] = round_vectors(means, spec)
-    return vectors
-
-
 def check_cuts(cuts: Iterable[int], dim: int, trained: Collection[int], *, multiple: int = 1) -> None:
     """Check that vectors of `dim` components may be cut to each of these numbers, as `--dimensions` names them.
 

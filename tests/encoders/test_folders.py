@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from encoders.reference import Reference
 from encoders.sentence_transformers import ACTIVATION_CLASSES, LEGACY_POOLING_KEYS, POOLING_MODES, TRANSFORMER_FILES
 from encoders.source import resolve
-from mirror_runtime.bundle import Activation
+from mirror_runtime.bundle import Activation, Pooling
 from mirror_runtime.errors import BundleError
+from tests.support.tiny_encoders import write_pylate
 
 Change = Callable[[Path], object]
 
@@ -333,3 +334,18 @@ def test_the_vectors_are_those_of_sentence_transformers_or_the_folder_is_refused
     expected = SentenceTransformer(str(folder), device="cpu").encode(list(TEXTS), batch_size=1)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_pooling_tokens_reads_a_folder_up_to_its_pooling_and_pylates_as_recorded(folder):
+    dense(ACTIVATION_CLASSES[Activation.TANH])(folder)
+    plain = resolve(str(folder), pooling=Pooling.TOKENS, text_vectors=False).spec
+    assert (plain.pooling, plain.dense, plain.dim, plain.normalize) == (Pooling.TOKENS, (), 32, True)
+    write_pylate(folder)
+    source = resolve(str(folder), text_vectors=False)
+    assert (source.spec.pooling, source.spec.dim) == (Pooling.TOKENS, 8)
+    assert source.prompts == {"query": "[Q] ", "document": "[D] "}
+    with pytest.raises(BundleError, match="has no vector of a text"):
+        resolve(str(folder))
+    merge("config_sentence_transformers.json", attend_to_expansion_tokens=True)(folder)
+    with pytest.raises(BundleError, match="attend_to_expansion_tokens"):
+        resolve(str(folder), text_vectors=False)

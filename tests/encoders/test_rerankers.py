@@ -30,7 +30,7 @@ PAIRS = [
 @pytest.mark.parametrize("family", SCORE_HEADS)
 def test_scores_are_those_of_transformers_own_classifier(family, tmp_path):
     write_tiny_encoder(family, tmp_path / "published", labels=1)
-    source = resolve(str(tmp_path / "published"), rerank=True)
+    source = resolve(str(tmp_path / "published"), text_vectors=False)
     reference = Reference.load(source)
     found = reference.encode(PAIRS)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "published").eval()
@@ -43,7 +43,7 @@ def test_scores_are_those_of_transformers_own_classifier(family, tmp_path):
 
 def test_a_written_folder_is_the_same_cross_encoder_to_us_and_to_sentence_transformers(tmp_path):
     write_tiny_encoder("bert", tmp_path / "published", labels=1)
-    reference = Reference.load(resolve(str(tmp_path / "published"), rerank=True))
+    reference = Reference.load(resolve(str(tmp_path / "published"), text_vectors=False))
     write_layout(
         tmp_path / "written",
         model=reference.model,
@@ -53,7 +53,7 @@ def test_a_written_folder_is_the_same_cross_encoder_to_us_and_to_sentence_transf
         card="",
     )
     assert json.loads((tmp_path / "written" / "encoder.json").read_text())["pooling"] == "rerank"
-    again = Reference.load(resolve(str(tmp_path / "written"), rerank=True))
+    again = Reference.load(resolve(str(tmp_path / "written"), text_vectors=False))
     assert np.array_equal(again.encode(PAIRS), reference.encode(PAIRS))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,7 +67,7 @@ def test_what_is_not_a_cross_encoder_is_named(tiny_bert: Path, tmp_path):
     write_tiny_encoder("bert", tmp_path / "one", labels=1)
     for folder, problem in ((tmp_path / "two", "a classifier of 2 labels"), (tiny_bert, "is not a cross-encoder")):
         with pytest.raises(BundleError, match=problem):
-            resolve(str(folder), pooling=Pooling.RERANK, rerank=True)
+            resolve(str(folder), pooling=Pooling.RERANK, text_vectors=False)
     with pytest.raises(BundleError, match="cross-encoder, which has no vectors"):
         resolve(str(tmp_path / "one"))
     assert resolve(str(tmp_path / "one"), pooling=Pooling.MEAN).spec.dim == 32

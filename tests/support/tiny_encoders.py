@@ -91,6 +91,21 @@ def write_tiny_encoder(family: str, folder: Path, layers: int = 2, labels: int =
     model.save_pretrained(folder)
 
 
+def write_pylate(folder: Path, **config: Any) -> None:
+    """Add to a plain folder what PyLate writes for a ColBERT model: a dense layer to 8 components, prefixes."""
+    modules = [("", "sentence_transformers.models.Transformer"), ("1_Dense", "pylate.models.Dense.Dense")]
+    entries = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    prefixes = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 32, "prompts": {}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prefixes | config))
+    (folder / "1_Dense").mkdir()
+    dense = {"in_features": 32, "out_features": 8, "bias": False}
+    activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+    (folder / "1_Dense" / "config.json").write_text(json.dumps(dense | activation))
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"linear.weight": weight}, folder / "1_Dense" / "model.safetensors")
+
+
 def write_tiny_static(
     family: str, folder: Path, *, dtype: torch.dtype = torch.float32, limit: int | None = POSITIONS, **stored: Any
 ) -> Tokenizer:

@@ -49,8 +49,8 @@ def load_engine(
     """
     if streams is not None and streams < 1:
         raise EngineError(f"streams is {streams}: it must be at least 1")
-    if spec.scores_pairs and name in ON_GPU:
-        raise EngineError("rerankers are proven on CPUs only: choose onnxruntime or openvino")
+    if (spec.scores_pairs or spec.per_token) and name in ON_GPU:
+        raise EngineError(f"pooling {spec.pooling.value} is proven on CPUs only: choose onnxruntime or openvino")
     if name is EngineName.OPENVINO:
         from mirror_runtime.engines.openvino_engine import OpenVinoEngine, length_multiple_of
 

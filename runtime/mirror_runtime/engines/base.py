@@ -41,8 +41,8 @@ class Engine(Protocol):
             rows: arrays [R, L].
 
         Returns:
-            [R, L // 4, width] of the encoder's vector type, see `mirror_runtime.vectors`; zeros in empty slots. The
-            caller owns the array.
+            [R, L // 4, width] of the encoder's vector type, see `mirror_runtime.vectors`; zeros in empty slots. With
+            pooling `tokens` [R, L, width], one for each place. The caller owns the array.
 
         Raises:
             EngineError: the library failed.

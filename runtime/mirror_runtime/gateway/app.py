@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp
 
 import mirror_runtime
 from mirror_runtime.errors import InputError
+from mirror_runtime.gateway.backends import ModelCard
 from mirror_runtime.gateway.bodies import json_route
 from mirror_runtime.gateway.buffers import HeldBytes
 from mirror_runtime.gateway.errors import (
@@ -38,6 +40,7 @@ from mirror_runtime.gateway.middleware import Middleware, response_of
 from mirror_runtime.gateway.paths import UsualPaths
 from mirror_runtime.gateway.schema import (
     CohereRerankRequest,
+    EmbedAllRequest,
     EmbeddingsAnswer,
     EmbeddingsRequest,
     EmbedRequest,
@@ -55,6 +58,7 @@ from mirror_runtime.gateway.schema import (
 from mirror_runtime.gateway.service import REQUEST_ID, EncodingResult, GatewayService
 from mirror_runtime.prompts import choose_prompt
 from mirror_runtime.reranker import ranked
+from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.vectors import unit_rows
 
 OPEN_ROUTES = ("/", "/health", "/health/live", "/metrics", "/docs", "/openapi.json")
@@ -69,6 +73,11 @@ HERE = (
 HERE_RERANKER = (
     "this gateway has a reranker, which scores texts against a query: POST /rerank (TEI), /v1/rerank and /v2/rerank "
     "(Cohere), GET /v1/models, /info, /health, /docs. It has no vectors"
+)
+
+HERE_TOKENS = (
+    "this gateway has one model, which gives a vector for each token and none for a text: POST /embed_all (TEI), "
+    "GET /v1/models, /info, /health, /docs"
 )
 
 T = TypeVar("T")
@@ -117,14 +126,19 @@ def make_app(service: GatewayService) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    reranks = service.backend.card.scores_pairs
-    strings = (2 if reranks else 1) * service.settings.max_batch  # a document may be an object with a text
+    card = service.backend.card
+    strings = (2 if card.scores_pairs else 1) * service.settings.max_batch  # a document may be an object with a text
     app.router.route_class = json_route(strings, service.settings.max_body_bytes)
     # Document that a key is required. The middleware has checked it already.
     keyed = [Depends(HTTPBearer(auto_error=False))] if service.settings.keys else []
-    (_add_rerank_routes if reranks else _add_embedding_routes)(app, service, keyed)
+    add_routes, here = _add_embedding_routes, HERE
+    if card.scores_pairs:
+        add_routes, here = _add_rerank_routes, HERE_RERANKER
+    elif card.per_token:
+        add_routes, here = _add_token_routes, HERE_TOKENS
+    add_routes(app, service, keyed)
     _add_information_routes(app, service, keyed)
-    _add_error_handlers(app, HERE_RERANKER if reranks else HERE)
+    _add_error_handlers(app, here)
     routes = [path for route in app.routes if (path := getattr(route, "path", None)) is not None]
     inner: ASGIApp = UsualPaths(Middleware(app, service, routes=routes, open_routes=OPEN_ROUTES))
     if not service.settings.cors:
@@ -180,6 +194,39 @@ def _add_embedding_routes(app: FastAPI, service: GatewayService, keyed: Sequence
         result = await _encode(request, service, EmbedRequest.model_validate({"inputs": texts}), texts, _JSON_BYTES)
         source, *others = unit_rows(result.vectors)
         return _vectors_response(orjson.dumps([float(source @ other) for other in others]), result)
+
+
+def _add_token_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
+    """Add the route that encodes tokens."""
+    responses: dict[int | str, dict[str, Any]] = {
+        200: {"headers": _VECTOR_HEADERS},
+        **_refusals(400, 401, 404, 413, 422, 429, 500, 503),
+    }
+    turn = asyncio.Lock()
+
+    @app.post(
+        "/embed_all",
+        response_model=list[list[list[float]]],
+        responses=responses,
+        dependencies=keyed,
+        tags=["vectors"],
+    )
+    async def embed_all(body: EmbedAllRequest, request: Request) -> Response:
+        """Return each text's vectors of its tokens, special ones too, as Text Embeddings Inference does."""
+        texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+        card = service.backend.card
+        prompt = _prompt(card, body.prompt_name, None)
+        # A text has hardly more tokens than characters, and where it is cut no more than the limit.
+        most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
+        tokens = sum(min(len(prompt) + len(text) + 2, most or len(prompt) + 2 * len(text) + 2) for text in texts)
+        caller = _held_for_answer(request, service, tokens, _JSON_BYTES)
+        result = await _while_connected(
+            request, service, service.encode(texts, caller, truncate=body.truncate, prompt=prompt)
+        )
+        assert result.counts is not None
+        rows = iter(await _json_rows(result.vectors, turn))
+        parts = [b"[%b]" % b",".join(islice(rows, count)) for count in result.counts.tolist()]
+        return _vectors_response(b"[%b]" % b",".join(parts), result)
 
 
 def _add_rerank_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any]) -> None:
@@ -371,12 +418,7 @@ async def _encode(
         message = f"texts are cut at their end, at {service.backend.card.max_tokens} tokens: leave this field out"
         param = "truncate" if body.truncate == "START" else "truncate_prompt_tokens"
         raise Refusal(400, "truncation_not_possible", message, param=param)
-    card = service.at(body.speed).card
-    try:
-        prompt = choose_prompt(card.prompts, card.template, name=body.prompt_name, input_type=body.input_type)
-    except InputError as error:
-        param = "prompt_name" if body.prompt_name is not None else "input_type"
-        raise Refusal(400, "prompt_not_possible", printable(str(error)), param=param) from None
+    prompt = _prompt(service.at(body.speed).card, body.prompt_name, body.input_type)
     work = service.encode(
         texts,
         caller,
@@ -389,10 +431,19 @@ async def _encode(
     return await _while_connected(request, service, work)
 
 
-def _held_for_answer(request: Request, service: GatewayService, texts: int, component_bytes: int) -> str:
+def _prompt(card: ModelCard, name: str | None, input_type: str | None) -> str:
+    """Return what to put before a request's texts; a `Refusal` if it asks for what the encoder has not."""
+    try:
+        return choose_prompt(card.prompts, card.template, name=name, input_type=input_type)
+    except InputError as error:
+        param = "prompt_name" if name is not None else "input_type"
+        raise Refusal(400, "prompt_not_possible", printable(str(error)), param=param) from None
+
+
+def _held_for_answer(request: Request, service: GatewayService, vectors: int, component_bytes: int) -> str:
     """Count the bytes of an answer before it is computed, and return who asks for it."""
     held: HeldBytes = request.state.held
-    held.add(texts * service.backend.card.dim * component_bytes)
+    held.add(vectors * service.backend.card.dim * component_bytes)
     return held.caller
 
 

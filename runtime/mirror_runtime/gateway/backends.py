@@ -42,6 +42,7 @@ class ModelCard:
     backend: str  # "in-process", or the server's address
     prompts: Mapping[str, str] | None = None  # by name; None if they are unknown, as behind Triton
     scores_pairs: bool = False  # a reranker: it takes pairs of a query and a text, and `dim` is 1
+    per_token: bool = False  # each token has a vector, and the text has none
     template: str | None = None  # text that the encoder itself puts around every text
     dimensions: tuple[int, ...] = ()  # shorter vectors that it was trained for, as far as it records them
 
@@ -94,6 +95,7 @@ class InProcessBackend:
             template=spec.template,
             dimensions=spec.trained_dims,
             scores_pairs=spec.scores_pairs,
+            per_token=spec.per_token,
         )
 
     async def encode(self, texts: Sequence[Item]) -> Served:

@@ -123,6 +123,15 @@ class EmbedRequest(_Request):
     inputs: Texts
 
 
+class EmbedAllRequest(_Body):
+    """Text Embeddings Inference's request for vectors of tokens."""
+
+    inputs: Texts
+    truncate: bool | None = Field(None, description="false: refuse a text over the encoder's limit (413).")
+    truncation_direction: Literal["right", "Right"] | None = Field("right", description="Texts lose their end.")
+    prompt_name: str | None = Field(None, description="A prompt of the encoder, see /info, to put before every text.")
+
+
 class Pairs(BaseModel):
     """One text, and those to compare it with."""
 

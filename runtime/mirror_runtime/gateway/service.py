@@ -41,10 +41,11 @@ _log = logging.getLogger(__name__)
 class EncodingResult:
     """The vectors of a request."""
 
-    vectors: NDArray[np.float32]  # [n, dimensions], contiguous, little-endian
+    vectors: NDArray[np.float32]  # [n, dimensions], contiguous, little-endian; for `tokens` of all tokens
     tokens: int  # of all texts together, before truncation
     truncated: list[int]  # positions of the truncated texts
     fingerprint: str
+    counts: NDArray[np.int64] | None = None  # [n], vectors of each text; None where each has one
 
 
 class GatewayService:
@@ -231,7 +232,7 @@ class GatewayService:
         scale = (normalized if normalize is None else normalize) and (dimensions is not None or not normalized)
         vectors = cut(vectors, dimensions, normalize=scale)
         tokens = int(served.tokens.sum())
-        self.metrics.batch.observe(len(vectors))
+        self.metrics.batch.observe(len(served.tokens))
         self.metrics.tokens.inc(tokens)
         self.metrics.truncated.inc(len(truncated))
         return EncodingResult(
@@ -239,6 +240,7 @@ class GatewayService:
             tokens=tokens,
             truncated=truncated,
             fingerprint=served.fingerprint or self.backend.card.fingerprint,
+            counts=served.counts,
         )
 
 

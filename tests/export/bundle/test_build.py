@@ -25,7 +25,7 @@ from mirror_runtime.engines.openvino_engine import OpenVinoEngine
 from mirror_runtime.errors import BundleError, InputError, MissingExtra, ParityError
 from mirror_runtime.folders import whole_folder
 from mirror_runtime.verify import verify
-from tests.support.tiny_encoders import write_tiny_encoder
+from tests.support.tiny_encoders import write_pylate, write_tiny_encoder
 
 TEXTS = ("", "the cat sat on the mat.", "a man is playing a guitar", "dog " * 80, "😀 river", *"abcdefgh")
 
@@ -223,7 +223,7 @@ def test_a_cross_encoder_becomes_a_reranker_whose_packed_scores_are_pytorchs(cro
     assert [tensor.name for tensor in packed.inputs][3:] == ["token_type_ids"]
     pairs = [(a, b) for a in TEXTS for b in TEXTS]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
-    tokenizer = Reference.load(resolve(str(cross_encoder), rerank=True)).tokenizer
+    tokenizer = Reference.load(resolve(str(cross_encoder), text_vectors=False)).tokenizer
     options = {"truncation": True, "max_length": 64, "padding": True, "return_tensors": "pt"}
     with torch.inference_mode():
         expected = model(**tokenizer(*map(list, zip(*pairs, strict=True)), **options)).logits[:, 0].numpy()
@@ -233,14 +233,44 @@ def test_a_cross_encoder_becomes_a_reranker_whose_packed_scores_are_pytorchs(cro
     assert all(check.agrees for check in verify(request.output))
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_pooling_tokens_keeps_each_tokens_vector_as_transformers_computes_it(family, tmp_path, traces_from_cache):
+    write_tiny_encoder(family, tmp_path / "published")
+    write_pylate(tmp_path / "published")
+    texts = [*TEXTS, "[Q] what is a cat", "a long text " * 40]
+    request = Request(
+        encoder=str(tmp_path / "published"), output=tmp_path / "b", texts=tuple(texts), precisions=(Precision.FP32,)
+    )
+    manifest = build(request).manifest
+    assert (manifest.encoder.pooling, manifest.encoder.dim, manifest.encoder.normalize) == (Pooling.TOKENS, 8, True)
+    assert {(a.layout, a.outputs[-1].name) for a in manifest.artifacts} == {
+        (Layout.PADDED, "token_embeddings"),
+        (Layout.PACKED, "embedding"),
+    }
+    model = transformers.AutoModel.from_pretrained(tmp_path / "published").eval()
+    tokenizer = Reference.load(resolve(str(tmp_path / "published"), text_vectors=False)).tokenizer
+    weight = torch.from_numpy(load_file(tmp_path / "published/1_Dense/model.safetensors")["linear.weight"])
+    with Encoder.load(request.output, engine="onnxruntime", precision="fp32") as encoder:
+        assert encoder.prompts == {"query": "[Q] ", "document": "[D] "}
+        for text, found in zip(texts, encoder.encode_tokens(texts), strict=True):
+            inputs = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+            with torch.inference_mode():
+                expected = torch.nn.functional.normalize(model(**inputs).last_hidden_state[0] @ weight.T, dim=-1)
+            np.testing.assert_allclose(found.vectors, expected.numpy(), atol=1e-5)
+    assert all(check.agrees for check in verify(request.output))
+
+
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("pooling", "changes", "problem"),
     [
-        ({"precisions": (Precision.INT8,)}, "not quantised to int8"),
-        ({"head_options": HeadOptions(dim=1)}, "one score and no vectors"),
-        ({"probes": (Probe(name="content", questions=("a",), answers=("b",)),)}, "leave out .* and --own"),
+        (None, {"precisions": (Precision.INT8,)}, "a reranker is not quantised to int8"),
+        (None, {"head_options": HeadOptions(dim=1)}, "one score and no vectors"),
+        (None, {"probes": (Probe(name="content", questions=("a",), answers=("b",)),)}, "leave out .* and --own"),
+        (Pooling.TOKENS, {"precisions": (Precision.INT8,)}, "pooling tokens is not quantised to int8"),
+        (Pooling.TOKENS, {"head_options": HeadOptions(dim=1)}, "pooling tokens has no vector of a text"),
+        (Pooling.TOKENS, {"sets": (None,)}, "leave out --sts"),
     ],
 )
-def test_what_a_reranker_has_not_is_refused(cross_encoder, tmp_path, changes, problem):
+def test_what_an_unusual_head_has_not_is_refused(cross_encoder, tmp_path, pooling, changes, problem):
     with pytest.raises(InputError, match=problem):
-        build(request(cross_encoder, tmp_path / "b", pooling=None, **changes))
+        build(request(cross_encoder, tmp_path / "b", pooling=pooling, **changes))

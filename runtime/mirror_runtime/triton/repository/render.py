@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mirror_runtime.bundle import MANIFEST_FILE, TOKENIZER_FILE, Manifest, check_files, read_manifest
 from mirror_runtime.client.protocol import DATA_TYPES, MODEL_NAME
+from mirror_runtime.encoded import check_text_vectors
 from mirror_runtime.errors import InputError
 from mirror_runtime.folders import os_error_message
 from mirror_runtime.host import usable_cores
@@ -78,7 +79,12 @@ model_warmup [
 
 
 def render_config(manifest: Manifest, options: ServingOptions, *, bundle: str = "bundle") -> str:
-    """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`."""
+    """Render `config.pbtxt`; `bundle` is a path, absolute or relative to the version folder `embed/1`.
+
+    Raises:
+        InputError: a trained cut is not one of the encoder's, or the encoder has no vector of a text.
+    """
+    check_text_vectors(manifest.encoder)
     options = replace(options, dimensions=options.dimensions or manifest.encoder.trained_dims)
     check_trained(options.dimensions, manifest.encoder)
     parameters = {
