@@ -135,8 +135,8 @@ def _resolve(encoder: str) -> ResolvedEncoder:
     except BundleError as error:
         raise InputError(f"{encoder} must be an encoder that records its pooling: {error}") from error
     if found.spec.scores_pairs or found.spec.per_token:
-        what = "is a reranker" if found.spec.scores_pairs else "has vectors of tokens"
-        raise InputError(f"{encoder} {what}, and no vectors of texts to compare: pass an encoder")
+        what = "is a reranker with scores of pairs" if found.spec.scores_pairs else "has vectors of tokens"
+        raise InputError(f"{encoder} {what}, and none of texts to compare: pass an encoder")
     return found
 
 

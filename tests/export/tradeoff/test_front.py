@@ -324,7 +324,7 @@ def test_a_run_is_measured_on_what_it_held_out_and_settings_of_every_encoder_cou
 
 def test_a_reranker_is_refused_by_name(tmp_path):
     write_tiny_encoder("bert", folder := tmp_path / "cross", labels=1)
-    with pytest.raises(InputError, match="cross is a reranker, which has no vectors to compare: pass an encoder"):
+    with pytest.raises(InputError, match="cross is a reranker with scores of pairs, and none of texts to compare"):
         build.build(build.Request(encoder=str(folder), texts=(), output=tmp_path / "front"))
 
 
