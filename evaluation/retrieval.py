@@ -151,8 +151,8 @@ def _records(path: Path) -> dict[str, str]:
             name, title, text = str(value["_id"]), value.get("title") or "", value["text"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}, line {number}: expected a JSON object with _id and text") from error
-        if error := validate_text(0, title) or validate_text(0, text):
-            raise InputError(f"{path}, line {number}: the text {error.reason}")
+        if problem := validate_text(0, title) or validate_text(0, text):
+            raise InputError(f"{path}, line {number}: the text {problem.reason}")
         if name in found:
             raise InputError(f"{path}, line {number}: a second text with _id {name!r}: ids must differ")
         found[name] = f"{title} {text}".strip()
