@@ -69,8 +69,8 @@ class Reranker:
 
     def rank(self, query: str, texts: Iterable[str], top_n: int | None = None, *, raw: bool = False) -> list[Ranked]:
         """Score texts like `scores`; return the `top_n` best, or all, best first, equal ones in the texts' order."""
-        if top_n is not None and top_n < 1:
-            raise InputError(f"top_n is {top_n}: it must be at least 1")
+        if top_n is not None and (not isinstance(top_n, int) or top_n < 1):
+            raise InputError(f"top_n is {top_n}: it must be a whole number of at least 1")
         return ranked(self.scores(query, texts, raw=True), top_n, raw_scores=raw)
 
     def close(self) -> None:

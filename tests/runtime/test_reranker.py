@@ -68,8 +68,9 @@ def test_ranks_are_those_of_the_raw_scores(reranker):
     assert best[0].score == pytest.approx(1 / (1 + np.exp(-float(raw[at]))))
     assert reranker.rank(QUERY, TEXTS, raw=True)[0].score == raw[at]
     assert reranker.rank(QUERY, []) == []
-    with pytest.raises(InputError, match="top_n is 0"):
-        reranker.rank(QUERY, TEXTS, top_n=0)
+    for count in (0, 1.5, "3"):
+        with pytest.raises(InputError, match=f"top_n is {count}: it must be a whole number"):
+            reranker.rank(QUERY, TEXTS, top_n=count)
     with pytest.raises(InputError, match="pass a list"):
         reranker.scores(QUERY, "text")
 

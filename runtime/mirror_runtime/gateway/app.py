@@ -256,11 +256,10 @@ def _add_rerank_routes(app: FastAPI, service: GatewayService, keyed: Sequence[An
     async def cohere(body: CohereRerankRequest, request: Request) -> Response:
         """Return scores, best first, as Cohere's API does."""
         model = _check_model(service, body.model)
-        texts = [one if isinstance(one, str) else one.text for one in body.documents]
-        result = await score(request, body.query, texts, None)
+        result = await score(request, body.query, body.documents, None)
         results = [
             {"index": one.index, "relevance_score": one.score}
-            | ({"document": {"text": texts[one.index]}} if body.return_documents else {})
+            | ({"document": {"text": body.documents[one.index]}} if body.return_documents else {})
             for one in ranked(result.vectors[:, 0], body.top_n)
         ]
         answer = {

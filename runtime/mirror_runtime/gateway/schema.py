@@ -166,19 +166,22 @@ class RerankRequest(_Body):
     truncation_direction: Literal["right", "Right"] | None = Field("right", description="Texts lose their end.")
 
 
-class Document(BaseModel):
-    """A text to score."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    text: str
+def _documents(value: Any) -> Any:
+    """Take the texts out of documents that are objects, and check all with one error: thousands would take a second."""
+    if not isinstance(value, list):
+        return value
+    if any(isinstance(one, dict) and one.keys() != {"text"} for one in value):
+        raise PydanticCustomError("texts", "a document must be a text, or an object with its text and nothing else")
+    return _texts([one["text"] if isinstance(one, dict) else one for one in value])
 
 
 class CohereRerankRequest(_Body):
     """Cohere's request for scores, which Jina's and vLLM's clients send too."""
 
     query: Query
-    documents: Annotated[list[str | Document], Field(min_length=1)]
+    documents: Annotated[
+        list[str], BeforeValidator(_documents), Field(min_length=1, description="Texts, or objects with a `text`.")
+    ]
     model: str | None = Field(None, description="The model's name, as in /v1/models. null: the only one.")
     top_n: Number | None = Field(None, ge=1, description="How many of the best to return; null for all.")
     return_documents: bool = False
@@ -191,6 +194,12 @@ class Rank(BaseModel):
     index: int
     score: float
     text: str | None = None
+
+
+class Document(BaseModel):
+    """A document that was scored."""
+
+    text: str
 
 
 class RerankResult(BaseModel):

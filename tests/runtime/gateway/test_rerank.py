@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mirror_runtime.gateway import server
+from mirror_runtime.repeats import RepeatFilter
 from mirror_runtime.reranker import Reranker
 from tests.support import gateways
 
@@ -57,7 +58,12 @@ def test_coheres_answer_has_the_best_documents(gateway, version):
         ("/rerank", {"query": "a" * 10_001, "texts": ["a"]}, 422, "at most 10000 characters"),
         ("/rerank", {"query": QUERY, "texts": TEXTS, "truncate": False}, 413, "text 2 has"),
         ("/v2/rerank", {"query": QUERY, "documents": ["a"], "model": "other"}, 404, "the model here is 'mini'"),
-        ("/v2/rerank", {"query": QUERY, "documents": ["a", "\ud800"]}, 400, "text 1: contains a lone surrogate"),
+        ("/v2/rerank", {"query": QUERY, "documents": ["a", "\ud800"]}, 422, "text 1: contains a lone surrogate"),
+        ("/v2/rerank", {"query": QUERY, "documents": [*"ab", 5]}, 422, "documents: text 2: is int, not str"),
+        ("/v2/rerank", {"query": QUERY, "documents": [{"text": None}]}, 422, "documents: text 0: is NoneType"),
+        ("/v2/rerank", {"query": QUERY, "documents": [{"title": "a", "text": "b"}]}, 422, "its text and nothing else"),
+        ("/v2/rerank", {"query": QUERY, "documents": "a"}, 422, "documents: Input should be a valid list"),
+        ("/v2/rerank", {"query": QUERY, "documents": []}, 422, "documents: this must hold at least one text"),
         ("/v2/rerank", {"query": QUERY, "documents": ["a"], "top_n": 0}, 422, "top_n"),
         ("/v1/embeddings", {"input": "a"}, 404, "has a reranker"),
     ],
@@ -110,6 +116,7 @@ def test_the_page_ranks_lines_and_compares_texts_only_where_there_are_vectors(ga
 def test_the_operator_is_told_the_routes_that_there_are(gateway, gateway_bundle, monkeypatch):
     told: list[str] = []
     with gateways.running(gateway_bundle) as other, monkeypatch.context() as patched:
+        patched.setattr(server, "limit_repeats", RepeatFilter)
         patched.setattr(server.GatewayServer, "run", lambda self, _: self._on_started())
         for served in (gateway, other):
             with server.listen("127.0.0.1", 0) as listener:
