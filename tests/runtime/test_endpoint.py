@@ -109,8 +109,7 @@ def zeros_at(*places):
 
 
 @pytest.mark.parametrize(
-    ("later", "verdict"),
-    [(zeros_at(5), "agrees"), (zeros_at(5, 7), "broken"), (zeros_at(), "another model")],
+    ("later", "verdict"), [(zeros_at(5), "agrees"), (zeros_at(5, 7), "broken"), (zeros_at(), "another model")]
 )
 def test_zeros_agree_only_where_zeros_were_kept(server, tmp_path, capsys, later, verdict):
     arguments = ["verify", "--endpoint", f"{server.url}/v1", "--canaries", str(tmp_path / "kept.json")]
