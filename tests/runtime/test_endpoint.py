@@ -61,7 +61,7 @@ def server() -> Iterator[SimpleNamespace]:
             self.wfile.write(content)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         state.url = f"http://127.0.0.1:{http.server_address[1]}"
         yield state
