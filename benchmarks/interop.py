@@ -84,11 +84,7 @@ class Cell:
 
 
 def run_consumers(
-    bundle: Path,
-    environments: Path,
-    only: Sequence[str],
-    given: Mapping[str, Path],
-    on_progress: Callable[[str], None],
+    bundle: Path, environments: Path, only: Sequence[str], given: Mapping[str, Path], on_progress: Callable[[str], None]
 ) -> list[Cell]:
     """Load a bundle unchanged in every consumer and compare the canaries' vectors, a cell for each file.
 

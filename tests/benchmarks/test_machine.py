@@ -132,8 +132,7 @@ def test_reference_work_takes_longer_for_more_rows(plan, variant, engine):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "streams", "runs"),
-    [(48, 48, 1, SINGLE_RUNS), (None, TOKEN_BUDGET, usable_cores(), BATCH_RUNS)],
+    ("tokens", "rows", "streams", "runs"), [(48, 48, 1, SINGLE_RUNS), (None, TOKEN_BUDGET, usable_cores(), BATCH_RUNS)]
 )
 def test_reference_work_has_the_rows_and_streams_of_what_it_stands_beside(
     plan, variant, monkeypatch, tokens, rows, streams, runs

@@ -133,7 +133,7 @@ def test_a_limit_that_only_the_tokenizers_settings_state_is_not_the_encoders(fam
 @pytest.mark.trace
 @pytest.mark.usefixtures("traces_from_cache")
 def test_other_precisions_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tiny_static("static", tmp_path / "encoder")
+    write_tiny_static("model2vec", tmp_path / "encoder")  # whose graphs another test traces too
     (texts := tmp_path / "texts.txt").write_text("the house\n")
     command = [str(tmp_path / "encoder"), "--output", str(tmp_path / "bundle"), "--parity-texts", str(texts)]
     assert main([*command, "--precision", "fp32", "int8", "fp16"]) == 1

@@ -1,7 +1,5 @@
 """Every engine on real weights and ragged real text."""
 
-import itertools
-import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,22 +74,3 @@ def test_every_shape_runs_empty_slots_are_zeros_and_an_empty_batch_is_harmless(e
     out = encoder.engine.run(PackedRows(input_ids=empty[0], position_ids=empty[1], segment_ids=empty[2]))
     assert out.shape == (4, 16, 384)
     assert not out.any()
-
-
-def use_at_once(bundle: Path) -> None:
-    """Encode for the first time in this process, with two encoders from two threads each."""
-    encoders = [Encoder.load(bundle, engine="openvino", precision="fp32", streams=2) for _ in range(2)]
-    texts = [[f"a b c {i} " * n for i in range(40)] for n in (1, 9)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda job: job[0].encode(job[1]), itertools.product(encoders, texts)))
-
-
-@pytest.mark.process
-@pytest.mark.slow  # a race: it needs several new processes to show
-def test_first_use_from_many_threads_at_once_does_not_deadlock(minilm_bundle: Path):
-    for _ in range(3):
-        process = multiprocessing.get_context("spawn").Process(target=use_at_once, args=(minilm_bundle,))
-        process.start()
-        process.join(120)
-        process.kill()
-        assert process.exitcode == 0

@@ -13,11 +13,11 @@ from mirror_runtime.host import has_bf16
 from tests.support.graphs import check_exact
 from tests.support.tiny_encoders import MODELS, ragged_texts, write_tiny_encoder
 
-SUITE = [("roberta", "mean"), ("qwen3", "last")]
+SUITE = [("mpnet", "mean"), ("qwen3", "last")]
 """BERT is the encoder of all other tests, and `test_whole_way` has ModernBERT: pre-norm, rotary positions, a window,
-fused projections and gates. These have the rest: positions with an offset and no token types; causal attention with
-grouped keys, RMSNorm. The forward pass that is traced equals Hugging Face's for every family
-(tests/encoders/test_families.py)."""
+fused projections and gates. These have the rest: RoBERTa's positions with an offset and no token types, relative
+positions; causal attention with grouped keys, RMSNorm. The forward pass that is traced equals Hugging Face's for every
+family (tests/encoders/test_families.py), and the tests of half precision take the same traces."""
 
 PRECISIONS: tuple[Precision, ...] = (Precision.FP32,)
 TESTED = SUITE

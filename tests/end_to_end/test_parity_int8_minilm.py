@@ -36,7 +36,7 @@ def expected(minilm, shared) -> Expected:
     texts = parity_texts(short=80, medium=8, long=2)
     (stsb,) = read_sets(str(shared / "data/sts/stsb-test.tsv"))
     some = dataclasses.replace(stsb, first=stsb.first[:300], second=stsb.second[:300], scores=stsb.scores[:300])
-    return Expected.of(Reference.load(resolve(str(minilm))), texts, [some])
+    return Expected.of(Reference.load(resolve(str(minilm), max_tokens=128)), texts, [some])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from mirror_runtime.cli import main as mirror
 from mirror_runtime.triton import Server
 from tests.support.gateways import running, vectors
 from tests.support.graphs import check_exact
-from tests.support.tiny_encoders import ragged_texts, write_tiny_bert, write_tiny_encoder, write_tiny_static
+from tests.support.tiny_encoders import ragged_texts, write_tiny_encoder, write_tiny_static
 from tests.support.trace_cache import cached_traces
 from training import tune
 
@@ -53,10 +53,10 @@ def check_served(encoder: Path, corpus: Path, texts: list[str], folder: Path) ->
 
 @pytest.mark.serving
 @pytest.mark.slow  # tuning, two traced graphs with their proof, and a tritonserver
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
-def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(family, corpus, tmp_path, capsys):
+def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(corpus, tmp_path, capsys):
+    """A tuned BERT is exported by the example of documents (tests/documents/test_examples.py)."""
     base, run = tmp_path / "base", tmp_path / "run"
-    write_tiny_bert(base, layers=1) if family == "bert" else write_tiny_encoder(family, base)
+    write_tiny_encoder("modernbert", base)
     options = ["--pooling", "mean", "--epochs", "1", "--batch-size", "4", "--max-tokens", "16", "--probe", "none"]
     assert tune.main(["--base", str(base), "--corpus", str(corpus), "--output", str(run), *options]) == 0
     check_served(run, corpus, LINES, tmp_path)
@@ -65,9 +65,9 @@ def test_raw_text_becomes_a_tuned_encoder_whose_served_vectors_are_its_own(famil
 
 @pytest.mark.serving
 @pytest.mark.slow  # two traced graphs with their proof, and a tritonserver
-@pytest.mark.parametrize("family", ["static", "model2vec"])
-def test_a_static_encoder_is_served_also_for_texts_without_tokens(family, corpus, tmp_path, capsys):
-    write_tiny_static(family, tmp_path / "base")
+def test_a_static_encoder_is_served_also_for_texts_without_tokens(corpus, tmp_path, capsys):
+    """Of model2vec; what differs in sentence-transformers' is in its graphs (tests/encoders/test_static.py)."""
+    write_tiny_static("model2vec", tmp_path / "base")
     check_served(tmp_path / "base", corpus, [*LINES, "", "漢語", "the 漢 cat"], tmp_path)
 
 

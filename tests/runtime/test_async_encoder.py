@@ -144,8 +144,7 @@ def test_a_cancelled_callers_text_is_not_computed_unless_it_runs_or_is_shared(en
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
-    [(None, "NoneType"), (7, "int"), ("lone \ud800", "surrogate"), ("word " * 100, "has 102 tokens")],
+    ("bad", "reason"), [(None, "NoneType"), (7, "int"), ("lone \ud800", "surrogate"), ("word " * 100, "has 102 tokens")]
 )
 def test_a_bad_text_fails_its_caller_only(gateway_bundle, bad, reason):
     with Encoder.load(gateway_bundle, engine="fake", long_texts="error") as encoder:

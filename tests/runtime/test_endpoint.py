@@ -61,7 +61,7 @@ def server() -> Iterator[SimpleNamespace]:
             self.wfile.write(content)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         state.url = f"http://127.0.0.1:{http.server_address[1]}"
         yield state
@@ -109,8 +109,7 @@ def zeros_at(*places):
 
 
 @pytest.mark.parametrize(
-    ("later", "verdict"),
-    [(zeros_at(5), "agrees"), (zeros_at(5, 7), "broken"), (zeros_at(), "another model")],
+    ("later", "verdict"), [(zeros_at(5), "agrees"), (zeros_at(5, 7), "broken"), (zeros_at(), "another model")]
 )
 def test_zeros_agree_only_where_zeros_were_kept(server, tmp_path, capsys, later, verdict):
     arguments = ["verify", "--endpoint", f"{server.url}/v1", "--canaries", str(tmp_path / "kept.json")]

@@ -149,11 +149,7 @@ def test_own_files_give_the_texts_that_a_run_holds_out_of_them(lines, tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
-    [
-        (weigh, weigh, Verdict.UNCLEAR),
-        (weigh, encode_words, Verdict.WORSE),
-        (encode_words, weigh, Verdict.BETTER),
-    ],
+    [(weigh, weigh, Verdict.UNCLEAR), (weigh, encode_words, Verdict.WORSE), (encode_words, weigh, Verdict.BETTER)],
 )
 def test_harm_is_worse_and_no_change_is_neither(lines, before, after, verdict):
     held, rest = hold_out([(line,) for line in lines])

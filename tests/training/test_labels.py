@@ -83,18 +83,8 @@ def test_entailment_is_joined_over_files_and_rows_without_a_label_are_counted(tm
 @pytest.mark.parametrize(
     ("name", "content", "labels", "message"),
     [
-        (
-            "a.txt",
-            "4\ta\tb\n",
-            Labels.SCORES,
-            ".jsonl or .parquet: score, sentence1, sentence2",
-        ),
-        (
-            "a.tsv",
-            "s\ta\tb\n",
-            Labels.SCORES,
-            "no column 'score', only 's', 'a', 'b'. Name the right",
-        ),
+        ("a.txt", "4\ta\tb\n", Labels.SCORES, ".jsonl or .parquet: score, sentence1, sentence2"),
+        ("a.tsv", "s\ta\tb\n", Labels.SCORES, "no column 'score', only 's', 'a', 'b'. Name the right"),
         ("a.tsv", f"{SICK}high\tX\ta\tb\n", Labels.SCORES, "row 1: the score must be a number, and is 'high'"),
         ("a.tsv", f"{SICK}nan\tX\ta\tb\n", Labels.SCORES, "row 1: the score must be a number, and is 'nan'"),
         ("a.tsv", f"{SICK}1\tX\ta\t\n", Labels.SCORES, "row 1: one text of the example is empty"),

@@ -31,8 +31,7 @@ from mirror_runtime.triton.server.deploy import present_options
 def deploy(
     bundle: BundleArgument,
     repository: Annotated[
-        Path,
-        typer.Option("--to", help="The model repository; created if missing.", metavar="REPO", show_default=False),
+        Path, typer.Option("--to", help="The model repository; created if missing.", metavar="REPO", show_default=False)
     ],
     engine: ChangedEngineOption = None,
     precision: ChangedPrecisionOption = None,

@@ -63,15 +63,13 @@ def encode(
     long_texts: LongTextsOption = LongTexts.TRUNCATE,
     column: ColumnOption = "text",
     keep: Annotated[
-        str | None,
-        typer.Option(help="Columns to write beside the vectors, such as id,title.", metavar="NAMES"),
+        str | None, typer.Option(help="Columns to write beside the vectors, such as id,title.", metavar="NAMES")
     ] = None,
     format_: Annotated[
         Format | None, typer.Option("--format", help="Of standard input, or of files whose names do not tell it.")
     ] = None,
     bad_texts: Annotated[
-        BadTexts,
-        typer.Option(help="Rows that are not text: stop at the first, write zero vectors, or skip them."),
+        BadTexts, typer.Option(help="Rows that are not text: stop at the first, write zero vectors, or skip them.")
     ] = BadTexts.STOP,
     plan: Annotated[
         Path | None, typer.Option(help="Follow this file of mirror plan. Default: the one in the cache.")
@@ -148,12 +146,7 @@ def _encode_here(
             bar.update(task, completed=progress.position, texts=progress.texts)
 
         done = encode_file(
-            encoder,
-            corpus,
-            output,
-            long_texts=load_options["long_texts"],
-            bad_texts=bad_texts,
-            on_progress=on_progress,
+            encoder, corpus, output, long_texts=load_options["long_texts"], bad_texts=bad_texts, on_progress=on_progress
         )
         seconds = time.perf_counter() - started
         if verbose:

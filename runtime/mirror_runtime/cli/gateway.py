@@ -58,8 +58,7 @@ def gateway(
         ),
     ] = None,
     model_name: Annotated[
-        str | None,
-        typer.Option(help="The model's name in requests. Default: the name of the encoder's base model."),
+        str | None, typer.Option(help="The model's name in requests. Default: the name of the encoder's base model.")
     ] = None,
     dimensions: Annotated[
         list[int] | None,
@@ -102,8 +101,7 @@ def gateway(
     cors: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ORIGIN",
-            help="Origin of a web page whose scripts may call this gateway: https://example.org.",
+            metavar="ORIGIN", help="Origin of a web page whose scripts may call this gateway: https://example.org."
         ),
     ] = None,
     max_connections: Annotated[

@@ -19,10 +19,7 @@ from mirror_runtime.cli.run import APPEARANCE, run_command
 from mirror_runtime.cli.serve import serve
 from mirror_runtime.cli.verify import verify
 
-app = typer.Typer(
-    no_args_is_help=True,
-    **APPEARANCE,
-)
+app = typer.Typer(no_args_is_help=True, **APPEARANCE)
 for command in (encode, verify, doctor, plan, serve, gateway, deploy):
     app.command()(command)
 clone.register(app)

@@ -51,8 +51,7 @@ PrecisionOption: TypeAlias = Annotated[str, _PRECISION]
 StreamsOption: TypeAlias = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help=f"{_STREAMS} Default: the engine's choice; with 8 cores, 8 for openvino and 1 for onnxruntime.",
+        min=1, help=f"{_STREAMS} Default: the engine's choice; with 8 cores, 8 for openvino and 1 for onnxruntime."
     ),
 ]
 LongTextsOption: TypeAlias = Annotated[LongTexts, _LONG_TEXTS]

@@ -46,8 +46,7 @@ def plan(
     column: ColumnOption = "text",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, rounds and candidates: a rough plan.")] = False,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File to write. Default: in the cache, where auto finds it."),
+        Path | None, typer.Option("--output", "-o", help="File to write. Default: in the cache, where auto finds it.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw speed against exactness, as a PNG.")] = None,
 ) -> None:

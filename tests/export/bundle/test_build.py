@@ -210,7 +210,7 @@ def test_a_precision_that_cannot_hold_the_weights_costs_only_its_own_files(
 
 @pytest.fixture(scope="module")
 def cross_encoder(tmp_path_factory):
-    write_tiny_encoder("bert", folder := tmp_path_factory.mktemp("cross") / "published", labels=1)
+    write_tiny_encoder("bert", folder := tmp_path_factory.mktemp("cross") / "published", layers=1, labels=1)
     return folder
 
 

@@ -65,11 +65,7 @@ CUDA_13 = ["nvidia-cuda-nvrtc~=13.0; extra == 'cuda'", "nvidia-cuda-runtime~=13.
             FakeDriver(100),
             {"tensorrt": "an NVIDIA", "onnxruntime cuda": "an NVIDIA", "gpu": "shows this process no GPU"},
         ),
-        (
-            {},
-            None,
-            {"tensorrt": r"cuda-bindings: .*; an NVIDIA GPU \(see gpu", "onnxruntime cuda": "an NVIDIA GPU"},
-        ),
+        ({}, None, {"tensorrt": r"cuda-bindings: .*; an NVIDIA GPU \(see gpu", "onnxruntime cuda": "an NVIDIA GPU"}),
     ],
 )
 def test_all_that_an_engine_for_gpus_lacks_is_named(monkeypatch, installed, driver, abilities):

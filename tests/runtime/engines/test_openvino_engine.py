@@ -64,6 +64,18 @@ class _Damaged:
         return np.asarray(self)[key]
 
 
+def test_a_load_makes_a_tensor_while_no_other_thread_does(tiny_bundle, monkeypatch):
+    """Two threads that make a process's first tensors deadlock, but rarely: 12 processes without it did not."""
+    import openvino
+
+    lock, real = threading.Lock(), openvino.Tensor
+    held: list[bool] = []
+    monkeypatch.setattr(openvino_engine, "_FIRST_TENSORS", lock)
+    monkeypatch.setattr(openvino, "Tensor", lambda array: (held.append(lock.locked()), real(array))[1])
+    with load(tiny_bundle):
+        assert held == [True]
+
+
 def test_streams_that_disagree_are_compiled_again_and_the_log_says_so(tiny_bundle, damage, caplog):
     with Encoder.load(tiny_bundle, engine="onnxruntime", precision="fp32") as encoder:
         expected = encoder.encode(TEXTS)

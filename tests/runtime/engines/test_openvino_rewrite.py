@@ -46,10 +46,7 @@ def test_keys_are_transposed_by_the_product_with_the_same_bits():
 
 @pytest.mark.parametrize(
     "model",
-    [
-        scores([0, 2, 1, 3], transposed=True),
-        scores([0, 2, 3, 1], second_reader=True),
-    ],
+    [scores([0, 2, 1, 3], transposed=True), scores([0, 2, 3, 1], second_reader=True)],
     ids=["transposed already", "read twice"],
 )
 def test_other_transpositions_stay(model):

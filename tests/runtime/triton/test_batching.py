@@ -133,8 +133,7 @@ def test_the_estimate_counts_tokens_to_run_and_bytes_to_tokenise():
 
 
 @pytest.mark.parametrize(
-    ("cores", "count", "shares"),
-    [([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([2, 5, 7], 2, [[2], [5, 7]]), ([4], 1, [[4]])],
+    ("cores", "count", "shares"), [([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([2, 5, 7], 2, [[2], [5, 7]]), ([4], 1, [[4]])]
 )
 def test_instances_share_the_cores_without_overlap(cores, count, shares):
     assert [core_share(cores, number, count) for number in range(count)] == shares

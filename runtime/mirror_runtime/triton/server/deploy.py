@@ -190,14 +190,7 @@ def _versions(model: Path) -> tuple[str | None, int]:
 
 
 def _write(
-    bundle: Path,
-    manifest: Manifest,
-    scratch: Path,
-    model: Path,
-    options: ServingOptions,
-    version: int,
-    *,
-    link: bool,
+    bundle: Path, manifest: Manifest, scratch: Path, model: Path, options: ServingOptions, version: int, *, link: bool
 ) -> Path:
     """Write the model's folder, with the new version and the one before, into the scratch folder."""
     fresh = scratch / MODEL_NAME
