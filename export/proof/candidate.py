@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 from mirror_runtime.pairs import PairTokenizer
 from mirror_runtime.selection import PROVEN_ON
+from mirror_runtime.token_rows import tokens_of
 from mirror_runtime.tokenizer import Item, LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import components
 
@@ -106,7 +108,7 @@ class Candidate:
                 tokenized = tokenizer(texts)
                 if tokenized.errors:
                     raise InputError(f"a text used for the proof cannot be encoded: {min(tokenized.errors.items())[1]}")
-                of = tokenized.tokens_of if spec.per_token else np.asarray
+                of = partial(tokens_of, tokenized) if spec.per_token else np.asarray
                 size = tokenized.ids.size if spec.per_token else tokenized.lengths.size
                 vectors = np.zeros((size, spec.dim), np.float32)
                 for batch in padded_batches(tokenized.lengths):

@@ -9,9 +9,8 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from mirror_runtime.bundle import Canary
-from mirror_runtime.encoder import Encoder
-from mirror_runtime.pairs import canary_items
+from mirror_runtime.bundle import Canary, EncoderSpec
+from mirror_runtime.encoded import Encoded
 from mirror_runtime.vectors import agreement, components, distance_problem
 
 DIFFERENT_MODEL_BELOW = 0.9
@@ -46,15 +45,13 @@ def mean_rows(vectors: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArra
     return sums / counts[:, None].astype(np.float32)
 
 
-def encode_canaries(encoder: Encoder, canaries: Sequence[Canary]) -> NDArray[np.float32]:
-    """Compute the vectors that a bundle stores of its canaries, [n, dim]: with pooling `tokens` the mean of each one's.
+def canary_vectors(encoded: Encoded, spec: EncoderSpec) -> NDArray[np.float32]:
+    """Return what a bundle stores of its canaries, [n, dim]: their components, or with pooling `tokens` their means.
 
     Raises:
-        EngineError: the engine failed.
-        TextError: it computed a vector that is not finite.
+        TextError: one of them has no vector.
     """
-    encoded = encoder.encode_detailed(canary_items(encoder.spec, [canary.text for canary in canaries]))
-    vectors = components(encoded.vectors_or_raise(), encoder.spec)
+    vectors = components(encoded.vectors_or_raise(), spec)
     return vectors if encoded.counts is None else mean_rows(vectors, encoded.counts)
 
 

@@ -42,6 +42,7 @@ from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_p
 from mirror_runtime.selection import AUTO
 from mirror_runtime.spans import Spans, check_token_vectors, token_spans
 from mirror_runtime.stats import Counters, Stats
+from mirror_runtime.token_rows import locate, result_rows, tokens_of
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.twins import Speed, TwinEncoder, check_speed
 from mirror_runtime.vector_cache import CachedVectors, VectorCache
@@ -398,7 +399,7 @@ class Encoder:
             found[batch.pieces] = output
         counts = None
         if per_token:
-            vectors, counts = found[tokenized.tokens_of(tokenized.part_piece)], tokenized.kept_tokens
+            vectors, counts = found[tokens_of(tokenized, tokenized.part_piece)], tokenized.kept_tokens
         else:
             vectors = join(found[tokenized.part_piece], tokenized, self.spec)
         errors = dict(tokenized.errors)
@@ -449,11 +450,11 @@ class Encoder:
         self._lifetime.check()
         tokenized = self._tokenizer(texts)
         per_token = self.spec.per_token
-        row_of = tokenized.result_rows(per_token=per_token)
+        row_of = result_rows(tokenized, per_token=per_token)
 
         def run(shape: tuple[int, int]) -> tuple[tuple[int, int], NDArray[np.int64], Vectors]:
             batch = pack_shape(tokenized.ids, tokenized.lengths, shape, unpadded_lengths=tokenized.unpadded_lengths)
-            batch = tokenized.locate(batch, per_token=per_token)
+            batch = locate(batch, tokenized, per_token=per_token)
             held = row_of[batch.pieces]
             return shape, held[held >= 0], self._run(batch)[held >= 0]
 
@@ -498,7 +499,7 @@ class Encoder:
     def _pack(self, tokenized: Tokenized, shape_set: ShapeSet) -> list[PackedBatch]:
         ids, lengths, unpadded = tokenized.ids, tokenized.lengths, tokenized.unpadded_lengths
         batches = pack(ids, lengths, shape_set, streams=self.engine.streams, unpadded_lengths=unpadded)
-        return [tokenized.locate(batch, per_token=self.spec.per_token) for batch in batches]
+        return [locate(batch, tokenized, per_token=self.spec.per_token) for batch in batches]
 
     def _run(self, batch: PackedBatch) -> Vectors:
         """Run one batch and return the vectors [m, width] of its pieces or tokens."""

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from mirror_runtime.bundle import EngineName, Layout, read_canaries, read_manifest
 from mirror_runtime.cache import AUTO_CACHE
-from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries, encode_canaries
+from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, canary_vectors, compare_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError, InputError, ParityError
 from mirror_runtime.host import usable_cores
-from mirror_runtime.pairs import items_for
+from mirror_runtime.pairs import canary_items, items_for
 from mirror_runtime.plan import (
     FORMAT_VERSION,
     Goal,
@@ -184,7 +184,9 @@ class Planner:
         """Load a setting, check its vectors and run its shapes; None if it cannot run, with the reason in `refused`."""
         try:
             encoder = stack.enter_context(Encoder.of_setting(self._bundle, setting, self._cache_dir))
-            check = compare_canaries(encode_canaries(encoder, self._canaries), self._canaries, self._floor)
+            items = canary_items(encoder.spec, [canary.text for canary in self._canaries])
+            vectors = canary_vectors(encoder.encode_detailed(items), encoder.spec)
+            check = compare_canaries(vectors, self._canaries, self._floor)
             _run(encoder, self._texts)
             _run(encoder, self._singles[:1])
         except EngineError as error:

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer as _Tokenizer
 from mirror_runtime.bundle import TOKENIZER_FILE, EncoderSpec
 from mirror_runtime.errors import BundleError, InputError, MirrorError, TextError, one_line
 from mirror_runtime.host import usable_cores
-from mirror_runtime.packing import PackedBatch, ranges, with_token_slots, with_token_types
 from mirror_runtime.strict_json import read_object
 from mirror_runtime.words import WordMemory
 
@@ -74,27 +73,6 @@ class Tokenized:
         counts = np.zeros(len(self.tokens), np.int64)
         np.add.at(counts, self.part_text, self.lengths[self.part_piece])
         return counts
-
-    def locate(self, batch: PackedBatch, *, per_token: bool) -> PackedBatch:
-        """Complete a batch: a pair's token types, and where the vectors of tokens will be if each has one."""
-        if per_token:
-            return with_token_slots(batch, self.tokens_of(batch.pieces))
-        return with_token_types(batch, self.first_lengths)
-
-    def result_rows(self, *, per_token: bool) -> NDArray[np.int64]:
-        """Return the row of the result that each piece, or each token, becomes; -1 in texts of several parts."""
-        whole = np.bincount(self.part_text, minlength=len(self.tokens))[self.part_text] == 1
-        to, of = self.part_text[whole], self.part_piece[whole]
-        if per_token:
-            counts = self.kept_tokens
-            to, of = ranges((np.cumsum(counts) - counts)[to], self.lengths[of]), self.tokens_of(of)
-        found = np.full(self.ids.size if per_token else self.lengths.size, -1)
-        found[of] = to
-        return found
-
-    def tokens_of(self, pieces: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where in `ids` the tokens of some pieces are, piece after piece."""
-        return ranges((np.cumsum(self.lengths) - self.lengths)[pieces], self.lengths[pieces])
 
 
 class Tokenizer:

@@ -14,10 +14,11 @@ from mirror_runtime.bundle import (
     read_canaries,
     read_manifest,
 )
-from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, compare_canaries, encode_canaries
+from mirror_runtime.canaries import CanaryComparison, CanaryVerdict, canary_vectors, compare_canaries
 from mirror_runtime.encoder import Encoder
 from mirror_runtime.engines import installed
 from mirror_runtime.errors import BundleError, EngineError
+from mirror_runtime.pairs import canary_items
 from mirror_runtime.twins import find_twin
 
 
@@ -88,7 +89,8 @@ def _check(bundle: Path, manifest: Manifest, artifact: Artifact) -> ArtifactChec
     try:
         # By its path, because a bundle may have several artifacts for one engine and precision.
         with Encoder.of_graph(bundle, manifest, artifact.engine, artifact.precision, artifact.path) as encoder:
-            vectors = encode_canaries(encoder, canaries)
+            items = canary_items(encoder.spec, [canary.text for canary in canaries])
+            vectors = canary_vectors(encoder.encode_detailed(items), encoder.spec)
     except EngineError as error:
         return ArtifactCheck(artifact=artifact, comparison=None, problem=str(error))
     comparison = compare_canaries(vectors, canaries, artifact.parity.floor)
