@@ -247,7 +247,7 @@ def command(
         _setting(
             "lora",
             "Tune additions of this rank in place of weights, and merge them at the end: 16 are 2.9 % of MiniLM's "
-            "parameters. At 1e-3 as good as full tuning at 1e-4 (two seeds).",
+            "parameters. For few steps: at 1e-3, 6 steps of 200 were ahead of 44 of mirror+, and 44 were behind it.",
         ),
     ] = None,
     seed: Annotated[int | None, _setting("seed", "Seed of shuffling, masks, dropout and --sample.")] = None,
