@@ -22,8 +22,8 @@ from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.extras import require
 from mirror_runtime.host import usable_cores
 from mirror_runtime.pairs import PairTokenizer
+from mirror_runtime.pieces import tokens_of
 from mirror_runtime.selection import PROVEN_ON
-from mirror_runtime.token_rows import tokens_of
 from mirror_runtime.tokenizer import Item, LongTexts, Tokenized, Tokenizer
 from mirror_runtime.vectors import components
 

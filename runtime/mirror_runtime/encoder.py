@@ -27,26 +27,25 @@ from mirror_runtime.bundle import (
     read_manifest,
 )
 from mirror_runtime.cache import AUTO_CACHE, cache_folder
-from mirror_runtime.chunks import join
 from mirror_runtime.encoded import Encoded as Encoded  # re-exported, as is PendingWindow
 from mirror_runtime.encoded import PendingWindow as PendingWindow
 from mirror_runtime.encoded import check_text_vectors, joined
 from mirror_runtime.engines import Engine, load_engine
 from mirror_runtime.engines.base import Lifetime
-from mirror_runtime.errors import EngineError, InputError, NotFiniteError
+from mirror_runtime.errors import EngineError, InputError
 from mirror_runtime.hub import local_bundle
 from mirror_runtime.packing import PackedBatch, PackedRows, ShapeSet, pack, pack_shape
 from mirror_runtime.pairs import PairTokenizer, tokenizer_of
+from mirror_runtime.pieces import collect, locate, result_rows
 from mirror_runtime.plan import Decision, DecisionSource, Setting, decide, decide_setting, find_plan
 from mirror_runtime.prompts import PROMPTS_FILE, choose_prompt, prompted, read_prompts
 from mirror_runtime.selection import AUTO
 from mirror_runtime.spans import Spans, check_token_vectors, token_spans
 from mirror_runtime.stats import Counters, Stats
-from mirror_runtime.token_rows import locate, result_rows, tokens_of
 from mirror_runtime.tokenizer import SPECIAL_TOKENS_FILE, Item, LongTexts, Tokenized, Tokenizer, iterate
 from mirror_runtime.twins import Speed, TwinEncoder, check_speed
 from mirror_runtime.vector_cache import CachedVectors, VectorCache
-from mirror_runtime.vectors import Vectors, dtype_of, rows_not_finite, width_of
+from mirror_runtime.vectors import Vectors
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +111,8 @@ class Encoder:
                 static twin where its bundle has them, see `twin_setting`; its `engine` says what runs.
             streams: batches in flight; None lets the engine choose from this process's cores.
             long_texts: what happens to texts longer than `max_tokens`: "truncate" (counted, marked in
-                `Encoded.truncated` and logged), "error", or "chunk" (mean of the chunks' vectors).
+                `Encoded.truncated` and logged), "error", or "chunk", "chunk-weighted" and "chunk-max" (the mean of its
+                chunks' vectors, also weighted by their tokens, or the largest of each component).
             plan: a file written by `mirror plan`; "auto" for the one in the cache; None for no plan. Not read if engine
                 and precision are both named.
             cache_dir: where converted graphs and plans are kept; "auto" for the user's cache folder, None for nowhere.
@@ -388,29 +388,13 @@ class Encoder:
             EngineError: the engine failed.
         """
         self._lifetime.check_process()
-        tokenized = window.tokenized
         with self._lifetime.until_closed():
             outputs = [output.result() for output in window.outputs]
         began = time.perf_counter()
-        per_token, texts = self.spec.per_token, len(tokenized.tokens)
-        size = (tokenized.ids if per_token else tokenized.lengths).size
-        found = np.zeros((size, width_of(self.spec)), dtype_of(self.spec))
-        for batch, output in zip(window.batches, outputs, strict=True):
-            found[batch.pieces] = output
-        counts = None
-        if per_token:
-            vectors, counts = found[tokens_of(tokenized, tokenized.part_piece)], tokenized.kept_tokens
-        else:
-            vectors = join(found[tokenized.part_piece], tokenized, self.spec)
-        errors = dict(tokenized.errors)
-        if bad := rows_not_finite(vectors):
-            owners = np.repeat(np.arange(texts), 1 if counts is None else counts)
-            errors |= {at: NotFiniteError(at) for at in owners[bad].tolist()}
-            vectors[np.isin(owners, owners[bad])] = 0
-        self._counters.add(unpack_s=time.perf_counter() - began, failed=len(errors) - len(tokenized.errors))
-        return Encoded(
-            vectors=vectors, tokens=tokenized.tokens, truncated=tokenized.truncated, errors=errors, counts=counts
-        )
+        encoded = collect(window.tokenized, window.batches, outputs, self.spec)
+        failed = len(encoded.errors) - len(window.tokenized.errors)
+        self._counters.add(unpack_s=time.perf_counter() - began, failed=failed)
+        return encoded
 
     def warm_up(self) -> None:
         """Run every shape once except those for `bulk`, so that no later `begin` waits for a compilation.

@@ -63,8 +63,8 @@ class PairTokenizer:
     """
 
     def __init__(self, path: Path, max_tokens: int, long_texts: LongTexts) -> None:
-        if long_texts is LongTexts.CHUNK:
-            raise InputError("a reranker has no mean of chunks: choose long_texts truncate or error")
+        if long_texts.splits:
+            raise InputError("a reranker has no vectors of chunks to join: choose long_texts truncate or error")
         self._single = Tokenizer(path, max_tokens, LongTexts.TRUNCATE)
         self._prefix, self._middle, self._suffix, self._has_types = self._single.pair_tokens(path)
         self._max_tokens, self._long_texts = max_tokens, long_texts

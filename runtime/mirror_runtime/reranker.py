@@ -40,7 +40,7 @@ class Reranker:
 
         Raises:
             BundleError: also where the bundle is an encoder's.
-            InputError: also for `long_texts` "chunk".
+            InputError: also for a `long_texts` that splits texts.
         """
         encoder = Encoder.load(bundle, **options)
         if not encoder.spec.scores_pairs:

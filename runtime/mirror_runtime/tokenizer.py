@@ -46,6 +46,15 @@ class LongTexts(str, Enum):
     """Reject the text; the others are encoded."""
     CHUNK = "chunk"
     """Split it into chunks of `max_tokens`, encode each, and average their vectors (normalised again)."""
+    CHUNK_WEIGHTED = "chunk-weighted"
+    """Likewise, each chunk weighing as much as it has tokens: a short last one counts less."""
+    CHUNK_MAX = "chunk-max"
+    """Likewise, but take the largest of each component: what one chunk alone says stays."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether a long text is split into chunks, so that it keeps all of its tokens."""
+        return self in (LongTexts.CHUNK, LongTexts.CHUNK_WEIGHTED, LongTexts.CHUNK_MAX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,7 @@ class Tokenized:
     tokens: NDArray[np.int64]  # [texts], of the whole text with special tokens, before truncation; 0 if it failed
     truncated: NDArray[np.bool_]  # [texts]
     errors: Mapping[int, TextError]  # of the failed texts, by position
+    long_texts: LongTexts = LongTexts.CHUNK  # how the vectors of a text's parts are joined
 
     @property
     def kept_tokens(self) -> NDArray[np.int64]:
@@ -172,6 +182,7 @@ class Tokenizer:
             tokens=tokens,
             truncated=truncated,
             errors=errors,
+            long_texts=self._long_texts,
         )
 
     def bodies(self, wholes: Sequence[str]) -> Iterator[list[int]]:
@@ -253,7 +264,7 @@ class Tokenizer:
         room = self._body - first - (len(own) - last)
         if room < 1:
             return []
-        starts = range(first, last, room) if policy is LongTexts.CHUNK else (first,)
+        starts = range(first, last, room) if policy.splits else (first,)
         return [own[:first] + own[at : min(at + room, last)] + own[last:] for at in starts]
 
 

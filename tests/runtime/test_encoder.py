@@ -172,9 +172,10 @@ def test_truncation_is_counted_marked_and_logged(encoder, caplog):
     assert "1 of 2 texts are longer than 64 tokens" in caplog.text
 
 
-def test_chunks_are_averaged_and_normalised(make_bundle):
+@pytest.mark.parametrize("policy", ["chunk", "chunk-weighted", "chunk-max"])
+def test_the_vectors_of_chunks_are_joined_and_normalised(make_bundle, policy):
     long = " ".join(f"word{i}" for i in range(60))
-    with Encoder.load(make_bundle(), engine="fake", long_texts="chunk") as encoder:
+    with Encoder.load(make_bundle(), engine="fake", long_texts=policy) as encoder:
         whole = encoder.encode(["a", long, "b"])
         alone = encoder.encode(["a", "b"])
         tokenized = encoder._tokenizer([long])
@@ -184,8 +185,12 @@ def test_chunks_are_averaged_and_normalised(make_bundle):
     assert len(pieces) > 1
     keys = np.array([((piece + 1) * (np.arange(len(piece)) + 1)).sum() % 9973 for piece in pieces])
     vectors = np.sin(np.arange(1, 9) * (1.0 + keys[:, None]))
-    mean = np.mean(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), axis=0)
-    np.testing.assert_allclose(whole[1], mean / np.linalg.norm(mean), atol=1e-6)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    joined = units.max(axis=0)
+    if policy != "chunk-max":
+        assert tokenized.lengths[-1] < tokenized.lengths[0]
+        joined = np.average(units, axis=0, weights=tokenized.lengths if policy == "chunk-weighted" else None)
+    np.testing.assert_allclose(whole[1], joined / np.linalg.norm(joined), atol=1e-6)
     np.testing.assert_array_equal(whole[[0, 2]], alone)
 
 

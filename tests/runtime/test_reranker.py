@@ -105,7 +105,7 @@ def test_policies_and_kinds_that_cannot_be_are_named(reranker_bundle, gateway_bu
         result = strict.encoder.encode_detailed([(QUERY, text) for text in TEXTS])
     assert list(result.errors) == [3]
     assert "tokens with its query, more than the reranker's 64" in str(result.errors[3])
-    with pytest.raises(InputError, match="no mean of chunks"):
+    with pytest.raises(InputError, match="no vectors of chunks"):
         Reranker.load(reranker_bundle, engine="fake", long_texts="chunk")
     with pytest.raises(BundleError, match="is an encoder"):
         Reranker.load(gateway_bundle, engine="fake")

@@ -24,7 +24,7 @@ _PRECISION = typer.Option(help=f"auto, or a precision that the bundle holds: {_P
 _STREAMS = "Batches in flight: 1 favours a lone request, more favour throughput."
 _LONG_TEXTS = typer.Option(
     help="Texts over the encoder's limit. With a limit of 256, a text of 600 tokens gives one truncated vector, an "
-    "error, or the mean of three chunks' vectors."
+    "error, or the vectors of three chunks, joined by their mean, by tokens or by the largest."
 )
 _INVARIANT = "Make a text's vector equal to the bit whatever its neighbours, at about 0.6 of the throughput."
 _MAX_BATCH_SIZE = typer.Option(min=1, help="Maximum texts per request.")

@@ -217,7 +217,7 @@ def _add_token_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any
         card = service.backend.card
         prompt = _prompt(card, body.prompt_name, None)
         # A text has hardly more tokens than characters, and where it is cut no more than the limit.
-        most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
+        most = None if LongTexts(card.long_texts).splits else card.max_tokens
         tokens = sum(min(len(prompt) + len(text) + 2, most or len(prompt) + 2 * len(text) + 2) for text in texts)
         caller = _held_for_answer(request, service, tokens, _JSON_BYTES)
         result = await _while_connected(

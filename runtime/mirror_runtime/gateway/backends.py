@@ -36,7 +36,7 @@ class ModelCard:
     dim: int  # components of a vector
     max_tokens: int  # longest text, special tokens included
     normalized: bool  # whether vectors have length 1
-    long_texts: str  # the policy for longer texts: "truncate", "error" or "chunk"
+    long_texts: str  # the policy for longer texts, see `LongTexts`
     engine: str
     precision: str
     backend: str  # "in-process", or the server's address

@@ -98,7 +98,7 @@ class Scheduler:
     def _cut(self, texts: Sequence[Item]) -> Iterator[Slice]:
         """Cut a request into slices of the backend's size or one text."""
         card = self._backend.card
-        most = None if card.long_texts == LongTexts.CHUNK else card.max_tokens
+        most = None if LongTexts(card.long_texts).splits else card.max_tokens
         start = tokens = 0
         for at, text in enumerate(texts):
             long = characters(text) > LONG_CHARACTERS

@@ -275,7 +275,7 @@ class Info(BaseModel):
     prompts: list[str] = Field(description="Names of the encoder's prompts.")
     speeds: dict[str, str] = Field(description="Possible values of `speed`, each with the answering fingerprint.")
     normalized: bool
-    long_texts: str = Field(description="Policy for longer texts: truncate, error or chunk.")
+    long_texts: str = Field(description="Policy for longer texts: truncate, error, chunk, chunk-weighted or chunk-max.")
     engine: str
     precision: str
     backend: str
