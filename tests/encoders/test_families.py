@@ -67,7 +67,7 @@ def padded(reference: Reference, texts: tuple[str, ...]) -> Mapping[str, torch.T
 
 def differ(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether vectors differ by far more than rounding."""
-    return bool(np.abs(one - other).max() > 0.05)
+    return bool(np.abs(one - other).max() > 0.01)
 
 
 @each_family
