@@ -41,7 +41,8 @@ class StaticModel(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     def __init__(self, table: torch.Tensor, config: type[StaticConfig] = StaticConfig) -> None:
         sizes: dict[str, Any] = {"hidden_size": table.shape[1], "vocab_size": len(table)}
-        super().__init__(config(**sizes | {"num_hidden_layers": 0, "num_attention_heads": 1}))
+        sizes |= {"num_hidden_layers": 0, "num_attention_heads": 1}
+        super().__init__(config(**sizes))
         self.embedding = nn.Embedding(len(table), table.shape[1], _weight=table, _freeze=True)
 
     def get_input_embeddings(self) -> nn.Embedding:
