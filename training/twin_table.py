@@ -2,8 +2,9 @@
 
 The vector of a text of n tokens is the sum of their rows, divided by n. For a corpus that is a product X W of a sparse
 matrix of counts and the table, so the table that is nearest to the teacher's vectors Y is a linear least-squares
-problem: min |X W - Y|² + ridge |W - P|². The prior P holds the teacher's vector of each token alone, weighted by
-a / (a + its frequency) (SIF, Arora et al. 2017): it decides where the corpus says little.
+problem: min |X W - Y|² + ridge |W - P|². The prior P holds the teacher's vector of each token alone, without what all
+of these have in common, weighted by a / (a + its frequency) (SIF, Arora et al. 2017): it decides where the corpus says
+little.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def share_matrix(tokenizer: Tokenizer, texts: Sequence[str], limit: int, size: i
 
 
 def weighted_prior(alone: FloatArray, shares: Any, vectors: FloatArray) -> FloatArray:
-    """Weight each token's own vector by its frequency, and scale all to the length of the texts' vectors.
+    """Centre the tokens' own vectors, weight each by its frequency, and scale all to the length of the texts' vectors.
+
+    Vectors of tokens alone are more alike than those of texts: as they are, a table is much worse on other text.
 
     Args:
         alone: the teacher's vector of each token, [size, dim].
@@ -52,7 +55,7 @@ def weighted_prior(alone: FloatArray, shares: Any, vectors: FloatArray) -> Float
         vectors: the teacher's vectors of the texts, [texts, dim].
     """
     frequency = (np.asarray(shares.sum(axis=0)).ravel() + 1) / (shares.shape[0] + shares.shape[1])
-    prior: FloatArray = alone * (RARE / (RARE + frequency)).astype(np.float32)[:, None]
+    prior: FloatArray = (alone - alone.mean(axis=0)) * (RARE / (RARE + frequency)).astype(np.float32)[:, None]
     guess = shares @ prior
     return prior * np.float32((guess * vectors).sum() / max((guess * guess).sum(), 1e-12))
 
