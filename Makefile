@@ -56,7 +56,7 @@ test test-fast: export PYTHONDONTWRITEBYTECODE :=
 test: setup $(TENSORRT_BINDINGS)  ## every test that this machine can run (ROOM=export: one room; PYTEST='-k packing' passes options)
 	$(RUN_TESTS) --durations=20 $(TESTED) $(PYTEST)
 
-test-fast: setup  ## tests without traced graphs, tuned encoders, servers and other processes: under a minute
+test-fast: setup  ## tests without traced graphs, tuned encoders, servers and other processes: about a minute and a half
 	$(RUN_TESTS) --fast $(TESTED) $(PYTEST)
 
 check: setup  ## lint, types, import rules, generated files

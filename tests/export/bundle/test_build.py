@@ -233,6 +233,7 @@ def test_a_cross_encoder_becomes_a_reranker_whose_packed_scores_are_pytorchs(cro
     assert all(check.agrees for check in verify(request.output))
 
 
+@pytest.mark.trace
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_pooling_tokens_keeps_each_tokens_vector_as_transformers_computes_it(family, tmp_path, traces_from_cache):
     write_tiny_encoder(family, tmp_path / "published")
