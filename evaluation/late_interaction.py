@@ -21,7 +21,7 @@ def max_sim(queries: Sequence[NDArray[np.float32]], documents: Sequence[NDArray[
         float32 [queries, documents], as `retrieval.score` takes them; higher is nearer.
 
     Raises:
-        InputError: there is no document, or one has no token.
+        InputError: documents are missing, or one has no tokens.
     """
     lengths = np.array([len(document) for document in documents])
     if not lengths.size or not lengths.all():

@@ -13,9 +13,6 @@ from mirror_runtime.bundle import Precision
 ENCODER = "encoder"
 """Name of the candidate that all others are compared with: the encoder as it is."""
 
-STUDENT_LR = "5e-4"
-"""For an encoder whose layers no longer follow each other: better than the recipe's rate (docs/log.md, 2026-11-30)."""
-
 SHORTEST = 32
 """Components of the shortest vectors that are tried."""
 

@@ -58,7 +58,6 @@ from mirror_runtime.gateway.schema import (
 from mirror_runtime.gateway.service import REQUEST_ID, EncodingResult, GatewayService
 from mirror_runtime.prompts import choose_prompt
 from mirror_runtime.reranker import ranked
-from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.vectors import unit_rows
 
 OPEN_ROUTES = ("/", "/health", "/health/live", "/metrics", "/docs", "/openapi.json")
@@ -217,7 +216,7 @@ def _add_token_routes(app: FastAPI, service: GatewayService, keyed: Sequence[Any
         card = service.backend.card
         prompt = _prompt(card, body.prompt_name, None)
         # A text has hardly more tokens than characters, and where it is cut no more than the limit.
-        most = None if LongTexts(card.long_texts).splits else card.max_tokens
+        most = card.most_tokens
         tokens = sum(min(len(prompt) + len(text) + 2, most or len(prompt) + 2 * len(text) + 2) for text in texts)
         caller = _held_for_answer(request, service, tokens, _JSON_BYTES)
         result = await _while_connected(
@@ -320,7 +319,7 @@ def _add_information_routes(app: FastAPI, service: GatewayService, keyed: Sequen
             prompts=list(card.prompts or ()),
             speeds=service.speeds,
             normalized=card.normalized,
-            long_texts=card.long_texts,
+            long_texts=card.long_texts.value,
             engine=card.engine,
             precision=card.precision,
             backend=card.backend,

@@ -20,7 +20,7 @@ from mirror_runtime.encoder import Encoder
 from mirror_runtime.errors import InputError, MirrorError, ServerError, UnavailableError
 from mirror_runtime.packing import TOKEN_BUDGET
 from mirror_runtime.selection import AUTO
-from mirror_runtime.tokenizer import Item
+from mirror_runtime.tokenizer import Item, LongTexts
 from mirror_runtime.twins import Speed
 from mirror_runtime.vector_cache import CachedVectors
 
@@ -36,7 +36,7 @@ class ModelCard:
     dim: int  # components of a vector
     max_tokens: int  # longest text, special tokens included
     normalized: bool  # whether vectors have length 1
-    long_texts: str  # the policy for longer texts, see `LongTexts`
+    long_texts: LongTexts  # the policy for longer texts
     engine: str
     precision: str
     backend: str  # "in-process", or the server's address
@@ -45,6 +45,11 @@ class ModelCard:
     per_token: bool = False  # each token has a vector, and the text has none
     template: str | None = None  # text that the encoder itself puts around every text
     dimensions: tuple[int, ...] = ()  # shorter vectors that it was trained for, as far as it records them
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Return the most tokens that are computed of one text; None where longer ones are split."""
+        return None if self.long_texts.splits else self.max_tokens
 
 
 class EncodingBackend(Protocol):
@@ -87,7 +92,7 @@ class InProcessBackend:
             dim=spec.dim,
             max_tokens=spec.max_tokens,
             normalized=spec.normalize,
-            long_texts=long_texts,
+            long_texts=LongTexts(long_texts),
             engine=encoder.engine.name.value,
             precision=encoder.engine.precision.value,
             backend="in-process",
@@ -173,7 +178,7 @@ def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
             max_tokens=int(parameters["max_tokens"]),
             normalized=parameters["normalize"] == "true",
             scores_pairs=parameters.get("pooling") == Pooling.RERANK.value,
-            long_texts=parameters["long_texts"],
+            long_texts=LongTexts(parameters["long_texts"]),
             engine=parameters["engine"],
             precision=parameters["precision"],
             backend=f"triton {options.protocol}://{options.address}",
@@ -182,6 +187,11 @@ def _card(config: Mapping[str, Any], options: ClientOptions) -> ModelCard:
     except KeyError as error:
         raise ServerError(
             f"the configuration of model {options.model!r} at {options.address} has no {error.args[0]}: "
+            "write its repository again with export/to_triton.py"
+        ) from error
+    except ValueError as error:
+        raise ServerError(
+            f"the configuration of model {options.model!r} at {options.address} is of another version ({error}): "
             "write its repository again with export/to_triton.py"
         ) from error
 

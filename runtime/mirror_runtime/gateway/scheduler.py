@@ -23,7 +23,7 @@ from mirror_runtime.gateway.backends import EncodingBackend
 from mirror_runtime.gateway.errors import overloaded, unavailable
 from mirror_runtime.gateway.fair_queue import FairQueue
 from mirror_runtime.retry_after import RetryEstimator
-from mirror_runtime.tokenizer import LONG_CHARACTERS, Item, LongTexts, characters
+from mirror_runtime.tokenizer import LONG_CHARACTERS, Item, characters
 
 CHARACTERS_TOKENISED = 32
 """Characters that are tokenised in the time of one token in a small CPU encoder."""
@@ -97,8 +97,7 @@ class Scheduler:
 
     def _cut(self, texts: Sequence[Item]) -> Iterator[Slice]:
         """Cut a request into slices of the backend's size or one text."""
-        card = self._backend.card
-        most = None if LongTexts(card.long_texts).splits else card.max_tokens
+        most = self._backend.card.most_tokens
         start = tokens = 0
         for at, text in enumerate(texts):
             long = characters(text) > LONG_CHARACTERS

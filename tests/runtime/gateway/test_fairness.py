@@ -32,7 +32,7 @@ class Backend:
     tokens_at_once = slice_tokens = 1024
 
     def __init__(self) -> None:
-        self.card: Any = SimpleNamespace(max_tokens=256, long_texts="truncate")
+        self.card: Any = SimpleNamespace(most_tokens=256)
         self.asked: list[list[str]] = []
         self.fingerprints: list[str | None] = ["old"] * 1000
         self.failing = "none"

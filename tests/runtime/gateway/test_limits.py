@@ -21,6 +21,7 @@ from mirror_runtime.gateway.errors import refusal_of
 from mirror_runtime.gateway.settings import GatewaySettings
 from mirror_runtime.repeats import RepeatFilter
 from mirror_runtime.retry_after import RetryEstimator
+from mirror_runtime.tokenizer import LongTexts
 from mirror_runtime.triton.model.batching import EmbedRequest
 from tests.support.fake_bundles import FINGERPRINT, EngineGate
 from tests.support.fake_triton import tensor
@@ -234,7 +235,7 @@ class Hung:
         dim=8,
         max_tokens=64,
         normalized=True,
-        long_texts="truncate",
+        long_texts=LongTexts.TRUNCATE,
         engine="fake",
         precision="fp32",
         backend="in-process",
